@@ -1,0 +1,74 @@
+"""Which backend serves a split."""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from retemper.loaders.beton import cached
+from retemper.loaders.errors import DataError, UsageError
+from retemper.loaders.ffcv_backend import FfcvLoader
+from retemper.loaders.ffcv_library import INSTALL, ffcv_problem
+from retemper.loaders.loader import Loader, Plan
+from retemper.loaders.resident import ResidentLoader
+from retemper.loaders.split import Split
+from retemper.loaders.views import ViewSpace
+
+LoaderKind = Literal["auto", "ffcv", "resident"]
+
+
+def make_loader(
+    kind: LoaderKind,
+    split: Split,
+    *,
+    batch_size: int,
+    seed: int,
+    views: ViewSpace,
+    device: torch.device,
+    indices: np.ndarray | None = None,
+    cache_dir: Path | None = None,
+    beton: Path | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Loader:
+    """A loader of `split`; its `description` is the line to show.
+
+    Args:
+        kind: `auto` takes FFCV where it is installed and a converted file is there or can be written, else resident.
+        batch_size: of all processes together.
+        indices: (M,) int64, the part to train on; None for all.
+        cache_dir: where converted files are kept and looked for.
+        beton: a converted file to read instead.
+        rank, world_size: which rows of each batch are this process's; see `Plan`.
+
+    Raises:
+        UsageError: FFCV was asked for and is not installed, or a number is impossible.
+        DataError: the data or the converted file is damaged.
+    """
+    chosen = np.arange(len(split)) if indices is None else np.asarray(indices, dtype=np.int64)
+    plan = Plan(chosen, batch_size, seed, views, rank, world_size)
+    if kind == "resident":
+        return ResidentLoader(split, plan, device, "as asked")
+    if kind not in ("auto", "ffcv"):
+        raise UsageError(f"no loader {kind!r}; there are auto, ffcv, resident")
+
+    reason = ffcv_problem()
+    if kind == "ffcv" and reason:
+        raise UsageError(f"{reason}: run `{INSTALL}`, or use --loader resident")
+    if not reason and beton is None and cache_dir is None:
+        reason = "there is no folder for a converted file"
+        if kind == "ffcv":
+            raise UsageError(f"{reason}: run `retemper convert` and name its file, or use --loader resident")
+    if not reason:
+        why = "as asked" if kind == "ffcv" else "it is installed and the set is converted"
+        if beton is not None:
+            return FfcvLoader(split, beton, plan, device, why)
+        assert cache_dir is not None
+        try:
+            return FfcvLoader(split, cached(split, cache_dir), plan, device, why)
+        except DataError as error:
+            if kind == "ffcv":
+                raise
+            reason = f"ffcv cannot serve it: {error}"
+    return ResidentLoader(split, plan, device, reason)

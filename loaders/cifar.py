@@ -1,0 +1,146 @@
+"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009), in their binary version, else in their python version.
+
+A record of the binary version is the label (CIFAR-100: coarse label, then fine) and 3,072 bytes: planes of red,
+green and blue, 32 x 32 each. It is preferred because the python version is pickles (see `pickles.py`).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from retemper.loaders.errors import DataError
+from retemper.loaders.pickles import read_pickle
+from retemper.loaders.split import Split, fingerprint_of, require_folder
+
+SHAPE = (32, 32, 3)
+PIXELS = 32 * 32 * 3
+
+
+@dataclass(frozen=True)
+class _Version:
+    """Where one version of the set keeps what."""
+
+    folder: str
+    files: dict[str, tuple[str, ...]]
+    names: str  # the file that lists the classes
+    archive: str
+    label: str | int  # key in a pickle; or the label's place among a record's first bytes
+    label_names: str = ""
+
+    @property
+    def binary(self) -> bool:
+        return isinstance(self.label, int)
+
+
+VERSIONS = {
+    "cifar10": (
+        _Version(
+            "cifar-10-batches-bin",
+            {"train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test": ("test_batch.bin",)},
+            "batches.meta.txt",
+            "cifar-10-binary.tar.gz",
+            label=0,
+        ),
+        _Version(
+            "cifar-10-batches-py",
+            {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)},
+            "batches.meta",
+            "cifar-10-python.tar.gz",
+            label="labels",
+            label_names="label_names",
+        ),
+    ),
+    "cifar100": (
+        _Version(
+            "cifar-100-binary",
+            {"train": ("train.bin",), "test": ("test.bin",)},
+            "fine_label_names.txt",
+            "cifar-100-binary.tar.gz",
+            label=1,
+        ),
+        _Version(
+            "cifar-100-python",
+            {"train": ("train",), "test": ("test",)},
+            "meta",
+            "cifar-100-python.tar.gz",
+            label="fine_labels",
+            label_names="fine_label_names",
+        ),
+    ),
+}
+
+
+def load_cifar(name: str, split: str, data_root: Path | None) -> Split:
+    """See `load_split`; `name` is cifar10 or cifar100."""
+    version, folder = _find(name, split, data_root)
+    files = [folder / file for file in version.files[split]]
+    for path in [*files, folder / version.names]:
+        if not path.is_file():
+            raise DataError(f"{path} is missing: unpack {version.archive} again")
+    read = _read_binary if version.binary else _read_pickled
+    parts = [read(path, version) for path in files]
+    if len({len(labels) for _, labels in parts}) > 1:
+        sizes = ", ".join(f"{path.name}: {len(labels):,}" for path, (_, labels) in zip(files, parts, strict=True))
+        raise DataError(f"{folder}: the batches differ in length ({sizes}); unpack {version.archive} again")
+
+    def images() -> np.ndarray:
+        planes = np.concatenate([pixels for pixels, _ in parts]).reshape(-1, 3, 32, 32)
+        return np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
+
+    labels = np.concatenate([labels for _, labels in parts])
+    mark = fingerprint_of(files, folder, name, split)
+    return Split(name, split, labels, _class_names(folder / version.names, version), SHAPE, mark, images)
+
+
+def _find(name: str, split: str, data_root: Path | None) -> tuple[_Version, Path]:
+    """The version that is there, and its folder."""
+    versions = VERSIONS[name]
+    root = require_folder(data_root, name, f"{versions[0].folder} or {versions[1].folder}")
+    for version in versions:
+        for folder in (root / version.folder, root):
+            if any((folder / file).is_file() for file in version.files[split]):
+                return version, folder
+    for version in versions:
+        if (root / version.archive).is_file():
+            raise DataError(
+                f"{root / version.archive} is still packed: run `tar -xzf {root / version.archive} -C {root}`"
+            )
+    raise DataError(
+        f"no {name} in {root}: download {versions[0].archive} (the binary version) from the set's home page and run "
+        f"`tar -xzf {versions[0].archive} -C {root}`, which makes {root / versions[0].folder}"
+    )
+
+
+def _read_binary(path: Path, version: _Version) -> tuple[np.ndarray, np.ndarray]:
+    """(N, 3072) uint8 pixels, plane by plane, and (N,) int64 labels; the pixels stay in the file until used."""
+    assert isinstance(version.label, int)
+    record, size = version.label + 1 + PIXELS, path.stat().st_size
+    if size == 0 or size % record:
+        raise DataError(
+            f"{path} is damaged: {size:,} bytes are not whole records of {record:,}; unpack {version.archive} again"
+        )
+    records = np.memmap(path, np.uint8, mode="r").reshape(-1, record)
+    return records[:, version.label + 1 :], records[:, version.label].astype(np.int64)
+
+
+def _read_pickled(path: Path, version: _Version) -> tuple[np.ndarray, np.ndarray]:
+    batch = read_pickle(path)
+    assert isinstance(version.label, str)
+    pixels, labels = batch.get(b"data"), batch.get(version.label.encode())
+    if not (isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.ndim == 2):
+        raise DataError(f"{path} has no (N, {PIXELS}) bytes under 'data': unpack {version.archive} again")
+    if not isinstance(labels, list) or not all(isinstance(label, int) for label in labels):
+        raise DataError(f"{path} has no list of numbers under '{version.label}': unpack {version.archive} again")
+    if pixels.shape != (len(labels), PIXELS):
+        raise DataError(f"{path} has {pixels.shape} pixels for {len(labels):,} labels: unpack {version.archive} again")
+    return pixels, np.array(labels, dtype=np.int64)
+
+
+def _class_names(path: Path, version: _Version) -> tuple[str, ...]:
+    if version.binary:
+        return tuple(line.strip() for line in path.read_text("utf-8", errors="replace").splitlines() if line.strip())
+    names = read_pickle(path).get(version.label_names.encode())
+    if not isinstance(names, list) or not all(isinstance(name, bytes) for name in names):
+        raise DataError(f"{path} has no list of names under '{version.label_names}': unpack {version.archive} again")
+    return tuple(name.decode("utf-8", errors="replace") for name in names)

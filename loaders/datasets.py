@@ -1,0 +1,93 @@
+"""The data sets by name: digits, Fashion-MNIST, CIFAR, Tiny-ImageNet, and folders of images."""
+
+from pathlib import Path
+
+import numpy as np
+
+from retemper.loaders.cifar import load_cifar
+from retemper.loaders.errors import DataError, UsageError
+from retemper.loaders.fashion_mnist import load_fashion_mnist
+from retemper.loaders.image_folders import load_folder, load_tiny_imagenet
+from retemper.loaders.split import Split, fingerprint_of, split_of_arrays
+from retemper.loaders.views import permutation
+
+DATASETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "folder")
+SPLITS = ("train", "test")
+DIGITS_SEED = 1797  # the split of digits is ours, and fixed: another seed is another data set
+
+
+def load_split(dataset: str, split: str, data_root: Path | None = None, image_size: int | None = None) -> Split:
+    """Read one half of a data set.
+
+    Args:
+        dataset: one of `DATASETS`.
+        split: train or test.
+        data_root: the folder of the set, or the one it lies in; digits needs none.
+        image_size: for `folder`, the shorter side is resized to it and the middle taken; the other sets can be
+            halved (or thirded, ...), each pixel the mean of the ones it replaces.
+
+    Raises:
+        UsageError: no such data set or half, or an image size where the set has its own.
+        DataError: files are missing or damaged.
+    """
+    if dataset not in DATASETS:
+        raise UsageError(f"no data set {dataset!r}; there are {', '.join(DATASETS)}")
+    if split not in SPLITS:
+        raise UsageError(f"no half {split!r} of a data set; there are {', '.join(SPLITS)}")
+    if image_size is not None and image_size < 1:
+        raise UsageError(f"--image-size {image_size}: it must be at least 1")
+    try:
+        found = _load(dataset, split, data_root, image_size)
+        return found if image_size is None or dataset == "folder" else shrink(found, image_size)
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename or data_root}: {error.strerror or error}") from error
+
+
+def _load(dataset: str, split: str, data_root: Path | None, image_size: int | None) -> Split:
+    if dataset == "digits":
+        return load_digits_split(split)
+    if dataset == "fashion-mnist":
+        return load_fashion_mnist(split, data_root)
+    if dataset == "tiny-imagenet":
+        return load_tiny_imagenet(split, data_root)
+    if dataset == "folder":
+        return load_folder(split, data_root, image_size)
+    return load_cifar(dataset, split, data_root)
+
+
+def shrink(split: Split, side_px: int) -> Split:
+    """The same images at a fraction of their size: each pixel is the mean of the square it replaces, rounded.
+
+    Raises:
+        UsageError: the side is no whole fraction of the images' own.
+    """
+    height, width, channels = split.shape
+    factor = height // side_px
+    if height != width or side_px * factor != height:
+        raise UsageError(
+            f"--image-size {side_px}: {split.name} is {height} x {width}, and can be divided by whole numbers"
+        )
+
+    def read() -> np.ndarray:
+        squares = split.images.reshape(len(split), side_px, factor, side_px, factor, channels)
+        return np.rint(squares.mean((2, 4))).astype(np.uint8)
+
+    mark = fingerprint_of([], Path(), split.fingerprint, "shrunk to", side_px)
+    shape = (side_px, side_px, channels)
+    return Split(split.name, split.split, split.labels, split.classes, shape, mark, read)
+
+
+def load_digits_split(split: str) -> Split:
+    """Scikit-learn's 1,797 digits of 8 x 8 in 17 grey levels: of each class two thirds to train, one third to test."""
+    import sklearn  # here, not above: it takes about a second
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    train = np.zeros(len(labels), dtype=bool)
+    for k in range(10):
+        members = np.flatnonzero(labels == k)
+        train[members[permutation(len(members), DIGITS_SEED, k)[: round(len(members) * 2 / 3)]]] = True
+    chosen = train if split == "train" else ~train
+    images = np.rint(pixels[chosen] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+    mark = fingerprint_of([], Path(), "digits", split, sklearn.__version__)
+    return split_of_arrays("digits", split, images, labels[chosen], tuple("0123456789"), mark)

@@ -1,0 +1,152 @@
+"""Batches from an FFCV file: FFCV decodes and reads ahead in a thread; order, views and everything random are ours.
+
+Its traps, each met here: it counts epochs itself (we hand every epoch its order); its buffers are used again (a batch
+is a copy); if its thread dies the training would wait for ever (a watchdog); it sets torch's thread count
+(`ffcv_library.py`).
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retemper.loaders.beton import verify
+from retemper.loaders.errors import DataError
+from retemper.loaders.ffcv_library import ffcv_module
+from retemper.loaders.loader import Batch, Loader, Plan, upload
+from retemper.loaders.split import Split
+
+TIMEOUT_S = 120.0  # for one batch; the first has numba compile, which takes from 1 to 15 s
+POLL_S = 0.2  # how soon a dead thread is noticed
+STOP_S = 5.0  # for a thread to end when the rest of an epoch is not wanted
+
+
+class FfcvLoader(Loader):
+    """Reads FILE.beton, whose digest is checked first.
+
+    Raises:
+        DataError: the file is damaged, or holds another data set than `split`.
+        UsageError: FFCV is not installed.
+    """
+
+    def __init__(
+        self, split: Split, path: Path, plan: Plan, device: torch.device, reason: str, timeout_s: float = TIMEOUT_S
+    ) -> None:
+        super().__init__(plan, len(split), device, f"loader: ffcv from {path} ({reason})")
+        self.path = path
+        self._timeout_s = timeout_s
+        loaders = ffcv_module("loader.loader")
+        if not verify(path).matches(split):
+            raise DataError(f"{path} holds another data set than {split.name} {split.split}: convert that one")
+        # one worker: decoding is one memcpy an image, and FFCV does not spread it over threads. The seed is unused, but
+        # without one FFCV draws from numpy's global generator.
+        self._ffcv = loaders.Loader(
+            str(path),
+            batch_size=plan.local_size,
+            num_workers=1,
+            os_cache=True,
+            order=loaders.OrderOption.SEQUENTIAL,
+            seed=0,
+            drop_last=False,
+        )
+        if not np.array_equal(self._ffcv.reader.metadata["f1"], split.labels):
+            raise DataError(f"{path} has other labels than {split.name} {split.split}: convert that one again")
+        self._pump: Any = None
+        self._compiled = False
+
+    def _fetch(self, index: np.ndarray, view: np.ndarray, batches: int) -> Iterator[Batch]:
+        on_view, rows = upload(view, self.device), self.plan.local_size
+        pump = self._start(index) if len(index) else None
+        try:
+            for start in range(0, batches * rows, rows):
+                at = slice(start, start + rows)
+                if pump is None or start >= len(index):  # this process has no row of the last batch
+                    yield self._empty(on_view)
+                    continue
+                image, label, position = self._next(pump)
+                if not np.array_equal(position[:, 0].numpy(), index[at]):
+                    raise DataError(f"{self.path}: FFCV gave other images than asked for; use --loader resident")
+                yield Batch(self._copy(image), self._copy(label[:, 0]), self._copy(position[:, 0]), on_view[at])
+        finally:
+            if pump is not None:
+                pump.stop()
+
+    def _start(self, index: np.ndarray) -> Any:
+        if not self._compiled:
+            print("FFCV is compiling its pipeline (some seconds, once a run)", file=sys.stderr, flush=True)
+        self._pump = _pump_class()(self._ffcv, np.ascontiguousarray(index, dtype=np.int64))
+        return self._pump
+
+    def _next(self, pump: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """FFCV's next buffers, or an error within the time limit."""
+        end = time.monotonic() + self._timeout_s
+        fix = "use --loader resident, or convert the set again"
+        while True:
+            try:
+                item = pump.output_queue.get(timeout=POLL_S)
+            except Empty:
+                if not pump.is_alive() and pump.output_queue.empty():
+                    raise DataError(f"FFCV stopped reading {self.path} ({pump.failure!r}): {fix}") from pump.failure
+                if time.monotonic() > end:
+                    limit = f"{self._timeout_s:g} s"
+                    raise DataError(f"FFCV gave no batch of {self.path} for {limit}: {fix}") from None
+                continue
+            if item is None:
+                raise DataError(f"FFCV ended the epoch of {self.path} too early: {fix}")
+            self._compiled = True
+            return item[1]
+
+    def _copy(self, buffer: Tensor) -> Tensor:
+        """Out of FFCV's hands. It may fill the buffer again while a transfer from it is under way, so that a GPU gets
+        its copy from pinned memory of ours, which torch keeps until the transfer is done."""
+        if self.device.type != "cuda":
+            return buffer.clone().to(self.device)
+        return (
+            torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True)
+            .copy_(buffer)
+            .to(self.device, non_blocking=True)
+        )
+
+    def _empty(self, view: Tensor) -> Batch:
+        none = torch.empty(0, dtype=torch.int64, device=self.device)
+        shape = self._ffcv.reader.handlers["image"].shape
+        return Batch(torch.empty((0, *map(int, shape)), dtype=torch.uint8, device=self.device), none, none, view[:0])
+
+    def close(self) -> None:
+        if self._pump is not None:
+            self._pump.stop()
+
+
+@cache
+def _pump_class() -> Any:
+    """FFCV's reading thread, with an end that can be seen and brought about."""
+    base: Any = ffcv_module("loader.epoch_iterator").EpochIterator
+
+    class Pump(base):
+        failure: BaseException | None = None
+
+        def run(self) -> None:
+            try:
+                super().run()
+            except BaseException as error:  # whatever it is: the training thread must hear of it
+                self.failure = error
+
+        def stop(self) -> None:
+            """End the thread, whether or not the epoch was read to its end."""
+            self.terminate_event.set()
+            self.iter_ixes = iter(())  # nothing more to read ...
+            end = time.monotonic() + STOP_S
+            while self.is_alive() and time.monotonic() < end:
+                try:
+                    self.output_queue.get(timeout=0.01)  # ... and room for the last word, which it waits to say
+                except Empty:
+                    continue
+
+    return Pump

@@ -1,0 +1,27 @@
+"""Progress: in plain lines where nobody watches a terminal, and never part of the output."""
+
+import pytest
+
+from retemper.loaders import progress as module
+from retemper.loaders.progress import progress
+
+
+def test_lines_come_now_and_then_on_stderr(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1000, 6))  # each look at it is 6 s later
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    assert list(progress(range(5), 5_000, "reading")) == [0, 1, 2, 3, 4]
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines()[0] == "reading: 5,000 to do"
+    assert err.splitlines()[1] == "reading: 1 of 5,000"
+
+
+def test_silence_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(progress(iter("ab"), 2, "reading", show=False)) == ["a", "b"]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_bar_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert list(progress("ab", 2, "reading")) == ["a", "b"]
+    assert "reading:" in capsys.readouterr().err
