@@ -1,0 +1,47 @@
+"""The networks of the literature, by name; parameters and their names are exactly those of the released code."""
+
+import difflib
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+
+from retemper.engine.models.cifar_resnet import resnet56
+from retemper.engine.models.mobilenet_v2 import mobilenet_v2
+from retemper.engine.models.preact_resnet import preact_resnet18, preact_resnet34
+from retemper.engine.models.resnet import resnet18, tiny_resnet
+from retemper.engine.models.wide_resnet import wrn34_10
+
+__all__ = ["MODELS", "create_model"]
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "resnet18": resnet18,
+    "mobilenet_v2": mobilenet_v2,
+    "wrn34_10": wrn34_10,
+    "preact_resnet18": preact_resnet18,
+    "preact_resnet34": preact_resnet34,
+    "resnet56": resnet56,
+    "tiny_resnet": tiny_resnet,
+    "tiny_resnet_wide": partial(tiny_resnet, width=32),  # the teacher of the small settings
+}
+
+
+def create_model(name: str, num_classes: int, *, channels: int | None = None) -> nn.Module:
+    """A fresh network, in training mode, float32, on the CPU; it maps (B, C, H, W) pixels in [0, 1] to (B, K) logits.
+
+    No normalisation is built in, and H and W are free: 28, 32 and 64 pixels all work.
+
+    Args:
+        name: a key of `MODELS`.
+        num_classes: K.
+        channels: of the input; None: 1 (grey) for the tiny networks, 3 (colour) for all others.
+
+    Raises:
+        ValueError: no network has this name, or `num_classes` or `channels` is below 1.
+    """
+    if name not in MODELS:
+        near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown model {name!r}; the nearest is {near!r}, all are {', '.join(MODELS)}")
+    if num_classes < 1 or (channels is not None and channels < 1):
+        raise ValueError(f"num_classes and channels must be at least 1, not {num_classes} and {channels}")
+    return MODELS[name](num_classes) if channels is None else MODELS[name](num_classes, channels)
