@@ -1,0 +1,149 @@
+"""Random crop of the zero-padded image, then a random flip: the augmentation of every CIFAR recipe since He et al.,
+CVPR 2016. Gather, crop, flip, scaling and layout in one pass over uint8 images that stay on the device.
+
+    out[b, c, y, x] = padded[index[b]][y + dy, (W - 1 - x if flip else x) + dx, c] / 255
+    view            = (dy (2 p + 1) + dx) 2 + flip,   dy, dx in 0 ... 2 p
+
+The same numbers, to the bit, as torchvision's RandomCrop, RandomHorizontalFlip and ToTensor. Bound by memory: reads one
+byte and writes four for each value.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from retemper.kernels.runtime import (
+    EXACT,
+    TRITON_FLOATS,
+    launching,
+    pixel_block,
+    require_one_device,
+    require_vector,
+    runs_triton,
+)
+
+
+def num_views(padding: int) -> int:
+    """How many views there are: ids run from 0 to one less."""
+    return 2 * (2 * padding + 1) ** 2
+
+
+def identity_view(padding: int) -> int:
+    """The id of the view that leaves an image as it is."""
+    return (padding * (2 * padding + 1) + padding) * 2
+
+
+def augment_reference(
+    image: Tensor, view: Tensor, *, index: Tensor | None = None, padding: int = 4, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The views in plain PyTorch: the truth for the tests, and the path on a CPU."""
+    if index is not None:
+        image = image[index.clamp(0, image.shape[0] - 1)]
+    batch, height, width, channels = image.shape
+    view, side = view.clamp(0, num_views(padding) - 1), 2 * padding + 1
+    padded = torch.nn.functional.pad(image, (0, 0, padding, padding, padding, padding))
+    down, along = padded.stride(1), padded.stride(2)
+    crops = padded.as_strided(  # every crop there is, as a view
+        (batch, side, side, height, width * channels), (padded.stride(0), down, along, down, 1)
+    )
+    sample = torch.arange(batch, device=image.device)
+    crop = crops[sample, view // 2 // side, view // 2 % side].view(batch, height, width, channels)
+    crop = torch.where((view % 2 == 1)[:, None, None, None], crop.flip(2), crop)  # bytes until here: moves a quarter
+    return crop.float().div_(255).to(dtype).permute(0, 3, 1, 2)
+
+
+@triton.jit
+def _augment_kernel(
+    image_ptr,
+    view_ptr,
+    index_ptr,
+    out_ptr,
+    N,
+    blocks,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PADDING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sample = (tl.program_id(0) // blocks).to(tl.int64)  # int64: a batch may pass 2**31 values
+    value = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    x, y = value // CHANNELS % WIDTH, value // (CHANNELS * WIDTH)
+    side: tl.constexpr = 2 * PADDING + 1
+    view = tl.minimum(tl.maximum(tl.load(view_ptr + sample), 0), 2 * side * side - 1).to(tl.int32)
+    source = sample
+    if index_ptr is not None:
+        source = tl.minimum(tl.maximum(tl.load(index_ptr + sample), 0), N - 1)
+    x = tl.where(view % 2 == 1, WIDTH - 1 - x, x) + view // 2 % side - PADDING
+    y_out, y = y, y + view // 2 // side - PADDING
+    inside = (x >= 0) & (x < WIDTH) & (y >= 0) & (y < HEIGHT) & (y_out < HEIGHT)
+    size: tl.constexpr = HEIGHT * WIDTH * CHANNELS
+    place = image_ptr + source * size + (y * WIDTH + x) * CHANNELS + value % CHANNELS
+    pixel = tl.load(place, mask=inside, other=0).to(tl.float32)
+    pixel = tl.math.div_rn(pixel, tl.full((BLOCK,), 255.0, tl.float32))
+    tl.store(out_ptr + sample * size + value, pixel.to(out_ptr.dtype.element_ty), mask=value < size)
+
+
+@torch.library.custom_op("retemper::augment", mutates_args=())
+def _augment_op(image: Tensor, view: Tensor, index: Tensor | None, padding: int, dtype: torch.dtype) -> Tensor:
+    _check(image, view, index, padding, dtype)
+    if not runs_triton(image):
+        return augment_reference(image, view, index=index, padding=padding, dtype=dtype)
+    _, height, width, channels = image.shape
+    out = image.new_empty((view.shape[0], height, width, channels), dtype=dtype)
+    if out.numel():
+        values = height * width * channels
+        shape = {"HEIGHT": height, "WIDTH": width, "CHANNELS": channels, "PADDING": padding}
+        options: dict[str, Any] = {**shape, "BLOCK": pixel_block(values), **EXACT}
+        blocks = triton.cdiv(values, options["BLOCK"])
+        with launching(image):
+            _augment_kernel[(view.shape[0] * blocks,)](image, view, index, out, image.shape[0], blocks, **options)
+    return out.permute(0, 3, 1, 2)
+
+
+def _check(image: Tensor, view: Tensor, index: Tensor | None, padding: int, dtype: torch.dtype) -> None:
+    if image.dim() != 4 or image.dtype != torch.uint8:
+        raise ValueError(f"image: {image.dtype} of shape {tuple(image.shape)}; needs uint8 (N, H, W, C)")
+    if not image.is_contiguous():
+        raise ValueError(f"image: strides {image.stride()}; call .contiguous() on it")
+    require_one_device(image=image, view=view, index=index)
+    batch = view.shape[0] if view.dim() else 0
+    require_vector("view", view, batch, torch.int64)
+    require_vector("index", index, batch, torch.int64)
+    if index is None and batch != image.shape[0]:
+        raise ValueError(f"view: {batch} ids for {image.shape[0]} images; needs one each, or give an index")
+    if batch and image.numel() == 0:
+        raise ValueError(f"image: shape {tuple(image.shape)} holds nothing to look at")
+    if padding < 0:
+        raise ValueError(f"padding: {padding}; needs 0 or more")
+    if dtype not in TRITON_FLOATS:
+        raise ValueError(f"dtype: {dtype}; needs one of {', '.join(map(str, TRITON_FLOATS))}")
+
+
+@_augment_op.register_fake
+def _(image: Tensor, view: Tensor, index: Tensor | None, padding: int, dtype: torch.dtype) -> Tensor:
+    return image.new_empty((view.shape[0], *image.shape[1:]), dtype=dtype).permute(0, 3, 1, 2)
+
+
+def augment(
+    image: Tensor, view: Tensor, *, index: Tensor | None = None, padding: int = 4, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Crop, flip and scale: one view of each image, as pixels in [0, 1].
+
+    Args:
+        image: (N, H, W, C) uint8, contiguous.
+        view: (B,) int64, ids below `num_views(padding)`; others are clamped to the range.
+        index: (B,) int64, which image each view is of, clamped to the range; without it, B is N, in order.
+        padding: pixels of zeros on each side, so that the crop moves by at most that much.
+        dtype: float32, float16 or bfloat16.
+
+    Returns:
+        (B, C, H, W) in channels-last layout.
+
+    Raises:
+        ValueError: a shape, dtype, device or stride does not fit.
+    """
+    return _augment_op(image, view, index, padding, dtype)

@@ -1,0 +1,250 @@
+"""One projected-gradient step inside the eps ball (Madry et al., ICLR 2018), in place.
+
+    L-inf:  adv <- clip(min(max(adv + step sign(grad), clean - eps), clean + eps), lower, upper)
+    L2:     moved = adv + step grad / ||grad||;  delta = moved - clean
+            adv <- clip(clean + delta min(1, eps / ||delta||), lower, upper)
+
+Both norms are per sample. Bound by memory: L-inf reads 3 tensors and writes 1 in one launch, where eager takes six
+launches, reads 9 and writes 6. L2 goes over each sample three times, mostly out of the cache.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from retemper.kernels.runtime import (
+    EXACT,
+    FLOATS,
+    clamp,
+    compute_dtype,
+    launching,
+    per_sample,
+    pixel_block,
+    require_one_device,
+    require_one_layout,
+    require_vector,
+    require_writable,
+    runs_triton,
+)
+
+NORMS = ("linf", "l2")
+
+
+def pgd_step_reference(
+    adv: Tensor,
+    grad: Tensor,
+    clean: Tensor,
+    step: float | Tensor,
+    eps: float | Tensor,
+    *,
+    norm: str = "linf",
+    lower: float = 0.0,
+    upper: float = 1.0,
+) -> Tensor:
+    """The step in plain PyTorch, into a new tensor: the truth for the tests, and the path on a CPU."""
+    compute = compute_dtype(adv)
+    wide_adv, wide_grad, wide_clean = adv.to(compute), grad.to(compute), clean.to(compute)
+    step = _column(step, wide_adv) if isinstance(step, Tensor) else step
+    eps = _column(eps, wide_adv) if isinstance(eps, Tensor) else eps
+    if norm == "linf":
+        moved = wide_grad.sign().mul_(step).add_(wide_adv)  # the sign of NaN is 0, so such a pixel stays
+        moved = torch.minimum(torch.maximum(moved, wide_clean - eps), wide_clean + eps)
+    else:
+        moved = wide_adv + step * _direction(wide_grad)
+        delta = moved - wide_clean
+        length = _length(delta)
+        moved = torch.where(length > eps, wide_clean + delta * (eps / length), moved)
+    return moved.clamp_(lower, upper).to(adv.dtype)
+
+
+def _column(value: Tensor, like: Tensor) -> Tensor:
+    """One number for each sample, shaped so that it broadcasts over the sample's pixels."""
+    return value.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+
+
+def _length(x: Tensor) -> Tensor:
+    """The L2 norm of each sample, shaped to broadcast."""
+    return _column(x[..., None].flatten(1).square().sum(1).sqrt(), x)
+
+
+def _direction(grad: Tensor) -> Tensor:
+    """grad / ||grad|| over the finite entries; zeros where there is nothing to follow."""
+    grad = torch.where(grad.isfinite(), grad, 0)
+    peak = grad[..., None].flatten(1).abs().amax(1)
+    grad = grad / _column(torch.where(peak > 0, peak, 1), grad)  # 1e-30 and 1e30 have no square in float32
+    length = _length(grad)
+    return grad / torch.where(length > 0, length, 1)
+
+
+@triton.jit
+def _linf_kernel(
+    adv_ptr, grad_ptr, clean_ptr, step_ptr, eps_ptr, step, eps, lower, upper, pixels, blocks, BLOCK: tl.constexpr
+):
+    sample = (tl.program_id(0) // blocks).to(tl.int64)  # int64: a batch may pass 2**31 pixels
+    pixel = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = pixel < pixels
+    offset = sample * pixels + pixel
+    if step_ptr is not None:
+        step = tl.load(step_ptr + sample).to(tl.float32)
+    if eps_ptr is not None:
+        eps = tl.load(eps_ptr + sample).to(tl.float32)
+    adv = tl.load(adv_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    clean = tl.load(clean_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    moved = adv + tl.where(grad > 0, step, tl.where(grad < 0, -step, 0.0))
+    moved = clamp(clamp(moved, clean - eps, clean + eps), lower, upper)
+    tl.store(adv_ptr + offset, moved.to(adv_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _finite(grad_ptr, offset, inside):
+    grad = tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(tl.abs(grad) < float("inf"), grad, 0.0)
+
+
+@triton.jit
+def _l2_kernel(
+    adv_ptr,
+    grad_ptr,
+    clean_ptr,
+    step_ptr,
+    eps_ptr,
+    step,
+    eps,
+    lower,
+    upper,
+    PIXELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sample = tl.program_id(0).to(tl.int64)
+    base = sample * PIXELS
+    if step_ptr is not None:
+        step = tl.load(step_ptr + sample).to(tl.float32)
+    if eps_ptr is not None:
+        eps = tl.load(eps_ptr + sample).to(tl.float32)
+
+    peak = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, PIXELS, BLOCK):
+        pixel = start + tl.arange(0, BLOCK)
+        peak = tl.maximum(peak, tl.abs(_finite(grad_ptr, base + pixel, pixel < PIXELS)))
+    unit = tl.max(peak, 0)  # the gradient is measured in it: 1e-30 and 1e30 have no square in float32
+    unit = tl.where(unit == 0, 1.0, unit)
+
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, PIXELS, BLOCK):
+        pixel = start + tl.arange(0, BLOCK)
+        grad = tl.math.div_rn(_finite(grad_ptr, base + pixel, pixel < PIXELS), unit)
+        squares += grad * grad
+    length = tl.math.sqrt_rn(tl.sum(squares, 0))
+    length = tl.where(length == 0, 1.0, length)
+
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, PIXELS, BLOCK):
+        pixel = start + tl.arange(0, BLOCK)
+        moved, clean = _moved(adv_ptr, grad_ptr, clean_ptr, base + pixel, pixel < PIXELS, unit, length, step)
+        squares += (moved - clean) * (moved - clean)
+    distance = tl.math.sqrt_rn(tl.sum(squares, 0))
+    shrink = eps / tl.where(distance > eps, distance, 1.0)
+
+    for start in range(0, PIXELS, BLOCK):
+        pixel = start + tl.arange(0, BLOCK)
+        moved, clean = _moved(adv_ptr, grad_ptr, clean_ptr, base + pixel, pixel < PIXELS, unit, length, step)
+        moved = tl.where(distance > eps, clean + (moved - clean) * shrink, moved)  # inside the ball: to the bit
+        moved = clamp(moved, lower, upper)
+        tl.store(adv_ptr + base + pixel, moved.to(adv_ptr.dtype.element_ty), mask=pixel < PIXELS)
+
+
+@triton.jit
+def _moved(adv_ptr, grad_ptr, clean_ptr, offset, inside, unit, length, step):
+    adv = tl.load(adv_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    clean = tl.load(clean_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.math.div_rn(tl.math.div_rn(_finite(grad_ptr, offset, inside), unit), length)
+    return adv + step * grad, clean
+
+
+@torch.library.custom_op("retemper::pgd_step_", mutates_args=("adv",))
+def _pgd_step_op(
+    adv: Tensor,
+    grad: Tensor,
+    clean: Tensor,
+    step: float,
+    eps: float,
+    step_per_sample: Tensor | None,
+    eps_per_sample: Tensor | None,
+    norm: str,
+    lower: float,
+    upper: float,
+) -> None:
+    require_one_layout(adv=adv, grad=grad, clean=clean)
+    require_one_device(adv=adv, step=step_per_sample, eps=eps_per_sample)
+    batch = adv.shape[0]
+    require_vector("step", step_per_sample, batch, *FLOATS)
+    require_vector("eps", eps_per_sample, batch, *FLOATS)
+    if norm not in NORMS:
+        raise ValueError(f"norm: {norm!r}; needs one of {', '.join(NORMS)}")
+    if adv.numel() == 0:
+        return
+    if not runs_triton(adv):
+        step_or_steps = step if step_per_sample is None else step_per_sample
+        eps_or_epses = eps if eps_per_sample is None else eps_per_sample
+        adv.copy_(
+            pgd_step_reference(adv, grad, clean, step_or_steps, eps_or_epses, norm=norm, lower=lower, upper=upper)
+        )
+        return
+    pixels = adv.numel() // batch
+    blocks = triton.cdiv(pixels, pixel_block(pixels))
+    options: dict[str, Any] = {"BLOCK": pixel_block(pixels), **EXACT}
+    arguments = (adv, grad, clean, step_per_sample, eps_per_sample, step, eps, lower, upper)
+    with launching(adv):
+        if norm == "linf":
+            _linf_kernel[(batch * blocks,)](*arguments, pixels, blocks, **options)
+        else:
+            options["PIXELS"] = pixels
+            _l2_kernel[(batch,)](*arguments, **options)
+
+
+@_pgd_step_op.register_fake
+def _(*args: object) -> None:
+    return None
+
+
+def pgd_step_(
+    adv: Tensor,
+    grad: Tensor,
+    clean: Tensor,
+    step: float | Tensor,
+    eps: float | Tensor,
+    *,
+    norm: str = "linf",
+    lower: float = 0.0,
+    upper: float = 1.0,
+) -> Tensor:
+    """Move `adv` one step along `grad`, in place, and project it back to the ball around `clean` and to the image.
+
+    A pixel whose gradient is zero or NaN is not moved; L2 leaves infinite gradients out as well, and does not rescale
+    a sample that lies in the ball. In float16 and bfloat16 the result is rounded after the projection, so it may leave
+    the ball by half an ulp.
+
+    Args:
+        adv, grad, clean: (B, ...); one float dtype; one dense layout, the batch outermost.
+        step, eps: in pixel units (8/255, not 8); a number, or floats (B,) for margins of each sample.
+        norm: "linf" or "l2".
+        lower, upper: the range of a valid pixel.
+
+    Returns:
+        `adv` itself.
+
+    Raises:
+        ValueError: the tensors differ in shape, dtype, device or strides; `adv` is tracked by autograd; unknown norm.
+    """
+    require_writable("adv", adv)
+    batch = adv.shape[0] if adv.dim() else 0
+    step_scalar, step_per_sample = per_sample("step", step, batch)
+    eps_scalar, eps_per_sample = per_sample("eps", eps, batch)
+    if eps_scalar < 0:
+        raise ValueError(f"eps: {eps_scalar}; a radius is not negative")
+    _pgd_step_op(adv, grad, clean, step_scalar, eps_scalar, step_per_sample, eps_per_sample, norm, lower, upper)
+    return adv

@@ -1,0 +1,214 @@
+"""The random start of an attack (Madry et al., ICLR 2018; TRADES, Zhang et al., ICML 2019), in place.
+
+    uniform:  adv <- clean + u,  u ~ U(-eps, eps)
+    normal:   adv <- clean + u,  u ~ scale N(0, 1), kept inside [-eps, eps]
+
+The numbers come from Philox-4x32-10 (Salmon et al., SC 2011): the counter is the pixel's place in memory, the key is
+the seed. So a draw depends on nothing else, and a CPU draws what a GPU draws: uniform to the bit, normal to rounding.
+The papers do not project the normal draw. With eps > 6 scale, as in all of them, that changes nothing: 24 bits make no
+draw longer than sqrt(-2 ln 2^-24) = 5.8. Where Box and Muller take the cosine of an angle from the whole circle, this
+takes the sine of one from the right half: the same distribution, and a short series is enough for it.
+
+Bound by memory: reads 1 tensor and writes 1; the ten rounds hide behind that.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from retemper.kernels.runtime import (
+    EXACT,
+    FLOATS,
+    clamp,
+    compute_dtype,
+    launching,
+    per_sample,
+    pixel_block,
+    require_one_device,
+    require_one_layout,
+    require_vector,
+    require_writable,
+    runs_triton,
+)
+
+NOISES = ("uniform", "normal")
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # of Philox-4x32, for words 0 and 2
+KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # the golden ratio and sqrt(3) - 1, in 32 bits
+ROUNDS = 10
+LOW = 0xFFFFFFFF  # the lower 32 bits of an int64
+UNIT = tl.constexpr(2.0**-24)  # a draw has 24 bits, as many as a float32 holds
+HALF_TURN = tl.constexpr(math.pi * 2.0**-24)
+
+
+def philox_reference(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox-4x32-10 on 32-bit words held in int64 tensors."""
+    word0, word1, word2, word3 = counter
+    key0, key1 = key
+    for _ in range(ROUNDS):
+        high0, low0 = _multiply(word0, MULTIPLIERS[0])
+        high2, low2 = _multiply(word2, MULTIPLIERS[1])
+        high2 ^= word1
+        high2 ^= key0
+        high0 ^= word3
+        high0 ^= key1
+        word0, word1, word2, word3 = high2, low2, high0, low0
+        key0, key1 = (key0 + KEY_STEPS[0]) & LOW, (key1 + KEY_STEPS[1]) & LOW
+    return word0, word1, word2, word3
+
+
+def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """The upper and the lower 32 bits of a product of 64; int64 wraps around, and keeps the bits of an unsigned one."""
+    low = word * factor
+    high = low >> 32
+    high &= LOW  # in place, here and above: twice as fast on a CPU, where this is the path
+    low &= LOW
+    return high, low
+
+
+def random_start_reference(
+    clean: Tensor, eps: float | Tensor, *, seed: Tensor, noise: str = "uniform", scale: float = 0.001, clip: bool = True
+) -> Tensor:
+    """The start in plain PyTorch, into a new tensor of `clean`'s layout: the truth for the tests, the path on a CPU."""
+    offset = torch.arange(clean.numel(), device=clean.device)
+    zero = torch.zeros_like(offset)
+    seed = seed.reshape(())
+    bits = philox_reference((offset & LOW, offset >> 32, zero, zero), (seed & LOW, (seed >> 32) & LOW))
+
+    start = torch.empty_like(clean, dtype=compute_dtype(clean))
+    in_memory = start.as_strided((clean.shape[0], clean[:1].numel()), (clean[:1].numel(), 1))
+    eps = eps.to(start.dtype)[:, None] if isinstance(eps, Tensor) else eps
+    first, second = ((word >> 8).to(start.dtype).view(in_memory.shape) for word in bits[:2])
+    if noise == "uniform":
+        draw = (first * (2 * UNIT.value) - 1) * eps
+    else:
+        draw = (-2 * ((first + 1) * UNIT.value).log()).sqrt() * ((second - 2**23) * HALF_TURN.value).sin() * scale
+    start.copy_(clean)
+    centre = in_memory.clone()
+    in_memory.copy_(torch.minimum(torch.maximum(centre + draw, centre - eps), centre + eps))
+    return (start.clamp_(0, 1) if clip else start).to(clean.dtype)
+
+
+@triton.jit
+def _sine(angle):
+    """Taylor's series, to 2**-22 within a quarter turn of 0; tl.sin may take stack memory for angles we never have."""
+    square = angle * angle
+    tail = 1 - square * (1 / 72) * (1 - square * (1 / 110) * (1 - square * (1 / 156)))
+    return angle * (1 - square * (1 / 6) * (1 - square * (1 / 20) * (1 - square * (1 / 42) * tail)))
+
+
+@triton.jit
+def _random_start_kernel(
+    adv_ptr,
+    clean_ptr,
+    seed_ptr,
+    eps_ptr,
+    eps,
+    scale,
+    pixels,
+    blocks,
+    UNIFORM: tl.constexpr,
+    CLIP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sample = (tl.program_id(0) // blocks).to(tl.int64)  # int64: a batch may pass 2**31 pixels
+    pixel = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = pixel < pixels
+    offset = sample * pixels + pixel
+    if eps_ptr is not None:
+        eps = tl.load(eps_ptr + sample).to(tl.float32)
+    counter = offset.to(tl.uint32)
+    zero = counter * 0
+    word0, word1, _, _ = tl.philox(tl.load(seed_ptr), counter, (offset >> 32).to(tl.uint32), zero, zero)
+    first = (word0 >> 8).to(tl.int32).to(tl.float32)
+    if UNIFORM:
+        draw = (first * (2 * UNIT) - 1) * eps
+    else:
+        second = (word1 >> 8).to(tl.int32).to(tl.float32)
+        draw = tl.sqrt(-2 * tl.log((first + 1) * UNIT)) * _sine((second - 2**23) * HALF_TURN) * scale
+    clean = tl.load(clean_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    start = clamp(clean + draw, clean - eps, clean + eps)
+    if CLIP:
+        start = clamp(start, 0.0, 1.0)
+    tl.store(adv_ptr + offset, start.to(adv_ptr.dtype.element_ty), mask=inside)
+
+
+@torch.library.custom_op("retemper::random_start_", mutates_args=("adv",))
+def _random_start_op(
+    adv: Tensor,
+    clean: Tensor,
+    seed: Tensor,
+    eps: float,
+    eps_per_sample: Tensor | None,
+    noise: str,
+    scale: float,
+    clip: bool,
+) -> None:
+    require_one_layout(adv=adv, clean=clean)
+    require_one_device(adv=adv, seed=seed, eps=eps_per_sample)
+    require_vector("eps", eps_per_sample, adv.shape[0], *FLOATS)
+    if seed.numel() != 1 or seed.dtype != torch.int64:
+        raise ValueError(f"seed: {seed.dtype} of shape {tuple(seed.shape)}; needs an int, or one int64 in a tensor")
+    if noise not in NOISES:
+        raise ValueError(f"noise: {noise!r}; needs one of {', '.join(NOISES)}")
+    if adv.numel() == 0:
+        return
+    if not runs_triton(adv):
+        eps_or_epses = eps if eps_per_sample is None else eps_per_sample
+        adv.copy_(random_start_reference(clean, eps_or_epses, seed=seed, noise=noise, scale=scale, clip=clip))
+        return
+    pixels = adv.numel() // adv.shape[0]
+    block = pixel_block(pixels)
+    blocks = triton.cdiv(pixels, block)
+    scalars = (eps_per_sample, eps, scale, pixels, blocks)
+    options: dict[str, Any] = {"UNIFORM": noise == "uniform", "CLIP": clip, "BLOCK": block, **EXACT}
+    with launching(adv):
+        _random_start_kernel[(adv.shape[0] * blocks,)](adv, clean, seed, *scalars, **options)
+
+
+@_random_start_op.register_fake
+def _(*args: object) -> None:
+    return None
+
+
+def random_start_(
+    adv: Tensor,
+    clean: Tensor,
+    eps: float | Tensor,
+    *,
+    noise: str = "uniform",
+    scale: float = 0.001,
+    seed: int | Tensor,
+    clip: bool = True,
+) -> Tensor:
+    """Fill `adv`, in place, with `clean` plus noise inside the eps ball. What `adv` held before does not matter.
+
+    Args:
+        adv, clean: (B, ...); one float dtype; one dense layout, the batch outermost.
+        eps: in pixel units (8/255, not 8); a number, or floats (B,) for margins of each sample.
+        noise: "uniform" in the ball, or "normal" with standard deviation `scale`, in pixel units.
+        seed: an int of 64 bits, or a tensor of one int64 on the device: a captured graph then draws anew at every
+            replay, if the graph also advances the seed.
+        clip: clamp to [0, 1]; the released TRADES, RSLAD and ABSLD do not (their first step does).
+
+    Returns:
+        `adv` itself.
+
+    Raises:
+        ValueError: the tensors differ in shape, dtype, device or strides; `adv` is tracked by autograd; unknown noise.
+    """
+    require_writable("adv", adv)
+    eps_scalar, eps_per_sample = per_sample("eps", eps, adv.shape[0] if adv.dim() else 0)
+    if eps_scalar < 0:
+        raise ValueError(f"eps: {eps_scalar}; a radius is not negative")
+    if not isinstance(seed, Tensor):
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed: {seed} does not fit 64 bits")
+        seed = torch.full((1,), seed, dtype=torch.int64, device=adv.device)
+    _random_start_op(adv, clean, seed, eps_scalar, eps_per_sample, noise, scale, clip)
+    return adv

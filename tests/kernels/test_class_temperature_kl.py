@@ -1,0 +1,302 @@
+"""The class-wise distillation loss against its reference, forward and backward, and where its limits are."""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from retemper.kernels import (
+    class_temperature_kl,
+    class_temperature_kl_grad_,
+    class_temperature_kl_grad_reference,
+    class_temperature_kl_reference,
+)
+
+# whole tiles, ragged ones, rows in blocks; few rows of many classes, since the interpreter takes a row at a time there
+SHAPES = [(b, k) for b in (0, 1, 7, 128) for k in (1, 2, 3, 10, 100, 1000, 1500) if b * k < 20_000]
+# Loss, of the row's own value or of 1: each log is a quotient and a difference, good to 2**-22 of itself.
+LOSS_TOLERANCE = {torch.float32: 2**-20, torch.float64: 1e-12}
+# Gradient at temperature 1, absolute: p = exp(-x) to x exp(-x) 2**-22, so p and q to 2**-23 each, weights up to 2.
+GRAD_TOLERANCE = {torch.float32: 2**-21, torch.float64: 1e-12}
+# and of its own value, one ulp of the student's dtype: the interpreter truncates to bfloat16 where a GPU rounds.
+ULP = {torch.float32: 2**-22, torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float64: 1e-12}
+
+
+class Batch(NamedTuple):
+    student: Tensor
+    teacher: Tensor
+    label: Tensor
+    temperature: Tensor
+
+    def double(self) -> "Batch":
+        return Batch(self.student.double(), self.teacher.double(), self.label, self.temperature.double())
+
+
+def batch(
+    shape: tuple[int, int],
+    device: torch.device,
+    student: torch.dtype = torch.float32,
+    teacher: torch.dtype = torch.float32,
+    scale: float = 3.0,
+) -> Batch:
+    gen = torch.Generator().manual_seed(0)
+    logits = scale * torch.randn(2, *shape, generator=gen)
+    label = torch.randint(shape[1], shape[:1], generator=gen)
+    temperature = 0.05 * 1000 ** torch.rand(shape[1], generator=gen)  # 0.05 ... 50
+    return Batch(logits[0].to(device, student), logits[1].to(device, teacher), label.to(device), temperature.to(device))
+
+
+def weights(classes: int, device: torch.device) -> Tensor:
+    return torch.linspace(0, 2, classes, device=device)
+
+
+def assert_loss(loss: Tensor, expected: Tensor) -> None:
+    tolerance = LOSS_TOLERANCE[loss.dtype]
+    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def assert_grad(grad: Tensor, expected: Tensor, compute: torch.dtype, student_temperature: float = 1.0) -> None:
+    limits = torch.finfo(grad.dtype)
+    atol = GRAD_TOLERANCE[compute] / student_temperature + limits.tiny * limits.eps  # the steps of the smallest floats
+    torch.testing.assert_close(grad.double(), expected.double(), rtol=ULP[grad.dtype], atol=atol)
+
+
+def grad_of_sum(args: Batch, **options: Any) -> Tensor:
+    student = args.student.clone().requires_grad_()
+    loss = class_temperature_kl(student, *args[1:], reduction="sum", **options)
+    return torch.autograd.grad(loss, student)[0]
+
+
+@pytest.mark.parametrize("student_temperature", [1.0, 0.05, 30.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_agrees_with_reference(shape: tuple[int, int], student_temperature: float, device: torch.device) -> None:
+    args = batch(shape, device)
+    for weight in (None, weights(shape[1], device)):
+        options: dict[str, Any] = {"student_temperature": student_temperature, "class_weight": weight}
+        wide: dict[str, Any] = options | {"class_weight": None if weight is None else weight.double()}
+        loss = class_temperature_kl(*args, **options, reduction="none")
+        assert loss.dtype == torch.float32
+        assert_loss(loss, class_temperature_kl_reference(*args.double(), **wide))
+        grad = grad_of_sum(args, **options)
+        expected = class_temperature_kl_grad_reference(*args.double(), **wide)
+        assert_grad(grad, expected, torch.float32, student_temperature)
+        student = args.student.clone()
+        assert class_temperature_kl_grad_(student, *args[1:], **options) is student
+        assert torch.equal(student, grad)
+
+
+@pytest.mark.parametrize("teacher", ULP, ids=str)
+@pytest.mark.parametrize("student", ULP, ids=str)
+@pytest.mark.parametrize("shape", [(7, 10), (3, 1500)], ids=str)
+def test_takes_any_two_dtypes(
+    shape: tuple[int, int], student: torch.dtype, teacher: torch.dtype, device: torch.device
+) -> None:
+    args = batch(shape, device, student, teacher)
+    loss, grad = class_temperature_kl(*args, reduction="none"), grad_of_sum(args)
+    compute = torch.float64 if torch.float64 in (student, teacher) else torch.float32
+    assert loss.dtype == compute and grad.dtype == student
+    assert_loss(loss, class_temperature_kl_reference(*args.double()))
+    assert_grad(grad, class_temperature_kl_grad_reference(*args.double()), compute)
+
+
+@pytest.mark.parametrize("path", ["triton", "reference"])
+@pytest.mark.parametrize("classes", [10, 1500])
+def test_survives_what_training_may_do_to_logits(
+    classes: int, path: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if path == "reference" and device.type == "cpu":
+        monkeypatch.setattr("retemper.kernels.runtime.TRITON_ON_CPU", False)
+    args = batch((7, classes), device, scale=1e4)
+    assert_loss(class_temperature_kl(*args, reduction="none"), class_temperature_kl_reference(*args.double()))
+    assert_grad(grad_of_sum(args), class_temperature_kl_grad_reference(*args.double()), torch.float32)
+
+    hole = batch((7, classes), device)
+    hole.teacher[0, 1:] = -math.inf  # certain of class 0: no term but its own
+    hole.teacher[1, :5] = hole.student[1, :5] = -math.inf
+    hole.teacher[2, : classes - 1] = hole.student[2, : classes - 1] = -math.inf  # whole blocks of nothing
+    hole.student[3, 0] = -math.inf  # denies what the teacher holds possible
+    hole.student[4] = hole.teacher[4] = -math.inf
+    hole.student[5, 0] = math.nan
+    hole.teacher[6, 0] = math.inf
+    hole.temperature.fill_(1)
+    loss, grad = class_temperature_kl(*hole, reduction="none"), grad_of_sum(hole)
+    torch.testing.assert_close(loss[0], -hole.student[0].log_softmax(0)[0])
+    assert loss[1].isfinite() and loss[2] == 0 and loss[3] == math.inf
+    assert loss[4:].isnan().all() and grad[4:].isnan().all()
+    assert grad[:4].isfinite().all() and (grad[1, :5] == 0).all()
+    assert_grad(grad[:4], class_temperature_kl_grad_reference(*hole.double())[:4], torch.float32)
+
+
+@pytest.mark.parametrize("classes", [10, 1500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_label_that_is_no_class_makes_its_row_nan(classes: int, dtype: torch.dtype, device: torch.device) -> None:
+    args = batch((7, classes), device, dtype)
+    args.label[:4] = torch.tensor([-1, classes, 2**40, -(2**63)], device=device)
+    for weight in (None, weights(classes, device)):
+        loss = class_temperature_kl(*args, class_weight=weight, reduction="none")
+        grad = grad_of_sum(args, class_weight=weight)
+        bad = args.label.ge(classes) | args.label.lt(0)
+        assert torch.equal(loss.isnan(), bad) and torch.equal(grad.isnan(), bad[:, None].expand_as(grad))
+
+
+def test_reductions(device: torch.device) -> None:
+    args = batch((7, 10), device)
+    rows = class_temperature_kl(*args, reduction="none")
+    assert rows.shape == (7,)
+    for reduction, divisor in (("sum", 1), ("batchmean", 7), ("mean", 70)):
+        loss = class_temperature_kl(*args, reduction=reduction)
+        torch.testing.assert_close(loss, rows.sum() / divisor)
+        student = args.student.clone().requires_grad_()
+        class_temperature_kl(student, *args[1:], reduction=reduction).backward()
+        torch.testing.assert_close(student.grad, grad_of_sum(args) / divisor)
+
+
+def test_is_pytorchs_loss_at_temperature_one(device: torch.device) -> None:
+    args = batch((33, 10), device)._replace(temperature=torch.ones(10, device=device))
+    expected = F.kl_div(args.student.log_softmax(1), args.teacher.softmax(1), reduction="batchmean")
+    torch.testing.assert_close(class_temperature_kl(*args), expected)
+    expected = F.kl_div(args.student.log_softmax(1), args.teacher.softmax(1), reduction="none").sum(1)
+    torch.testing.assert_close(class_temperature_kl(*args, reduction="none"), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "batchmean", "mean"])
+def test_an_empty_batch_costs_nothing(reduction: str, device: torch.device) -> None:
+    args = batch((0, 10), device)
+    student = args.student.requires_grad_()
+    loss = class_temperature_kl(student, *args[1:], reduction=reduction)
+    assert loss.numel() == 0 if reduction == "none" else loss == 0
+    loss.sum().backward()
+    assert student.grad is not None and student.grad.shape == (0, 10)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 2**32),
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 40)),
+    scale=st.floats(0, 1e4),
+    temperature=st.floats(0.05, 50),
+)
+def test_is_a_divergence(
+    seed: int, shape: tuple[int, int], scale: float, temperature: float, device: torch.device
+) -> None:
+    gen = torch.Generator().manual_seed(seed)
+    student, teacher = (scale * torch.randn(2, *shape, generator=gen)).to(device)
+    label = torch.randint(shape[1], shape[:1], generator=gen).to(device)
+    by_class = torch.full(shape[1:], temperature, device=device)
+    options: dict[str, Any] = {"student_temperature": temperature}
+    loss = class_temperature_kl(student, teacher, label, by_class, **options, reduction="none")
+    assert (loss >= 0).all() and loss.isfinite().all()
+    itself = class_temperature_kl(teacher, teacher, label, by_class, **options, reduction="none")
+    assert (itself == 0).all()
+    grad = class_temperature_kl_grad_(student, teacher, label, by_class, **options) * temperature
+    assert grad.abs().max() <= 1
+    assert grad.sum(1).abs().max() <= 1e-5
+
+
+def test_gradient_is_the_derivative(device: torch.device) -> None:
+    args = batch((5, 4), device).double()
+    weight = weights(4, device).double()
+
+    for reduction in ("none", "sum", "batchmean", "mean"):
+        options: dict[str, Any] = {"student_temperature": 2.5, "class_weight": weight, "reduction": reduction}
+        loss = partial(class_temperature_kl, **options)
+        assert torch.autograd.gradcheck(
+            lambda student, loss=loss: loss(student, *args[1:]), args.student.requires_grad_()
+        )
+
+
+def test_gradient_of_rows_need_not_be_one(device: torch.device) -> None:
+    args = batch((7, 10), device)
+    row_grad = torch.arange(14.0, device=device)[::2]  # every second value: the stride counts
+    student = args.student.clone().requires_grad_()
+    class_temperature_kl(student, *args[1:], reduction="none").backward(row_grad)
+    torch.testing.assert_close(student.grad, grad_of_sum(args) * row_grad[:, None])
+
+
+def test_the_teacher_is_a_constant(device: torch.device) -> None:
+    args = batch((7, 10), device)
+    student, teacher = args.student.requires_grad_(), args.teacher.requires_grad_()
+    class_temperature_kl(student, teacher, *args[2:]).backward()
+    assert student.grad is not None and teacher.grad is None
+    with torch.no_grad():
+        assert not class_temperature_kl(student, teacher, *args[2:]).requires_grad
+
+
+def test_rows_may_have_gaps(device: torch.device) -> None:
+    args = batch((7, 30), device)
+    gaps = Batch(args.student[:, 5:15], args.teacher[:, 10:20], args.label % 10, args.temperature[:10])
+    dense = Batch(*(t.contiguous() for t in gaps))
+    assert torch.equal(class_temperature_kl(*gaps), class_temperature_kl(*dense))
+    assert torch.equal(grad_of_sum(gaps), grad_of_sum(dense))
+    around = args.student.clone()
+    class_temperature_kl_grad_(*gaps)
+    assert torch.equal(args.student[:, 5:15], grad_of_sum(dense))
+    assert torch.equal(args.student[:, :5], around[:, :5]) and torch.equal(args.student[:, 15:], around[:, 15:])
+
+
+def test_refuses_what_it_cannot_do(device: torch.device) -> None:
+    student, teacher, label, temperature = batch((7, 10), device)
+    for message, args, options in [
+        (r"student: shape \(70,\); needs \(B, K\)", (student.flatten(), teacher, label, temperature), {}),
+        (r"student: shape \(7, 0\); needs \(B, K\)", (student[:, :0], teacher[:, :0], label, temperature[:0]), {}),
+        (r"teacher: shape \(7, 9\), but student", (student, teacher[:, :9], label, temperature), {}),
+        (r"teacher: torch.int32; needs", (student, teacher.int(), label, temperature), {}),
+        (r"student: strides \(1, 7\); rows", (student.t().contiguous().t(), teacher, label, temperature), {}),
+        (r"label: shape \(6,\); needs \(7,\)", (student, teacher, label[:6], temperature), {}),
+        (r"label: torch.int32; needs torch.int64", (student, teacher, label.int(), temperature), {}),
+        (r"temperature: shape \(9,\); needs \(10,\)", (student, teacher, label, temperature[:9]), {}),
+        (r"temperature: torch.float16", (student, teacher, label, temperature.half()), {}),
+        (r"temperature: stride 0", (student, teacher, label, temperature[:1].expand(10)), {}),
+        (r"class_weight: shape \(7,\)", (student, teacher, label, temperature), {"class_weight": temperature[:7]}),
+        (r"student_temperature: 0", (student, teacher, label, temperature), {"student_temperature": 0.0}),
+        (r"student_temperature: nan", (student, teacher, label, temperature), {"student_temperature": math.nan}),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            class_temperature_kl(*args, **options)
+        with pytest.raises(ValueError, match=message):
+            class_temperature_kl_grad_(*args, **options)
+    with pytest.raises(ValueError, match="reduction: 'avg'; needs one of batchmean, mean, sum, none"):
+        class_temperature_kl(student, teacher, label, temperature, reduction="avg")
+    with pytest.raises(ValueError, match=r"student: strides \(0, 1\) overlap"):
+        class_temperature_kl_grad_(student[:1].expand(7, 10), teacher, label, temperature)
+    tracked = student.requires_grad_()
+    with pytest.raises(ValueError, match=r"student: requires grad .* student.detach\(\)"):
+        class_temperature_kl_grad_(tracked * 1, teacher, label, temperature)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_are_well_formed_ops(dtype: torch.dtype, weighted: bool, device: torch.device) -> None:
+    student, *rest = batch((7, 10), device, dtype)
+    rest += [weights(10, device) if weighted else None, 2.0]
+    ops = torch.ops.retemper
+    torch.library.opcheck(ops.class_temperature_kl.default, (student.clone().requires_grad_(), *rest))
+    torch.library.opcheck(ops.class_temperature_kl_grad_.default, (student, *rest))
+    row_grad = torch.ones(7, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.library.opcheck(ops.class_temperature_kl_backward.default, (row_grad, student, *rest))
+
+
+def test_compiles_into_one_graph(device: torch.device) -> None:
+    args = batch((7, 10), device)
+    weight = weights(10, device)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(student: Tensor) -> Tensor:
+        return class_temperature_kl(2 * student, *args[1:], class_weight=weight)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def direction(student: Tensor) -> Tensor:
+        return class_temperature_kl_grad_(2 * student, *args[1:], class_weight=weight)
+
+    student = args.student.clone().requires_grad_()
+    loss(student).backward()
+    twice = args._replace(student=2 * args.student)
+    expected = grad_of_sum(twice, class_weight=weight)
+    torch.testing.assert_close(student.grad, 2 * expected / 7)
+    torch.testing.assert_close(direction(args.student), expected)

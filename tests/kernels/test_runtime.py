@@ -1,0 +1,105 @@
+"""Where an op runs, what layouts it takes, and that these tests drive what they claim to."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from retemper.kernels import pgd_step_, runtime
+from retemper.kernels.pgd_step import _linf_kernel
+
+IMPORT = """
+import sys
+before = {"retemper"} | {name.partition(".")[0] for name in sys.modules}
+import numpy, torch, triton
+known = before | {name.partition(".")[0] for name in sys.modules}
+import retemper.kernels
+assert not {name.partition(".")[0] for name in sys.modules} - known
+assert not {name for name in sys.modules if name.startswith("retemper.")} - {
+    "retemper.kernels", *(f"retemper.kernels.{part}" for part in
+    ["augment", "class_sums", "class_temperature_kl", "pgd_step", "random_start", "runtime"])
+}
+assert retemper.kernels.runtime.TRITON_ON_CPU == (INTERPRET == "1")
+"""
+
+
+def test_these_tests_run_triton(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(_linf_kernel, InterpretedFunction if device.type == "cpu" else triton.JITFunction)
+    monkeypatch.setitem(pgd_step_.__globals__, "pgd_step_reference", None)  # a call of it would raise
+    adv = torch.zeros(2, 3, device=device)
+    assert pgd_step_(adv, torch.ones_like(adv), torch.zeros_like(adv), 0.1, 1.0).eq(0.1).all()
+
+
+def test_float64_takes_the_reference(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(pgd_step_.__globals__, "_linf_kernel", None)
+    adv = torch.zeros(2, 3, device=device, dtype=torch.float64)
+    assert pgd_step_(adv, torch.ones_like(adv), torch.zeros_like(adv), 0.1, 1.0).eq(0.1).all()
+
+
+@pytest.mark.usefixtures("reference_path")
+def test_a_plain_cpu_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(pgd_step_.__globals__, "_linf_kernel", None)
+    adv = torch.zeros(2, 3)
+    assert pgd_step_(adv, torch.ones_like(adv), torch.zeros_like(adv), 0.1, 1.0).eq(0.1).all()
+
+
+def test_fresh_memory_is_poisoned(device: torch.device) -> None:
+    assert torch.empty(1000, device=device).isnan().all()
+
+
+@pytest.mark.parametrize("interpret", ["0", "1"])
+def test_import_is_light_and_obeys_the_environment(interpret: str) -> None:
+    code = IMPORT.replace("INTERPRET", repr(interpret))
+    env = os.environ | {"TRITON_INTERPRET": interpret}
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=env)
+
+
+IMAGES = torch.zeros(2, 3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        IMAGES,
+        IMAGES.contiguous(memory_format=torch.channels_last),
+        IMAGES.permute(0, 2, 3, 1),
+        IMAGES[:1].expand(1, 3, 4, 5),
+        torch.zeros(1, 3, 4, 5).as_strided((1, 3, 4, 5), (7, 20, 5, 1)),  # a stride nobody takes
+        torch.zeros(6),
+        torch.zeros(0, 3),
+    ],
+    ids=lambda image: f"{tuple(image.shape)}{image.stride()}",
+)
+def test_accepts_one_dense_layout(image: Tensor) -> None:
+    runtime.require_one_layout(adv=image, clean=image)
+
+
+@pytest.mark.parametrize(
+    ("clean", "message"),
+    [
+        (IMAGES.double(), "clean: torch.float64, but adv is torch.float32"),
+        (IMAGES.int(), "clean: torch.int32; needs one of"),
+        (IMAGES[:1], r"clean: shape \(1, 3, 4, 5\), but adv has"),
+        (IMAGES.contiguous(memory_format=torch.channels_last), r"clean: strides \(60, 1, 15, 3\), but adv has"),
+        (torch.zeros(2, 3, 4, 6)[..., :5], "clean: strides .* leave holes"),
+        (torch.zeros(1, 3, 4, 5).expand(2, 3, 4, 5), "clean: strides .* overlap"),
+        (torch.zeros(3, 2, 4, 5).transpose(0, 1), "clean: strides"),
+        (torch.zeros(2, 3, 4, 5, device="meta"), "clean: on meta, but adv is on cpu"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refuses_anything_else(clean: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        runtime.require_one_layout(adv=IMAGES, clean=clean)
+
+
+def test_refuses_a_scalar_and_a_transposed_batch() -> None:
+    with pytest.raises(ValueError, match="adv: a scalar"):
+        runtime.require_one_layout(adv=torch.tensor(0.0))
+    with pytest.raises(ValueError, match="adv: strides"):
+        runtime.require_one_layout(adv=torch.zeros(3, 2).t())
