@@ -1,0 +1,42 @@
+"""What a run is and how it moves: recipes, the attack, the training step, checkpoints, evaluation, reports."""
+
+from retemper.engine.attack import cross_entropy_objective, cw_objective, pgd
+from retemper.engine.class_statistics import ClassReport, class_report, intervals
+from retemper.engine.errors import Diverged
+from retemper.engine.models import create_model
+from retemper.engine.recipe import ClassSums, Recipe, Targets
+from retemper.engine.settings import DIGITS, FASHION, FASHION_SMALL, Setting, distillation
+from retemper.engine.step import State, train_step
+from retemper.engine.weights import load_checkpoint, save_weights
+
+
+def run_recipe(file: str) -> None:
+    """Run a recipe file as a script: `python recipes/absld.py SETTING ...` is `retemper train absld:SETTING ...`."""
+    from retemper.engine.cli import run_as_script  # not at the top: the command line imports everything
+
+    run_as_script(file)
+
+
+__all__ = [
+    "DIGITS",
+    "FASHION",
+    "FASHION_SMALL",
+    "ClassReport",
+    "ClassSums",
+    "Diverged",
+    "Recipe",
+    "Setting",
+    "State",
+    "Targets",
+    "class_report",
+    "create_model",
+    "cross_entropy_objective",
+    "cw_objective",
+    "distillation",
+    "intervals",
+    "load_checkpoint",
+    "pgd",
+    "run_recipe",
+    "save_weights",
+    "train_step",
+]

@@ -1,0 +1,110 @@
+"""Projected gradient descent on a model's input (Madry et al., ICLR 2018), for any objective.
+
+    x_0 = clean + noise;   x_{t+1} = clip(project(x_t + step * sign(grad objective(model(x_t)))))
+
+Only input gradients are computed. The mode of every module is put back as it was.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from retemper.kernels import pgd_step_, random_start_
+
+Objective = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def module_mode(model: nn.Module, mode: str) -> Iterator[None]:
+    """Every module of `model` in "eval" or "train" mode inside, each as it was before afterwards."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(mode == "train")
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def pgd(
+    model: nn.Module,
+    clean: Tensor,
+    *,
+    objective: Objective,
+    steps: int,
+    step: float | Tensor,
+    eps: float | Tensor,
+    start: str | Tensor | None = "uniform",
+    bn_mode: str = "eval",
+    seed: int | Tensor | None = None,
+    clip_start: bool = True,
+    norm: str = "linf",
+) -> Tensor:
+    """Push `objective(model(x))` up inside the ball of radius `eps` around `clean`.
+
+    Args:
+        model: images to logits; its parameters and modes are left as they were.
+        clean: (B, C, H, W); fp32, fp16 or bf16; contiguous or channels-last; pixels in [0, 1].
+        objective: logits (B, K) to a scalar. Sum it over the batch: a mean can underflow in half precision.
+        step, eps: in pixel units (8/255, not 8); a float, or (B,) for class-dependent margins.
+        start: "uniform" in the ball, "normal" (0.001 times a Gaussian, as TRADES), None or "none" (the clean image), or
+            a tensor like `clean` to start from.
+        bn_mode: "eval" (running statistics, left alone) or "train" (batch statistics, running ones updated).
+        seed: of the random start: an int, a one-element int64 tensor on the device, or None to draw one from torch's
+            generator.
+        clip_start: whether the random start is clipped to [0, 1].
+    Returns:
+        The last iterate, like `clean`, without gradient.
+    Raises:
+        ValueError: an unknown start, mode or norm; a start unlike `clean`; no gradient reaches the input.
+    """
+    if bn_mode not in ("eval", "train"):
+        raise ValueError(f"bn_mode = {bn_mode!r}: it must be 'eval' or 'train'")
+    clean = clean.detach()
+    adv = _start(clean, start, eps, seed, clip_start)
+    with module_mode(model, bn_mode), torch.enable_grad():
+        for _ in range(steps):
+            adv.requires_grad_(True)
+            (grad,) = torch.autograd.grad(objective(model(adv)), adv)
+            if grad.stride() != adv.stride():  # some convolutions answer in the other memory format
+                grad = torch.empty_like(adv).copy_(grad)
+            adv = pgd_step_(adv.detach(), grad, clean, step, eps, norm=norm)
+    return adv
+
+
+def _start(
+    clean: Tensor, start: str | Tensor | None, eps: float | Tensor, seed: int | Tensor | None, clip: bool
+) -> Tensor:
+    """The first iterate: a fresh tensor in the memory format of `clean`."""
+    adv = torch.empty_like(clean)
+    if isinstance(start, Tensor):
+        if start.shape != clean.shape:
+            raise ValueError(f"start has shape {tuple(start.shape)}, clean {tuple(clean.shape)}: they must agree")
+        return adv.copy_(start)
+    if start is None or start == "none":
+        return adv.copy_(clean)
+    if start not in ("normal", "uniform"):
+        raise ValueError(f"start = {start!r}: it must be 'uniform', 'normal', 'none' or a tensor like clean")
+    if seed is None:
+        seed = torch.randint(2**63 - 1, (1,), device=clean.device)
+    return random_start_(adv, clean, eps, noise=start, seed=seed, clip=clip)
+
+
+def cross_entropy_objective(label_B: Tensor) -> Objective:
+    """The sum of the cross-entropies against `label_B`: what PGD and FGSM raise."""
+    return lambda logits_BK: F.cross_entropy(logits_BK, label_B, reduction="sum")
+
+
+def cw_objective(label_B: Tensor, confidence: float = 50.0) -> Objective:
+    """The margin of Carlini & Wagner (S&P 2017) on logits: sum of -max(z_y - max_{j != y} z_j + confidence, 0)."""
+
+    def objective(logits_BK: Tensor) -> Tensor:
+        own_BK = F.one_hot(label_B, logits_BK.shape[1]).bool()
+        own_B = logits_BK.gather(1, label_B[:, None]).squeeze(1)
+        other_B = logits_BK.masked_fill(own_BK, -torch.inf).amax(1)
+        return -(own_B - other_B + confidence).clamp(min=0).sum()
+
+    return objective

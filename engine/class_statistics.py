@@ -1,0 +1,167 @@
+"""Accuracy class by class, the few numbers that sum it up, and how sure they are.
+
+    a_k = correct_k / count_k          average = sum_k correct_k / sum_k count_k
+    worst_tenth = mean of the ceil(K / 10) smallest a_k
+    nsd = (population standard deviation of a_k) / (mean of a_k); 0 is perfectly fair
+
+Dimension key: K classes, D bootstrap draws. The interval of one class is Wilson's score interval (JASA 1927).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+SUMMARIES = ("average", "worst", "worst_tenth", "nsd")
+Pair = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class ClassReport:
+    """Accuracies are fractions; a class without images has the accuracy NaN and is left out of every summary."""
+
+    accuracy: list[float]
+    count: list[int]
+    average: float
+    worst: float
+    worst_class: int
+    worst_tenth: float
+    nsd: float
+
+
+def class_report(correct_K: Any, count_K: Any) -> ClassReport:
+    """Sum up how many images of each class were classified correctly.
+
+    Args:
+        correct_K, count_K: (K,) whole numbers; a tensor on any device, an array or a list.
+
+    Returns:
+        Of several worst classes the first; -1 where no class has an image. `nsd` is NaN when all accuracies are 0.
+
+    Raises:
+        ValueError: shapes differ or are not (K,); a number is negative, not whole, or above its count.
+    """
+    correct_K, count_K = _checked(correct_K, count_K)
+    accuracy_K = np.divide(correct_K, count_K, out=np.full(len(count_K), math.nan), where=count_K > 0)
+    seen = accuracy_K[count_K > 0]
+    summary = dict.fromkeys(SUMMARIES, math.nan)
+    if len(seen):
+        summary = {name: float(value[0]) for name, value in _summaries(seen[None], count_K[count_K > 0]).items()}
+    return ClassReport(
+        accuracy=accuracy_K.tolist(),
+        count=count_K.astype(int).tolist(),
+        worst_class=int(np.nanargmin(accuracy_K)) if len(seen) else -1,
+        **summary,
+    )
+
+
+def intervals(correct_K: Any, count_K: Any, level: float = 0.95, draws: int = 10_000, seed: int = 0) -> dict[str, Any]:
+    """How far chance in the choice of test images may have moved each number.
+
+    "class" holds K Wilson score intervals (low, high). The summaries get percentile bootstrap intervals: every
+    draw resamples the correct count of each class from Binomial(count, accuracy). The bootstrap of a minimum is
+    biased low, since the luckless class of each draw wins: read the interval of `worst` (and, less, of
+    `worst_tenth`) as pessimistic, the more so the more classes are close to the worst.
+
+    Raises:
+        ValueError: as `class_report`, or `level` outside (0, 1), or no draws.
+    """
+    if not 0 < level < 1 or draws < 1:
+        raise ValueError(f"need 0 < level < 1 and draws >= 1, got level={level} and draws={draws}")
+    correct_K, count_K = _checked(correct_K, count_K)
+    out: dict[str, Any] = {"class": _wilson(correct_K, count_K, level)}
+    seen = count_K > 0
+    if not seen.any():
+        return out | dict.fromkeys(SUMMARIES, (math.nan, math.nan))
+    n = count_K[seen].astype(np.int64)
+    drawn_DK = np.random.default_rng(seed).binomial(n, correct_K[seen] / n, size=(draws, len(n))) / n
+    tails = ((1 - level) / 2, (1 + level) / 2)
+    for name, value_D in _summaries(drawn_DK, n).items():
+        known = value_D[~np.isnan(value_D)]
+        low, high = np.quantile(known, tails) if len(known) else (math.nan, math.nan)
+        out[name] = (float(low), float(high))
+    return out
+
+
+@dataclass(frozen=True)
+class Result:
+    """One attack's entry of an evaluation.json, made whole."""
+
+    report: ClassReport
+    interval: dict[str, Any]
+
+
+def read_result(entry: Mapping[str, Any]) -> Result:
+    """Read an entry back: missing or null accuracies count as classes without images, the summaries are
+    computed anew, and so are the intervals where the entry has none that fit.
+
+    Raises:
+        ValueError: there is no list of accuracies, or no list of counts as long.
+    """
+    accuracy_K, count_K = entry.get("accuracy"), entry.get("count")
+    if not isinstance(accuracy_K, list) or not isinstance(count_K, list) or len(accuracy_K) != len(count_K):
+        raise ValueError("accuracy and count must be lists of one length")
+    if not all(isinstance(n, int) for n in count_K) or not all(isinstance(a, int | float | None) for a in accuracy_K):
+        raise ValueError("accuracy must hold numbers or null, count whole numbers")
+    known = [a is not None and math.isfinite(a) for a in accuracy_K]
+    count_K = [n if ok else 0 for n, ok in zip(count_K, known, strict=True)]
+    correct_K = [round(a * n) if n else 0 for a, n in zip(accuracy_K, count_K, strict=True)]
+    report = class_report(correct_K, count_K)
+    interval = entry.get("interval")
+    if not isinstance(interval, dict) or not _fits(interval, len(count_K)):
+        interval = intervals(correct_K, count_K)
+    return Result(report, interval)
+
+
+def _checked(correct_K: Any, count_K: Any) -> tuple[np.ndarray, np.ndarray]:
+    arrays = [np.asarray(x.cpu() if hasattr(x, "cpu") else x, dtype=np.float64) for x in (correct_K, count_K)]
+    shapes = [array.shape for array in arrays]
+    if shapes[0] != shapes[1] or len(shapes[0]) != 1 or shapes[0] == (0,):
+        raise ValueError(f"correct and count must both be (K,), K >= 1, got {shapes[0]} and {shapes[1]}")
+    for name, array in zip(("correct", "count"), arrays, strict=True):
+        if not (np.isfinite(array) & (array >= 0) & (array == np.floor(array))).all():
+            raise ValueError(f"{name} must hold whole numbers >= 0, got {array.tolist()}")
+    correct, count = arrays
+    if (correct > count).any():
+        k = int(np.argmax(correct > count))
+        raise ValueError(f"class {k} has {correct[k]:.0f} correct of only {count[k]:.0f}")
+    return correct, count
+
+
+def _summaries(accuracy_DK: np.ndarray, count_K: np.ndarray) -> dict[str, np.ndarray]:
+    """Each summary for every draw; all classes have images."""
+    tenth = -(-accuracy_DK.shape[1] // 10)
+    mean_D, std_D = accuracy_DK.mean(axis=1), accuracy_DK.std(axis=1)
+    return {
+        "average": accuracy_DK @ count_K / count_K.sum(),
+        "worst": accuracy_DK.min(axis=1),
+        "worst_tenth": np.partition(accuracy_DK, tenth - 1, axis=1)[:, :tenth].mean(axis=1),
+        "nsd": np.divide(std_D, mean_D, out=np.full(len(mean_D), math.nan), where=mean_D > 0),
+    }
+
+
+def _wilson(correct_K: np.ndarray, count_K: np.ndarray, level: float) -> list[Pair]:
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    pairs = []
+    for correct, n in zip(correct_K.tolist(), count_K.tolist(), strict=True):
+        if n == 0:
+            pairs.append((math.nan, math.nan))
+            continue
+        p, shrink = correct / n, 1 + z * z / n
+        centre = (p + z * z / (2 * n)) / shrink
+        half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        pairs.append((0.0 if correct == 0 else centre - half, 1.0 if correct == n else centre + half))
+    return pairs
+
+
+def _fits(interval: Mapping[str, Any], classes: int) -> bool:
+    def is_pair(x: Any) -> bool:
+        return isinstance(x, Sequence) and len(x) == 2 and all(isinstance(v, int | float) for v in x)
+
+    pairs = interval.get("class")
+    if not isinstance(pairs, list) or len(pairs) != classes:
+        return False
+    return all(map(is_pair, pairs)) and all(is_pair(interval.get(name)) for name in SUMMARIES)

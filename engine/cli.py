@@ -1,0 +1,218 @@
+"""The command line: `retemper VERB`. A user's mistake is one line on stderr and an exit code (engine/errors.py)."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from retemper.engine.catalogue import find_setting, method_module, methods, nearest, override
+from retemper.engine.errors import EXIT_CODES, PREEMPTED
+from retemper.engine.recipe import describe
+from retemper.engine.weights import write_atomically
+from retemper.loaders.errors import UsageError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises instead of printing its usage and leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The console script: runs a verb and leaves with its exit code."""
+    sys.exit(run(sys.argv[1:] if argv is None else list(argv)))
+
+
+def run_as_script(file: str) -> None:
+    """`python recipes/absld.py SETTING ...`: train the method that the file is named after."""
+    method, words = Path(file).stem, sys.argv[1:]
+    setting = words.pop(0) if words and not words[0].startswith("-") else ""
+    main(["train", f"{method}:{setting}", *words])
+
+
+def run(argv: list[str]) -> int:
+    """One verb; its exit code."""
+    try:
+        top = parser(next((word for word in argv[1:] if argv[0] == "train" and ":" in word), None))
+        arguments, unknown = top.parse_known_args(argv)
+        if unknown:
+            raise UsageError(
+                f"{arguments.verb} has no option {unknown[0]!r}{nearest(unknown[0], _options(top, argv[0]))}"
+            )
+        arguments.act(arguments)
+        return 0
+    except KeyboardInterrupt:
+        print("retemper: interrupted; the same command goes on from the last finished epoch", file=sys.stderr)
+        return PREEMPTED
+    except BrokenPipeError:
+        return 0
+    except tuple(EXIT_CODES) as error:
+        print(f"retemper: error: {error}", file=sys.stderr)
+        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+
+
+def parser(recipe: str | None = None) -> Parser:
+    """Every verb and its options; with METHOD:SETTING, also that recipe's fields as options of `train`."""
+    top = Parser(prog="retemper", description="Adversarial robustness distillation, fast and fair.", allow_abbrev=False)
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
+
+    def verb(name: str, act: object, about: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=about, description=about, allow_abbrev=False)
+        added.set_defaults(act=act)
+        return added
+
+    demo_ = verb("demo", demo, "Train a robust teacher and two students on real digits, and compare them by class.")
+    demo_.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
+    demo_.add_argument("--seed", type=_seed, default=0)
+
+    verb("ls", ls, "List the recipes.").add_argument("words", nargs="*", metavar="WORD", help="only lines with these")
+
+    train_ = verb("train", train, "One training run; every field of the recipe is an option (--epochs 5, --eps 8/255).")
+    train_.add_argument("METHOD_SETTING", metavar="METHOD:SETTING")
+    train_.add_argument("--data-root", type=Path, metavar="DIR", help="where the data set lies")
+    train_.add_argument("--teacher", type=Path, metavar="CKPT", help="a checkpoint file or a run's folder")
+    train_.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (runs/METHOD-SETTING-seedN)")
+    train_.add_argument("--seed", type=_seed, default=0)
+    train_.add_argument("--device", default=None, help="cpu or cuda (cuda where there is one)")
+    train_.add_argument("--cache", type=Path, metavar="DIR", help="where converted data goes (~/.cache/retemper)")
+    train_.add_argument("--beton", type=Path, metavar="FILE", help="a converted training set to read instead")
+    train_.add_argument("--show", action="store_true", help="print the resolved recipe and leave")
+    group = train_.add_argument_group("the recipe's fields", "named METHOD:SETTING, this lists them")
+    for name, value in describe(find_setting(recipe)[2].recipe).items() if recipe else ():
+        group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, metavar="X", help=f"({value})")
+
+    evaluate_ = verb("evaluate", evaluate, "Attack a trained network and report by class.")
+    evaluate_.add_argument("target", type=Path, metavar="RUN_OR_CKPT")
+    evaluate_.add_argument("--attacks", default="clean,fgsm,pgd20,cw", help="of clean,fgsm,pgd20,cw,autoattack")
+    evaluate_.add_argument("--data-root", type=Path, metavar="DIR")
+    evaluate_.add_argument("--limit", type=int, metavar="N", help="only N images, balanced over the classes")
+    evaluate_.add_argument("--weights", choices=("best", "last"), default="best", help="which of a run's weights")
+    evaluate_.add_argument("--batch-size", type=int, default=256)
+    evaluate_.add_argument("--seed", type=_seed, default=0, help="of the random starts")
+    evaluate_.add_argument("--device", default=None)
+    evaluate_.add_argument("--model", help="the architecture of a bare checkpoint")
+    evaluate_.add_argument("--dataset", help="the data set, where the checkpoint does not say")
+    evaluate_.add_argument("--eps", help="the radius, where the checkpoint does not say (8/255)")
+
+    report_ = verb("report", report, "One page and its plots for one or more runs.")
+    report_.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    report_.add_argument("--out", type=Path, required=True, metavar="DIR")
+
+    convert_ = verb("convert", convert, "Write a data set as an FFCV file.")
+    convert_.add_argument("dataset")
+    convert_.add_argument("--data-root", type=Path, metavar="DIR")
+    convert_.add_argument("--out", type=Path, required=True, metavar="FILE.beton")
+    convert_.add_argument("--split", choices=("train", "test"), default="train")
+    convert_.add_argument("--image-size", type=int)
+
+    bench_ = verb("bench", bench, "Time the training step, the kernels or the loaders on the device that is there.")
+    bench_.add_argument("what", choices=("step", "kernels", "loaders"))
+    bench_.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    bench_.add_argument("--rounds", type=int, default=20)
+    bench_.add_argument("--device", default=None)
+
+    verb("doctor", doctor, "Say what is installed, what works, and the command for what is missing.")
+    return top
+
+
+def _seed(text: str) -> int:
+    seed = int(text)
+    if not 0 <= seed < 2**23:
+        raise argparse.ArgumentTypeError("a seed lies in 0 .. 2^23 - 1")
+    return seed
+
+
+def _options(top: Parser, verb: str) -> list[str]:
+    """The option strings that `verb` knows."""
+    (verbs,) = (action for action in top._actions if isinstance(action, argparse._SubParsersAction))
+    return list(verbs.choices[verb]._option_string_actions)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    from retemper.engine.job import default_cache, default_out, pick_device, with_teacher
+    from retemper.engine.train import Job
+    from retemper.engine.train import train as train_job
+
+    method, name, setting = find_setting(arguments.METHOD_SETTING)
+    texts = {field: text for field, text in vars(arguments).items() if field in describe(setting.recipe)}
+    recipe = override(setting.recipe, texts)
+    if arguments.show:
+        print("\n".join(f"{field:20} {value!r}" for field, value in describe(recipe).items()))
+        return
+    job = Job(
+        method=method,
+        setting=name,
+        recipe=recipe,
+        out=arguments.out or default_out(method, name, arguments.seed),
+        seed=arguments.seed,
+        data_root=arguments.data_root,
+        teacher=arguments.teacher,
+        cache=arguments.cache or default_cache(),
+        beton=arguments.beton,
+        device=pick_device(arguments.device),
+    )
+    print(train_job(with_teacher(job)))
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    from retemper.engine.evaluate_run import EvaluationRequest, evaluate_target, summary
+
+    path, content = evaluate_target(EvaluationRequest.from_words(arguments))
+    print(summary(content))
+    print(path)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    from retemper.engine.report import write_report
+
+    print(write_report(arguments.runs, arguments.out))
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    from retemper.loaders import convert as convert_split
+    from retemper.loaders import load_split
+
+    split = load_split(arguments.dataset, arguments.split, arguments.data_root, arguments.image_size)
+    convert_split(split, arguments.out)
+    print(arguments.out)
+
+
+def ls(arguments: argparse.Namespace) -> None:
+    lines = []
+    for method in methods():
+        module = method_module(method)
+        paper = (module.__doc__ or "").partition("\n")[0].rpartition("(")[2].rstrip(").")
+        for name, setting in module.SETTINGS.items():
+            recipe = setting.recipe
+            teacher = recipe.teacher_model or "no teacher"
+            lines.append((f"{method}:{name}", paper, recipe.dataset, f"{recipe.student} <- {teacher}", setting.status))
+    lines = [line for line in lines if all(word in " ".join(line) for word in arguments.words)]
+    widths = [max((len(line[column]) for line in lines), default=0) for column in range(4)]
+    for line in lines:
+        print("  ".join(f"{text:{width}}" for text, width in zip(line, [*widths, 0], strict=True)).rstrip())
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    from retemper.engine.bench import as_table
+    from retemper.engine.bench import bench as measure
+    from retemper.engine.job import pick_device
+
+    result = measure(arguments.what, pick_device(arguments.device), arguments.rounds)
+    if arguments.json:
+        write_atomically(arguments.json, json.dumps(result, indent=1).encode() + b"\n")
+    print(as_table(result))
+
+
+def doctor(_: argparse.Namespace) -> None:
+    from retemper.engine.doctor import examine
+
+    print(examine())
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    from retemper.engine.demo import run_demo
+
+    print(run_demo(arguments.out, arguments.seed))

@@ -1,0 +1,11 @@
+"""How a run ends badly: each error is one clear line for the user, and the exit code that scripts act on."""
+
+from retemper.loaders.errors import DataError, UsageError
+
+
+class Diverged(Exception):
+    """Training left the finite numbers."""
+
+
+EXIT_CODES: dict[type[BaseException], int] = {UsageError: 2, DataError: 3, Diverged: 4}
+PREEMPTED = 75  # EX_TEMPFAIL: run the same command again

@@ -1,0 +1,139 @@
+"""Robust accuracy by class: clean, FGSM, PGD-20 and CW-inf, always in fp32, with input gradients only.
+
+    fgsm    one step of eps along the sign of the cross-entropy's gradient (Goodfellow et al., ICLR 2015)
+    pgd20   20 steps of eps/4 on the cross-entropy, uniform start (2/255 at eps = 8/255; Madry et al., ICLR 2018)
+    cw      30 steps of eps/4 on the margin with confidence 50, uniform start (Carlini & Wagner, S&P 2017)
+
+An image counts as robust when it is classified correctly before and after. Dimension key: B batch, K classes, N images.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from retemper.engine.attack import Objective, cross_entropy_objective, cw_objective, pgd
+from retemper.engine.class_statistics import class_report, intervals
+from retemper.engine.progress import Progress
+from retemper.kernels import augment, identity_view
+from retemper.loaders import Split
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack:
+    """An attack of the evaluation. `step` is in units of eps."""
+
+    loss: str  # cross-entropy | margin
+    steps: int
+    step: float
+    start: str
+
+    def described(self, eps: float) -> dict[str, Any]:
+        """As evaluation.json holds it: the step in pixel units."""
+        return asdict(self) | {"step": self.step * eps}
+
+    def objective(self, label_B: Tensor) -> Objective:
+        """What it raises on a batch."""
+        return cross_entropy_objective(label_B) if self.loss == "cross-entropy" else cw_objective(label_B)
+
+
+ATTACKS = {
+    "clean": Attack(loss="cross-entropy", steps=0, step=0, start="none"),
+    "fgsm": Attack(loss="cross-entropy", steps=1, step=1, start="none"),
+    "pgd20": Attack(loss="cross-entropy", steps=20, step=1 / 4, start="uniform"),
+    "cw": Attack(loss="margin", steps=30, step=1 / 4, start="uniform"),
+}
+
+
+@contextmanager
+def exact_fp32() -> Iterator[None]:
+    """Switch TF32 off inside: convolutions on recent GPUs use it by default."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def balanced_order(labels: np.ndarray, limit: int | None = None) -> np.ndarray:
+    """Indices that take the first image of every class, then the second, ...; (min(limit, N),) int64.
+
+    A prefix of any length is as class-balanced as can be: what `--limit` evaluates.
+    """
+    rank = np.empty(len(labels), dtype=np.int64)
+    for label in np.unique(labels):
+        (members,) = np.nonzero(labels == label)
+        rank[members] = np.arange(len(members))
+    return np.lexsort((labels, rank))[:limit]
+
+
+def survivors(
+    model: nn.Module,
+    split: Split,
+    attack: Attack,
+    *,
+    eps: float,
+    device: torch.device,
+    indices: np.ndarray | None = None,
+    batch_size: int = 256,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Which images are classified correctly, clean and attacked: (N,) bool on the host, as `indices` orders them."""
+    chosen = np.arange(len(split)) if indices is None else indices
+    label_N = torch.from_numpy(split.labels)
+    verdicts = []
+    model.eval()
+    with exact_fp32():
+        for first in range(0, len(chosen), batch_size):
+            batch = torch.from_numpy(chosen[first : first + batch_size])
+            label_B = label_N[batch].to(device)
+            clean = as_float(split, batch, device)
+            with torch.no_grad():
+                correct_B = model(clean).argmax(1) == label_B
+            if attack.steps:
+                adv = pgd(
+                    model,
+                    clean,
+                    objective=attack.objective(label_B),
+                    steps=attack.steps,
+                    step=attack.step * eps,
+                    eps=eps,
+                    start=attack.start,
+                    seed=seed + first,
+                )
+                with torch.no_grad():
+                    correct_B &= model(adv).argmax(1) == label_B
+            verdicts.append(correct_B)
+            if progress is not None:
+                progress.advance(len(batch))
+    return torch.cat(verdicts).cpu() if verdicts else torch.zeros(0, dtype=torch.bool)
+
+
+def as_float(split: Split, batch: Tensor, device: torch.device) -> Tensor:
+    """The images of `split` at the host indices `batch`: (B, C, H, W) fp32, channels-last, uncropped."""
+    image = torch.from_numpy(split.images[batch.numpy()]).to(device)
+    view = torch.full((len(batch),), identity_view(0), device=device)
+    return augment(image, view, padding=0)
+
+
+def by_class(correct_N: Tensor, label_N: np.ndarray, num_classes: int) -> dict[str, Any]:
+    """The report of one attack, as evaluation.json holds it."""
+    count = np.bincount(label_N, minlength=num_classes)
+    correct = np.bincount(label_N[correct_N.numpy()], minlength=num_classes)
+    report = asdict(class_report(correct, count))
+    return finite(report | {"interval": intervals(correct, count)})
+
+
+def finite(value: Any) -> Any:
+    """`value` as strict JSON: numbers that are not finite become null."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

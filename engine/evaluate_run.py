@@ -1,0 +1,195 @@
+"""Evaluates a run or a checkpoint and writes evaluation.json beside it, the protocol with the numbers."""
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from retemper.engine.autoattack import autoattack_survivors
+from retemper.engine.catalogue import parse_value
+from retemper.engine.evaluate import ATTACKS, balanced_order, by_class, survivors
+from retemper.engine.job import pick_device
+from retemper.engine.progress import Progress
+from retemper.engine.run_folder import RunFolder, read_json, versions
+from retemper.engine.trained import Facts, facts_of, is_run, load_trained, weights_of
+from retemper.engine.weights import file_digest, write_atomically
+from retemper.loaders import Split, load_split
+from retemper.loaders.errors import DataError, UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRequest:
+    """What to evaluate, and how. `facts` are the user's words about a bare checkpoint."""
+
+    target: Path
+    attacks: tuple[str, ...] = ("clean", "fgsm", "pgd20", "cw")
+    data_root: Path | None = None
+    limit: int | None = None
+    weights: str = "best"
+    batch_size: int = 256
+    seed: int = 0
+    device: torch.device
+    facts: Facts
+
+    @classmethod
+    def from_words(cls, words: argparse.Namespace) -> "EvaluationRequest":
+        """From the command line's options.
+
+        Raises:
+            UsageError: an unknown attack, a radius that is no number, a limit below 1.
+        """
+        attacks = tuple(name.strip() for name in words.attacks.split(",") if name.strip())
+        for name in attacks:
+            if name not in (*ATTACKS, "autoattack"):
+                raise UsageError(f"there is no attack {name!r}: choose of {', '.join(ATTACKS)}, autoattack")
+        if words.limit is not None and words.limit < 1:
+            raise UsageError(f"--limit {words.limit}: it must be at least 1")
+        try:
+            eps = None if words.eps is None else parse_value(float, words.eps)
+        except ValueError:
+            raise UsageError(f"--eps {words.eps}: write it as 8/255 or 0.031") from None
+        return cls(
+            target=words.target,
+            attacks=attacks,
+            data_root=words.data_root,
+            limit=words.limit,
+            weights=words.weights,
+            batch_size=words.batch_size,
+            seed=words.seed,
+            device=pick_device(words.device),
+            facts=Facts(model=words.model, dataset=words.dataset, eps=eps),
+        )
+
+
+def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
+    """Run the attacks and write the file.
+
+    Attacks found in an evaluation under the very same protocol are kept beside the new ones.
+
+    Returns:
+        The file's path and its content.
+    Raises:
+        DataError, UsageError: the target or the data cannot be used.
+    """
+    weights = weights_of(request.target, request.weights)
+    facts, split, data_root = _subject(request, weights)
+    model = load_trained(weights, facts, request.device)
+    order = balanced_order(split.labels, request.limit)
+    eps = 8 / 255 if facts.eps is None else facts.eps
+    protocol = {
+        "dataset": split.name,
+        "split": split.split,
+        "images": len(order),
+        "subset": "all" if request.limit is None else "the first images of every class in turn",
+        "eps": eps,
+        "norm": "linf",
+        "precision": "fp32",
+        "seed": request.seed,
+        "batch_size": request.batch_size,
+        "weights": weights.name,
+        "weights_sha256": file_digest(weights),
+        "classes": list(split.classes),
+        "versions": versions(),
+    }
+    path = _destination(request.target, weights)
+    content = _previous(path, protocol)
+    content["protocol"]["data_root"] = None if data_root is None else str(data_root)
+    for name in request.attacks:
+        started = time.monotonic()
+        correct = _survivors(name, model, split, order, eps, request)
+        result = by_class(correct, split.labels[order], len(split.classes))
+        content["attacks"][name] = result | {"seconds": time.monotonic() - started}
+        content["protocol"]["attacks"][name] = (
+            ATTACKS[name].described(eps) if name in ATTACKS else {"suite": "standard"}
+        )
+        write_atomically(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
+    return path, content
+
+
+def _subject(request: EvaluationRequest, weights: Path) -> tuple[Facts, Split, Path | None]:
+    """What the weights are, the test images, and where those lie."""
+    folder = request.target if request.target.is_dir() else weights.parent
+    config = read_json(RunFolder(folder).config) if is_run(folder) else None
+    facts, data_root, image_size = request.facts.or_else(facts_of(weights)), request.data_root, None
+    if config is not None:
+        recipe = config["recipe"]
+        facts = facts.or_else(Facts(model=recipe["student"], dataset=recipe["dataset"], eps=recipe["eps"]))
+        image_size = recipe["image_size"]
+        data_root = data_root or (Path(config["data_root"]) if config["data_root"] else None)
+    if facts.dataset is None:
+        raise UsageError(f"{weights} does not say what it was trained on: name the data set with --dataset")
+    split = load_split(facts.dataset, "test", data_root, image_size)
+    if facts.num_classes not in (None, len(split.classes)):
+        raise DataError(f"{weights} knows {facts.num_classes} classes, {facts.dataset} has {len(split.classes)}")
+    if config is not None and list(split.classes) != config["classes"]:
+        raise DataError(f"the test images of {facts.dataset} have other classes than {folder} was trained on")
+    known = Facts(num_classes=len(split.classes), channels=split.shape[2])
+    return facts.or_else(known), split, data_root
+
+
+def _survivors(
+    name: str, model: nn.Module, split: Split, order: np.ndarray, eps: float, request: EvaluationRequest
+) -> torch.Tensor:
+    """Per-image verdicts of one attack, (N,) bool in the order of `order`."""
+    if name == "autoattack":
+        return autoattack_survivors(
+            model,
+            split,
+            eps=eps,
+            indices=order,
+            device=request.device,
+            batch_size=request.batch_size,
+            seed=request.seed,
+        )
+    with Progress(name, len(order)) as progress:
+        return survivors(
+            model,
+            split,
+            ATTACKS[name],
+            eps=eps,
+            device=request.device,
+            indices=order,
+            batch_size=request.batch_size,
+            seed=request.seed,
+            progress=progress,
+        )
+
+
+def _destination(target: Path, weights: Path) -> Path:
+    """evaluation.json in the weights' folder; another name for weights that are not a run's best."""
+    folder = weights.parent
+    plain = weights.name == "best.safetensors" or not is_run(folder)
+    return folder / ("evaluation.json" if plain else f"evaluation-{weights.stem}.json")
+
+
+def _previous(path: Path, protocol: dict[str, Any]) -> dict[str, Any]:
+    """The evaluation to add to: the one at `path` if it was made under `protocol`, else an empty one."""
+    empty: dict[str, Any] = {"protocol": protocol | {"attacks": {}}, "attacks": {}}
+    if not path.exists():
+        return empty
+    try:
+        old = read_json(path)
+        same = {name: value for name, value in old["protocol"].items() if name in protocol} == protocol
+    except (DataError, KeyError, AttributeError):
+        return empty
+    return old if same else empty
+
+
+def summary(content: dict[str, Any]) -> str:
+    """A line an attack, for the terminal."""
+    classes = content["protocol"]["classes"]
+    lines = [f"{'':12}{'average':>10}{'worst':>10}  {'class':16}{'worst tenth':>12}{'NSD':>8}"]
+    for name, result in content["attacks"].items():
+        worst = classes[result["worst_class"]]
+        nsd = "-" if result["nsd"] is None else f"{result['nsd']:.3f}"
+        average, least, tenth = (f"{result[key]:.1%}" for key in ("average", "worst", "worst_tenth"))
+        lines.append(f"{name:12}{average:>10}{least:>10}  {worst:16}{tenth:>12}{nsd:>8}")
+    protocol = content["protocol"]
+    lines.append(f"{protocol['images']} {protocol['split']} images, L-inf eps {protocol['eps']:.4g}, fp32")
+    return "\n".join(lines)

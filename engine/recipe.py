@@ -1,0 +1,173 @@
+"""What a run is: one frozen value that a recipe file makes and the engine reads.
+
+A method is a subclass with its own constants as fields and at most four methods: `class_state`, `attack_loss`, `loss`
+and `next_class_state`. A setting is a function that returns one. Nothing here knows a method by name.
+
+Dimension key: B batch, K classes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """What the student is held against on one batch.
+
+    Attributes:
+        label_B: (B,) int64.
+        teacher_BK: the teacher's logits on the clean images; None for methods without a teacher.
+        own_BK: the student's own logits on the clean images, taken before the attack in the attack's batch-norm mode,
+            without gradient; None unless the method asks for them (`needs_own_prediction`).
+        state: the method's class state, name -> (K,) float32.
+        ones_K: (K,) of ones: the class temperature of methods that have none.
+    """
+
+    label_B: Tensor
+    teacher_BK: Tensor | None = None
+    own_BK: Tensor | None = None
+    state: Mapping[str, Tensor]
+    ones_K: Tensor
+
+    @property
+    def teacher(self) -> Tensor:
+        """The teacher's logits, for methods that have one."""
+        assert self.teacher_BK is not None, "the method asks for a teacher that the recipe does not name"
+        return self.teacher_BK
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassSums:
+    """One epoch's sums for one of the forwards ("adv" or "clean"): each (K,)."""
+
+    loss_K: Tensor  # cross-entropy against the label, before the step
+    correct_K: Tensor
+    count_K: Tensor
+
+    @property
+    def mean_loss_K(self) -> Tensor:
+        """(K,) the mean loss of each class's images; 0 where there were none."""
+        return self.loss_K / self.count_K.clamp(min=1)
+
+    @property
+    def accuracy_K(self) -> Tensor:
+        """(K,) the share of each class's images classified correctly; 0 where there were none."""
+        return self.correct_K / self.count_K.clamp(min=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides a run's result, seed and data apart. `eps` and `attack_step` are in [0, 1] pixels."""
+
+    # who learns what from whom
+    dataset: str
+    student: str
+    teacher_model: str | None = None
+    teacher_recipe: str | None = None  # the METHOD:SETTING that trains such a teacher
+    train_teacher: bool = False  # do so first when a run is given none; where that takes days, ask instead
+    variant: str = "paper"
+
+    # the inner maximisation
+    eps: float = 8 / 255
+    attack_step: float = 2 / 255
+    attack_steps: int = 10
+    attack_start: str = "normal"
+    clip_start: bool = False  # none of the released codes clips its start
+    attack_bn: str = "eval"
+
+    # the outer minimisation
+    epochs: int = 300
+    batch_size: int = 128
+    lr: float = 0.1
+    lr_drops: tuple[int, ...] = (215, 260, 285)  # the rate falls after these epochs
+    lr_factor: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 2e-4
+    nesterov: bool = False
+    precision: str = "auto"
+    cpu_threads: int | None = None  # None: as many as torch takes
+
+    # the images
+    padding: int = 4
+    flip: bool = True
+    image_size: int | None = None  # images are resized to it (see load_split); None: as they are
+    images_per_class: int | None = None  # train on so many of each class only; None: on all
+    loader: Literal["auto", "ffcv", "resident"] = "auto"
+
+    # which epoch is kept as the best: the largest average + worst-class robust accuracy
+    select_on: str = "holdout"
+    holdout_per_class: int = 100
+    select_every: int = 10
+    select_always_from: int = 215
+    select_steps: int = 20
+
+    variants: ClassVar[tuple[str, ...]] = ("paper",)
+    forwards: ClassVar[tuple[str, ...]] = ("adv", "clean")  # the student's training forwards, in order
+    needs_own_prediction: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        choices = {
+            "variant": self.variants,
+            "attack_start": ("none", "normal", "uniform"),
+            "attack_bn": ("eval", "train"),
+            "precision": PRECISIONS,
+            "loader": ("auto", "ffcv", "resident"),
+            "select_on": ("holdout", "test"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: it must be one of {', '.join(allowed)}")
+        for name in ("epochs", "batch_size", "select_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: it must be at least 1")
+        for name in (
+            "eps",
+            "attack_step",
+            "attack_steps",
+            "padding",
+            "holdout_per_class",
+            "weight_decay",
+            "select_steps",
+        ):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: it must not be negative")
+        if self.eps > 1 or self.attack_step > 1:
+            raise ValueError(
+                f"eps = {self.eps}, attack_step = {self.attack_step}: give them in [0, 1] pixels, 8/255 not 8"
+            )
+
+    def decay(self, epoch: int) -> float:
+        """The factor that the schedule has reached after `epoch` (from 1)."""
+        return self.lr_factor ** sum(drop <= epoch for drop in self.lr_drops)
+
+    def lr_at(self, epoch: int) -> float:
+        """The learning rate during `epoch` (from 1)."""
+        return self.lr * self.decay(epoch - 1)
+
+    def class_state(self, num_classes: int) -> dict[str, Tensor]:
+        """The method's state per class at the start, name -> (K,) float32. None by default."""
+        return {}
+
+    def attack_loss(self, adv_BK: Tensor, targets: Targets) -> Tensor:
+        """What the attack raises: a scalar, summed over the batch."""
+        raise NotImplementedError
+
+    def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
+        """What training lowers: a scalar, a mean over the batch. `logits` has a (B, K) entry for each of `forwards`."""
+        raise NotImplementedError
+
+    def next_class_state(
+        self, state: Mapping[str, Tensor], sums: Mapping[str, ClassSums], epoch: int
+    ) -> dict[str, Tensor]:
+        """The class state after `epoch`, from that epoch's training sums. Unchanged by default."""
+        return dict(state)
+
+
+def describe(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's fields, as the command line names them and config.json holds them."""
+    return asdict(recipe)

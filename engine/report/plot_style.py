@@ -1,0 +1,182 @@
+"""How figures look: one style, one look a run, names at the end of lines, and how a figure becomes bytes.
+
+Every figure comes wide (10 in, for a page) or narrow (4 in, for a phone), at font sizes meant to be read unscaled.
+Runs keep one look in all figures: Okabe and Ito's colours (safe for the colour-blind), in an order whose lightness
+steps survive a grey printer, hatched from the third on; a teacher is light grey, being the yardstick.
+"""
+
+import io
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from retemper.loaders.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, MUTED, FAINT, ALERT = "#1b1f24", "#5b6470", "#c3c9d0", "#b0330f"
+LINE_HEIGHT = 1.25  # of a label, in font sizes
+SOLID, DASH, DOT = "-", (0, (5, 2)), (0, (1.2, 1.4))
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",  # ships with matplotlib, so that a figure is the same everywhere
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "lines.linewidth": 2,
+    "lines.markersize": 5,
+    "lines.solid_capstyle": "butt",
+    "grid.color": "#e6e9ed",
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "text.color": INK,
+    "text.parse_math": False,  # a class may be called $x$
+    "hatch.linewidth": 0.9,
+    "legend.frameon": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "retemper",  # with no date in the file: the same numbers, the same bytes
+}
+EndLabel = tuple[float, str, str, bool]  # value, text, colour, bold
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one run is drawn: `colour` fills, `line` is strong enough for a line, `ink` for text on white."""
+
+    colour: str
+    line: str
+    ink: str
+    hatch: str
+    dash: Any
+    marker: str
+
+
+LOOKS = [
+    Look("#0072B2", "#0072B2", "#005a8c", "", SOLID, "o"),
+    Look("#E69F00", "#E69F00", "#8f6200", "", DASH, "s"),
+    Look("#009E73", "#009E73", "#00694c", "////", DOT, "^"),
+    Look("#CC79A7", "#CC79A7", "#8e3f6c", "....", SOLID, "D"),
+    Look("#56B4E9", "#56B4E9", "#1c6a99", "\\\\\\\\", DASH, "v"),
+    Look("#D55E00", "#D55E00", "#9c4500", "xxxx", DOT, "P"),
+    Look("#F0E442", "#c7b600", "#6f6800", "----", SOLID, "X"),
+    Look("#3b3f45", "#3b3f45", "#1b1f24", "++++", DASH, "*"),
+]
+TEACHER = Look("#c9ced4", "#8a929c", "#5b6470", "", DOT, "h")
+
+
+def looks(teachers: Sequence[bool]) -> list[Look]:
+    """One look a run, in order; True where the run is a teacher."""
+    students = iter(range(len(teachers)))
+    return [TEACHER if teacher else LOOKS[next(students) % len(LOOKS)] for teacher in teachers]
+
+
+def render(draw: Callable[[bool], "Figure"]) -> tuple[bytes, bytes, bytes]:
+    """The wide SVG, the narrow SVG and the PNG of a figure; `draw(narrow)` makes it."""
+    with _style():
+        wide, narrow = draw(False), draw(True)
+        for figure in (wide, narrow):
+            figure.get_layout_engine().execute(figure)  # type: ignore[union-attr]
+            figure.set_layout_engine("none")  # or each file would have it done again
+        return _saved(wide, "svg"), _saved(narrow, "svg"), _saved(wide, "png")
+
+
+def shorten(text: str, length: int) -> str:
+    """One line of at most `length` characters, all of them printable: an SVG with a NUL in it is none."""
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split())) or "(no name)"
+    if len(text) <= length:
+        return text
+    tail = (length - 1) // 3  # names often differ at their end
+    return f"{text[: length - 1 - tail]}…{text[-tail:] if tail else ''}"
+
+
+def new_figure(narrow: bool, height: float, width: float | None = None) -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width or (4.0 if narrow else 10.0), height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08, wspace=0.04, hspace=0.04)  # type: ignore[union-attr]
+    return figure
+
+
+def end_labels(figure: "Figure", panels: Sequence[tuple["Axes", list[EndLabel]]], size: float) -> None:
+    """Name the lines of finished panels at their right end, moved apart where names would overlap."""
+    for axes, _ in panels:
+        axes.set_ylim(*axes.get_ylim())
+    figure.get_layout_engine().execute(figure)  # type: ignore[union-attr]  # so that heights are known
+    for axes, labels in panels:
+        labels = sorted((label for label in labels if math.isfinite(label[0])), key=lambda label: label[0])
+        points = 72 / figure.dpi
+        at = [points * axes.transData.transform((0, value))[1] for value, *_ in labels]
+        for (value, text, colour, bold), here, there in zip(labels, at, _spread(at, LINE_HEIGHT * size), strict=True):
+            leader = {
+                "arrowstyle": "-",
+                "color": FAINT,
+                "linewidth": 0.7,
+                "shrinkA": 0,
+                "shrinkB": 1,
+                "relpos": (0, 0.5),
+            }
+            axes.annotate(
+                text,
+                (1, value),
+                (8, there - here),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                va="center",
+                fontsize=size,
+                color=colour,
+                weight="bold" if bold else "normal",
+                arrowprops=leader if abs(there - here) > 2 else None,
+                annotation_clip=False,
+            )
+
+
+def epoch_axis(axes: "Axes", epoch: Sequence[int]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    first, last = min(epoch, default=0), max(epoch, default=1)
+    axes.set_xlim(first - (first == last), last + (first == last))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.set_xlabel("epoch")
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    try:
+        from matplotlib import rc_context
+    except ImportError as error:
+        raise UsageError("the figures need matplotlib: pip install 'retemper[plots]'") from error
+    with rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands in for it
+        yield
+
+
+def _saved(figure: "Figure", kind: str) -> bytes:
+    buffer = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    figure.savefig(buffer, format=kind, dpi=160, metadata=metadata)
+    return buffer.getvalue()
+
+
+def _spread(at: Sequence[float], gap: float) -> list[float]:
+    """The sorted positions nearest to `at` that are `gap` apart (isotonic regression, pool adjacent violators)."""
+    blocks: list[list[float]] = []  # sum, number
+    for i, position in enumerate(at):
+        blocks.append([position - i * gap, 1])
+        while len(blocks) > 1 and blocks[-2][0] * blocks[-1][1] > blocks[-1][0] * blocks[-2][1]:
+            total, number = blocks.pop()
+            blocks[-1] = [blocks[-1][0] + total, blocks[-1][1] + number]
+    means = [total / number for total, number in blocks for _ in range(int(number))]
+    return [mean + i * gap for i, mean in enumerate(means)]

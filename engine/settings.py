@@ -1,0 +1,123 @@
+"""The settings that methods are run under, so that under one name they differ in the method alone.
+
+A recipe file says `SETTINGS = distillation(Method)`. The full-size ones are the authors' (ABSLD and RSLAD: 300 epochs,
+batches of 128, SGD 0.1 / 0.9 / 2e-4, drops after 215, 260 and 285); the small ones are ours, for a CPU.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from retemper.engine.recipe import Recipe
+
+UNTRAINED = "starts, steps and evaluates in the tests; not trained yet"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A recipe with one line on what it is and one on what was measured with it, and where."""
+
+    recipe: Recipe
+    note: str
+    status: str = UNTRAINED
+
+
+DIGITS: dict[str, Any] = dict(
+    dataset="digits",
+    eps=0.15,
+    attack_step=0.15 / 4,
+    padding=1,
+    flip=False,
+    loader="resident",  # 77 kB of pixels: FFCV takes longer to start than an epoch takes
+    cpu_threads=1,  # two gain a third on an idle machine, lose tenfold on a busy one, and round differently
+    batch_size=32,
+    epochs=20,
+    lr_drops=(14, 18),
+    holdout_per_class=10,
+    select_every=20,  # ten images a class can choose among the last epochs, not between early and late ones
+    select_always_from=18,
+)
+FASHION: dict[str, Any] = dict(dataset="fashion-mnist", eps=0.1, attack_step=0.1 / 4, padding=2)
+FASHION_SMALL: dict[str, Any] = FASHION | dict(
+    image_size=14,
+    images_per_class=2_000,
+    padding=1,
+    epochs=10,
+    lr_drops=(7, 9),
+    holdout_per_class=50,
+    select_every=2,
+    select_always_from=8,
+)
+CIFAR10: dict[str, Any] = dict(dataset="cifar10", teacher_model="wrn34_10", teacher_recipe="trades:cifar10_wrn34_10")
+CIFAR100: dict[str, Any] = dict(
+    dataset="cifar100", teacher_model="wrn34_10", teacher_recipe="trades:cifar100_wrn34_10", holdout_per_class=10
+)
+TINY_IMAGENET: dict[str, Any] = dict(
+    dataset="tiny-imagenet",
+    teacher_model="preact_resnet34",
+    teacher_recipe="trades:tiny_imagenet_preact_resnet34",
+    holdout_per_class=10,
+    epochs=100,  # the schedule reported for this data set; the authors released no script
+    lr_drops=(75, 90),
+    select_always_from=75,
+)
+
+DISTILLATION: dict[str, tuple[str, dict[str, Any]]] = {
+    "digits": (
+        "8x8 digits, a run of half a minute on two cores",
+        DIGITS
+        | dict(
+            student="tiny_resnet",
+            teacher_model="tiny_resnet_wide",
+            teacher_recipe="sat:digits",
+            train_teacher=True,
+        ),
+    ),
+    "fashion_mnist_small": (
+        "Fashion-MNIST at 14 x 14, 2,000 images a class, a small student: minutes on two cores",
+        FASHION_SMALL
+        | dict(
+            student="tiny_resnet",
+            teacher_model="tiny_resnet_wide",
+            teacher_recipe="sat:fashion_mnist_small",
+            train_teacher=True,
+        ),
+    ),
+    "fashion_mnist_resnet18": (
+        "Fashion-MNIST, ResNet-18, for a GPU",
+        FASHION
+        | dict(
+            student="resnet18",
+            teacher_model="preact_resnet18",
+            teacher_recipe="sat:fashion_mnist_preact_resnet18",
+            epochs=60,
+            lr_drops=(43, 52, 57),
+            select_every=5,
+            select_always_from=43,
+        ),
+    ),
+    "cifar10_resnet18": ("CIFAR-10, ResNet-18, the authors' setting", CIFAR10 | dict(student="resnet18")),
+    "cifar10_mobilenet_v2": ("CIFAR-10, MobileNetV2", CIFAR10 | dict(student="mobilenet_v2")),
+    "cifar100_resnet18": ("CIFAR-100, ResNet-18", CIFAR100 | dict(student="resnet18")),
+    "tiny_imagenet_preact_resnet18": (
+        "Tiny-ImageNet, PreActResNet-18",
+        TINY_IMAGENET | dict(student="preact_resnet18"),
+    ),
+}
+
+
+def distillation(
+    method: type[Recipe], status: Mapping[str, str] | None = None, **changes: Mapping[str, Any]
+) -> dict[str, Setting]:
+    """Every setting of the distillation methods, for `method`.
+
+    Args:
+        status: what was measured, by setting.
+        changes: fields that the method has otherwise there, by setting.
+    """
+    status = status or {}
+    assert (status.keys() | changes.keys()) <= DISTILLATION.keys(), (status, changes)
+    return {
+        name: Setting(recipe=method(**(fields | changes.get(name, {}))), note=note, status=status.get(name, UNTRAINED))
+        for name, (note, fields) in DISTILLATION.items()
+    }

@@ -1,0 +1,331 @@
+"""One training run, from a recipe to its folder: epochs, class state, selection, checkpoints, resume.
+
+The same command again goes on where the run was: every random number comes from (seed, epoch, image) or (seed, step),
+so that a resumed run ends in the weights of an undisturbed one, bit for bit on the same machine.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from retemper.engine.errors import Diverged
+from retemper.engine.evaluate import ATTACKS, Attack, balanced_order, by_class, survivors
+from retemper.engine.models import create_model
+from retemper.engine.progress import Progress, say
+from retemper.engine.recipe import Recipe, describe
+from retemper.engine.run_folder import RunFolder, commit, device_name, versions
+from retemper.engine.step import State, train_step
+from retemper.engine.trained import Facts, channels_last, load_trained, teacher_facts
+from retemper.engine.weights import save_weights
+from retemper.kernels import augment
+from retemper.loaders import Loader, Split, ViewSpace, holdout_split, load_split, make_loader, split_of_arrays
+from retemper.loaders.errors import DataError
+
+STEPS_BETWEEN_READS = 50  # how often the loss is read from the device: for the bar, and to stop when it is not finite
+PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A recipe with its name, and where and on what it runs."""
+
+    method: str
+    setting: str
+    recipe: Recipe
+    out: Path
+    seed: int = 0
+    data_root: Path | None = None
+    teacher: Path | None = None
+    cache: Path
+    beton: Path | None = None
+    device: torch.device
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}:{self.setting}"
+
+
+def train(job: Job) -> Path:
+    """Run `job` to its end, from wherever an earlier process left it.
+
+    Returns:
+        The run's folder.
+    Raises:
+        UsageError: the folder belongs to another run; an option does not fit the data.
+        DataError: the data or the teacher cannot be used.
+        Diverged: the loss is not finite any more; the last good epoch stays.
+    """
+    folder = RunFolder(job.out)
+    with folder.locked(), cpu_threads(job.recipe.cpu_threads):
+        run = Run(job, folder)
+        first = run.resume()
+        if first > job.recipe.epochs:
+            say(f"{job.name}: all {job.recipe.epochs} epochs are done in {job.out}")
+            return job.out
+        say(f"{job.name}: epochs {first} to {job.recipe.epochs} on {device_name(job.device)}; {run.loader.description}")
+        try:
+            for epoch in range(first, job.recipe.epochs + 1):
+                run.epoch(epoch)
+        finally:
+            run.loader.close()
+        say(f"{job.name}: done, best epoch {run.best['epoch']}; next: retemper evaluate {job.out}")
+    return job.out
+
+
+class Run:
+    """A job with its data, networks and state in memory."""
+
+    def __init__(self, job: Job, folder: RunFolder) -> None:
+        self.job, self.folder, self.recipe = job, folder, job.recipe
+        recipe, device = job.recipe, job.device
+        self.split = load_split(recipe.dataset, "train", job.data_root, recipe.image_size)
+        self.num_classes, self.channels = len(self.split.classes), self.split.shape[2]
+        train_indices, held_indices = np.arange(len(self.split)), np.arange(0)
+        if recipe.select_on == "holdout" and recipe.holdout_per_class:
+            train_indices, held_indices = holdout_split(self.split.labels, recipe.holdout_per_class)
+        if recipe.images_per_class is not None:
+            order = balanced_order(self.split.labels[train_indices], recipe.images_per_class * self.num_classes)
+            train_indices = np.sort(train_indices[order])
+        torch.manual_seed(job.seed)
+        student = create_model(recipe.student, self.num_classes, channels=self.channels)
+        self.facts = Facts(
+            model=recipe.student,
+            num_classes=self.num_classes,
+            channels=self.channels,
+            dataset=recipe.dataset,
+            eps=recipe.eps,
+        )
+        teacher, self.teacher_source = self._teacher()
+        student = channels_last(student, device)
+        precision = _precision(recipe.precision, device)
+        self.state = State(
+            student=student,
+            teacher=teacher,
+            optimizer=torch.optim.SGD(
+                student.parameters(),
+                lr=recipe.lr,
+                momentum=recipe.momentum,
+                weight_decay=recipe.weight_decay,
+                nesterov=recipe.nesterov,
+                fused=device.type == "cuda",  # with a scaler the fused step alone does not wait for the device
+            ),
+            scaler=torch.amp.GradScaler(device.type, enabled=precision is torch.float16),
+            precision=precision,
+            class_state={k: v.to(device) for k, v in recipe.class_state(self.num_classes).items()},
+            ones_K=torch.ones(self.num_classes, device=device),
+            noise_seed=torch.zeros(1, dtype=torch.int64, device=device),
+        )
+        self.best: dict[str, Any] = {"score": -1.0, "epoch": 0}
+        self.loader: Loader = make_loader(
+            recipe.loader,
+            self.split,
+            indices=train_indices,
+            batch_size=recipe.batch_size,
+            seed=job.seed,
+            views=ViewSpace(recipe.padding, recipe.flip),
+            device=device,
+            cache_dir=job.cache,
+            beton=job.beton,
+        )
+        self.held = self._held(held_indices)
+
+    def _held(self, indices: np.ndarray) -> Split | None:
+        """The images that choose the best epoch: the held-out ones, in memory, or the test images where asked for."""
+        if self.recipe.select_on == "test":
+            return load_split(self.recipe.dataset, "test", self.job.data_root, self.recipe.image_size)
+        if len(indices) == 0:
+            return None
+        images = np.concatenate([batch.image.cpu().numpy() for batch in self.loader.walk(indices)])
+        labels = self.split.labels[indices]
+        return split_of_arrays(self.split.name, "train", images, labels, self.split.classes, self.split.fingerprint)
+
+    def _teacher(self) -> tuple[nn.Module | None, dict[str, str] | None]:
+        """The frozen teacher, and how the config names it."""
+        if self.recipe.teacher_model is None:
+            return None, None
+        assert self.job.teacher is not None
+        fallback = Facts(model=self.recipe.teacher_model, num_classes=self.num_classes, channels=self.channels)
+        weights, facts, source = teacher_facts(self.job.teacher, fallback)
+        if facts.num_classes != self.num_classes:
+            raise DataError(
+                f"the teacher {self.job.teacher} knows {facts.num_classes} classes, {self.recipe.dataset} has "
+                f"{self.num_classes}: give a teacher of the same data set with --teacher"
+            )
+        if facts.dataset not in (None, self.recipe.dataset):
+            say(f"note: the teacher was trained on {facts.dataset}, the student is to learn {self.recipe.dataset}")
+        return load_trained(weights, facts, self.job.device), source
+
+    def resume(self) -> int:
+        """Begin the folder or take up the state in it; the epoch to run next."""
+        job = self.job
+        self.folder.begin(
+            {
+                "method": job.method,
+                "setting": job.setting,
+                "recipe": describe(self.recipe),
+                "seed": job.seed,
+                "classes": list(self.split.classes),
+                "channels": self.channels,
+                "out": str(job.out),
+                "data_root": None if job.data_root is None else str(job.data_root),
+                "teacher": self.teacher_source,
+                "loader": self.loader.description,
+                "versions": versions(),
+                "device": device_name(job.device),
+                "commit": commit(),
+                "started": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            }
+        )
+        saved = self.folder.load_state()
+        if saved is None:
+            self._check_teacher()
+            return 1
+        self.state.student.load_state_dict(saved["student"])
+        self.state.optimizer.load_state_dict(saved["optimizer"])
+        self.state.scaler.load_state_dict(saved["scaler"])
+        self.state.class_state = {k: v.to(job.device) for k, v in saved["class_state"].items()}
+        self.best = saved["best"]
+        return saved["epoch"] + 1
+
+    def _check_teacher(self) -> None:
+        """Say how well the teacher knows the held-out images; refuse one that does not know the data at all."""
+        if self.state.teacher is None or self.held is None:
+            return
+        correct = survivors(self.state.teacher, self.held, ATTACKS["clean"], eps=0, device=self.job.device)
+        accuracy = correct.double().mean().item()
+        say(f"{self.job.name}: the teacher classifies {accuracy:.1%} of {len(correct)} held-out images correctly")
+        if accuracy <= 1 / self.num_classes:
+            say("warning: that is no better than chance; are these its weights, its pixel range and its class order?")
+
+    def epoch(self, epoch: int) -> None:
+        """Train for one epoch, move the class state, choose, and save."""
+        recipe, state = self.recipe, self.state
+        for group in state.optimizer.param_groups:
+            group["lr"] = recipe.lr_at(epoch)
+        started = time.monotonic()
+        loss = self._pass(epoch)
+        line = self._line(epoch, loss, time.monotonic() - started)
+        state.class_state = recipe.next_class_state(state.class_state, state.sums, epoch)
+        self._select(epoch, line)
+        self._save(epoch, line)
+        self._report(line)
+
+    def _pass(self, epoch: int) -> float:
+        """Every batch of the epoch once; the mean loss."""
+        state, recipe = self.state, self.recipe
+        state.start_epoch()
+        state.noise_seed.fill_((self.job.seed << 40) + (epoch << 24))
+        with Progress(f"epoch {epoch}/{recipe.epochs}", self.loader.num_images) as progress:
+            for number, batch in enumerate(self.loader.epoch(epoch), 1):
+                clean = augment(batch.image, batch.view, padding=recipe.padding)
+                loss = train_step(state, recipe, clean, batch.label)
+                note = f"loss {self._finite(loss, epoch, number):.4f}" if number % STEPS_BETWEEN_READS == 0 else None
+                progress.advance(len(batch.label), note)
+        return self._finite(state.loss_sum / self.loader.num_images, epoch, len(self.loader))
+
+    def _finite(self, loss: Tensor, epoch: int, step: int) -> float:
+        """The loss on the host.
+
+        Raises:
+            Diverged: it is not a finite number.
+        """
+        value = loss.item()
+        if math.isfinite(value):
+            return value
+        kept = f"{self.folder.last} holds epoch {epoch - 1}" if epoch > 1 else "nothing was saved yet"
+        raise Diverged(
+            f"the loss is {value} at epoch {epoch}, by step {step}; {kept}. Try a lower --lr"
+            + ("" if self.state.precision is torch.float32 else " or --precision fp32")
+        )
+
+    def _line(self, epoch: int, loss: float, seconds: float) -> dict[str, Any]:
+        """The epoch's line of metrics.jsonl; the class state is the one that the epoch was trained under."""
+        line: dict[str, Any] = {
+            "epoch": epoch,
+            "loss": loss,
+            "lr": self.recipe.lr_at(epoch),
+            "images_per_second": self.loader.num_images / seconds,
+            "seconds": seconds,
+        }
+        for name, sums in self.state.sums.items():
+            suffix = "" if name == "adv" else f"_{name}"
+            line[f"class_loss{suffix}"] = sums.mean_loss_K.tolist()
+            line[f"class_accuracy{suffix}"] = sums.accuracy_K.tolist()
+        return line | {name: value.tolist() for name, value in self.state.class_state.items()}
+
+    def _select(self, epoch: int, line: dict[str, Any]) -> None:
+        """Attack the held-out images when it is time, and keep the weights if they are the best so far."""
+        recipe = self.recipe
+        last = epoch == recipe.epochs
+        if self.held is None:
+            if last:
+                self.best = {"score": -1.0, "epoch": epoch}
+                save_weights(self.folder.best, self.state.student, self._metadata(epoch))
+            return
+        if not (last or epoch >= recipe.select_always_from or epoch % recipe.select_every == 0):
+            return
+        attack = Attack(loss="cross-entropy", steps=recipe.select_steps, step=1 / 4, start="uniform")
+        correct = survivors(self.state.student, self.held, attack, eps=recipe.eps, device=self.job.device)
+        report = by_class(correct, self.held.labels, self.num_classes)
+        line["holdout"] = {name: value for name, value in report.items() if name not in ("count", "interval")}
+        score = report["average"] + report["worst"]
+        if score > self.best["score"]:
+            self.best = {"score": score, "epoch": epoch}
+            save_weights(self.folder.best, self.state.student, self._metadata(epoch))
+
+    def _save(self, epoch: int, line: dict[str, Any]) -> None:
+        state = self.state
+        self.folder.save_epoch(
+            line,
+            state.student,
+            self._metadata(epoch),
+            {
+                "epoch": epoch,
+                "student": state.student.state_dict(),
+                "optimizer": state.optimizer.state_dict(),
+                "scaler": state.scaler.state_dict(),
+                "class_state": state.class_state,
+                "best": self.best,
+            },
+        )
+
+    def _metadata(self, epoch: int) -> dict[str, str]:
+        return self.facts.as_metadata() | {"method": self.job.method, "setting": self.job.setting, "epoch": str(epoch)}
+
+    def _report(self, line: dict[str, Any]) -> None:
+        """One line on the epoch."""
+        words = f"epoch {line['epoch']}/{self.recipe.epochs}  loss {line['loss']:.4f}  lr {line['lr']:g}"
+        words += f"  {line['images_per_second']:.0f} img/s"
+        if "holdout" in line:
+            held = line["holdout"]
+            name = self.split.classes[held["worst_class"]]
+            words += f"  held-out robust {held['average']:.1%}, worst {held['worst']:.1%} ({name})"
+            words += "  best so far" if self.best["epoch"] == line["epoch"] else ""
+        say(words)
+
+
+@contextmanager
+def cpu_threads(number: int | None) -> Iterator[None]:
+    """Torch computes with so many threads inside; None leaves them alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _precision(name: str, device: torch.device) -> torch.dtype:
+    """ "auto" is bf16 on a GPU that has it and fp32 on a CPU, where bf16 is slower."""
+    if name != "auto":
+        return PRECISION[name]
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32

@@ -1,0 +1,1 @@
+"""One method, one file. Each module holds the method's recipe class, its rules and its `SETTINGS`."""

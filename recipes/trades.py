@@ -1,0 +1,60 @@
+"""TRADES: cross-entropy on clean images plus a pull towards the same answer nearby (Zhang et al., ICML 2019).
+
+min  CE(S(x), y) + beta KL(S(x) || S(x'))   where   x' = argmax KL(S(x) || S(x')) in the eps ball
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from retemper.engine import DIGITS, Recipe, Setting, Targets, run_recipe
+from retemper.kernels import class_temperature_kl
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trades(Recipe):
+    forwards: ClassVar[tuple[str, ...]] = ("clean", "adv")  # the authors' order
+    needs_own_prediction: ClassVar[bool] = True
+    beta: float = 6.0
+    eps: float = 0.031  # the authors' radius and step, not 8/255 and 2/255
+    attack_step: float = 0.007
+
+    def attack_loss(self, adv_BK: Tensor, targets: Targets) -> Tensor:
+        assert targets.own_BK is not None
+        return class_temperature_kl(adv_BK, targets.own_BK, targets.label_B, targets.ones_K, reduction="sum")
+
+    def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
+        clean = F.cross_entropy(logits["clean"].float(), targets.label_B)
+        # the clean prediction is not detached: both networks' outputs move towards each other
+        own_BK = logits["clean"].float().softmax(1)
+        return clean + self.beta * F.kl_div(logits["adv"].float().log_softmax(1), own_BK, reduction="batchmean")
+
+
+WRN34_10: dict[str, Any] = dict(student="wrn34_10", epochs=76, lr_drops=(74,), select_always_from=70)
+
+SETTINGS = {
+    "digits": Setting(
+        note="8x8 digits, half a minute on two cores",
+        recipe=Trades(**DIGITS, student="tiny_resnet_wide"),
+    ),
+    "cifar10_wrn34_10": Setting(
+        note="CIFAR-10, WRN-34-10, as the authors trained it: the teacher of the distillation papers",
+        recipe=Trades(dataset="cifar10", **WRN34_10),
+    ),
+    "cifar100_wrn34_10": Setting(
+        note="CIFAR-100, WRN-34-10: a teacher of which no checkpoint is public",
+        recipe=Trades(dataset="cifar100", holdout_per_class=10, **WRN34_10),
+    ),
+    "tiny_imagenet_preact_resnet34": Setting(
+        note="Tiny-ImageNet, PreActResNet-34: a teacher of which no checkpoint is public",
+        recipe=Trades(
+            dataset="tiny-imagenet", student="preact_resnet34", holdout_per_class=10, epochs=76, lr_drops=(74,)
+        ),
+    ),
+}
+
+if __name__ == "__main__":
+    run_recipe(__file__)

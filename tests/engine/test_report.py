@@ -1,0 +1,361 @@
+"""The report on made-up runs: what is written, that it says what the numbers say, and that no content breaks it."""
+
+import base64
+import json
+import math
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from retemper.engine.class_statistics import class_report, intervals
+from retemper.engine.report import Report, read_run, write_report
+from retemper.loaders.errors import DataError, UsageError
+
+DIGITS = [str(k) for k in range(10)]
+RSLAD = [0.85, 0.62, 0.74, 0.60, 0.80, 0.71, 0.88, 0.75, 0.43, 0.66]  # weakest: 8
+ABSLD = [0.83, 0.70, 0.75, 0.61, 0.78, 0.72, 0.84, 0.74, 0.64, 0.69]  # weakest: 3
+VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
+
+
+def entry(accuracy: list[float], count: int = 100) -> dict[str, Any]:
+    correct = [round(a * count) for a in accuracy]
+    report = class_report(correct, [count] * len(correct))
+    return vars(report) | {"interval": intervals(correct, [count] * len(correct), draws=500), "seconds": 1.0}
+
+
+def epoch(number: int, epochs: int, accuracy: list[float], state: bool) -> dict[str, Any]:
+    part = number / epochs
+    rng = np.random.default_rng(number)
+    now = [a * (1 - math.exp(-5 * part)) for a in accuracy]
+    row: dict[str, Any] = {
+        "epoch": number,
+        "loss": 2.3 * math.exp(-2 * part),
+        "lr": 0.1 if part < 0.6 else 0.01,
+        "images_per_second": 900.0,
+        "seconds": 1.5,
+        "class_loss": [1 - a for a in now],
+        "class_accuracy": now,
+    }
+    if number % 2 == 0:
+        noisy = np.clip(np.array(now) + rng.normal(0, 0.02, len(now)), 0, 1)
+        row["holdout"] = {k: v for k, v in vars(class_report(noisy * 1e4 // 1, [10_000] * len(now))).items()}
+    if state:
+        row["temperature_adv"] = [1 + 2 * part * (a - np.mean(accuracy)) for a in accuracy]
+        row["temperature_clean"] = [1 + part * (a - np.mean(accuracy)) for a in accuracy]
+    return row
+
+
+def make_run(folder: Path, accuracy: list[float], classes: list[str] = DIGITS, **change: Any) -> Path:
+    """A run's folder. change: attacks, protocol, teacher, state, count, epochs; what is None is not written."""
+    folder.mkdir(parents=True)
+    count, epochs = change.get("count", 100), change.get("epochs", 20)
+    config = {
+        "method": folder.name,
+        "setting": "digits",
+        "recipe": {"dataset": "digits", "student": "tiny_resnet", "variant": "paper", "eps": 8 / 255, "epochs": epochs},
+        "seed": 0,
+        "classes": classes,
+        "out": "runs/x",
+        "versions": {"retemper": "0.1.0", "torch": "2.13.0"},
+        "device": "cpu: 2 cores",
+        "commit": "abc123",
+        "teacher": change.get("teacher"),
+        "started": "2026-11-21T12:00:00Z",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    rows = [epoch(e, epochs, accuracy, change.get("state", True)) for e in range(1, epochs + 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    gain = {"clean": 1.12, "fgsm": 1.05, "pgd20": 1.0, "cw": 0.95, "autoattack": 0.9}
+    attacks = change.get("attacks", ("clean", "pgd20"))
+    protocol = {
+        "dataset": "digits",
+        "split": "test",
+        "images": count * len(classes),
+        "eps": 8 / 255,
+        "norm": "linf",
+        "precision": "fp32",
+        "seed": 0,
+        "batch_size": 256,
+        "versions": config["versions"],
+        "weights": "best.safetensors",
+        "weights_sha256": folder.name,
+        "attacks": {a: {"loss": "cross-entropy", "steps": 20, "step": 2 / 255, "start": "uniform"} for a in attacks},
+        "classes": classes,
+    } | change.get("protocol", {})
+    results = {a: entry([min(1.0, gain.get(a, 1.0) * x) for x in accuracy], count) for a in attacks}
+    if attacks:
+        (folder / "evaluation.json").write_text(json.dumps({"protocol": protocol, "attacks": results}))
+    return folder
+
+
+def three_runs(folder: Path, **change: Any) -> list[Path]:
+    teacher = {"path": str(folder / "teacher/best.safetensors"), "model": "tiny_resnet", "sha256": "ab" * 32}
+    return [
+        make_run(folder / "teacher", [min(1, a + 0.04) for a in RSLAD], state=False, **change),
+        make_run(folder / "rslad", RSLAD, state=False, teacher=teacher, **change),
+        make_run(folder / "absld", ABSLD, teacher=teacher, **change),
+    ]
+
+
+class Balance(HTMLParser):
+    """Collects tags left open, closed twice or out of order, and the attributes that can load something."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.wrong: list[str] = []
+        self.loads: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.loads += [value or "" for name, value in attrs if name in ("src", "srcset", "href", "action", "data")]
+        if tag == "img":
+            self.images.append(dict(attrs))
+        if tag not in VOID:
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.stack or self.stack.pop() != tag:
+            self.wrong.append(tag)
+
+
+def text_of(page: str) -> str:
+    """The page's text, tags and data URIs taken out."""
+    return re.sub(r"<[^>]*>", " ", page)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three runs and their report, in `report`."""
+    root = tmp_path_factory.mktemp("three")
+    assert write_report(three_runs(root), root / "report") == root / "report/report.html"
+    return root
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> str:
+    return (folder / "report/report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def markdown(folder: Path) -> str:
+    return (folder / "report/report.md").read_text()
+
+
+def test_writes_the_page_the_markdown_and_the_figures(folder: Path, markdown: str) -> None:
+    figures = {"classwise_clean.png", "classwise_pgd20.png", "class_state.png", "training.png", "summary.png"}
+    assert {path.name for path in (folder / "report").iterdir()} == figures | {"report.html", "report.md"}
+    assert set(re.findall(r"\]\((.*?)\)", markdown)) == figures
+    for name in figures:
+        with Image.open(folder / "report" / name) as image:
+            image.load()
+            assert image.width >= 1000 and image.height >= 400
+            assert len(image.convert("L").getcolors() or []) > 20  # something is drawn
+
+
+def test_the_page_is_well_formed_and_loads_nothing(page: str) -> None:
+    balance = Balance(page)
+    assert balance.wrong == [] and balance.stack == []
+    assert all(url.startswith(("data:image/svg+xml;base64,", "#")) for url in balance.loads)
+    assert not re.search(r"https?:|url\(|@import|<script|<link", re.sub(r'"data:[^"]*"', "", page))
+    assert '<html lang="en">' in page and "<title>Robustness class by class: digits</title>" in page
+
+
+def test_every_figure_is_there_in_two_widths_with_words_for_it(page: str) -> None:
+    balance = Balance(page)
+    assert len(balance.images) == 5
+    assert all(image["alt"] and len(image["alt"]) > 40 for image in balance.images)
+    drawings = [url.partition(",")[2] for url in balance.loads if url.startswith("data:")]
+    assert len(drawings) == len(set(drawings)) == 10
+    for drawing in drawings:
+        root = ElementTree.fromstring(base64.b64decode(drawing))
+        links = [value for part in root.iter() for name, value in part.attrib.items() if name.endswith("href")]
+        assert all(link.startswith("#") for link in links)
+
+
+def test_the_headline_says_what_the_numbers_say(page: str, markdown: str) -> None:
+    nsd = [class_report([round(100 * a) for a in run], [100] * 10).nsd for run in (RSLAD, ABSLD)]
+    said = "Under PGD-20, rslad's weakest class is 8 at 43 %; absld's is 3 at 61 %."
+    said += f" NSD falls from {nsd[0]:.2f} to {nsd[1]:.2f}."
+    assert said.replace("'", "&#x27;") in page
+    assert said in markdown
+    assert "Averages over all images: rslad 70 %, absld 73 %." in page
+
+
+def test_the_tables_hold_the_numbers(markdown: str) -> None:
+    assert "| absld | 73.0 (" in markdown and "**61.0** (class 3; " in markdown
+    low, high = intervals([43], [100])["class"][0]
+    assert f"**43.0 ▼** ({100 * low:.1f} to {100 * high:.1f})" in markdown
+    assert "| eps | 8/255 |" in markdown and "steps 20, step 2/255" in markdown
+    assert "teacher of rslad, absld" in markdown
+
+
+def test_the_same_runs_give_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    runs = [folder / name for name in ("teacher", "rslad", "absld")]
+    write_report(runs, tmp_path)
+    for path in (folder / "report").iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_no_warning_where_the_protocols_agree(page: str) -> None:
+    assert 'role="note"' not in page
+
+
+def test_text_from_runs_stays_text(tmp_path: Path) -> None:
+    names = [
+        "<script>alert(1)</script>",
+        "a|b",
+        "$\\frac$",
+        "](http://x)",
+        '" onload="x',
+        "",
+        "*b*\n# h",
+        "&amp;",
+        "猫\x00",
+        "\ud800",
+    ]
+    run = make_run(tmp_path / "<b>&'", RSLAD, names, attacks=("pgd20", "<i>"), epochs=2)
+    with open(run / "metrics.jsonl", "a") as metrics:
+        metrics.write("cut sho")  # so that there is a note with the run's name
+    page = write_report([run], tmp_path / "out", title="</title><script>").read_text()
+    balance = Balance(page)
+    assert balance.wrong == [] and balance.stack == []
+    assert "<script" not in page and "<b>&'" not in page and "<i>" not in page and ' onload="' not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    markdown = (tmp_path / "out/report.md").read_text()
+    assert "<script" not in markdown and "a\\|b" in markdown and "](http" not in markdown.replace("\\]", "")
+    assert not re.search("^# h", markdown, re.MULTILINE)
+
+
+def test_a_run_that_was_not_evaluated_is_shown_with_the_command(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "my run", ABSLD, attacks=(), epochs=2)
+    page = write_report([run], tmp_path / "out").read_text()
+    assert "None of these runs has been evaluated yet." in page
+    assert f"retemper evaluate &#x27;{run}&#x27;" in page
+    assert len(Balance(page).images) == 2  # class state and training
+
+
+def test_a_run_that_was_not_trained_is_shown_with_the_command(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "absld", ABSLD, attacks=("pgd20",))
+    (run / "metrics.jsonl").unlink()
+    report = Report([read_run(run)])
+    assert [note.code for note in report.warnings()] == [f"retemper train absld:digits --out {run}"]
+    assert report.headline().startswith("Under PGD-20, absld's weakest class is 3 at 61 %. NSD is 0.")
+    assert report.subline() == "Its average over all images is 73 %."
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{",
+        '{"attacks": []}',
+        '{"attacks": {"pgd20": 3}}',
+        '{"attacks": {"pgd20": {"accuracy": ["x"], "count": [1]}}}',
+    ],
+)
+def test_a_damaged_evaluation_does_not_stop_the_report(tmp_path: Path, content: str) -> None:
+    run = make_run(tmp_path / "absld", ABSLD, epochs=2)
+    (run / "evaluation.json").write_text(content)
+    report = Report([read_run(run)])
+    assert report.headline() == "None of these runs has been evaluated yet."
+    assert report.warnings()[0].code == f"retemper evaluate {run}"
+
+
+def test_holes_in_the_numbers_are_left_blank(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "absld", ABSLD, attacks=("pgd20",), epochs=4)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["attacks"]["pgd20"]["accuracy"][3] = None
+    evaluation["attacks"]["pgd20"]["interval"] = {"class": None}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    with open(run / "metrics.jsonl", "a") as metrics:
+        metrics.write(
+            '{"epoch": 5, "loss": null, "temperature_adv": [null, 1, 1, 1, 1, 1, 1, 1, 1, 1]}\n{"epoch": 6, "lo'
+        )
+    page = write_report([run], tmp_path / "out").read_text()
+    assert "absld&#x27;s weakest class is 8 at 64 %" in page
+    assert "1 unreadable lines of metrics.jsonl" in page
+    assert re.search(r"\b3 +none", text_of(page))
+
+
+def test_different_protocols_are_pointed_out(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / "a", RSLAD, epochs=1, attacks=("pgd20",)),
+        make_run(tmp_path / "b", ABSLD, epochs=1, attacks=("pgd20",), count=40, protocol={"eps": 4 / 255}),
+    ]
+    write_report(runs, tmp_path / "out")
+    markdown = (tmp_path / "out/report.md").read_text()
+    assert "different protocols, do not compare them: images (1000, 400); eps (8/255, 4/255)." in markdown
+    assert "Few test images: 40 in the smallest class." in markdown
+    assert "best of its column" not in markdown
+
+
+def test_a_recipe_that_selects_on_the_test_images_is_pointed_out(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "absld", ABSLD, epochs=1))
+    run.recipe["select_on"] = "test"
+    assert "absld chose its best epoch on the test images" in Report([run]).warnings()[0].text
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / part / "absld", ABSLD, epochs=1) for part in ("x", "y")]
+    report = Report([read_run(run) for run in (*runs, runs[0])])
+    assert [run.label for run in report.runs] == ["x/absld (1)", "y/absld", "x/absld (3)"]
+
+
+def test_only_runs_that_taught_are_called_teachers(tmp_path: Path) -> None:
+    base = make_run(tmp_path / "robust", RSLAD, epochs=1)
+    teacher = {"path": str(base / "best.safetensors"), "model": "tiny_resnet", "sha256": "0"}
+    student = make_run(tmp_path / "absld", ABSLD, epochs=1, teacher=teacher)
+    other = make_run(tmp_path / "trades", RSLAD, epochs=1)
+    report = Report([read_run(run) for run in (base, student, other)])
+    assert [run.label for run in report.runs] == ["robust (teacher)", "absld", "trades"]
+    assert "absld's weakest class is 3 at 61 %; trades's is 8 at 43 %. NSD rises" in report.headline()
+
+
+def test_many_runs_share_one_sentence(tmp_path: Path) -> None:
+    runs = [read_run(make_run(tmp_path / f"run{i}", RSLAD, epochs=1)) for i in range(9)]
+    text = Report(runs).headline()
+    assert "the weakest class of 9 runs lies between 43 % (run0, 8) and 43 % (run0, 8)" in text
+
+
+def test_a_hundred_classes(tmp_path: Path) -> None:
+    accuracy = np.random.default_rng(0).beta(2, 4, 100).round(2).tolist()
+    names = [f"class {k}" for k in range(100)]
+    run = make_run(tmp_path / "absld", accuracy, names, attacks=("autoattack",), epochs=3)
+    page = write_report([run], tmp_path / "out").read_text()
+    assert "worst tenth" in text_of(page) and "class 99" in text_of(page)
+    weakest = int(np.argmin([round(90 * a) for a in accuracy]))
+    assert f"Under AutoAttack, absld&#x27;s weakest class is class {weakest} at " in page
+    assert len(Balance(page).images) == 3
+
+
+def test_a_folder_that_is_no_run_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no config") as error:
+        write_report([tmp_path], tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_refuses_no_runs_and_an_impossible_out(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="at least one"):
+        write_report([], tmp_path)
+    run = make_run(tmp_path / "absld", ABSLD, epochs=1)
+    with pytest.raises(UsageError, match="cannot be made a folder"):
+        write_report([run], run / "config.json")
+
+
+def test_says_what_to_install_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "absld", ABSLD, epochs=1)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UsageError, match=re.escape("pip install 'retemper[plots]'")):
+        write_report([run], tmp_path / "out")

@@ -1,0 +1,222 @@
+"""Runs: what they leave behind, that they learn by class, and that no kill loses or changes anything."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from retemper.engine import create_model, load_checkpoint
+from retemper.engine.cli import run
+from retemper.engine.run_folder import RunFolder
+from retemper.recipes.absld import next_temperature
+
+Train = Callable[..., int]
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
+    """An undisturbed ABSLD run of three epochs."""
+    out = tmp_path_factory.mktemp("whole") / "absld"
+    assert run(["train", *command(teacher, out)]) == 0
+    return out
+
+
+def command(teacher: Path, out: Path) -> list[str]:
+    short = ["--attack-steps", "2", "--holdout-per-class", "5", "--select-steps", "2", "--batch-size", "256"]
+    return [
+        "absld:digits",
+        "--teacher",
+        str(teacher),
+        "--out",
+        str(out),
+        "--epochs",
+        "3",
+        "--select-every",
+        "1",
+        *short,
+    ]
+
+
+def test_the_folder_holds_what_the_contract_says(whole: Path) -> None:
+    config = json.loads((whole / "config.json").read_text())
+    assert (config["method"], config["setting"], config["seed"]) == ("absld", "digits", 0)
+    assert config["recipe"]["epochs"] == 3 and config["recipe"]["eps"] == 0.15
+    assert {"retemper", "torch", "triton"} <= config["versions"].keys() and "device" in config and "commit" in config
+    for number, line in enumerate(lines(whole), 1):
+        assert line["epoch"] == number
+        assert {"loss", "lr", "images_per_second", "seconds"} <= line.keys()
+        for name in ("class_loss", "class_accuracy", "temperature_adv", "temperature_clean"):
+            assert len(line[name]) == 10
+    for name in ("last", "best"):
+        load_checkpoint(whole / f"{name}.safetensors", create_model("tiny_resnet", 10))
+    assert torch.load(whole / "last.state", weights_only=True)["epoch"] == 3
+
+
+def test_temperatures_follow_the_classes_losses(whole: Path) -> None:
+    first, second, _ = lines(whole)
+    assert first["temperature_adv"] == [1.0] * 10
+    expected = next_temperature(torch.ones(10), torch.tensor(first["class_loss"]), 0.1)
+    torch.testing.assert_close(torch.tensor(second["temperature_adv"]), expected)
+    assert max(abs(value - 1) for value in second["temperature_adv"]) == pytest.approx(0.1)
+
+
+def test_the_best_epoch_is_the_one_with_the_largest_average_and_worst(whole: Path) -> None:
+    scores = [line["holdout"]["average"] + line["holdout"]["worst"] for line in lines(whole)]
+    best = torch.load(whole / "last.state", weights_only=True)["best"]
+    assert best["epoch"] == scores.index(max(scores)) + 1
+    assert best["score"] == pytest.approx(max(scores))
+
+
+def test_the_same_command_again_changes_nothing(whole: Path, teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    assert run(["train", *command(teacher, whole)]) == 0
+    assert "all 3 epochs are done" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+
+
+def test_two_seeds_differ_and_one_seed_repeats(train: Train, tmp_path: Path) -> None:
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert train("rslad:digits", tmp_path / name, "--seed", seed, "--epochs", "1") == 0
+    a, b, c = (load_file(tmp_path / name / "last.safetensors") for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert any(not torch.equal(a[key], c[key]) for key in a)
+
+
+def test_kill_9_loses_at_most_an_epoch_and_changes_no_bit(whole: Path, teacher: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    words = [sys.executable, "-m", "retemper.engine", "train", *command(teacher, out)]
+    for epochs in (0, 1, 2):  # killed in the middle of the first, the second and the third epoch
+        child = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        try:
+            await_epochs(child, out, epochs)
+        finally:
+            child.send_signal(signal.SIGKILL)
+            child.communicate()
+    assert len(lines(out)) < 3, "every kill came too late to mean anything"
+    with open(out / "metrics.jsonl", "a") as metrics:  # as if killed between the metrics and the state
+        metrics.write(json.dumps({"epoch": 3, "loss": -1.0}) + "\n")
+    finished = subprocess.run(words, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    undisturbed, resumed = (load_file(path / "last.safetensors") for path in (whole, out))
+    assert all(torch.equal(undisturbed[key], resumed[key]) for key in undisturbed)
+    for one, other in zip(lines(whole), lines(out), strict=True):
+        for name in ("seconds", "images_per_second"):
+            one.pop(name), other.pop(name)
+        assert one == other
+    states = [torch.load(path / "last.state", weights_only=True) for path in (whole, out)]
+    assert states[0]["best"] == states[1]["best"]
+    for name, value in states[0]["class_state"].items():
+        assert torch.equal(value, states[1]["class_state"][name])
+
+
+def await_epochs(child: subprocess.Popen[str], out: Path, epochs: int) -> None:
+    """Return shortly after `child` has saved its epoch number `epochs`, or begun for 0."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert child.poll() is None, child.communicate()[1]
+        if (out / "config.json").exists() and (epochs == 0 or (out / "last.state").exists()):
+            done = len((out / "metrics.jsonl").read_text().splitlines()) if (out / "metrics.jsonl").exists() else 0
+            if done >= epochs:
+                return time.sleep(0.1)
+        time.sleep(0.01)
+    raise AssertionError("the run did not get there in two minutes")
+
+
+def test_a_run_is_not_continued_as_another(
+    whole: Path, teacher: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    before = (whole / "last.state").read_bytes()
+    assert run(["train", *command(teacher, whole), "--lr", "0.05", "--seed", "4"]) == 2
+    message = capsys.readouterr().err
+    assert "lr: 0.1, now 0.05" in message and "seed: 0, now 4" in message
+    assert run(["train", *command(tmp_path / "nowhere", whole)]) == 3
+    assert (whole / "last.state").read_bytes() == before
+
+
+def test_two_processes_do_not_share_a_folder(whole: Path, teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunFolder(whole).locked():
+        assert run(["train", *command(teacher, whole)]) == 2
+    assert "another process is writing" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "hot"
+    assert train("sat:digits", out, "--teacher", "x") == 2  # SAT has no teacher
+    code = run(["train", "sat:digits", "--out", str(out), "--epochs", "20", "--attack-steps", "1", "--lr", "1e30"])
+    assert code == 4
+    assert "the loss is" in capsys.readouterr().err
+    assert not (out / "last.state").exists()
+
+
+def test_a_damaged_state_is_named_not_half_loaded(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert train("rslad:digits", out, "--epochs", "1") == 0
+    content = (out / "last.state").read_bytes()
+    (out / "last.state").write_bytes(content[: len(content) // 2])
+    assert train("rslad:digits", out, "--epochs", "1") == 3
+    assert "last.state is damaged" in capsys.readouterr().err
+
+
+def test_a_run_without_a_teacher_trains_one_once_and_shares_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("retemper.engine.job.find_setting", short_teacher)
+    options = ["--epochs", "1", "--attack-steps", "1", "--holdout-per-class", "0"]
+    for method in ("rslad", "absld"):
+        assert run(["train", f"{method}:digits", "--out", str(tmp_path / method), *options]) == 0
+    assert capsys.readouterr().err.count("no --teacher given") == 1
+    sources = [json.loads((tmp_path / m / "config.json").read_text())["teacher"] for m in ("rslad", "absld")]
+    assert sources[0] == sources[1] and Path(sources[0]["path"]).parent == tmp_path
+
+
+def short_teacher(name: str) -> Any:
+    from dataclasses import replace
+
+    from retemper.engine.catalogue import find_setting
+
+    method, setting, found = find_setting(name)
+    recipe = replace(found.recipe, epochs=1, attack_steps=1, holdout_per_class=0)
+    return method, setting, replace(found, recipe=recipe)
+
+
+def test_a_teacher_that_takes_days_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "absld:cifar10_resnet18"]) == 2
+    assert "retemper train trades:cifar10_wrn34_10" in capsys.readouterr().err
+
+
+def test_many_processes_are_refused_not_ignored(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+    assert train("rslad:digits", tmp_path / "run") == 2
+    assert "one process" in capsys.readouterr().err
+
+
+def test_selection_on_the_test_images_is_an_option(train: Train, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert train("rslad:digits", out, "--epochs", "1", "--select-on", "test") == 0
+    assert json.loads((out / "config.json").read_text())["recipe"]["select_on"] == "test"
+    assert "holdout" in lines(out)[0]
+
+
+def test_fp16_with_its_scaler_trains_on_a_gpu(train: Train, tmp_path: Path, device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("fp16 training needs a GPU")
+    assert train("absld:digits", tmp_path / "run", "--precision", "fp16") == 0

@@ -1,0 +1,43 @@
+"""TRADES: the loss by PyTorch's own terms, and its gradient through both predictions."""
+
+import torch
+from torch.nn import functional as F
+
+from retemper.engine import Targets
+from retemper.recipes.trades import SETTINGS, Trades
+
+
+def test_loss_and_gradients_are_the_authors() -> None:
+    gen = torch.Generator().manual_seed(0)
+    ours = {name: torch.randn(6, 5, generator=gen, requires_grad=True) for name in ("adv", "clean")}
+    theirs = {name: value.detach().clone().requires_grad_() for name, value in ours.items()}
+    label = torch.arange(6) % 5
+    targets = Targets(label_B=label, own_BK=torch.zeros(6, 5), state={}, ones_K=torch.ones(5))
+    loss = Trades(dataset="digits", student="tiny_resnet").loss(ours, targets)
+    robust = kl(theirs["adv"], theirs["clean"])
+    expected = F.cross_entropy(theirs["clean"], label) + 6.0 * robust / 6
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    for name in ours:
+        torch.testing.assert_close(ours[name].grad, theirs[name].grad)
+
+
+def kl(adv: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+    """sum p (log p - log q), written out."""
+    p = clean.softmax(1)
+    return (p * (p.log() - adv.softmax(1).log())).sum()
+
+
+def test_the_attack_leaves_the_students_own_prediction() -> None:
+    own, adv = torch.randn(4, 5), torch.randn(4, 5)
+    targets = Targets(label_B=torch.zeros(4, dtype=torch.int64), own_BK=own, state={}, ones_K=torch.ones(5))
+    recipe = Trades(dataset="digits", student="tiny_resnet")
+    torch.testing.assert_close(recipe.attack_loss(adv, targets), kl(adv, own), rtol=1e-5, atol=1e-6)
+    assert recipe.attack_loss(own, targets) < 1e-6
+
+
+def test_the_full_setting_is_the_authors() -> None:
+    recipe = SETTINGS["cifar10_wrn34_10"].recipe
+    assert (recipe.eps, recipe.attack_step, recipe.attack_steps, recipe.epochs) == (0.031, 0.007, 10, 76)
+    assert recipe.forwards == ("clean", "adv")

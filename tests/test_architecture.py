@@ -1,0 +1,76 @@
+"""The architecture in one table: who may import whom, and what no module may do."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAY_IMPORT = {
+    "kernels": set(),
+    "loaders": set(),
+    "engine": {"kernels", "loaders"},
+    "recipes": {"engine", "kernels"},  # a recipe's loss is made of kernels
+}
+SOURCES = [source for part in MAY_IMPORT for source in sorted((ROOT / part).rglob("*.py"))]
+
+
+def imported(source: Path) -> set[str]:
+    """Every module that `source` names in an import, at its head or inside a function."""
+    names = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("part", MAY_IMPORT)
+def test_imports_point_one_way(part: str) -> None:
+    for source in (ROOT / part).rglob("*.py"):
+        parts = {name.split(".")[1] for name in imported(source) if name.startswith("retemper.")}
+        assert parts <= MAY_IMPORT[part] | {part}, source
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(source.relative_to(ROOT)))
+def test_our_folders_are_only_imported_under_our_name(source: Path) -> None:
+    assert not {name.split(".")[0] for name in imported(source)} & MAY_IMPORT.keys()
+
+
+def test_no_recipe_imports_another() -> None:
+    for source in (ROOT / "recipes").glob("*.py"):
+        assert not any(name.startswith("retemper.recipes") for name in imported(source)), source
+
+
+def test_the_engine_names_no_method() -> None:
+    methods = {source.stem for source in (ROOT / "recipes").glob("*.py")} - {"__init__"}
+    for source in (ROOT / "engine").rglob("*.py"):
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.Compare):
+                words = {item.value for item in ast.walk(node) if isinstance(item, ast.Constant)}
+                assert not words & methods, f"{source}:{node.lineno} branches on a method's name"
+
+
+def test_every_kernel_has_its_tests() -> None:
+    for source in (ROOT / "kernels").glob("*.py"):
+        if source.stem != "__init__":
+            assert (ROOT / f"tests/kernels/test_{source.stem}.py").is_file(), source
+
+
+def test_the_import_name_is_four_links() -> None:
+    for part in MAY_IMPORT:
+        link = ROOT / "src/retemper" / part
+        assert link.is_symlink() and link.resolve() == ROOT / part
+
+
+def test_no_untrusted_code_runs() -> None:
+    for source in SOURCES:
+        for node in ast.walk(ast.parse(source.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            assert name not in {"eval", "exec", "pickle.load", "pickle.loads", "yaml.load"}, f"{source}:{node.lineno}"
+            if name == "torch.load":
+                given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                assert given.get("weights_only") == "True", f"{source}:{node.lineno}"

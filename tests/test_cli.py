@@ -1,0 +1,174 @@
+"""A user's mistake ends in one clear line on stderr, the contract's exit code, and nothing lost."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from retemper.engine import create_model, save_weights
+from retemper.engine.cli import run
+
+Capture = pytest.CaptureFixture[str]
+
+
+def fails(capsys: Capture, code: int, *words: object) -> str:
+    """Run the words, expect `code` and one line on stderr; the line."""
+    capsys.readouterr()
+    assert run([str(word) for word in words]) == code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("retemper: error: ")]
+    assert len(lines) == 1 and "Traceback" not in lines[0]
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["tran"], "invalid choice: 'tran'"),
+        (["train", "abld:digits"], "did you mean 'absld'?"),
+        (["train", "absld:digit"], "did you mean 'digits'?"),
+        (["train", "absld"], "absld needs a setting"),
+        (["train", "absld:digits", "--attack-setps", "3"], "did you mean '--attack-steps'?"),
+        (["train", "absld:digits", "--tempreature-rate=1"], "did you mean '--temperature-rate'?"),
+        (["train", "absld:digits", "--epochs", "many"], "--epochs many"),
+        (["train", "absld:digits", "--eps", "8"], "8/255 not 8"),
+        (["train", "absld:digits", "--variant", "secret"], "paper, released"),
+        (["train", "rslad:digits", "--variant", "released"], "variant"),
+        (["train", "absld:digits", "--seed", "-1"], "seed"),
+        (["train", "absld:digits", "--device", "tpu"], "cpu or cuda"),
+        (["evaluate", "x", "--attacks", "pgd"], "there is no attack 'pgd'"),
+        (["evaluate", "x", "--limit", "0"], "--limit 0"),
+        (["convert", "cifar", "--out", "x.beton"], "no data set 'cifar'"),
+        (["convert", "digits", "--out", "x.npz"], ".beton"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_usage_names_the_right_one(words: list[str], said: str, capsys: Capture) -> None:
+    assert said in fails(capsys, 2, *words)
+
+
+def test_missing_data_is_named_with_its_place(tmp_path: Path, capsys: Capture) -> None:
+    teacher = tmp_path / "t.safetensors"
+    save_weights(teacher, create_model("wrn34_10", 10))
+    words = ["train", "absld:cifar10_resnet18", "--teacher", teacher, "--out", tmp_path / "run"]
+    assert "nowhere" in fails(capsys, 3, *words, "--data-root", tmp_path / "nowhere")
+    assert "data-root" in fails(capsys, 3, *words)
+    assert "nowhere" in fails(capsys, 3, "evaluate", tmp_path / "nowhere")
+    assert "is no run" in fails(capsys, 3, "evaluate", tmp_path)
+
+
+def bad_checkpoints(folder: Path) -> dict[str, Path]:
+    """Files that are no weights, by what is wrong with them."""
+
+    class Bomb:
+        def __reduce__(self) -> tuple:
+            return os.system, (f"touch {folder / 'ran'}",)
+
+    made = {name: folder / f"{name}.pt" for name in ("page", "bomb", "torn", "other")}
+    made["page"].write_text("<!DOCTYPE html><html>Google Drive - Quota exceeded</html>")
+    torch.save({"state_dict": Bomb()}, made["bomb"])
+    torch.save(create_model("tiny_resnet_wide", 10).state_dict(), made["torn"])
+    made["torn"].write_bytes(made["torn"].read_bytes()[:5000])
+    torch.save(create_model("tiny_resnet_wide", 7).state_dict(), made["other"])
+    return made
+
+
+@pytest.mark.parametrize(
+    "name, said", [("page", "web page"), ("bomb", "run code"), ("torn", "torn.pt"), ("other", "7 classes")]
+)
+def test_a_bad_teacher_is_refused_before_anything_is_written(
+    name: str, said: str, tmp_path: Path, capsys: Capture
+) -> None:
+    path = bad_checkpoints(tmp_path)[name]
+    out = tmp_path / "run"
+    assert said in fails(capsys, 3, "train", "absld:digits", "--teacher", path, "--out", out)
+    assert not (tmp_path / "ran").exists(), "a checkpoint ran code"
+    assert not (out / "config.json").exists()
+    words = ["evaluate", path, "--model", "tiny_resnet_wide", "--dataset", "digits", "--attacks", "clean"]
+    assert said in fails(capsys, 3, *words)
+    assert not (tmp_path / "ran").exists(), "a checkpoint ran code"
+
+
+def test_a_truncated_beton_is_refused(tmp_path: Path, teacher_checkpoint: Path, capsys: Capture) -> None:
+    beton = tmp_path / "digits.beton"
+    assert run(["convert", "digits", "--out", str(beton)]) == 0
+    beton.write_bytes(beton.read_bytes()[:-1000])
+    words = ["train", "absld:digits", "--teacher", teacher_checkpoint, "--out", tmp_path / "run", "--loader", "ffcv"]
+    assert "truncated" in fails(capsys, 3, *words, "--beton", beton)
+
+
+@pytest.fixture
+def teacher_checkpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "teacher.pt"
+    torch.save({"state_dict": create_model("tiny_resnet_wide", 10).state_dict()}, path)
+    return path
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "file").write_text("")
+    assert "--out" in fails(capsys, 2, "train", "sat:digits", "--out", tmp_path / "file" / "run")
+
+
+def test_the_report_of_something_else_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    assert str(tmp_path) in fails(capsys, 3, "report", tmp_path, "--out", tmp_path / "page")
+
+
+def test_ls_shows_every_setting_of_the_contract(capsys: Capture) -> None:
+    assert run(["ls"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    settings = (
+        "digits fashion_mnist_small fashion_mnist_resnet18 cifar10_resnet18 cifar10_mobilenet_v2 cifar100_resnet18"
+    )
+    for method in ("absld", "rslad"):
+        for setting in [*settings.split(), "tiny_imagenet_preact_resnet18"]:
+            assert any(line.startswith(f"{method}:{setting} ") for line in lines)
+    assert any("NeurIPS 2024" in line for line in lines)
+    capsys.readouterr()
+    assert run(["ls", "cifar100", "rslad"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_doctor_tells_what_is_there(capsys: Capture) -> None:
+    assert run(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "torch" in out and "ffcv" in out and "fashion-mnist" in out
+
+
+def test_every_field_is_an_option_and_shown(capsys: Capture) -> None:
+    words = [
+        "--eps",
+        "4/255",
+        "--lr-drops",
+        "3,5",
+        "--nesterov",
+        "true",
+        "--image-size",
+        "none",
+        "--temperature-rate=.2",
+    ]
+    assert run(["train", *words, "absld:cifar10_resnet18", "--show"]) == 0
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert float(shown["eps"]) == 4 / 255 and shown["lr_drops"] == "(3, 5)" and shown["nesterov"] == "True"
+    assert shown["image_size"] == "None" and shown["temperature_rate"] == "0.2"
+
+
+def test_a_recipe_file_is_a_script(tmp_path: Path) -> None:
+    recipe = Path(__file__).parents[1] / "recipes/absld.py"
+    shown = subprocess.run(
+        [sys.executable, str(recipe), "digits", "--epochs", "7", "--show"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "epochs               7" in shown.stdout
+    wrong = subprocess.run([sys.executable, str(recipe), "--epochs", "7"], capture_output=True, text=True, cwd=tmp_path)
+    assert wrong.returncode == 2 and "absld needs a setting" in wrong.stderr
+
+
+def test_convert_writes_the_file_and_its_digest(tmp_path: Path, datafiles: ModuleType) -> None:
+    datafiles.make_cifar10(tmp_path / "data", n=10)
+    out = tmp_path / "train.beton"
+    assert run(["convert", "cifar10", "--data-root", str(tmp_path / "data"), "--out", str(out)]) == 0
+    assert len(json.loads((tmp_path / "train.beton.json").read_text())["sha256"]) == 64

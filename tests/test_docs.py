@@ -1,0 +1,52 @@
+"""What the documents say is so."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import retemper.recipes
+from retemper.engine.catalogue import method_module
+from retemper.engine.cli import parser, run
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(document: str, language: str) -> list[str]:
+    """The fenced code blocks of a language."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), flags=re.DOTALL)
+
+
+def test_the_recipe_in_contributing_trains_without_an_edit_elsewhere(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (recipe,) = blocks("CONTRIBUTING.md", "python")
+    (tmp_path / "ard.py").write_text(recipe)
+    monkeypatch.setattr(retemper.recipes, "__path__", [*retemper.recipes.__path__, str(tmp_path)])
+    assert run(["ls", "ard:digits"]) == 0
+    assert "AAAI 2020" in capsys.readouterr().out
+    assert len(method_module("ard").SETTINGS) >= 7
+    words = ["--teacher", str(teacher), "--out", str(tmp_path / "run"), "--epochs", "1", "--attack-steps", "1"]
+    assert run(["train", "ard:digits", "--batch-size", "256", *words]) == 0
+
+
+def test_the_python_in_the_readme_runs() -> None:
+    found = blocks("README.md", "python")
+    assert found
+    for code in found:
+        exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_commands_in_the_readme_exist() -> None:
+    lines = [line.strip() for block in blocks("README.md", "bash") for line in block.splitlines()]
+    words = [line.split("#")[0].split() for line in lines if line.startswith("retemper ")]
+    assert len(words) >= 5
+    for command in words:
+        recipe = next((word for word in command if ":" in word), None)
+        parser(recipe).parse_args(command[1:])
+
+
+def test_the_map_in_the_readme_is_the_tree() -> None:
+    named = re.findall(r"^\| `(\w+)/` \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    folders = {p.name for p in ROOT.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
+    assert folders <= set(named) and all((ROOT / name).is_dir() for name in named)
