@@ -46,7 +46,7 @@ def table(seeds: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="ABSLD against RSLAD on digits, over seeds.")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/digits"))
     parser.add_argument("--json", type=Path)

@@ -118,6 +118,8 @@ def distillation(
     status = status or {}
     assert (status.keys() | changes.keys()) <= DISTILLATION.keys(), (status, changes)
     return {
-        name: Setting(recipe=method(**(fields | changes.get(name, {}))), note=note, status=status.get(name, UNTRAINED))
+        name: Setting(
+            recipe=method(**{**fields, **changes.get(name, {})}), note=note, status=status.get(name, UNTRAINED)
+        )
         for name, (note, fields) in DISTILLATION.items()
     }

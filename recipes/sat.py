@@ -28,7 +28,8 @@ class Sat(Recipe):
 
 SETTINGS = {
     "digits": Setting(
-        note="8x8 digits: the robust teacher of the digits settings, 20 seconds on two cores",
+        note="8x8 digits: the robust teacher of the digits settings, under a minute on one core",
+        status="3 seeds on a 2-core CPU: README",
         recipe=Sat(
             **DIGITS,
             student="tiny_resnet_wide",

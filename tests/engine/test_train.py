@@ -68,9 +68,9 @@ def test_the_folder_holds_what_the_contract_says(whole: Path) -> None:
 def test_temperatures_follow_the_classes_losses(whole: Path) -> None:
     first, second, _ = lines(whole)
     assert first["temperature_adv"] == [1.0] * 10
-    expected = next_temperature(torch.ones(10), torch.tensor(first["class_loss"]), 0.1)
+    expected = next_temperature(torch.ones(10), torch.tensor(first["class_loss"]), 0.3)
     torch.testing.assert_close(torch.tensor(second["temperature_adv"]), expected)
-    assert max(abs(value - 1) for value in second["temperature_adv"]) == pytest.approx(0.1)
+    assert max(abs(value - 1) for value in second["temperature_adv"]) == pytest.approx(0.3)
 
 
 def test_the_best_epoch_is_the_one_with_the_largest_average_and_worst(whole: Path) -> None:
@@ -114,7 +114,7 @@ def test_kill_9_loses_at_most_an_epoch_and_changes_no_bit(whole: Path, teacher: 
     assert all(torch.equal(undisturbed[key], resumed[key]) for key in undisturbed)
     for one, other in zip(lines(whole), lines(out), strict=True):
         for name in ("seconds", "images_per_second"):
-            one.pop(name), other.pop(name)
+            del one[name], other[name]
         assert one == other
     states = [torch.load(path / "last.state", weights_only=True) for path in (whole, out)]
     assert states[0]["best"] == states[1]["best"]
