@@ -103,7 +103,8 @@ class Recipe:
     select_on: str = "holdout"
     holdout_per_class: int = 100
     select_every: int = 10
-    select_always_from: int = 215
+    select_always_from: int = 215  # every epoch from here on
+    select_from: int = 1  # no earlier epoch is kept as the best
     select_steps: int = 20
 
     variants: ClassVar[tuple[str, ...]] = ("paper",)

@@ -34,7 +34,8 @@ DIGITS: dict[str, Any] = dict(
     epochs=20,
     lr_drops=(14, 18),
     holdout_per_class=10,
-    select_every=20,  # ten images a class can choose among the last epochs, not between early and late ones
+    select_every=4,
+    select_from=18,  # ten images a class can choose among the last epochs, not between early and late ones
     select_always_from=18,
 )
 FASHION: dict[str, Any] = dict(dataset="fashion-mnist", eps=0.1, attack_step=0.1 / 4, padding=2)

@@ -278,7 +278,7 @@ class Run:
         report = by_class(correct, self.held.labels, self.num_classes)
         line["holdout"] = {name: value for name, value in report.items() if name not in ("count", "interval")}
         score = report["average"] + report["worst"]
-        if score > self.best["score"]:
+        if score > self.best["score"] and (last or epoch >= recipe.select_from):
             self.best = {"score": score, "epoch": epoch}
             save_weights(self.folder.best, self.state.student, self._metadata(epoch))
 

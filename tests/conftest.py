@@ -17,6 +17,7 @@ with pytest.MonkeyPatch.context() as during_import:
         during_import.setenv("TRITON_INTERPRET", "1")
     from retemper.kernels import runtime
 runtime.TRITON_ON_CPU = False
+torch.set_num_threads(1)  # the tests' tensors are too small to share, and a busy machine makes sharing slow
 
 
 @pytest.fixture(scope="session")

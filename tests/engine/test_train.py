@@ -36,18 +36,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
 
 def command(teacher: Path, out: Path) -> list[str]:
     short = ["--attack-steps", "2", "--holdout-per-class", "5", "--select-steps", "2", "--batch-size", "256"]
-    return [
-        "absld:digits",
-        "--teacher",
-        str(teacher),
-        "--out",
-        str(out),
-        "--epochs",
-        "3",
-        "--select-every",
-        "1",
-        *short,
-    ]
+    where = ["absld:digits", "--teacher", str(teacher), "--out", str(out)]
+    return [*where, "--epochs", "3", "--select-every", "1", "--select-from", "1", *short]
 
 
 def test_the_folder_holds_what_the_contract_says(whole: Path) -> None:
@@ -78,6 +68,13 @@ def test_the_best_epoch_is_the_one_with_the_largest_average_and_worst(whole: Pat
     best = torch.load(whole / "last.state", weights_only=True)["best"]
     assert best["epoch"] == scores.index(max(scores)) + 1
     assert best["score"] == pytest.approx(max(scores))
+
+
+def test_no_epoch_before_the_chosen_first_one_is_the_best(train: Train, tmp_path: Path) -> None:
+    options = ["--epochs", "3", "--select-every", "1", "--select-from", "3", "--lr-drops", "1", "--lr-factor", "1e-9"]
+    assert train("rslad:digits", tmp_path / "run", *options) == 0  # nothing moves after the first epoch: equal scores
+    assert torch.load(tmp_path / "run/last.state", weights_only=True)["best"]["epoch"] == 3
+    assert all("holdout" in line for line in lines(tmp_path / "run"))
 
 
 def test_the_same_command_again_changes_nothing(whole: Path, teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
