@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retemper.engine.catalogue import find_setting
-from retemper.engine.models import create_model
+from retemper.engine.models import channels_last, create_model
 from retemper.engine.run_folder import commit, device_name, versions
 from retemper.engine.step import State, train_step
-from retemper.engine.trained import channels_last
 from retemper.kernels import augment, class_sums, class_temperature_kl, pgd_step_
 from retemper.loaders import LoaderKind, ViewSpace, ffcv_problem, make_loader, split_of_arrays
 
@@ -55,19 +54,9 @@ def bench_step(device: torch.device, rounds: int) -> dict[str, dict[str, float]]
     clean = torch.rand(128, 1, 8, 8, device=device)
     for method in ("sat", "trades", "rslad", "absld"):
         recipe = replace(find_setting(f"{method}:digits")[2].recipe, batch_size=128)
-        student = channels_last(create_model("tiny_resnet", 10), device)
         teacher = channels_last(create_model("tiny_resnet_wide", 10), device).eval().requires_grad_(False)
-        state = State(
-            student=student,
-            teacher=teacher if recipe.teacher_model else None,
-            optimizer=torch.optim.SGD(student.parameters(), lr=0.01),
-            scaler=torch.amp.GradScaler(device.type, enabled=False),
-            precision=torch.bfloat16 if device.type == "cuda" else torch.float32,
-            class_state={name: value.to(device) for name, value in recipe.class_state(10).items()},
-            ones_K=torch.ones(10, device=device),
-            noise_seed=torch.zeros(1, dtype=torch.int64, device=device),
-            loss_sum=torch.zeros((), device=device),
-        )
+        student = create_model("tiny_resnet", 10)
+        state = State.begin(recipe, student, teacher if recipe.teacher_model else None, 10, device)
         contestants[method] = lambda s=state, r=recipe: train_step(s, r, clean, label)
     return take_turns(contestants, rounds, device)
 

@@ -132,8 +132,8 @@ def _options(top: Parser, verb: str) -> list[str]:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    from retemper.engine.job import default_cache, default_out, pick_device, with_teacher
-    from retemper.engine.train import Job
+    from retemper.engine.job import Job, default_cache, default_out, pick_device
+    from retemper.engine.teacher import with_teacher
     from retemper.engine.train import train as train_job
 
     method, name, setting = find_setting(arguments.METHOD_SETTING)

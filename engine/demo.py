@@ -7,10 +7,10 @@ import torch
 
 from retemper.engine.catalogue import find_setting
 from retemper.engine.evaluate_run import EvaluationRequest, evaluate_target, summary
-from retemper.engine.job import default_cache
+from retemper.engine.job import Job, default_cache
 from retemper.engine.progress import say
 from retemper.engine.report import write_report
-from retemper.engine.train import Job, train
+from retemper.engine.train import train
 from retemper.engine.trained import Facts
 
 CAST = {"teacher": "sat:digits", "rslad": "rslad:digits", "absld": "absld:digits"}

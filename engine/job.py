@@ -1,16 +1,35 @@
-"""From a user's words to a job: its folder, its device, and its teacher (given, trained earlier, or trained now)."""
+"""A job: a recipe with its name, and where and on what it runs."""
 
 import os
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from retemper.engine.catalogue import find_setting
-from retemper.engine.progress import say
-from retemper.engine.run_folder import RunFolder
-from retemper.engine.train import Job, train
+from retemper.engine.recipe import Recipe
 from retemper.loaders.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A recipe with its name, and where and on what it runs."""
+
+    method: str
+    setting: str
+    recipe: Recipe
+    out: Path
+    seed: int = 0
+    data_root: Path | None = None
+    teacher: Path | None = None
+    cache: Path
+    beton: Path | None = None
+    device: torch.device
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}:{self.setting}"
 
 
 def default_out(method: str, setting: str, seed: int) -> Path:
@@ -40,41 +59,12 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def with_teacher(job: Job) -> Job:
-    """`job` with a teacher, if its recipe has one.
-
-    Without --teacher, the run of `teacher_recipe` beside this one is taken, finished or trained first where the recipe
-    says that this is a matter of minutes.
-
-    Raises:
-        UsageError: no teacher, and training one would take long: it says how.
-    """
-    recipe = job.recipe
-    if recipe.teacher_model is None:
-        if job.teacher is not None:
-            raise UsageError(f"{job.method} learns without a teacher: leave out --teacher")
-        return job
-    if job.teacher is not None:
-        return job
-    name = recipe.teacher_recipe
-    if name is None:
-        raise UsageError(f"{job.name} needs a teacher: name a {recipe.teacher_model} checkpoint or run with --teacher")
-    method, setting, found = find_setting(name)
-    out = job.out.parent / default_out(method, setting, 0).name
-    done = (out / "best.safetensors").exists() and _epochs_done(out) >= found.recipe.epochs
-    if not done and not recipe.train_teacher:
-        raise UsageError(
-            f"{job.name} needs a teacher: name a {recipe.teacher_model} checkpoint with --teacher, "
-            f"or train one with: retemper train {name} --out {out}"
-        )
-    if not done:
-        say(f"{job.name}: no --teacher given, so {name} comes first, in {out}; later runs beside it use it too")
-        # always seed 0: runs that differ in their seed share one teacher, and are compared under it
-        train(replace(job, method=method, setting=setting, recipe=found.recipe, out=out, seed=0))
-    return replace(job, teacher=out)
-
-
-def _epochs_done(out: Path) -> int:
-    """How many epochs a run has behind it."""
-    metrics = RunFolder(out).metrics
-    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+@contextmanager
+def cpu_threads(number: int | None) -> Iterator[None]:
+    """Torch computes with so many threads inside; None leaves them alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

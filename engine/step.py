@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from retemper.engine.attack import module_mode, pgd
+from retemper.engine.models import channels_last
 from retemper.engine.recipe import ClassSums, Recipe, Targets
 from retemper.kernels import class_sums
 
@@ -29,6 +30,33 @@ class State:
     sums: dict[str, ClassSums] = field(default_factory=dict)
     loss_sum: Tensor = field(default_factory=lambda: torch.zeros(()))
 
+    @classmethod
+    def begin(
+        cls, recipe: Recipe, student: nn.Module, teacher: nn.Module | None, num_classes: int, device: torch.device
+    ) -> "State":
+        """Everything as it is before the first step; the student moves to `device`, channels-last."""
+        student = channels_last(student, device)
+        precision = precision_on(device, recipe.precision)
+        state = cls(
+            student=student,
+            teacher=teacher,
+            optimizer=torch.optim.SGD(
+                student.parameters(),
+                lr=recipe.lr,
+                momentum=recipe.momentum,
+                weight_decay=recipe.weight_decay,
+                nesterov=recipe.nesterov,
+                fused=device.type == "cuda",  # with a scaler the fused step alone does not wait for the device
+            ),
+            scaler=torch.amp.GradScaler(device.type, enabled=precision is torch.float16),
+            precision=precision,
+            class_state={name: value.to(device) for name, value in recipe.class_state(num_classes).items()},
+            ones_K=torch.ones(num_classes, device=device),
+            noise_seed=torch.zeros(1, dtype=torch.int64, device=device),
+        )
+        state.start_epoch()
+        return state
+
     def autocast(self) -> AbstractContextManager[object]:
         """Mixed precision for one phase; a context for two would carry casts made without gradient into the second."""
         device = self.ones_K.device.type
@@ -46,6 +74,13 @@ class State:
             total = new if old is None else (old.loss_K + new[0], old.correct_K + new[1], old.count_K + new[2])
             self.sums[name] = ClassSums(loss_K=total[0], correct_K=total[1], count_K=total[2])
         self.loss_sum += loss * label_B.numel()
+
+
+def precision_on(device: torch.device, name: str) -> torch.dtype:
+    """The dtype a recipe means: "auto" is bf16 on a GPU that has it, and fp32 on a CPU, where that is faster."""
+    if name != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
 def observe(state: State, recipe: Recipe, clean_BCHW: Tensor, label_B: Tensor) -> Targets:

@@ -6,9 +6,6 @@ so that a resumed run ends in the weights of an undisturbed one, bit for bit on 
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -19,39 +16,19 @@ from torch import Tensor, nn
 
 from retemper.engine.errors import Diverged
 from retemper.engine.evaluate import ATTACKS, Attack, balanced_order, by_class, survivors
+from retemper.engine.job import Job, cpu_threads
 from retemper.engine.models import create_model
 from retemper.engine.progress import Progress, say
-from retemper.engine.recipe import Recipe, describe
+from retemper.engine.recipe import describe
 from retemper.engine.run_folder import RunFolder, commit, device_name, versions
 from retemper.engine.step import State, train_step
-from retemper.engine.trained import Facts, channels_last, load_trained, teacher_facts
+from retemper.engine.trained import Facts, load_trained, teacher_facts
 from retemper.engine.weights import save_weights
 from retemper.kernels import augment
 from retemper.loaders import Loader, Split, ViewSpace, holdout_split, load_split, make_loader, split_of_arrays
 from retemper.loaders.errors import DataError
 
 STEPS_BETWEEN_READS = 50  # how often the loss is read from the device: for the bar, and to stop when it is not finite
-PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A recipe with its name, and where and on what it runs."""
-
-    method: str
-    setting: str
-    recipe: Recipe
-    out: Path
-    seed: int = 0
-    data_root: Path | None = None
-    teacher: Path | None = None
-    cache: Path
-    beton: Path | None = None
-    device: torch.device
-
-    @property
-    def name(self) -> str:
-        return f"{self.method}:{self.setting}"
 
 
 def train(job: Job) -> Path:
@@ -105,25 +82,7 @@ class Run:
             eps=recipe.eps,
         )
         teacher, self.teacher_source = self._teacher()
-        student = channels_last(student, device)
-        precision = _precision(recipe.precision, device)
-        self.state = State(
-            student=student,
-            teacher=teacher,
-            optimizer=torch.optim.SGD(
-                student.parameters(),
-                lr=recipe.lr,
-                momentum=recipe.momentum,
-                weight_decay=recipe.weight_decay,
-                nesterov=recipe.nesterov,
-                fused=device.type == "cuda",  # with a scaler the fused step alone does not wait for the device
-            ),
-            scaler=torch.amp.GradScaler(device.type, enabled=precision is torch.float16),
-            precision=precision,
-            class_state={k: v.to(device) for k, v in recipe.class_state(self.num_classes).items()},
-            ones_K=torch.ones(self.num_classes, device=device),
-            noise_seed=torch.zeros(1, dtype=torch.int64, device=device),
-        )
+        self.state = State.begin(recipe, student, teacher, self.num_classes, device)
         self.best: dict[str, Any] = {"score": -1.0, "epoch": 0}
         self.loader: Loader = make_loader(
             recipe.loader,
@@ -311,21 +270,3 @@ class Run:
             words += f"  held-out robust {held['average']:.1%}, worst {held['worst']:.1%} ({name})"
             words += "  best so far" if self.best["epoch"] == line["epoch"] else ""
         say(words)
-
-
-@contextmanager
-def cpu_threads(number: int | None) -> Iterator[None]:
-    """Torch computes with so many threads inside; None leaves them alone."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _precision(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bf16 on a GPU that has it and fp32 on a CPU, where bf16 is slower."""
-    if name != "auto":
-        return PRECISION[name]
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32

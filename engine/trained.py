@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from retemper.engine.models import create_model
+from retemper.engine.models import channels_last, create_model
 from retemper.engine.run_folder import RunFolder
 from retemper.engine.weights import file_digest, load_checkpoint
 from retemper.loaders.errors import DataError, UsageError
@@ -83,11 +83,6 @@ def load_trained(weights: Path, facts: Facts, device: torch.device) -> nn.Module
     model = create_model(facts.model, facts.num_classes, channels=facts.channels)
     load_checkpoint(weights, model)
     return channels_last(model, device).eval().requires_grad_(False)
-
-
-def channels_last(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` on `device`, its convolutions laid out channels-last."""
-    return model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # absent in the stub
 
 
 def teacher_facts(target: Path, fallback: Facts) -> tuple[Path, Facts, dict[str, str]]:

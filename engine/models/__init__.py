@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import nn
 
 from retemper.engine.models.cifar_resnet import resnet56
@@ -12,7 +13,7 @@ from retemper.engine.models.preact_resnet import preact_resnet18, preact_resnet3
 from retemper.engine.models.resnet import resnet18, tiny_resnet
 from retemper.engine.models.wide_resnet import wrn34_10
 
-__all__ = ["MODELS", "create_model"]
+__all__ = ["MODELS", "channels_last", "create_model"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": resnet18,
@@ -45,3 +46,8 @@ def create_model(name: str, num_classes: int, *, channels: int | None = None) ->
     if num_classes < 1 or (channels is not None and channels < 1):
         raise ValueError(f"num_classes and channels must be at least 1, not {num_classes} and {channels}")
     return MODELS[name](num_classes) if channels is None else MODELS[name](num_classes, channels)
+
+
+def channels_last(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` on `device`, its convolutions laid out channels-last."""
+    return model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # absent in the stub

@@ -9,28 +9,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from retemper.engine import Recipe, State, create_model, train_step
 from retemper.engine.catalogue import find_setting
-from retemper.engine.trained import channels_last
+from retemper.engine.models import channels_last
 
 METHODS = ["sat", "trades", "rslad", "absld"]
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal"}
 
 
-def make(method: str, device: torch.device, precision: torch.dtype = torch.float32) -> tuple[State, Recipe]:
+def make(method: str, device: torch.device, precision: str = "fp32") -> tuple[State, Recipe]:
     torch.manual_seed(0)
-    recipe = replace(find_setting(f"{method}:digits")[2].recipe, attack_steps=2)
-    student = channels_last(create_model("tiny_resnet", 10), device)
+    recipe = replace(find_setting(f"{method}:digits")[2].recipe, attack_steps=2, lr=0.05, precision=precision)
     teacher = channels_last(create_model("tiny_resnet", 10), device).eval().requires_grad_(False)
-    state = State(
-        student=student,
-        teacher=teacher if recipe.teacher_model else None,
-        optimizer=torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9),
-        scaler=torch.amp.GradScaler(device.type, enabled=False),
-        precision=precision,
-        class_state={name: value.to(device) for name, value in recipe.class_state(10).items()},
-        ones_K=torch.ones(10, device=device),
-        noise_seed=torch.zeros(1, dtype=torch.int64, device=device),
-    )
-    state.start_epoch()
+    student = create_model("tiny_resnet", 10)
+    state = State.begin(recipe, student, teacher if recipe.teacher_model else None, 10, device)
     return state, recipe
 
 
@@ -126,7 +116,7 @@ def test_draws_a_new_start_each_step(device: torch.device) -> None:
 
 
 def test_bf16_learns_and_keeps_fp32_weights(device: torch.device) -> None:
-    state, recipe = make("trades", device, torch.bfloat16)  # its own prediction is taken without gradient first
+    state, recipe = make("trades", device, "bf16")  # its own prediction is taken without gradient first
     first = [parameter.detach().clone() for parameter in state.student.parameters()]
     losses = [train_step(state, recipe, *batch(device)).item() for _ in range(15)]
     assert losses[-1] < losses[0]

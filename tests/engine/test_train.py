@@ -174,7 +174,7 @@ def test_a_damaged_state_is_named_not_half_loaded(
 def test_a_run_without_a_teacher_trains_one_once_and_shares_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("retemper.engine.job.find_setting", short_teacher)
+    monkeypatch.setattr("retemper.engine.teacher.find_setting", short_teacher)
     options = ["--epochs", "1", "--attack-steps", "1", "--holdout-per-class", "0"]
     for method in ("rslad", "absld"):
         assert run(["train", f"{method}:digits", "--out", str(tmp_path / method), *options]) == 0

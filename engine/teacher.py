@@ -1,0 +1,51 @@
+"""Where a run's teacher comes from: the user's checkpoint, a run trained earlier, or one trained now."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from retemper.engine.catalogue import find_setting
+from retemper.engine.job import Job, default_out
+from retemper.engine.progress import say
+from retemper.engine.run_folder import RunFolder
+from retemper.engine.train import train
+from retemper.loaders.errors import UsageError
+
+
+def with_teacher(job: Job) -> Job:
+    """`job` with a teacher, if its recipe has one.
+
+    Without --teacher, the run of `teacher_recipe` beside this one is taken, finished or trained first where the recipe
+    says that this is a matter of minutes.
+
+    Raises:
+        UsageError: no teacher, and training one would take long: it says how.
+    """
+    recipe = job.recipe
+    if recipe.teacher_model is None:
+        if job.teacher is not None:
+            raise UsageError(f"{job.method} learns without a teacher: leave out --teacher")
+        return job
+    if job.teacher is not None:
+        return job
+    name = recipe.teacher_recipe
+    if name is None:
+        raise UsageError(f"{job.name} needs a teacher: name a {recipe.teacher_model} checkpoint or run with --teacher")
+    method, setting, found = find_setting(name)
+    out = job.out.parent / default_out(method, setting, 0).name
+    done = (out / "best.safetensors").exists() and _epochs_done(out) >= found.recipe.epochs
+    if not done and not recipe.train_teacher:
+        raise UsageError(
+            f"{job.name} needs a teacher: name a {recipe.teacher_model} checkpoint with --teacher, "
+            f"or train one with: retemper train {name} --out {out}"
+        )
+    if not done:
+        say(f"{job.name}: no --teacher given, so {name} comes first, in {out}; later runs beside it use it too")
+        # always seed 0: runs that differ in their seed share one teacher, and are compared under it
+        train(replace(job, method=method, setting=setting, recipe=found.recipe, out=out, seed=0))
+    return replace(job, teacher=out)
+
+
+def _epochs_done(out: Path) -> int:
+    """How many epochs a run has behind it."""
+    metrics = RunFolder(out).metrics
+    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
