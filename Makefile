@@ -1,7 +1,8 @@
 # Everything a fresh machine needs: `make demo` and `make test` install what is missing, system packages too as root.
 PYTHON ?= python3
 BIN := .venv/bin
-SYSTEM := pkg-config libturbojpeg0-dev libopencv-dev dataset-fashion-mnist
+SYSTEM := python3-venv python3-dev g++ pkg-config libturbojpeg0-dev libopencv-dev dataset-fashion-mnist
+SYSTEM_LOG := $(shell mktemp)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: setup system demo test check bench wheel clean
@@ -15,13 +16,16 @@ setup: .venv/installed
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[all]'
 	touch $@
 
+# What is tested for is what is needed, so that a Python or an OpenCV from elsewhere serves as well as Debian's.
 system:
-	@if dpkg -s $(SYSTEM) >/dev/null 2>&1; then :; \
-	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		apt-get update --quiet=2 && DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --no-install-recommends $(SYSTEM) g++ >/dev/null; \
+	@if pkg-config --exists opencv4 libturbojpeg && command -v g++ && [ -d /usr/share/datasets/fashion-mnist ] \
+		&& $(PYTHON) -c 'import ensurepip, os, sysconfig; assert os.path.exists(sysconfig.get_path("include") + "/Python.h")'; \
+	then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get; then \
+		apt-get update --quiet=2 && DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --no-install-recommends $(SYSTEM); \
 	else \
 		echo "system packages are missing; as root, run:  apt-get install $(SYSTEM)" >&2; exit 1; \
-	fi
+	fi >/dev/null 2>$(SYSTEM_LOG) || { cat $(SYSTEM_LOG) >&2; exit 1; }
 
 demo: setup
 	$(BIN)/retemper demo

@@ -68,7 +68,10 @@ def pgd(
     with module_mode(model, bn_mode), torch.enable_grad():
         for _ in range(steps):
             adv.requires_grad_(True)
-            (grad,) = torch.autograd.grad(objective(model(adv)), adv)
+            loss = objective(model(adv))
+            if not loss.requires_grad:
+                raise ValueError("objective: no gradient reaches the input; is the model under no_grad or detached?")
+            (grad,) = torch.autograd.grad(loss, adv)
             if grad.stride() != adv.stride():  # some convolutions answer in the other memory format
                 grad = torch.empty_like(adv).copy_(grad)
             adv = pgd_step_(adv.detach(), grad, clean, step, eps, norm=norm)
@@ -91,6 +94,11 @@ def _start(
     if seed is None:
         seed = torch.randint(2**63 - 1, (1,), device=clean.device)
     return random_start_(adv, clean, eps, noise=start, seed=seed, clip=clip)
+
+
+def predicts(logits_BK: Tensor, label_B: Tensor) -> Tensor:
+    """(B,) bool: whether each row is largest at its label. A row that is not finite predicts nothing."""
+    return (logits_BK.argmax(1) == label_B) & logits_BK.isfinite().all(1)
 
 
 def cross_entropy_objective(label_B: Tensor) -> Objective:

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from retemper.engine.attack import predicts
 from retemper.engine.evaluate import as_float, exact_fp32
 from retemper.engine.progress import say
 from retemper.loaders import Split
@@ -54,4 +55,4 @@ def autoattack_survivors(
 def _correct(model: nn.Module, image: Tensor, label_N: Tensor, batch_size: int) -> Tensor:
     """(N,) bool on the host."""
     parts = zip(image.split(batch_size), label_N.split(batch_size), strict=True)
-    return torch.cat([model(part).argmax(1) == label for part, label in parts]).cpu()
+    return torch.cat([predicts(model(part), label) for part, label in parts]).cpu()

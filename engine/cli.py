@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
@@ -11,7 +13,9 @@ from retemper.engine.catalogue import find_setting, method_module, methods, near
 from retemper.engine.errors import EXIT_CODES, PREEMPTED
 from retemper.engine.recipe import describe
 from retemper.engine.weights import write_atomically
-from retemper.loaders.errors import UsageError
+from retemper.loaders.errors import DataError, UsageError
+
+GOES_ON = "; the same command goes on from the last finished epoch"
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,6 +27,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The console script: runs a verb and leaves with its exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a preempted run ends as an interrupted one
     sys.exit(run(sys.argv[1:] if argv is None else list(argv)))
 
 
@@ -36,7 +41,7 @@ def run_as_script(file: str) -> None:
 def run(argv: list[str]) -> int:
     """One verb; its exit code."""
     try:
-        top = parser(next((word for word in argv[1:] if argv[0] == "train" and ":" in word), None))
+        top = parser(_named_recipe(argv))
         arguments, unknown = top.parse_known_args(argv)
         if unknown:
             raise UsageError(
@@ -45,13 +50,26 @@ def run(argv: list[str]) -> int:
         arguments.act(arguments)
         return 0
     except KeyboardInterrupt:
-        print("retemper: interrupted; the same command goes on from the last finished epoch", file=sys.stderr)
+        goes_on = argv[:1] in (["train"], ["demo"])
+        print(f"retemper: interrupted{GOES_ON if goes_on else ''}", file=sys.stderr)
         return PREEMPTED
     except BrokenPipeError:
         return 0
     except tuple(EXIT_CODES) as error:
         print(f"retemper: error: {error}", file=sys.stderr)
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+    except OSError as error:
+        print(f"retemper: error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return EXIT_CODES[DataError]
+
+
+def _named_recipe(argv: list[str]) -> str | None:
+    """The METHOD:SETTING in the words of `train`: the first that is neither an option nor the value of one."""
+    for before, word in pairwise(argv):
+        takes_value = before.startswith("--") and "=" not in before and before not in ("--show", "--help")
+        if argv[0] == "train" and not word.startswith("-") and not takes_value:
+            return word
+    return None
 
 
 def parser(recipe: str | None = None) -> Parser:
@@ -200,6 +218,10 @@ def bench(arguments: argparse.Namespace) -> None:
     from retemper.engine.bench import bench as measure
     from retemper.engine.job import pick_device
 
+    if arguments.rounds < 1:
+        raise UsageError(f"--rounds {arguments.rounds}: it must be at least 1")
+    if arguments.json and (arguments.json.is_dir() or not arguments.json.absolute().parent.is_dir()):
+        raise UsageError(f"--json {arguments.json}: name a file in a folder that exists")
     result = measure(arguments.what, pick_device(arguments.device), arguments.rounds)
     if arguments.json:
         write_atomically(arguments.json, json.dumps(result, indent=1).encode() + b"\n")

@@ -9,7 +9,7 @@ from retemper.engine.catalogue import find_setting
 from retemper.engine.evaluate_run import EvaluationRequest, evaluate_target, summary
 from retemper.engine.job import Job, default_cache
 from retemper.engine.progress import say
-from retemper.engine.report import write_report
+from retemper.engine.report import require_plots, write_report
 from retemper.engine.train import train
 from retemper.engine.trained import Facts
 
@@ -24,6 +24,7 @@ def run_demo(out: Path, seed: int = 0) -> Path:
         The page.
     """
     started = time.monotonic()
+    require_plots()  # now, not after two minutes of training
     for name, recipe in CAST.items():
         method, setting, found = find_setting(recipe)
         job = Job(

@@ -6,6 +6,7 @@ import platform
 
 import torch
 
+from retemper import __version__
 from retemper.loaders import DATASETS, DataError, ffcv_problem, load_split
 from retemper.loaders.ffcv_library import INSTALL
 
@@ -15,7 +16,8 @@ EXTRAS = {"matplotlib": "plots", "pyautoattack": "eval"}
 def examine() -> str:
     """One line a thing: its name, "ok" or "missing", and the details or the fix."""
     lines = [("python", "ok", platform.python_version())]
-    for name in ("retemper", "torch", "triton", "numpy", "safetensors"):
+    lines.append(("retemper", "ok", __version__))
+    for name in ("torch", "triton", "numpy", "safetensors"):
         lines.append((name, "ok", importlib.metadata.version(name)))
     for name, extra in EXTRAS.items():
         found = importlib.util.find_spec(name) is not None
@@ -35,7 +37,14 @@ def _kernels() -> tuple[str, str, str]:
     if not torch.cuda.is_available():
         return "kernels", "ok", "no GPU: the PyTorch references run, on the CPU"
     pixel = torch.zeros(1, 1, 1, 1, device="cuda")
-    pgd_step_(pixel, torch.ones_like(pixel), torch.zeros_like(pixel), 0.5, 1.0)
+    try:
+        pgd_step_(pixel, torch.ones_like(pixel), torch.zeros_like(pixel), 0.5, 1.0)
+    except Exception as error:  # whatever the compiler or the driver says is what the user is asking for
+        return (
+            "kernels",
+            "broken",
+            f"Triton: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}",
+        )
     works = pixel.item() == 0.5
     return "kernels", "ok" if works else "broken", f"Triton on {torch.cuda.get_device_name()}"
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from retemper.engine.attack import Objective, cross_entropy_objective, cw_objective, pgd
+from retemper.engine.attack import Objective, cross_entropy_objective, cw_objective, pgd, predicts
 from retemper.engine.class_statistics import class_report, intervals
 from retemper.engine.progress import Progress
 from retemper.kernels import augment, identity_view
@@ -95,7 +95,7 @@ def survivors(
             label_B = label_N[batch].to(device)
             clean = as_float(split, batch, device)
             with torch.no_grad():
-                correct_B = model(clean).argmax(1) == label_B
+                correct_B = predicts(model(clean), label_B)
             if attack.steps:
                 adv = pgd(
                     model,
@@ -108,7 +108,7 @@ def survivors(
                     seed=seed + first,
                 )
                 with torch.no_grad():
-                    correct_B &= model(adv).argmax(1) == label_B
+                    correct_B &= predicts(model(adv), label_B)
             verdicts.append(correct_B)
             if progress is not None:
                 progress.advance(len(batch))

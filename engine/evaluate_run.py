@@ -4,6 +4,7 @@ import argparse
 import json
 import time
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from retemper.engine.autoattack import autoattack_survivors
 from retemper.engine.catalogue import parse_value
 from retemper.engine.evaluate import ATTACKS, balanced_order, by_class, survivors
 from retemper.engine.job import pick_device
-from retemper.engine.progress import Progress
+from retemper.engine.progress import Progress, say
 from retemper.engine.run_folder import RunFolder, read_json, versions
-from retemper.engine.trained import Facts, facts_of, is_run, load_trained, weights_of
+from retemper.engine.trained import Facts, facts_of, is_run, load_trained, require_same_images, weights_of
 from retemper.engine.weights import file_digest, write_atomically
 from retemper.loaders import Split, load_split
 from retemper.loaders.errors import DataError, UsageError
@@ -45,15 +46,20 @@ class EvaluationRequest:
             UsageError: an unknown attack, a radius that is no number, a limit below 1.
         """
         attacks = tuple(name.strip() for name in words.attacks.split(",") if name.strip())
+        if not attacks:
+            raise UsageError(f"--attacks names none: choose of {', '.join(ATTACKS)}, autoattack")
         for name in attacks:
             if name not in (*ATTACKS, "autoattack"):
                 raise UsageError(f"there is no attack {name!r}: choose of {', '.join(ATTACKS)}, autoattack")
-        if words.limit is not None and words.limit < 1:
-            raise UsageError(f"--limit {words.limit}: it must be at least 1")
+        for name, number in (("limit", words.limit), ("batch-size", words.batch_size)):
+            if number is not None and number < 1:
+                raise UsageError(f"--{name} {number}: it must be at least 1")
         try:
             eps = None if words.eps is None else parse_value(float, words.eps)
         except ValueError:
             raise UsageError(f"--eps {words.eps}: write it as 8/255 or 0.031") from None
+        if eps is not None and not 0 <= eps <= 1:
+            raise UsageError(f"--eps {words.eps}: a radius in [0, 1] pixels, 8/255 not 8")
         return cls(
             target=words.target,
             attacks=attacks,
@@ -88,6 +94,7 @@ def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
         "images": len(order),
         "subset": "all" if request.limit is None else "the first images of every class in turn",
         "eps": eps,
+        "image_size": split.shape[0],
         "norm": "linf",
         "precision": "fp32",
         "seed": request.seed,
@@ -97,7 +104,7 @@ def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
         "classes": list(split.classes),
         "versions": versions(),
     }
-    path = _destination(request.target, weights)
+    path = _destination(weights)
     content = _previous(path, protocol)
     content["protocol"]["data_root"] = None if data_root is None else str(data_root)
     for name in request.attacks:
@@ -115,18 +122,17 @@ def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
 def _subject(request: EvaluationRequest, weights: Path) -> tuple[Facts, Split, Path | None]:
     """What the weights are, the test images, and where those lie."""
     folder = request.target if request.target.is_dir() else weights.parent
-    config = read_json(RunFolder(folder).config) if is_run(folder) else None
-    facts, data_root, image_size = request.facts.or_else(facts_of(weights)), request.data_root, None
+    config = RunFolder(folder).read_config() if is_run(folder) else None
+    facts, data_root = request.facts.or_else(facts_of(weights)), request.data_root
     if config is not None:
         recipe = config["recipe"]
-        facts = facts.or_else(Facts(model=recipe["student"], dataset=recipe["dataset"], eps=recipe["eps"]))
-        image_size = recipe["image_size"]
-        data_root = data_root or (Path(config["data_root"]) if config["data_root"] else None)
+        known = Facts(model=recipe["student"], dataset=recipe["dataset"], eps=recipe["eps"])
+        facts = facts.or_else(known).or_else(Facts(image_size=recipe.get("image_size")))
+        data_root = data_root or (Path(config["data_root"]) if config.get("data_root") else None)
     if facts.dataset is None:
         raise UsageError(f"{weights} does not say what it was trained on: name the data set with --dataset")
-    split = load_split(facts.dataset, "test", data_root, image_size)
-    if facts.num_classes not in (None, len(split.classes)):
-        raise DataError(f"{weights} knows {facts.num_classes} classes, {facts.dataset} has {len(split.classes)}")
+    split = load_split(facts.dataset, "test", data_root, facts.image_size)
+    require_same_images(str(weights), facts, len(split.classes), split.shape[2])
     if config is not None and list(split.classes) != config["classes"]:
         raise DataError(f"the test images of {facts.dataset} have other classes than {folder} was trained on")
     known = Facts(num_classes=len(split.classes), channels=split.shape[2])
@@ -161,24 +167,32 @@ def _survivors(
         )
 
 
-def _destination(target: Path, weights: Path) -> Path:
+def _destination(weights: Path) -> Path:
     """evaluation.json in the weights' folder; another name for weights that are not a run's best."""
-    folder = weights.parent
-    plain = weights.name == "best.safetensors" or not is_run(folder)
-    return folder / ("evaluation.json" if plain else f"evaluation-{weights.stem}.json")
+    plain = weights.name == "best.safetensors" or not is_run(weights.parent)
+    return weights.with_name("evaluation.json" if plain else f"evaluation-{weights.stem}.json")
 
 
 def _previous(path: Path, protocol: dict[str, Any]) -> dict[str, Any]:
-    """The evaluation to add to: the one at `path` if it was made under `protocol`, else an empty one."""
+    """The evaluation to add to: the one at `path` if it was made under `protocol`, else an empty one.
+
+    One under another protocol is kept under a name of its own.
+    """
     empty: dict[str, Any] = {"protocol": protocol | {"attacks": {}}, "attacks": {}}
     if not path.exists():
         return empty
     try:
         old = read_json(path)
-        same = {name: value for name, value in old["protocol"].items() if name in protocol} == protocol
-    except (DataError, KeyError, AttributeError):
-        return empty
-    return old if same else empty
+        was, attacks = old.get("protocol"), old.get("attacks")
+        if isinstance(was, dict) and isinstance(attacks, dict) and isinstance(was.get("attacks"), dict):
+            if {name: was.get(name) for name in protocol} == protocol:
+                return old
+    except DataError:
+        pass  # kept as it is, under the other name
+    kept = next(name for n in count(1) if not (name := path.with_name(f"{path.stem}.{n}.json")).exists())
+    path.replace(kept)
+    say(f"{path} was made under another protocol and is now {kept}")
+    return empty
 
 
 def summary(content: dict[str, Any]) -> str:

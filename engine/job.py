@@ -1,6 +1,7 @@
 """A job: a recipe with its name, and where and on what it runs."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,11 +53,14 @@ def pick_device(name: str | None) -> torch.device:
         raise UsageError("one process trains a run so far: start it with python, or torchrun --nproc-per-node 1")
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name}: it must be cpu or cuda")
+    if not re.fullmatch("cpu|cuda(:[0-9]+)?", name):
+        raise UsageError(f"--device {name}: it must be cpu, cuda or cuda:N")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"--device {name}: torch sees no GPU here; leave the option out to train on the CPU")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs, counted from 0")
+    return device
 
 
 @contextmanager

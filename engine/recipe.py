@@ -6,11 +6,15 @@ and `next_class_state`. A setting is a function that returns one. Nothing here k
 Dimension key: B batch, K classes.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
+
+from retemper.engine.models import MODELS
+from retemper.loaders import DATASETS
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -113,6 +117,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         choices = {
+            "dataset": DATASETS,
+            "student": MODELS,
+            "teacher_model": (None, *MODELS),
             "variant": self.variants,
             "attack_start": ("none", "normal", "uniform"),
             "attack_bn": ("eval", "train"),
@@ -122,25 +129,26 @@ class Recipe:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: it must be one of {', '.join(allowed)}")
-        for name in ("epochs", "batch_size", "select_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: it must be at least 1")
-        for name in (
-            "eps",
-            "attack_step",
-            "attack_steps",
-            "padding",
-            "holdout_per_class",
-            "weight_decay",
-            "select_steps",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} = {getattr(self, name)}: it must not be negative")
+                raise ValueError(f"{name} = {getattr(self, name)!r}: it must be one of {', '.join(map(str, allowed))}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field.name} = {value}: it must be a finite number")
+            if isinstance(value, int | float) and value < 0:
+                raise ValueError(f"{field.name} = {value}: it must not be negative")
+        positive = "epochs batch_size select_every lr cpu_threads images_per_class image_size".split()
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} = {value}: it must be above 0")
         if self.eps > 1 or self.attack_step > 1:
             raise ValueError(
                 f"eps = {self.eps}, attack_step = {self.attack_step}: give them in [0, 1] pixels, 8/255 not 8"
             )
+        if self.momentum >= 1 or (self.nesterov and self.momentum == 0):
+            raise ValueError(f"momentum = {self.momentum}: it must be below 1, and above 0 with nesterov")
+        if min(self.lr_drops, default=1) < 1:
+            raise ValueError(f"lr_drops = {self.lr_drops}: epochs count from 1")
 
     def decay(self, epoch: int) -> float:
         """The factor that the schedule has reached after `epoch` (from 1)."""

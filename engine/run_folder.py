@@ -7,7 +7,6 @@ an epoch whose weights, class state and score are whole, and lines of `metrics.j
 import fcntl
 import io
 import json
-import os
 import pickle
 import shutil
 import subprocess
@@ -21,6 +20,8 @@ from torch import nn
 
 from retemper.engine.weights import save_weights, write_atomically
 from retemper.loaders.errors import DataError, UsageError
+
+CONFIG = {"method": str, "setting": str, "recipe": dict, "seed": int, "classes": list, "teacher": dict | None}
 
 
 class RunFolder:
@@ -52,8 +53,19 @@ class RunFolder:
             yield
 
     def read_config(self) -> dict[str, Any]:
-        """The run's config.json."""
-        return read_json(self.config)
+        """The run's config.json.
+
+        Raises:
+            DataError: it is not there, or is not what a run writes.
+        """
+        config = read_json(self.config)
+        for name, kind in CONFIG.items():
+            if not isinstance(config.get(name), kind):
+                raise DataError(f"{self.config} is damaged (no {name}): delete the folder to start the run anew")
+        for name in ("student", "dataset", "eps"):
+            if name not in config["recipe"]:
+                raise DataError(f"{self.config} is damaged (no {name}): delete the folder to start the run anew")
+        return config
 
     def begin(self, config: dict[str, Any]) -> None:
         """Write the config, or check that the run found here is the same one.
@@ -78,10 +90,7 @@ class RunFolder:
         self, line: dict[str, Any], student: nn.Module, metadata: dict[str, str], state: dict[str, Any]
     ) -> None:
         """Write one epoch: its metrics line, the weights, and at last the state that resuming reads."""
-        with open(self.metrics, "a") as metrics:
-            metrics.write(json.dumps(line) + "\n")
-            metrics.flush()
-            os.fsync(metrics.fileno())
+        self._write_metrics([*self._read_metrics(line["epoch"] - 1), line])
         save_weights(self.last, student, metadata)
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -90,18 +99,34 @@ class RunFolder:
     def load_state(self) -> dict[str, Any] | None:
         """What `save_epoch` was last given, its metrics lines trimmed to that epoch; None for a run not yet begun."""
         if not self.state.exists():
-            write_atomically(self.metrics, b"")
+            self._write_metrics([])
             return None
         try:
             state = torch.load(self.state, map_location="cpu", weights_only=True)
-            epoch = state["epoch"]
-        except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+            missing = {"epoch", "student", "optimizer", "scaler", "class_state", "best"} - state.keys()
+            if missing:
+                raise KeyError(missing)
+        except (RuntimeError, EOFError, KeyError, AttributeError, ValueError, pickle.UnpicklingError) as error:
             raise DataError(
                 f"{self.state} is damaged ({type(error).__name__}): delete the folder to start the run anew"
             ) from None
-        kept = [line for line in self.metrics.read_text().splitlines() if json.loads(line)["epoch"] <= epoch]
-        write_atomically(self.metrics, "".join(line + "\n" for line in kept).encode())
+        self._write_metrics(self._read_metrics(state["epoch"]))
         return state
+
+    def _read_metrics(self, last: int) -> list[dict[str, Any]]:
+        """The lines up to epoch `last`; one that cannot be read is left out."""
+        lines = []
+        for text in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
+            try:
+                line = json.loads(text)
+                if line["epoch"] <= last:
+                    lines.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue
+        return lines
+
+    def _write_metrics(self, lines: list[dict[str, Any]]) -> None:
+        write_atomically(self.metrics, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -123,7 +148,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What makes `new` another run than `old`, as "field: old, now new"."""
-    before = {**old.get("recipe", {}), **{name: old.get(name) for name in ("method", "seed")}}
+    before = {**old["recipe"], **{name: old.get(name) for name in ("method", "seed")}}
     after = {**new["recipe"], **{name: new[name] for name in ("method", "seed")}}
     before["teacher"], after["teacher"] = ((config["teacher"] or {}).get("sha256", "none") for config in (old, new))
     names = [name for name in after if before.get(name) != after[name]]

@@ -1,13 +1,15 @@
 """Where a run's teacher comes from: the user's checkpoint, a run trained earlier, or one trained now."""
 
+import json
 from dataclasses import replace
-from pathlib import Path
 
 from retemper.engine.catalogue import find_setting
 from retemper.engine.job import Job, default_out
 from retemper.engine.progress import say
+from retemper.engine.recipe import Recipe, describe
 from retemper.engine.run_folder import RunFolder
 from retemper.engine.train import train
+from retemper.engine.trained import header_of
 from retemper.loaders.errors import UsageError
 
 
@@ -32,7 +34,7 @@ def with_teacher(job: Job) -> Job:
         raise UsageError(f"{job.name} needs a teacher: name a {recipe.teacher_model} checkpoint or run with --teacher")
     method, setting, found = find_setting(name)
     out = job.out.parent / default_out(method, setting, 0).name
-    done = (out / "best.safetensors").exists() and _epochs_done(out) >= found.recipe.epochs
+    done = _is_done(RunFolder(out), found.recipe)
     if not done and not recipe.train_teacher:
         raise UsageError(
             f"{job.name} needs a teacher: name a {recipe.teacher_model} checkpoint with --teacher, "
@@ -45,7 +47,9 @@ def with_teacher(job: Job) -> Job:
     return replace(job, teacher=out)
 
 
-def _epochs_done(out: Path) -> int:
-    """How many epochs a run has behind it."""
-    metrics = RunFolder(out).metrics
-    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+def _is_done(folder: RunFolder, recipe: Recipe) -> bool:
+    """Whether the folder holds a finished run of exactly this recipe; `train` says what differs if it holds another."""
+    if not (folder.config.exists() and folder.best.exists()):
+        return False
+    same = folder.read_config()["recipe"] == json.loads(json.dumps(describe(recipe)))
+    return same and header_of(folder.last).get("epoch") == str(recipe.epochs)

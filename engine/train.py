@@ -1,11 +1,13 @@
 """One training run, from a recipe to its folder: epochs, class state, selection, checkpoints, resume.
 
 The same command again goes on where the run was: every random number comes from (seed, epoch, image) or (seed, step),
-so that a resumed run ends in the weights of an undisturbed one, bit for bit on the same machine.
+so that a resumed run ends in the weights of an undisturbed one: bit for bit on a CPU with as many threads, and on a GPU
+as far as its convolutions repeat themselves.
 """
 
 import math
 import time
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from retemper.engine.errors import Diverged
-from retemper.engine.evaluate import ATTACKS, Attack, balanced_order, by_class, survivors
+from retemper.engine.evaluate import ATTACKS, Attack, balanced_order, by_class, exact_fp32, survivors
 from retemper.engine.job import Job, cpu_threads
 from retemper.engine.models import create_model
 from retemper.engine.progress import Progress, say
 from retemper.engine.recipe import describe
 from retemper.engine.run_folder import RunFolder, commit, device_name, versions
 from retemper.engine.step import State, train_step
-from retemper.engine.trained import Facts, load_trained, teacher_facts
+from retemper.engine.trained import Facts, header_of, load_trained, require_same_images, teacher_facts
 from retemper.engine.weights import save_weights
 from retemper.kernels import augment
 from retemper.loaders import Loader, Split, ViewSpace, holdout_split, load_split, make_loader, split_of_arrays
@@ -42,7 +44,8 @@ def train(job: Job) -> Path:
         Diverged: the loss is not finite any more; the last good epoch stays.
     """
     folder = RunFolder(job.out)
-    with folder.locked(), cpu_threads(job.recipe.cpu_threads):
+    full = exact_fp32() if job.recipe.precision == "fp32" else nullcontext()
+    with folder.locked(), cpu_threads(job.recipe.cpu_threads), full:
         run = Run(job, folder)
         first = run.resume()
         if first > job.recipe.epochs:
@@ -78,6 +81,7 @@ class Run:
             model=recipe.student,
             num_classes=self.num_classes,
             channels=self.channels,
+            image_size=recipe.image_size,
             dataset=recipe.dataset,
             eps=recipe.eps,
         )
@@ -114,11 +118,9 @@ class Run:
         assert self.job.teacher is not None
         fallback = Facts(model=self.recipe.teacher_model, num_classes=self.num_classes, channels=self.channels)
         weights, facts, source = teacher_facts(self.job.teacher, fallback)
-        if facts.num_classes != self.num_classes:
-            raise DataError(
-                f"the teacher {self.job.teacher} knows {facts.num_classes} classes, {self.recipe.dataset} has "
-                f"{self.num_classes}: give a teacher of the same data set with --teacher"
-            )
+        require_same_images(f"the teacher {self.job.teacher}", facts, self.num_classes, self.channels)
+        if facts.image_size not in (None, self.split.shape[0]):
+            say(f"note: the teacher saw images of {facts.image_size} px, the student's have {self.split.shape[0]}")
         if facts.dataset not in (None, self.recipe.dataset):
             say(f"note: the teacher was trained on {facts.dataset}, the student is to learn {self.recipe.dataset}")
         return load_trained(weights, facts, self.job.device), source
@@ -148,15 +150,26 @@ class Run:
         if saved is None:
             self._check_teacher()
             return 1
-        self.state.student.load_state_dict(saved["student"])
-        self.state.optimizer.load_state_dict(saved["optimizer"])
-        self.state.scaler.load_state_dict(saved["scaler"])
+        try:
+            self.state.student.load_state_dict(saved["student"])
+            self.state.optimizer.load_state_dict(saved["optimizer"])
+            self.state.scaler.load_state_dict(saved["scaler"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+            raise DataError(f"{self.folder.state} is not this run's: delete the folder to start it anew") from None
         self.state.class_state = {k: v.to(job.device) for k, v in saved["class_state"].items()}
-        self.best = saved["best"]
+        self.best = self._newest_best(saved["best"])
         return saved["epoch"] + 1
 
+    def _newest_best(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """The best epoch: of the state, or of weights that a killed process saved after it."""
+        if not self.folder.best.exists():
+            return {"score": -1.0, "epoch": 0}
+        header = header_of(self.folder.best)
+        epoch = int(header.get("epoch", 0))
+        return {"score": float(header["score"]), "epoch": epoch} if epoch > saved["epoch"] else saved
+
     def _check_teacher(self) -> None:
-        """Say how well the teacher knows the held-out images; refuse one that does not know the data at all."""
+        """Say how well the teacher knows the held-out images."""
         if self.state.teacher is None or self.held is None:
             return
         correct = survivors(self.state.teacher, self.held, ATTACKS["clean"], eps=0, device=self.job.device)
@@ -173,6 +186,7 @@ class Run:
         started = time.monotonic()
         loss = self._pass(epoch)
         line = self._line(epoch, loss, time.monotonic() - started)
+        self._require_finite_weights(epoch)
         state.class_state = recipe.next_class_state(state.class_state, state.sums, epoch)
         self._select(epoch, line)
         self._save(epoch, line)
@@ -200,11 +214,23 @@ class Run:
         value = loss.item()
         if math.isfinite(value):
             return value
-        kept = f"{self.folder.last} holds epoch {epoch - 1}" if epoch > 1 else "nothing was saved yet"
         raise Diverged(
-            f"the loss is {value} at epoch {epoch}, by step {step}; {kept}. Try a lower --lr"
+            f"the loss is {value} at epoch {epoch}, by step {step}; {self._kept(epoch)}. Try a lower --lr"
             + ("" if self.state.precision is torch.float32 else " or --precision fp32")
         )
+
+    def _require_finite_weights(self, epoch: int) -> None:
+        """The last step's loss was taken before it: look at what it left.
+
+        Raises:
+            Diverged: a weight or a statistic is not finite.
+        """
+        values = [value for value in self.state.student.state_dict().values() if value.is_floating_point()]
+        if not torch.stack([value.isfinite().all() for value in values]).all():
+            raise Diverged(f"the weights are not finite after epoch {epoch}; {self._kept(epoch)}. Try a lower --lr")
+
+    def _kept(self, epoch: int) -> str:
+        return f"{self.folder.last} holds epoch {epoch - 1}" if epoch > 1 else "nothing was saved yet"
 
     def _line(self, epoch: int, loss: float, seconds: float) -> dict[str, Any]:
         """The epoch's line of metrics.jsonl; the class state is the one that the epoch was trained under."""
@@ -227,8 +253,7 @@ class Run:
         last = epoch == recipe.epochs
         if self.held is None:
             if last:
-                self.best = {"score": -1.0, "epoch": epoch}
-                save_weights(self.folder.best, self.state.student, self._metadata(epoch))
+                self._keep_as_best(-1.0, epoch)
             return
         if not (last or epoch >= recipe.select_always_from or epoch % recipe.select_every == 0):
             return
@@ -238,8 +263,12 @@ class Run:
         line["holdout"] = {name: value for name, value in report.items() if name not in ("count", "interval")}
         score = report["average"] + report["worst"]
         if score > self.best["score"] and (last or epoch >= recipe.select_from):
-            self.best = {"score": score, "epoch": epoch}
-            save_weights(self.folder.best, self.state.student, self._metadata(epoch))
+            self._keep_as_best(score, epoch)
+
+    def _keep_as_best(self, score: float, epoch: int) -> None:
+        """The score travels in the file: a kill before the state is saved must not part the two."""
+        self.best = {"score": score, "epoch": epoch}
+        save_weights(self.folder.best, self.state.student, self._metadata(epoch) | {"score": repr(score)})
 
     def _save(self, epoch: int, line: dict[str, Any]) -> None:
         state = self.state

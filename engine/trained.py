@@ -21,6 +21,7 @@ class Facts:
     model: str | None = None
     num_classes: int | None = None
     channels: int | None = None
+    image_size: int | None = None
     dataset: str | None = None
     eps: float | None = None
 
@@ -50,23 +51,32 @@ def weights_of(target: Path, which: str = "best") -> Path:
     return path
 
 
-def facts_of(weights: Path) -> Facts:
-    """What a checkpoint file says of itself: the header that runs write into their safetensors files."""
+def header_of(weights: Path) -> dict[str, str]:
+    """The header of a safetensors file; empty if it is none: loading the weights says what is wrong with it."""
     if weights.suffix != ".safetensors":
-        return Facts()
+        return {}
     try:
         with safe_open(weights, framework="pt") as file:
-            header = file.metadata() or {}
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
+
+
+def facts_of(weights: Path) -> Facts:
+    """What a checkpoint file says of itself: the header that runs write into their safetensors files."""
+    header = header_of(weights)
+    try:
         number, size = header.get("num_classes"), header.get("eps")
         return Facts(
             model=header.get("model"),
             num_classes=int(number) if number else None,
             channels=int(header["channels"]) if "channels" in header else None,
+            image_size=int(header["image_size"]) if "image_size" in header else None,
             dataset=header.get("dataset"),
             eps=float(size) if size else None,
         )
-    except (SafetensorError, OSError, ValueError):
-        return Facts()  # loading the weights says what is wrong with the file
+    except ValueError:
+        return Facts()
 
 
 def load_trained(weights: Path, facts: Facts, device: torch.device) -> nn.Module:
@@ -74,14 +84,19 @@ def load_trained(weights: Path, facts: Facts, device: torch.device) -> nn.Module
 
     Raises:
         UsageError: its architecture or number of classes is not known.
-        DataError: the file does not hold that architecture's weights.
+        DataError: the file does not hold that architecture's weights, or they are not finite.
     """
     if facts.model is None or facts.num_classes is None:
         raise UsageError(
             f"{weights} does not say what it is: name its architecture and data set with --model and --dataset"
         )
-    model = create_model(facts.model, facts.num_classes, channels=facts.channels)
+    try:
+        model = create_model(facts.model, facts.num_classes, channels=facts.channels)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     load_checkpoint(weights, model)
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise DataError(f"{weights} holds weights that are not finite: the run that made it diverged")
     return channels_last(model, device).eval().requires_grad_(False)
 
 
@@ -90,6 +105,17 @@ def teacher_facts(target: Path, fallback: Facts) -> tuple[Path, Facts, dict[str,
     weights = weights_of(target)
     facts = facts_of(weights).or_else(fallback)
     return weights, facts, {"path": str(target), "model": str(facts.model), "sha256": file_digest(weights)}
+
+
+def require_same_images(whose: str, facts: Facts, classes: int, channels: int) -> None:
+    """Refuse a network for other images.
+
+    Raises:
+        DataError: it knows another number of classes or channels.
+    """
+    for what, own, there in (("classes", facts.num_classes, classes), ("channels", facts.channels, channels)):
+        if own not in (None, there):
+            raise DataError(f"{whose} knows {own} {what}, the data has {there}: give one of the same data set")
 
 
 def is_run(target: Path) -> bool:

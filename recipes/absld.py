@@ -51,6 +51,11 @@ class Absld(Recipe):
     temperature_lower: float = 0.5
     temperature_upper: float = 5.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.temperature_lower <= self.temperature_upper:
+            raise ValueError(f"temperature_lower = {self.temperature_lower}: it must lie in (0, temperature_upper]")
+
     def class_state(self, num_classes: int) -> dict[str, Tensor]:
         return {"temperature_adv": torch.ones(num_classes), "temperature_clean": torch.ones(num_classes)}
 

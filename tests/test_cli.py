@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ def fails(capsys: Capture, code: int, *words: object) -> str:
         (["train", "absld:digits", "--variant", "secret"], "paper, released"),
         (["train", "rslad:digits", "--variant", "released"], "variant"),
         (["train", "absld:digits", "--seed", "-1"], "seed"),
-        (["train", "absld:digits", "--device", "tpu"], "cpu or cuda"),
+        (["train", "absld:digits", "--device", "tpu"], "cpu, cuda or cuda:N"),
         (["evaluate", "x", "--attacks", "pgd"], "there is no attack 'pgd'"),
         (["evaluate", "x", "--limit", "0"], "--limit 0"),
         (["convert", "cifar", "--out", "x.beton"], "no data set 'cifar'"),
@@ -172,3 +173,76 @@ def test_convert_writes_the_file_and_its_digest(tmp_path: Path, datafiles: Modul
     out = tmp_path / "train.beton"
     assert run(["convert", "cifar10", "--data-root", str(tmp_path / "data"), "--out", str(out)]) == 0
     assert len(json.loads((tmp_path / "train.beton.json").read_text())["sha256"]) == 64
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("train sat:digits --lr -1", "lr = -1.0"),
+        ("train sat:digits --eps nan", "finite"),
+        ("train sat:digits --student resnet19", "student = 'resnet19'"),
+        ("train sat:digits --dataset mnist", "dataset = 'mnist'"),
+        ("train sat:digits --momentum 1", "momentum"),
+        ("train sat:digits --images-per-class -1", "images_per_class"),
+        ("train sat:digits --cpu-threads 0", "cpu_threads"),
+        ("train sat:digits --lr-drops 0,3", "lr_drops"),
+        ("train absld:digits --temperature-lower 9", "temperature_lower"),
+        ("train sat:digits --device cpu:abc", "cpu, cuda or cuda:N"),
+        ("train --device cuda:9 sat:digits", "cuda"),
+        ("evaluate x --batch-size -1", "--batch-size -1"),
+        ("evaluate x --eps 8", "8/255 not 8"),
+        ("evaluate x --eps nan", "--eps nan"),
+        ("evaluate x --attacks ,", "names none"),
+        ("bench kernels --rounds 0", "--rounds 0"),
+        ("bench kernels --json nowhere/x.json", "--json nowhere/x.json"),
+    ],
+)
+def test_impossible_values_are_named_before_any_work(words: str, said: str, capsys: Capture) -> None:
+    assert said in fails(capsys, 2, *words.split())
+
+
+def test_options_may_stand_before_the_recipe(capsys: Capture) -> None:
+    assert run(["train", "--out", "a:b", "--epochs", "3", "sat:digits", "--show"]) == 0
+    assert "epochs               3" in capsys.readouterr().out
+
+
+def test_files_that_cannot_be_written_end_in_a_line(tmp_path: Path, teacher: Path, capsys: Capture) -> None:
+    (tmp_path / "page/report.html").mkdir(parents=True)
+    assert "report.html" in fails(capsys, 3, "report", teacher, "--out", tmp_path / "page")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "not json", '{"recipe": []}'])
+def test_a_damaged_config_is_named(content: str, tmp_path: Path, teacher: Path, capsys: Capture) -> None:
+    run_folder = tmp_path / "run"
+    shutil.copytree(teacher, run_folder)
+    (run_folder / "config.json").write_text(content)
+    assert "config.json" in fails(capsys, 3, "evaluate", run_folder, "--attacks", "clean")
+    assert "config.json" in fails(capsys, 3, "train", "sat:digits", "--out", run_folder)
+
+
+def test_weights_for_other_images_are_refused(tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "colour.safetensors"
+    metadata = {"model": "tiny_resnet_wide", "num_classes": "10", "channels": "3", "dataset": "digits"}
+    save_weights(path, create_model("tiny_resnet_wide", 10, channels=3), metadata)
+    assert "3 channels" in fails(capsys, 3, "evaluate", path, "--attacks", "clean")
+    assert "3 channels" in fails(capsys, 3, "train", "rslad:digits", "--teacher", path, "--out", tmp_path / "run")
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, capsys: Capture) -> None:
+    model = create_model("tiny_resnet_wide", 10)
+    model.get_parameter("linear.bias").data.fill_(float("nan"))
+    path = tmp_path / "nan.safetensors"
+    save_weights(path, model, {"model": "tiny_resnet_wide", "num_classes": "10", "dataset": "digits"})
+    assert "not finite" in fails(capsys, 3, "evaluate", path, "--attacks", "clean")
+
+
+def test_sigterm_ends_a_run_as_an_interruption(tmp_path: Path, teacher: Path) -> None:
+    words = [sys.executable, "-m", "retemper.engine", "train", "rslad:digits", "--teacher", str(teacher)]
+    child = subprocess.Popen([*words, "--out", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True)
+    assert child.stderr is not None
+    for line in child.stderr:
+        if line.startswith("epoch 1/"):
+            child.terminate()
+            break
+    assert "the same command goes on" in child.communicate()[1]
+    assert child.returncode == 75

@@ -262,6 +262,12 @@ class Report:
             caption += f" Red: the run's weakest class under {against}; black: the next two; grey: the others."
         return [_plot("class_state", caption, said, partial(plots.class_state, panels, self.classes))]
 
+    def _chosen_by(self) -> str:
+        """The images that choose the best epoch."""
+        on_test = [run for run in self.runs if run.recipe.get("select_on") == "test"]
+        where = "test" if len(on_test) == len(self.runs) else "held-out or test" if on_test else "held-out training"
+        return f"{where} images, by which the best epoch is chosen"
+
     def _training_blocks(self) -> list[Any]:
         runs = [run for run in self.runs if run.metrics]
         if not runs:
@@ -272,7 +278,7 @@ class Report:
             return []
         losses = {name: curve["loss"][1] for name, curve in series.items() if curve["loss"][1]}
         said = [f"{name}: loss {values[0]:.3g} to {values[-1]:.3g}" for name, values in losses.items()]
-        caption = "held-out training images, by which the best epoch is chosen" if held_out else "the training batches"
+        caption = self._chosen_by() if held_out else "the training batches"
         caption = f"Losses of different methods have different scales. Robust accuracies are those of {caption}."
         caption += " Dotted: the learning rate drops."
         where = "held out" if held_out else "training"

@@ -5,6 +5,7 @@ Runs keep one look in all figures: Okabe and Ito's colours (safe for the colour-
 steps survive a grey printer, hatched from the third on; a teacher is light grey, being the yardstick.
 """
 
+import importlib.util
 import io
 import math
 import warnings
@@ -152,12 +153,17 @@ def epoch_axis(axes: "Axes", epoch: Sequence[int]) -> None:
     axes.set_xlabel("epoch")
 
 
+def require_plots() -> None:
+    """Raises UsageError where matplotlib, the extra `plots`, is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("the figures need matplotlib: pip install 'retemper[plots]'")
+
+
 @contextmanager
 def _style() -> Iterator[None]:
-    try:
-        from matplotlib import rc_context
-    except ImportError as error:
-        raise UsageError("the figures need matplotlib: pip install 'retemper[plots]'") from error
+    require_plots()
+    from matplotlib import rc_context
+
     with rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands in for it
         yield

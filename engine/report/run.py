@@ -102,7 +102,7 @@ def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
         try:
             row = json.loads(line)
             epochs[int(row["epoch"])] = row
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             broken += bool(line.strip())
     return [epochs[epoch] for epoch in sorted(epochs)], broken
 

@@ -75,6 +75,14 @@ def trained(run_folder: Path) -> nn.Module:
     return load_trained(weights, facts_of(weights), CPU)
 
 
+def test_an_answer_that_is_not_finite_is_no_answer(digits: Split) -> None:
+    class Broken(nn.Module):
+        def forward(self, image: Tensor) -> Tensor:
+            return image.flatten(1)[:, :10] * float("nan")
+
+    assert not survivors(Broken(), digits, ATTACKS["clean"], eps=0, device=CPU).any()
+
+
 def test_any_prefix_is_balanced() -> None:
     labels = np.array([0, 0, 0, 0, 1, 2, 2, 1, 2, 2, 2])
     order = balanced_order(labels)
@@ -122,8 +130,9 @@ def test_evaluate_writes_the_contracts_file_and_adds_to_it(
         assert len(result["accuracy"]) == len(result["count"]) == 10 and sum(result["count"]) == 50
         assert {"average", "worst", "worst_class", "worst_tenth", "nsd", "interval"} <= result.keys()
     assert "pgd20" in capsys.readouterr().out
-    assert run(["evaluate", str(teacher), "--limit", "60", "--attacks", "clean"]) == 0
-    assert list(json.loads((teacher / "evaluation.json").read_text())["attacks"]) == ["clean"]  # another protocol
+    assert run(["evaluate", str(teacher), "--limit", "60", "--attacks", "clean"]) == 0  # another protocol
+    assert list(json.loads((teacher / "evaluation.json").read_text())["attacks"]) == ["clean"]
+    assert json.loads((teacher / "evaluation.1.json").read_text()) == content
 
 
 def test_a_bare_checkpoint_is_evaluated_when_it_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from retemper.engine import create_model, load_checkpoint
+from retemper.engine import create_model, load_checkpoint, save_weights
 from retemper.engine.cli import run
 from retemper.engine.run_folder import RunFolder
+from retemper.engine.trained import header_of
 from retemper.recipes.absld import next_temperature
 
 Train = Callable[..., int]
@@ -103,8 +104,8 @@ def test_kill_9_loses_at_most_an_epoch_and_changes_no_bit(whole: Path, teacher: 
             child.send_signal(signal.SIGKILL)
             child.communicate()
     assert len(lines(out)) < 3, "every kill came too late to mean anything"
-    with open(out / "metrics.jsonl", "a") as metrics:  # as if killed between the metrics and the state
-        metrics.write(json.dumps({"epoch": 3, "loss": -1.0}) + "\n")
+    with open(out / "metrics.jsonl", "a") as metrics:  # as if killed between the metrics and the state, or in a write
+        metrics.write(json.dumps({"epoch": 3, "loss": -1.0}) + '\n{"epoch": 2, "lo')
     finished = subprocess.run(words, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     undisturbed, resumed = (load_file(path / "last.safetensors") for path in (whole, out))
@@ -158,6 +159,30 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(
     assert code == 4
     assert "the loss is" in capsys.readouterr().err
     assert not (out / "last.state").exists()
+
+
+def test_a_last_step_that_diverges_is_not_saved(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "hot"
+    words = ["--epochs", "1", "--attack-steps", "1", "--batch-size", "5000", "--lr", "1e38", "--weight-decay", "1000"]
+    assert run(["train", "sat:digits", "--out", str(out), *words]) == 4
+    assert "not finite after epoch 1" in capsys.readouterr().err
+    assert not (out / "last.state").exists() and not (out / "best.safetensors").exists()
+
+
+def test_a_best_saved_just_before_a_kill_is_known_after_it(train: Train, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = ["--epochs", "3", "--select-every", "1", "--select-from", "1"]
+    assert train("rslad:digits", out, *options) == 0
+    state = torch.load(out / "last.state", weights_only=True)
+    state["epoch"], state["best"] = 2, {"score": -0.5, "epoch": 1}
+    torch.save(state, out / "last.state")  # as it stood before epoch 3 was saved, but for the weights
+    header = dict(header_of(out / "best.safetensors"), epoch="3", score="1.9")
+    save_weights(out / "best.safetensors", load_file(out / "best.safetensors"), header)
+    assert train("rslad:digits", out, *options) == 0
+    best = torch.load(out / "last.state", weights_only=True)["best"]
+    assert best == {"score": 1.9, "epoch": 3}
 
 
 def test_a_damaged_state_is_named_not_half_loaded(
