@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from retemper.engine.attack import predicts
 from retemper.engine.evaluate import as_float, exact_fp32
-from retemper.engine.progress import say
 from retemper.loaders import Split
 from retemper.loaders.errors import UsageError
+from retemper.loaders.progress import say
 
 
 class ChannelsLast(nn.Module):

@@ -8,10 +8,10 @@ import torch
 from retemper.engine.catalogue import find_setting
 from retemper.engine.evaluate_run import EvaluationRequest, evaluate_target, summary
 from retemper.engine.job import Job, default_cache
-from retemper.engine.progress import say
 from retemper.engine.report import require_plots, write_report
 from retemper.engine.train import train
 from retemper.engine.trained import Facts
+from retemper.loaders.progress import say
 
 CAST = {"teacher": "sat:digits", "rslad": "rslad:digits", "absld": "absld:digits"}
 ATTACKS = ("clean", "fgsm", "pgd20", "cw")

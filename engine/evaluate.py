@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from retemper.engine.attack import Objective, cross_entropy_objective, cw_objective, pgd, predicts
 from retemper.engine.class_statistics import class_report, intervals
-from retemper.engine.progress import Progress
 from retemper.kernels import augment, identity_view
 from retemper.loaders import Split
+from retemper.loaders.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,12 +16,12 @@ from retemper.engine.autoattack import autoattack_survivors
 from retemper.engine.catalogue import parse_value
 from retemper.engine.evaluate import ATTACKS, balanced_order, by_class, survivors
 from retemper.engine.job import pick_device
-from retemper.engine.progress import Progress, say
 from retemper.engine.run_folder import RunFolder, read_json, versions
 from retemper.engine.trained import Facts, facts_of, is_run, load_trained, require_same_images, weights_of
 from retemper.engine.weights import file_digest, write_atomically
 from retemper.loaders import Split, load_split
 from retemper.loaders.errors import DataError, UsageError
+from retemper.loaders.progress import Progress, say
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 from retemper.engine.catalogue import find_setting
 from retemper.engine.job import Job, default_out
-from retemper.engine.progress import say
 from retemper.engine.recipe import Recipe, describe
 from retemper.engine.run_folder import RunFolder
 from retemper.engine.train import train
 from retemper.engine.trained import header_of
 from retemper.loaders.errors import UsageError
+from retemper.loaders.progress import say
 
 
 def with_teacher(job: Job) -> Job:

@@ -20,7 +20,6 @@ from retemper.engine.errors import Diverged
 from retemper.engine.evaluate import ATTACKS, Attack, balanced_order, by_class, exact_fp32, survivors
 from retemper.engine.job import Job, cpu_threads
 from retemper.engine.models import create_model
-from retemper.engine.progress import Progress, say
 from retemper.engine.recipe import describe
 from retemper.engine.run_folder import RunFolder, commit, device_name, versions
 from retemper.engine.step import State, train_step
@@ -29,6 +28,7 @@ from retemper.engine.weights import save_weights
 from retemper.kernels import augment
 from retemper.loaders import Loader, Split, ViewSpace, holdout_split, load_split, make_loader, split_of_arrays
 from retemper.loaders.errors import DataError
+from retemper.loaders.progress import Progress, say
 
 STEPS_BETWEEN_READS = 50  # how often the loss is read from the device: for the bar, and to stop when it is not finite
 

@@ -1,4 +1,4 @@
-"""How long work is shown: a bar on a terminal, a plain line now and then in a log."""
+"""How far long work is: a bar on a terminal, a plain line now and then elsewhere, so that a log stays readable."""
 
 import sys
 import time
@@ -8,11 +8,41 @@ from typing import TypeVar
 from tqdm import tqdm
 
 T = TypeVar("T")
-LINE_EVERY_S = 10.0
+LINE_EVERY_S = 20.0
+
+
+class Progress:
+    """Counts up to `total` on stderr. Use as a context manager."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.done, self.note = what, total, 0, ""
+        self.started = self.said = time.monotonic()
+        self.bar = tqdm(total=total, desc=what, leave=False, dynamic_ncols=True) if sys.stderr.isatty() else None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def advance(self, units: int, note: str | None = None) -> None:
+        """Count `units` more; `note` stands behind the count until the next one."""
+        self.done += units
+        self.note = self.note if note is None else note
+        if self.bar is not None:
+            self.bar.set_postfix_str(self.note, refresh=False)
+            self.bar.update(units)
+            return
+        now = time.monotonic()
+        if now - self.said >= LINE_EVERY_S:
+            self.said = now
+            left_s = (self.total - self.done) * (now - self.started) / max(1, self.done)
+            say(f"{self.what}: {self.done:,} of {self.total:,}, {left_s:.0f} s left  {self.note}".rstrip())
 
 
 def progress(items: Iterable[T], total: int, label: str, *, show: bool = True) -> Iterator[T]:
-    """Yield `items`, telling stderr how far it is: `label: 1,200 of 50,000`.
+    """Yield `items`, telling stderr how far it is.
 
     Args:
         total: how many items there are.
@@ -20,17 +50,15 @@ def progress(items: Iterable[T], total: int, label: str, *, show: bool = True) -
     """
     if not show:
         yield from items
-    elif sys.stderr.isatty():
-        yield from tqdm(items, total=total, desc=label, leave=False)
-    else:
-        yield from _lines(items, total, label)
+        return
+    with Progress(label, total) as shown:
+        if shown.bar is None:
+            say(f"{label}: {total:,} to do")
+        for item in items:
+            yield item
+            shown.advance(1)
 
 
-def _lines(items: Iterable[T], total: int, label: str) -> Iterator[T]:
-    said = time.monotonic()
-    print(f"{label}: {total:,} to do", file=sys.stderr, flush=True)
-    for done, item in enumerate(items):
-        if time.monotonic() - said >= LINE_EVERY_S:
-            said = time.monotonic()
-            print(f"{label}: {done:,} of {total:,}", file=sys.stderr, flush=True)
-        yield item
+def say(line: str) -> None:
+    """One line for the user, on stderr: stdout is for results."""
+    tqdm.write(line, file=sys.stderr)
