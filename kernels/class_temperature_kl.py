@@ -46,14 +46,14 @@ def class_temperature_kl_reference(
     student_temperature: float = 1.0,
     class_weight: Tensor | None = None,
 ) -> Tensor:
-    """The loss of each row in plain PyTorch: the truth for the tests, and the path on a CPU."""
-    compute = compute_dtype(student, teacher)
-    log_p = _log_softmax(teacher.to(compute), _of_class(temperature, label, compute))
-    log_q = _log_softmax(student.to(compute), student_temperature)
+    """The loss of each row in plain PyTorch, in float64: the truth for the tests, and the path on a CPU."""
+    log_p = _log_softmax(teacher.double(), _of_class(temperature, label))
+    log_q = _log_softmax(student.double(), student_temperature)
     p = log_p.exp()
     kl = torch.where(p == 0, 0, p * (log_p - log_q)).sum(1)
     kl = torch.where(kl < 0, 0, kl)  # rounding only; NaN stays
-    return kl if class_weight is None else kl * _of_class(class_weight, label, compute)[:, 0]
+    kl = kl if class_weight is None else kl * _of_class(class_weight, label)[:, 0]
+    return kl.to(compute_dtype(student, teacher))
 
 
 def class_temperature_kl_grad_reference(
@@ -66,21 +66,20 @@ def class_temperature_kl_grad_reference(
     class_weight: Tensor | None = None,
     row_grad: Tensor | None = None,
 ) -> Tensor:
-    """d(sum of row_grad * loss)/d(student) in plain PyTorch, into a new tensor of the student's dtype."""
-    compute = compute_dtype(student, teacher)
-    p = _log_softmax(teacher.to(compute), _of_class(temperature, label, compute)).exp_()
-    grad = _log_softmax(student.to(compute), student_temperature).exp_().sub_(p).div_(student_temperature)
+    """d(sum of row_grad * loss)/d(student), likewise, into a new tensor of the student's dtype."""
+    p = _log_softmax(teacher.double(), _of_class(temperature, label)).exp_()
+    grad = _log_softmax(student.double(), student_temperature).exp_().sub_(p).div_(student_temperature)
     if class_weight is not None:
-        grad *= _of_class(class_weight, label, compute)
+        grad *= _of_class(class_weight, label)
     if row_grad is not None:
         grad *= row_grad[:, None]
     return grad.to(student.dtype)
 
 
-def _of_class(value: Tensor, label: Tensor, dtype: torch.dtype) -> Tensor:
+def _of_class(value: Tensor, label: Tensor) -> Tensor:
     """The value of each row's class as a (B, 1) column; NaN where the label is no class."""
     known = (label >= 0) & (label < value.shape[0])
-    return torch.where(known, value.to(dtype)[label.clamp(0, value.shape[0] - 1)], float("nan"))[:, None]
+    return torch.where(known, value.double()[label.clamp(0, value.shape[0] - 1)], float("nan"))[:, None]
 
 
 def _log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
@@ -95,20 +94,43 @@ def _tempered(row_ptr, inverse, peak, cls, K: tl.constexpr):
 
 
 @triton.jit
-def _row_statistics(row_ptr, inverse, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The peak of each row, and log sum exp((logit - peak) / temperature), in one pass over the classes."""
+def _log1p(x):
+    """log(1 + x) for x >= 0: where it is small, 1 + x would have rounded it away."""
+    series = x * (1 - x * (1 / 2 - x * (1 / 3 - x * (1 / 4 - x / 5))))
+    return tl.where(x < 0.03, series, tl.log(1 + x))
+
+
+@triton.jit
+def _expm1(x):
+    """exp(x) - 1 for x <= 0, likewise."""
+    series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6)))))
+    return tl.where(x > -0.1, series, tl.exp(x) - 1)
+
+
+@triton.jit
+def _row_statistics(row_ptr, inverse, K, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The peak of each row, and log sum exp((logit - peak) / temperature), in one pass over the classes.
+
+    The peak's own term, 1, is left out of `rest`: a sure row's rest is lost to rounding beside it.
+    """
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
+    rest = tl.zeros((ROWS,), tl.float32)
     for start in range(0, K, BLOCK):
-        cls = start + tl.arange(0, BLOCK)
+        lane = tl.arange(0, BLOCK)
+        cls = start + lane
         logit = tl.load(row_ptr[:, None] + cls[None, :], mask=cls[None, :] < K, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(peak, tl.max(logit, 1))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)  # nothing but -inf so far: no -inf - -inf
-        total = total * tl.exp((peak - shift) * inverse) + tl.sum(
-            tl.exp((logit - shift[:, None]) * inverse[:, None]), 1
-        )
-        peak = higher
-    return peak, tl.log(total)
+        highest = tl.max(logit, 1)
+        shift = tl.where(highest == float("-inf"), 0.0, highest)  # nothing but -inf: no -inf - -inf
+        others = tl.exp((logit - shift[:, None]) * inverse[:, None])
+        own = lane[None, :] == tl.argmax(logit, 1)[:, None]
+        add = tl.sum(tl.where(own, 0.0, others), 1)
+        broken = tl.max(((logit != logit) | (logit == float("inf"))).to(tl.int32), 1)
+        add = tl.where(broken > 0, float("nan"), add)
+        gap = tl.where(peak == highest, 0.0, tl.abs(highest - peak))  # two -inf are no NaN apart
+        lower = tl.exp(-gap * inverse) * tl.where(tl.minimum(peak, highest) == float("-inf"), 0.0, 1.0)
+        rest = tl.where(peak >= highest, rest + (add + 1) * lower, (rest + 1) * lower + add)
+        peak = tl.maximum(peak, highest)
+    return peak, _log1p(rest)
 
 
 @triton.jit
@@ -154,7 +176,10 @@ def _kl_kernel(
         log_q = _tempered(student_row, inverse_q, peak_q, cls, K) - log_total_q[:, None]
         p = tl.exp(log_p)
         if GRAD:
-            grad = (scale * inverse_q)[:, None] * (tl.exp(log_q) - p)
+            # q - p, from whichever is larger: as a difference of two it would keep no digit where they are close
+            q, ratio = tl.exp(log_q), log_q - log_p
+            apart = tl.where(ratio <= 0, p * _expm1(ratio), -q * _expm1(-ratio))
+            grad = (scale * inverse_q)[:, None] * tl.where((p == 0) & (q == 0), 0.0, apart)
             place = out_ptr + (row * out_stride)[:, None] + cls[None, :]
             tl.store(place, grad.to(out_ptr.dtype.element_ty), mask=(row < B)[:, None] & (cls < K)[None, :])
         else:
