@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from retemper.engine.errors import Diverged
-from retemper.engine.evaluate import ATTACKS, Attack, balanced_order, by_class, exact_fp32, survivors
+from retemper.engine.evaluate import ATTACKS, Attack, balanced_order, by_class, exact_fp32, finite, survivors
 from retemper.engine.job import Job, cpu_threads
 from retemper.engine.models import create_model
 from retemper.engine.recipe import describe
@@ -245,7 +245,7 @@ class Run:
             suffix = "" if name == "adv" else f"_{name}"
             line[f"class_loss{suffix}"] = sums.mean_loss_K.tolist()
             line[f"class_accuracy{suffix}"] = sums.accuracy_K.tolist()
-        return line | {name: value.tolist() for name, value in self.state.class_state.items()}
+        return finite(line | {name: value.tolist() for name, value in self.state.class_state.items()})
 
     def _select(self, epoch: int, line: dict[str, Any]) -> None:
         """Attack the held-out images when it is time, and keep the weights if they are the best so far."""
