@@ -65,7 +65,7 @@ TINY_IMAGENET: dict[str, Any] = dict(
 
 DISTILLATION: dict[str, tuple[str, dict[str, Any]]] = {
     "digits": (
-        "8x8 digits, a run of half a minute on two cores",
+        "8x8 digits, half a minute on one core once there is a teacher",
         DIGITS
         | dict(
             student="tiny_resnet",

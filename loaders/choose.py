@@ -48,13 +48,15 @@ def make_loader(
     """
     chosen = np.arange(len(split)) if indices is None else np.asarray(indices, dtype=np.int64)
     plan = Plan(chosen, batch_size, seed, views, rank, world_size)
+    if beton is not None and kind == "resident":
+        raise UsageError(f"{beton} is read by FFCV: use --loader ffcv, or leave out --beton")
     if kind == "resident":
         return ResidentLoader(split, plan, device, "as asked")
     if kind not in ("auto", "ffcv"):
         raise UsageError(f"no loader {kind!r}; there are auto, ffcv, resident")
 
     reason = ffcv_problem()
-    if kind == "ffcv" and reason:
+    if reason and (kind == "ffcv" or beton is not None):
         raise UsageError(f"{reason}: run `{INSTALL}`, or use --loader resident")
     if not reason and beton is None and cache_dir is None:
         reason = "there is no folder for a converted file"

@@ -37,7 +37,7 @@ WRN34_10: dict[str, Any] = dict(student="wrn34_10", epochs=76, lr_drops=(74,), s
 
 SETTINGS = {
     "digits": Setting(
-        note="8x8 digits, half a minute on two cores",
+        note="8x8 digits, for a CPU",
         recipe=Trades(**DIGITS, student="tiny_resnet_wide"),
     ),
     "cifar10_wrn34_10": Setting(

@@ -70,6 +70,13 @@ def test_a_file_that_was_named_is_taken_or_refused(split: Split, tmp_path: Path)
             make(kind, split, beton=path)
 
 
+@pytest.mark.usefixtures("no_ffcv")
+@pytest.mark.parametrize("kind", ["auto", "ffcv", "resident"])
+def test_a_named_file_is_never_passed_over(kind: str, split: Split, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="ffcv"):
+        make(kind, split, beton=tmp_path / "named.beton")
+
+
 def test_an_unknown_kind_is_refused(split: Split) -> None:
     with pytest.raises(UsageError, match="no loader 'dali'"):
         make("dali", split)
