@@ -1,6 +1,6 @@
 """What a run is and how it moves: recipes, the attack, the training step, checkpoints, evaluation, reports."""
 
-from retemper.engine.attack import cross_entropy_objective, cw_objective, pgd
+from retemper.engine.attack import KlObjective, Objective, cross_entropy_objective, cw_objective, pgd
 from retemper.engine.class_statistics import ClassReport, class_report, intervals
 from retemper.engine.errors import Diverged
 from retemper.engine.models import create_model
@@ -24,6 +24,8 @@ __all__ = [
     "ClassReport",
     "ClassSums",
     "Diverged",
+    "KlObjective",
+    "Objective",
     "Recipe",
     "Setting",
     "State",

@@ -7,14 +7,41 @@ Only input gradients are computed. The mode of every module is put back as it wa
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from retemper.kernels import pgd_step_, random_start_
+from retemper.kernels import class_temperature_kl, class_temperature_kl_grad_, pgd_step_, random_start_
 
 Objective = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class KlObjective:
+    """The sum over the batch of KL(softmax(teacher_i / temperature[label_i]) || softmax(logits_i)).
+
+    An attack needs its gradient alone, which `gradient` gives without the value: one launch and no autograd.
+
+    Attributes:
+        teacher: (B, K) logits.
+        label: (B,) int64.
+        temperature: (K,).
+    """
+
+    teacher: Tensor
+    label: Tensor
+    temperature: Tensor
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """(B, K) logits to a scalar."""
+        return class_temperature_kl(logits, self.teacher, self.label, self.temperature, reduction="sum")
+
+    def gradient(self, logits: Tensor) -> Tensor:
+        """(B, K): its derivative at the logits."""
+        logits = logits.detach().clone()  # the network may need its output again for its own gradient
+        return class_temperature_kl_grad_(logits, self.teacher, self.label, self.temperature)
 
 
 @contextmanager
@@ -48,7 +75,8 @@ def pgd(
     Args:
         model: images to logits; its parameters and modes are left as they were.
         clean: (B, C, H, W); fp32, fp16 or bf16; contiguous or channels-last; pixels in [0, 1].
-        objective: logits (B, K) to a scalar. Sum it over the batch: a mean can underflow in half precision.
+        objective: logits (B, K) to a scalar. Sum it over the batch: a mean can underflow in half precision. One with a
+            method `gradient`, logits (B, K) to their gradient, is not differentiated (`KlObjective`).
         step, eps: in pixel units (8/255, not 8); a float, or (B,) for class-dependent margins.
         start: "uniform" in the ball, "normal" (0.001 times a Gaussian, as TRADES), None or "none" (the clean image), or
             a tensor like `clean` to start from.
@@ -68,14 +96,20 @@ def pgd(
     with module_mode(model, bn_mode), torch.enable_grad():
         for _ in range(steps):
             adv.requires_grad_(True)
-            loss = objective(model(adv))
-            if not loss.requires_grad:
-                raise ValueError("objective: no gradient reaches the input; is the model under no_grad or detached?")
-            (grad,) = torch.autograd.grad(loss, adv)
+            (grad,) = _input_gradient(model(adv), adv, objective)
             if grad.stride() != adv.stride():  # some convolutions answer in the other memory format
                 grad = torch.empty_like(adv).copy_(grad)
             adv = pgd_step_(adv.detach(), grad, clean, step, eps, norm=norm)
     return adv
+
+
+def _input_gradient(logits: Tensor, adv: Tensor, objective: Objective) -> tuple[Tensor, ...]:
+    """Of the objective, with respect to `adv`; no parameter's gradient is computed."""
+    gradient = getattr(objective, "gradient", None)
+    raised = logits if gradient else objective(logits)
+    if not raised.requires_grad:
+        raise ValueError("objective: no gradient reaches the input; is the model under no_grad or detached?")
+    return torch.autograd.grad(raised, adv, gradient(logits) if gradient else None)
 
 
 def _start(
@@ -103,7 +137,12 @@ def predicts(logits_BK: Tensor, label_B: Tensor) -> Tensor:
 
 def cross_entropy_objective(label_B: Tensor) -> Objective:
     """The sum of the cross-entropies against `label_B`: what PGD and FGSM raise."""
-    return lambda logits_BK: F.cross_entropy(logits_BK, label_B, reduction="sum")
+    return lambda logits_BK: F.cross_entropy(_wide(logits_BK), label_B, reduction="sum")
+
+
+def _wide(logits_BK: Tensor) -> Tensor:
+    """Half precision as float32: a sum over a batch has no digits left in it."""
+    return logits_BK.float() if logits_BK.dtype in (torch.float16, torch.bfloat16) else logits_BK
 
 
 def cw_objective(label_B: Tensor, confidence: float = 50.0) -> Objective:

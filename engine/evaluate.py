@@ -4,7 +4,9 @@
     pgd20   20 steps of eps/4 on the cross-entropy, uniform start (2/255 at eps = 8/255; Madry et al., ICLR 2018)
     cw      30 steps of eps/4 on the margin with confidence 50, uniform start (Carlini & Wagner, S&P 2017)
 
-An image counts as robust when it is classified correctly before and after. Dimension key: B batch, K classes, N images.
+An image counts as robust when it is classified correctly before and after: the verdicts are the network's own, the
+gradients those of its twin with batch norm folded (fold.py), the same function at less cost. Dimension key: B batch, K
+classes, N images.
 """
 
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from retemper.engine.attack import Objective, cross_entropy_objective, cw_objective, pgd, predicts
 from retemper.engine.class_statistics import class_report, intervals
+from retemper.engine.fold import Folded
 from retemper.kernels import augment, identity_view
 from retemper.loaders import Split
 from retemper.loaders.progress import Progress
@@ -89,6 +92,7 @@ def survivors(
     label_N = torch.from_numpy(split.labels)
     verdicts = []
     model.eval()
+    twin = _twin(model, device) if attack.steps else None
     with exact_fp32():
         for first in range(0, len(chosen), batch_size):
             batch = torch.from_numpy(chosen[first : first + batch_size])
@@ -96,9 +100,9 @@ def survivors(
             clean = as_float(split, batch, device)
             with torch.no_grad():
                 correct_B = predicts(model(clean), label_B)
-            if attack.steps:
+            if twin is not None:
                 adv = pgd(
-                    model,
+                    twin,
                     clean,
                     objective=attack.objective(label_B),
                     steps=attack.steps,
@@ -113,6 +117,16 @@ def survivors(
             if progress is not None:
                 progress.advance(len(batch))
     return torch.cat(verdicts).cpu() if verdicts else torch.zeros(0, dtype=torch.bool)
+
+
+def _twin(model: nn.Module, device: torch.device) -> nn.Module:
+    """The same function for the attack to look at, faster where the network can be folded."""
+    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        return model
+    try:
+        return Folded(model, epilogue="fused" if device.type == "cuda" else "plain")
+    except ValueError:
+        return model
 
 
 def as_float(split: Split, batch: Tensor, device: torch.device) -> Tensor:

@@ -39,8 +39,9 @@ def default_out(method: str, setting: str, seed: int) -> Path:
 
 
 def default_cache() -> Path:
-    """Where converted data goes that is given no --cache."""
-    return Path.home() / ".cache" / "retemper"
+    """Where converted data and teachers' answers go that are given no --cache."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "retemper"
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -1,6 +1,6 @@
 """What a run is: one frozen value that a recipe file makes and the engine reads.
 
-A method is a subclass with its own constants as fields and at most four methods: `class_state`, `attack_loss`, `loss`
+A method is a subclass with its own constants as fields and at most four methods: `class_state`, `objective`, `loss`
 and `next_class_state`. A setting is a function that returns one. Nothing here knows a method by name.
 
 Dimension key: B batch, K classes.
@@ -9,14 +9,15 @@ Dimension key: B batch, K classes.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
+import torch
 from torch import Tensor
 
+from retemper.engine.attack import Objective
 from retemper.engine.models import MODELS
+from retemper.engine.moves import Moves
 from retemper.loaders import DATASETS
-
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +48,28 @@ class Targets:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassSums:
-    """One epoch's sums for one of the forwards ("adv" or "clean"): each (K,)."""
+    """An epoch's sums so far for one of the forwards ("adv" or "clean"): each (K,), added to in place."""
 
     loss_K: Tensor  # cross-entropy against the label, before the step
     correct_K: Tensor
     count_K: Tensor
+
+    @classmethod
+    def zeros(cls, num_classes: int, device: torch.device) -> "ClassSums":
+        """Nothing seen yet."""
+        loss, correct, count = torch.zeros(3, num_classes, device=device)
+        return cls(loss_K=loss, correct_K=correct.long(), count_K=count.long())
+
+    def add(self, loss_K: Tensor, correct_K: Tensor, count_K: Tensor) -> None:
+        """Count one more batch."""
+        self.loss_K.add_(loss_K)
+        self.correct_K.add_(correct_K)
+        self.count_K.add_(count_K)
+
+    def clear(self) -> None:
+        """Start anew."""
+        for sum_K in (self.loss_K, self.correct_K, self.count_K):
+            sum_K.zero_()
 
     @property
     def mean_loss_K(self) -> Tensor:
@@ -65,7 +83,7 @@ class ClassSums:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Moves):
     """Everything that decides a run's result, seed and data apart. `eps` and `attack_step` are in [0, 1] pixels."""
 
     # who learns what from whom
@@ -93,7 +111,6 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 2e-4
     nesterov: bool = False
-    precision: str = "auto"
     cpu_threads: int | None = None  # None: as many as torch takes
 
     # the images
@@ -123,8 +140,8 @@ class Recipe:
             "variant": self.variants,
             "attack_start": ("none", "normal", "uniform"),
             "attack_bn": ("eval", "train"),
-            "precision": PRECISIONS,
             "loader": ("auto", "ffcv", "resident"),
+            **{name: get_args(kind) for name, kind in get_type_hints(Moves).items() if get_args(kind)},
             "select_on": ("holdout", "test"),
         }
         for name, allowed in choices.items():
@@ -136,6 +153,8 @@ class Recipe:
                 raise ValueError(f"{field.name} = {value}: it must be a finite number")
             if isinstance(value, int | float) and value < 0:
                 raise ValueError(f"{field.name} = {value}: it must not be negative")
+        if self.teacher_table == "on" and not self.teacher_ahead:
+            raise ValueError("teacher_table = 'on': a teacher asked within the step fills no table; set teacher_ahead")
         positive = "epochs batch_size select_every lr cpu_threads images_per_class image_size".split()
         for name in positive:
             value = getattr(self, name)
@@ -162,8 +181,8 @@ class Recipe:
         """The method's state per class at the start, name -> (K,) float32. None by default."""
         return {}
 
-    def attack_loss(self, adv_BK: Tensor, targets: Targets) -> Tensor:
-        """What the attack raises: a scalar, summed over the batch."""
+    def objective(self, targets: Targets) -> Objective:
+        """What the attack raises: logits to a scalar, summed over the batch."""
         raise NotImplementedError
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:

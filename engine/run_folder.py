@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from retemper.engine.moves import EXACTNESS
 from retemper.engine.weights import save_weights, write_atomically
 from retemper.loaders.errors import DataError, UsageError
 
@@ -151,7 +152,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     before = {**old["recipe"], **{name: old.get(name) for name in ("method", "seed")}}
     after = {**new["recipe"], **{name: new[name] for name in ("method", "seed")}}
     before["teacher"], after["teacher"] = ((config["teacher"] or {}).get("sha256", "none") for config in (old, new))
-    names = [name for name in after if before.get(name) != after[name]]
+    names = [name for name in after if before.get(name) != after[name] and EXACTNESS.get(name) != "bitwise"]
     return [f"{name}: {before.get(name)}, now {after[name]}" for name in names]
 
 

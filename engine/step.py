@@ -3,13 +3,16 @@
 No value is read on the host, so that the device never waits. Dimension key: B batch, C channels, H, W, K classes.
 """
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from retemper.engine.attack import module_mode, pgd
+from retemper.engine.fold import Folded
 from retemper.engine.models import channels_last
 from retemper.engine.recipe import ClassSums, Recipe, Targets
 from retemper.kernels import class_sums
@@ -17,99 +20,137 @@ from retemper.kernels import class_sums
 
 @dataclass
 class State:
-    """What changes during a run, and the two networks. `sums` and `loss_sum` start anew every epoch."""
+    """What changes during a run, and the networks. No tensor in it changes its address, so that a step can be captured.
+
+    Attributes:
+        teacher: frozen; as `Moves.fold` says, folded.
+        twin: the student as the attack sees it, folded anew in every step; None where it sees the student itself.
+        sums, loss_sum: of the epoch so far; `start_epoch` empties them.
+        noise_seed: (1,) int64, the seed of the next random start; every step adds one.
+    """
 
     student: nn.Module
     teacher: nn.Module | None
+    twin: Folded | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     precision: torch.dtype
     class_state: dict[str, Tensor]
     ones_K: Tensor
-    noise_seed: Tensor  # (1,) int64: the seed of the next random start; every step adds one
-    sums: dict[str, ClassSums] = field(default_factory=dict)
-    loss_sum: Tensor = field(default_factory=lambda: torch.zeros(()))
+    noise_seed: Tensor
+    sums: dict[str, ClassSums]
+    loss_sum: Tensor
 
     @classmethod
     def begin(
         cls, recipe: Recipe, student: nn.Module, teacher: nn.Module | None, num_classes: int, device: torch.device
     ) -> "State":
-        """Everything as it is before the first step; the student moves to `device`, channels-last."""
-        student = channels_last(student, device)
-        precision = precision_on(device, recipe.precision)
-        state = cls(
+        """Everything as it is before the first step; the student moves to `device`.
+
+        Raises:
+            ValueError: `recipe.fold`, and torch.fx cannot trace the student or the teacher.
+        """
+        student = channels_last(student, device) if recipe.channels_last else student.to(device)
+        precision, epilogue = recipe.dtype_on(device), recipe.epilogue_on(device)
+        if teacher is not None and recipe.fold:
+            teacher = Folded(teacher, precision, epilogue, recipe.pad_stem)
+        twin = None
+        if recipe.fold and recipe.attack_bn == "eval" and recipe.attack_steps:
+            twin = Folded(student, precision, epilogue, recipe.pad_stem)
+        return cls(
             student=student,
             teacher=teacher,
-            optimizer=torch.optim.SGD(
-                student.parameters(),
-                lr=recipe.lr,
-                momentum=recipe.momentum,
-                weight_decay=recipe.weight_decay,
-                nesterov=recipe.nesterov,
-                fused=device.type == "cuda",  # with a scaler the fused step alone does not wait for the device
-            ),
+            twin=twin,
+            optimizer=sgd(recipe, student, device),
             scaler=torch.amp.GradScaler(device.type, enabled=precision is torch.float16),
             precision=precision,
             class_state={name: value.to(device) for name, value in recipe.class_state(num_classes).items()},
             ones_K=torch.ones(num_classes, device=device),
             noise_seed=torch.zeros(1, dtype=torch.int64, device=device),
+            sums={name: ClassSums.zeros(num_classes, device) for name in recipe.forwards},
+            loss_sum=torch.zeros((), device=device),
         )
-        state.start_epoch()
-        return state
 
     def autocast(self) -> AbstractContextManager[object]:
         """Mixed precision for one phase; a context for two would carry casts made without gradient into the second."""
         device = self.ones_K.device.type
         return torch.autocast(device, dtype=self.precision, enabled=self.precision != torch.float32)
 
-    def start_epoch(self) -> None:
-        """Empty the sums."""
-        self.sums, self.loss_sum = {}, torch.zeros((), device=self.ones_K.device)
+    def start_epoch(self, lr: float, noise_seed: int) -> None:
+        """Empty the sums, and set the learning rate and the seed of the first random start."""
+        for sums in self.sums.values():
+            sums.clear()
+        self.loss_sum.zero_()
+        self.noise_seed.fill_(noise_seed)
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
 
-    def add(self, logits: dict[str, Tensor], label_B: Tensor, loss: Tensor) -> None:
+    def move_classes(self, class_state: Mapping[str, Tensor]) -> None:
+        """Take over another class state of the same names."""
+        for name, value in self.class_state.items():
+            value.copy_(class_state[name])
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Take over the weights, the optimizer's and the scaler's state and the class state that a run saved.
+
+        Raises:
+            RuntimeError, ValueError, KeyError, TypeError, AttributeError: it is not of such a run.
+        """
+        self.student.load_state_dict(saved["student"])
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr  # the tensor that a captured step reads, not the saved one's copy
+        self.scaler.load_state_dict(saved["scaler"])
+        self.move_classes(saved["class_state"])
+
+    def attacked(self) -> nn.Module:
+        """What the attack looks at: the student as it is now."""
+        return self.student if self.twin is None else self.twin.refresh()
+
+    def add(self, logits: Mapping[str, Tensor], label_B: Tensor, loss: Tensor) -> None:
         """Count a step: per-class cross-entropy, correct predictions and images of each forward, and the loss."""
         for name, logits_BK in logits.items():
-            new = class_sums(logits_BK.detach(), label_B, self.ones_K.numel())
-            old = self.sums.get(name)
-            total = new if old is None else (old.loss_K + new[0], old.correct_K + new[1], old.count_K + new[2])
-            self.sums[name] = ClassSums(loss_K=total[0], correct_K=total[1], count_K=total[2])
+            self.sums[name].add(*class_sums(logits_BK.detach(), label_B, self.ones_K.numel()))
         self.loss_sum += loss * label_B.numel()
 
 
-def precision_on(device: torch.device, name: str) -> torch.dtype:
-    """The dtype a recipe means: "auto" is bf16 on a GPU that has it, and fp32 on a CPU, where that is faster."""
-    if name != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+def sgd(recipe: Recipe, student: nn.Module, device: torch.device) -> torch.optim.SGD:
+    """The optimizer; on a GPU its rate is a tensor there, so that a captured step follows the schedule."""
+    return torch.optim.SGD(
+        student.parameters(),
+        lr=torch.tensor(recipe.lr, device=device) if device.type == "cuda" and recipe.fused_sgd else recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov,
+        fused=recipe.fused_sgd,  # with a scaler the fused step alone does not wait for the device
+    )
 
 
-def observe(state: State, recipe: Recipe, clean_BCHW: Tensor, label_B: Tensor) -> Targets:
+def observe(
+    state: State, recipe: Recipe, attacked: nn.Module, clean_BCHW: Tensor, label_B: Tensor, teacher_BK: Tensor | None
+) -> Targets:
     """The teacher's logits on the clean images, and the student's own where the method asks for them."""
-    teacher_BK = own_BK = None
+    own_BK = None
     with torch.no_grad(), state.autocast():
-        if state.teacher is not None:
+        if state.teacher is not None and teacher_BK is None:
             teacher_BK = state.teacher(clean_BCHW)
         if recipe.needs_own_prediction:
-            with module_mode(state.student, recipe.attack_bn):
-                own_BK = state.student(clean_BCHW)
+            with module_mode(attacked, recipe.attack_bn):
+                own_BK = attacked(clean_BCHW)
     return Targets(label_B=label_B, teacher_BK=teacher_BK, own_BK=own_BK, state=state.class_state, ones_K=state.ones_K)
 
 
-def train_step(state: State, recipe: Recipe, clean_BCHW: Tensor, label_B: Tensor) -> Tensor:
-    """One step on one batch.
-
-    Args:
-        clean_BCHW: fp32, channels-last, pixels in [0, 1], on the student's device.
-        label_B: int64.
-    Returns:
-        The loss, a scalar on the device.
-    """
-    targets = observe(state, recipe, clean_BCHW, label_B)
+def attack(state: State, recipe: Recipe, attacked: nn.Module, clean_BCHW: Tensor, targets: Targets) -> Tensor:
+    """The inner maximisation: adversarial images like `clean_BCHW`."""
     with state.autocast():
-        adv_BCHW = pgd(
-            state.student,
+        return pgd(
+            attacked,
             clean_BCHW,
-            objective=lambda logits_BK: recipe.attack_loss(logits_BK, targets),
+            objective=recipe.objective(targets),
             steps=recipe.attack_steps,
             step=recipe.attack_step,
             eps=recipe.eps,
@@ -118,7 +159,10 @@ def train_step(state: State, recipe: Recipe, clean_BCHW: Tensor, label_B: Tensor
             bn_mode=recipe.attack_bn,
             seed=state.noise_seed,
         )
-    images = {"adv": adv_BCHW, "clean": clean_BCHW}
+
+
+def descend(state: State, recipe: Recipe, images: Mapping[str, Tensor], targets: Targets) -> Tensor:
+    """The outer minimisation: one step of the optimizer on `images`, "adv" and "clean"; the loss before it."""
     state.student.train()
     with state.autocast():
         logits = {name: state.student(images[name]) for name in recipe.forwards}
@@ -127,6 +171,25 @@ def train_step(state: State, recipe: Recipe, clean_BCHW: Tensor, label_B: Tensor
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
-    state.noise_seed += 1
-    state.add(logits, label_B, loss.detach())
+    state.add(logits, targets.label_B, loss.detach())
     return loss.detach()
+
+
+def train_step(
+    state: State, recipe: Recipe, clean_BCHW: Tensor, label_B: Tensor, teacher_BK: Tensor | None = None
+) -> Tensor:
+    """One step on one batch.
+
+    Args:
+        clean_BCHW: fp32, in the networks' memory format, pixels in [0, 1], on the student's device.
+        label_B: int64.
+        teacher_BK: the teacher's logits on `clean_BCHW` where they are known; it is asked otherwise.
+    Returns:
+        The loss, a scalar on the device.
+    """
+    attacked = state.attacked()
+    targets = observe(state, recipe, attacked, clean_BCHW, label_B, teacher_BK)
+    adv_BCHW = attack(state, recipe, attacked, clean_BCHW, targets)
+    loss = descend(state, recipe, {"adv": adv_BCHW, "clean": clean_BCHW}, targets)
+    state.noise_seed += 1
+    return loss

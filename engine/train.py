@@ -7,7 +7,8 @@ as far as its convolutions repeat themselves.
 
 import math
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from retemper.engine.capture import captured
 from retemper.engine.errors import Diverged
 from retemper.engine.evaluate import ATTACKS, Attack, balanced_order, by_class, exact_fp32, finite, survivors
 from retemper.engine.job import Job, cpu_threads
@@ -23,13 +25,15 @@ from retemper.engine.models import create_model
 from retemper.engine.recipe import describe
 from retemper.engine.run_folder import RunFolder, commit, device_name, versions
 from retemper.engine.step import State, train_step
+from retemper.engine.teacher_logits import AUTO_LIMIT, TeacherLogits, TeacherTable, has_room, table_bytes
 from retemper.engine.trained import Facts, header_of, load_trained, require_same_images, teacher_facts
 from retemper.engine.weights import save_weights
 from retemper.kernels import augment
-from retemper.loaders import Loader, Split, ViewSpace, holdout_split, load_split, make_loader, split_of_arrays
-from retemper.loaders.errors import DataError
+from retemper.loaders import Batch, Loader, Split, ViewSpace, holdout_split, load_split, make_loader, split_of_arrays
+from retemper.loaders.errors import DataError, UsageError
 from retemper.loaders.progress import Progress, say
 
+CHECKED_ENTRIES = 64  # of the table of teacher logits, before a run trusts it
 STEPS_BETWEEN_READS = 50  # how often the loss is read from the device: for the bar, and to stop when it is not finite
 
 
@@ -45,7 +49,7 @@ def train(job: Job) -> Path:
     """
     folder = RunFolder(job.out)
     full = exact_fp32() if job.recipe.precision == "fp32" else nullcontext()
-    with folder.locked(), cpu_threads(job.recipe.cpu_threads), full:
+    with folder.locked(), cpu_threads(job.recipe.cpu_threads), tuned_convolutions(), full:
         run = Run(job, folder)
         first = run.resume()
         if first > job.recipe.epochs:
@@ -59,6 +63,17 @@ def train(job: Job) -> Path:
             run.loader.close()
         say(f"{job.name}: done, best epoch {run.best['epoch']}; next: retemper evaluate {job.out}")
     return job.out
+
+
+@contextmanager
+def tuned_convolutions() -> Iterator[None]:
+    """Let cuDNN try its convolutions on the shapes it meets and keep the fastest."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 class Run:
@@ -85,8 +100,12 @@ class Run:
             dataset=recipe.dataset,
             eps=recipe.eps,
         )
-        teacher, self.teacher_source = self._teacher()
-        self.state = State.begin(recipe, student, teacher, self.num_classes, device)
+        self.teacher, self.teacher_source = self._teacher()
+        try:
+            self.state = State.begin(recipe, student, self.teacher, self.num_classes, device)
+            self.step = captured(self._step) if recipe.captures_on(device) else self._step
+        except ValueError as error:
+            raise UsageError(str(error)) from None
         self.best: dict[str, Any] = {"score": -1.0, "epoch": 0}
         self.loader: Loader = make_loader(
             recipe.loader,
@@ -100,6 +119,7 @@ class Run:
             beton=job.beton,
         )
         self.held = self._held(held_indices)
+        self.teacher_logits = self._teacher_logits()
 
     def _held(self, indices: np.ndarray) -> Split | None:
         """The images that choose the best epoch: the held-out ones, in memory, or the test images where asked for."""
@@ -124,6 +144,79 @@ class Run:
         if facts.dataset not in (None, self.recipe.dataset):
             say(f"note: the teacher was trained on {facts.dataset}, the student is to learn {self.recipe.dataset}")
         return load_trained(weights, facts, self.job.device), source
+
+    def _teacher_logits(self) -> TeacherLogits | None:
+        """Where the steps get the teacher's logits; None where they ask it themselves, or there is none."""
+        recipe, device = self.recipe, self.job.device
+        if self.state.teacher is None or not recipe.teacher_ahead:
+            return None
+        gpu = device.type == "cuda"
+        return TeacherLogits(
+            self._ask_teacher,
+            self.num_classes,
+            device,
+            ahead=recipe.teacher_ahead,
+            rows=self.loader.plan.local_size,
+            # a GPU wants much at once; on a CPU one size makes a row's bits the same whatever else is asked with it
+            at_once=self.loader.plan.local_size * (recipe.teacher_ahead if gpu else 1),
+            table=self._teacher_table(),
+        )
+
+    def _ask_teacher(self, image: Tensor, view: Tensor, index: Tensor) -> Tensor:
+        assert self.state.teacher is not None
+        with torch.no_grad(), self.state.autocast():
+            return self.state.teacher(self._images(image, view, index))
+
+    def _teacher_table(self) -> TeacherTable | None:
+        """The table of this teacher and these images, checked; None where none is wanted or the disk has no room."""
+        recipe, views = self.recipe, self.loader.plan.views.count
+        needed = table_bytes(len(self.split), views, self.num_classes)
+        if recipe.teacher_table == "off" or (recipe.teacher_table == "auto" and needed > AUTO_LIMIT):
+            return None
+        try:
+            if not has_room(self.job.cache, needed):
+                raise OSError(f"the disk has no room for {needed / 2**30:.1f} GiB")
+            table = TeacherTable(self.job.cache, len(self.split), views, self.num_classes, self._logits_facts())
+        except OSError as error:
+            if recipe.teacher_table == "on":
+                raise UsageError(f"no table of the teacher's answers in {self.job.cache}: {error}") from None
+            say(f"{self.job.name}: no table of the teacher's answers in {self.job.cache} ({error})")
+            return None
+        self._check_table(table)
+        say(f"{self.job.name}: the teacher's answers are kept in {table.folder}, {table.known.mean():.1%} known so far")
+        return table
+
+    def _logits_facts(self) -> dict[str, Any]:
+        """All that the teacher's logits depend on."""
+        recipe, device = self.recipe, self.job.device
+        assert self.teacher_source is not None
+        return {
+            "teacher": self.teacher_source["sha256"],
+            "model": self.teacher_source["model"],
+            "data": [recipe.dataset, self.split.fingerprint, recipe.image_size],
+            "padding": recipe.padding,
+            "computed": [str(self.state.precision), recipe.fold, recipe.epilogue_on(device), recipe.channels_last],
+            "pad_stem": recipe.pad_stem,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "torch": torch.__version__,
+        }
+
+    def _check_table(self, table: TeacherTable) -> None:
+        """Ask the teacher again for some of the answers.
+
+        Raises:
+            DataError: they are others than the table's.
+        """
+        index, view = table.sample(CHECKED_ENTRIES)
+        if not len(index):
+            return
+        image = torch.cat([batch.image for batch in self.loader.walk(index)])
+        position = torch.arange(len(index), device=self.job.device)
+        asked = self._ask_teacher(image, torch.from_numpy(view).to(self.job.device), position).float().cpu()
+        kept = torch.from_numpy(table.look_up(index, view)[1])
+        digits = 2**-17 if self.state.precision is torch.float32 else 2**-5
+        if not torch.allclose(asked, kept, rtol=0, atol=digits * float(asked.abs().max())):
+            raise DataError(f"{table.folder} does not hold this teacher's answers: delete the folder")
 
     def resume(self) -> int:
         """Begin the folder or take up the state in it; the epoch to run next."""
@@ -151,12 +244,9 @@ class Run:
             self._check_teacher()
             return 1
         try:
-            self.state.student.load_state_dict(saved["student"])
-            self.state.optimizer.load_state_dict(saved["optimizer"])
-            self.state.scaler.load_state_dict(saved["scaler"])
+            self.state.load(saved)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
             raise DataError(f"{self.folder.state} is not this run's: delete the folder to start it anew") from None
-        self.state.class_state = {k: v.to(job.device) for k, v in saved["class_state"].items()}
         self.best = self._newest_best(saved["best"])
         return saved["epoch"] + 1
 
@@ -170,9 +260,9 @@ class Run:
 
     def _check_teacher(self) -> None:
         """Say how well the teacher knows the held-out images."""
-        if self.state.teacher is None or self.held is None:
+        if self.teacher is None or self.held is None:
             return
-        correct = survivors(self.state.teacher, self.held, ATTACKS["clean"], eps=0, device=self.job.device)
+        correct = survivors(self.teacher, self.held, ATTACKS["clean"], eps=0, device=self.job.device)
         accuracy = correct.double().mean().item()
         say(f"{self.job.name}: the teacher classifies {accuracy:.1%} of {len(correct)} held-out images correctly")
         if accuracy <= 1 / self.num_classes:
@@ -181,29 +271,39 @@ class Run:
     def epoch(self, epoch: int) -> None:
         """Train for one epoch, move the class state, choose, and save."""
         recipe, state = self.recipe, self.state
-        for group in state.optimizer.param_groups:
-            group["lr"] = recipe.lr_at(epoch)
         started = time.monotonic()
         loss = self._pass(epoch)
         line = self._line(epoch, loss, time.monotonic() - started)
         self._require_finite_weights(epoch)
-        state.class_state = recipe.next_class_state(state.class_state, state.sums, epoch)
+        state.move_classes(recipe.next_class_state(state.class_state, state.sums, epoch))
         self._select(epoch, line)
         self._save(epoch, line)
         self._report(line)
 
     def _pass(self, epoch: int) -> float:
         """Every batch of the epoch once; the mean loss."""
-        state, recipe = self.state, self.recipe
-        state.start_epoch()
-        state.noise_seed.fill_((self.job.seed << 40) + (epoch << 24))
-        with Progress(f"epoch {epoch}/{recipe.epochs}", self.loader.num_images) as progress:
-            for number, batch in enumerate(self.loader.epoch(epoch), 1):
-                clean = augment(batch.image, batch.view, padding=recipe.padding)
-                loss = train_step(state, recipe, clean, batch.label)
+        self.state.start_epoch(self.recipe.lr_at(epoch), (self.job.seed << 40) + (epoch << 24))
+        with Progress(f"epoch {epoch}/{self.recipe.epochs}", self.loader.num_images) as progress:
+            for number, (batch, teacher_BK) in enumerate(self._batches(epoch), 1):
+                loss = self.step(batch.image, batch.view, batch.label, teacher_BK)
                 note = f"loss {self._finite(loss, epoch, number):.4f}" if number % STEPS_BETWEEN_READS == 0 else None
                 progress.advance(len(batch.label), note)
-        return self._finite(state.loss_sum / self.loader.num_images, epoch, len(self.loader))
+        return self._finite(self.state.loss_sum / self.loader.num_images, epoch, len(self.loader))
+
+    def _batches(self, epoch: int) -> Iterator[tuple[Batch, Tensor | None]]:
+        """Each batch, with the teacher's logits where they are asked for ahead."""
+        batches = self.loader.epoch(epoch)
+        if self.teacher_logits is None:
+            return ((batch, None) for batch in batches)
+        return iter(self.teacher_logits.epoch(batches, *self.loader.schedule(epoch)))
+
+    def _step(self, image: Tensor, view: Tensor, label: Tensor, teacher_BK: Tensor | None) -> Tensor:
+        """One training step from what a loader gives."""
+        return train_step(self.state, self.recipe, self._images(image, view), label, teacher_BK)
+
+    def _images(self, image: Tensor, view: Tensor, index: Tensor | None = None) -> Tensor:
+        clean = augment(image, view, index=index, padding=self.recipe.padding)
+        return clean if self.recipe.channels_last else clean.contiguous()
 
     def _finite(self, loss: Tensor, epoch: int, step: int) -> float:
         """The loss on the host.

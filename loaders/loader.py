@@ -93,6 +93,19 @@ class Loader(ABC):
         """Images an epoch, over all processes."""
         return len(self.plan.indices)
 
+    def schedule(self, epoch: int, start_batch: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """What the batches of an epoch hold for this process, in their order: (M,) int64 indices and views.
+
+        Raises:
+            UsageError: there is no such batch.
+        """
+        if not 0 <= start_batch <= len(self):
+            raise UsageError(f"an epoch has {len(self)} batches: cannot start at batch {start_batch}")
+        plan = self.plan
+        index = plan.indices[epoch_order(self.num_images, plan.seed, epoch)]
+        view = plan.views.draw(self.num_total, plan.seed, epoch)[index]
+        return plan.part(index[start_batch * plan.batch_size :]), plan.part(view[start_batch * plan.batch_size :])
+
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from `start_batch` on: the same ones whether or not those before were asked for.
 
@@ -100,12 +113,7 @@ class Loader(ABC):
             UsageError: there is no such batch.
             DataError: the backend failed.
         """
-        if not 0 <= start_batch <= len(self):
-            raise UsageError(f"an epoch has {len(self)} batches: cannot start at batch {start_batch}")
-        plan = self.plan
-        index = plan.indices[epoch_order(self.num_images, plan.seed, epoch)]
-        view = plan.views.draw(self.num_total, plan.seed, epoch)[index]
-        return self._batches(index[start_batch * plan.batch_size :], view[start_batch * plan.batch_size :])
+        return self._fetch(*self.schedule(epoch, start_batch), len(self) - start_batch)
 
     def walk(self, indices: np.ndarray) -> Iterator[Batch]:
         """These images of the split in this order, as they are (the identity view); to evaluate on.
@@ -118,14 +126,12 @@ class Loader(ABC):
             DataError: the backend failed.
         """
         self._require_inside(indices)
-        return self._batches(indices, np.full(len(indices), self.plan.views.identity, dtype=np.int64))
+        view = np.full(len(indices), self.plan.views.identity, dtype=np.int64)
+        return self._fetch(self.plan.part(indices), self.plan.part(view), self.plan.batches(len(indices)))
 
     def _require_inside(self, indices: np.ndarray) -> None:
         if len(indices) and (indices.min() < 0 or indices.max() >= self.num_total):
             raise UsageError(f"a position lies outside the {self.num_total:,} images of the split")
-
-    def _batches(self, index: np.ndarray, view: np.ndarray) -> Iterator[Batch]:
-        return self._fetch(self.plan.part(index), self.plan.part(view), self.plan.batches(len(index)))
 
     @abstractmethod
     def _fetch(self, index: np.ndarray, view: np.ndarray, batches: int) -> Iterator[Batch]:

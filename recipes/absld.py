@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from retemper.engine import ClassSums, Recipe, Targets, distillation, run_recipe
+from retemper.engine import ClassSums, KlObjective, Recipe, Targets, distillation, run_recipe
 from retemper.kernels import class_temperature_kl
 
 
@@ -64,9 +64,9 @@ class Absld(Recipe):
         adv_K, clean_K = state["temperature_adv"], state["temperature_clean"]
         return (adv_K * clean_K, adv_K * clean_K) if self.variant == "released" else (adv_K, clean_K)
 
-    def attack_loss(self, adv_BK: Tensor, targets: Targets) -> Tensor:
+    def objective(self, targets: Targets) -> KlObjective:
         adv_K, _ = self.temperatures(targets.state)
-        return class_temperature_kl(adv_BK, targets.teacher, targets.label_B, adv_K, reduction="sum")
+        return KlObjective(targets.teacher, targets.label_B, adv_K)
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         adv_K, clean_K = self.temperatures(targets.state)

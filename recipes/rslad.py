@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from retemper.engine import Recipe, Targets, distillation, run_recipe
+from retemper.engine import KlObjective, Recipe, Targets, distillation, run_recipe
 from retemper.kernels import class_temperature_kl
 
 
@@ -17,8 +17,8 @@ class Rslad(Recipe):
     adv_weight: float = 5 / 6  # a above
     kl_scale: float = 0.1  # the authors average over the 10 classes too, and scale CIFAR-100's loss to match: sum / 10
 
-    def attack_loss(self, adv_BK: Tensor, targets: Targets) -> Tensor:
-        return class_temperature_kl(adv_BK, targets.teacher, targets.label_B, targets.ones_K, reduction="sum")
+    def objective(self, targets: Targets) -> KlObjective:
+        return KlObjective(targets.teacher, targets.label_B, targets.ones_K)
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         adv = class_temperature_kl(logits["adv"], targets.teacher, targets.label_B, targets.ones_K)

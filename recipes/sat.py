@@ -10,7 +10,17 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from retemper.engine import DIGITS, FASHION, FASHION_SMALL, Recipe, Setting, Targets, run_recipe
+from retemper.engine import (
+    DIGITS,
+    FASHION,
+    FASHION_SMALL,
+    Objective,
+    Recipe,
+    Setting,
+    Targets,
+    cross_entropy_objective,
+    run_recipe,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +29,8 @@ class Sat(Recipe):
     attack_start: str = "uniform"
     clip_start: bool = True
 
-    def attack_loss(self, adv_BK: Tensor, targets: Targets) -> Tensor:
-        return F.cross_entropy(adv_BK.float(), targets.label_B, reduction="sum")
+    def objective(self, targets: Targets) -> Objective:
+        return cross_entropy_objective(targets.label_B)
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         return F.cross_entropy(logits["adv"].float(), targets.label_B)

@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from retemper.engine import DIGITS, Recipe, Setting, Targets, run_recipe
-from retemper.kernels import class_temperature_kl
+from retemper.engine import DIGITS, KlObjective, Recipe, Setting, Targets, run_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +21,9 @@ class Trades(Recipe):
     eps: float = 0.031  # the authors' radius and step, not 8/255 and 2/255
     attack_step: float = 0.007
 
-    def attack_loss(self, adv_BK: Tensor, targets: Targets) -> Tensor:
+    def objective(self, targets: Targets) -> KlObjective:
         assert targets.own_BK is not None
-        return class_temperature_kl(adv_BK, targets.own_BK, targets.label_B, targets.ones_K, reduction="sum")
+        return KlObjective(targets.own_BK, targets.label_B, targets.ones_K)
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         clean = F.cross_entropy(logits["clean"].float(), targets.label_B)

@@ -61,8 +61,8 @@ def test_the_attack_raises_the_adversarial_term() -> None:
     paper, released = (absld(variant=variant, adv_weight=1) for variant in ("paper", "released"))
     for recipe in (paper, released):
         mean = recipe.loss({"adv": adv, "clean": adv}, at)
-        torch.testing.assert_close(recipe.attack_loss(adv, at), mean * len(adv))
-    assert paper.attack_loss(adv, at) != released.attack_loss(adv, at)
+        torch.testing.assert_close(recipe.objective(at)(adv), mean * len(adv))
+    assert paper.objective(at)(adv) != released.objective(at)(adv)
 
 
 @pytest.mark.parametrize("case", GOLDEN["next_temperature"], ids=lambda case: f"K={len(case['loss'][0])}")

@@ -12,7 +12,7 @@ def test_losses_are_cross_entropies() -> None:
     targets = Targets(label_B=label, state={}, ones_K=torch.ones(2))
     each = torch.tensor([0.693147, 3.048587])  # log 2; log(1 + e^3)
     torch.testing.assert_close(recipe.loss({"adv": logits}, targets), each.mean())
-    torch.testing.assert_close(recipe.attack_loss(logits, targets), each.sum())
+    torch.testing.assert_close(recipe.objective(targets)(logits), each.sum())
 
 
 def test_sees_adversarial_images_alone() -> None:

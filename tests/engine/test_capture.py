@@ -1,0 +1,144 @@
+"""A captured step equals the eager one, bit for bit.
+
+Where there is no GPU, a recorder of operations stands in for the CUDA graph: it runs the recorded operations again on
+the recorded tensors, so that a step with a tensor that moves, or a number read on the host, replays wrongly here too.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from retemper.engine import Recipe, State, create_model, train_step
+from retemper.engine.capture import WARM_UP, Captured, captured
+from retemper.engine.catalogue import find_setting
+from retemper.engine.models import channels_last
+
+METHODS = ["sat", "trades", "rslad", "absld"]
+STEPS = 20
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps each operation with the tensors it took and gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]))
+        return out
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, outs in self.calls:
+            news = [t for t in tree_flatten(func(*args, **kwargs))[0] if isinstance(t, Tensor)]
+            for old, new in zip(outs, news, strict=True):
+                if old.data_ptr() != new.data_ptr():  # a view, or written in place, otherwise
+                    old.copy_(new)
+
+
+def record(state: State) -> Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]:
+    """What CudaGraphs does, but for one thing: a graph does not run while it is recorded, so what ran is taken back."""
+
+    def recorded(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        held = tensors(state)
+        before = [tensor.clone() for tensor in held]
+        with Recorder() as recorder:
+            result = work()
+        with torch.no_grad():
+            for tensor, value in zip(held, before, strict=True):
+                tensor.copy_(value)
+        return recorder.replay, result
+
+    return recorded
+
+
+def tensors(state: State) -> list[Tensor]:
+    """All that a step changes, each as the tensor that lives on."""
+    found = [*state.student.state_dict(keep_vars=True).values(), state.noise_seed, state.loss_sum]
+    found += [value["momentum_buffer"] for value in state.optimizer.state.values()]
+    found += list(state.class_state.values())
+    for sums in state.sums.values():
+        found += [sums.loss_K, sums.correct_K, sums.count_K]
+    return [tensor.detach() for tensor in found]
+
+
+def make(method: str, device: torch.device) -> tuple[State, Recipe]:
+    torch.manual_seed(0)
+    recipe = replace(find_setting(f"{method}:digits")[2].recipe, attack_steps=2, lr=0.05, precision="fp32")
+    teacher = channels_last(create_model("tiny_resnet", 10), device).eval().requires_grad_(False)
+    state = State.begin(recipe, create_model("tiny_resnet", 10), teacher if recipe.teacher_model else None, 10, device)
+    if device.type == "cpu":  # there the rate is a number, as nothing is captured; here it is
+        for group in state.optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"])
+    return state, recipe
+
+
+def run(method: str, device: torch.device, capture: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """STEPS steps in two epochs that differ in rate and class state, the last batch of each smaller; losses, state."""
+    state, recipe = make(method, device)
+
+    def step(clean: Tensor, label: Tensor) -> Tensor:
+        return train_step(state, recipe, clean, label)
+
+    if capture:
+        step = captured(step) if device.type == "cuda" else Captured(step, record(state))
+    gen, losses = torch.Generator().manual_seed(1), []
+    for epoch in range(2):
+        state.start_epoch(0.05 / (1 + epoch), 1000 * epoch)
+        for number in range(STEPS // 2):
+            size = 8 if number in (4, 9) else 16
+            clean = torch.rand(size, 1, 8, 8, generator=gen).to(device).to(memory_format=torch.channels_last)
+            losses.append(step(clean, torch.randint(10, (size,), generator=gen).to(device)))
+        state.move_classes(
+            {name: value + 0.1 * torch.arange(10).to(device) for name, value in state.class_state.items()}
+        )
+    return losses, tensors(state)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_replay_equals_eager_bit_for_bit(method: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    eager, replayed = run(method, device, False), run(method, device, True)
+    for kind in (0, 1):
+        for one, other in zip(eager[kind], replayed[kind], strict=True):
+            assert torch.equal(one, other)
+    assert len(set(map(float, eager[0]))) == STEPS
+
+
+def test_the_recorder_would_notice_a_tensor_that_moves() -> None:
+    held = {"x": torch.zeros(1)}
+
+    def step(add: Tensor) -> Tensor:
+        held["x"] = held["x"] + add  # a new tensor: the next replay starts from the old one
+        return held["x"].clone()
+
+    def recorded(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        with Recorder() as recorder:
+            result = work()
+        return recorder.replay, result
+
+    replay = Captured(step, recorded)
+    found = [float(replay(torch.ones(1))) for _ in range(WARM_UP + 3)]
+    assert found != [float(i + 1) for i in range(WARM_UP + 3)]
+
+
+def test_each_shape_is_recorded_once() -> None:
+    recorded = []
+
+    def keep(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        recorded.append(work())
+        return lambda: None, recorded[-1]
+
+    step = Captured(lambda x, y: x.sum(), keep)
+    for _ in range(WARM_UP + 2):
+        step(torch.ones(4), None)
+        step(torch.ones(3), None)
+    assert [float(value) for value in recorded] == [4, 3]

@@ -1,0 +1,168 @@
+"""The teacher's answers: the same whether asked at once, ahead, or read from the table of an earlier run."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from retemper.engine.cli import run
+from retemper.engine.teacher_logits import TeacherLogits, TeacherTable, has_room
+from retemper.kernels import augment
+from retemper.loaders import Batch, DataError, Loader, ViewSpace, make_loader, split_of_arrays
+
+CPU = torch.device("cpu")
+IMAGES, CLASSES, BATCH = 50, 3, 8
+WEIGHT = torch.randn(27, CLASSES, generator=torch.Generator().manual_seed(0))
+
+
+class Teacher:
+    """A linear one; counts what it is asked, and in which sizes."""
+
+    def __init__(self) -> None:
+        self.asked, self.sizes = 0, set[int]()
+
+    def __call__(self, image: Tensor, view: Tensor, index: Tensor) -> Tensor:
+        self.asked += len(index)
+        self.sizes.add(len(index))
+        return augment(image, view, index=index, padding=1).flatten(1) @ WEIGHT
+
+
+@pytest.fixture
+def loader() -> Loader:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (IMAGES, 3, 3, 3), dtype=np.uint8)
+    split = split_of_arrays("digits", "train", images, np.arange(IMAGES) % 3, ("a", "b", "c"), "x")
+    return make_loader("resident", split, batch_size=BATCH, seed=0, views=ViewSpace(1), device=CPU)
+
+
+def table_in(folder: Path, **facts: str) -> TeacherTable:
+    return TeacherTable(folder, IMAGES, ViewSpace(1).count, CLASSES, {"teacher": "linear"} | facts)
+
+
+def logits(teacher: Teacher, table: TeacherTable | None = None, ahead: int = 3) -> TeacherLogits:
+    return TeacherLogits(teacher, CLASSES, CPU, ahead=ahead, rows=BATCH, at_once=2 * BATCH, table=table)
+
+
+def epoch(found: TeacherLogits, loader: Loader, number: int) -> Iterator[tuple[Batch, Tensor]]:
+    return found.epoch(loader.epoch(number), *loader.schedule(number))
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 100])
+def test_every_batch_has_the_logits_of_its_own_views(loader: Loader, ahead: int) -> None:
+    seen = 0
+    for batch, found in epoch(logits(Teacher(), ahead=ahead), loader, 1):
+        expected = augment(batch.image, batch.view, padding=1).flatten(1) @ WEIGHT
+        torch.testing.assert_close(found, expected)
+        seen += len(batch.label)
+    assert seen == IMAGES
+
+
+def test_a_table_is_filled_as_views_are_drawn_and_read_afterwards(loader: Loader, tmp_path: Path) -> None:
+    teacher, table = Teacher(), table_in(tmp_path)
+    found = logits(teacher, table)
+    first = [(batch.index, answer.clone()) for batch, answer in epoch(found, loader, 1)]
+    asked = teacher.asked
+    assert asked >= IMAGES and found.known_share == 0 and table.known.sum() == IMAGES
+    for (index, expected), (batch, answer) in zip(first, epoch(found, loader, 1), strict=True):
+        assert torch.equal(index, batch.index) and torch.equal(answer, expected)
+    assert teacher.asked == asked and found.known_share == 1
+
+
+def test_the_table_is_complete_and_exact(loader: Loader, tmp_path: Path) -> None:
+    """Every one of its entries, after enough epochs, is the teacher's answer to that view."""
+    table = table_in(tmp_path)
+    found = logits(Teacher(), table)
+    for number in range(1, 150):
+        for _ in epoch(found, loader, number):
+            pass
+    assert table.known.mean() > 0.99
+    images = torch.cat([batch.image for batch in loader.walk(np.arange(IMAGES))])
+    index, view = np.nonzero(table.known)
+    at = torch.from_numpy(index)
+    expected = augment(images, torch.from_numpy(view.copy()), index=at.contiguous(), padding=1).flatten(1) @ WEIGHT
+    torch.testing.assert_close(torch.from_numpy(table.logits[index, view]), expected)
+
+
+def test_the_next_run_finds_it_and_another_teacher_does_not(loader: Loader, tmp_path: Path) -> None:
+    for _ in epoch(logits(Teacher(), table_in(tmp_path)), loader, 1):
+        pass
+    teacher = Teacher()
+    for _ in epoch(logits(teacher, table_in(tmp_path)), loader, 1):
+        pass
+    assert teacher.asked == 0
+    assert table_in(tmp_path, teacher="another").known.sum() == 0
+
+
+def test_an_epoch_cut_short_keeps_nothing_and_spoils_nothing(loader: Loader, tmp_path: Path) -> None:
+    table = table_in(tmp_path)
+    cut = epoch(logits(Teacher(), table), loader, 1)
+    next(cut)
+    cut.close()  # pyright: ignore[reportAttributeAccessIssue]  # a generator
+    assert table.known.sum() == 0
+
+
+def test_few_shapes_reach_the_teacher(loader: Loader, tmp_path: Path) -> None:
+    teacher, table = Teacher(), table_in(tmp_path)
+    found = logits(teacher, table)
+    for number in range(1, 12):
+        for _ in epoch(found, loader, number):
+            pass
+    assert teacher.sizes <= {BATCH, 2 * BATCH}
+
+
+def test_a_table_of_another_size_is_refused(tmp_path: Path) -> None:
+    table = table_in(tmp_path)
+    with open(table.folder / "known.u8", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(DataError, match="delete"):
+        table_in(tmp_path)
+
+
+def test_room_is_looked_for_where_the_folder_will_be(tmp_path: Path) -> None:
+    assert has_room(tmp_path / "not" / "yet", 1)
+    assert not has_room(tmp_path, 2**60)
+
+
+COMMAND = "train rslad:digits --epochs 2 --attack-steps 1 --holdout-per-class 0 --batch-size 256 --teacher".split()
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "last.safetensors")
+
+
+def test_a_run_is_the_same_with_and_without_it(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the bit on a CPU; the second run with a table asks for nothing twice."""
+    cache = ["--cache", str(tmp_path / "cache")]
+    ways = {
+        "none": ["--teacher-table", "off"],
+        "asked-within": ["--teacher-ahead", "0"],
+        "filled": ["--teacher-table", "on"],
+        "read": ["--teacher-table", "on"],
+    }
+    for name, options in ways.items():
+        assert run([*COMMAND, str(teacher), "--out", str(tmp_path / name), *cache, *options]) == 0
+    said = capsys.readouterr().err
+    assert "0.0% known so far" in said and said.count("known so far") == 2
+    first, *others = (weights(tmp_path / name) for name in ways)
+    for other in others[1:]:  # asked within the step, the last batch is not padded
+        assert all(torch.equal(first[key], other[key]) for key in first)
+    assert all(torch.allclose(first[key].float(), others[0][key].float(), atol=1e-4) for key in first)
+
+
+def test_a_table_that_is_not_the_teachers_is_refused(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*COMMAND, str(teacher), "--cache", str(tmp_path / "cache"), "--teacher-table", "on", "--out"]
+    assert run([*command, str(tmp_path / "one")]) == 0
+    (table,) = (tmp_path / "cache/teacher_logits").iterdir()
+    kept = np.fromfile(table / "logits.f32", dtype=np.float32)
+    (kept + 0.1).tofile(table / "logits.f32")
+    assert run([*command, str(tmp_path / "two")]) == 3
+    assert "does not hold this teacher's answers" in capsys.readouterr().err
