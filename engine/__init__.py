@@ -4,7 +4,8 @@ from retemper.engine.attack import KlObjective, Objective, cross_entropy_objecti
 from retemper.engine.class_statistics import ClassReport, class_report, intervals
 from retemper.engine.errors import Diverged
 from retemper.engine.models import create_model
-from retemper.engine.recipe import ClassSums, Recipe, Targets
+from retemper.engine.recipe import Recipe, Targets, given
+from retemper.engine.seen import ClassMeans, ClassSums, HeldOut, Seen
 from retemper.engine.settings import DIGITS, FASHION, FASHION_SMALL, Setting, distillation
 from retemper.engine.step import State, train_step
 from retemper.engine.weights import load_checkpoint, save_weights
@@ -21,12 +22,15 @@ __all__ = [
     "DIGITS",
     "FASHION",
     "FASHION_SMALL",
+    "ClassMeans",
     "ClassReport",
     "ClassSums",
     "Diverged",
+    "HeldOut",
     "KlObjective",
     "Objective",
     "Recipe",
+    "Seen",
     "Setting",
     "State",
     "Targets",
@@ -35,6 +39,7 @@ __all__ = [
     "cross_entropy_objective",
     "cw_objective",
     "distillation",
+    "given",
     "intervals",
     "load_checkpoint",
     "pgd",

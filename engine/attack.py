@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from retemper.kernels import class_temperature_kl, class_temperature_kl_grad_, pgd_step_, random_start_
 
 Objective = Callable[[Tensor], Tensor]
+Watcher = Callable[[Tensor, Tensor], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +70,7 @@ def pgd(
     seed: int | Tensor | None = None,
     clip_start: bool = True,
     norm: str = "linf",
+    watch: Watcher | None = None,
 ) -> Tensor:
     """Push `objective(model(x))` up inside the ball of radius `eps` around `clean`.
 
@@ -84,6 +86,7 @@ def pgd(
         seed: of the random start: an int, a one-element int64 tensor on the device, or None to draw one from torch's
             generator.
         clip_start: whether the random start is clipped to [0, 1].
+        watch: is called with each iterate before its step, and the logits there; the iterate is then overwritten.
     Returns:
         The last iterate, like `clean`, without gradient.
     Raises:
@@ -96,7 +99,10 @@ def pgd(
     with module_mode(model, bn_mode), torch.enable_grad():
         for _ in range(steps):
             adv.requires_grad_(True)
-            (grad,) = _input_gradient(model(adv), adv, objective)
+            logits = model(adv)
+            if watch is not None:
+                watch(adv.detach(), logits.detach())
+            (grad,) = _input_gradient(logits, adv, objective)
             if grad.stride() != adv.stride():  # some convolutions answer in the other memory format
                 grad = torch.empty_like(adv).copy_(grad)
             adv = pgd_step_(adv.detach(), grad, clean, step, eps, norm=norm)

@@ -24,6 +24,8 @@ class Job:
     seed: int = 0
     data_root: Path | None = None
     teacher: Path | None = None
+    clean_teacher: Path | None = None
+    start: Path | None = None
     cache: Path
     beton: Path | None = None
     device: torch.device

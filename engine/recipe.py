@@ -1,7 +1,8 @@
 """What a run is: one frozen value that a recipe file makes and the engine reads.
 
-A method is a subclass with its own constants as fields and at most four methods: `class_state`, `objective`, `loss`
-and `next_class_state`. A setting is a function that returns one. Nothing here knows a method by name.
+A method is a subclass with its own constants as fields and a few methods: `class_state`, `objective`, `loss` and
+`next_class_state` in most; what else the engine can do for one is in the rest of the class. A setting is a function
+that returns one. Nothing here knows a method by name.
 
 Dimension key: B batch, K classes.
 """
@@ -11,75 +12,51 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
-import torch
 from torch import Tensor
 
-from retemper.engine.attack import Objective
+from retemper.engine.attack import Objective, Watcher
 from retemper.engine.models import MODELS
 from retemper.engine.moves import Moves
+from retemper.engine.seen import Seen
 from retemper.loaders import DATASETS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """What the student is held against on one batch.
+    """What the student is held against on one batch. None where the method does not ask for it.
 
     Attributes:
         label_B: (B,) int64.
-        teacher_BK: the teacher's logits on the clean images; None for methods without a teacher.
+        teacher_BK: the teacher's logits on the clean images.
         own_BK: the student's own logits on the clean images, taken before the attack in the attack's batch-norm mode,
-            without gradient; None unless the method asks for them (`needs_own_prediction`).
-        state: the method's class state, name -> (K,) float32.
+            without gradient (`needs_own_prediction`).
+        teacher_adv_BK: the teacher's logits on the attacked images; None during the attack (`teacher_sees`).
+        clean_teacher_BK, clean_teacher_adv_BK: those of the second teacher (`clean_teacher_sees`).
+        watched: what `Recipe.watcher` gave, after the attack.
+        state: the method's class state.
         ones_K: (K,) of ones: the class temperature of methods that have none.
     """
 
     label_B: Tensor
     teacher_BK: Tensor | None = None
     own_BK: Tensor | None = None
+    teacher_adv_BK: Tensor | None = None
+    clean_teacher_BK: Tensor | None = None
+    clean_teacher_adv_BK: Tensor | None = None
+    watched: Any = None
     state: Mapping[str, Tensor]
     ones_K: Tensor
 
     @property
     def teacher(self) -> Tensor:
-        """The teacher's logits, for methods that have one."""
-        assert self.teacher_BK is not None, "the method asks for a teacher that the recipe does not name"
-        return self.teacher_BK
+        """The teacher's logits on the clean images, for methods that have one."""
+        return given(self.teacher_BK)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClassSums:
-    """An epoch's sums so far for one of the forwards ("adv" or "clean"): each (K,), added to in place."""
-
-    loss_K: Tensor  # cross-entropy against the label, before the step
-    correct_K: Tensor
-    count_K: Tensor
-
-    @classmethod
-    def zeros(cls, num_classes: int, device: torch.device) -> "ClassSums":
-        """Nothing seen yet."""
-        loss, correct, count = torch.zeros(3, num_classes, device=device)
-        return cls(loss_K=loss, correct_K=correct.long(), count_K=count.long())
-
-    def add(self, loss_K: Tensor, correct_K: Tensor, count_K: Tensor) -> None:
-        """Count one more batch."""
-        self.loss_K.add_(loss_K)
-        self.correct_K.add_(correct_K)
-        self.count_K.add_(count_K)
-
-    def clear(self) -> None:
-        """Start anew."""
-        for sum_K in (self.loss_K, self.correct_K, self.count_K):
-            sum_K.zero_()
-
-    @property
-    def mean_loss_K(self) -> Tensor:
-        """(K,) the mean loss of each class's images; 0 where there were none."""
-        return self.loss_K / self.count_K.clamp(min=1)
-
-    @property
-    def accuracy_K(self) -> Tensor:
-        """(K,) the share of each class's images classified correctly; 0 where there were none."""
-        return self.correct_K / self.count_K.clamp(min=1)
+def given(logits_BK: Tensor | None) -> Tensor:
+    """Logits that a method asked for."""
+    assert logits_BK is not None, "the method reads what its recipe does not ask for"
+    return logits_BK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +69,9 @@ class Recipe(Moves):
     teacher_model: str | None = None
     teacher_recipe: str | None = None  # the METHOD:SETTING that trains such a teacher
     train_teacher: bool = False  # do so first when a run is given none; where that takes days, ask instead
+    clean_teacher_model: str | None = None  # a second teacher, trained without attacks
+    clean_teacher_recipe: str | None = None
+    start_recipe: str | None = None  # fine-tune the weights of such a run; None: begin at random
     variant: str = "paper"
 
     # the inner maximisation
@@ -111,6 +91,13 @@ class Recipe(Moves):
     momentum: float = 0.9
     weight_decay: float = 2e-4
     nesterov: bool = False
+    awp_gamma: float = 0.0  # adversarial weight perturbation, relative to each layer's norm (Wu et al., NeurIPS 2020)
+    awp_from: int = 1
+    average: Literal["none", "ema", "swa"] = "none"  # whether an average of the weights is evaluated and kept
+    average_from: int = 1
+    average_every: Literal["step", "epoch"] = "step"
+    average_above: float = 0.0  # only when the worst class's held-out robust accuracy is no less (CFA)
+    ema_decay: float = 0.999
     cpu_threads: int | None = None  # None: as many as torch takes
 
     # the images
@@ -131,12 +118,19 @@ class Recipe(Moves):
     variants: ClassVar[tuple[str, ...]] = ("paper",)
     forwards: ClassVar[tuple[str, ...]] = ("adv", "clean")  # the student's training forwards, in order
     needs_own_prediction: ClassVar[bool] = False
+    teacher_sees: ClassVar[tuple[str, ...]] = ("clean",)  # which images, of "clean" and "adv"
+    clean_teacher_sees: ClassVar[tuple[str, ...]] = ()
+    attacks_teacher: ClassVar[bool] = False  # the attack's logits are (B, 2 K): the student's, then the teacher's
+    validates: ClassVar[bool] = False  # the class state moves by held-out images, before the first epoch too
 
     def __post_init__(self) -> None:
         choices = {
             "dataset": DATASETS,
             "student": MODELS,
             "teacher_model": (None, *MODELS),
+            "clean_teacher_model": (None, *MODELS),
+            "average": ("none", "ema", "swa"),
+            "average_every": ("step", "epoch"),
             "variant": self.variants,
             "attack_start": ("none", "normal", "uniform"),
             "attack_bn": ("eval", "train"),
@@ -164,6 +158,12 @@ class Recipe(Moves):
             raise ValueError(
                 f"eps = {self.eps}, attack_step = {self.attack_step}: give them in [0, 1] pixels, 8/255 not 8"
             )
+        if self.validates and (self.select_on != "holdout" or not self.holdout_per_class):
+            raise ValueError("this method learns from held-out training images: holdout_per_class must be above 0")
+        if self.attacks_teacher and self.attack_bn != "eval":
+            raise ValueError("attack_bn = 'train': an attack on the teacher too would move its statistics")
+        if self.average == "ema" and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay = {self.ema_decay}: it must lie between 0 and 1")
         if self.momentum >= 1 or (self.nesterov and self.momentum == 0):
             raise ValueError(f"momentum = {self.momentum}: it must be below 1, and above 0 with nesterov")
         if min(self.lr_drops, default=1) < 1:
@@ -178,21 +178,41 @@ class Recipe(Moves):
         return self.lr * self.decay(epoch - 1)
 
     def class_state(self, num_classes: int) -> dict[str, Tensor]:
-        """The method's state per class at the start, name -> (K,) float32. None by default."""
+        """The method's state at the start, float32 by name; (K,) where it is one per class. None by default."""
         return {}
 
     def objective(self, targets: Targets) -> Objective:
         """What the attack raises: logits to a scalar, summed over the batch."""
         raise NotImplementedError
 
+    def margins(self, targets: Targets) -> tuple[float | Tensor, float | Tensor]:
+        """The attack's eps and step: numbers, or (B,) for margins of each class."""
+        return self.eps, self.attack_step
+
+    def watcher(self, clean_BCHW: Tensor, targets: Targets) -> Watcher | None:
+        """What looks on at the attack: given each iterate before its step, and the student's logits there."""
+        return None
+
+    def images(self, clean_BCHW: Tensor, adv_BCHW: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """What `forwards` names: "clean" and "adv" by default."""
+        return {"clean": clean_BCHW, "adv": adv_BCHW}
+
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         """What training lowers: a scalar, a mean over the batch. `logits` has a (B, K) entry for each of `forwards`."""
         raise NotImplementedError
 
-    def next_class_state(
-        self, state: Mapping[str, Tensor], sums: Mapping[str, ClassSums], epoch: int
-    ) -> dict[str, Tensor]:
-        """The class state after `epoch`, from that epoch's training sums. Unchanged by default."""
+    def measured(self, logits: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
+        """What to average over each class's images besides losses: name -> (B,) or (B, D)."""
+        return {}
+
+    def after_step(self, state: Mapping[str, Tensor], logits: Mapping[str, Tensor], targets: Targets) -> None:
+        """Move what changes with every step, in place; `logits` are those of before it."""
+
+    def next_class_state(self, state: Mapping[str, Tensor], seen: Seen, epoch: int) -> dict[str, Tensor]:
+        """The class state after `epoch`, from what it has shown. Unchanged by default.
+
+        Where the recipe `validates`, it is asked for after epoch 0 as well, with `seen.held` alone.
+        """
         return dict(state)
 
 

@@ -5,7 +5,7 @@ No value is read on the host, so that the device never waits. Dimension key: B b
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from retemper.engine.attack import module_mode, pgd
 from retemper.engine.fold import Folded
 from retemper.engine.models import channels_last
-from retemper.engine.recipe import ClassSums, Recipe, Targets
+from retemper.engine.recipe import Recipe, Targets
+from retemper.engine.seen import ClassMeans, ClassSums, HeldOut, Seen
+from retemper.engine.weight_space import Average, perturb_weights
 from retemper.kernels import class_sums
 
 
@@ -25,8 +27,11 @@ class State:
     Attributes:
         teacher: frozen; as `Moves.fold` says, folded.
         twin: the student as the attack sees it, folded anew in every step; None where it sees the student itself.
-        sums, loss_sum: of the epoch so far; `start_epoch` empties them.
+        sums, measured, loss_sum: of the epoch so far; `start_epoch` empties them.
         noise_seed: (1,) int64, the seed of the next random start; every step adds one.
+        clean_teacher: a second teacher, frozen and folded like the first.
+        average: of the student's weights, where the recipe asks for one.
+        awp_gamma: how far the weights are perturbed; None where they never are.
     """
 
     student: nn.Module
@@ -40,10 +45,20 @@ class State:
     noise_seed: Tensor
     sums: dict[str, ClassSums]
     loss_sum: Tensor
+    clean_teacher: nn.Module | None = None
+    average: Average | None = None
+    awp_gamma: Tensor | None = None
+    measured: dict[str, ClassMeans] = field(default_factory=dict)
 
     @classmethod
     def begin(
-        cls, recipe: Recipe, student: nn.Module, teacher: nn.Module | None, num_classes: int, device: torch.device
+        cls,
+        recipe: Recipe,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        num_classes: int,
+        device: torch.device,
+        clean_teacher: nn.Module | None = None,
     ) -> "State":
         """Everything as it is before the first step; the student moves to `device`.
 
@@ -52,8 +67,9 @@ class State:
         """
         student = channels_last(student, device) if recipe.channels_last else student.to(device)
         precision, epilogue = recipe.dtype_on(device), recipe.epilogue_on(device)
-        if teacher is not None and recipe.fold:
-            teacher = Folded(teacher, precision, epilogue, recipe.pad_stem)
+        if recipe.fold:
+            form = precision, epilogue, recipe.pad_stem
+            teacher, clean_teacher = (one and Folded(one, *form) for one in (teacher, clean_teacher))
         twin = None
         if recipe.fold and recipe.attack_bn == "eval" and recipe.attack_steps:
             twin = Folded(student, precision, epilogue, recipe.pad_stem)
@@ -69,6 +85,9 @@ class State:
             noise_seed=torch.zeros(1, dtype=torch.int64, device=device),
             sums={name: ClassSums.zeros(num_classes, device) for name in recipe.forwards},
             loss_sum=torch.zeros((), device=device),
+            clean_teacher=clean_teacher,
+            average=None if recipe.average == "none" else Average(student, recipe.average, recipe.ema_decay),
+            awp_gamma=torch.zeros((), device=device) if recipe.awp_gamma else None,
         )
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -76,10 +95,20 @@ class State:
         device = self.ones_K.device.type
         return torch.autocast(device, dtype=self.precision, enabled=self.precision != torch.float32)
 
-    def start_epoch(self, lr: float, noise_seed: int) -> None:
-        """Empty the sums, and set the learning rate and the seed of the first random start."""
-        for sums in self.sums.values():
+    @property
+    def kept(self) -> nn.Module:
+        """The network that is evaluated and kept: the student, or the average of its weights."""
+        return self.student if self.average is None else self.average.network
+
+    def start_epoch(self, recipe: Recipe, epoch: int, noise_seed: int) -> None:
+        """Empty the sums, and set what depends on the epoch, and the seed of the first random start."""
+        lr = recipe.lr_at(epoch)
+        for sums in (*self.sums.values(), *self.measured.values()):
             sums.clear()
+        if self.awp_gamma is not None:
+            self.awp_gamma.fill_(recipe.awp_gamma if epoch >= recipe.awp_from else 0.0)
+        if self.average is not None:
+            self.average.active.fill_(epoch >= recipe.average_from)
         self.loss_sum.zero_()
         self.noise_seed.fill_(noise_seed)
         for group in self.optimizer.param_groups:
@@ -106,16 +135,30 @@ class State:
             group["lr"] = lr  # the tensor that a captured step reads, not the saved one's copy
         self.scaler.load_state_dict(saved["scaler"])
         self.move_classes(saved["class_state"])
+        if self.average is not None:
+            self.average.load(saved["average"])
 
     def attacked(self) -> nn.Module:
         """What the attack looks at: the student as it is now."""
         return self.student if self.twin is None else self.twin.refresh()
 
-    def add(self, logits: Mapping[str, Tensor], label_B: Tensor, loss: Tensor) -> None:
-        """Count a step: per-class cross-entropy, correct predictions and images of each forward, and the loss."""
+    def add(self, recipe: Recipe, logits: Mapping[str, Tensor], targets: Targets, loss: Tensor) -> None:
+        """Count a step: per-class cross-entropy, correct predictions and images of each forward, the loss, and what the
+        method measures besides."""
+        logits = {name: logits_BK.detach() for name, logits_BK in logits.items()}
         for name, logits_BK in logits.items():
-            self.sums[name].add(*class_sums(logits_BK.detach(), label_B, self.ones_K.numel()))
-        self.loss_sum += loss * label_B.numel()
+            self.sums[name].add(*class_sums(logits_BK, targets.label_B, self.ones_K.numel()))
+        self.loss_sum += loss * targets.label_B.numel()
+        for name, value_BD in recipe.measured(logits, targets).items():
+            if name not in self.measured:  # in the first step, which is not captured
+                values = value_BD.numel() // max(1, len(value_BD))
+                self.measured[name] = ClassMeans.zeros(self.ones_K.numel(), values, self.ones_K.device)
+            self.measured[name].add(value_BD, targets.label_B)
+        recipe.after_step(self.class_state, logits, targets)
+
+    def seen(self, held: HeldOut | None = None) -> Seen:
+        """The epoch so far."""
+        return Seen(forwards=self.sums, measured=self.measured, held=held)
 
 
 def sgd(recipe: Recipe, student: nn.Module, device: torch.device) -> torch.optim.SGD:
@@ -130,48 +173,97 @@ def sgd(recipe: Recipe, student: nn.Module, device: torch.device) -> torch.optim
     )
 
 
+class Beside(nn.Module):
+    """Two networks as one whose logits stand side by side: (B, 2 K). An attack on both gets both gradients."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, 2 K)."""
+        return torch.cat([self.first(image), self.second(image)], 1)
+
+
 def observe(
     state: State, recipe: Recipe, attacked: nn.Module, clean_BCHW: Tensor, label_B: Tensor, teacher_BK: Tensor | None
 ) -> Targets:
-    """The teacher's logits on the clean images, and the student's own where the method asks for them."""
-    own_BK = None
+    """What is known before the attack, as asked for: the teachers' logits on the clean images, the student's own."""
+    own_BK = clean_teacher_BK = None
     with torch.no_grad(), state.autocast():
-        if state.teacher is not None and teacher_BK is None:
+        if state.teacher is not None and teacher_BK is None and "clean" in recipe.teacher_sees:
             teacher_BK = state.teacher(clean_BCHW)
+        if state.clean_teacher is not None and "clean" in recipe.clean_teacher_sees:
+            clean_teacher_BK = state.clean_teacher(clean_BCHW)
         if recipe.needs_own_prediction:
             with module_mode(attacked, recipe.attack_bn):
                 own_BK = attacked(clean_BCHW)
-    return Targets(label_B=label_B, teacher_BK=teacher_BK, own_BK=own_BK, state=state.class_state, ones_K=state.ones_K)
+    targets = Targets(
+        label_B=label_B,
+        teacher_BK=teacher_BK,
+        own_BK=own_BK,
+        clean_teacher_BK=clean_teacher_BK,
+        state=state.class_state,
+        ones_K=state.ones_K,
+    )
+    return replace(targets, watched=recipe.watcher(clean_BCHW, targets))
 
 
 def attack(state: State, recipe: Recipe, attacked: nn.Module, clean_BCHW: Tensor, targets: Targets) -> Tensor:
     """The inner maximisation: adversarial images like `clean_BCHW`."""
+    if recipe.attacks_teacher:
+        assert state.teacher is not None
+        attacked = Beside(attacked, state.teacher)
+    eps, step = recipe.margins(targets)
     with state.autocast():
         return pgd(
             attacked,
             clean_BCHW,
             objective=recipe.objective(targets),
             steps=recipe.attack_steps,
-            step=recipe.attack_step,
-            eps=recipe.eps,
+            step=step,
+            eps=eps,
             start=recipe.attack_start,
             clip_start=recipe.clip_start,
             bn_mode=recipe.attack_bn,
             seed=state.noise_seed,
+            watch=targets.watched,
         )
 
 
+def observe_attacked(state: State, recipe: Recipe, adv_BCHW: Tensor, targets: Targets) -> Targets:
+    """`targets` with the teachers' logits on the attacked images, as asked for."""
+    with torch.no_grad(), state.autocast():
+        if state.teacher is not None and "adv" in recipe.teacher_sees:
+            targets = replace(targets, teacher_adv_BK=state.teacher(adv_BCHW))
+        if state.clean_teacher is not None and "adv" in recipe.clean_teacher_sees:
+            targets = replace(targets, clean_teacher_adv_BK=state.clean_teacher(adv_BCHW))
+    return targets
+
+
 def descend(state: State, recipe: Recipe, images: Mapping[str, Tensor], targets: Targets) -> Tensor:
-    """The outer minimisation: one step of the optimizer on `images`, "adv" and "clean"; the loss before it."""
+    """The outer minimisation: one step of the optimizer on `images`, named as in `forwards`; the loss before it."""
+
+    def forward() -> tuple[dict[str, Tensor], Tensor]:
+        with state.autocast():
+            logits = {name: state.student(images[name]) for name in recipe.forwards}
+            return logits, recipe.loss(logits, targets)
+
     state.student.train()
-    with state.autocast():
-        logits = {name: state.student(images[name]) for name in recipe.forwards}
-        loss = recipe.loss(logits, targets)
+    before = {}
+    if state.awp_gamma is not None:
+        before = perturb_weights(state.student, state.awp_gamma, lambda: state.scaler.scale(forward()[1]))
+    logits, loss = forward()
     state.scaler.scale(loss).backward()
+    with torch.no_grad():
+        for weight, value in before.items():
+            weight.copy_(value)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
-    state.add(logits, targets.label_B, loss.detach())
+    state.add(recipe, logits, targets, loss.detach())
+    if state.average is not None and recipe.average_every == "step":
+        state.average.follow(state.student)
     return loss.detach()
 
 
@@ -190,6 +282,7 @@ def train_step(
     attacked = state.attacked()
     targets = observe(state, recipe, attacked, clean_BCHW, label_B, teacher_BK)
     adv_BCHW = attack(state, recipe, attacked, clean_BCHW, targets)
-    loss = descend(state, recipe, {"adv": adv_BCHW, "clean": clean_BCHW}, targets)
+    targets = observe_attacked(state, recipe, adv_BCHW, targets)
+    loss = descend(state, recipe, recipe.images(clean_BCHW, adv_BCHW, targets), targets)
     state.noise_seed += 1
     return loss

@@ -1,7 +1,11 @@
-"""Where a run's teacher comes from: the user's checkpoint, a run trained earlier, or one trained now."""
+"""Where the networks come from that a run builds on: its teachers, and the weights that it begins with.
+
+Each is the user's checkpoint, a run trained earlier, or one trained now.
+"""
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 from retemper.engine.catalogue import find_setting
 from retemper.engine.job import Job, default_out
@@ -14,37 +18,46 @@ from retemper.loaders.progress import say
 
 
 def with_teacher(job: Job) -> Job:
-    """`job` with a teacher, if its recipe has one.
+    """`job` with the teachers and the start that its recipe names.
 
-    Without --teacher, the run of `teacher_recipe` beside this one is taken, finished or trained first where the recipe
-    says that this is a matter of minutes.
+    What no option gives is the run of that recipe beside this one, finished or trained first where the recipe says that
+    this is a matter of minutes.
 
     Raises:
-        UsageError: no teacher, and training one would take long: it says how.
+        UsageError: one is missing and training it would take long: it says how; or one is given that is not wanted.
     """
     recipe = job.recipe
-    if recipe.teacher_model is None:
-        if job.teacher is not None:
-            raise UsageError(f"{job.method} learns without a teacher: leave out --teacher")
+    job = _with(job, "teacher", recipe.teacher_model, recipe.teacher_recipe)
+    job = _with(job, "clean_teacher", recipe.clean_teacher_model, recipe.clean_teacher_recipe)
+    wanted = recipe.student if recipe.start_recipe or job.start else None  # any run may begin with given weights
+    return _with(job, "start", wanted, recipe.start_recipe)
+
+
+def _with(job: Job, what: str, model: str | None, name: str | None) -> Job:
+    option = f"--{what.replace('_', '-')}"
+    given: Path | None = getattr(job, what)
+    if model is None:
+        if given is not None:
+            raise UsageError(f"{job.method} learns without a {what.replace('_', ' ')}: leave out {option}")
         return job
-    if job.teacher is not None:
+    if given is not None:
         return job
-    name = recipe.teacher_recipe
     if name is None:
-        raise UsageError(f"{job.name} needs a teacher: name a {recipe.teacher_model} checkpoint or run with --teacher")
+        raise UsageError(f"{job.name} needs a {what.replace('_', ' ')}: name a {model} checkpoint or run with {option}")
     method, setting, found = find_setting(name)
     out = job.out.parent / default_out(method, setting, 0).name
     done = _is_done(RunFolder(out), found.recipe)
-    if not done and not recipe.train_teacher:
+    if not done and not job.recipe.train_teacher:
         raise UsageError(
-            f"{job.name} needs a teacher: name a {recipe.teacher_model} checkpoint with --teacher, "
+            f"{job.name} needs a {what.replace('_', ' ')}: name a {model} checkpoint with {option}, "
             f"or train one with: retemper train {name} --out {out}"
         )
     if not done:
-        say(f"{job.name}: no --teacher given, so {name} comes first, in {out}; later runs beside it use it too")
+        say(f"{job.name}: no {option} given, so {name} comes first, in {out}; later runs beside it use it too")
         # always seed 0: runs that differ in their seed share one teacher, and are compared under it
-        train(replace(job, method=method, setting=setting, recipe=found.recipe, out=out, seed=0))
-    return replace(job, teacher=out)
+        first = replace(job, method=method, setting=setting, recipe=found.recipe, out=out, seed=0)
+        train(with_teacher(replace(first, teacher=None, clean_teacher=None, start=None)))
+    return replace(job, **{what: out})
 
 
 def _is_done(folder: RunFolder, recipe: Recipe) -> bool:

@@ -24,16 +24,18 @@ from retemper.engine.job import Job, cpu_threads
 from retemper.engine.models import create_model
 from retemper.engine.recipe import describe
 from retemper.engine.run_folder import RunFolder, commit, device_name, versions
+from retemper.engine.seen import Seen
 from retemper.engine.step import State, train_step
-from retemper.engine.teacher_logits import AUTO_LIMIT, TeacherLogits, TeacherTable, has_room, table_bytes
+from retemper.engine.teacher_logits import TeacherLogits
+from retemper.engine.teacher_table import AUTO_LIMIT, TeacherTable, require_room, table_bytes
 from retemper.engine.trained import Facts, header_of, load_trained, require_same_images, teacher_facts
-from retemper.engine.weights import save_weights
+from retemper.engine.validate import validate
+from retemper.engine.weights import load_checkpoint, save_weights
 from retemper.kernels import augment
 from retemper.loaders import Batch, Loader, Split, ViewSpace, holdout_split, load_split, make_loader, split_of_arrays
 from retemper.loaders.errors import DataError, UsageError
 from retemper.loaders.progress import Progress, say
 
-CHECKED_ENTRIES = 64  # of the table of teacher logits, before a run trusts it
 STEPS_BETWEEN_READS = 50  # how often the loss is read from the device: for the bar, and to stop when it is not finite
 
 
@@ -100,9 +102,11 @@ class Run:
             dataset=recipe.dataset,
             eps=recipe.eps,
         )
-        self.teacher, self.teacher_source = self._teacher()
+        self.teacher, self.teacher_source = self._teacher(recipe.teacher_model, job.teacher)
+        clean_teacher, self.clean_teacher_source = self._teacher(recipe.clean_teacher_model, job.clean_teacher)
+        self.start_source = self._start_from(student)
         try:
-            self.state = State.begin(recipe, student, self.teacher, self.num_classes, device)
+            self.state = State.begin(recipe, student, self.teacher, self.num_classes, device, clean_teacher)
             self.step = captured(self._step) if recipe.captures_on(device) else self._step
         except ValueError as error:
             raise UsageError(str(error)) from None
@@ -131,24 +135,39 @@ class Run:
         labels = self.split.labels[indices]
         return split_of_arrays(self.split.name, "train", images, labels, self.split.classes, self.split.fingerprint)
 
-    def _teacher(self) -> tuple[nn.Module | None, dict[str, str] | None]:
-        """The frozen teacher, and how the config names it."""
-        if self.recipe.teacher_model is None:
+    def _teacher(self, model: str | None, path: Path | None) -> tuple[nn.Module | None, dict[str, str] | None]:
+        """A frozen teacher, and how the config names it."""
+        if model is None:
             return None, None
-        assert self.job.teacher is not None
-        fallback = Facts(model=self.recipe.teacher_model, num_classes=self.num_classes, channels=self.channels)
-        weights, facts, source = teacher_facts(self.job.teacher, fallback)
-        require_same_images(f"the teacher {self.job.teacher}", facts, self.num_classes, self.channels)
-        if facts.image_size not in (None, self.split.shape[0]):
-            say(f"note: the teacher saw images of {facts.image_size} px, the student's have {self.split.shape[0]}")
-        if facts.dataset not in (None, self.recipe.dataset):
-            say(f"note: the teacher was trained on {facts.dataset}, the student is to learn {self.recipe.dataset}")
+        assert path is not None
+        weights, facts, source = self._found(path, model, "the teacher")
         return load_trained(weights, facts, self.job.device), source
+
+    def _start_from(self, student: nn.Module) -> dict[str, str] | None:
+        """Give the student the weights that it is to begin with, if any; how the config names them."""
+        if self.job.start is None:
+            return None
+        weights, facts, source = self._found(self.job.start, self.recipe.student, "the start")
+        if facts.model != self.recipe.student:
+            raise UsageError(f"--start {self.job.start}: it is a {facts.model}, the student is a {self.recipe.student}")
+        load_checkpoint(weights, student)
+        return source
+
+    def _found(self, path: Path, model: str, whose: str) -> tuple[Path, Facts, dict[str, str]]:
+        """A checkpoint for the same images."""
+        fallback = Facts(model=model, num_classes=self.num_classes, channels=self.channels)
+        weights, facts, source = teacher_facts(path, fallback)
+        require_same_images(f"{whose} {path}", facts, self.num_classes, self.channels)
+        if facts.image_size not in (None, self.split.shape[0]):
+            say(f"note: {whose} saw images of {facts.image_size} px, the student's have {self.split.shape[0]}")
+        if facts.dataset not in (None, self.recipe.dataset):
+            say(f"note: {whose} was trained on {facts.dataset}, the student is to learn {self.recipe.dataset}")
+        return weights, facts, source
 
     def _teacher_logits(self) -> TeacherLogits | None:
         """Where the steps get the teacher's logits; None where they ask it themselves, or there is none."""
         recipe, device = self.recipe, self.job.device
-        if self.state.teacher is None or not recipe.teacher_ahead:
+        if self.state.teacher is None or not recipe.teacher_ahead or "clean" not in recipe.teacher_sees:
             return None
         gpu = device.type == "cuda"
         return TeacherLogits(
@@ -168,29 +187,13 @@ class Run:
             return self.state.teacher(self._images(image, view, index))
 
     def _teacher_table(self) -> TeacherTable | None:
-        """The table of this teacher and these images, checked; None where none is wanted or the disk has no room."""
-        recipe, views = self.recipe, self.loader.plan.views.count
-        needed = table_bytes(len(self.split), views, self.num_classes)
+        """The table of this teacher's answers, checked; None where none is wanted or the disk has no room."""
+        recipe, device, loader = self.recipe, self.job.device, self.loader
+        needed = table_bytes(len(self.split), loader.plan.views.count, self.num_classes)
         if recipe.teacher_table == "off" or (recipe.teacher_table == "auto" and needed > AUTO_LIMIT):
             return None
-        try:
-            if not has_room(self.job.cache, needed):
-                raise OSError(f"the disk has no room for {needed / 2**30:.1f} GiB")
-            table = TeacherTable(self.job.cache, len(self.split), views, self.num_classes, self._logits_facts())
-        except OSError as error:
-            if recipe.teacher_table == "on":
-                raise UsageError(f"no table of the teacher's answers in {self.job.cache}: {error}") from None
-            say(f"{self.job.name}: no table of the teacher's answers in {self.job.cache} ({error})")
-            return None
-        self._check_table(table)
-        say(f"{self.job.name}: the teacher's answers are kept in {table.folder}, {table.known.mean():.1%} known so far")
-        return table
-
-    def _logits_facts(self) -> dict[str, Any]:
-        """All that the teacher's logits depend on."""
-        recipe, device = self.recipe, self.job.device
         assert self.teacher_source is not None
-        return {
+        facts = {
             "teacher": self.teacher_source["sha256"],
             "model": self.teacher_source["model"],
             "data": [recipe.dataset, self.split.fingerprint, recipe.image_size],
@@ -200,23 +203,17 @@ class Run:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "torch": torch.__version__,
         }
-
-    def _check_table(self, table: TeacherTable) -> None:
-        """Ask the teacher again for some of the answers.
-
-        Raises:
-            DataError: they are others than the table's.
-        """
-        index, view = table.sample(CHECKED_ENTRIES)
-        if not len(index):
-            return
-        image = torch.cat([batch.image for batch in self.loader.walk(index)])
-        position = torch.arange(len(index), device=self.job.device)
-        asked = self._ask_teacher(image, torch.from_numpy(view).to(self.job.device), position).float().cpu()
-        kept = torch.from_numpy(table.look_up(index, view)[1])
-        digits = 2**-17 if self.state.precision is torch.float32 else 2**-5
-        if not torch.allclose(asked, kept, rtol=0, atol=digits * float(asked.abs().max())):
-            raise DataError(f"{table.folder} does not hold this teacher's answers: delete the folder")
+        try:
+            require_room(self.job.cache, needed)
+            table = TeacherTable(self.job.cache, len(self.split), loader.plan.views.count, self.num_classes, facts)
+        except OSError as error:
+            if recipe.teacher_table == "on":
+                raise UsageError(f"no table of the teacher's answers in {self.job.cache}: {error}") from None
+            say(f"{self.job.name}: no table of the teacher's answers in {self.job.cache} ({error})")
+            return None
+        table.check(loader, self._ask_teacher, exact=self.state.precision is torch.float32)
+        say(f"{self.job.name}: the teacher's answers are kept in {table.folder}, {table.known.mean():.1%} known so far")
+        return table
 
     def resume(self) -> int:
         """Begin the folder or take up the state in it; the epoch to run next."""
@@ -232,6 +229,8 @@ class Run:
                 "out": str(job.out),
                 "data_root": None if job.data_root is None else str(job.data_root),
                 "teacher": self.teacher_source,
+                "clean_teacher": self.clean_teacher_source,
+                "start": self.start_source,
                 "loader": self.loader.description,
                 "versions": versions(),
                 "device": device_name(job.device),
@@ -242,6 +241,7 @@ class Run:
         saved = self.folder.load_state()
         if saved is None:
             self._check_teacher()
+            self._validate(0)
             return 1
         try:
             self.state.load(saved)
@@ -275,14 +275,39 @@ class Run:
         loss = self._pass(epoch)
         line = self._line(epoch, loss, time.monotonic() - started)
         self._require_finite_weights(epoch)
-        state.move_classes(recipe.next_class_state(state.class_state, state.sums, epoch))
+        if self.recipe.validates:
+            self._validate(epoch)
+        else:
+            state.move_classes(recipe.next_class_state(state.class_state, state.seen(), epoch))
+        self._follow(epoch)
         self._select(epoch, line)
         self._save(epoch, line)
         self._report(line)
 
+    def _validate(self, epoch: int) -> None:
+        """Move the class state by the held-out images, where the method does so."""
+        if not self.recipe.validates:
+            return
+        assert self.held is not None
+        held = validate(self.state.student, self.recipe, self.held, self.num_classes, self.job.device)
+        seen = self.state.seen(held) if epoch else Seen(held=held)
+        self.state.move_classes(self.recipe.next_class_state(self.state.class_state, seen, epoch))
+
+    def _follow(self, epoch: int) -> None:
+        """Take the epoch's weights into their average, where that is done by epochs."""
+        recipe, average = self.recipe, self.state.average
+        if average is None or recipe.average_every != "epoch":
+            return
+        if recipe.average_above and epoch >= recipe.average_from:
+            assert self.held is not None
+            held = validate(self.state.student, recipe, self.held, self.num_classes, self.job.device)
+            if held.robust_accuracy_K.min() < recipe.average_above:
+                return
+        average.follow(self.state.student)
+
     def _pass(self, epoch: int) -> float:
         """Every batch of the epoch once; the mean loss."""
-        self.state.start_epoch(self.recipe.lr_at(epoch), (self.job.seed << 40) + (epoch << 24))
+        self.state.start_epoch(self.recipe, epoch, (self.job.seed << 40) + (epoch << 24))
         with Progress(f"epoch {epoch}/{self.recipe.epochs}", self.loader.num_images) as progress:
             for number, (batch, teacher_BK) in enumerate(self._batches(epoch), 1):
                 loss = self.step(batch.image, batch.view, batch.label, teacher_BK)
@@ -358,7 +383,7 @@ class Run:
         if not (last or epoch >= recipe.select_always_from or epoch % recipe.select_every == 0):
             return
         attack = Attack(loss="cross-entropy", steps=recipe.select_steps, step=1 / 4, start="uniform")
-        correct = survivors(self.state.student, self.held, attack, eps=recipe.eps, device=self.job.device)
+        correct = survivors(self.state.kept, self.held, attack, eps=recipe.eps, device=self.job.device)
         report = by_class(correct, self.held.labels, self.num_classes)
         line["holdout"] = {name: value for name, value in report.items() if name not in ("count", "interval")}
         score = report["average"] + report["worst"]
@@ -368,13 +393,13 @@ class Run:
     def _keep_as_best(self, score: float, epoch: int) -> None:
         """The score travels in the file: a kill before the state is saved must not part the two."""
         self.best = {"score": score, "epoch": epoch}
-        save_weights(self.folder.best, self.state.student, self._metadata(epoch) | {"score": repr(score)})
+        save_weights(self.folder.best, self.state.kept, self._metadata(epoch) | {"score": repr(score)})
 
     def _save(self, epoch: int, line: dict[str, Any]) -> None:
         state = self.state
         self.folder.save_epoch(
             line,
-            state.student,
+            state.kept,
             self._metadata(epoch),
             {
                 "epoch": epoch,
@@ -383,6 +408,7 @@ class Run:
                 "scaler": state.scaler.state_dict(),
                 "class_state": state.class_state,
                 "best": self.best,
+                **({} if state.average is None else {"average": state.average.state()}),
             },
         )
 

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from retemper.engine import ClassSums, KlObjective, Recipe, Targets, distillation, run_recipe
+from retemper.engine import KlObjective, Recipe, Seen, Targets, distillation, run_recipe
 from retemper.kernels import class_temperature_kl
 
 
@@ -74,15 +74,13 @@ class Absld(Recipe):
         clean = class_temperature_kl(logits["clean"], targets.teacher, targets.label_B, clean_K)
         return self.kl_scale * (self.adv_weight * adv + (1 - self.adv_weight) * clean)
 
-    def next_class_state(
-        self, state: Mapping[str, Tensor], sums: Mapping[str, ClassSums], epoch: int
-    ) -> dict[str, Tensor]:
+    def next_class_state(self, state: Mapping[str, Tensor], seen: Seen, epoch: int) -> dict[str, Tensor]:
         rate = self.temperature_rate * self.decay(epoch)
         bounds = self.temperature_lower, self.temperature_upper
         # the authors take sums: the same step for classes of equal size, and wrong for others
         return {
-            f"temperature_{name}": next_temperature(state[f"temperature_{name}"], sums[name].mean_loss_K, rate, *bounds)
-            for name in ("adv", "clean")
+            f"temperature_{name}": next_temperature(state[f"temperature_{name}"], sums.mean_loss_K, rate, *bounds)
+            for name, sums in seen.forwards.items()
         }
 
 

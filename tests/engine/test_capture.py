@@ -92,7 +92,7 @@ def run(method: str, device: torch.device, capture: bool) -> tuple[list[Tensor],
         step = captured(step) if device.type == "cuda" else Captured(step, record(state))
     gen, losses = torch.Generator().manual_seed(1), []
     for epoch in range(2):
-        state.start_epoch(0.05 / (1 + epoch), 1000 * epoch)
+        state.start_epoch(replace(recipe, lr=0.05 / (1 + epoch)), 1, 1000 * epoch)
         for number in range(STEPS // 2):
             size = 8 if number in (4, 9) else 16
             clean = torch.rand(size, 1, 8, 8, generator=gen).to(device).to(memory_format=torch.channels_last)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from retemper.engine.cli import run
-from retemper.engine.teacher_logits import TeacherLogits, TeacherTable, has_room
+from retemper.engine.teacher_logits import TeacherLogits
+from retemper.engine.teacher_table import TeacherTable, require_room
 from retemper.kernels import augment
 from retemper.loaders import Batch, DataError, Loader, ViewSpace, make_loader, split_of_arrays
 
@@ -122,8 +123,9 @@ def test_a_table_of_another_size_is_refused(tmp_path: Path) -> None:
 
 
 def test_room_is_looked_for_where_the_folder_will_be(tmp_path: Path) -> None:
-    assert has_room(tmp_path / "not" / "yet", 1)
-    assert not has_room(tmp_path, 2**60)
+    require_room(tmp_path / "not" / "yet", 1)
+    with pytest.raises(OSError, match="no room"):
+        require_room(tmp_path, 2**60)
 
 
 COMMAND = "train rslad:digits --epochs 2 --attack-steps 1 --holdout-per-class 0 --batch-size 256 --teacher".split()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retemper.engine import ClassSums, Targets
+from retemper.engine import ClassSums, Seen, Targets
 from retemper.recipes.absld import SETTINGS, Absld, next_temperature
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/recipes.json").read_text())
@@ -98,11 +98,11 @@ def test_an_epoch_moves_each_temperature_by_its_own_losses_at_the_schedules_rate
 
     recipe = absld(lr_drops=(5,), temperature_rate=0.2)
     ones: dict[str, Tensor] = recipe.class_state(2)
-    before = recipe.next_class_state(ones, {"adv": sums(3, 1), "clean": sums(1, 3)}, epoch=4)
+    before = recipe.next_class_state(ones, Seen(forwards={"adv": sums(3, 1), "clean": sums(1, 3)}), epoch=4)
     torch.testing.assert_close(before["temperature_adv"], torch.tensor([0.8, 1.2]))
     torch.testing.assert_close(before["temperature_clean"], torch.tensor([1.2, 0.8]))
     # after the epoch that the learning rate drops on, the rate has dropped too
-    after = recipe.next_class_state(ones, {"adv": sums(3, 1), "clean": sums(1, 3)}, epoch=5)
+    after = recipe.next_class_state(ones, Seen(forwards={"adv": sums(3, 1), "clean": sums(1, 3)}), epoch=5)
     torch.testing.assert_close(after["temperature_adv"], torch.tensor([0.98, 1.02]))
 
 
@@ -110,7 +110,7 @@ def test_a_larger_class_is_not_taken_for_a_harder_one() -> None:
     count = torch.tensor([10, 30])
     sums = ClassSums(loss_K=torch.tensor([10.0, 30.0]), correct_K=count, count_K=count)
     recipe = absld()
-    moved = recipe.next_class_state(recipe.class_state(2), {"adv": sums, "clean": sums}, epoch=1)
+    moved = recipe.next_class_state(recipe.class_state(2), Seen(forwards={"adv": sums, "clean": sums}), epoch=1)
     assert moved["temperature_adv"].tolist() == [1.0, 1.0]
 
 

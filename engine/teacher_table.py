@@ -1,0 +1,107 @@
+"""The teacher's answers on the disk: each view of an image is asked for once, by whatever run comes first.
+
+A teacher that looks at clean images alone sees few things: a crop after padding by p, flipped or not, makes
+2 (2 p + 1)^2 views of an image, 162 for p = 4. A table with a row for each is complete and exact; it fills as views are
+drawn, and the next run with the same teacher finds it.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retemper.loaders import Loader
+from retemper.loaders.errors import DataError
+
+Ask = Callable[[Tensor, Tensor, Tensor], Tensor]  # image (N, H, W, C) uint8, view (B,), index (B,) to (B, K) logits
+CHECKED = 64  # entries, before a run trusts a table
+FORMAT = 1  # of the files, and of what a view's id means
+AUTO_LIMIT = 4 * 2**30  # bytes: CIFAR-10 takes 0.3 GB, CIFAR-100 3.2, Tiny-ImageNet 13
+
+
+class TeacherTable:
+    """(N, V, K) logits, float32, and which of the (N, V) views are known: two files that all runs of a teacher share.
+
+    A row is marked as known after its logits have reached the disk, so that a kill costs the newest rows only.
+
+    Args:
+        cache: the folder of all tables.
+        facts: all that the logits depend on; its digest is the table's name.
+    Raises:
+        OSError: no room, or no permission.
+        DataError: the files there are not such a table.
+    """
+
+    def __init__(self, cache: Path, images: int, views: int, classes: int, facts: dict[str, Any]) -> None:
+        facts = facts | {"format": FORMAT, "images": images, "views": views, "classes": classes}
+        text = json.dumps(facts, indent=1, sort_keys=True)
+        self.folder = cache / "teacher_logits" / sha256(text.encode()).hexdigest()[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "facts.json").write_text(text + "\n")
+        self.logits = _allocated(self.folder / "logits.f32", np.dtype(np.float32), (images, views, classes))
+        self.known = _allocated(self.folder / "known.u8", np.dtype(np.uint8), (images, views))
+
+    def look_up(self, index: np.ndarray, view: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(M,) bool, which of these views are known, and (M, K) their logits; the others' are zero."""
+        return self.known[index, view] == 1, self.logits[index, view]
+
+    def keep(self, index: np.ndarray, view: np.ndarray, logits: np.ndarray) -> None:
+        """Add (M, K) logits, for this run and the next."""
+        self.logits[index, view] = logits
+        self.logits.flush()
+        self.known[index, view] = 1
+        self.known.flush()
+
+    def check(self, loader: Loader, ask: Ask, exact: bool) -> None:
+        """Ask the teacher again for some of the answers.
+
+        Args:
+            exact: it computes in float32.
+        Raises:
+            DataError: it says something else.
+        """
+        index, view = self.sample(CHECKED)
+        if not len(index):
+            return
+        image = torch.cat([batch.image for batch in loader.walk(index)])
+        position = torch.arange(len(index), device=image.device)
+        asked = ask(image, torch.from_numpy(view).to(image.device), position).float().cpu()
+        kept = torch.from_numpy(self.look_up(index, view)[1])
+        if not torch.allclose(asked, kept, rtol=0, atol=(2**-17 if exact else 2**-5) * float(asked.abs().max())):
+            raise DataError(f"{self.folder} does not hold this teacher's answers: delete the folder")
+
+    def sample(self, images: int) -> tuple[np.ndarray, np.ndarray]:
+        """The index and the view of one known entry for each of up to so many images, spread over the table."""
+        (index,) = np.nonzero(self.known.any(1))
+        index = index[:: max(1, len(index) // images)][:images].copy()
+        return index, self.known[index].argmax(1)
+
+
+def table_bytes(images: int, views: int, classes: int) -> int:
+    """What such a table takes on the disk."""
+    return images * views * (4 * classes + 1)
+
+
+def require_room(cache: Path, needed: int) -> None:
+    """Raises OSError: the disk of `cache` does not hold so many bytes more, and a tenth besides."""
+    while not cache.exists():
+        cache = cache.parent
+    if shutil.disk_usage(cache).free < 1.1 * needed:
+        raise OSError(f"the disk has no room for {needed / 2**30:.1f} GiB")
+
+
+def _allocated(path: Path, kind: np.dtype, shape: tuple[int, ...]) -> np.memmap:
+    """The file as an array, made of zeros if need be; all its blocks are taken now, or a full disk would kill later."""
+    size = kind.itemsize * int(np.prod(shape))
+    with open(path, "ab") as file:
+        if file.tell() not in (0, size):
+            raise DataError(f"{path} has {file.tell():,} bytes, not {size:,}: delete {path.parent}")
+        os.posix_fallocate(file.fileno(), 0, size)
+    return np.memmap(path, kind, "r+", shape=shape)

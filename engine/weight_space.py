@@ -1,0 +1,75 @@
+"""What methods do to weights besides descending: averages of them (EMA, SWA), and adversarial perturbation (AWP).
+
+    EMA     average <- decay average + (1 - decay) weights
+    SWA     average <- mean of the weights so far                        (Izmailov et al., UAI 2018)
+    AWP     weights <- weights + gamma ||w|| g / ||g||, layer by layer   (Wu et al., NeurIPS 2020)
+
+Batch-norm statistics are averaged like weights (as CFA does), not measured again.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Average:
+    """The average of a network's weights and statistics.
+
+    Attributes:
+        network: it, in eval mode, frozen.
+        active: 0-dim; while it is 0 the average is the network itself.
+        count: 0-dim, how often it has followed since.
+    """
+
+    def __init__(self, student: nn.Module, kind: str, decay: float) -> None:
+        self.network = copy.deepcopy(student).eval().requires_grad_(False)
+        self.kind, self.decay = kind, decay
+        device = next(student.parameters()).device
+        self.active, self.count = torch.zeros(2, device=device)
+
+    @torch.no_grad()
+    def follow(self, student: nn.Module) -> None:
+        """Take in the student as it is now."""
+        share = 1 / (self.count + 1)
+        if self.kind == "ema":
+            share = torch.where(self.count > 0, 1 - self.decay, share)
+        share = torch.where(self.active > 0, share, 1.0)
+        for average, value in zip(self.network.state_dict().values(), student.state_dict().values(), strict=True):
+            if value.is_floating_point():
+                average.lerp_(value, share.to(value.dtype))
+            else:
+                average.copy_(value)
+        self.count += self.active
+
+    def state(self) -> dict[str, Any]:
+        """For `load`."""
+        return {"network": self.network.state_dict(), "count": self.count}
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.network.load_state_dict(saved["network"])
+        self.count.copy_(saved["count"])
+
+
+def perturb_weights(student: nn.Module, gamma: Tensor, loss: Callable[[], Tensor]) -> dict[nn.Parameter, Tensor]:
+    """Move every weight of more than one dimension up the loss, by `gamma` times its norm.
+
+    The forward that `loss` makes leaves the student's statistics alone.
+
+    Returns:
+        What the weights were.
+    """
+    weights = [parameter for parameter in student.parameters() if parameter.dim() > 1]
+    statistics = [(buffer, buffer.clone()) for buffer in student.buffers()]
+    gradients = torch.autograd.grad(loss(), weights)
+    before = {}
+    with torch.no_grad():
+        for buffer, value in statistics:
+            buffer.copy_(value)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            before[weight] = weight.clone()
+            weight += gamma * weight.norm() / (gradient.norm() + 1e-12) * gradient
+    return before
