@@ -1,18 +1,16 @@
 """The command line: `retemper VERB`. A user's mistake is one line on stderr and an exit code (engine/errors.py)."""
 
 import argparse
-import json
 import signal
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from retemper.engine.catalogue import find_setting, method_module, methods, nearest, override
 from retemper.engine.errors import EXIT_CODES, PREEMPTED
 from retemper.engine.recipe import describe
-from retemper.engine.weights import write_atomically
 from retemper.loaders.errors import DataError, UsageError
 
 GOES_ON = "; the same command goes on from the last finished epoch"
@@ -92,10 +90,14 @@ def parser(recipe: str | None = None) -> Parser:
     train_.add_argument("METHOD_SETTING", metavar="METHOD:SETTING")
     train_.add_argument("--data-root", type=Path, metavar="DIR", help="where the data set lies")
     train_.add_argument("--teacher", type=Path, metavar="CKPT", help="a checkpoint file or a run's folder")
+    train_.add_argument("--clean-teacher", type=Path, metavar="CKPT", help="likewise, for methods with two teachers")
+    train_.add_argument("--start", type=Path, metavar="CKPT", help="weights to begin with")
     train_.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (runs/METHOD-SETTING-seedN)")
     train_.add_argument("--seed", type=_seed, default=0)
     train_.add_argument("--device", default=None, help="cpu or cuda (cuda where there is one)")
-    train_.add_argument("--cache", type=Path, metavar="DIR", help="where converted data goes (~/.cache/retemper)")
+    train_.add_argument(
+        "--cache", type=Path, metavar="DIR", help="where converted data and teachers' answers go (~/.cache/retemper)"
+    )
     train_.add_argument("--beton", type=Path, metavar="FILE", help="a converted training set to read instead")
     train_.add_argument("--show", action="store_true", help="print the resolved recipe and leave")
     group = train_.add_argument_group("the recipe's fields", "named METHOD:SETTING, this lists them")
@@ -126,11 +128,17 @@ def parser(recipe: str | None = None) -> Parser:
     convert_.add_argument("--split", choices=("train", "test"), default="train")
     convert_.add_argument("--image-size", type=int)
 
-    bench_ = verb("bench", bench, "Time the training step, the kernels or the loaders on the device that is there.")
-    bench_.add_argument("what", choices=("step", "kernels", "loaders"))
+    bench_ = verb("bench", bench, "Time the step, the kernels, the loaders or the attack beside what else there is.")
+    bench_.add_argument("what", choices=("step", "kernels", "loaders", "attack"))
     bench_.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    bench_.add_argument("--rounds", type=int, default=20)
+    bench_.add_argument("--rounds", type=int, default=20, metavar="N", help="that count (20)")
     bench_.add_argument("--device", default=None)
+    bench_.add_argument("--batch", type=int, metavar="N", help="this batch size in place of the usual ones")
+    bench_.add_argument("--only", nargs="+", default=[], metavar="WORDS", help="tables whose name holds one of these")
+    bench_.add_argument("--quick", action="store_true", help="tiny sizes and nothing compiled: to try it out")
+    bench_.add_argument(
+        "--sweep", action="store_true", help="kernels: try block sizes instead, on a GPU, and name the best"
+    )
 
     verb("doctor", doctor, "Say what is installed, what works, and the command for what is missing.")
     return top
@@ -168,6 +176,8 @@ def train(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         data_root=arguments.data_root,
         teacher=arguments.teacher,
+        clean_teacher=arguments.clean_teacher,
+        start=arguments.start,
         cache=arguments.cache or default_cache(),
         beton=arguments.beton,
         device=pick_device(arguments.device),
@@ -214,18 +224,30 @@ def ls(arguments: argparse.Namespace) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    from retemper.engine.bench import as_table
+    from retemper.engine.bench import Request, as_table, as_text, save
     from retemper.engine.bench import bench as measure
     from retemper.engine.job import pick_device
 
-    if arguments.rounds < 1:
-        raise UsageError(f"--rounds {arguments.rounds}: it must be at least 1")
-    if arguments.json and (arguments.json.is_dir() or not arguments.json.absolute().parent.is_dir()):
-        raise UsageError(f"--json {arguments.json}: name a file in a folder that exists")
-    result = measure(arguments.what, pick_device(arguments.device), arguments.rounds)
-    if arguments.json:
-        write_atomically(arguments.json, json.dumps(result, indent=1).encode() + b"\n")
-    print(as_table(result))
+    for name in ("rounds", "batch"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} {value}: it must be at least 1")
+    if arguments.sweep and arguments.what != "kernels":
+        raise UsageError("--sweep: only bench kernels has block sizes to try")
+    path = arguments.json
+    if path and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise UsageError(f"--json {path}: name a file in a folder that exists")
+
+    def show(result: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        print(as_table(rows), end="\n\n", flush=True)
+        if path:
+            save(path, result)
+
+    words = {name: getattr(arguments, name) for name in ("what", "rounds", "batch", "quick", "sweep")}
+    result = measure(Request(**words, device=pick_device(arguments.device), only=tuple(arguments.only)), show)
+    if path:
+        save(path, result)
+    print(as_text(result))
 
 
 def doctor(_: argparse.Namespace) -> None:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from retemper.engine.models import channels_last, create_model
@@ -55,6 +54,8 @@ def header_of(weights: Path) -> dict[str, str]:
     """The header of a safetensors file; empty if it is none: loading the weights says what is wrong with it."""
     if weights.suffix != ".safetensors":
         return {}
+    from safetensors import SafetensorError, safe_open  # here, not above: the benchmarks run without it
+
     try:
         with safe_open(weights, framework="pt") as file:
             return file.metadata() or {}

@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -28,8 +27,8 @@ from retemper.loaders.errors import DataError
 WRAPPERS = ("model_state_dict", "state_dict", "model", "net")  # names under which released files nest the weights
 DEAD = "sub_block1."  # TRADES' WideResNet stores a stage that no forward pass reads
 DIGEST = "sha256"  # the metadata entry in which `save_weights` leaves a digest of the tensors
-DAMAGED = (  # what the readers of zip, pickle and safetensors raise on bytes that are not theirs
-    *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, safetensors.SafetensorError),
+DAMAGED = (  # what the readers of zip and pickle raise on bytes that are not theirs
+    *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error),
     *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, EOFError, OverflowError),
     *(OSError, MemoryError),
 )
@@ -77,6 +76,8 @@ def save_weights(
     Raises:
         OSError: the folder is missing, read-only or full; the old file is intact.
     """
+    import safetensors.torch  # here, not above: the benchmarks read and write no weights, and run without it
+
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     tensors = {_plain(name): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     header = {**(metadata or {}), "format": "pt", DIGEST: _tensor_digest(tensors)}
@@ -155,9 +156,14 @@ def _read(path: Path) -> object:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    with safetensors.safe_open(path, "pt") as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}
-        expected = (file.metadata() or {}).get(DIGEST)
+    import safetensors  # here, as in `save_weights`
+
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}
+            expected = (file.metadata() or {}).get(DIGEST)
+    except safetensors.SafetensorError as error:
+        raise ValueError(str(error)) from None  # one of DAMAGED
     if expected and expected != _tensor_digest(state):
         raise CheckpointError(f"{path}: damaged, its tensors do not match their digest; copy or download it again")
     return state

@@ -6,13 +6,16 @@ Pixels are decoded to RGB by Pillow, when they are first asked for.
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from retemper.loaders.errors import DataError
 from retemper.loaders.progress import progress
 from retemper.loaders.split import Split, fingerprint_of, require_folder
+
+if TYPE_CHECKING:
+    from PIL.Image import Image  # imported where it is needed: other sets, and the benchmarks, do without Pillow
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 TINY_SHAPE = (64, 64, 3)
@@ -113,7 +116,9 @@ def _size(path: Path) -> tuple[int, int]:
         return image.height, image.width
 
 
-def _opened(path: Path) -> Image.Image:
+def _opened(path: Path) -> "Image":
+    from PIL import Image
+
     try:
         return Image.open(path)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -139,11 +144,13 @@ def _decode(files: Sequence[Path], shape: tuple[int, int, int], side_px: int | N
     return images
 
 
-def _fit(image: Image.Image, side_px: int) -> Image.Image:
+def _fit(image: "Image", side_px: int) -> "Image":
     """The shorter side scaled to `side_px` (bilinear over the whole area a pixel covers), then the middle."""
+    from PIL.Image import Resampling
+
     scale = side_px / min(image.size)
     width, height = (max(side_px, round(length * scale)) for length in image.size)
     if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        image = image.resize((width, height), Resampling.BILINEAR)
     left, top = (width - side_px) // 2, (height - side_px) // 2
     return image.crop((left, top, left + side_px, top + side_px))

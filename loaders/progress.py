@@ -3,9 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
-
-from tqdm import tqdm
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 LINE_EVERY_S = 20.0
@@ -17,7 +15,8 @@ class Progress:
     def __init__(self, what: str, total: int) -> None:
         self.what, self.total, self.done, self.note = what, total, 0, ""
         self.started = self.said = time.monotonic()
-        self.bar = tqdm(total=total, desc=what, leave=False, dynamic_ncols=True) if sys.stderr.isatty() else None
+        tqdm = _tqdm() if sys.stderr.isatty() else None
+        self.bar = tqdm(total=total, desc=what, leave=False, dynamic_ncols=True) if tqdm else None
 
     def __enter__(self) -> "Progress":
         return self
@@ -61,4 +60,17 @@ def progress(items: Iterable[T], total: int, label: str, *, show: bool = True) -
 
 def say(line: str) -> None:
     """One line for the user, on stderr: stdout is for results."""
-    tqdm.write(line, file=sys.stderr)
+    tqdm = _tqdm()
+    if tqdm:
+        tqdm.write(line, file=sys.stderr)
+    else:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _tqdm() -> Any:
+    """The class, or None: a machine for benchmarks alone may lack it, and gets plain lines."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm

@@ -1,0 +1,164 @@
+"""The machine under a benchmark: its own copy and matrix rates, and what one call costs it besides time."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if TYPE_CHECKING:
+    from retemper.engine.bench.timing import Work
+
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PROFILED_CALLS = 3
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def in_precision(precision: str) -> Iterator[None]:
+    """Matrix products and convolutions of float32 in TF32 where the group is "tf32", in full float32 otherwise.
+
+    The others, "bf16" and "fp16", name the dtype of the tensors; nothing is switched for them.
+    """
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = precision == "tf32"
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
+
+
+class Rates:
+    """What this machine reaches in this run: a large copy, and a large matrix product in each precision asked for.
+
+    Measured in every race anew, while the machine may be busy: the best so far counts.
+
+    Args:
+        quick: small ones, which say little; for trying a benchmark out.
+    """
+
+    def __init__(self, device: torch.device, quick: bool = False) -> None:
+        self.device, self.quick = device, quick
+        self.best: dict[str, float] = {}
+        self.fresh: set[str] = set()  # measured in this race
+
+    def next_race(self) -> None:
+        """Measure anew what is asked for from here on."""
+        self.fresh.clear()
+
+    def copy_gb_per_s(self) -> float:
+        """Bytes read and written by a copy: of 1 GiB on a GPU, 64 MiB on a CPU."""
+
+        def measured() -> float:
+            size = 2**22 if self.quick else 2**30 if self.device.type == "cuda" else 2**26
+            source = torch.randint(256, (size,), dtype=torch.uint8, device=self.device)
+            target = torch.empty_like(source)
+            return 2 * size / 1e9 / self._seconds(lambda: target.copy_(source))
+
+        return self._best("copy", measured)
+
+    def matmul_tflop_per_s(self, precision: str) -> float:
+        """Of the product of two square matrices of random numbers."""
+
+        def measured() -> float:
+            side = 256 if self.quick else 8192 if self.device.type == "cuda" else 1024
+            with in_precision(precision):
+                a, b = (torch.randn(side, side, device=self.device, dtype=DTYPES[precision]) for _ in range(2))
+                return 2 * side**3 / 1e12 / self._seconds(lambda: a @ b)
+
+        return self._best(precision, measured)
+
+    def _best(self, name: str, measured: Callable[[], float]) -> float:
+        if name not in self.fresh:
+            self.best[name] = max(self.best.get(name, 0), measured())
+            self.fresh.add(name)
+        return self.best[name]
+
+    def bound_ms(self, work: "Work", precision: str) -> float | None:
+        """The least time the work can take at these rates; work that stays in a cache can beat it."""
+        needed = []
+        if work.bytes:
+            needed.append(work.bytes / 1e9 / self.copy_gb_per_s())
+        if work.flop:
+            needed.append(work.flop / 1e12 / self.matmul_tflop_per_s(precision))
+        return 1e3 * max(needed) if needed else None
+
+    def as_json(self) -> dict[str, Any]:
+        matmul = {name: rate for name, rate in self.best.items() if name != "copy"}
+        return {"copy_gb_per_s": self.best.get("copy"), "matmul_tflop_per_s": matmul}
+
+    def _seconds(self, work: Callable[[], Tensor]) -> float:
+        """Of one call: the best of 10, after 3 that do not count; what the machine can, not what it happens to do."""
+        taken = []
+        for _ in range(13):
+            wait(self.device)
+            started = time.perf_counter()
+            work()
+            wait(self.device)
+            taken.append(time.perf_counter() - started)
+        return min(taken[3:])
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_launches(run: Callable[[], object], device: torch.device, calls: int = 1) -> dict[str, Any]:
+    """What one call starts: on a GPU kernels, copies and fills, and their time alone; on a CPU operations of torch.
+
+    Not for code that torch.compile takes part in, on a CPU: it refuses to run under a mode that counts.
+
+    Args:
+        calls: how many a `run` stands for.
+    """
+    if device.type != "cuda":
+        with _Counter() as counter:
+            run()
+        return {"launches": round(counter.count / calls), "launches_kind": "dispatched operations", "kernel_ms": None}
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(PROFILED_CALLS):
+            run()
+        wait(device)
+    events = [
+        event
+        for event in profiled.events() or []
+        if event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False)
+    ]
+    busy_us = sum(event.time_range.elapsed_us() for event in events)
+    return {
+        "launches": round(len(events) / PROFILED_CALLS / calls) or None,
+        "launches_kind": "kernels",
+        "kernel_ms": 1e-3 * busy_us / PROFILED_CALLS / calls or None,
+    }
+
+
+def added_memory(run: Callable[[], object], device: torch.device) -> dict[str, float | None]:
+    """Of one call on a GPU, in MB: the peak of all that is allocated, and how far that is above what was there."""
+    if device.type != "cuda":
+        return {"peak_mb": None, "added_mb": None}
+    wait(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    wait(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    return {"peak_mb": peak / 1e6, "added_mb": (peak - before) / 1e6}

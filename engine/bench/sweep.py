@@ -1,0 +1,106 @@
+"""Which constants of a kernel are best on this GPU: a race of one kernel against itself, a row for each setting.
+
+The constants are the capitals at the head of kernels/*.py that are named here. They are put in place around every
+call, and put back.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import import_module
+from itertools import product
+from types import ModuleType
+from typing import Any
+
+from retemper.engine.bench.plan import Plan, Request
+from retemper.engine.bench.timing import Contestant, Race, Run
+
+VALUES = {  # of each constant, wherever a module has it
+    "BLOCK": (256, 512, 1024, 2048, 4096),
+    "TILE": (512, 1024, 2048, 4096),
+    "PER_THREAD": (8, 16, 32, 64),
+    "WORDS": (64, 128, 256, 512, 1024),
+    "WARPS": (1, 2, 4, 8),
+}
+MODULES = {  # the first word of a race's name -> the module with its constants
+    "pgd_step_": "pgd_step",
+    "random_start_": "random_start",
+    "augment": "augment",
+    "epilogue": "epilogue",
+    "class_temperature_kl": "class_temperature_kl",
+    "class_temperature_kl_grad_": "class_temperature_kl",
+    "class_sums": "class_sums",
+}
+Setting = dict[str, int]
+
+
+def sweep(plan: Plan, request: Request) -> Plan:
+    """The race of its first contestant under all settings, the present one first."""
+    return Plan(f"sweep {plan.name}", lambda: _race(plan, request))
+
+
+def _race(plan: Plan, request: Request) -> Race:
+    race, module = plan.build(), import_module(f"retemper.kernels.{MODULES[plan.name.split()[0]]}")
+    ours, now = race.contestants[0], constants_of(module)
+    reason = None if request.on_gpu else "needs a GPU"
+    if not now:
+        reason = f"{module.__name__} has none of the constants {', '.join(VALUES)}"
+    rows = [replace(ours, name=f"as it is: {spelled(now)}", run=None if reason else ours.run, reason=reason)]
+    rows += [
+        replace(ours, name=spelled(setting), run=None if reason else _under(module, setting, ours), reason=reason)
+        for setting in settings(now)
+    ]
+    return replace(race, name=f"sweep {race.name}", contestants=rows, conclude=best)
+
+
+def constants_of(module: ModuleType) -> Setting:
+    """Those of VALUES that the module has, as they are."""
+    found = {name: getattr(module, name, None) for name in VALUES}
+    return {name: value for name, value in found.items() if isinstance(value, int)}
+
+
+def settings(now: Setting) -> list[Setting]:
+    """All combinations of the values of the constants, but the present one."""
+    combinations = (dict(zip(now, values, strict=True)) for values in product(*(VALUES[name] for name in now)))
+    return [setting for setting in combinations if setting != now]
+
+
+def spelled(setting: Setting) -> str:
+    return " ".join(f"{name}={value}" for name, value in setting.items())
+
+
+@contextmanager
+def in_place(module: ModuleType, setting: Setting) -> Iterator[None]:
+    """The module's constants are `setting` inside."""
+    before = {name: getattr(module, name) for name in setting}
+    try:
+        for name, value in setting.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+def _under(module: ModuleType, setting: Setting, ours: Contestant) -> Run:
+    run = ours.run
+    assert run is not None
+
+    def under() -> Any:
+        with in_place(module, setting):
+            return run()
+
+    return under
+
+
+def best(rows: list[dict[str, Any]]) -> str | None:
+    """The fastest row in a line; None where there is no time."""
+    timed = [row for row in rows if row["ms"] and row["ratio"]]
+    if not timed:
+        return None
+    first = min(timed, key=lambda row: row["ms"]["median"])
+    ratio = first["ratio"]
+    return (
+        f"{first['table']}: best is {first['name']}, {ratio['median']:.3f} of the time of {rows[0]['name']} "
+        f"({ratio['p10']:.3f} to {ratio['p90']:.3f})"
+    )

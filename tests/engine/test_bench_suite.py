@@ -1,0 +1,110 @@
+"""The unattended GPU suite names things that exist, and the README's table is what the committed results say."""
+
+import importlib.util
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from retemper.engine.cli import parser
+
+ROOT = Path(__file__).resolve().parents[2]
+SUITE = ROOT / "benchmarks/gpu_suite.sh"
+
+
+def test_the_suite_is_shell() -> None:
+    subprocess.run(["bash", "-n", SUITE], check=True)
+
+
+def test_every_part_of_the_suite_is_a_command_that_exists(tmp_path: Path) -> None:
+    listed = {"PATH": "/usr/bin:/bin", "SUITE_LIST": "1", "PYTHON": "python3"}
+    told = subprocess.run(["bash", SUITE, tmp_path], env=listed, capture_output=True, text=True, check=True)
+    parts = dict(line.split(": ", 1) for line in told.stdout.splitlines() if not line.startswith(" "))
+    assert {"tests", "kernels_images", "sweep_kl", "loaders", "digits", "step_resnet18_1024"} <= parts.keys()
+    for name, command in parts.items():
+        words = shlex.split(command.replace("--only kl forward", "--only 'kl forward'"))
+        if words[0] == "compute-sanitizer":
+            words = words[words.index("python3") :]
+        if words[:3] == ["python3", "-m", "retemper.engine"]:
+            parser().parse_args(words[3:])
+        elif words[:3] == ["python3", "-m", "pytest"]:
+            assert all((ROOT / word).exists() for word in words if word.startswith("tests/")), name
+        elif words[0] == "python3":
+            assert (ROOT / words[1]).is_file(), name
+        else:
+            assert words[0] in ("nvidia-smi", "bash"), name
+
+
+def test_a_part_runs_once_and_a_failure_is_noted(tmp_path: Path) -> None:
+    def suite(parts: str, python: str) -> subprocess.CompletedProcess[str]:
+        words = {"PATH": "/usr/bin:/bin", "SUITE_PARTS": parts, "PYTHON": python}
+        return subprocess.run(["bash", SUITE, tmp_path], env=words, capture_output=True, text=True)
+
+    ran, fails = tmp_path / "ran", tmp_path / "python"
+    fails.write_text(f'#!/bin/sh\ncase "$1" in -) exit 0;; *) echo run >> {ran}; exit ${{CODE:-3}};; esac\n')
+    fails.chmod(0o755)
+    told = suite("kernels_images loaders", str(fails))
+    assert told.returncode == 1 and "failed: kernels_images loaders" in told.stdout
+    assert ran.read_text() == "run\nrun\n" and not (tmp_path / "done.txt").exists()
+    fails.write_text(f'#!/bin/sh\ncase "$1" in -) exit 0;; *) echo run >> {ran}; exit 0;; esac\n')
+    for _ in range(2):
+        assert suite("loaders", str(fails)).returncode == 0
+    assert ran.read_text() == "run\n" * 3 and (tmp_path / "done.txt").read_text().startswith("loaders ")
+
+
+@pytest.fixture(scope="module")
+def readme_table() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "benchmarks/readme_table.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["readme_table"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_says_what_the_results_say() -> None:
+    words = [sys.executable, str(ROOT / "benchmarks/readme_table.py"), "--check"]
+    checked = subprocess.run(words, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+
+
+def result(device: str, what: str, table: str, rows: dict[str, list[float]], command: str = "x") -> dict[str, Any]:
+    """A file of `retemper bench`; of each row the times of three rounds."""
+    made = [
+        {"table": table, "name": name, "ms": {"median": ms[1]}, "round_ms": ms, "reason": None}
+        for name, ms in rows.items()
+    ]
+    return {"what": what, "device": device, "command": command, "rows": made}
+
+
+def test_a_row_of_the_table_is_theirs_over_ours(readme_table: ModuleType, tmp_path: Path) -> None:
+    kernel = {"retemper": [1.0, 2.0, 4.0], "eager chain": [3.0, 6.0, 12.0]}
+    step = {"released script": [90.0, 100.0, 110.0], "+ CUDA graph": [30.0, 20.0, 11.0]}
+    gpu = "cuda: NVIDIA H200"
+    (tmp_path / "a.json").write_text(json.dumps(result(gpu, "kernels", "pgd_step_ fp32 21845x3x32x32", kernel)))
+    (tmp_path / "b.json").write_text(json.dumps(result(gpu, "step", "ladder, resnet18 batch 128", step)))
+    (tmp_path / "c.json").write_text(json.dumps(result(gpu, "loaders", "9 images", kernel, "retemper bench --quick")))
+    (tmp_path / "d.json").write_text(json.dumps({"digits": 1}))
+    lines = readme_table.table(readme_table.read_results(tmp_path))
+    rows = [line for line in lines if "NVIDIA H200" in line]
+    assert len(rows) == 2
+    assert "| 20 ms | released script | 100 ms | 5.00 (3.40 to 9.00) |" in rows[0]
+    assert "| 2 ms | eager chain | 6 ms | 3.00 (3.00 to 3.00) |" in rows[1]
+    unmeasured = [line for line in lines if "not measured on a GPU yet" in line]
+    assert len(unmeasured) == len(readme_table.HEADLINES) - 2
+
+
+def test_a_stale_table_is_found_and_mended(readme_table: ModuleType, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{readme_table.BEGIN}\nold\n{readme_table.END}\nafter\n")
+    words = [sys.executable, str(ROOT / "benchmarks/readme_table.py"), "--readme", str(readme)]
+    assert subprocess.run([*words, "--check"], capture_output=True).returncode == 1
+    assert subprocess.run(words).returncode == 0
+    assert subprocess.run([*words, "--check"], capture_output=True).returncode == 0
+    text = readme.read_text()
+    assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n") and "old" not in text
