@@ -7,10 +7,11 @@ import platform
 import torch
 
 from retemper import __version__
+from retemper.engine.job import default_cache
 from retemper.loaders import DATASETS, DataError, ffcv_problem, load_split
 from retemper.loaders.ffcv_library import INSTALL
 
-EXTRAS = {"matplotlib": "plots", "pyautoattack": "eval"}
+EXTRAS = {"matplotlib": "plots", "pyautoattack": "eval", "torchattacks": "bench"}
 
 
 def examine() -> str:
@@ -26,6 +27,7 @@ def examine() -> str:
     problem = ffcv_problem()
     lines.append(("ffcv", "missing" if problem else "ok", f"{problem}: {INSTALL}" if problem else "loads"))
     lines.append(_kernels())
+    lines.append(_cache())
     lines += [_data(name) for name in DATASETS]
     return "\n".join(f"{name:16}{state:9}{text}" for name, state, text in lines)
 
@@ -47,6 +49,13 @@ def _kernels() -> tuple[str, str, str]:
         )
     works = pixel.item() == 0.5
     return "kernels", "ok" if works else "broken", f"Triton on {torch.cuda.get_device_name()}"
+
+
+def _cache() -> tuple[str, str, str]:
+    """What is kept between runs, and may be deleted: converted data and teachers' answers."""
+    folder = default_cache()
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
+    return "cache", "ok", f"{folder}, {size / 1e6:,.0f} MB; safe to delete"
 
 
 def _data(name: str) -> tuple[str, str, str]:

@@ -8,6 +8,7 @@ from retemper.kernels.class_temperature_kl import (
     class_temperature_kl_grad_reference,
     class_temperature_kl_reference,
 )
+from retemper.kernels.epilogue import epilogue, epilogue_reference
 from retemper.kernels.pgd_step import pgd_step_, pgd_step_reference
 from retemper.kernels.random_start import philox_reference, random_start_, random_start_reference
 
@@ -20,6 +21,8 @@ __all__ = [
     "class_temperature_kl_grad_",
     "class_temperature_kl_grad_reference",
     "class_temperature_kl_reference",
+    "epilogue",
+    "epilogue_reference",
     "identity_view",
     "num_views",
     "pgd_step_",

@@ -26,8 +26,9 @@ from retemper.kernels.runtime import (
     clamp,
     compute_dtype,
     launching,
+    locate,
     per_sample,
-    pixel_block,
+    pixel_runs,
     require_one_device,
     require_one_layout,
     require_vector,
@@ -42,6 +43,7 @@ ROUNDS = 10
 LOW = 0xFFFFFFFF  # the lower 32 bits of an int64
 UNIT = tl.constexpr(2.0**-24)  # a draw has 24 bits, as many as a float32 holds
 HALF_TURN = tl.constexpr(math.pi * 2.0**-24)
+BLOCK = 1024  # pixels a program takes, as in pgd_step; not yet measured on a GPU
 
 
 def philox_reference(
@@ -116,10 +118,7 @@ def _random_start_kernel(
     CLIP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    sample = (tl.program_id(0) // blocks).to(tl.int64)  # int64: a batch may pass 2**31 pixels
-    pixel = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = pixel < pixels
-    offset = sample * pixels + pixel
+    sample, offset, inside = locate(pixels, blocks, BLOCK)
     if eps_ptr is not None:
         eps = tl.load(eps_ptr + sample).to(tl.float32)
     counter = offset.to(tl.uint32)
@@ -162,13 +161,11 @@ def _random_start_op(
         eps_or_epses = eps if eps_per_sample is None else eps_per_sample
         adv.copy_(random_start_reference(clean, eps_or_epses, seed=seed, noise=noise, scale=scale, clip=clip))
         return
-    pixels = adv.numel() // adv.shape[0]
-    block = pixel_block(pixels)
-    blocks = triton.cdiv(pixels, block)
+    pixels, blocks, block, programs = pixel_runs(adv, BLOCK, eps_per_sample is not None)
     scalars = (eps_per_sample, eps, scale, pixels, blocks)
     options: dict[str, Any] = {"UNIFORM": noise == "uniform", "CLIP": clip, "BLOCK": block, **EXACT}
     with launching(adv):
-        _random_start_kernel[(adv.shape[0] * blocks,)](adv, clean, seed, *scalars, **options)
+        _random_start_kernel[(programs,)](adv, clean, seed, *scalars, **options)
 
 
 @_random_start_op.register_fake

@@ -4,6 +4,7 @@ Triton runs tensors on a GPU (CUDA or ROCm), and tensors on a CPU when TRITON_IN
 float64 always takes the plain PyTorch reference, which computes in float64.
 """
 
+import math
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -43,9 +44,32 @@ def launching(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else np.errstate(all="ignore")
 
 
-def pixel_block(pixels: int) -> int:
-    """How many pixels of one sample an elementwise program takes: 8 per thread of 4 warps, fewer for small images."""
-    return min(1024, max(128, triton.next_power_of_2(pixels)))
+def pixel_runs(image: Tensor, block: int, by_sample: bool) -> tuple[int, int | None, int, int]:
+    """How an elementwise op is cut into programs: (pixels, blocks, BLOCK, programs), as `locate` takes them.
+
+    Sample by sample where a number differs between samples; else the batch is one run, which needs no sample's index,
+    and whose length is a multiple of 16 more often than an image's, which loads of 16 bytes rest on.
+    """
+    samples = image.shape[0] if by_sample else 1
+    pixels = image.numel() // samples
+    block = min(block, max(128, triton.next_power_of_2(pixels)))
+    blocks = triton.cdiv(pixels, block)
+    return pixels, blocks if by_sample else None, block, samples * blocks
+
+
+@triton.jit
+def locate(pixels, blocks, BLOCK: tl.constexpr):
+    """A program's sample, the places of its pixels in memory, and which of them there are. int64: n may pass 2**31."""
+    sample, block = 0, tl.program_id(0)
+    if blocks is not None:
+        sample, block = (block // blocks).to(tl.int64), block % blocks
+    pixel = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return sample, sample * pixels + pixel, pixel < pixels
+
+
+def access_width(length: int, *tensors: Tensor) -> int:
+    """How many values of a run of `length` one access may take: 16 bytes of the widest dtype, or what divides a run."""
+    return math.gcd(length, 16 // max(tensor.element_size() for tensor in tensors))
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

@@ -9,26 +9,33 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from importlib import import_module
+from math import gcd
 from pathlib import Path
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from retemper.kernels.runtime import EXACT, pixel_block
+from retemper.kernels.runtime import EXACT
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-# what a call may leave out takes turns with the dtypes: every branch is compiled, without every combination
+# What a call may leave out and whether it is aligned take turns with the dtypes: every branch is compiled, without
+# every combination. Aligned is as PyTorch allocates and as whole images are long; otherwise nothing divides anything.
 OPTIONAL = {"fp32": None, "fp16": "*fp32", "bf16": "*fp32"}
+ALIGNED = {"fp32": True, "fp16": False, "bf16": True}
+SIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 kl = import_module("retemper.kernels.class_temperature_kl")
 sums = import_module("retemper.kernels.class_sums")
 pgd = import_module("retemper.kernels.pgd_step")
 start = import_module("retemper.kernels.random_start")
 views = import_module("retemper.kernels.augment")
+after = import_module("retemper.kernels.epilogue")
 
 Case = tuple[Any, dict[str, str], dict[str, Any]]  # a kernel; the types of its arguments; its constants
 
@@ -39,48 +46,62 @@ def elementwise(dtype: str) -> Iterator[Case]:
         ["step", "eps", "lower", "upper", "scale"], "fp32"
     )
     types |= {"pixels": "i32", "blocks": "i32", "seed_ptr": "*i64", "step_ptr": "*fp32", "eps_ptr": "*fp32"}
-    absent = {} if OPTIONAL[dtype] else {"step_ptr": None, "eps_ptr": None}
-    block = {"BLOCK": pixel_block(3 * 32 * 32)}
-    yield pgd._linf_kernel, types, absent | block
-    yield pgd._l2_kernel, types, absent | block | {"PIXELS": 3 * 32 * 32}
+    absent = {} if OPTIONAL[dtype] else dict.fromkeys(["step_ptr", "eps_ptr", "blocks"])
+    yield pgd._linf_kernel, types, absent | {"BLOCK": pgd.BLOCK}
+    yield pgd._l2_kernel, types, absent | {"BLOCK": pgd.BLOCK, "PIXELS": 3 * 32 * 32}
     for uniform in (True, False):
-        yield start._random_start_kernel, types, absent | block | {"UNIFORM": uniform, "CLIP": dtype != "fp16"}
+        draw = {"BLOCK": start.BLOCK, "UNIFORM": uniform, "CLIP": dtype != "fp16"}
+        yield start._random_start_kernel, types, absent | draw
 
 
 def by_class(dtype: str) -> Iterator[Case]:
     types = {"label_ptr": "*i64", "temperature_ptr": "*fp32", "student_temperature": "fp32", "B": "i32"}
-    types |= dict.fromkeys(["student_stride", "teacher_stride", "row_grad_stride", "out_stride", "stride"], "i32")
-    types |= {"student_ptr": f"*{dtype}", "teacher_ptr": "*bf16", "logits_ptr": f"*{dtype}"}
+    types |= {"row_grad_stride": "i32", "stride": "i32", "student_ptr": f"*{dtype}", "logits_ptr": f"*{dtype}"}
     types |= {"weight_ptr": "*fp32", "row_grad_ptr": "*fp32", "loss_ptr": "*fp32", "count_ptr": "*i32"}
+    types |= {"teacher_ptr": f"*{dtype}" if ALIGNED[dtype] else "*bf16"}
     absent = {} if OPTIONAL[dtype] else {"weight_ptr": None, "row_grad_ptr": None}
     for classes in (10, 100, 1000):
+        tiles = kl.row_tiles(classes, gcd(classes, 16 // SIZE[dtype]))
+        dense = dict.fromkeys(["STUDENT_STRIDE", "TEACHER_STRIDE", "OUT_STRIDE"], classes)
         for grad in (True, False):
             out = {"out_ptr": f"*{dtype}" if grad else "*fp32"}
-            yield kl._kl_kernel, types | out, absent | kl.row_tiles(classes) | {"GRAD": grad}
+            yield kl._kl_kernel, types | out, absent | tiles | dense | {"GRAD": grad}
     for classes in (10, 100):
         yield sums._class_sums_kernel, types, sums.sum_tiles(classes)
 
 
 def augmentation(dtype: str) -> Iterator[Case]:
-    types = {"image_ptr": "*u8", "view_ptr": "*i64", "index_ptr": "*i64", "out_ptr": f"*{dtype}"}
-    types |= {"N": "i32", "blocks": "i32"}
+    types = {"image_ptr": "*u8", "view_ptr": "*i64", "index_ptr": "*i64", "out_ptr": f"*{dtype}", "N": "i32"}
     absent = {} if OPTIONAL[dtype] else {"index_ptr": None}
     for side, channels in ((32, 3), (28, 1)):
         shape = {"HEIGHT": side, "WIDTH": side, "CHANNELS": channels, "PADDING": 4}
-        yield views._augment_kernel, types, absent | shape | {"BLOCK": pixel_block(side * side * channels)}
+        yield views._augment_kernel, types, absent | shape | views.view_tile(side, side * channels)
 
 
-def compile_case(case: Case, target: GPUTarget) -> Any:
+def convolution(dtype: str) -> Iterator[Case]:
+    images = ["x_ptr", "residual_ptr", "y_ptr", "grad_ptr", "x_grad_ptr", "residual_grad_ptr"]
+    types = dict.fromkeys(images, f"*{dtype}") | {"scale_ptr": "*fp32", "shift_ptr": "*fp32"}
+    types |= dict.fromkeys(["words", "plane", "channels"], "i32")
+    absent = {} if OPTIONAL[dtype] else dict.fromkeys(["scale_ptr", "residual_ptr", "residual_grad_ptr"])
+    word = 16 // SIZE[dtype] if ALIGNED[dtype] else 1
+    for layout in ({"SPAN": word, "plane": 1}, {"SPAN": 1}):  # channels-last; contiguous
+        sizes = {"WORD": word, "WORDS": after.WORDS, "INDEX": tl.int32, **layout}
+        yield after._epilogue_kernel, types, absent | sizes | {"RELU": dtype != "fp16"}
+        yield after._epilogue_grad_kernel, types, absent | sizes
+
+
+def compile_case(case: Case, target: GPUTarget, aligned: bool) -> Any:
     kernel, types, constants = case
+    options = {"num_warps": constants.get("num_warps", 4), **EXACT}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
-    aligned = {  # as PyTorch allocates, and as whole images are long
+    divisible = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or name == "pixels"
+        if aligned and (signature[name].startswith("*") or name == "pixels")
     }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=target, options={"num_warps": 4, **EXACT})
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
+    return triton.compile(source, target=target, options=options)
 
 
 def usage(compiled: Any, target: GPUTarget) -> dict[str, int]:
@@ -97,12 +118,26 @@ def usage(compiled: Any, target: GPUTarget) -> dict[str, int]:
     return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", report.stdout + report.stderr)}
 
 
+def accesses(compiled: Any) -> dict[str, dict[str, int]]:
+    """How wide, in bits, the loads and the stores of global memory are, and how many there are of each width."""
+    found = re.findall(r"\b(ld|st)\.global[.\w:]*?(?:\.v(\d))?\.[bfsu](\d+)\s", compiled.asm.get("ptx", ""))
+    counts = Counter((kind, int(number or 1) * int(bits)) for kind, number, bits in found)
+    return {kind: {str(bits): n for (of, bits), n in sorted(counts.items()) if of == kind} for kind in ("ld", "st")}
+
+
+def row(constants: dict[str, Any]) -> int:
+    """How many values lie side by side, so that an access may take what divides them."""
+    return constants.get("K") or constants.get("WIDTH", 16) * constants.get("CHANNELS", 1)
+
+
 def main(backend: str, arch: str, warp_size: str) -> None:
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp_size))
-    for dtype in OPTIONAL:
-        for case in (*elementwise(dtype), *by_class(dtype), *augmentation(dtype)):
-            compiled = compile_case(case, target)
-            print(json.dumps({"kernel": case[0].__name__, "dtype": dtype, "usage": usage(compiled, target)}))
+    for dtype, aligned in ALIGNED.items():
+        for case in (*elementwise(dtype), *by_class(dtype), *augmentation(dtype), *convolution(dtype)):
+            compiled = compile_case(case, target, aligned)
+            what = {"kernel": case[0].__name__, "dtype": dtype, "aligned": aligned, "row": row(case[2])}
+            what["writes_rows"] = case[2].get("GRAD") is False  # one number for each
+            print(json.dumps(what | {"usage": usage(compiled, target), **accesses(compiled)}))
 
 
 if __name__ == "__main__":

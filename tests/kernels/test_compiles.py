@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from math import gcd
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,17 @@ SPILLS = {
     "cuda": {"STACK", "LOCAL"},
     "hip": {"private_segment_fixed_size", "sgpr_spill_count", "vgpr_spill_count"},
 }
+SIZE = {"fp32": 4, "bf16": 2}
+LOADS_WIDE = {
+    "_linf_kernel",
+    "_l2_kernel",
+    "_random_start_kernel",
+    "_kl_kernel",
+    "_epilogue_kernel",
+    "_epilogue_grad_kernel",
+}
+STORES_WIDE = LOADS_WIDE | {"_augment_kernel"}  # whose loads are of a byte each, wherever the crop begins
+SCALARS = 4  # the most that a kernel loads beside its tensors: a row's label, temperature, weight and gradient
 
 
 def entry_points() -> set[str]:
@@ -39,11 +52,37 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[Target, subprocess
         return dict(zip(TARGETS, pool.map(report, TARGETS), strict=True))
 
 
+def compiled(report: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    assert report.returncode == 0
+    return [json.loads(line) for line in report.stdout.splitlines()]
+
+
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target[1])
 def test_compiles_without_spills(target: Target, reports: dict[Target, subprocess.CompletedProcess[str]]) -> None:
-    assert reports[target].returncode == 0
-    compiled = [json.loads(line) for line in reports[target].stdout.splitlines()]
-    assert {case["kernel"] for case in compiled} == entry_points()
-    for case in compiled:
+    cases = compiled(reports[target])
+    assert {case["kernel"] for case in cases} == entry_points()
+    for case in cases:
         assert case["usage"].keys() > SPILLS[target[0]]
         assert not any(case["usage"][name] for name in SPILLS[target[0]]), case
+
+
+def is_wide(counts: dict[str, int], width: int, narrower: int = 0) -> bool:
+    """Whether the accesses are of `width` bits, but for a few."""
+    return max(map(int, counts)) >= width and sum(n for bits, n in counts.items() if int(bits) < width) <= narrower
+
+
+def test_memory_is_accessed_in_words_of_16_bytes(reports: dict[Target, subprocess.CompletedProcess[str]]) -> None:
+    """Or in the widest that divide a row: 10 classes of fp32 are five words of 8 bytes."""
+    seen = set()
+    for case in compiled(reports["cuda", "90", "32"]):
+        if not case["aligned"]:
+            continue
+        size = SIZE[case["dtype"]]
+        width = 8 * size * gcd(case["row"], 16 // size)
+        if case["kernel"] in LOADS_WIDE:
+            assert is_wide(case["ld"], width, SCALARS), case
+            seen.add(case["kernel"])
+        if case["kernel"] in STORES_WIDE and not case["writes_rows"]:
+            assert is_wide(case["st"], width), case
+            seen.add(case["kernel"])
+    assert seen == STORES_WIDE

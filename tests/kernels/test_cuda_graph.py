@@ -9,6 +9,7 @@ from retemper.kernels import (
     class_sums,
     class_temperature_kl,
     class_temperature_kl_grad_,
+    epilogue,
     pgd_step_,
     random_start_,
 )
@@ -30,8 +31,12 @@ def step(image: Tensor, view: Tensor, label: Tensor, seed: Tensor, weight: Tenso
     grad = class_temperature_kl_grad_(student, teacher, label, by_class) @ weight.t()
     grad = grad.view(adv.shape).contiguous(memory_format=torch.channels_last)
     pgd_step_(adv, grad, clean, 2 / 255, 8 / 255)
+    shift = weight[:3, 0].contiguous()
+    x = adv.detach().requires_grad_()
+    out = epilogue(x, shift, scale=shift, residual=clean)
+    (x_grad,) = torch.autograd.grad(out.sum(), x)
     seed += 1
-    return [adv, loss, *sums]
+    return [adv, loss, *sums, out.detach(), x_grad]
 
 
 def test_a_replay_is_a_fresh_run(device: torch.device) -> None:

@@ -22,7 +22,7 @@ import retemper.kernels
 assert not {name.partition(".")[0] for name in sys.modules} - known
 assert not {name for name in sys.modules if name.startswith("retemper.")} - {
     "retemper.kernels", *(f"retemper.kernels.{part}" for part in
-    ["augment", "class_sums", "class_temperature_kl", "pgd_step", "random_start", "runtime"])
+    ["augment", "class_sums", "class_temperature_kl", "epilogue", "pgd_step", "random_start", "runtime"])
 }
 assert retemper.kernels.runtime.TRITON_ON_CPU == (INTERPRET == "1")
 """
@@ -103,3 +103,35 @@ def test_refuses_a_scalar_and_a_transposed_batch() -> None:
         runtime.require_one_layout(adv=torch.tensor(0.0))
     with pytest.raises(ValueError, match="adv: strides"):
         runtime.require_one_layout(adv=torch.zeros(3, 2).t())
+
+
+@pytest.mark.parametrize(
+    ("shape", "by_sample", "cut"),
+    [
+        ((128, 3, 32, 32), False, (393216, None, 1024, 384)),  # one run
+        ((128, 3, 32, 32), True, (3072, 3, 1024, 384)),  # three programs a sample
+        ((2, 1, 8, 8), True, (64, 1, 128, 2)),
+        ((2, 1, 8, 8), False, (128, None, 128, 1)),
+        ((5, 3, 31, 33), False, (15345, None, 1024, 15)),
+    ],
+    ids=str,
+)
+def test_a_batch_is_one_run_unless_a_number_differs_by_sample(
+    shape: tuple[int, ...], by_sample: bool, cut: tuple[int | None, ...]
+) -> None:
+    assert runtime.pixel_runs(torch.empty(shape), 1024, by_sample) == cut
+
+
+@pytest.mark.parametrize(
+    ("length", "dtypes", "width"),
+    [
+        (64, ["float32"], 4),
+        (64, ["bfloat16"], 8),
+        (64, ["bfloat16", "float32"], 4),
+        (10, ["float32"], 2),
+        (100, ["bfloat16"], 4),
+        (7, ["float16"], 1),
+    ],
+)
+def test_an_access_takes_16_bytes_or_what_divides_a_row(length: int, dtypes: list[str], width: int) -> None:
+    assert runtime.access_width(length, *(torch.empty(0, dtype=getattr(torch, name)) for name in dtypes)) == width

@@ -1,0 +1,233 @@
+"""What follows a convolution whose batch norm was folded away (Jacob et al., CVPR 2018): bias, shortcut, activation.
+
+    y = act(scale[c] x + shift[c] + residual),   act = ReLU or nothing
+    d y / d residual = [y > 0],   d y / d x = scale[c] [y > 0]
+
+The gradient reads y alone, so x need not be kept. Bound by memory: one launch reads x and the residual and writes y,
+where eager takes three; backwards it reads two tensors and writes one.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from retemper.kernels.runtime import (
+    EXACT,
+    access_width,
+    compute_dtype,
+    launching,
+    require_one_device,
+    require_one_layout,
+    require_vector,
+    runs_triton,
+)
+
+# Accesses of 16 bytes that a program makes to each tensor: two for each thread of 4 warps. From the code for sm_90: 11
+# instructions a value in fp32 and 8 in bf16, 13 and 11 with a residual, 6 and 5 backwards, and at most 40 registers; a
+# tile of pixels by channels takes 12, 8, 15 and 12, and wastes lanes wherever C is no power of two. The memory leaves
+# time for 55, 28, 83 and 41. Not yet measured on a GPU.
+WORDS = 256
+
+
+def epilogue_reference(
+    x: Tensor, shift: Tensor, *, scale: Tensor | None = None, residual: Tensor | None = None, relu: bool = True
+) -> Tensor:
+    """The operation in plain PyTorch: the truth for the tests, and the path on a CPU."""
+    compute = compute_dtype(x)
+    y = x.to(compute)
+    if scale is not None:
+        y = y * _of_channel(scale, y)
+    y = y + _of_channel(shift, y)
+    if residual is not None:
+        y = y.add_(residual)
+    return (y.relu_() if relu else y).to(x.dtype)
+
+
+def _of_channel(vector: Tensor, like: Tensor) -> Tensor:
+    return vector.to(like.dtype)[:, None, None]
+
+
+def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
+    wide = grad.to(compute_dtype(grad))
+    return (wide * _of_channel(scale, wide)).to(grad.dtype)
+
+
+@triton.jit
+def _places(words, plane, channels, WORD: tl.constexpr, SPAN: tl.constexpr, WORDS: tl.constexpr, INDEX: tl.constexpr):
+    """Where a program's words lie, which channel each value has, and which words there are.
+
+    A word is WORD values side by side: SPAN = WORD channels of a pixel, or one channel of WORD pixels. So a division
+    finds the channel of a whole word, and its scale and shift are loaded as one.
+    """
+    word = tl.program_id(0).to(INDEX) * WORDS + tl.arange(0, WORDS)
+    channel = (word // plane % channels * SPAN)[:, None] + tl.arange(0, SPAN)[None, :]
+    place = word.to(tl.int64)[:, None] * WORD + tl.arange(0, WORD)[None, :]
+    return place, channel, (word < words)[:, None]
+
+
+@triton.jit
+def _epilogue_kernel(
+    x_ptr,
+    residual_ptr,
+    scale_ptr,
+    shift_ptr,
+    y_ptr,
+    words,
+    plane,
+    channels,
+    RELU: tl.constexpr,
+    WORD: tl.constexpr,
+    SPAN: tl.constexpr,
+    WORDS: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    place, channel, inside = _places(words, plane, channels, WORD, SPAN, WORDS, INDEX)
+    y = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    if scale_ptr is not None:
+        y *= tl.load(scale_ptr + channel).to(tl.float32)
+    y += tl.load(shift_ptr + channel).to(tl.float32)
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    if RELU:
+        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _epilogue_grad_kernel(
+    grad_ptr,
+    y_ptr,
+    scale_ptr,
+    x_grad_ptr,
+    residual_grad_ptr,
+    words,
+    plane,
+    channels,
+    WORD: tl.constexpr,
+    SPAN: tl.constexpr,
+    WORDS: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    place, channel, inside = _places(words, plane, channels, WORD, SPAN, WORDS, INDEX)
+    grad = tl.load(grad_ptr + place, mask=inside, other=0.0)
+    grad = tl.where(tl.load(y_ptr + place, mask=inside, other=0.0) <= 0, 0.0, grad)  # so that NaN stays, as in PyTorch
+    if residual_grad_ptr is not None:
+        tl.store(residual_grad_ptr + place, grad, mask=inside)
+    if scale_ptr is not None:
+        grad = (grad.to(tl.float32) * tl.load(scale_ptr + channel).to(tl.float32)).to(x_grad_ptr.dtype.element_ty)
+    tl.store(x_grad_ptr + place, grad, mask=inside)
+
+
+def word_sizes(x: Tensor, other: Tensor | None) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """Of two tensors of one shape and layout: a kernel's (words, plane, channels), and its constants."""
+    _, channels, height, width = x.shape
+    plane = height * width if x.is_contiguous() else 1  # from one channel to the next, in memory
+    starts = [t.data_ptr() // t.element_size() for t in (x, other) if t is not None]  # a slice may start anywhere
+    word = math.gcd(access_width(channels if plane == 1 else plane, x), *starts)
+    words = x.numel() // word
+    constants = {"WORD": word, "WORDS": WORDS, "INDEX": tl.int32 if words < 2**31 - WORDS else tl.int64}
+    if plane == 1:
+        return (words, 1, channels // word), {**constants, "SPAN": word}
+    return (words, plane // word, channels), {**constants, "SPAN": 1}
+
+
+@torch.library.custom_op("retemper::epilogue", mutates_args=())
+def _epilogue_op(x: Tensor, shift: Tensor, scale: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
+    _check(x, shift, scale, residual)
+    if not runs_triton(x):
+        return epilogue_reference(x, shift, scale=scale, residual=residual, relu=relu)
+    y = torch.empty_like(x)
+    if x.numel():
+        sizes, constants = word_sizes(x, residual)
+        options: dict[str, Any] = {"RELU": relu, **constants, **EXACT}
+        with launching(x):
+            _epilogue_kernel[(triton.cdiv(sizes[0], WORDS),)](x, residual, scale, shift, y, *sizes, **options)
+    return y
+
+
+@torch.library.custom_op("retemper::epilogue_backward", mutates_args=())
+def _backward_op(grad: Tensor, y: Tensor, scale: Tensor | None, both: bool) -> list[Tensor]:
+    """The gradient of x; with `both`, that of the residual as well, which without a scale is the same."""
+    if grad.stride() != y.stride():
+        grad = torch.empty_like(y).copy_(grad)
+    if not runs_triton(y):
+        masked = torch.ops.aten.threshold_backward.default(grad, y, 0)
+        return [masked] if scale is None else [_scaled(masked, scale), masked][: 1 + both]
+    grads = [torch.empty_like(y) for _ in range(1 + both)]
+    if y.numel():
+        sizes, constants = word_sizes(y, grad)
+        options: dict[str, Any] = {**constants, **EXACT}
+        residual_grad = grads[1] if both else None
+        with launching(y):
+            _epilogue_grad_kernel[(triton.cdiv(sizes[0], WORDS),)](
+                grad, y, scale, grads[0], residual_grad, *sizes, **options
+            )
+    return grads
+
+
+def _check(x: Tensor, shift: Tensor, scale: Tensor | None, residual: Tensor | None) -> None:
+    images = {"x": x} if residual is None else {"x": x, "residual": residual}
+    if x.dim() != 4:
+        raise ValueError(f"x: shape {tuple(x.shape)}; needs (B, C, H, W)")
+    require_one_layout(**images)
+    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+        raise ValueError(f"x: strides {x.stride()}; needs contiguous or channels-last memory")
+    require_one_device(x=x, shift=shift, scale=scale)
+    for name, vector in (("shift", shift), ("scale", scale)):
+        require_vector(name, vector, x.shape[1], torch.float32, x.dtype)
+
+
+@_epilogue_op.register_fake
+def _(x: Tensor, *args: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+@_backward_op.register_fake
+def _(grad: Tensor, y: Tensor, scale: Tensor | None, both: bool) -> list[Tensor]:
+    return [torch.empty_like(y) for _ in range(1 + both)]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, _, scale, _, ctx.relu = inputs
+    ctx.save_for_backward(output if ctx.relu else None, scale)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of x and of the residual; shift and scale are constants, as in every folded network."""
+    y, scale = ctx.saved_tensors
+    for_residual = ctx.needs_input_grad[3]
+    if ctx.relu:
+        x_grad, *rest = _backward_op(grad, y, scale, for_residual and scale is not None)
+        residual_grad = rest[0] if rest else x_grad
+    else:
+        x_grad, residual_grad = grad if scale is None else _scaled(grad, scale), grad
+    return x_grad, None, None, residual_grad if for_residual else None, None
+
+
+_epilogue_op.register_autograd(_backward, setup_context=_setup)
+
+
+def epilogue(
+    x: Tensor, shift: Tensor, *, scale: Tensor | None = None, residual: Tensor | None = None, relu: bool = True
+) -> Tensor:
+    """Scale and shift the channels of a convolution's output, add the shortcut, cut off what is negative; in one pass.
+
+    Computed in float32 (float64 for float64), rounded once. NaN stays. Differentiable, once, in `x` and `residual`.
+
+    Args:
+        x: (B, C, H, W), any float dtype, contiguous or channels-last.
+        shift, scale: (C,), float32 or of x's dtype; no scale means 1.
+        residual: of x's shape, dtype and layout; none means 0.
+        relu: whether to apply the ReLU.
+
+    Returns:
+        A tensor of x's shape, dtype and layout.
+
+    Raises:
+        ValueError: a shape, dtype, device or stride does not fit.
+    """
+    return _epilogue_op(x, shift, scale, residual, relu)
