@@ -1,12 +1,21 @@
 """What a run is and how it moves: recipes, the attack, the training step, checkpoints, evaluation, reports."""
 
-from retemper.engine.attack import KlObjective, Objective, cross_entropy_objective, cw_objective, pgd
+from retemper.engine.attack import KlObjective, Objective, Watcher, cross_entropy_objective, cw_objective, pgd
 from retemper.engine.class_statistics import ClassReport, class_report, intervals
 from retemper.engine.errors import Diverged
+from retemper.engine.losses import cross_entropy_rows, kl_rows
 from retemper.engine.models import create_model
 from retemper.engine.recipe import Recipe, Targets, given
 from retemper.engine.seen import ClassMeans, ClassSums, HeldOut, Seen
-from retemper.engine.settings import DIGITS, FASHION, FASHION_SMALL, Setting, distillation
+from retemper.engine.settings import (
+    DIGITS,
+    FASHION,
+    FASHION_SMALL,
+    Setting,
+    adversarial_training,
+    as_student,
+    distillation,
+)
 from retemper.engine.step import State, train_step
 from retemper.engine.weights import load_checkpoint, save_weights
 
@@ -34,13 +43,18 @@ __all__ = [
     "Setting",
     "State",
     "Targets",
+    "Watcher",
+    "adversarial_training",
+    "as_student",
     "class_report",
     "create_model",
     "cross_entropy_objective",
+    "cross_entropy_rows",
     "cw_objective",
     "distillation",
     "given",
     "intervals",
+    "kl_rows",
     "load_checkpoint",
     "pgd",
     "run_recipe",

@@ -69,6 +69,8 @@ def override(recipe: Recipe, texts: dict[str, str]) -> Recipe:
         except ValueError as error:
             raise UsageError(f"--{name.replace('_', '-')} {text}: {error}") from None
     try:
+        if "variant" in values:  # first, so that what else the user wrote holds
+            recipe = recipe.as_variant(values["variant"])
         return replace(recipe, **values)
     except ValueError as error:
         raise UsageError(str(error)) from None

@@ -9,8 +9,8 @@ Dimension key: B batch, K classes.
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal, get_args, get_type_hints
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
 from torch import Tensor
 
@@ -19,6 +19,8 @@ from retemper.engine.models import MODELS
 from retemper.engine.moves import Moves
 from retemper.engine.seen import Seen
 from retemper.loaders import DATASETS
+
+AnyRecipe = TypeVar("AnyRecipe", bound="Recipe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,12 +118,14 @@ class Recipe(Moves):
     select_steps: int = 20
 
     variants: ClassVar[tuple[str, ...]] = ("paper",)
+    variant_fields: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # the constants that a variant has otherwise
     forwards: ClassVar[tuple[str, ...]] = ("adv", "clean")  # the student's training forwards, in order
     needs_own_prediction: ClassVar[bool] = False
     teacher_sees: ClassVar[tuple[str, ...]] = ("clean",)  # which images, of "clean" and "adv"
     clean_teacher_sees: ClassVar[tuple[str, ...]] = ()
     attacks_teacher: ClassVar[bool] = False  # the attack's logits are (B, 2 K): the student's, then the teacher's
     validates: ClassVar[bool] = False  # the class state moves by held-out images, before the first epoch too
+    validates_by: ClassVar[Literal["pgd", "training attack"]] = "pgd"  # what attacks them: PGD on the cross-entropy
 
     def __post_init__(self) -> None:
         choices = {
@@ -160,6 +164,12 @@ class Recipe(Moves):
             )
         if self.validates and (self.select_on != "holdout" or not self.holdout_per_class):
             raise ValueError("this method learns from held-out training images: holdout_per_class must be above 0")
+        held_out = self.select_on == "holdout" and self.holdout_per_class
+        if self.average_above and (self.average_every != "epoch" or not held_out):
+            raise ValueError(
+                f"average_above = {self.average_above}: held-out training images decide, once an epoch; "
+                "set average_every = 'epoch' and holdout_per_class above 0"
+            )
         if self.attacks_teacher and self.attack_bn != "eval":
             raise ValueError("attack_bn = 'train': an attack on the teacher too would move its statistics")
         if self.average == "ema" and not 0 < self.ema_decay < 1:
@@ -168,6 +178,10 @@ class Recipe(Moves):
             raise ValueError(f"momentum = {self.momentum}: it must be below 1, and above 0 with nesterov")
         if min(self.lr_drops, default=1) < 1:
             raise ValueError(f"lr_drops = {self.lr_drops}: epochs count from 1")
+
+    def as_variant(self: AnyRecipe, variant: str) -> AnyRecipe:
+        """This recipe as `variant`, with that one's constants."""
+        return replace(self, variant=variant, **self.variant_fields.get(variant, {}))
 
     def decay(self, epoch: int) -> float:
         """The factor that the schedule has reached after `epoch` (from 1)."""

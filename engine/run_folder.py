@@ -151,7 +151,8 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What makes `new` another run than `old`, as "field: old, now new"."""
     before = {**old["recipe"], **{name: old.get(name) for name in ("method", "seed")}}
     after = {**new["recipe"], **{name: new[name] for name in ("method", "seed")}}
-    before["teacher"], after["teacher"] = ((config["teacher"] or {}).get("sha256", "none") for config in (old, new))
+    for what in ("teacher", "clean_teacher", "start"):
+        before[what], after[what] = ((config.get(what) or {}).get("sha256", "none") for config in (old, new))
     names = [name for name in after if before.get(name) != after[name] and EXACTNESS.get(name) != "bitwise"]
     return [f"{name}: {before.get(name)}, now {after[name]}" for name in names]
 

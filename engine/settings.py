@@ -107,6 +107,17 @@ DISTILLATION: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+CLEAN_TEACHERS: dict[str, tuple[str, str]] = {  # of the methods that have a second, clean teacher: model and recipe
+    "digits": ("tiny_resnet_wide", "sat:digits_clean"),
+    "fashion_mnist_small": ("tiny_resnet_wide", "sat:fashion_mnist_small_clean"),
+    "fashion_mnist_resnet18": ("preact_resnet18", "sat:fashion_mnist_preact_resnet18_clean"),
+    "cifar10_resnet18": ("resnet56", "sat:cifar10_resnet56_clean"),
+    "cifar10_mobilenet_v2": ("resnet56", "sat:cifar10_resnet56_clean"),
+    "cifar100_resnet18": ("resnet18", "sat:cifar100_resnet18_clean"),
+    "tiny_imagenet_preact_resnet18": ("preact_resnet34", "sat:tiny_imagenet_preact_resnet34_clean"),
+}
+
+
 def distillation(
     method: type[Recipe], status: Mapping[str, str] | None = None, **changes: Mapping[str, Any]
 ) -> dict[str, Setting]:
@@ -118,9 +129,73 @@ def distillation(
     """
     status = status or {}
     assert (status.keys() | changes.keys()) <= DISTILLATION.keys(), (status, changes)
-    return {
-        name: Setting(
-            recipe=method(**{**fields, **changes.get(name, {})}), note=note, status=status.get(name, UNTRAINED)
-        )
-        for name, (note, fields) in DISTILLATION.items()
-    }
+    settings = {}
+    for name, (note, fields) in DISTILLATION.items():
+        if method.clean_teacher_sees:
+            model, trained_by = CLEAN_TEACHERS[name]
+            fields = fields | dict(clean_teacher_model=model, clean_teacher_recipe=trained_by)
+        recipe = method(**{**fields, **changes.get(name, {})})
+        settings[name] = Setting(recipe=recipe, note=note, status=status.get(name, UNTRAINED))
+    return settings
+
+
+ADVERSARIAL_TRAINING: dict[str, tuple[str, dict[str, Any]]] = {
+    "digits": ("8x8 digits, half a minute on one core", DIGITS | dict(student="tiny_resnet")),
+    "fashion_mnist_small": (
+        "Fashion-MNIST at 14 x 14, 2,000 images a class, a small student: minutes on two cores",
+        FASHION_SMALL | dict(student="tiny_resnet"),
+    ),
+    "fashion_mnist_resnet18": (
+        "Fashion-MNIST, ResNet-18, for a GPU",
+        FASHION | dict(student="resnet18", epochs=60, lr_drops=(43, 52, 57), select_every=5, select_always_from=43),
+    ),
+    "cifar10_resnet18": ("CIFAR-10, ResNet-18, the authors' schedule", dict(dataset="cifar10", student="resnet18")),
+    "cifar10_preact_resnet18": (
+        "CIFAR-10, PreActResNet-18, the authors' schedule",
+        dict(dataset="cifar10", student="preact_resnet18"),
+    ),
+    "cifar100_resnet18": (
+        "CIFAR-100, ResNet-18, the schedule of CIFAR-10",
+        dict(dataset="cifar100", student="resnet18", holdout_per_class=10),
+    ),
+    "tiny_imagenet_preact_resnet18": (
+        "Tiny-ImageNet, PreActResNet-18",
+        dict(
+            dataset="tiny-imagenet",
+            student="preact_resnet18",
+            holdout_per_class=10,
+            epochs=100,
+            lr_drops=(75, 90),
+            select_always_from=75,
+        ),
+    ),
+}
+
+
+def as_student(name: str) -> str:
+    """The setting of SAT and TRADES with the student of setting `name`: their small ones train the teachers."""
+    return f"{name}_student" if name in ("digits", "fashion_mnist_small") else name
+
+
+def adversarial_training(
+    method: type[Recipe],
+    status: Mapping[str, str] | None = None,
+    *,
+    from_robust: bool = False,
+    **changes: Mapping[str, Any],
+) -> dict[str, Setting]:
+    """Every setting of the methods without a teacher, for `method`.
+
+    Args:
+        status: what was measured, by setting.
+        from_robust: it fine-tunes a student that SAT has trained, which the small settings train first.
+        changes: fields that the method has otherwise there, by setting.
+    """
+    status = status or {}
+    assert (status.keys() | changes.keys()) <= ADVERSARIAL_TRAINING.keys(), (status, changes)
+    settings = {}
+    for name, (note, fields) in ADVERSARIAL_TRAINING.items():
+        start = dict(start_recipe=f"sat:{as_student(name)}", train_teacher=as_student(name) != name)
+        recipe = method(**{**fields, **(start if from_robust else {}), **changes.get(name, {})})
+        settings[name] = Setting(recipe=recipe, note=note, status=status.get(name, UNTRAINED))
+    return settings

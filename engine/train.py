@@ -302,6 +302,7 @@ class Run:
             assert self.held is not None
             held = validate(self.state.student, recipe, self.held, self.num_classes, self.job.device)
             if held.robust_accuracy_K.min() < recipe.average_above:
+                average.skip(self.state.student)
                 return
         average.follow(self.state.student)
 
@@ -421,7 +422,8 @@ class Run:
         words += f"  {line['images_per_second']:.0f} img/s"
         if "holdout" in line:
             held = line["holdout"]
+            kind = "robust" if self.recipe.select_steps else "clean"
             name = self.split.classes[held["worst_class"]]
-            words += f"  held-out robust {held['average']:.1%}, worst {held['worst']:.1%} ({name})"
+            words += f"  held-out {kind} {held['average']:.1%}, worst {held['worst']:.1%} ({name})"
             words += "  best so far" if self.best["epoch"] == line["epoch"] else ""
         say(words)

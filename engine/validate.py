@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from retemper.engine.attack import cross_entropy_objective, pgd
 from retemper.engine.evaluate import as_float, exact_fp32
-from retemper.engine.recipe import Recipe
+from retemper.engine.recipe import Recipe, Targets
 from retemper.engine.seen import ClassMeans, ClassSums, HeldOut
 from retemper.kernels import class_sums, class_temperature_kl
 from retemper.loaders import Split
@@ -14,7 +14,11 @@ from retemper.loaders import Split
 def validate(
     model: nn.Module, recipe: Recipe, split: Split, num_classes: int, device: torch.device, batch_size: int = 256
 ) -> HeldOut:
-    """`model` on the images of `split`, clean and under PGD on the cross-entropy (`select_steps` steps of eps/4)."""
+    """`model`, left in eval mode, on the images of `split`, clean and attacked as `Recipe.validates_by` says.
+
+    "pgd" is `select_steps` steps of eps/4 on the cross-entropy. "training attack" is the method's own before its class
+    state moves anything: its objective and start, at the recipe's eps and step.
+    """
     clean_sums, adv_sums = (ClassSums.zeros(num_classes, device) for _ in range(2))
     boundary = ClassMeans.zeros(num_classes, 1, device)
     ones_K = torch.ones(num_classes, device=device)
@@ -23,21 +27,30 @@ def validate(
     with exact_fp32():
         for batch in torch.arange(len(split)).split(batch_size):
             label_B, clean = label_N[batch].to(device), as_float(split, batch, device)
+            with torch.no_grad():
+                clean_BK: Tensor = model(clean)
+            objective = cross_entropy_objective(label_B)
+            steps, step, start, clip_start = recipe.select_steps, recipe.eps / 4, "uniform", True
+            if recipe.validates_by == "training attack":
+                objective = recipe.objective(Targets(label_B=label_B, own_BK=clean_BK, state={}, ones_K=ones_K))
+                steps, step = recipe.attack_steps, recipe.attack_step
+                start, clip_start = recipe.attack_start, recipe.clip_start
             adv = pgd(
                 model,
                 clean,
-                objective=cross_entropy_objective(label_B),
-                steps=recipe.select_steps,
-                step=recipe.eps / 4,
+                objective=objective,
+                steps=steps,
+                step=step,
                 eps=recipe.eps,
-                start="uniform",
+                start=start,
+                clip_start=clip_start,
                 seed=int(batch[0]),
             )
             with torch.no_grad():
-                logits: list[Tensor] = [model(clean), model(adv)]
-            clean_sums.add(*class_sums(logits[0], label_B, num_classes))
-            adv_sums.add(*class_sums(logits[1], label_B, num_classes))
-            boundary.add(class_temperature_kl(logits[1], logits[0], label_B, ones_K, reduction="none"), label_B)
+                adv_BK: Tensor = model(adv)
+            clean_sums.add(*class_sums(clean_BK, label_B, num_classes))
+            adv_sums.add(*class_sums(adv_BK, label_B, num_classes))
+            boundary.add(class_temperature_kl(adv_BK, clean_BK, label_B, ones_K, reduction="none"), label_B)
     return HeldOut(
         clean_accuracy_K=clean_sums.accuracy_K,
         robust_accuracy_K=adv_sums.accuracy_K,

@@ -4,7 +4,8 @@
     SWA     average <- mean of the weights so far                        (Izmailov et al., UAI 2018)
     AWP     weights <- weights + gamma ||w|| g / ||g||, layer by layer   (Wu et al., NeurIPS 2020)
 
-Batch-norm statistics are averaged like weights (as CFA does), not measured again.
+Batch-norm statistics are averaged like weights (as CFA does), not measured again. AWP's gradient is taken at the
+perturbed weights and applied to the weights themselves, as is their decay (in the authors' code that of the perturbed).
 """
 
 import copy
@@ -43,6 +44,11 @@ class Average:
             else:
                 average.copy_(value)
         self.count += self.active
+
+    def skip(self, student: nn.Module) -> None:
+        """Leave the student out as it is now; as long as none was taken in, the average is the network itself."""
+        if self.count == 0:
+            self.network.load_state_dict(student.state_dict())
 
     def state(self) -> dict[str, Any]:
         """For `load`."""

@@ -8,6 +8,7 @@ temperature, a sharper label, and one that costs less a higher one:
 t[k] <- clip(t[k] - rate * g[k] / max|g|, 1/2, 5)   where   g[k] = L[k] - mean L,  L[k] the class's cross-entropy
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -50,14 +51,20 @@ class Absld(Recipe):
     temperature_rate: float = 0.1  # falls with the learning rate
     temperature_lower: float = 0.5
     temperature_upper: float = 5.0
+    manual_temperatures: tuple[float, ...] = ()  # one per class, for good: the ablation without the rule
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.temperature_lower <= self.temperature_upper:
             raise ValueError(f"temperature_lower = {self.temperature_lower}: it must lie in (0, temperature_upper]")
+        if not all(0 < value < math.inf for value in self.manual_temperatures):
+            raise ValueError(f"manual_temperatures = {self.manual_temperatures}: they must be above 0")
 
     def class_state(self, num_classes: int) -> dict[str, Tensor]:
-        return {"temperature_adv": torch.ones(num_classes), "temperature_clean": torch.ones(num_classes)}
+        start = self.manual_temperatures or (1.0,) * num_classes
+        if len(start) != num_classes:
+            raise ValueError(f"manual_temperatures: there are {len(start)}, and {num_classes} classes")
+        return {name: torch.tensor(start).float() for name in ("temperature_adv", "temperature_clean")}
 
     def temperatures(self, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(K,) for the adversarial term and for the clean one."""
@@ -75,6 +82,8 @@ class Absld(Recipe):
         return self.kl_scale * (self.adv_weight * adv + (1 - self.adv_weight) * clean)
 
     def next_class_state(self, state: Mapping[str, Tensor], seen: Seen, epoch: int) -> dict[str, Tensor]:
+        if self.manual_temperatures:
+            return dict(state)
         rate = self.temperature_rate * self.decay(epoch)
         bounds = self.temperature_lower, self.temperature_upper
         # the authors take sums: the same step for classes of equal size, and wrong for others

@@ -1,12 +1,21 @@
-"""The class weights of Fair-ARD: classes that fall to fewer attack steps count more (Yue et al., NeurIPS 2023).
+"""What the Fair-ARD family shares: classes that fall to fewer attack steps count more (Yue et al., NeurIPS 2023).
 
 w[k] <- clip(K v[k] / sum v, 5/6, 5/2)   where   v[k] = (1 / (kappa[k] + 1e-5)) ** beta
 
-kappa[k] is the class's mean difficulty: how many of the attack's iterates, the last one apart, the student still
-classifies correctly. The weights are not normalised again after the clip.
+kappa[k] is the class's mean difficulty over an epoch: how many of the training attack's iterates, the last one apart,
+the student still classifies correctly. The weights are not normalised again after the clip. Every term of an image's
+loss is multiplied by its class's weight; in the first epoch all are 1.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
 from torch import Tensor
+
+from retemper.engine import Recipe, Seen, Targets
+from retemper.engine.attack import predicts
 
 FLOOR = 1e-5  # a class that is never classified correctly has kappa = 0
 
@@ -26,3 +35,40 @@ def class_weight(kappa_K: Tensor, beta: float = 2.0, lower: float = 5 / 6, upper
         raise ValueError(f"kappa_K has shape {tuple(kappa_K.shape)}: it must be (K,)")
     raw_K = (kappa_K + FLOOR).reciprocal() ** beta
     return (raw_K * kappa_K.numel() / raw_K.sum()).clamp(lower, upper)
+
+
+class Kappa:
+    """Counts, during an attack, the iterates at which each image is still classified correctly: (B,) float32."""
+
+    def __init__(self, label_B: Tensor) -> None:
+        self.label_B = label_B
+        self.count_B = torch.zeros_like(label_B, dtype=torch.float32)
+
+    def __call__(self, adv_BCHW: Tensor, logits_BK: Tensor) -> None:
+        self.count_B += predicts(logits_BK, self.label_B)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fair(Recipe):
+    """The class weights, for a method that multiplies its loss by `targets.state["class_weight"]`."""
+
+    # released: the authors' code takes Nesterov's momentum, which the methods that it builds on do not
+    variants: ClassVar[tuple[str, ...]] = ("paper", "released")
+    variant_fields: ClassVar[Mapping[str, Mapping[str, Any]]] = {"released": dict(nesterov=True)}
+    beta: float = 2.0
+    weight_lower: float = 5 / 6
+    weight_upper: float = 5 / 2
+
+    def class_state(self, num_classes: int) -> dict[str, Tensor]:
+        return super().class_state(num_classes) | {"class_weight": torch.ones(num_classes)}
+
+    def watcher(self, clean_BCHW: Tensor, targets: Targets) -> Kappa:
+        return Kappa(targets.label_B)
+
+    def measured(self, logits: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
+        return super().measured(logits, targets) | {"kappa": targets.watched.count_B}
+
+    def next_class_state(self, state: Mapping[str, Tensor], seen: Seen, epoch: int) -> dict[str, Tensor]:
+        # the authors divide by N / K: the same for classes of equal size, and wrong for others
+        weight_K = class_weight(seen.measured["kappa"].mean_K, self.beta, self.weight_lower, self.weight_upper)
+        return super().next_class_state(state, seen, epoch) | {"class_weight": weight_K}

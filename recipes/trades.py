@@ -10,7 +10,16 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from retemper.engine import DIGITS, KlObjective, Recipe, Setting, Targets, run_recipe
+from retemper.engine import (
+    DIGITS,
+    KlObjective,
+    Recipe,
+    Setting,
+    Targets,
+    adversarial_training,
+    as_student,
+    run_recipe,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +63,16 @@ SETTINGS = {
         ),
     ),
 }
+
+# the students alone, to compare other methods with at equal size
+RESNET18: dict[str, Any] = dict(epochs=100, lr_drops=(74, 89, 99), select_always_from=74)
+STUDENTS = adversarial_training(
+    Trades,
+    cifar10_resnet18=RESNET18,
+    cifar10_preact_resnet18=RESNET18,
+    cifar100_resnet18=RESNET18,
+)
+SETTINGS = {as_student(name): setting for name, setting in STUDENTS.items()} | SETTINGS
 
 if __name__ == "__main__":
     run_recipe(__file__)

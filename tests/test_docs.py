@@ -21,13 +21,13 @@ def test_the_recipe_in_contributing_trains_without_an_edit_elsewhere(
     tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (recipe,) = blocks("CONTRIBUTING.md", "python")
-    (tmp_path / "ard.py").write_text(recipe)
+    (tmp_path / "plain_ard.py").write_text(recipe)
     monkeypatch.setattr(retemper.recipes, "__path__", [*retemper.recipes.__path__, str(tmp_path)])
-    assert run(["ls", "ard:digits"]) == 0
+    assert run(["ls", "plain_ard:digits"]) == 0
     assert "AAAI 2020" in capsys.readouterr().out
-    assert len(method_module("ard").SETTINGS) >= 7
+    assert len(method_module("plain_ard").SETTINGS) >= 7
     words = ["--teacher", str(teacher), "--out", str(tmp_path / "run"), "--epochs", "1", "--attack-steps", "1"]
-    assert run(["train", "ard:digits", "--batch-size", "256", *words]) == 0
+    assert run(["train", "plain_ard:digits", "--batch-size", "256", *words]) == 0
 
 
 def test_the_python_in_the_readme_is_where_it_is_run() -> None:

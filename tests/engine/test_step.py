@@ -11,7 +11,7 @@ from retemper.engine import Recipe, State, create_model, train_step
 from retemper.engine.catalogue import find_setting
 from retemper.engine.models import channels_last
 
-METHODS = ["sat", "trades", "rslad", "absld"]
+METHODS = ["sat", "trades", "rslad", "absld", "mart", "frl", "bat", "cfa", "wat", "dafa", "faal"]
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal"}
 
 

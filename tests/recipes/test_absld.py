@@ -1,7 +1,7 @@
 """ABSLD: both variants' losses and gradients, the temperature rule, and what an epoch does to the class state."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from retemper.engine import ClassSums, Seen, Targets
+from retemper.engine.catalogue import override
+from retemper.loaders.errors import UsageError
 from retemper.recipes.absld import SETTINGS, Absld, next_temperature
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/recipes.json").read_text())
@@ -112,6 +114,28 @@ def test_a_larger_class_is_not_taken_for_a_harder_one() -> None:
     recipe = absld()
     moved = recipe.next_class_state(recipe.class_state(2), Seen(forwards={"adv": sums, "clean": sums}), epoch=1)
     assert moved["temperature_adv"].tolist() == [1.0, 1.0]
+
+
+def test_manual_temperatures_stay_what_the_user_wrote() -> None:
+    recipe = override(SETTINGS["digits"].recipe, {"manual_temperatures": "0.5,1,2,1,1,1,1,1,1,3"})
+    state = recipe.class_state(10)
+    for name in ("temperature_adv", "temperature_clean"):
+        assert state[name].tolist() == [0.5, 1, 2, 1, 1, 1, 1, 1, 1, 3]
+    count = torch.ones(10, dtype=torch.int64)
+    sums = ClassSums(loss_K=torch.rand(10), correct_K=count, count_K=count)
+    after = recipe.next_class_state(state, Seen(forwards={"adv": sums, "clean": sums}), epoch=1)
+    assert all(torch.equal(after[name], state[name]) for name in state)
+    with pytest.raises(ValueError, match="manual_temperatures"):
+        recipe.class_state(9)
+    with pytest.raises(UsageError, match="manual_temperatures"):
+        override(recipe, {"manual_temperatures": "0,1"})
+
+
+def test_a_wrong_number_of_manual_temperatures_is_told(
+    train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("absld:digits", tmp_path / "run", "--manual-temperatures", "0.5,1") == 2
+    assert "there are 2, and 10 classes" in capsys.readouterr().err
 
 
 def test_the_full_setting_is_the_authors() -> None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from retemper.engine import Targets
+from retemper.engine import State, Targets, create_model, train_step
 from retemper.recipes.sat import SETTINGS, Sat
 
 
@@ -18,3 +18,19 @@ def test_losses_are_cross_entropies() -> None:
 def test_sees_adversarial_images_alone() -> None:
     assert all(setting.recipe.forwards == ("adv",) for setting in SETTINGS.values())
     assert all(setting.recipe.teacher_model is None for setting in SETTINGS.values())
+
+
+def test_the_clean_teachers_are_trained_and_chosen_without_an_attack() -> None:
+    found = [setting.recipe for name, setting in SETTINGS.items() if name.endswith("_clean")]
+    assert len(found) == 6
+    assert {(recipe.attack_steps, recipe.attack_start, recipe.select_steps) for recipe in found} == {(0, "none", 0)}
+
+
+def test_without_attack_steps_the_images_are_the_clean_ones() -> None:
+    recipe = SETTINGS["digits_clean"].recipe
+    state = State.begin(recipe, create_model("tiny_resnet_wide", 10), None, 10, torch.device("cpu"))
+    clean, seen = torch.rand(4, 1, 8, 8), []
+    state.student.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    train_step(state, recipe, clean, torch.arange(4))
+    assert len(seen) == 1 and torch.equal(seen[0], clean)
+    assert recipe.eps == SETTINGS["digits"].recipe.eps  # what an evaluation attacks it with
