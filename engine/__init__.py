@@ -3,7 +3,7 @@
 from retemper.engine.attack import KlObjective, Objective, Watcher, cross_entropy_objective, cw_objective, pgd
 from retemper.engine.class_statistics import ClassReport, class_report, intervals
 from retemper.engine.errors import Diverged
-from retemper.engine.losses import cross_entropy_rows, kl_rows
+from retemper.engine.losses import cross_entropy_rows, is_label, kl_rows
 from retemper.engine.models import create_model
 from retemper.engine.recipe import Recipe, Targets, given
 from retemper.engine.seen import ClassMeans, ClassSums, HeldOut, Seen
@@ -54,6 +54,7 @@ __all__ = [
     "distillation",
     "given",
     "intervals",
+    "is_label",
     "kl_rows",
     "load_checkpoint",
     "pgd",

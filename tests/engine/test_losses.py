@@ -1,0 +1,35 @@
+"""Rows of losses: against PyTorch's, at the ends of the logits, and through the gradient."""
+
+import torch
+from torch.nn import functional as F
+
+from retemper.engine import cross_entropy_rows, is_label, kl_rows
+
+
+def test_rows_are_pytorchs() -> None:
+    gen = torch.Generator().manual_seed(0)
+    clean, adv = (3 * torch.randn(6, 5, generator=gen, dtype=torch.float64) for _ in range(2))
+    label = torch.arange(6) % 5
+    torch.testing.assert_close(cross_entropy_rows(clean, label), F.cross_entropy(clean, label, reduction="none"))
+    expected = F.kl_div(adv.log_softmax(1), clean.softmax(1), reduction="none").sum(1)
+    torch.testing.assert_close(kl_rows(clean, adv), expected)
+    assert torch.autograd.gradcheck(kl_rows, (clean.requires_grad_(), adv.requires_grad_()))
+
+
+def test_a_sure_prediction_has_a_finite_gradient() -> None:
+    clean, adv = (torch.tensor([[500.0, 0.0, -500.0]], requires_grad=True) for _ in range(2))
+    kl_rows(clean, adv.flip(1)).sum().backward()
+    assert clean.grad is not None and clean.grad.isfinite().all()
+    assert adv.grad is not None and adv.grad.isfinite().all()
+
+
+def test_half_precision_is_computed_in_single() -> None:
+    clean, adv = torch.randn(4, 5).bfloat16(), torch.randn(4, 5).bfloat16()
+    label = torch.arange(4)
+    assert kl_rows(clean, adv).dtype is cross_entropy_rows(clean, label).dtype is torch.float32
+    torch.testing.assert_close(kl_rows(clean, adv), kl_rows(clean.float(), adv.float()))
+
+
+def test_labels_are_marked_in_their_rows() -> None:
+    logits, label = torch.randn(7, 5), torch.tensor([0, 4, 2, 2, 1, 3, 0])
+    assert torch.equal(is_label(logits, label), F.one_hot(label, 5).bool())
