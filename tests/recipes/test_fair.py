@@ -120,14 +120,14 @@ def test_an_epoch_weighs_by_the_class_means_of_kappa() -> None:
     targets = Targets(label_B=LABEL, state={}, ones_K=torch.ones(3), watched=Kappa(LABEL))
     targets.watched.count_B += torch.tensor([4.0, 1, 10, 6, 2, 9, 8, 10])
     for method in (FairArd, FairIad, FairRslad, FairMtard):
-        recipe = method(dataset="digits", student="tiny_resnet", beta=1.5, weight_lower=0.7, weight_upper=2.2)
+        recipe = method(dataset="digits", student="tiny_resnet", beta=0.5, weight_lower=0.7, weight_upper=1.5)
         state = recipe.class_state(3)
         assert state["class_weight"].tolist() == [1, 1, 1]
         means = ClassMeans.zeros(3, 1, torch.device("cpu"))
         means.add(recipe.measured({}, targets)["kappa"], LABEL)
         moved = recipe.next_class_state(state, Seen(measured={"kappa": means}), 1)
         assert moved.keys() == state.keys()
-        expected = class_weight(torch.tensor([7.0, 1.5, 9.5]), 1.5, 0.7, 2.2)  # classes of four, two and two images
+        expected = class_weight(torch.tensor([7.0, 1.5, 9.5]), 0.5, 0.7, 1.5)  # classes of four, two and two images
         torch.testing.assert_close(moved["class_weight"], expected)
 
 

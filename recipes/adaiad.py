@@ -1,0 +1,44 @@
+"""AdaIAD: AdaAD's attack through both networks, with a teacher trusted as in IAD (Huang et al., CVPR 2023).
+
+min  a (t^2 KL(T(x'; t) || S(x'; t)) + (1 - A) KL(S(x) || S(x'))) + (1 - a) CE(S(x), y)
+where   x' = argmax KL(T(x') || S(x')) in the eps ball
+
+T(x; t) = softmax(teacher(x) / t), S likewise. A = T(x')[y] ** trust_power, and 1 in the first part of training,
+`begin`. KL(S(x) || S(x')) is differentiated in both; all KLs are sums over the classes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from retemper.engine import Targets, cross_entropy_rows, distillation, given, kl_rows, run_recipe
+from retemper.kernels import class_temperature_kl
+from retemper.recipes.adaad import AdaAd
+from retemper.recipes.iad import Trust
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaIad(AdaAd, Trust):
+    # the authors' code takes a second and a third clean forward, which move the batch-norm statistics again; here one
+    teacher_sees: ClassVar[tuple[str, ...]] = ("adv",)
+    temperature: float = 30.0
+    kl_scale: float = 1.0
+
+    def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
+        t, teacher_BK = self.temperature, given(targets.teacher_adv_BK)
+        soft = class_temperature_kl(
+            logits["adv"], teacher_BK, targets.label_B, t * targets.ones_K, student_temperature=t
+        )
+        own = (self.distrust(targets) * kl_rows(logits["clean"], logits["adv"])).mean()
+        loss = self.adv_weight * self.kl_scale * (t * t * soft + own)
+        if self.adv_weight < 1:
+            loss = loss + (1 - self.adv_weight) * cross_entropy_rows(logits["clean"], targets.label_B).mean()
+        return loss
+
+
+SETTINGS = distillation(AdaIad)
+
+if __name__ == "__main__":
+    run_recipe(__file__)

@@ -1,0 +1,100 @@
+"""DAFA: similar classes trade robustness, the harder of two gets what the easier gives (Lee et al., ICLR 2024).
+
+min  W[y] CE(S(x), y) + beta KL(S(x) || S(x'))   where   x' = argmax KL(S(x) || S(x')) in the ball of radius W[y] eps
+
+TRADES, W = 1, until the end of the warm-up; then once, with p_k the mean prediction of attacked images of class k,
+
+W[i] = 1 + scale sum over j != i of   p_i[j] p_j[j]  if p_i[i] < p_j[j],   -p_j[i] p_i[i]  otherwise
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from retemper.engine import (
+    KlObjective,
+    Recipe,
+    Seen,
+    Targets,
+    adversarial_training,
+    cross_entropy_rows,
+    given,
+    kl_rows,
+    run_recipe,
+)
+
+
+def class_weight(mean_probability_KK: Tensor, scale: float = 1.0) -> Tensor:
+    """The weight of each class; they sum to K.
+
+    Args:
+        mean_probability_KK: row k is the mean prediction of attacked images of class k.
+        scale: how much is traded; lambda in the paper.
+    """
+    own_K = mean_probability_KK.diagonal()
+    given_KK = mean_probability_KK * own_K  # [i, j]: what i gets from j, when j is the easier
+    harder_KK = own_K[:, None] < own_K
+    gained_KK = torch.where(harder_KK, given_KK, -given_KK.T)
+    return 1 + scale * (gained_KK.sum(1) - gained_KK.diagonal())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dafa(Recipe):
+    variants: ClassVar[tuple[str, ...]] = ("paper", "released")
+    # the released script inverts its flag: its SGD is Nesterov's
+    variant_fields: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": dict(nesterov=False),
+        "released": dict(nesterov=True),
+    }
+    forwards: ClassVar[tuple[str, ...]] = ("adv", "clean")  # the authors' order
+    needs_own_prediction: ClassVar[bool] = True
+    beta: float = 6.0
+    scale: float = 1.0  # lambda in the paper; 1.5 for CIFAR-100
+    warm_up: int = 70  # epochs
+    eps: float = 0.031
+    attack_step: float = 0.007
+    epochs: int = 110
+    lr_drops: tuple[int, ...] = (99, 104)
+    weight_decay: float = 5e-4
+    select_always_from: int = 99
+
+    def class_state(self, num_classes: int) -> dict[str, Tensor]:
+        return {"class_weight": torch.ones(num_classes)}
+
+    def objective(self, targets: Targets) -> KlObjective:
+        return KlObjective(given(targets.own_BK), targets.label_B, targets.ones_K)
+
+    def margins(self, targets: Targets) -> tuple[Tensor, Tensor]:
+        weight_B = targets.state["class_weight"][targets.label_B]
+        return self.eps * weight_B, self.attack_step * weight_B
+
+    def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
+        weight_B = targets.state["class_weight"][targets.label_B]
+        clean_B = weight_B * cross_entropy_rows(logits["clean"], targets.label_B)
+        return (clean_B + self.beta * kl_rows(logits["clean"], logits["adv"])).mean()
+
+    def measured(self, logits: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
+        return {"probability": logits["adv"].float().softmax(1)}
+
+    def next_class_state(self, state: Mapping[str, Tensor], seen: Seen, epoch: int) -> dict[str, Tensor]:
+        if epoch != self.warm_up:
+            return dict(state)
+        weight_K = class_weight(seen.measured["probability"].mean_KD, self.scale)
+        return {"class_weight": weight_K.clamp(min=0)}  # only a network that gives one answer to all gets below
+
+
+# the share of the authors' 110 epochs that comes before the weights
+SETTINGS = adversarial_training(
+    Dafa,
+    digits=dict(warm_up=12),
+    fashion_mnist_small=dict(warm_up=6),
+    fashion_mnist_resnet18=dict(warm_up=38),
+    cifar100_resnet18=dict(scale=1.5),
+    tiny_imagenet_preact_resnet18=dict(scale=1.5, warm_up=64),
+)
+
+if __name__ == "__main__":
+    run_recipe(__file__)

@@ -1,0 +1,33 @@
+"""Fair-RSLAD: RSLAD with each class weighed by how soon it falls to the attack (Yue et al., NeurIPS 2023).
+
+min  w[y] (a KL(T(x) || S(x')) + (1 - a) KL(T(x) || S(x)))   where   x' = argmax KL(T(x) || S(x')) in the eps ball
+
+w is the rule of fair.py and leaves the attack alone; the rest is RSLAD's.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from retemper.engine import Targets, distillation, run_recipe
+from retemper.kernels import class_temperature_kl
+from retemper.recipes.fair import Fair
+from retemper.recipes.rslad import SHORT, Rslad
+
+
+@dataclass(frozen=True, kw_only=True)
+class FairRslad(Rslad, Fair):
+    # released: Nesterov's momentum (Fair). This one of the authors' four scripts adds no 1e-5 to kappa, and divides by
+    # zero where a class is never classified correctly: left out in both.
+    def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
+        label_B, ones_K, weight_K = targets.label_B, targets.ones_K, targets.state["class_weight"]
+        adv = class_temperature_kl(logits["adv"], targets.teacher, label_B, ones_K, class_weight=weight_K)
+        clean = class_temperature_kl(logits["clean"], targets.teacher, label_B, ones_K, class_weight=weight_K)
+        return self.kl_scale * (self.adv_weight * adv + (1 - self.adv_weight) * clean)
+
+
+SETTINGS = distillation(FairRslad, digits=SHORT, fashion_mnist_small=SHORT)
+
+if __name__ == "__main__":
+    run_recipe(__file__)

@@ -1,0 +1,122 @@
+"""FRL: classes whose error exceeds the mean by a bound get more weight, and a larger eps (Xu et al., ICML 2021).
+
+min  sum w_clean[y] CE(S(x), y) / sum w_clean[y]  +  beta sum w_bndy[y] KL(S(x) || S(x')) / sum w_bndy[y]
+
+where x' = argmax KL(S(x) || S(x')) in the ball of radius eps clip(exp(2 m[y]), 0.98, 3). Before each epoch, on held-out
+images, with e the clean error of each class and b its boundary error (correct, but not under PGD):
+
+l_clean <- simplex(l_clean + r (e - mean e - delta)),  l_bndy <- simplex(l_bndy + 2 r (b - mean b - delta)),
+m <- m + r_margin (b - mean b - delta),                w[k] = 1/K + l[k] - mean l
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from retemper.engine import (
+    KlObjective,
+    Recipe,
+    Seen,
+    Targets,
+    adversarial_training,
+    cross_entropy_rows,
+    given,
+    kl_rows,
+    run_recipe,
+)
+
+
+def simplex(multiplier_K: Tensor, limit: float) -> Tensor:
+    """Not negative, and scaled to sum to no more than `limit`."""
+    multiplier_K = multiplier_K.clamp(min=0)
+    return multiplier_K * (limit / multiplier_K.sum().clamp(min=limit))
+
+
+def class_weight(multiplier_K: Tensor) -> Tensor:
+    """(K,) the weights of the classes in the loss, which sum to 1."""
+    return 1 / multiplier_K.numel() + multiplier_K - multiplier_K.mean()
+
+
+def weighted_mean(loss_B: Tensor, weight_B: Tensor) -> Tensor:
+    return (weight_B * loss_B).sum() / weight_B.sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frl(Recipe):
+    # remargin: weights and margins. reweight: weights alone, for which the authors take another bound.
+    variants: ClassVar[tuple[str, ...]] = ("remargin", "reweight")
+    variant_fields: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "remargin": dict(delta=0.07, margin_rate=0.2),
+        "reweight": dict(delta=0.1, margin_rate=0.0),
+    }
+    forwards: ClassVar[tuple[str, ...]] = ("clean", "adv")
+    needs_own_prediction: ClassVar[bool] = True
+    validates: ClassVar[bool] = True
+    variant: str = "remargin"
+    beta: float = 1.5
+    delta: float = 0.07
+    weight_rate: float = 0.05  # r above
+    margin_rate: float = 0.2  # r_margin above
+    rate_halves_every: int = 40  # epochs, the last of them included
+    limit: float = 0.5  # what the multipliers sum to at most
+    margin_lower: float = 0.98
+    margin_upper: float = 3.0
+    epochs: int = 40
+    lr: float = 0.001
+    lr_drops: tuple[int, ...] = (40, 80)
+    weight_decay: float = 5e-4
+    holdout_per_class: int = 300
+    select_every: int = 5
+    select_always_from: int = 30
+
+    def class_state(self, num_classes: int) -> dict[str, Tensor]:
+        return {f"multiplier_{name}": torch.zeros(num_classes) for name in ("clean", "boundary", "margin")}
+
+    def objective(self, targets: Targets) -> KlObjective:
+        return KlObjective(given(targets.own_BK), targets.label_B, targets.ones_K)
+
+    def margins(self, targets: Targets) -> tuple[Tensor, Tensor]:
+        factor_K = (2 * targets.state["multiplier_margin"]).exp().clamp(self.margin_lower, self.margin_upper)
+        eps_B = self.eps * factor_K[targets.label_B]
+        return eps_B, torch.ones_like(eps_B) * eps_B.amax() / 4  # the authors' step is the batch's largest eps / 4
+
+    def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
+        clean_B, boundary_B = (
+            class_weight(targets.state[f"multiplier_{name}"])[targets.label_B] for name in ("clean", "boundary")
+        )
+        clean = weighted_mean(cross_entropy_rows(logits["clean"], targets.label_B), clean_B)
+        return clean + self.beta * weighted_mean(kl_rows(logits["clean"], logits["adv"]), boundary_B)
+
+    def next_class_state(self, state: Mapping[str, Tensor], seen: Seen, epoch: int) -> dict[str, Tensor]:
+        assert seen.held is not None
+        clean_K, robust_K = seen.held.clean_accuracy_K, seen.held.robust_accuracy_K
+        excess_clean_K = clean_K.mean() - clean_K - self.delta  # of errors: 1 - accuracy
+        boundary_K = clean_K - robust_K
+        excess_boundary_K = boundary_K - boundary_K.mean() - self.delta
+        rate = self.weight_rate / 2 ** ((epoch + 1) // self.rate_halves_every)  # that of the epoch to come
+        return {
+            "multiplier_clean": simplex(state["multiplier_clean"] + rate * excess_clean_K, self.limit),
+            "multiplier_boundary": simplex(state["multiplier_boundary"] + 2 * rate * excess_boundary_K, self.limit),
+            "multiplier_margin": state["multiplier_margin"] + self.margin_rate * excess_boundary_K,
+        }
+
+
+# 20 and 10 epochs in place of 40, and far fewer steps: the rates are larger by as much
+DIGITS_SHORT = dict(lr=0.01, lr_drops=(20,), weight_rate=0.1, margin_rate=0.4, rate_halves_every=20)
+FASHION_SHORT = dict(lr=0.01, lr_drops=(10,), weight_rate=0.2, margin_rate=0.8, rate_halves_every=10)
+FINE_TUNE = dict(epochs=40, lr_drops=(40, 80), select_always_from=30)
+SETTINGS = adversarial_training(
+    Frl,
+    from_robust=True,
+    digits=DIGITS_SHORT,
+    fashion_mnist_small=FASHION_SHORT,
+    fashion_mnist_resnet18=FINE_TUNE,
+    cifar100_resnet18=dict(holdout_per_class=30),  # the authors' share, of classes of 500
+    tiny_imagenet_preact_resnet18=FINE_TUNE | dict(holdout_per_class=30),
+)
+
+if __name__ == "__main__":
+    run_recipe(__file__)

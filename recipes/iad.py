@@ -1,0 +1,86 @@
+"""IAD: the student trusts its teacher as far as that is right on the attack, and itself beyond (Zhu et al., ICLR 2022).
+
+IAD-I    min  KL(T(x) || S(x')) + (1 - A) KL(S(x) || S(x'))
+IAD-II   min  (1 - a - b) CE(S(x'), y) + a (A KL(T(x') || S(x')) + (1 - A) KL(S(x) || S(x'))) + b KL(C(x') || S(x'))
+
+x' = argmax CE(S(x'), y) in the eps ball, as in ARD. A = T(x')[y] ** trust_power, and 1 in the first part of training,
+`begin`. C is a clean teacher. KL(S(x) || S(x')) is differentiated in both.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from retemper.engine import Recipe, Seen, Targets, cross_entropy_rows, distillation, given, kl_rows, run_recipe
+from retemper.recipes.ard import Ard
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trust(Recipe):
+    """How far the teacher is trusted, for methods that build on IAD."""
+
+    trust_power: float = 0.1
+    begin: float = 0.3  # of the epochs: the authors' 60 of 200
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.begin > 1:
+            raise ValueError(f"begin = {self.begin}: it is a share of the epochs, at most 1")
+
+    def class_state(self, num_classes: int) -> dict[str, Tensor]:
+        return super().class_state(num_classes) | {"begun": torch.tensor([self.begun_after(0)])}
+
+    def begun_after(self, epoch: int) -> float:
+        """1 where the epoch that follows `epoch` trusts the teacher in part, 0 where it does so in full."""
+        return float(epoch >= round(self.begin * self.epochs))
+
+    def distrust(self, targets: Targets) -> Tensor:
+        """(B,) 1 - A."""
+        wrong_B = cross_entropy_rows(given(targets.teacher_adv_BK), targets.label_B)  # -log T(x')[y]
+        return targets.state["begun"] * (1 - (-self.trust_power * wrong_B).exp())
+
+    def next_class_state(self, state: Mapping[str, Tensor], seen: Seen, epoch: int) -> dict[str, Tensor]:
+        begun = torch.full_like(state["begun"], self.begun_after(epoch))
+        return super().next_class_state(state, seen, epoch) | {"begun": begun}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Iad(Ard, Trust):
+    # released: as in ARD, the second drop of the learning rate changes nothing. Two clean forwards of it, each of them
+    # moving the batch-norm statistics, are one here.
+    teacher_sees: ClassVar[tuple[str, ...]] = ("clean", "adv")
+    temperature: float = 1.0
+    kl_scale: float = 1.0  # these authors sum over the classes
+
+    def image_loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
+        own_B = self.distrust(targets) * kl_rows(logits["clean"], logits["adv"])
+        return super().image_loss(logits, targets) + self.soft_weight * own_B
+
+
+@dataclass(frozen=True, kw_only=True)
+class Iad2(Iad):
+    teacher_sees: ClassVar[tuple[str, ...]] = ("adv",)
+    clean_teacher_sees: ClassVar[tuple[str, ...]] = ("adv",)
+    soft_weight: float = 0.5  # a above
+    clean_teacher_weight: float = 0.25  # b above
+    begin: float = 0.2  # the authors' 40 of 200; until then they take no clean forward
+
+    def image_loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
+        adv_BK, distrust_B = logits["adv"], self.distrust(targets)
+        hard_B = cross_entropy_rows(adv_BK, targets.label_B)
+        robust_B = (1 - distrust_B) * self.soft_loss(adv_BK, given(targets.teacher_adv_BK), targets)
+        own_B = self.temperature**2 * distrust_B * kl_rows(logits["clean"], adv_BK)
+        clean_B = self.soft_loss(adv_BK, given(targets.clean_teacher_adv_BK), targets)
+        hard_weight = 1 - self.soft_weight - self.clean_teacher_weight
+        return hard_weight * hard_B + self.soft_weight * (robust_B + own_B) + self.clean_teacher_weight * clean_B
+
+
+SETTINGS = distillation(Iad) | {
+    f"{name}_ii": replace(setting, note=f"IAD-II: {setting.note}") for name, setting in distillation(Iad2).items()
+}
+
+if __name__ == "__main__":
+    run_recipe(__file__)

@@ -1,0 +1,85 @@
+"""MTARD: a robust teacher for attacked images, a clean one for clean ones, balanced by step (Zhao et al., ECCV 2022).
+
+min  (1 - w) L_adv + w L_clean   where   L_adv = KL(T(x') || S(x')),  L_clean = KL(C(x) || S(x))
+
+x' = argmax CE(S(x'), y) in the eps ball. Before every step w moves towards the task that has come down less:
+
+w <- w - rate (w - r_clean / (r_adv + r_clean))   where   r = L / the first step's L
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from retemper.engine import Objective, Recipe, Seen, Targets, cross_entropy_objective, distillation, given, run_recipe
+from retemper.kernels import class_temperature_kl
+
+TINY = 1e-12  # in place of a loss of 0, which no quotient stands
+
+
+def next_clean_weight(clean_weight: Tensor, adv_ratio: Tensor, clean_ratio: Tensor, rate: float | Tensor) -> Tensor:
+    """One step of the rule above; the ratios are r_adv and r_clean."""
+    return clean_weight - rate * (clean_weight - clean_ratio / (adv_ratio + clean_ratio))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mtard(Recipe):
+    teacher_sees: ClassVar[tuple[str, ...]] = ("adv",)
+    clean_teacher_sees: ClassVar[tuple[str, ...]] = ("clean",)
+    kl_scale: float = 0.1  # the authors average over the 10 classes too, and scale CIFAR-100's loss to match: sum / 10
+    task_rate: float = 0.025  # falls with the learning rate
+
+    def class_state(self, num_classes: int) -> dict[str, Tensor]:
+        own = {
+            "clean_task_weight": torch.full((1,), 0.5),
+            "task_rate": torch.full((1,), self.task_rate),
+            "first_adv_loss": torch.zeros(1),  # 0: no step yet
+            "first_clean_loss": torch.zeros(1),
+        }
+        return super().class_state(num_classes) | own
+
+    def objective(self, targets: Targets) -> Objective:
+        return cross_entropy_objective(targets.label_B)
+
+    def task_losses(self, logits: Mapping[str, Tensor], targets: Targets) -> tuple[Tensor, Tensor]:
+        """L_adv and L_clean."""
+        label_B, ones_K = targets.label_B, targets.ones_K
+        adv = class_temperature_kl(logits["adv"], given(targets.teacher_adv_BK), label_B, ones_K)
+        clean = class_temperature_kl(logits["clean"], given(targets.clean_teacher_BK), label_B, ones_K)
+        return self.kl_scale * adv, self.kl_scale * clean
+
+    def balance(self, state: Mapping[str, Tensor], adv: Tensor, clean: Tensor) -> dict[str, Tensor]:
+        """The state, each (1,), that a step with these task losses is weighed by."""
+        adv, clean = (loss.detach().clamp(min=TINY) for loss in (adv, clean))
+        first_adv, first_clean = state["first_adv_loss"], state["first_clean_loss"]
+        first_adv = torch.where(first_adv > 0, first_adv, adv)
+        first_clean = torch.where(first_clean > 0, first_clean, clean)
+        ratios = adv / first_adv, clean / first_clean
+        return {
+            "clean_task_weight": next_clean_weight(state["clean_task_weight"], *ratios, state["task_rate"]),
+            "first_adv_loss": first_adv,
+            "first_clean_loss": first_clean,
+        }
+
+    def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
+        adv, clean = self.task_losses(logits, targets)
+        weight = self.balance(targets.state, adv, clean)["clean_task_weight"].squeeze()
+        return (1 - weight) * adv + weight * clean
+
+    def after_step(self, state: Mapping[str, Tensor], logits: Mapping[str, Tensor], targets: Targets) -> None:
+        for name, value in self.balance(state, *self.task_losses(logits, targets)).items():
+            state[name].copy_(value)
+
+    def next_class_state(self, state: Mapping[str, Tensor], seen: Seen, epoch: int) -> dict[str, Tensor]:
+        rate = torch.full_like(state["task_rate"], self.task_rate * self.decay(epoch))
+        return super().next_class_state(state, seen, epoch) | {"task_rate": rate}
+
+
+SHORT = dict(kl_scale=1.0)  # one or two thousand steps are too few for a tenth of the loss
+SETTINGS = distillation(Mtard, digits=SHORT, fashion_mnist_small=SHORT)
+
+if __name__ == "__main__":
+    run_recipe(__file__)

@@ -1,0 +1,93 @@
+"""WAT: classes are weighed by what they have cost so far on held-out images, the dearest most (Li & Liu, AAAI 2023).
+
+min  mean w[y] (CE(S(x), y) + beta KL(S(x) || S(x')))  +  w[K + 1] mean (CE(S(x), y) + beta KL(S(x) || S(x')))
+
+where x' = argmax KL(S(x) || S(x')). After each epoch, by Hedge over the K classes and, as one more, their mean:
+
+w = K softmax(eta sum over epochs of c)   where   c[k] = held-out CE + beta KL of class k,  c[K + 1] = that of all
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from retemper.engine import (
+    KlObjective,
+    Recipe,
+    Seen,
+    Targets,
+    adversarial_training,
+    cross_entropy_rows,
+    given,
+    kl_rows,
+    run_recipe,
+)
+
+
+def class_weight(loss_history: Tensor, eta: float = 0.1) -> Tensor:
+    """The weights of the classes and of their mean.
+
+    Args:
+        loss_history: (E, K + 1): a row for each epoch so far, or one with their sum.
+    Returns:
+        (K + 1,), which sum to K.
+    """
+    num_classes = loss_history.shape[1] - 1
+    return num_classes * (eta * loss_history.sum(0)).softmax(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wat(Recipe):
+    forwards: ClassVar[tuple[str, ...]] = ("clean", "adv")  # the authors' order
+    needs_own_prediction: ClassVar[bool] = True
+    validates: ClassVar[bool] = True
+    validates_by: ClassVar = "training attack"
+    beta: float = 6.0
+    eta: float = 0.1
+    eps: float = 0.031
+    attack_step: float = 0.007
+    epochs: int = 100
+    lr_drops: tuple[int, ...] = (74, 89, 99)
+    holdout_per_class: int = 300
+    select_always_from: int = 74
+
+    def class_state(self, num_classes: int) -> dict[str, Tensor]:
+        return {
+            "loss_so_far": torch.zeros(num_classes),
+            "class_weight": torch.ones(num_classes),
+            "mean_weight": torch.ones(1),
+        }
+
+    def objective(self, targets: Targets) -> KlObjective:
+        return KlObjective(given(targets.own_BK), targets.label_B, targets.ones_K)
+
+    def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
+        clean_B = cross_entropy_rows(logits["clean"], targets.label_B)
+        trades_B = clean_B + self.beta * kl_rows(logits["clean"], logits["adv"])
+        weight_B = targets.state["class_weight"][targets.label_B] + targets.state["mean_weight"]
+        return (weight_B * trades_B).mean()
+
+    def next_class_state(self, state: Mapping[str, Tensor], seen: Seen, epoch: int) -> dict[str, Tensor]:
+        if epoch == 0:  # the first epoch weighs all alike
+            return dict(state)
+        assert seen.held is not None
+        loss_K = state["loss_so_far"] + seen.held.clean_loss_K + self.beta * seen.held.boundary_loss_K
+        weight = class_weight(torch.cat([loss_K, loss_K.mean()[None]])[None], self.eta)
+        return {"loss_so_far": loss_K, "class_weight": weight[:-1], "mean_weight": weight[-1:]}
+
+
+# the losses are summed over 20, 10 and 60 epochs in place of 100
+SETTINGS = adversarial_training(
+    Wat,
+    digits=dict(eta=0.5),
+    fashion_mnist_small=dict(eta=1.0),
+    fashion_mnist_resnet18=dict(eta=0.1 * 100 / 60),
+    cifar100_resnet18=dict(holdout_per_class=30),  # the authors' share, of classes of 500
+    tiny_imagenet_preact_resnet18=dict(holdout_per_class=30),
+)
+
+if __name__ == "__main__":
+    run_recipe(__file__)

@@ -1,0 +1,263 @@
+"""Averages of weights and perturbed weights: by hand, where they take no part, and across a resumed run."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from retemper.engine import HeldOut, Recipe, State, create_model, train_step
+from retemper.engine.catalogue import find_setting
+from retemper.engine.cli import run
+from retemper.engine.step import descend, observe
+from retemper.engine.weight_space import Average, perturb_weights
+
+TINY: dict[str, Any] = dict(attack_steps=1, lr=0.05, precision="fp32")
+
+
+def make(device: torch.device, **fields: Any) -> tuple[State, Recipe]:
+    torch.manual_seed(0)
+    recipe = replace(find_setting("trades:digits_student")[2].recipe, **(TINY | fields))
+    return State.begin(recipe, create_model("tiny_resnet", 10), None, 10, device), recipe
+
+
+def batch(device: torch.device) -> tuple[Tensor, Tensor]:
+    gen = torch.Generator().manual_seed(1)
+    label = torch.arange(20) % 10
+    image = torch.rand(20, 1, 8, 8, generator=gen)
+    return image.to(device).to(memory_format=torch.channels_last), label.to(device)
+
+
+def values(network: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+# averages
+
+
+@pytest.mark.parametrize(("kind", "every"), [("ema", "step"), ("swa", "step"), ("ema", "epoch")])
+def test_an_average_is_the_one_by_hand_with_its_statistics(kind: str, every: str, device: torch.device) -> None:
+    state, recipe = make(device, average=kind, average_every=every, ema_decay=0.8)
+    state.start_epoch(recipe, 1, 0)
+    seen = []
+    for _ in range(4):
+        train_step(state, recipe, *batch(device))
+        if every == "epoch":
+            assert state.average is not None
+            state.average.follow(state.student)
+        seen.append(values(state.student))
+    assert any("running_var" in name for name in seen[0])
+    for name, kept in state.kept.state_dict().items():
+        history = [value[name].double() for value in seen]
+        expected = history[0]
+        for number, value in enumerate(history[1:], 2):
+            expected = 0.8 * expected + 0.2 * value if kind == "ema" else expected + (value - expected) / number
+        if kept.dtype is torch.int64:
+            assert int(kept) == int(seen[-1][name])
+        else:
+            torch.testing.assert_close(kept.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_average_is_the_network_itself_until_it_begins(device: torch.device) -> None:
+    state, recipe = make(device, average="swa", average_from=2)
+    state.start_epoch(recipe, 1, 0)
+    for _ in range(2):
+        train_step(state, recipe, *batch(device))
+        same(values(state.kept), values(state.student))
+    state.start_epoch(recipe, 2, 0)
+    train_step(state, recipe, *batch(device))
+    first = values(state.student)
+    same(values(state.kept), first)  # of one
+    train_step(state, recipe, *batch(device))
+    second = values(state.student)
+    expected = {name: (first[name] + second[name]) / 2 for name in first if first[name].is_floating_point()}
+    for name, value in expected.items():
+        torch.testing.assert_close(state.kept.state_dict()[name], value)
+
+
+def test_a_skipped_epoch_leaves_an_average_alone_once_there_is_one() -> None:
+    network, average = nn.Linear(1, 1), Average(nn.Linear(1, 1), "ema", 0.5)
+    average.active.fill_(1)
+    average.skip(network)  # nothing taken in yet: what is kept is no older network
+    same(values(average.network), values(network))
+    average.follow(network)
+    kept = values(network)
+    with torch.no_grad():
+        network.weight += 1
+    average.skip(network)
+    same(values(average.network), kept)
+    average.follow(network)
+    torch.testing.assert_close(average.network.state_dict()["weight"], kept["weight"] + 0.5)
+
+
+def test_an_average_never_trains_and_never_leaves_eval_mode(device: torch.device) -> None:
+    state, recipe = make(device, average="ema")
+    train_step(state, recipe, *batch(device))
+    assert not any(module.training for module in state.kept.modules())
+    assert not any(parameter.requires_grad for parameter in state.kept.parameters())
+    assert state.kept is not state.student
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+SHORT = (
+    "--attack-steps 1 --holdout-per-class 5 --select-steps 1 --batch-size 256 --select-every 1 --select-from 1".split()
+)
+
+
+def average_run(out: Path, epochs: int, *options: str) -> None:
+    words = ["train", "sat:digits_student", "--out", str(out), "--epochs", str(epochs), *SHORT]
+    assert run([*words, "--average", "ema", "--ema-decay", "0.7", *options]) == 0
+
+
+def test_a_resumed_average_is_bit_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    average_run(tmp_path / "whole", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr("retemper.engine.train.Run.epoch", stop_before(2))
+        assert run(["train", "sat:digits_student", "--out", str(tmp_path / "cut"), "--epochs", "2", *SHORT,
+                    "--average", "ema", "--ema-decay", "0.7"]) == 75  # fmt: skip
+    average_run(tmp_path / "cut", 2)
+    whole, cut = (load_file(tmp_path / name / "last.safetensors") for name in ("whole", "cut"))
+    same(whole, cut)
+    states = [torch.load(tmp_path / name / "last.state", weights_only=True) for name in ("whole", "cut")]
+    assert states[0]["average"]["count"] == states[1]["average"]["count"] > 2
+    same(states[0]["average"]["network"], whole)  # what is kept is the average
+    student = states[0]["student"]
+    assert any(not torch.equal(student[name], whole[name]) for name in whole)  # and not the student
+
+
+def stop_before(last: int) -> Callable[..., None]:
+    from retemper.engine.train import Run
+
+    epoch = Run.epoch
+
+    def stopping(self: Run, number: int) -> None:
+        if number == last:
+            raise KeyboardInterrupt
+        epoch(self, number)
+
+    return stopping
+
+
+def test_an_epoch_whose_worst_class_is_too_weak_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worst = iter([0.1, 0.3, 0.1, 0.4])  # of epochs 2 to 5: the first is before the average begins, and not asked
+
+    def validate(*_: object) -> HeldOut:
+        robust = torch.full((10,), 0.9)
+        robust[3] = next(worst)
+        return HeldOut(clean_accuracy_K=robust, robust_accuracy_K=robust, clean_loss_K=robust, boundary_loss_K=robust)
+
+    students: list[dict[str, Tensor]] = []
+    monkeypatch.setattr("retemper.engine.train.validate", validate)
+    monkeypatch.setattr(
+        "retemper.engine.train.Run._report", lambda self, _: students.append(values(self.state.student))
+    )
+    average_run(tmp_path / "run", 5, "--average-every", "epoch", "--average-from", "2", "--average-above", "0.2")
+    kept = load_file(tmp_path / "run/last.safetensors")
+    for name, value in kept.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, 0.7 * students[2][name] + 0.3 * students[4][name])
+    assert torch.load(tmp_path / "run/last.state", weights_only=True)["average"]["count"] == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--average-above", "0.2"], ["--average-above", "0.2", "--average-every", "epoch", "--holdout-per-class", "0"]],
+)
+def test_a_bound_that_nothing_could_measure_is_refused(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["train", "sat:digits", "--out", str(tmp_path / "x"), "--average", "ema", *options]) == 2
+    assert "average_above" in capsys.readouterr().err
+
+
+# adversarial weight perturbation
+
+
+def prepared(device: torch.device, **fields: Any) -> tuple[State, Recipe, dict[str, Tensor], Any]:
+    """A state with AWP, and a batch with fixed adversarial images."""
+    state, recipe = make(device, awp_gamma=0.05, **fields)
+    state.start_epoch(recipe, 1, 0)
+    clean, label = batch(device)
+    targets = observe(state, recipe, state.student, clean, label, None)
+    adv = (clean + 0.1 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(2)).to(clean)).clamp(0, 1)
+    return state, recipe, {"clean": clean, "adv": adv}, targets
+
+
+def loss_of(state: State, recipe: Recipe, images: dict[str, Tensor], targets: Any) -> Tensor:
+    state.student.train()
+    return recipe.loss({name: state.student(images[name]) for name in recipe.forwards}, targets)
+
+
+def test_the_perturbed_weights_are_the_formula_and_cost_more(device: torch.device) -> None:
+    state, recipe, images, targets = prepared(device)
+    student = state.student
+    start = values(student)
+    plain = loss_of(state, recipe, images, targets)
+    weights = {name: parameter for name, parameter in student.named_parameters() if parameter.dim() > 1}
+    gradients = dict(zip(weights, torch.autograd.grad(plain, list(weights.values())), strict=True))
+    student.load_state_dict(start)
+
+    before = perturb_weights(
+        student, torch.tensor(0.05, device=device), lambda: loss_of(state, recipe, images, targets)
+    )
+    assert len(before) == len(weights) > 5
+    for name, value in student.state_dict().items():
+        if name in weights:
+            step = 0.05 * start[name].norm() * gradients[name] / gradients[name].norm()
+            torch.testing.assert_close(value, start[name] + step)
+            assert not torch.equal(value, start[name])
+            assert torch.equal(before[student.get_parameter(name)], start[name])
+        else:
+            assert torch.equal(value, start[name]), "biases, scales and statistics stay"
+    assert loss_of(state, recipe, images, targets) > 1.01 * plain
+
+
+def test_a_step_descends_by_the_gradient_at_the_perturbed_weights(device: torch.device) -> None:
+    state, recipe, images, targets = prepared(device, momentum=0.0, weight_decay=0.0, nesterov=False)
+    student, start = state.student, values(state.student)
+    perturb_weights(student, torch.tensor(0.05, device=device), lambda: loss_of(state, recipe, images, targets))
+    there = loss_of(state, recipe, images, targets)
+    parameters = dict(student.named_parameters())
+    gradients = dict(zip(parameters, torch.autograd.grad(there, list(parameters.values())), strict=True))
+    statistics = values(student)
+    student.load_state_dict(start)
+
+    loss = descend(state, recipe, images, targets)
+    torch.testing.assert_close(loss, there.detach())
+    for name, value in student.state_dict().items():
+        expected = start[name] - 0.05 * gradients[name] if name in gradients else statistics[name]
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6)
+    moved = [value for name, value in student.state_dict().items() if "num_batches" in name]
+    assert all(int(value) == len(recipe.forwards) for value in moved), "the perturbing forward leaves no trace"
+
+
+def test_a_perturbation_waits_for_its_epoch(device: torch.device) -> None:
+    results = []
+    for fields in (dict(awp_gamma=0.05, awp_from=3), {}):
+        state, recipe = make(device, **fields)
+        state.start_epoch(recipe, 2, 7)
+        train_step(state, recipe, *batch(device))
+        results.append(values(state.student))
+    same(*results)
+    state, recipe = make(device, awp_gamma=0.05, awp_from=3)
+    state.start_epoch(recipe, 3, 7)
+    train_step(state, recipe, *batch(device))
+    assert any(not torch.equal(value, results[0][name]) for name, value in values(state.student).items())
+
+
+def test_a_run_with_awp_and_a_mean_of_its_weights_is_evaluated(tmp_path: Path) -> None:
+    options = ["--awp-gamma", "0.005", "--awp-from", "2", "--average", "swa", "--average-from", "2"]
+    assert (
+        run(["train", "trades:digits_student", "--out", str(tmp_path / "run"), "--epochs", "2", *SHORT, *options]) == 0
+    )
+    assert run(["evaluate", str(tmp_path / "run"), "--attacks", "clean", "--limit", "20"]) == 0
+    assert json.loads((tmp_path / "run/config.json").read_text())["recipe"]["awp_gamma"] == 0.005

@@ -1,0 +1,90 @@
+"""CFA: margins and weights against the known ones, the loss in float64, and what the variants change."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from retemper.engine import ClassSums, Seen, Targets
+from retemper.engine.recipe import describe
+from retemper.recipes.cfa import SETTINGS, Cfa, class_margin, loss_weights
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden/recipes.json").read_text())["cfa_margin"]
+
+
+def cfa(**fields: Any) -> Cfa:
+    return Cfa(dataset="digits", student="tiny_resnet", **fields)
+
+
+def test_margins_and_weights_are_the_known_ones() -> None:
+    for case in GOLDEN:
+        robust = torch.tensor(case["train_robust_accuracy"], dtype=torch.float64)
+        margin = class_margin(robust, case["eps"], case["margin_offset"])
+        ce, kl = loss_weights(robust, case["beta"], case["beta_offset"])
+        for ours, name in ((margin, "eps_class"), (ce, "ce_weight"), (kl, "kl_weight")):
+            torch.testing.assert_close(ours.tolist(), case[name], rtol=1e-12, atol=0)
+
+
+def random_logits() -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    gen = torch.Generator().manual_seed(0)
+    logits = {name: torch.randn(7, 3, generator=gen, dtype=torch.float64) for name in ("clean", "adv")}
+    label = torch.arange(7) % 3
+    p, q = (logits[name].softmax(1) for name in ("clean", "adv"))
+    return logits, label, -p[torch.arange(7), label].log(), (p * (p / q).log()).sum(1)
+
+
+def targets(state: dict[str, Tensor], label: Tensor) -> Targets:
+    return Targets(label_B=label, own_BK=torch.zeros(len(label), 3), state=state, ones_K=torch.ones(3))
+
+
+@pytest.mark.parametrize(("variant", "scale"), [("paper", 1), ("released", 7)])
+def test_the_first_epochs_are_trades_which_the_code_divides_by_seven(variant: str, scale: int) -> None:
+    logits, label, ce, kl = random_logits()
+    recipe = cfa(variant=variant)
+    state = recipe.class_state(3)
+    loss = recipe.loss(logits, targets(state, label))
+    torch.testing.assert_close(loss.double(), (ce + 6 * kl).mean() / scale, rtol=1e-6, atol=0)
+    assert recipe.next_class_state(state, Seen(), 9) == state
+    eps, step = recipe.margins(targets(state, label))
+    torch.testing.assert_close(eps, torch.full((7,), 8 / 255))
+    assert step == 2 / 255
+
+
+def test_from_then_on_each_class_has_its_own() -> None:
+    recipe = cfa()
+    count = torch.tensor([10, 20, 10])
+    sums = ClassSums(loss_K=torch.zeros(3), correct_K=torch.tensor([1, 10, 9]), count_K=count)
+    other = ClassSums(loss_K=torch.zeros(3), correct_K=count, count_K=count)
+    state = recipe.next_class_state(recipe.class_state(3), Seen(forwards={"adv": sums, "clean": other}), 10)
+    robust = torch.tensor([0.1, 0.5, 0.9])
+    logits, label, ce, kl = random_logits()
+    eps, step = recipe.margins(targets(state, label))
+    torch.testing.assert_close(eps, ((0.3 + robust) * 8 / 255)[label])
+    assert step == 2 / 255
+    beta = ((0.5 + robust) * 6).double()[label]
+    expected = (ce / (1 + beta) + kl * beta / (1 + beta)).mean()
+    torch.testing.assert_close(recipe.loss(logits, targets(state, label)).double(), expected, rtol=1e-6, atol=0)
+
+
+def test_variants_differ_as_stated() -> None:
+    paper = SETTINGS["cifar10_preact_resnet18"].recipe
+    released = paper.as_variant("released")
+    one, other = describe(paper), describe(released)
+    changed = {name: (one[name], other[name]) for name in one if one[name] != other[name]}
+    assert changed == {
+        "variant": ("paper", "released"),
+        "margin_offset": (0.3, 0.5),
+        "ema_decay": (0.85, 0.88),
+        "average_above": (0.2, 0.24),
+        "average_from": (50, 1),
+    }
+    assert (paper.average, paper.average_every, paper.nesterov) == ("ema", "epoch", False)
+
+
+def test_the_full_setting_is_the_authors() -> None:
+    recipe = SETTINGS["cifar10_preact_resnet18"].recipe
+    assert (recipe.epochs, recipe.lr_drops, recipe.weight_decay, recipe.eps) == (200, (100, 150), 5e-4, 8 / 255)
+    assert (recipe.attack_steps, recipe.holdout_per_class, recipe.select_from) == (10, 100, 100)

@@ -1,0 +1,100 @@
+"""IAD-I and IAD-II: losses and gradients by their formulas in float64, and when the student begins to trust itself."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from retemper.engine import Seen, Targets
+from retemper.recipes.iad import SETTINGS, Iad, Iad2
+
+LABEL = torch.arange(7) % 5
+
+
+def logits_of(*names: str) -> dict[str, Tensor]:
+    gen = torch.Generator().manual_seed(0)
+    values = {n: 3 * torch.randn(7, 5, generator=gen, dtype=torch.float64) for n in ("adv", "clean", "t", "ta", "ca")}
+    return {name: values[name].requires_grad_(name in ("adv", "clean")) for name in names}
+
+
+def targets(begun: float) -> Targets:
+    given = logits_of("t", "ta", "ca")
+    return Targets(
+        label_B=LABEL,
+        teacher_BK=given["t"],
+        teacher_adv_BK=given["ta"],
+        clean_teacher_adv_BK=given["ca"],
+        state={"begun": torch.tensor([begun])},
+        ones_K=torch.ones(5),
+    )
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    """(B,) KL(p || q) of two softmaxes, written out."""
+    return (p.softmax(1) * (p.softmax(1).log() - q.softmax(1).log())).sum(1)
+
+
+def first(at: Mapping[str, Tensor], begun: float) -> Tensor:
+    """IAD-I as the authors' code has it at temperature 1."""
+    trust = logits_of("ta")["ta"].softmax(1)[torch.arange(7), LABEL] ** 0.1
+    return (kl(logits_of("t")["t"], at["adv"]) + begun * (1 - trust) * kl(at["clean"], at["adv"])).sum() / 7
+
+
+def second(at: Mapping[str, Tensor], begun: float) -> Tensor:
+    """IAD-II likewise."""
+    given = logits_of("ta", "ca")
+    trust = given["ta"].softmax(1)[torch.arange(7), LABEL] ** 0.1 if begun else torch.ones(7)
+    guided = trust * kl(given["ta"], at["adv"]) + (1 - trust) * kl(at["clean"], at["adv"])
+    hard = F.cross_entropy(at["adv"], LABEL, reduction="none")
+    return (0.25 * hard + 0.5 * guided + 0.25 * kl(given["ca"], at["adv"])).sum() / 7
+
+
+@pytest.mark.parametrize("begun", [0.0, 1.0])
+@pytest.mark.parametrize(("method", "formula"), [(Iad, first), (Iad2, second)])
+def test_losses_and_gradients_are_the_formulas(method: type[Iad], formula, begun: float) -> None:
+    ours, theirs = logits_of("adv", "clean"), logits_of("adv", "clean")
+    loss, expected = method(dataset="digits", student="tiny_resnet").loss(ours, targets(begun)), formula(theirs, begun)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    loss.backward()
+    expected.backward()
+    for name, value in theirs.items():
+        grad = torch.zeros_like(value) if value.grad is None else value.grad
+        torch.testing.assert_close(ours[name].grad, grad, rtol=1e-10, atol=1e-14)
+    clean = ours["clean"].grad
+    assert clean is not None and bool(clean.any()) == bool(begun)  # the student's own answer is not detached
+
+
+@pytest.mark.parametrize(("method", "begin"), [(Iad, 60), (Iad2, 40)])
+def test_the_teacher_is_trusted_in_full_until_the_authors_epoch(method: type[Iad], begin: int) -> None:
+    recipe = method(dataset="digits", student="tiny_resnet")
+    state = recipe.class_state(5)
+    assert state["begun"].tolist() == [0]
+    for epoch in range(1, begin + 2):
+        state = recipe.next_class_state(state, Seen(), epoch)
+        assert state["begun"].tolist() == [epoch >= begin]  # it holds for the epoch after
+    short = replace(recipe, epochs=10)
+    assert [short.begun_after(epoch) for epoch in (begin // 20 - 1, begin // 20)] == [0, 1]
+    assert replace(recipe, begin=0.0).class_state(5)["begun"].tolist() == [1]
+    with pytest.raises(ValueError, match="share"):
+        replace(recipe, begin=60.0)
+
+
+def test_variants_differ_in_the_schedule_alone() -> None:
+    paper, released = SETTINGS["cifar10_resnet18"].recipe, SETTINGS["cifar10_resnet18"].recipe.as_variant("released")
+    assert [round(r.lr_at(200), 9) for r in (paper, released)] == [0.001, 0.01]
+    losses = [recipe.loss(logits_of("adv", "clean"), targets(1)) for recipe in (paper, released)]
+    assert torch.equal(*losses)
+
+
+def test_the_full_settings_are_the_authors() -> None:
+    for name in ("cifar10_resnet18", "cifar10_resnet18_ii"):
+        recipe = SETTINGS[name].recipe
+        assert isinstance(recipe, Iad)
+        assert (recipe.epochs, recipe.lr_drops, recipe.batch_size, recipe.weight_decay) == (200, (100, 150), 128, 2e-4)
+        assert (recipe.attack_bn, recipe.attack_start, recipe.nesterov) == ("train", "uniform", False)
+        assert (recipe.temperature, recipe.kl_scale, recipe.trust_power) == (1, 1, 0.1)
+    assert SETTINGS["cifar10_resnet18"].recipe.clean_teacher_model is None
+    assert SETTINGS["cifar10_resnet18_ii"].recipe.clean_teacher_model == "resnet56"

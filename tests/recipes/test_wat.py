@@ -1,0 +1,67 @@
+"""WAT: the weights against the known ones, the loss in float64, and what held-out losses do to the state."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from retemper.engine import HeldOut, Seen, Targets
+from retemper.recipes.wat import SETTINGS, Wat, class_weight
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden/recipes.json").read_text())["wat_weight"]
+
+
+def test_weights_are_the_known_ones() -> None:
+    for case in GOLDEN:
+        history = torch.tensor(case["loss"], dtype=torch.float64)
+        for rows in (history, history.sum(0, keepdim=True)):
+            weight = class_weight(rows, case["eta"])
+            torch.testing.assert_close(weight.tolist(), case["weight"], rtol=1e-12, atol=0)
+        assert len(case["weight"]) == history.shape[1] and abs(sum(case["weight"]) - history.shape[1] + 1) < 1e-9
+
+
+def test_loss_is_the_formula() -> None:
+    gen = torch.Generator().manual_seed(0)
+    logits = {name: torch.randn(7, 3, generator=gen, dtype=torch.float64) for name in ("clean", "adv")}
+    label = torch.arange(7) % 3
+    p, q = (logits[name].softmax(1) for name in ("clean", "adv"))
+    each = -p[torch.arange(7), label].log() + 6 * (p * (p / q).log()).sum(1)
+    recipe = Wat(dataset="digits", student="tiny_resnet")
+    state = recipe.class_state(3)
+
+    def loss() -> torch.Tensor:
+        return recipe.loss(logits, Targets(label_B=label, state=state, ones_K=torch.ones(3))).double()
+
+    torch.testing.assert_close(loss(), 2 * each.mean(), rtol=1e-6, atol=0)  # of the first epoch: twice TRADES
+    state = {"class_weight": torch.tensor([0.5, 1.5, 0.25]), "mean_weight": torch.tensor([0.75])}
+    expected = (state["class_weight"].double()[label] * each).sum() / 7 + 0.75 * each.mean()
+    torch.testing.assert_close(loss(), expected, rtol=1e-6, atol=0)
+
+
+def test_costs_add_up_from_the_first_epoch_on() -> None:
+    recipe = Wat(dataset="digits", student="tiny_resnet")
+    state = recipe.class_state(3)
+    history = []
+    for epoch in range(3):
+        clean, boundary = torch.rand(3), torch.rand(3)
+        held = HeldOut(clean_accuracy_K=clean, robust_accuracy_K=clean, clean_loss_K=clean, boundary_loss_K=boundary)
+        before = state
+        state = recipe.next_class_state(state, Seen(held=held), epoch)
+        if epoch == 0:
+            assert state == before
+            continue
+        cost = clean + 6 * boundary
+        history.append(torch.cat([cost, cost.mean()[None]]))
+        factor = (0.1 * torch.stack(history).sum(0)).exp()
+        expected = 3 * factor / factor.sum()
+        torch.testing.assert_close(torch.cat([state["class_weight"], state["mean_weight"]]), expected)
+    assert {name: value.shape for name, value in state.items()} == {
+        name: value.shape for name, value in recipe.class_state(3).items()
+    }
+
+
+def test_the_full_setting_is_the_authors() -> None:
+    recipe = SETTINGS["cifar10_resnet18"].recipe
+    assert (recipe.eps, recipe.attack_step, recipe.attack_steps, recipe.weight_decay) == (0.031, 0.007, 10, 2e-4)
+    assert (recipe.epochs, recipe.lr_drops, recipe.holdout_per_class) == (100, (74, 89, 99), 300)
+    assert (recipe.validates, recipe.validates_by) == (True, "training attack")
