@@ -45,10 +45,7 @@ def class_weight(mean_probability_KK: Tensor, scale: float = 1.0) -> Tensor:
 class Dafa(Recipe):
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")
     # the released script inverts its flag: its SGD is Nesterov's
-    variant_fields: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper": dict(nesterov=False),
-        "released": dict(nesterov=True),
-    }
+    variant_fields: ClassVar[Mapping[str, Mapping[str, Any]]] = {"released": dict(nesterov=True)}
     forwards: ClassVar[tuple[str, ...]] = ("adv", "clean")  # the authors' order
     needs_own_prediction: ClassVar[bool] = True
     beta: float = 6.0
