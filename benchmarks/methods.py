@@ -3,8 +3,8 @@
     python benchmarks/methods.py --data digits --seeds 3 --json benchmarks/results/methods_digits.json
 
 All students are the same small ResNet; the distillation methods share one robust teacher (and one clean one), the
-fine-tuning ones begin with one SAT student. What is finished under --out is not repeated. Prints a table: means over the
-seeds, and the range for the worst class.
+fine-tuning ones begin with one SAT student. What is finished under --out is not repeated. Prints a table: means over
+the seeds, and the range for the worst class.
 """
 
 import argparse

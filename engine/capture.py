@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retemper.loaders.errors import UsageError
+
 Step = Callable[..., Tensor]
 WARM_UP = 3  # eager steps of a shape before it is recorded: optimizer state and workspaces are made in them
 
@@ -28,20 +30,23 @@ class Captured:
     def __init__(self, step: Step, record: Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]) -> None:
         self.step, self.record = step, record
         self.calls: Counter[Any] = Counter()
-        self.recorded: dict[Any, tuple[tuple[Tensor | None, ...], Callable[[], None], Tensor]] = {}
+        self.own: dict[Any, tuple[Tensor | None, ...]] = {}
+        self.recorded: dict[Any, tuple[Callable[[], None], Tensor]] = {}
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
         shape = tuple(None if given is None else (given.shape, given.stride(), given.dtype) for given in inputs)
-        self.calls[shape] += 1
-        if self.calls[shape] <= WARM_UP:
-            return self.step(*inputs)
-        if shape not in self.recorded:
-            own = tuple(None if given is None else given.clone() for given in inputs)
-            self.recorded[shape] = (own, *self.record(lambda: self.step(*own)))
-        own, replay, result = self.recorded[shape]
+        if shape not in self.own:
+            self.own[shape] = tuple(None if given is None else given.clone() for given in inputs)
+        own = self.own[shape]  # in the warm-up too: what is compiled for them then is what is recorded
         for to, given in zip(own, inputs, strict=True):
             if to is not None and given is not None:
                 to.copy_(given)
+        self.calls[shape] += 1
+        if self.calls[shape] <= WARM_UP:
+            return self.step(*own)
+        if shape not in self.recorded:
+            self.recorded[shape] = self.record(lambda: self.step(*own))
+        replay, result = self.recorded[shape]
         replay()
         return result.clone()
 
@@ -55,8 +60,12 @@ class CudaGraphs:
     def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # loaders have threads
-            result = work()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # loaders have threads
+                result = work()
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UsageError(f"the step cannot be recorded in a CUDA graph ({reason}): use --capture off") from error
         return graph.replay, result
 
 

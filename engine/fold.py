@@ -72,7 +72,8 @@ class Folded(nn.Module):
     """The twin of `model`. `refresh()` takes over the weights and statistics that `model` holds now.
 
     Args:
-        model: traceable by torch.fx; the twin is on its device and in its memory format.
+        model: traceable by torch.fx; what it adds to a folded convolution's output has the same shape. The twin is on
+            its device and in its memory format.
         dtype: what the twin computes in; images are cast to it, logits come back in it.
         epilogue: "plain", "fused" or "compiled".
         pad_stem: see `Moves`.
@@ -195,7 +196,7 @@ def _take_in_shortcuts_and_relus(net: fx.GraphModule) -> tuple[tuple[FoldedConv,
     """
     handed_over = []
     for node in list(net.graph.nodes):
-        if _is_add(node):
+        if _is_add(node) and node.args[0] is not node.args[1]:
             first, second = node.args
             for main, other in ((first, second), (second, first)):
                 conv, shortcut = _waiting_conv(main, net), _waiting_conv(other, net)

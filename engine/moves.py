@@ -26,12 +26,13 @@ EXACTNESS = {
 class Moves:
     """Attributes:
     precision: "auto" is bf16 on a GPU that has it, fp32 on a CPU, where that is faster; "fp32" switches TF32 off.
-    channels_last: networks and images in NHWC.
+    channels_last: networks and images in NHWC. Random starts are drawn in the order of memory, so that of images with
+        more than one channel is another draw.
     fold: the attack and the teacher see batch norm folded into the convolutions, where the attack runs in eval mode.
     epilogue: of the folded convolutions, bias + shortcut + ReLU: "plain" PyTorch, one "fused" kernel, or the network
         "compiled"; "auto" is fused on a GPU and plain on a CPU.
     pad_stem: the folded stem sees 4 channels, the added ones zero. Not measured yet, so not the default.
-    capture: the step is recorded in a CUDA graph; "auto" is on where there is a GPU.
+    capture: the step is recorded in a CUDA graph; "auto" is on where there is a GPU, with the fused optimizer.
     teacher_ahead: the teacher answers so many batches at once, between steps; 0 asks it within each step.
     teacher_table: its answers to every view are kept on disk and asked for once; "auto" is on up to 4 GiB.
     fused_sgd: the optimizer's step is one kernel.
@@ -63,8 +64,9 @@ class Moves:
         """Whether steps are recorded and replayed.
 
         Raises:
-            ValueError: capture is asked for where there is no CUDA graph.
+            ValueError: capture is asked for where it is not possible.
         """
-        if self.capture == "on" and device.type != "cuda":
-            raise ValueError("capture = 'on': CUDA graphs need a GPU; leave it at 'auto'")
-        return self.capture != "off" and device.type == "cuda"
+        possible = device.type == "cuda" and self.fused_sgd  # of the optimizers, the fused one reads its rate there
+        if self.capture == "on" and not possible:
+            raise ValueError("capture = 'on': CUDA graphs need a GPU, and fused_sgd; leave it at 'auto'")
+        return self.capture != "off" and possible

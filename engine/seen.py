@@ -62,8 +62,9 @@ class ClassMeans:
     def add(self, value_BD: Tensor, label_B: Tensor) -> None:
         """Count one more batch; (B,) is D = 1."""
         value_BD = value_BD.detach().float().view(len(label_B), -1)
-        self.total_KD.index_add_(0, label_B, value_BD)
-        self.count_K.index_add_(0, label_B, torch.ones_like(label_B, dtype=torch.float32))
+        own_KB = (torch.arange(len(self.count_K), device=label_B.device)[:, None] == label_B).float()
+        self.total_KD.add_(own_KB @ value_BD)  # not index_add_: on a GPU that adds in no fixed order
+        self.count_K.add_(own_KB.sum(1))
 
     def clear(self) -> None:
         """Start anew."""

@@ -17,7 +17,7 @@ from retemper.engine.models import channels_last
 from retemper.engine.recipe import Recipe, Targets
 from retemper.engine.seen import ClassMeans, ClassSums, HeldOut, Seen
 from retemper.engine.weight_space import Average, perturb_weights
-from retemper.kernels import class_sums
+from retemper.kernels import augment, class_sums
 
 
 @dataclass
@@ -161,6 +161,12 @@ class State:
         return Seen(forwards=self.sums, measured=self.measured, held=held)
 
 
+def clean_images(recipe: Recipe, image: Tensor, view: Tensor, index: Tensor | None = None) -> Tensor:
+    """What networks are shown of a loader's images: see `augment`; in the recipe's memory format."""
+    clean = augment(image, view, index=index, padding=recipe.padding)
+    return clean if recipe.channels_last else clean.contiguous()
+
+
 def sgd(recipe: Recipe, student: nn.Module, device: torch.device) -> torch.optim.SGD:
     """The optimizer; on a GPU its rate is a tensor there, so that a captured step follows the schedule."""
     return torch.optim.SGD(
@@ -169,7 +175,7 @@ def sgd(recipe: Recipe, student: nn.Module, device: torch.device) -> torch.optim
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
         nesterov=recipe.nesterov,
-        fused=recipe.fused_sgd,  # with a scaler the fused step alone does not wait for the device
+        fused=recipe.fused_sgd or None,  # with a scaler the fused step alone does not wait for the device
     )
 
 

@@ -7,8 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retemper.engine.teacher_table import Ask, TeacherTable
-from retemper.loaders import Batch
+from retemper.engine.job import Job
+from retemper.engine.networks import Source
+from retemper.engine.step import State, clean_images
+from retemper.engine.teacher_table import AUTO_LIMIT, Ask, TeacherTable, table_bytes
+from retemper.loaders import Batch, Loader, Split
+from retemper.loaders.errors import UsageError
+from retemper.loaders.progress import say
 
 
 class TeacherLogits:
@@ -72,3 +77,63 @@ class TeacherLogits:
             padded = torch.cat([at, at[-1:].expand(-len(at) % self.rows)])
             logits_BK = self.ask(image, view.index_select(0, padded), padded)
             logits_MK.index_copy_(0, part, logits_BK[: len(at)].float())
+
+
+def teacher_logits(job: Job, state: State, loader: Loader, split: Split, source: Source | None) -> TeacherLogits | None:
+    """Where the steps of a run get the teacher's logits; None where they ask it themselves, or it has none.
+
+    Args:
+        source: how the config names the teacher.
+    Raises:
+        UsageError: a table is asked for, and cannot be made.
+        DataError: the table there is damaged.
+    """
+    recipe, rows = job.recipe, loader.plan.local_size
+    teacher = state.teacher
+    if teacher is None or source is None or not recipe.teacher_ahead or "clean" not in recipe.teacher_sees:
+        return None
+
+    def ask(image: Tensor, view: Tensor, index: Tensor) -> Tensor:
+        with torch.no_grad(), state.autocast():
+            return teacher(clean_images(recipe, image, view, index))
+
+    return TeacherLogits(
+        ask,
+        len(split.classes),
+        job.device,
+        ahead=recipe.teacher_ahead,
+        rows=rows,
+        # a GPU wants much at once; on a CPU one size makes a row's bits the same whatever else is asked with it
+        at_once=rows * (recipe.teacher_ahead if job.device.type == "cuda" else 1),
+        table=_table(job, state, loader, split, source, ask),
+    )
+
+
+def _table(job: Job, state: State, loader: Loader, split: Split, source: Source, ask: Ask) -> TeacherTable | None:
+    """The table of this teacher's answers, checked; None where none is wanted or the disk has no room."""
+    recipe, device = job.recipe, job.device
+    size = len(split), loader.plan.views.count, len(split.classes)
+    needed = table_bytes(*size)
+    if recipe.teacher_table == "off" or (recipe.teacher_table == "auto" and needed > AUTO_LIMIT):
+        return None
+    facts = {
+        "teacher": source["sha256"],
+        "model": source["model"],
+        "data": [recipe.dataset, split.fingerprint, recipe.image_size],
+        "padding": recipe.padding,
+        "computed": [str(state.precision), recipe.fold, recipe.epilogue_on(device), recipe.channels_last],
+        "pad_stem": recipe.pad_stem,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+    }
+    try:
+        table = TeacherTable(job.cache, *size, facts)
+    except OSError as error:
+        if recipe.teacher_table == "on":
+            raise UsageError(f"no table of the teacher's answers in {job.cache}: {error}") from None
+        say(f"{job.name}: no table of the teacher's answers in {job.cache} ({error})")
+        return None
+    exact = 2**-17 if device.type == "cpu" else 2**-12  # another batch size, another convolution
+    table.check(loader, ask, exact if state.precision is torch.float32 else 2**-5)
+    say(f"{job.name}: the teacher's answers are kept in {table.folder}, {table.known.mean():.1%} known so far")
+    return table

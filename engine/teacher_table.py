@@ -5,6 +5,7 @@ A teacher that looks at clean images alone sees few things: a crop after padding
 drawn, and the next run with the same teacher finds it.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from retemper.loaders import Loader
 from retemper.loaders.errors import DataError
 
 Ask = Callable[[Tensor, Tensor, Tensor], Tensor]  # image (N, H, W, C) uint8, view (B,), index (B,) to (B, K) logits
-CHECKED = 64  # entries, before a run trusts a table
+CHECKED = 256  # entries, before a run trusts a table
 FORMAT = 1  # of the files, and of what a view's id means
 AUTO_LIMIT = 4 * 2**30  # bytes: CIFAR-10 takes 0.3 GB, CIFAR-100 3.2, Tiny-ImageNet 13
 
@@ -44,9 +45,14 @@ class TeacherTable:
         text = json.dumps(facts, indent=1, sort_keys=True)
         self.folder = cache / "teacher_logits" / sha256(text.encode()).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "facts.json").write_text(text + "\n")
-        self.logits = _allocated(self.folder / "logits.f32", np.dtype(np.float32), (images, views, classes))
-        self.known = _allocated(self.folder / "known.u8", np.dtype(np.uint8), (images, views))
+        with open(self.folder / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two runs may begin at once
+            files = [self.folder / name for name in ("logits.f32", "known.u8")]
+            taken = sum(512 * file.stat().st_blocks for file in files if file.exists())
+            require_room(self.folder, table_bytes(images, views, classes) - taken)
+            (self.folder / "facts.json").write_text(text + "\n")
+            self.logits = _allocated(files[0], np.dtype(np.float32), (images, views, classes))
+            self.known = _allocated(files[1], np.dtype(np.uint8), (images, views))
 
     def look_up(self, index: np.ndarray, view: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(M,) bool, which of these views are known, and (M, K) their logits; the others' are zero."""
@@ -59,11 +65,11 @@ class TeacherTable:
         self.known[index, view] = 1
         self.known.flush()
 
-    def check(self, loader: Loader, ask: Ask, exact: bool) -> None:
+    def check(self, loader: Loader, ask: Ask, tolerance: float) -> None:
         """Ask the teacher again for some of the answers.
 
         Args:
-            exact: it computes in float32.
+            tolerance: how far they may be off, in units of the largest logit.
         Raises:
             DataError: it says something else.
         """
@@ -74,14 +80,15 @@ class TeacherTable:
         position = torch.arange(len(index), device=image.device)
         asked = ask(image, torch.from_numpy(view).to(image.device), position).float().cpu()
         kept = torch.from_numpy(self.look_up(index, view)[1])
-        if not torch.allclose(asked, kept, rtol=0, atol=(2**-17 if exact else 2**-5) * float(asked.abs().max())):
+        if not torch.allclose(asked, kept, rtol=0, atol=tolerance * float(asked.abs().max())):
             raise DataError(f"{self.folder} does not hold this teacher's answers: delete the folder")
 
     def sample(self, images: int) -> tuple[np.ndarray, np.ndarray]:
-        """The index and the view of one known entry for each of up to so many images, spread over the table."""
+        """The index and the view of one known entry for each of up to so many images, drawn anew each time."""
+        rng = np.random.default_rng()
         (index,) = np.nonzero(self.known.any(1))
-        index = index[:: max(1, len(index) // images)][:images].copy()
-        return index, self.known[index].argmax(1)
+        index = np.sort(rng.permutation(index)[:images])
+        return index, (self.known[index] * rng.random(self.known[index].shape)).argmax(1)
 
 
 def table_bytes(images: int, views: int, classes: int) -> int:
@@ -101,7 +108,7 @@ def _allocated(path: Path, kind: np.dtype, shape: tuple[int, ...]) -> np.memmap:
     """The file as an array, made of zeros if need be; all its blocks are taken now, or a full disk would kill later."""
     size = kind.itemsize * int(np.prod(shape))
     with open(path, "ab") as file:
-        if file.tell() not in (0, size):
+        if file.tell() > size:
             raise DataError(f"{path} has {file.tell():,} bytes, not {size:,}: delete {path.parent}")
-        os.posix_fallocate(file.fileno(), 0, size)
+        os.posix_fallocate(file.fileno(), 0, size)  # also what an earlier process did not get to the end of
     return np.memmap(path, kind, "r+", shape=shape)

@@ -8,30 +8,29 @@ as far as its convolutions repeat themselves.
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from retemper.engine.capture import captured
 from retemper.engine.errors import Diverged
 from retemper.engine.evaluate import ATTACKS, Attack, balanced_order, by_class, exact_fp32, finite, survivors
-from retemper.engine.job import Job, cpu_threads
+from retemper.engine.job import Job, cpu_threads, tuned_convolutions
 from retemper.engine.models import create_model
+from retemper.engine.networks import Networks
 from retemper.engine.recipe import describe
 from retemper.engine.run_folder import RunFolder, commit, device_name, versions
 from retemper.engine.seen import Seen
-from retemper.engine.step import State, train_step
-from retemper.engine.teacher_logits import TeacherLogits
-from retemper.engine.teacher_table import AUTO_LIMIT, TeacherTable, require_room, table_bytes
-from retemper.engine.trained import Facts, header_of, load_trained, require_same_images, teacher_facts
+from retemper.engine.step import State, clean_images, train_step
+from retemper.engine.teacher_logits import teacher_logits
+from retemper.engine.trained import Facts, header_of
 from retemper.engine.validate import validate
-from retemper.engine.weights import load_checkpoint, save_weights
-from retemper.kernels import augment
+from retemper.engine.weights import save_weights
 from retemper.loaders import Batch, Loader, Split, ViewSpace, holdout_split, load_split, make_loader, split_of_arrays
 from retemper.loaders.errors import DataError, UsageError
 from retemper.loaders.progress import Progress, say
@@ -67,17 +66,6 @@ def train(job: Job) -> Path:
     return job.out
 
 
-@contextmanager
-def tuned_convolutions() -> Iterator[None]:
-    """Let cuDNN try its convolutions on the shapes it meets and keep the fastest."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
-
-
 class Run:
     """A job with its data, networks and state in memory."""
 
@@ -102,9 +90,10 @@ class Run:
             dataset=recipe.dataset,
             eps=recipe.eps,
         )
-        self.teacher, self.teacher_source = self._teacher(recipe.teacher_model, job.teacher)
-        clean_teacher, self.clean_teacher_source = self._teacher(recipe.clean_teacher_model, job.clean_teacher)
-        self.start_source = self._start_from(student)
+        networks = Networks(job, self.split)
+        self.teacher, self.teacher_source = networks.teacher(recipe.teacher_model, job.teacher)
+        clean_teacher, self.clean_teacher_source = networks.teacher(recipe.clean_teacher_model, job.clean_teacher)
+        self.start_source = networks.start(student)
         try:
             self.state = State.begin(recipe, student, self.teacher, self.num_classes, device, clean_teacher)
             self.step = captured(self._step) if recipe.captures_on(device) else self._step
@@ -123,7 +112,7 @@ class Run:
             beton=job.beton,
         )
         self.held = self._held(held_indices)
-        self.teacher_logits = self._teacher_logits()
+        self.teacher_logits = teacher_logits(job, self.state, self.loader, self.split, self.teacher_source)
 
     def _held(self, indices: np.ndarray) -> Split | None:
         """The images that choose the best epoch: the held-out ones, in memory, or the test images where asked for."""
@@ -134,86 +123,6 @@ class Run:
         images = np.concatenate([batch.image.cpu().numpy() for batch in self.loader.walk(indices)])
         labels = self.split.labels[indices]
         return split_of_arrays(self.split.name, "train", images, labels, self.split.classes, self.split.fingerprint)
-
-    def _teacher(self, model: str | None, path: Path | None) -> tuple[nn.Module | None, dict[str, str] | None]:
-        """A frozen teacher, and how the config names it."""
-        if model is None:
-            return None, None
-        assert path is not None
-        weights, facts, source = self._found(path, model, "the teacher")
-        return load_trained(weights, facts, self.job.device), source
-
-    def _start_from(self, student: nn.Module) -> dict[str, str] | None:
-        """Give the student the weights that it is to begin with, if any; how the config names them."""
-        if self.job.start is None:
-            return None
-        weights, facts, source = self._found(self.job.start, self.recipe.student, "the start")
-        if facts.model != self.recipe.student:
-            raise UsageError(f"--start {self.job.start}: it is a {facts.model}, the student is a {self.recipe.student}")
-        load_checkpoint(weights, student)
-        return source
-
-    def _found(self, path: Path, model: str, whose: str) -> tuple[Path, Facts, dict[str, str]]:
-        """A checkpoint for the same images."""
-        fallback = Facts(model=model, num_classes=self.num_classes, channels=self.channels)
-        weights, facts, source = teacher_facts(path, fallback)
-        require_same_images(f"{whose} {path}", facts, self.num_classes, self.channels)
-        if facts.image_size not in (None, self.split.shape[0]):
-            say(f"note: {whose} saw images of {facts.image_size} px, the student's have {self.split.shape[0]}")
-        if facts.dataset not in (None, self.recipe.dataset):
-            say(f"note: {whose} was trained on {facts.dataset}, the student is to learn {self.recipe.dataset}")
-        return weights, facts, source
-
-    def _teacher_logits(self) -> TeacherLogits | None:
-        """Where the steps get the teacher's logits; None where they ask it themselves, or there is none."""
-        recipe, device = self.recipe, self.job.device
-        if self.state.teacher is None or not recipe.teacher_ahead or "clean" not in recipe.teacher_sees:
-            return None
-        gpu = device.type == "cuda"
-        return TeacherLogits(
-            self._ask_teacher,
-            self.num_classes,
-            device,
-            ahead=recipe.teacher_ahead,
-            rows=self.loader.plan.local_size,
-            # a GPU wants much at once; on a CPU one size makes a row's bits the same whatever else is asked with it
-            at_once=self.loader.plan.local_size * (recipe.teacher_ahead if gpu else 1),
-            table=self._teacher_table(),
-        )
-
-    def _ask_teacher(self, image: Tensor, view: Tensor, index: Tensor) -> Tensor:
-        assert self.state.teacher is not None
-        with torch.no_grad(), self.state.autocast():
-            return self.state.teacher(self._images(image, view, index))
-
-    def _teacher_table(self) -> TeacherTable | None:
-        """The table of this teacher's answers, checked; None where none is wanted or the disk has no room."""
-        recipe, device, loader = self.recipe, self.job.device, self.loader
-        needed = table_bytes(len(self.split), loader.plan.views.count, self.num_classes)
-        if recipe.teacher_table == "off" or (recipe.teacher_table == "auto" and needed > AUTO_LIMIT):
-            return None
-        assert self.teacher_source is not None
-        facts = {
-            "teacher": self.teacher_source["sha256"],
-            "model": self.teacher_source["model"],
-            "data": [recipe.dataset, self.split.fingerprint, recipe.image_size],
-            "padding": recipe.padding,
-            "computed": [str(self.state.precision), recipe.fold, recipe.epilogue_on(device), recipe.channels_last],
-            "pad_stem": recipe.pad_stem,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "torch": torch.__version__,
-        }
-        try:
-            require_room(self.job.cache, needed)
-            table = TeacherTable(self.job.cache, len(self.split), loader.plan.views.count, self.num_classes, facts)
-        except OSError as error:
-            if recipe.teacher_table == "on":
-                raise UsageError(f"no table of the teacher's answers in {self.job.cache}: {error}") from None
-            say(f"{self.job.name}: no table of the teacher's answers in {self.job.cache} ({error})")
-            return None
-        table.check(loader, self._ask_teacher, exact=self.state.precision is torch.float32)
-        say(f"{self.job.name}: the teacher's answers are kept in {table.folder}, {table.known.mean():.1%} known so far")
-        return table
 
     def resume(self) -> int:
         """Begin the folder or take up the state in it; the epoch to run next."""
@@ -325,11 +234,7 @@ class Run:
 
     def _step(self, image: Tensor, view: Tensor, label: Tensor, teacher_BK: Tensor | None) -> Tensor:
         """One training step from what a loader gives."""
-        return train_step(self.state, self.recipe, self._images(image, view), label, teacher_BK)
-
-    def _images(self, image: Tensor, view: Tensor, index: Tensor | None = None) -> Tensor:
-        clean = augment(image, view, index=index, padding=self.recipe.padding)
-        return clean if self.recipe.channels_last else clean.contiguous()
+        return train_step(self.state, self.recipe, clean_images(self.recipe, image, view), label, teacher_BK)
 
     def _finite(self, loss: Tensor, epoch: int, step: int) -> float:
         """The loss on the host.

@@ -77,5 +77,6 @@ def perturb_weights(student: nn.Module, gamma: Tensor, loss: Callable[[], Tensor
             buffer.copy_(value)
         for weight, gradient in zip(weights, gradients, strict=True):
             before[weight] = weight.clone()
-            weight += gamma * weight.norm() / (gradient.norm() + 1e-12) * gradient
+            move = gamma * weight.norm() / (gradient.norm() + 1e-12) * gradient
+            weight += torch.where(gradient.isfinite().all(), move, 0)  # one that overflows is not followed
     return before

@@ -2,9 +2,10 @@
 
 One ABSLD step (variant `released`, which is what the script computes): the teacher on the clean images, PGD-10 on the
 student in eval mode, two forwards in train mode, one backward, SGD. Every row starts from the same weights, images and
-noise, and is timed only if the KL divergence that its attack reaches, measured in float64 by one network, is the
-script's within 0.1 %, and its images lie in the ball. The networks are random, their sizes real: no time depends on
-what they have learnt.
+noise (the script from that of the row's memory format), and is timed only if its attack stays in the ball, reaches the
+script's KL divergence within 0.1 %, measured in float64 by one network, and adds what the script's adds within 1 %; a
+step in a CUDA graph must also have the eager step's losses. The networks are random, their sizes real: no time depends
+on what they have learnt.
 
 FLOP are counted by torch on the two networks: forward of the teacher, 20 of the student for the attack (an input
 gradient costs a forward), 6 for the training. Rows that do not ask the teacher in each step have less to do than the
@@ -23,11 +24,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from retemper.engine.bench.machine import in_precision
 from retemper.engine.bench.plan import Plan, Request
 from retemper.engine.bench.released import EPS, CarefulStep, ReleasedStep
 from retemper.engine.bench.timing import Contestant, Race, Work
 from retemper.engine.capture import captured
 from retemper.engine.catalogue import find_setting
+from retemper.engine.job import tuned_convolutions
 from retemper.engine.models import channels_last, create_model
 from retemper.engine.recipe import Recipe
 from retemper.engine.step import State, attack, descend, observe, train_step
@@ -37,7 +40,8 @@ STUDENTS = {"tiny_resnet": "tiny_resnet_wide", "mobilenet_v2": "wrn34_10", "resn
 CPU_BATCH = {"tiny_resnet": 128, "mobilenet_v2": 8, "resnet18": 4}
 INPUTS = 8  # batches that take turns
 AHEAD = 8  # batches that the teacher is asked about at once
-AGREEMENT = 1e-3  # of the KL reached
+REACTION = 50  # times the student's last layer, since an untrained network hardly reacts to its input
+AGREEMENT = 1e-3  # of the KL reached, and ten times as much of what the attack added to it
 LOSS_AGREEMENT = {"fp32": 1e-2, "bf16": 5e-2}  # of the first loss: batch statistics of few images enlarge rounding
 
 BARE: dict[str, Any] = dict(
@@ -118,13 +122,16 @@ class Scene:
         self.device, size, channels = request.device, *((8, 1) if student == "tiny_resnet" else (32, 3))
         self.student = create_model(student, 10).to(self.device)
         self.teacher = create_model(STUDENTS[student], 10).to(self.device).eval().requires_grad_(False)
-        last = [module for module in self.teacher.modules() if isinstance(module, nn.Linear)][-1]
-        last.weight *= 10  # soft labels that differ from class to class
+        with torch.no_grad():
+            for network, times in ((self.student, REACTION), (self.teacher, 10)):
+                last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
+                last.weight *= times  # and soft labels that differ from class to class
         shape = (batch, channels, size, size)
         self.batches = [
             (torch.rand(shape, device=self.device), torch.randint(10, (batch,), device=self.device))
             for _ in range(INPUTS)
         ]
+        self.references: dict[bool, tuple[float, float]] = {}
         self.temperatures = [0.5 + 0.15 * k for k in range(10)]
         self.recipe: Recipe = replace(
             find_setting("absld:cifar10_resnet18")[2].recipe, student=student, variant="released", **BARE
@@ -134,12 +141,11 @@ class Scene:
     def first(self) -> tuple[Tensor, Tensor]:
         return self.batches[0]
 
-    @cached_property
-    def noise(self) -> Tensor:
-        """The random start of the first batch, as our seed 0 draws it."""
-        zeros = torch.zeros_like(self.first[0])
+    def noise(self, recipe: Recipe) -> Tensor:
+        """The random start of the first batch, as our seed 0 draws it in the recipe's memory format."""
+        zeros = torch.zeros_like(self.layout(self.first[0], recipe))
         seed = torch.zeros(1, dtype=torch.int64, device=self.device)
-        return random_start_(zeros.clone(), zeros, EPS, noise="normal", seed=seed, clip=False)
+        return random_start_(zeros.clone(), zeros, EPS, noise="normal", seed=seed, clip=False).contiguous()
 
     def released(self, deterministic: bool = True) -> ReleasedStep:
         student, t = copy.deepcopy(self.student), self.temperatures
@@ -163,31 +169,39 @@ class Scene:
         parts = zip(adv.double().split(64), self.target.split(64), strict=True)
         return sum(float(F.kl_div(self.judge(x).log_softmax(1), y, reduction="sum")) for x, y in parts)
 
-    @cached_property
-    def reference(self) -> tuple[float, float]:
-        """The KL that the script's attack reaches on the first batch, and the loss it then has."""
+    def reference(self, recipe: Recipe) -> tuple[float, float]:
+        """The KL that the script's attack reaches on the first batch from the recipe's start, and its loss then."""
+        if recipe.channels_last not in self.references:
+            self.references[recipe.channels_last] = self._reference(self.noise(recipe))
+        return self.references[recipe.channels_last]
+
+    def _reference(self, noise: Tensor) -> tuple[float, float]:
         clean, label = self.first
         released = self.released()
         target, _ = released.targets(clean, label)
-        adv = released.attack(clean, target, self.noise)
+        adv = released.attack(clean, target, noise)
         released.student.train()
         target = self.target.float()
         with torch.no_grad():
             kl = [F.kl_div(released.student(x).log_softmax(1), target, reduction="batchmean") for x in (adv, clean)]
         return self.reached(adv), float(5 / 6 * kl[0] + 1 / 6 * kl[1]) / target.shape[1]
 
-    def misses(self, adv: Tensor) -> str | None:
+    def misses(self, adv: Tensor, recipe: Recipe) -> str | None:
         """What is wrong with the images that an attack made of the first batch, if anything."""
-        clean, kl, expected = self.first[0], self.reached(adv), self.reference[0]
+        clean, kl, expected = self.first[0], self.reached(adv), self.reference(recipe)[0]
         if float((adv - clean).abs().max()) > EPS + 1e-6 or float(adv.min()) < 0 or float(adv.max()) > 1:
             return "its images leave the ball or the range of pixels"
+        start = self.reached(clean)
+        if abs((kl - start) / (expected - start) - 1) > 10 * AGREEMENT:
+            return f"its attack adds {kl - start:.6g} to the KL, the script's {expected - start:.6g}"
         return (
             None if abs(kl / expected - 1) <= AGREEMENT else f"its attack reaches {kl:.6g}, the script's {expected:.6g}"
         )
 
-    def misses_loss(self, loss: Any, precision: str) -> str | None:
+    def misses_loss(self, loss: Any, recipe: Recipe) -> str | None:
         """What is wrong with the first loss."""
-        expected = self.reference[1]
+        expected = self.reference(recipe)[1]
+        precision = "bf16" if recipe.precision == "bf16" else "fp32"
         close = abs(float(loss) / expected - 1) <= LOSS_AGREEMENT[precision]
         return None if close else f"its first loss is {float(loss):.6g}, the script's {expected:.6g}"
 
@@ -218,7 +232,12 @@ def flop(model: nn.Module, images: Tensor) -> float:
 
 def ladder(title: str, request: Request, student: str, batch: int, strict: bool = False) -> Race:
     """The script, what a careful user writes, and ours, each row with one thing more."""
-    scene = Scene(request, student, batch)
+    with in_precision("fp32" if strict else "tf32"):
+        return _ladder(title, Scene(request, student, batch), strict)
+
+
+def _ladder(title: str, scene: Scene, strict: bool) -> Race:
+    request = scene.request
     rows = peers(scene)
     recipe = scene.recipe
     for rung in LADDER:
@@ -232,7 +251,12 @@ def ladder(title: str, request: Request, student: str, batch: int, strict: bool 
 
 def otherwise(title: str, request: Request, student: str, batch: int) -> Race:
     """The whole, and the whole with one thing taken away or done otherwise."""
-    scene = Scene(request, student, batch)
+    with in_precision("tf32"):
+        return _otherwise(title, Scene(request, student, batch))
+
+
+def _otherwise(title: str, scene: Scene) -> Race:
+    request = scene.request
     recipe = whole(scene)
     rows = [contestant(scene, recipe, Rung("all", {}, "rounding"))]
     for rung in OTHERWISE:
@@ -258,13 +282,13 @@ def peers(scene: Scene) -> list[Contestant]:
     rows = [Contestant(name="released script", run=lambda: released(*next(turns[0])))]
     if scene.request.on_gpu:
         rows.append(Contestant(name="released, any convolution", run=lambda: free(*next(turns[1]))))
-    rows.append(Contestant(name="careful PyTorch", run=lambda: careful(*next(turns[2]))))
+    rows.append(Contestant(name="careful PyTorch", run=tuned(lambda: careful(*next(turns[2])))))
     name = "careful PyTorch, torch.compile"
     if scene.request.quick or not scene.request.on_gpu:
         reason = "left out by --quick" if scene.request.quick else "takes minutes to compile on a CPU: left out"
         return [*rows, Contestant(name=name, run=None, reason=reason)]
     fast = CarefulStep(copy.deepcopy(scene.student), scene.teacher, scene.temperatures, compile=True)
-    return [*rows, Contestant(name=name, run=lambda: fast(*next(turns[3])), compiled=True)]
+    return [*rows, Contestant(name=name, run=tuned(lambda: fast(*next(turns[3]))), compiled=True)]
 
 
 def contestant(scene: Scene, recipe: Recipe, rung: Rung) -> Contestant:
@@ -273,19 +297,44 @@ def contestant(scene: Scene, recipe: Recipe, rung: Rung) -> Contestant:
     if recipe.epilogue == "compiled" and (scene.request.quick or not scene.request.on_gpu):
         reason = "compiling is left out by --quick and on a CPU"
     if reason is None:
-        missed = scene.misses(attacked_images(scene, recipe))
+        missed = scene.misses(attacked_images(scene, recipe), recipe) or replays_wrongly(scene, recipe)
         reason = f"disagrees: {missed}" if missed else None
     if reason is not None:
         return Contestant(name=rung.name, run=None, exactness=rung.exactness, reason=reason)
-    precision = "bf16" if recipe.precision == "bf16" else "fp32"
     return Contestant(
         name=rung.name,
-        run=run(scene, recipe, rung.logits),
+        run=tuned(run(scene, recipe, rung.logits)),
         exactness=rung.exactness,
-        check=None if rung.logits == "ahead" else partial(scene.misses_loss, precision=precision),
+        check=None if rung.logits == "ahead" else partial(scene.misses_loss, recipe=recipe),
         calls=AHEAD if rung.logits == "ahead" else 1,
         work=scene.work(teacher=False) if rung.logits == "table" else None,
     )
+
+
+def tuned(run: Callable[[], Any]) -> Callable[[], Any]:
+    """`run` as training runs it: with the fastest convolutions that cuDNN finds for its shapes."""
+
+    def call() -> Any:
+        with tuned_convolutions():
+            return run()
+
+    return call
+
+
+def replays_wrongly(scene: Scene, recipe: Recipe) -> str | None:
+    """What is wrong with the step from a CUDA graph, if it is one: its losses are those of the eager step."""
+    if not recipe.captures_on(scene.device):
+        return None
+    losses = []
+    before, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
+    try:
+        for one in (replace(recipe, capture="off"), recipe):
+            step = run(scene, one, "step")
+            losses.append([float(step()) for _ in range(6)])
+    finally:
+        torch.backends.cudnn.deterministic = before
+    same = all(abs(one / other - 1) <= AGREEMENT for one, other in zip(*losses, strict=True))
+    return None if same else f"replayed, its losses are {losses[1]}, eager {losses[0]}"
 
 
 def attacked_images(scene: Scene, recipe: Recipe) -> Tensor:
@@ -345,6 +394,7 @@ def phases(title: str, request: Request, student: str, batch: int) -> Race:
             logits = {name: state.student(image) for name, image in images.items()}
             loss = recipe.loss(logits, targets)
         loss.backward()
+        state.optimizer.zero_grad(set_to_none=True)
 
     parts: dict[str, Callable[[], Any]] = {
         "whole step": lambda: train_step(state, recipe, clean, label),
@@ -354,7 +404,7 @@ def phases(title: str, request: Request, student: str, batch: int) -> Race:
         "two forwards, backward": forwards_and_backward,
         "the same with SGD and class sums": lambda: descend(state, recipe, images, targets),
     }
-    rows = [Contestant(name=name, run=part, exactness="rounding") for name, part in parts.items()]
+    rows = [Contestant(name=name, run=tuned(part), exactness="rounding") for name, part in parts.items()]
     return replace(_race(title, scene, rows, "tf32"), work=Work())
 
 

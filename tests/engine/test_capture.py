@@ -16,10 +16,17 @@ from torch.utils._pytree import tree_flatten
 
 from retemper.engine import Recipe, State, create_model, train_step
 from retemper.engine.capture import WARM_UP, Captured, captured
-from retemper.engine.catalogue import find_setting
+from retemper.engine.catalogue import find_setting, method_module, methods
 from retemper.engine.models import channels_last
+from retemper.engine.step import clean_images
+from retemper.kernels import num_views
 
-METHODS = ["sat", "trades", "rslad", "absld"]
+OPTIONS = {  # of the engine, beside the methods
+    "absld, averaged": dict(average="ema", ema_decay=0.9),
+    "absld, weights perturbed": dict(awp_gamma=0.01),
+    "rslad, in bf16": dict(precision="bf16"),
+}
+METHODS = [*(name for name in methods() if "digits" in method_module(name).SETTINGS), *OPTIONS]
 STEPS = 20
 
 
@@ -67,26 +74,34 @@ def tensors(state: State) -> list[Tensor]:
     found += list(state.class_state.values())
     for sums in state.sums.values():
         found += [sums.loss_K, sums.correct_K, sums.count_K]
+    for means in state.measured.values():
+        found += [means.total_KD, means.count_K]
+    if state.average is not None:
+        found += [*state.average.network.state_dict(keep_vars=True).values(), state.average.count]
     return [tensor.detach() for tensor in found]
 
 
-def make(method: str, device: torch.device) -> tuple[State, Recipe]:
+def make(name: str, device: torch.device) -> tuple[State, Recipe]:
     torch.manual_seed(0)
+    method, _, _ = name.partition(",")
     recipe = replace(find_setting(f"{method}:digits")[2].recipe, attack_steps=2, lr=0.05, precision="fp32")
-    teacher = channels_last(create_model("tiny_resnet", 10), device).eval().requires_grad_(False)
-    state = State.begin(recipe, create_model("tiny_resnet", 10), teacher if recipe.teacher_model else None, 10, device)
+    recipe = replace(recipe, **OPTIONS.get(name, {}))
+    teachers = [channels_last(create_model("tiny_resnet", 10), device).eval().requires_grad_(False) for _ in range(2)]
+    teacher = teachers[0] if recipe.teacher_model else None
+    clean_teacher = teachers[1] if recipe.clean_teacher_model else None
+    state = State.begin(recipe, create_model("tiny_resnet", 10), teacher, 10, device, clean_teacher)
     if device.type == "cpu":  # there the rate is a number, as nothing is captured; here it is
         for group in state.optimizer.param_groups:
             group["lr"] = torch.tensor(group["lr"])
     return state, recipe
 
 
-def run(method: str, device: torch.device, capture: bool) -> tuple[list[Tensor], list[Tensor]]:
+def run(name: str, device: torch.device, capture: bool) -> tuple[list[Tensor], list[Tensor]]:
     """STEPS steps in two epochs that differ in rate and class state, the last batch of each smaller; losses, state."""
-    state, recipe = make(method, device)
+    state, recipe = make(name, device)
 
-    def step(clean: Tensor, label: Tensor) -> Tensor:
-        return train_step(state, recipe, clean, label)
+    def step(image: Tensor, view: Tensor, label: Tensor, teacher_BK: Tensor | None) -> Tensor:
+        return train_step(state, recipe, clean_images(recipe, image, view), label, teacher_BK)
 
     if capture:
         step = captured(step) if device.type == "cuda" else Captured(step, record(state))
@@ -95,11 +110,17 @@ def run(method: str, device: torch.device, capture: bool) -> tuple[list[Tensor],
         state.start_epoch(replace(recipe, lr=0.05 / (1 + epoch)), 1, 1000 * epoch)
         for number in range(STEPS // 2):
             size = 8 if number in (4, 9) else 16
-            clean = torch.rand(size, 1, 8, 8, generator=gen).to(device).to(memory_format=torch.channels_last)
-            losses.append(step(clean, torch.randint(10, (size,), generator=gen).to(device)))
-        state.move_classes(
-            {name: value + 0.1 * torch.arange(10).to(device) for name, value in state.class_state.items()}
-        )
+            image = torch.randint(256, (size, 8, 8, 1), dtype=torch.uint8, generator=gen)
+            view = torch.randint(num_views(recipe.padding), (size,), generator=gen)
+            label = torch.randint(10, (size,), generator=gen)
+            known = torch.randn(size, 10, generator=gen) if recipe.teacher_sees == ("clean",) else None
+            given = (one.to(device) for one in (image, view, label))
+            asked = known.to(device) if known is not None and state.teacher is not None else None
+            losses.append(step(*given, asked))
+        moved = {}
+        for key, value in state.class_state.items():
+            moved[key] = value + 0.1 * torch.rand(value.shape, generator=gen).to(device)
+        state.move_classes(moved)
     return losses, tensors(state)
 
 

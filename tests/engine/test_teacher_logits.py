@@ -1,5 +1,6 @@
 """The teacher's answers: the same whether asked at once, ahead, or read from the table of an earlier run."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,6 +121,25 @@ def test_a_table_of_another_size_is_refused(tmp_path: Path) -> None:
         file.write(b"x")
     with pytest.raises(DataError, match="delete"):
         table_in(tmp_path)
+
+
+def test_what_an_earlier_process_did_not_allocate_is_allocated(tmp_path: Path) -> None:
+    table = table_in(tmp_path)
+    with open(table.folder / "logits.f32", "ab") as file:
+        file.truncate(100)
+    assert table_in(tmp_path).logits.shape == (IMAGES, 18, CLASSES)
+
+
+def test_a_full_disk_keeps_a_table_that_is_there(
+    loader: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in epoch(logits(Teacher(), table_in(tmp_path)), loader, 1):
+        pass
+    full = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr("retemper.engine.teacher_table.shutil.disk_usage", lambda _: full)
+    assert table_in(tmp_path).known.sum() == IMAGES
+    with pytest.raises(OSError, match="no room"):
+        table_in(tmp_path, teacher="another")
 
 
 def test_room_is_looked_for_where_the_folder_will_be(tmp_path: Path) -> None:
