@@ -129,7 +129,7 @@ def test_ls_shows_every_setting_of_the_contract(capsys: Capture) -> None:
             assert any(line.startswith(f"{method}:{setting} ") for line in lines)
     assert any("NeurIPS 2024" in line for line in lines)
     capsys.readouterr()
-    assert run(["ls", "cifar100", "rslad"]) == 0
+    assert run(["ls", "cifar100", "absld"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
