@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from retemper.engine import Objective, Recipe, Targets, distillation, given, kl_rows, run_recipe
+from retemper.engine import ON_DIGITS, Objective, Recipe, Targets, distillation, given, kl_rows, run_recipe
 from retemper.kernels import class_temperature_kl
 
 
@@ -44,7 +44,7 @@ class AdaAd(Recipe):
 
 
 SUMMED = dict(kl_scale=1.0)  # CIFAR-100: the authors' sum. The short ones: too few steps for a tenth of the loss
-SETTINGS = distillation(AdaAd, digits=SUMMED, fashion_mnist_small=SUMMED, cifar100_resnet18=SUMMED)
+SETTINGS = distillation(AdaAd, ON_DIGITS, digits=SUMMED, fashion_mnist_small=SUMMED, cifar100_resnet18=SUMMED)
 
 if __name__ == "__main__":
     run_recipe(__file__)

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from retemper.engine import Targets, cross_entropy_rows, distillation, given, kl_rows, run_recipe
+from retemper.engine import ON_DIGITS, Targets, cross_entropy_rows, distillation, given, kl_rows, run_recipe
 from retemper.kernels import class_temperature_kl
 from retemper.recipes.adaad import AdaAd
 from retemper.recipes.iad import Trust
@@ -38,7 +38,7 @@ class AdaIad(AdaAd, Trust):
         return loss
 
 
-SETTINGS = distillation(AdaIad)
+SETTINGS = distillation(AdaIad, ON_DIGITS)
 
 if __name__ == "__main__":
     run_recipe(__file__)

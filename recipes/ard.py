@@ -13,6 +13,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from retemper.engine import (
+    ON_DIGITS,
     Objective,
     Recipe,
     Targets,
@@ -66,6 +67,7 @@ class Ard(Recipe):
 SHORT = dict(kl_scale=1.0)  # one or two thousand steps are too few for a tenth of the loss
 SETTINGS = distillation(
     Ard,
+    ON_DIGITS,
     digits=SHORT,
     fashion_mnist_small=SHORT,
     cifar100_resnet18=dict(batch_size=256),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from retemper.engine import Seen, Targets, distillation, given, run_recipe
+from retemper.engine import ON_DIGITS, Seen, Targets, distillation, given, run_recipe
 from retemper.kernels import class_temperature_kl
 from retemper.recipes.mtard import Mtard
 
@@ -63,7 +63,7 @@ class BMtard(Mtard):
 
 # one or two thousand steps are too few for a tenth of the loss, and for a thousandth a step
 SHORT = dict(kl_scale=1.0, temperature_rate=0.01)
-SETTINGS = distillation(BMtard, digits=SHORT, fashion_mnist_small=SHORT)
+SETTINGS = distillation(BMtard, ON_DIGITS, digits=SHORT, fashion_mnist_small=SHORT)
 
 if __name__ == "__main__":
     run_recipe(__file__)

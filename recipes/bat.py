@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from retemper.engine import (
+    ON_DIGITS,
     KlObjective,
     Recipe,
     Targets,
@@ -89,7 +90,7 @@ class Bat(Recipe):
         return (clean_B + self.beta * robust_B + self.uniform_weight * uniform_B).mean()
 
 
-SETTINGS = adversarial_training(Bat)
+SETTINGS = adversarial_training(Bat, ON_DIGITS)
 
 if __name__ == "__main__":
     run_recipe(__file__)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from retemper.engine import (
+    ON_DIGITS,
     Objective,
     Recipe,
     Targets,
@@ -85,6 +86,7 @@ class Faal(Recipe):
 FINE_TUNE = dict(epochs=2, lr_drops=(1,), select_always_from=1)
 SETTINGS = adversarial_training(
     Faal,
+    ON_DIGITS,
     from_robust=True,
     digits=dict(lr_drops=(10,)),
     fashion_mnist_small=dict(epochs=6, lr_drops=(3,), select_always_from=4),

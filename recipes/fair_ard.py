@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from retemper.engine import Targets, distillation, run_recipe
+from retemper.engine import ON_DIGITS, Targets, distillation, run_recipe
 from retemper.recipes.ard import SHORT, Ard
 from retemper.recipes.fair import Fair
 
@@ -23,7 +23,7 @@ class FairArd(Ard, Fair):
         return (weight_B * self.image_loss(logits, targets)).mean()
 
 
-SETTINGS = distillation(FairArd, digits=SHORT, fashion_mnist_small=SHORT)
+SETTINGS = distillation(FairArd, ON_DIGITS, digits=SHORT, fashion_mnist_small=SHORT)
 
 if __name__ == "__main__":
     run_recipe(__file__)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from retemper.engine import Targets, distillation, run_recipe
+from retemper.engine import ON_DIGITS, Targets, distillation, run_recipe
 from retemper.recipes.fair import Fair
 from retemper.recipes.iad import Iad
 
@@ -25,7 +25,7 @@ class FairIad(Iad, Fair):
         return (weight_B * self.image_loss(logits, targets)).mean()
 
 
-SETTINGS = distillation(FairIad)
+SETTINGS = distillation(FairIad, ON_DIGITS)
 
 if __name__ == "__main__":
     run_recipe(__file__)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from retemper.engine import Targets, distillation, given, run_recipe
+from retemper.engine import ON_DIGITS, Targets, distillation, given, run_recipe
 from retemper.kernels import class_temperature_kl
 from retemper.recipes.fair import Fair
 from retemper.recipes.mtard import SHORT, Mtard
@@ -29,7 +29,7 @@ class FairMtard(Mtard, Fair):
         return self.kl_scale * adv, self.kl_scale * clean
 
 
-SETTINGS = distillation(FairMtard, digits=SHORT, fashion_mnist_small=SHORT)
+SETTINGS = distillation(FairMtard, ON_DIGITS, digits=SHORT, fashion_mnist_small=SHORT)
 
 if __name__ == "__main__":
     run_recipe(__file__)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from retemper.engine import (
+    ON_DIGITS,
     KlObjective,
     Recipe,
     Seen,
@@ -107,6 +108,7 @@ FASHION_SHORT = dict(lr=0.01, lr_drops=(10,), weight_rate=0.2, margin_rate=0.1, 
 FINE_TUNE = dict(epochs=40, lr_drops=(40, 80), select_always_from=30)
 SETTINGS = adversarial_training(
     Frl,
+    ON_DIGITS,
     from_robust=True,
     digits=DIGITS_SHORT,
     fashion_mnist_small=FASHION_SHORT,

@@ -14,7 +14,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from retemper.engine import Recipe, Seen, Targets, cross_entropy_rows, distillation, given, kl_rows, run_recipe
+from retemper.engine import (
+    ON_DIGITS,
+    Recipe,
+    Seen,
+    Targets,
+    cross_entropy_rows,
+    distillation,
+    given,
+    kl_rows,
+    run_recipe,
+)
 from retemper.recipes.ard import Ard
 
 
@@ -78,8 +88,9 @@ class Iad2(Iad):
         return hard_weight * hard_B + self.soft_weight * (robust_B + own_B) + self.clean_teacher_weight * clean_B
 
 
-SETTINGS = distillation(Iad) | {
-    f"{name}_ii": replace(setting, note=f"IAD-II: {setting.note}") for name, setting in distillation(Iad2).items()
+SETTINGS = distillation(Iad, ON_DIGITS) | {
+    f"{name}_ii": replace(setting, note=f"IAD-II: {setting.note}")
+    for name, setting in distillation(Iad2, ON_DIGITS).items()
 }
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from retemper.engine import (
+    ON_DIGITS,
     Objective,
     Recipe,
     Targets,
@@ -58,7 +59,12 @@ class Mart(Recipe):
 # the authors' small rate and large decay need their many steps
 SHORT = dict(lr=0.1, weight_decay=5e-4)
 SETTINGS = adversarial_training(
-    Mart, digits=SHORT, fashion_mnist_small=SHORT, fashion_mnist_resnet18=SHORT, tiny_imagenet_preact_resnet18=SHORT
+    Mart,
+    ON_DIGITS,
+    digits=SHORT,
+    fashion_mnist_small=SHORT,
+    fashion_mnist_resnet18=SHORT,
+    tiny_imagenet_preact_resnet18=SHORT,
 )
 
 if __name__ == "__main__":

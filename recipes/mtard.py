@@ -14,7 +14,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from retemper.engine import Objective, Recipe, Seen, Targets, cross_entropy_objective, distillation, given, run_recipe
+from retemper.engine import (
+    ON_DIGITS,
+    Objective,
+    Recipe,
+    Seen,
+    Targets,
+    cross_entropy_objective,
+    distillation,
+    given,
+    run_recipe,
+)
 from retemper.kernels import class_temperature_kl
 
 TINY = 1e-12  # in place of a loss of 0, which no quotient stands
@@ -79,7 +89,7 @@ class Mtard(Recipe):
 
 
 SHORT = dict(kl_scale=1.0)  # one or two thousand steps are too few for a tenth of the loss
-SETTINGS = distillation(Mtard, digits=SHORT, fashion_mnist_small=SHORT)
+SETTINGS = distillation(Mtard, ON_DIGITS, digits=SHORT, fashion_mnist_small=SHORT)
 
 if __name__ == "__main__":
     run_recipe(__file__)

@@ -16,6 +16,7 @@ from retemper.engine import (
     DIGITS,
     FASHION,
     FASHION_SMALL,
+    ON_DIGITS,
     Objective,
     Recipe,
     Setting,
@@ -132,6 +133,7 @@ SETTINGS = {
 RICE: dict[str, Any] = dict(epochs=200, lr_drops=(100, 150), weight_decay=5e-4, select_always_from=100)
 STUDENTS = adversarial_training(
     Sat,
+    ON_DIGITS,
     digits=dict(weight_decay=5e-4),
     fashion_mnist_small=dict(weight_decay=5e-4),
     fashion_mnist_resnet18=dict(weight_decay=5e-4),

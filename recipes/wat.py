@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from retemper.engine import (
+    ON_DIGITS,
     KlObjective,
     Recipe,
     Seen,
@@ -82,6 +83,7 @@ class Wat(Recipe):
 # the losses are summed over 20, 10 and 60 epochs in place of 100
 SETTINGS = adversarial_training(
     Wat,
+    ON_DIGITS,
     digits=dict(eta=0.5),
     fashion_mnist_small=dict(eta=1.0),
     fashion_mnist_resnet18=dict(eta=0.1 * 100 / 60),
