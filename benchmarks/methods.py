@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from retemper.engine.catalogue import find_setting, method_module, methods
-from retemper.engine.evaluate_run import EvaluationRequest, evaluate_target
+from retemper.engine.evaluation.evaluate_run import EvaluationRequest, evaluate_target
 from retemper.engine.job import Job, default_cache, default_out
 from retemper.engine.run_folder import RunFolder, commit, device_name, versions
 from retemper.engine.teacher import with_teacher

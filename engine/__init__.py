@@ -1,8 +1,8 @@
 """What a run is and how it moves: recipes, the attack, the training step, checkpoints, evaluation, reports."""
 
 from retemper.engine.attack import KlObjective, Objective, Watcher, cross_entropy_objective, cw_objective, pgd
-from retemper.engine.class_statistics import ClassReport, class_report, intervals
 from retemper.engine.errors import Diverged
+from retemper.engine.evaluation.class_statistics import ClassReport, class_report, intervals
 from retemper.engine.losses import cross_entropy_rows, is_label, kl_rows
 from retemper.engine.models import create_model
 from retemper.engine.recipe import Recipe, Targets, given

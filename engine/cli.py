@@ -186,7 +186,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    from retemper.engine.evaluate_run import EvaluationRequest, evaluate_target, summary
+    from retemper.engine.evaluation.evaluate_run import EvaluationRequest, evaluate_target, summary
 
     path, content = evaluate_target(EvaluationRequest.from_words(arguments))
     print(summary(content))

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from retemper.engine.catalogue import find_setting
-from retemper.engine.evaluate_run import EvaluationRequest, evaluate_target, summary
+from retemper.engine.evaluation.evaluate_run import EvaluationRequest, evaluate_target, summary
 from retemper.engine.job import Job, default_cache
 from retemper.engine.report import require_plots, write_report
 from retemper.engine.train import train

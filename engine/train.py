@@ -19,7 +19,7 @@ from torch import Tensor
 
 from retemper.engine.capture import captured
 from retemper.engine.errors import Diverged
-from retemper.engine.evaluate import ATTACKS, Attack, balanced_order, by_class, exact_fp32, finite, survivors
+from retemper.engine.evaluation.evaluate import ATTACKS, Attack, balanced_order, by_class, exact_fp32, finite, survivors
 from retemper.engine.job import Job, cpu_threads, tuned_convolutions
 from retemper.engine.models import create_model
 from retemper.engine.networks import Networks

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from retemper.engine.attack import cross_entropy_objective, pgd
-from retemper.engine.evaluate import as_float, exact_fp32
+from retemper.engine.evaluation.evaluate import as_float, exact_fp32
 from retemper.engine.recipe import Recipe, Targets
 from retemper.engine.seen import ClassMeans, ClassSums, HeldOut
 from retemper.kernels import class_sums, class_temperature_kl

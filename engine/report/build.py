@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from retemper.engine.class_statistics import Result
+from retemper.engine.evaluation.class_statistics import Result
 from retemper.engine.report import plots
 from retemper.engine.report.page import Cell, Listing, Page, Plot, Section, Table, Text, to_html, to_markdown
 from retemper.engine.report.plot_style import looks, render, shorten

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from retemper.engine.class_statistics import Result, read_result
+from retemper.engine.evaluation.class_statistics import Result, read_result
 from retemper.engine.report.plot_style import shorten
 from retemper.engine.report.plots import StatePanel
 from retemper.engine.run_folder import read_json

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from retemper.engine.class_statistics import Result
+from retemper.engine.evaluation.class_statistics import Result
 from retemper.engine.report.run import Run, as_dict, attack_title, finite
 
 

@@ -114,9 +114,8 @@ def run(name: str, device: torch.device, capture: bool) -> tuple[list[Tensor], l
             view = torch.randint(num_views(recipe.padding), (size,), generator=gen)
             label = torch.randint(10, (size,), generator=gen)
             known = torch.randn(size, 10, generator=gen) if recipe.teacher_sees == ("clean",) else None
-            given = (one.to(device) for one in (image, view, label))
             asked = known.to(device) if known is not None and state.teacher is not None else None
-            losses.append(step(*given, asked))
+            losses.append(step(image.to(device), view.to(device), label.to(device), asked))
         moved = {}
         for key, value in state.class_state.items():
             moved[key] = value + 0.1 * torch.rand(value.shape, generator=gen).to(device)

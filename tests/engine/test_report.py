@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from retemper.engine.class_statistics import class_report, intervals
+from retemper.engine.evaluation.class_statistics import class_report, intervals
 from retemper.engine.report import Report, read_run, write_report
 from retemper.loaders.errors import DataError, UsageError
 

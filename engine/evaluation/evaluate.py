@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from retemper.engine.attack import Objective, cross_entropy_objective, cw_objective, pgd, predicts
-from retemper.engine.class_statistics import class_report, intervals
+from retemper.engine.evaluation.class_statistics import class_report, intervals
 from retemper.engine.fold import Folded
 from retemper.kernels import augment, identity_view
 from retemper.loaders import Split

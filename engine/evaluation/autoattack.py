@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from retemper.engine.attack import predicts
-from retemper.engine.evaluate import as_float, exact_fp32
+from retemper.engine.evaluation.evaluate import as_float, exact_fp32
 from retemper.loaders import Split
 from retemper.loaders.errors import UsageError
 from retemper.loaders.progress import say

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from retemper.engine.autoattack import autoattack_survivors
 from retemper.engine.catalogue import parse_value
-from retemper.engine.evaluate import ATTACKS, balanced_order, by_class, survivors
+from retemper.engine.evaluation.autoattack import autoattack_survivors
+from retemper.engine.evaluation.evaluate import ATTACKS, balanced_order, by_class, survivors
 from retemper.engine.job import pick_device
 from retemper.engine.run_folder import RunFolder, read_json, versions
 from retemper.engine.trained import Facts, facts_of, is_run, load_trained, require_same_images, weights_of
