@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from retemper.engine.evaluation.class_statistics import class_report, intervals, read_result
+from retemper.engine.evaluation.class_statistics import class_report, intervals, read_result, summaries
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/class_report.json").read_text())
 NAN = math.nan
@@ -99,9 +99,41 @@ def test_average_interval_agrees_with_the_normal_approximation() -> None:
     assert (low, high) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-3)
 
 
-def test_bootstrap_of_the_minimum_leans_low() -> None:
-    low, high = intervals([500] * 10, [1000] * 10)["worst"]
-    assert (low + high) / 2 < 0.49
+SPREAD = [0.85, 0.62, 0.74, 0.60, 0.80, 0.71, 0.88, 0.75, 0.52, 0.66]
+
+
+@pytest.mark.parametrize(
+    ("chance", "count"),
+    [
+        (SPREAD, 60),
+        ([0.75] * 10, 60),  # no class is the weakest
+        ([0.05, *SPREAD], 1000),  # one is by far
+        (np.random.default_rng(1).beta(2, 4, 100).tolist(), 100),
+    ],
+    ids=["spread", "equal", "one weak", "100 classes"],
+)
+def test_intervals_hold_the_truth_as_often_as_they_say(chance: list[float], count: int) -> None:
+    classes, trials = len(chance), 200
+    truth = {name: value[0] for name, value in summaries(np.array([chance]), np.full(classes, count)).items()}
+    held = dict.fromkeys(truth, 0)
+    for correct in np.random.default_rng(0).binomial(count, chance, size=(trials, classes)):
+        found = intervals(correct, [count] * classes, draws=300)
+        for name in truth:
+            held[name] += found[name][0] - 1e-12 <= truth[name] <= found[name][1] + 1e-12
+    for name in ("average", "worst_tenth", "nsd") + ("worst",) * (classes < 100):
+        assert held[name] / trials > 0.95 - 0.08, f"{name}: {held[name]} of {trials}"
+
+
+def test_intervals_hold_the_estimate() -> None:
+    for correct in ([60] * 10, [59] * 10, [0, *[60] * 9], [1] * 10, [30, *[31] * 9]):
+        report, found = class_report(correct, [60] * 10), intervals(correct, [60] * 10, draws=300)
+        for name in ("average", "worst", "worst_tenth", "nsd"):
+            assert found[name][0] <= getattr(report, name) <= found[name][1], (name, correct)
+
+
+def test_a_class_that_is_never_right_is_not_certain() -> None:
+    low, high = intervals([0, 50, 55], [60] * 3)["worst"]
+    assert low == 0 and 0 < high < 0.08
 
 
 def test_intervals_repeat_and_follow_the_seed() -> None:
@@ -125,7 +157,13 @@ def test_reads_an_entry_back() -> None:
     entry = json.loads(json.dumps(vars(report) | {"interval": interval}))
     result = read_result(entry)
     assert result.report == report
-    assert result.interval == entry["interval"]
+    assert [list(pair) for pair in result.interval["class"]] == entry["interval"]["class"]
+    assert result.interval["nsd"] == interval["nsd"]
+
+
+def test_computes_the_intervals_anew() -> None:
+    entry = vars(class_report([3, 2], [4, 4])) | {"interval": {"nsd": [0, 0]}}  # as an older version found it
+    assert read_result(entry).interval == intervals([3, 2], [4, 4])
 
 
 def test_reads_an_entry_with_holes() -> None:
