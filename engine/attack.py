@@ -21,7 +21,9 @@ Watcher = Callable[[Tensor, Tensor], None]
 
 @dataclass(frozen=True, eq=False)
 class KlObjective:
-    """The sum over the batch of KL(softmax(teacher_i / temperature[label_i]) || softmax(logits_i)).
+    """The sum over the batch of KL(target_i || softmax(logits_i)).
+
+    target_i = (1 - label_trust[y_i]) softmax(teacher_i / temperature[y_i]) + label_trust[y_i] onehot(y_i), y the label.
 
     An attack needs its gradient alone, which `gradient` gives without the value: one launch and no autograd.
 
@@ -29,20 +31,26 @@ class KlObjective:
         teacher: (B, K) logits.
         label: (B,) int64.
         temperature: (K,).
+        label_trust: (K,) in [0, 1]; None trusts the teacher alone.
     """
 
     teacher: Tensor
     label: Tensor
     temperature: Tensor
+    label_trust: Tensor | None = None
 
     def __call__(self, logits: Tensor) -> Tensor:
         """(B, K) logits to a scalar."""
-        return class_temperature_kl(logits, self.teacher, self.label, self.temperature, reduction="sum")
+        return class_temperature_kl(
+            logits, self.teacher, self.label, self.temperature, label_trust=self.label_trust, reduction="sum"
+        )
 
     def gradient(self, logits: Tensor) -> Tensor:
         """(B, K): its derivative at the logits."""
         logits = logits.detach().clone()  # the network may need its output again for its own gradient
-        return class_temperature_kl_grad_(logits, self.teacher, self.label, self.temperature)
+        return class_temperature_kl_grad_(
+            logits, self.teacher, self.label, self.temperature, label_trust=self.label_trust
+        )
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """KL divergence to a teacher whose temperature depends on the class (ABSLD, Zhao et al., 2023), forward and backward.
 
     loss_i  = w[y_i] sum_k p_ik (log p_ik - log q_ik)
-    p_i     = softmax(teacher_i / T[y_i]),   q_i = softmax(student_i / Ts)
+    p_i     = (1 - l[y_i]) softmax(teacher_i / T[y_i]) + l[y_i] onehot(y_i),   q_i = softmax(student_i / Ts)
     d loss_i / d student_ik = w[y_i] (q_ik - p_ik) / Ts
 
-A term with p = 0 is 0, as in torch.xlogy. The peak of a row is taken off before the division by the temperature: logits
-of 1e4 at temperature 0.05 would otherwise lose their differences to rounding. Bound by memory and, at the sizes of a
-training step, by the launch: one launch reads 2 (B, K) tensors, where eager takes ten to write and re-read seven.
+l is how far a class's label is trusted over the teacher; without it the target is the teacher alone. A term with p = 0
+is 0, as in torch.xlogy. The peak of a row is taken off before the division by the temperature: logits of 1e4 at
+temperature 0.05 would otherwise lose their differences to rounding. Bound by memory and, at the sizes of a training
+step, by the launch: one launch reads 2 (B, K) tensors, where eager takes ten to write and re-read seven.
 """
 
 # pyright: reportGeneralTypeIssues=false
@@ -64,11 +65,15 @@ def class_temperature_kl_reference(
     *,
     student_temperature: float = 1.0,
     class_weight: Tensor | None = None,
+    label_trust: Tensor | None = None,
 ) -> Tensor:
     """The loss of each row in plain PyTorch, in float64: the truth for the tests, and the path on a CPU."""
     log_p = _log_softmax(teacher.double(), _of_class(temperature, label))
     log_q = _log_softmax(student.double(), student_temperature)
     p = log_p.exp()
+    if label_trust is not None:
+        p = _mixed(p, label, label_trust)
+        log_p = torch.where(_of_class(label_trust, label) == 0, log_p, p.log())
     kl = torch.where(p == 0, 0, p * (log_p - log_q)).sum(1)
     kl = torch.where(kl < 0, 0, kl)  # rounding only; NaN stays
     kl = kl if class_weight is None else kl * _of_class(class_weight, label)[:, 0]
@@ -83,10 +88,13 @@ def class_temperature_kl_grad_reference(
     *,
     student_temperature: float = 1.0,
     class_weight: Tensor | None = None,
+    label_trust: Tensor | None = None,
     row_grad: Tensor | None = None,
 ) -> Tensor:
     """d(sum of row_grad * loss)/d(student), likewise, into a new tensor of the student's dtype."""
     p = _log_softmax(teacher.double(), _of_class(temperature, label)).exp_()
+    if label_trust is not None:
+        p = _mixed(p, label, label_trust)
     grad = _log_softmax(student.double(), student_temperature).exp_().sub_(p).div_(student_temperature)
     if class_weight is not None:
         grad *= _of_class(class_weight, label)
@@ -99,6 +107,12 @@ def _of_class(value: Tensor, label: Tensor) -> Tensor:
     """The value of each row's class as a (B, 1) column; NaN where the label is no class."""
     known = (label >= 0) & (label < value.shape[0])
     return torch.where(known, value.double()[label.clamp(0, value.shape[0] - 1)], float("nan"))[:, None]
+
+
+def _mixed(p: Tensor, label: Tensor, label_trust: Tensor) -> Tensor:
+    """The target: the teacher's probabilities, with the label's share of each class."""
+    trust, own = _of_class(label_trust, label), torch.arange(p.shape[1], device=p.device) == label[:, None]
+    return (1 - trust) * p + trust * own
 
 
 def _log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
@@ -133,6 +147,20 @@ def _exp2_m1(x):
     series = tl.fma(x * (LN2 / 3), series, 1.0)
     series = tl.fma(x * (LN2 / 2), series, 1.0)
     return tl.where(x > -0.144, x * LN2 * series, tl.exp2(x) - 1)
+
+
+@triton.jit
+def _log2_1m(x):
+    """log2(1 - x) for x in [0, 1], likewise."""
+    return tl.where(x > 0.03, tl.log2(1 - x), _log2_total(-x, 1.0))
+
+
+@triton.jit
+def _mixed_own(log_p, trust):
+    """log2 of the target at the label, ((1 - trust) p + trust), from the teacher's log2 p there."""
+    short = -(1 - trust) * _exp2_m1(log_p)  # of 1: a sure target's logarithm is as exact as its distance from 1
+    mixed = tl.where(short > 0.5, tl.log2((1 - trust) * tl.exp2(log_p) + trust), _log2_1m(short))
+    return tl.where(trust == 0, log_p, mixed)
 
 
 @triton.jit
@@ -171,6 +199,7 @@ def _kl_kernel(
     label_ptr,
     temperature_ptr,
     weight_ptr,
+    trust_ptr,
     row_grad_ptr,
     out_ptr,
     row_grad_stride,
@@ -203,6 +232,11 @@ def _kl_kernel(
     peak_q = _peak(student_row, K, ROWS, LANES, STEPS)
     log_total_p = _log_total(teacher_row, peak_p, rate_p, K, ROWS, LANES, STEPS)
     log_total_q = _log_total(student_row, peak_q, rate_q, K, ROWS, LANES, STEPS)
+    if trust_ptr is not None:
+        trust = tl.load(trust_ptr + label, mask=known, other=float("nan"))
+        own = tl.load(teacher_row + label, mask=known, other=float("nan")).to(tl.float32)
+        log_own = _mixed_own((own - peak_p) * rate_p - log_total_p, trust)
+        log_kept = _log2_1m(trust)
     if GRAD:
         scale = scale / student_temperature
     kl = tl.zeros((ROWS, LANES), tl.float32)
@@ -212,13 +246,15 @@ def _kl_kernel(
         for step in tl.static_range(STEPS):
             log_p = (teacher[step] - peak_p[:, None]) * rate_p[:, None] - log_total_p[:, None]
             log_q = (student[step] - peak_q[:, None]) * rate_q[:, None] - log_total_q[:, None]
+            cls = start + step * LANES + tl.arange(0, LANES)
+            if trust_ptr is not None:
+                log_p = tl.where(cls == label[:, None], log_own[:, None], log_p + log_kept[:, None])
             if GRAD:
                 # q - p, from whichever is larger: as a difference of two it would keep no digit where they are close
                 larger = tl.exp2(tl.maximum(log_p, log_q, propagate_nan=tl.PropagateNan.ALL))
                 ratio = log_q - log_p
                 apart = larger * _exp2_m1(-tl.abs(ratio))
                 apart = tl.where(larger == 0, 0.0, tl.where(ratio <= 0, apart, -apart))
-                cls = start + step * LANES + tl.arange(0, LANES)
                 grad = (scale[:, None] * apart).to(out_ptr.dtype.element_ty)
                 tl.store(out_ptr + (row * OUT_STRIDE)[:, None] + cls, grad, mask=(row < B)[:, None] & (cls < K))
             else:
@@ -230,15 +266,21 @@ def _kl_kernel(
         tl.store(out_ptr + row, scale * loss, mask=row < B)
 
 
-def _check(student: Tensor, teacher: Tensor, label: Tensor, temperature: Tensor, class_weight: Tensor | None) -> None:
+def _check(
+    student: Tensor,
+    teacher: Tensor,
+    label: Tensor,
+    temperature: Tensor,
+    class_weight: Tensor | None,
+    label_trust: Tensor | None,
+) -> None:
+    by_class = {"temperature": temperature, "class_weight": class_weight, "label_trust": label_trust}
     require_rows(student=student, teacher=teacher)
-    require_one_device(
-        student=student, teacher=teacher, label=label, temperature=temperature, class_weight=class_weight
-    )
+    require_one_device(student=student, teacher=teacher, label=label, **by_class)
     batch, classes = student.shape
     require_vector("label", label, batch, torch.int64)
-    require_vector("temperature", temperature, classes, torch.float32, torch.float64)
-    require_vector("class_weight", class_weight, classes, torch.float32, torch.float64)
+    for name, value in by_class.items():
+        require_vector(name, value, classes, torch.float32, torch.float64)
 
 
 def _row_stride(rows: Tensor) -> int:
@@ -252,6 +294,7 @@ def _launch(
     label: Tensor,
     temperature: Tensor,
     class_weight: Tensor | None,
+    label_trust: Tensor | None,
     student_temperature: float,
     row_grad: Tensor | None,
     out: Tensor,
@@ -263,11 +306,11 @@ def _launch(
     tiles = row_tiles(classes, access_width(classes, student, teacher))
     strides = {f"{name}_STRIDE": _row_stride(rows) for name, rows in (("STUDENT", student), ("TEACHER", teacher))}
     options: dict[str, Any] = {**strides, "OUT_STRIDE": _row_stride(out), "GRAD": out.dim() == 2, **tiles, **EXACT}
-    tensors = (student, teacher, label, temperature.float(), None if class_weight is None else class_weight.float())
+    by_class = (None if value is None else value.float() for value in (temperature, class_weight, label_trust))
     row_grad_stride = 0 if row_grad is None else row_grad.stride(0)
     with launching(student):
         _kl_kernel[(triton.cdiv(batch, tiles["ROWS"]),)](
-            *tensors, row_grad, out, row_grad_stride, student_temperature, batch, **options
+            student, teacher, label, *by_class, row_grad, out, row_grad_stride, student_temperature, batch, **options
         )
 
 
@@ -278,15 +321,22 @@ def _class_temperature_kl_op(
     label: Tensor,
     temperature: Tensor,
     class_weight: Tensor | None,
+    label_trust: Tensor | None,
     student_temperature: float,
 ) -> Tensor:
-    _check(student, teacher, label, temperature, class_weight)
+    _check(student, teacher, label, temperature, class_weight, label_trust)
     if not runs_triton(student, teacher):
         return class_temperature_kl_reference(
-            student, teacher, label, temperature, student_temperature=student_temperature, class_weight=class_weight
+            student,
+            teacher,
+            label,
+            temperature,
+            student_temperature=student_temperature,
+            class_weight=class_weight,
+            label_trust=label_trust,
         )
     loss = student.new_empty(student.shape[0], dtype=torch.float32)
-    _launch(student, teacher, label, temperature, class_weight, student_temperature, None, loss)
+    _launch(student, teacher, label, temperature, class_weight, label_trust, student_temperature, None, loss)
     return loss
 
 
@@ -298,6 +348,7 @@ def _backward_op(
     label: Tensor,
     temperature: Tensor,
     class_weight: Tensor | None,
+    label_trust: Tensor | None,
     student_temperature: float,
 ) -> Tensor:
     if not runs_triton(student, teacher):
@@ -308,10 +359,11 @@ def _backward_op(
             temperature,
             student_temperature=student_temperature,
             class_weight=class_weight,
+            label_trust=label_trust,
             row_grad=row_grad,
         )
     grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    _launch(student, teacher, label, temperature, class_weight, student_temperature, row_grad, grad)
+    _launch(student, teacher, label, temperature, class_weight, label_trust, student_temperature, row_grad, grad)
     return grad
 
 
@@ -322,16 +374,23 @@ def _grad_op(
     label: Tensor,
     temperature: Tensor,
     class_weight: Tensor | None,
+    label_trust: Tensor | None,
     student_temperature: float,
 ) -> None:
-    _check(student, teacher, label, temperature, class_weight)
+    _check(student, teacher, label, temperature, class_weight, label_trust)
     if student.shape[0] > 1 and student.stride(0) < student.shape[1]:
         raise ValueError(f"student: strides {student.stride()} overlap and cannot be overwritten; call .contiguous()")
     if runs_triton(student, teacher):
-        _launch(student, teacher, label, temperature, class_weight, student_temperature, None, student)
+        _launch(student, teacher, label, temperature, class_weight, label_trust, student_temperature, None, student)
     else:
         grad = class_temperature_kl_grad_reference(
-            student, teacher, label, temperature, student_temperature=student_temperature, class_weight=class_weight
+            student,
+            teacher,
+            label,
+            temperature,
+            student_temperature=student_temperature,
+            class_weight=class_weight,
+            label_trust=label_trust,
         )
         student.copy_(grad)
 
@@ -359,7 +418,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, row_grad: Tensor) -> tuple[Tensor | None, ...]:
     """The student's gradient; the teacher is a constant, as in every method that uses this loss."""
     grad = _backward_op(row_grad, *ctx.saved_tensors, ctx.student_temperature) if ctx.needs_input_grad[0] else None
-    return grad, None, None, None, None, None
+    return grad, None, None, None, None, None, None
 
 
 _class_temperature_kl_op.register_autograd(_backward, setup_context=_setup)
@@ -373,16 +432,18 @@ def class_temperature_kl(
     *,
     student_temperature: float = 1.0,
     class_weight: Tensor | None = None,
+    label_trust: Tensor | None = None,
     reduction: str = "batchmean",
 ) -> Tensor:
     """KL of the student to the teacher at the temperature of each row's class. Differentiable, once, in `student`.
 
-    A row whose label is no class is NaN, and so is its gradient.
+    With `label_trust` the target is (1 - trust) times the teacher's prediction plus trust times the label's one-hot. A
+    row whose label is no class is NaN, and so is its gradient.
 
     Args:
         student, teacher: (B, K) logits, the K of a row side by side; any two float dtypes.
         label: (B,) int64.
-        temperature, class_weight: (K,) float32 or float64; temperatures above 0.
+        temperature, class_weight, label_trust: (K,) float32 or float64; temperatures above 0, trust in [0, 1].
         student_temperature: one number above 0 for all classes.
         reduction: "batchmean" divides the sum by B, "mean" by B * K; "sum"; "none" gives the rows.
 
@@ -395,7 +456,9 @@ def class_temperature_kl(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: {reduction!r}; needs one of {', '.join(REDUCTIONS)}")
     _require_positive(student_temperature)
-    loss = _class_temperature_kl_op(student, teacher, label, temperature, class_weight, student_temperature)
+    loss = _class_temperature_kl_op(
+        student, teacher, label, temperature, class_weight, label_trust, student_temperature
+    )
     if reduction == "none":
         return loss
     total = loss.sum()
@@ -412,6 +475,7 @@ def class_temperature_kl_grad_(
     *,
     student_temperature: float = 1.0,
     class_weight: Tensor | None = None,
+    label_trust: Tensor | None = None,
 ) -> Tensor:
     """Overwrite the logits `student` with d(sum of class_temperature_kl)/d(student): what an attack needs of the loss.
 
@@ -425,7 +489,7 @@ def class_temperature_kl_grad_(
     """
     require_writable("student", student)
     _require_positive(student_temperature)
-    _grad_op(student, teacher, label, temperature, class_weight, student_temperature)
+    _grad_op(student, teacher, label, temperature, class_weight, label_trust, student_temperature)
     return student
 
 

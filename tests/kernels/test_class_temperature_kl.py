@@ -56,6 +56,10 @@ def weights(classes: int, device: torch.device) -> Tensor:
     return torch.linspace(0, 2, classes, device=device)
 
 
+def trusts(classes: int, device: torch.device) -> Tensor:
+    return torch.linspace(0, 1, classes, device=device)
+
+
 def assert_loss(loss: Tensor, expected: Tensor) -> None:
     tolerance = LOSS_TOLERANCE[loss.dtype]
     torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
@@ -89,6 +93,74 @@ def test_agrees_with_reference(shape: tuple[int, int], student_temperature: floa
         student = args.student.clone()
         assert class_temperature_kl_grad_(student, *args[1:], **options) is student
         assert torch.equal(student, grad)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shape", [(7, 1), (128, 10), (7, 100), (7, 200), (3, 1501)], ids=str)
+def test_agrees_with_reference_where_labels_are_trusted(
+    shape: tuple[int, int], weighted: bool, device: torch.device
+) -> None:
+    args, trust = batch(shape, device), trusts(shape[1], device)
+    weight = weights(shape[1], device) if weighted else None
+    options: dict[str, Any] = {"student_temperature": 2.0, "class_weight": weight, "label_trust": trust}
+    wide: dict[str, Any] = options | {"label_trust": trust.double()}
+    loss = class_temperature_kl(*args, **options, reduction="none")
+    assert_loss(loss, class_temperature_kl_reference(*args.double(), **wide))
+    grad = grad_of_sum(args, **options)
+    assert_grad(grad, class_temperature_kl_grad_reference(*args.double(), **wide), torch.float32, 2.0)
+    assert torch.equal(class_temperature_kl_grad_(args.student, *args[1:], **options), grad)
+
+
+@pytest.mark.parametrize("path", ["triton", "reference"])
+@pytest.mark.parametrize("classes", [10, 200])
+def test_trust_leads_from_the_teacher_to_the_label(
+    classes: int, path: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if path == "reference" and device.type == "cpu":
+        monkeypatch.setattr("retemper.kernels.runtime.TRITON_ON_CPU", False)
+    args = batch((7, classes), device)
+    none, half, whole = (torch.full((classes,), share, device=device) for share in (0.0, 0.5, 1.0))
+    assert torch.equal(
+        class_temperature_kl(*args, label_trust=none, reduction="none"), class_temperature_kl(*args, reduction="none")
+    )
+    assert torch.equal(grad_of_sum(args, label_trust=none), grad_of_sum(args))
+
+    log_q, label = args.student.double().log_softmax(1), F.one_hot(args.label, classes)
+    soft = (args.teacher.double() / args.temperature.double()[args.label, None]).softmax(1)
+    for trust, target in ((half, (soft + label) / 2), (whole, label.double())):
+        expected = F.kl_div(log_q, target, reduction="none").sum(1)
+        assert_loss(class_temperature_kl(*args, label_trust=trust, reduction="none"), expected)
+        assert_grad(grad_of_sum(args, label_trust=trust), log_q.exp() - target, torch.float32)
+    torch.testing.assert_close(
+        class_temperature_kl(*args, label_trust=whole), F.cross_entropy(args.student, args.label)
+    )
+
+
+@pytest.mark.parametrize("classes", [10, 1501])
+def test_a_trusted_label_survives_infinite_logits(classes: int, device: torch.device) -> None:
+    args, half = batch((5, classes), device), torch.full((classes,), 0.5, device=device)
+    args.label.fill_(1)
+    args.temperature.fill_(1)
+    args.teacher[0, 1:] = -math.inf  # certain of class 0, which the label is not
+    args.teacher[1, 1] = args.student[2, 0] = args.student[3, 1] = -math.inf
+    args.student[4] = args.teacher[4] = torch.where(torch.arange(classes, device=device) == 1, 0, -12)  # both are sure
+    args.student[4] -= 0.5
+    for trust in (half, half + 0.5):
+        loss, grad = (
+            class_temperature_kl(*args, label_trust=trust, reduction="none"),
+            grad_of_sum(args, label_trust=trust),
+        )
+        expected = class_temperature_kl_reference(*args.double(), label_trust=trust.double())
+        assert (loss[2] == math.inf) == (trust[0] < 1) and loss[3] == math.inf  # impossible, and yet in the target
+        assert_loss(loss, expected)
+        torch.testing.assert_close(loss[4].double(), expected[4], rtol=1e-3, atol=0)  # 1e-5, to its own digits
+        assert_grad(
+            grad, class_temperature_kl_grad_reference(*args.double(), label_trust=trust.double()), torch.float32
+        )
+    log_q = args.student[0].log_softmax(0)
+    torch.testing.assert_close(
+        class_temperature_kl(*args, label_trust=half, reduction="none")[0], math.log(0.5) - (log_q[0] + log_q[1]) / 2
+    )
 
 
 @pytest.mark.parametrize("teacher", ULP, ids=str)
@@ -138,9 +210,9 @@ def test_survives_what_training_may_do_to_logits(
 def test_a_label_that_is_no_class_makes_its_row_nan(classes: int, dtype: torch.dtype, device: torch.device) -> None:
     args = batch((7, classes), device, dtype)
     args.label[:4] = torch.tensor([-1, classes, 2**40, -(2**63)], device=device)
-    for weight in (None, weights(classes, device)):
-        loss = class_temperature_kl(*args, class_weight=weight, reduction="none")
-        grad = grad_of_sum(args, class_weight=weight)
+    for options in ({}, {"class_weight": weights(classes, device), "label_trust": trusts(classes, device)}):
+        loss = class_temperature_kl(*args, **options, reduction="none")
+        grad = grad_of_sum(args, **options)
         bad = args.label.ge(classes) | args.label.lt(0)
         assert torch.equal(loss.isnan(), bad) and torch.equal(grad.isnan(), bad[:, None].expand_as(grad))
 
@@ -201,10 +273,10 @@ def test_is_a_divergence(
 
 def test_gradient_is_the_derivative(device: torch.device) -> None:
     args = batch((5, 4), device).double()
-    weight = weights(4, device).double()
+    by_class = {"class_weight": weights(4, device).double(), "label_trust": trusts(4, device).double()}
 
     for reduction in ("none", "sum", "batchmean", "mean"):
-        options: dict[str, Any] = {"student_temperature": 2.5, "class_weight": weight, "reduction": reduction}
+        options: dict[str, Any] = {"student_temperature": 2.5, "reduction": reduction, **by_class}
         loss = partial(class_temperature_kl, **options)
         assert torch.autograd.gradcheck(
             lambda student, loss=loss: loss(student, *args[1:]), args.student.requires_grad_()
@@ -254,6 +326,12 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
         (r"temperature: torch.float16", (student, teacher, label, temperature.half()), {}),
         (r"temperature: stride 0", (student, teacher, label, temperature[:1].expand(10)), {}),
         (r"class_weight: shape \(7,\)", (student, teacher, label, temperature), {"class_weight": temperature[:7]}),
+        (
+            r"label_trust: shape \(9,\); needs \(10,\)",
+            (student, teacher, label, temperature),
+            {"label_trust": temperature[:9]},
+        ),
+        (r"label_trust: torch.int64", (student, teacher, label, temperature), {"label_trust": temperature.long()}),
         (r"student_temperature: 0", (student, teacher, label, temperature), {"student_temperature": 0.0}),
         (r"student_temperature: nan", (student, teacher, label, temperature), {"student_temperature": math.nan}),
     ]:
@@ -274,7 +352,7 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
 @pytest.mark.parametrize("weighted", [False, True])
 def test_are_well_formed_ops(dtype: torch.dtype, weighted: bool, device: torch.device) -> None:
     student, *rest = batch((7, 10), device, dtype)
-    rest += [weights(10, device) if weighted else None, 2.0]
+    rest += [weights(10, device), trusts(10, device), 2.0] if weighted else [None, None, 2.0]
     ops = torch.ops.retemper
     torch.library.opcheck(ops.class_temperature_kl.default, (student.clone().requires_grad_(), *rest))
     torch.library.opcheck(ops.class_temperature_kl_grad_.default, (student, *rest))
@@ -284,19 +362,19 @@ def test_are_well_formed_ops(dtype: torch.dtype, weighted: bool, device: torch.d
 
 def test_compiles_into_one_graph(device: torch.device) -> None:
     args = batch((7, 10), device)
-    weight = weights(10, device)
+    by_class = {"class_weight": weights(10, device), "label_trust": trusts(10, device)}
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def loss(student: Tensor) -> Tensor:
-        return class_temperature_kl(2 * student, *args[1:], class_weight=weight)
+        return class_temperature_kl(2 * student, *args[1:], **by_class)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def direction(student: Tensor) -> Tensor:
-        return class_temperature_kl_grad_(2 * student, *args[1:], class_weight=weight)
+        return class_temperature_kl_grad_(2 * student, *args[1:], **by_class)
 
     student = args.student.clone().requires_grad_()
     loss(student).backward()
     twice = args._replace(student=2 * args.student)
-    expected = grad_of_sum(twice, class_weight=weight)
+    expected = grad_of_sum(twice, **by_class)
     torch.testing.assert_close(student.grad, 2 * expected / 7)
     torch.testing.assert_close(direction(args.student), expected)
