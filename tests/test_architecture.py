@@ -20,6 +20,7 @@ BUILDS_ON = {
     "fair_mtard": {"fair", "mtard"},
     "fair_rslad": {"fair", "rslad"},
     "iad": {"ard"},
+    "label_trust": {"absld"},
 }
 SOURCES = [source for part in MAY_IMPORT for source in sorted((ROOT / part).rglob("*.py"))]
 

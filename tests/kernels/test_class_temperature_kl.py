@@ -210,7 +210,8 @@ def test_survives_what_training_may_do_to_logits(
 def test_a_label_that_is_no_class_makes_its_row_nan(classes: int, dtype: torch.dtype, device: torch.device) -> None:
     args = batch((7, classes), device, dtype)
     args.label[:4] = torch.tensor([-1, classes, 2**40, -(2**63)], device=device)
-    for options in ({}, {"class_weight": weights(classes, device), "label_trust": trusts(classes, device)}):
+    by_class: dict[str, Any] = {"class_weight": weights(classes, device), "label_trust": trusts(classes, device)}
+    for options in ({}, by_class):
         loss = class_temperature_kl(*args, **options, reduction="none")
         grad = grad_of_sum(args, **options)
         bad = args.label.ge(classes) | args.label.lt(0)
@@ -362,7 +363,7 @@ def test_are_well_formed_ops(dtype: torch.dtype, weighted: bool, device: torch.d
 
 def test_compiles_into_one_graph(device: torch.device) -> None:
     args = batch((7, 10), device)
-    by_class = {"class_weight": weights(10, device), "label_trust": trusts(10, device)}
+    by_class: dict[str, Any] = {"class_weight": weights(10, device), "label_trust": trusts(10, device)}
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def loss(student: Tensor) -> Tensor:

@@ -1,0 +1,124 @@
+"""Label trust: where the teacher fails a class, the student heeds its labels instead, and heeds them more (ours, 2026).
+
+min  w[y] (a KL(p(x) || S(x')) + (1 - a) KL(p(x) || S(x)))   where   x' = argmax KL(p(x) || S(x')) in the eps ball
+
+p(x) = (1 - l[y]) softmax(T(x) / t[y]) + l[y] onehot(y). With l = 0 and w = t = 1 this is RSLAD. After each epoch a
+class that costs the student more than the mean, L[k] being its mean adversarial cross-entropy, is trusted and weighed
+more:
+
+l <- clip(l + trust_rate g, 0, 4/5),   w <- clip(w + weight_rate g, 1/2, 4)   where   g = (L - mean L) / max|L - mean L|
+
+A rate of 0 switches its part off. Two more are off: t, moved as ABSLD's, and a radius of (1 + margin_rate g[y]) eps.
+With rule "dro" w is the worst mixture of the classes, followed by exponentiated gradient (Sagawa et al., ICLR 2020) on
+e[k], the share of the class's attacked training images that fell:
+
+w <- clip(v / mean v, 1/2, 4)   where   v = w exp(weight_rate e)
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from retemper.engine import KlObjective, Recipe, Seen, Targets, distillation, run_recipe
+from retemper.kernels import class_temperature_kl
+from retemper.recipes.absld import next_temperature
+
+
+def class_gap(loss_K: Tensor) -> Tensor:
+    """(K,) g above, in [-1, 1]: 0 where all losses are equal."""
+    gap_K = loss_K - loss_K.mean()
+    largest = gap_K.abs().max()
+    return torch.where(largest > 0, gap_K / largest, torch.zeros_like(gap_K))
+
+
+def next_trust(trust_K: Tensor, loss_K: Tensor, rate: float, upper: float = 0.8) -> Tensor:
+    """(K,) l after an epoch with the mean losses `loss_K`."""
+    return (trust_K + rate * class_gap(loss_K)).clamp(0, upper)
+
+
+def next_class_weight(weight_K: Tensor, loss_K: Tensor, rate: float, lower: float = 0.5, upper: float = 4.0) -> Tensor:
+    """(K,) w after an epoch with the mean losses `loss_K`."""
+    return (weight_K + rate * class_gap(loss_K)).clamp(lower, upper)
+
+
+def worst_case_weight(weight_K: Tensor, error_K: Tensor, rate: float, lower: float = 0.5, upper: float = 4.0) -> Tensor:
+    """(K,) w of rule "dro" after an epoch with the errors `error_K`, in [0, 1]."""
+    raised_K = weight_K * (rate * error_K).exp()
+    return (raised_K / raised_K.mean()).clamp(lower, upper)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelTrust(Recipe):
+    adv_weight: float = 5 / 6  # a above
+    kl_scale: float = 0.1  # as RSLAD's
+    rule: Literal["mean_gap", "dro"] = "mean_gap"  # of the class weights
+    trust_rate: float = 0.1
+    trust_start: float = 0.0  # with a rate of 0 it is every class's trust, for good
+    trust_upper: float = 0.8
+    weight_rate: float = 0.3
+    weight_lower: float = 0.5
+    weight_upper: float = 4.0
+    temperature_rate: float = 0.0  # falls with the learning rate, as ABSLD's
+    margin_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rule not in ("mean_gap", "dro"):
+            raise ValueError(f"rule = {self.rule!r}: it must be one of mean_gap, dro")
+        if not self.trust_start <= self.trust_upper <= 1:
+            raise ValueError(f"trust_upper = {self.trust_upper}: it must lie between trust_start and 1")
+        if not self.weight_lower <= 1 <= self.weight_upper:
+            raise ValueError(f"weight_lower = {self.weight_lower}, weight_upper = {self.weight_upper}: 1 lies outside")
+        if self.margin_rate > 1:
+            raise ValueError(f"margin_rate = {self.margin_rate}: above 1 a class's eps could be negative")
+
+    def class_state(self, num_classes: int) -> dict[str, Tensor]:
+        """Only of the parts that are on, so that RSLAD's step is left where none is."""
+        parts = {
+            "label_trust": (self.trust_start, self.trust_rate or self.trust_start),
+            "class_weight": (1.0, self.weight_rate),
+            "temperature": (1.0, self.temperature_rate),
+            "margin": (self.eps, self.margin_rate),
+        }
+        return {name: torch.full((num_classes,), start) for name, (start, on) in parts.items() if on}
+
+    def margins(self, targets: Targets) -> tuple[float | Tensor, float]:
+        margin_K = targets.state.get("margin")
+        return self.eps if margin_K is None else margin_K[targets.label_B], self.attack_step
+
+    def objective(self, targets: Targets) -> KlObjective:
+        temperature_K = targets.state.get("temperature", targets.ones_K)
+        return KlObjective(targets.teacher, targets.label_B, temperature_K, targets.state.get("label_trust"))
+
+    def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
+        state, teacher_BK, label_B = targets.state, targets.teacher, targets.label_B
+        temperature_K = state.get("temperature", targets.ones_K)
+        weight_K, trust_K = state.get("class_weight"), state.get("label_trust")
+        adv, clean = (
+            class_temperature_kl(
+                logits[name], teacher_BK, label_B, temperature_K, class_weight=weight_K, label_trust=trust_K
+            )
+            for name in ("adv", "clean")
+        )
+        return self.kl_scale * (self.adv_weight * adv + (1 - self.adv_weight) * clean)
+
+    def next_class_state(self, state: Mapping[str, Tensor], seen: Seen, epoch: int) -> dict[str, Tensor]:
+        loss_K, error_K = seen.forwards["adv"].mean_loss_K, 1 - seen.forwards["adv"].accuracy_K
+        new_weight, by_K = (worst_case_weight, error_K) if self.rule == "dro" else (next_class_weight, loss_K)
+        rules = {
+            "label_trust": lambda l_K: next_trust(l_K, loss_K, self.trust_rate, self.trust_upper),
+            "class_weight": lambda w_K: new_weight(w_K, by_K, self.weight_rate, self.weight_lower, self.weight_upper),
+            "temperature": lambda t_K: next_temperature(t_K, loss_K, self.temperature_rate * self.decay(epoch)),
+            "margin": lambda _: self.eps * (1 + self.margin_rate * class_gap(loss_K)),
+        }
+        return {name: rules[name](now_K) for name, now_K in state.items()}
+
+
+SHORT = dict(kl_scale=1.0)  # one or two thousand steps are too few for a tenth of the loss
+SETTINGS = distillation(LabelTrust, digits=SHORT, fashion_mnist_small=SHORT)
+
+if __name__ == "__main__":
+    run_recipe(__file__)
