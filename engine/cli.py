@@ -13,6 +13,7 @@ from retemper.engine.errors import EXIT_CODES, PREEMPTED
 from retemper.engine.recipe import describe
 from retemper.loaders.errors import DataError, UsageError
 
+NETWORKS = "a run's folder, a checkpoint file, robustbench:NAME, or net.py:factory (your own nn.Module)"
 GOES_ON = "; the same command goes on from the last finished epoch"
 
 
@@ -89,9 +90,9 @@ def parser(recipe: str | None = None) -> Parser:
     train_ = verb("train", train, "One training run; every field of the recipe is an option (--epochs 5, --eps 8/255).")
     train_.add_argument("METHOD_SETTING", metavar="METHOD:SETTING")
     train_.add_argument("--data-root", type=Path, metavar="DIR", help="where the data set lies")
-    train_.add_argument("--teacher", type=Path, metavar="CKPT", help="a checkpoint file or a run's folder")
-    train_.add_argument("--clean-teacher", type=Path, metavar="CKPT", help="likewise, for methods with two teachers")
-    train_.add_argument("--start", type=Path, metavar="CKPT", help="weights to begin with")
+    train_.add_argument("--teacher", metavar="NETWORK", help=NETWORKS)
+    train_.add_argument("--clean-teacher", metavar="NETWORK", help="likewise, for methods with two teachers")
+    train_.add_argument("--start", metavar="NETWORK", help="weights to begin with, likewise")
     train_.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (runs/METHOD-SETTING-seedN)")
     train_.add_argument("--seed", type=_seed, default=0)
     train_.add_argument("--device", default=None, help="cpu or cuda (cuda where there is one)")
@@ -105,9 +106,10 @@ def parser(recipe: str | None = None) -> Parser:
         group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, metavar="X", help=f"({value})")
 
     evaluate_ = verb("evaluate", evaluate, "Attack a trained network and report by class.")
-    evaluate_.add_argument("target", type=Path, metavar="RUN_OR_CKPT")
+    evaluate_.add_argument("target", metavar="NETWORK", help=NETWORKS)
     evaluate_.add_argument("--attacks", default="clean,fgsm,pgd20,cw", help="of clean,fgsm,pgd20,cw,autoattack")
     evaluate_.add_argument("--data-root", type=Path, metavar="DIR")
+    evaluate_.add_argument("--out", type=Path, metavar="DIR", help="where the file goes (beside the weights)")
     evaluate_.add_argument("--limit", type=int, metavar="N", help="only N images, balanced over the classes")
     evaluate_.add_argument("--weights", choices=("best", "last"), default="best", help="which of a run's weights")
     evaluate_.add_argument("--batch-size", type=int, default=256)

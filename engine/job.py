@@ -15,7 +15,7 @@ from retemper.loaders.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A recipe with its name, and where and on what it runs."""
+    """A recipe with its name, and where and on what it runs. Its networks are named as in networks.py."""
 
     method: str
     setting: str
@@ -23,9 +23,9 @@ class Job:
     out: Path
     seed: int = 0
     data_root: Path | None = None
-    teacher: Path | None = None
-    clean_teacher: Path | None = None
-    start: Path | None = None
+    teacher: str | Path | None = None
+    clean_teacher: str | Path | None = None
+    start: str | Path | None = None
     cache: Path
     beton: Path | None = None
     device: torch.device

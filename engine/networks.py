@@ -1,56 +1,164 @@
-"""The networks that a run is given: its teachers, and the weights that its student begins with."""
+"""The networks that a run or an evaluation is given by name: checkpoints, runs, RobustBench's, and the user's own."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
+from retemper.engine.foreign import Foreign, Shape, foreign, load_foreign
 from retemper.engine.job import Job
-from retemper.engine.trained import Facts, load_trained, require_same_images, teacher_facts
-from retemper.engine.weights import load_checkpoint
+from retemper.engine.released import Released, clean_accuracy, margin, released, require_stated_accuracy
+from retemper.engine.trained import Facts, facts_of, load_trained, require_same_images, weights_of
+from retemper.engine.weights import file_digest, load_checkpoint, load_state
 from retemper.loaders import Split
-from retemper.loaders.errors import UsageError
+from retemper.loaders.errors import DataError, UsageError
 from retemper.loaders.progress import say
 
-Source = dict[str, str]  # how config.json names a checkpoint
+Source = dict[str, str]  # how config.json names a network: path, model, sha256, and released where it is known
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """What a name means, not loaded yet.
+
+    Attributes:
+        name: as the user wrote it.
+        facts: what it says of itself, or is known to be.
+        weights, sha256: the checkpoint's file and its digest; None where code builds the network.
+        builder: that code.
+        released: what the literature says of it.
+    """
+
+    name: str
+    facts: Facts
+    weights: Path | None = None
+    sha256: str | None = None
+    builder: Foreign | None = None
+    released: Released | None = None
+
+    def load(self, facts: Facts, shape: Shape, device: torch.device, cache: Path) -> tuple[nn.Module, Source]:
+        """The network, frozen, in eval mode, on `device`; and how config.json names it.
+
+        Args:
+            facts: with the number of classes, and for a checkpoint the architecture.
+            shape: (H, W, C) of the images.
+            cache: where downloads go.
+        Raises:
+            UsageError, DataError: it cannot be used.
+        """
+        if self.builder is None:
+            assert self.weights is not None and self.sha256 is not None
+            model, sha256 = load_trained(self.weights, facts, device), self.sha256
+        else:
+            assert facts.num_classes is not None
+            model, sha256 = load_foreign(self.builder, facts.num_classes, shape, device, cache)
+        source = {"path": self.name, "model": str(facts.model), "sha256": sha256}
+        return model, source | ({} if self.released is None else {"released": self.released.title})
+
+
+def find_network(target: str | Path, *, dataset: str | None, which: str = "best") -> Network:
+    """The network that `target` means: one of the forms of foreign.py, a checkpoint, or a run's `which` weights.
+
+    Args:
+        dataset: of the images at hand, where it is known.
+    Raises:
+        UsageError, DataError: there is none.
+    """
+    name = str(target)
+    if (builder := foreign(name, dataset)) is not None:
+        facts = Facts(model=builder.name, dataset=builder.dataset)
+        return Network(name=name, facts=facts, builder=builder, released=released(builder.name))
+    weights = weights_of(Path(target), which)
+    sha256 = file_digest(weights)
+    known = released(sha256)
+    facts = facts_of(weights).or_else(Facts() if known is None else Facts(model=known.model, dataset=known.dataset))
+    return Network(name=name, facts=facts, weights=weights, sha256=sha256, released=known)
 
 
 class Networks:
-    """Checkpoints for the images of `split`."""
+    """Networks for the images of `split`."""
 
     def __init__(self, job: Job, split: Split) -> None:
         self.job, self.split = job, split
         self.num_classes, self.channels = len(split.classes), split.shape[2]
+        self.teachers: list[tuple[nn.Module, Released | None]] = []
 
-    def teacher(self, model: str | None, path: Path | None) -> tuple[nn.Module | None, Source | None]:
+    def teacher(self, model: str | None, name: str | Path | None) -> tuple[nn.Module | None, Source | None]:
         """A frozen teacher, and how the config names it; nothing where the recipe has none.
 
         Raises:
-            DataError, UsageError: the checkpoint cannot be used.
+            DataError, UsageError: the network cannot be used.
         """
         if model is None:
             return None, None
-        assert path is not None
-        weights, facts, source = self._found(path, model, "the teacher")
-        return load_trained(weights, facts, self.job.device), source
+        assert name is not None
+        network, facts = self._found(name, model, "the teacher")
+        teacher, source = self._loaded(network, facts)
+        self.teachers.append((teacher, network.released))
+        return teacher, source
+
+    def check(self, held: Split | None) -> None:
+        """Say how well the teachers know images that they have not learned from.
+
+        A released one is held to its authors' accuracy, on test images. Of another nothing is known but that chance is
+        too little: it is told on the held-out images, where there are some.
+
+        Raises:
+            DataError: a released teacher falls short.
+        """
+        job = self.job
+        for teacher, known in self.teachers:
+            if known is not None and known.dataset == job.recipe.dataset and job.recipe.image_size is None:
+                require_stated_accuracy(teacher, known, job.data_root, job.device)
+            elif held is not None:
+                accuracy, images = clean_accuracy(teacher, held, job.device)
+                say(f"{job.name}: the teacher classifies {accuracy:.1%} of {images} held-out images correctly")
+                chance = 1 / self.num_classes
+                if accuracy < chance + margin(chance, images):
+                    say("warning: that is little better than chance: mind its pixel range, classes and channels")
 
     def start(self, student: nn.Module) -> Source | None:
         """Give the student the weights that it is to begin with, if any; how the config names them. Raises likewise."""
-        path, model = self.job.start, self.job.recipe.student
-        if path is None:
+        name, model = self.job.start, self.job.recipe.student
+        if name is None:
             return None
-        weights, facts, source = self._found(path, model, "the start")
+        network, facts = self._found(name, model, "the start")
+        if network.weights is None:
+            return self._copied(network, facts, student)
         if facts.model != model:
-            raise UsageError(f"--start {path}: it is a {facts.model}, the student is a {model}")
-        load_checkpoint(weights, student)
+            raise UsageError(f"--start {name}: it is a {facts.model}, the student is a {model}")
+        load_checkpoint(network.weights, student)
+        return {"path": network.name, "model": model, "sha256": str(network.sha256)}
+
+    def _copied(self, network: Network, facts: Facts, student: nn.Module) -> Source:
+        """The start where it is built by other code: the same weights must then give the same answers."""
+        model, source = self._loaded(network, facts)
+        load_state(f"--start {network.name}", model.state_dict(), student)
+        H, W, C = self.split.shape
+        image = torch.linspace(0, 1, 2 * C * H * W).view(2, C, H, W)
+        with torch.no_grad():
+            theirs, ours = model(image.to(self.job.device)).cpu(), student.eval()(image)
+        student.train()
+        if not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3 * float(theirs.abs().max())):
+            raise DataError(
+                f"--start {network.name}: with its weights the student answers otherwise; does it normalise its images?"
+            )
         return source
 
-    def _found(self, path: Path, model: str, whose: str) -> tuple[Path, Facts, Source]:
-        fallback = Facts(model=model, num_classes=self.num_classes, channels=self.channels)
-        weights, facts, source = teacher_facts(path, fallback)
-        require_same_images(f"{whose} {path}", facts, self.num_classes, self.channels)
+    def _loaded(self, network: Network, facts: Facts) -> tuple[nn.Module, Source]:
+        return network.load(facts, self.split.shape, self.job.device, self.job.cache)
+
+    def _found(self, name: str | Path, model: str, whose: str) -> tuple[Network, Facts]:
+        dataset = self.job.recipe.dataset
+        network = find_network(name, dataset=dataset)
+        facts = network.facts
+        require_same_images(f"{whose} {name}", facts, self.num_classes, self.channels)
+        if network.released is not None:
+            say(f"{whose} {name} is {network.released.title}")
         if facts.image_size not in (None, self.split.shape[0]):
             say(f"note: {whose} saw images of {facts.image_size} px, the student's have {self.split.shape[0]}")
-        dataset = self.job.recipe.dataset
         if facts.dataset not in (None, dataset):
             say(f"note: {whose} was trained on {facts.dataset}, the student is to learn {dataset}")
-        return weights, facts, source
+        known = Facts(model=model, num_classes=self.num_classes, channels=self.channels, dataset=dataset)
+        return network, facts.or_else(known)

@@ -25,7 +25,7 @@ class State:
     """What changes during a run, and the networks. No tensor in it changes its address, so that a step can be captured.
 
     Attributes:
-        teacher: frozen; as `Moves.fold` says, folded.
+        teacher: frozen; as `Moves.fold` says, folded, where torch.fx can trace it.
         twin: the student as the attack sees it, folded anew in every step; None where it sees the student itself.
         sums, measured, loss_sum: of the epoch so far; `start_epoch` empties them.
         noise_seed: (1,) int64, the seed of the next random start; every step adds one.
@@ -63,13 +63,13 @@ class State:
         """Everything as it is before the first step; the student moves to `device`.
 
         Raises:
-            ValueError: `recipe.fold`, and torch.fx cannot trace the student or the teacher.
+            ValueError: `recipe.fold`, and torch.fx cannot trace the student.
         """
         student = channels_last(student, device) if recipe.channels_last else student.to(device)
         precision, epilogue = recipe.dtype_on(device), recipe.epilogue_on(device)
         if recipe.fold:
             form = precision, epilogue, recipe.pad_stem
-            teacher, clean_teacher = (one and Folded(one, *form) for one in (teacher, clean_teacher))
+            teacher, clean_teacher = (one and _folded(one, *form) for one in (teacher, clean_teacher))
         twin = None
         if recipe.fold and recipe.attack_bn == "eval" and recipe.attack_steps:
             twin = Folded(student, precision, epilogue, recipe.pad_stem)
@@ -159,6 +159,13 @@ class State:
     def seen(self, held: HeldOut | None = None) -> Seen:
         """The epoch so far."""
         return Seen(forwards=self.sums, measured=self.measured, held=held)
+
+
+def _folded(teacher: nn.Module, dtype: torch.dtype, epilogue: str, pad_stem: bool) -> nn.Module:
+    try:
+        return Folded(teacher, dtype, epilogue, pad_stem)
+    except ValueError:  # it may be anybody's network
+        return teacher
 
 
 def clean_images(recipe: Recipe, image: Tensor, view: Tensor, index: Tensor | None = None) -> Tensor:

@@ -35,7 +35,7 @@ def with_teacher(job: Job) -> Job:
 
 def _with(job: Job, what: str, model: str | None, name: str | None) -> Job:
     option = f"--{what.replace('_', '-')}"
-    given: Path | None = getattr(job, what)
+    given: str | Path | None = getattr(job, what)
     if model is None:
         if given is not None:
             raise UsageError(f"{job.method} learns without a {what.replace('_', ' ')}: leave out {option}")

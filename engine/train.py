@@ -19,7 +19,7 @@ from torch import Tensor
 
 from retemper.engine.capture import captured
 from retemper.engine.errors import Diverged
-from retemper.engine.evaluation.evaluate import ATTACKS, Attack, balanced_order, by_class, exact_fp32, finite, survivors
+from retemper.engine.evaluation.evaluate import Attack, balanced_order, by_class, exact_fp32, finite, survivors
 from retemper.engine.job import Job, cpu_threads, tuned_convolutions
 from retemper.engine.models import create_model
 from retemper.engine.networks import Networks
@@ -90,12 +90,12 @@ class Run:
             dataset=recipe.dataset,
             eps=recipe.eps,
         )
-        networks = Networks(job, self.split)
-        self.teacher, self.teacher_source = networks.teacher(recipe.teacher_model, job.teacher)
-        clean_teacher, self.clean_teacher_source = networks.teacher(recipe.clean_teacher_model, job.clean_teacher)
-        self.start_source = networks.start(student)
+        self.networks = Networks(job, self.split)
+        teacher, self.teacher_source = self.networks.teacher(recipe.teacher_model, job.teacher)
+        clean_teacher, self.clean_teacher_source = self.networks.teacher(recipe.clean_teacher_model, job.clean_teacher)
+        self.start_source = self.networks.start(student)
         try:
-            self.state = State.begin(recipe, student, self.teacher, self.num_classes, device, clean_teacher)
+            self.state = State.begin(recipe, student, teacher, self.num_classes, device, clean_teacher)
             self.step = captured(self._step) if recipe.captures_on(device) else self._step
         except ValueError as error:
             raise UsageError(str(error)) from None
@@ -127,6 +127,8 @@ class Run:
     def resume(self) -> int:
         """Begin the folder or take up the state in it; the epoch to run next."""
         job = self.job
+        if not self.folder.state.exists():
+            self.networks.check(self.held)
         self.folder.begin(
             {
                 "method": job.method,
@@ -149,7 +151,6 @@ class Run:
         )
         saved = self.folder.load_state()
         if saved is None:
-            self._check_teacher()
             self._validate(0)
             return 1
         try:
@@ -166,16 +167,6 @@ class Run:
         header = header_of(self.folder.best)
         epoch = int(header.get("epoch", 0))
         return {"score": float(header["score"]), "epoch": epoch} if epoch > saved["epoch"] else saved
-
-    def _check_teacher(self) -> None:
-        """Say how well the teacher knows the held-out images."""
-        if self.teacher is None or self.held is None:
-            return
-        correct = survivors(self.teacher, self.held, ATTACKS["clean"], eps=0, device=self.job.device)
-        accuracy = correct.double().mean().item()
-        say(f"{self.job.name}: the teacher classifies {accuracy:.1%} of {len(correct)} held-out images correctly")
-        if accuracy <= 1 / self.num_classes:
-            say("warning: that is no better than chance; are these its weights, its pixel range and its class order?")
 
     def epoch(self, epoch: int) -> None:
         """Train for one epoch, move the class state, choose, and save."""

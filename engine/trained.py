@@ -9,7 +9,7 @@ from torch import nn
 
 from retemper.engine.models import channels_last, create_model
 from retemper.engine.run_folder import RunFolder
-from retemper.engine.weights import file_digest, load_checkpoint
+from retemper.engine.weights import load_checkpoint
 from retemper.loaders.errors import DataError, UsageError
 
 
@@ -99,13 +99,6 @@ def load_trained(weights: Path, facts: Facts, device: torch.device) -> nn.Module
     if not all(value.isfinite().all() for value in model.state_dict().values()):
         raise DataError(f"{weights} holds weights that are not finite: the run that made it diverged")
     return channels_last(model, device).eval().requires_grad_(False)
-
-
-def teacher_facts(target: Path, fallback: Facts) -> tuple[Path, Facts, dict[str, str]]:
-    """A teacher's weights, what they are, and how config.json names them."""
-    weights = weights_of(target)
-    facts = facts_of(weights).or_else(fallback)
-    return weights, facts, {"path": str(target), "model": str(facts.model), "sha256": file_digest(weights)}
 
 
 def require_same_images(whose: str, facts: Facts, classes: int, channels: int) -> None:

@@ -52,12 +52,17 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module) -> None:
             as it was.
     """
     path = Path(path)
+    load_state(str(path), _state(path, _read(path)), model)
+
+
+def load_state(whose: str, state: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Likewise from the state_dict of a network; `whose` it is is for messages. Raises CheckpointError."""
+    state = {_plain(name): value for name, value in state.items()}
     target = {_plain(name): tensor for name, tensor in model.state_dict().items()}
-    state = _state(path, _read(path))
     state = {name: value for name, value in state.items() if name in target or not name.startswith(DEAD)}
     problem = _misfit(state, target)
     if problem:
-        raise CheckpointError(f"{path}: {problem}")
+        raise CheckpointError(f"{whose}: {problem}")
     with torch.no_grad():
         for name in target.keys() & state.keys():
             target[name].copy_(state[name])
@@ -122,6 +127,12 @@ def file_digest(path: str | os.PathLike[str]) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def state_digest(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all weights and statistics, in the order of the names."""
+    state = {_plain(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    return _tensor_digest({name: value.detach().cpu() for name, value in state.items()})
 
 
 def _plain(name: str) -> str:

@@ -174,4 +174,3 @@ def _wilson(correct_K: np.ndarray, count_K: np.ndarray, level: float) -> list[Pa
         half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         pairs.append((0.0 if correct == 0 else centre - half, 1.0 if correct == n else centre + half))
     return pairs
-

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import time
 from dataclasses import dataclass
 from itertools import count
@@ -15,10 +16,11 @@ from torch import nn
 from retemper.engine.catalogue import parse_value
 from retemper.engine.evaluation.autoattack import autoattack_survivors
 from retemper.engine.evaluation.evaluate import ATTACKS, balanced_order, by_class, survivors
-from retemper.engine.job import pick_device
+from retemper.engine.job import default_cache, pick_device
+from retemper.engine.networks import Network, find_network
 from retemper.engine.run_folder import RunFolder, read_json, versions
-from retemper.engine.trained import Facts, facts_of, is_run, load_trained, require_same_images, weights_of
-from retemper.engine.weights import file_digest, write_atomically
+from retemper.engine.trained import Facts, is_run, require_same_images
+from retemper.engine.weights import write_atomically
 from retemper.loaders import Split, load_split
 from retemper.loaders.errors import DataError, UsageError
 from retemper.loaders.progress import Progress, say
@@ -28,7 +30,8 @@ from retemper.loaders.progress import Progress, say
 class EvaluationRequest:
     """What to evaluate, and how. `facts` are the user's words about a bare checkpoint."""
 
-    target: Path
+    target: str | Path
+    out: Path | None = None
     attacks: tuple[str, ...] = ("clean", "fgsm", "pgd20", "cw")
     data_root: Path | None = None
     limit: int | None = None
@@ -62,6 +65,7 @@ class EvaluationRequest:
             raise UsageError(f"--eps {words.eps}: a radius in [0, 1] pixels, 8/255 not 8")
         return cls(
             target=words.target,
+            out=words.out,
             attacks=attacks,
             data_root=words.data_root,
             limit=words.limit,
@@ -83,9 +87,9 @@ def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
     Raises:
         DataError, UsageError: the target or the data cannot be used.
     """
-    weights = weights_of(request.target, request.weights)
-    facts, split, data_root = _subject(request, weights)
-    model = load_trained(weights, facts, request.device)
+    network = find_network(request.target, dataset=request.facts.dataset, which=request.weights)
+    facts, split, data_root = _subject(request, network)
+    model, source = network.load(facts, split.shape, request.device, default_cache())
     order = balanced_order(split.labels, request.limit)
     eps = 8 / 255 if facts.eps is None else facts.eps
     protocol = {
@@ -99,12 +103,12 @@ def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
         "precision": "fp32",
         "seed": request.seed,
         "batch_size": request.batch_size,
-        "weights": weights.name,
-        "weights_sha256": file_digest(weights),
+        "weights": network.name if network.weights is None else network.weights.name,
+        "weights_sha256": source["sha256"],
         "classes": list(split.classes),
         "versions": versions(),
     }
-    path = _destination(weights)
+    path = _destination(network, request.out)
     content = _previous(path, protocol)
     content["protocol"]["data_root"] = None if data_root is None else str(data_root)
     for name in request.attacks:
@@ -119,20 +123,22 @@ def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
     return path, content
 
 
-def _subject(request: EvaluationRequest, weights: Path) -> tuple[Facts, Split, Path | None]:
-    """What the weights are, the test images, and where those lie."""
-    folder = request.target if request.target.is_dir() else weights.parent
-    config = RunFolder(folder).read_config() if is_run(folder) else None
-    facts, data_root = request.facts.or_else(facts_of(weights)), request.data_root
+def _subject(request: EvaluationRequest, network: Network) -> tuple[Facts, Split, Path | None]:
+    """What the network is, the test images, and where those lie."""
+    folder = None if network.weights is None else network.weights.parent
+    config = RunFolder(folder).read_config() if folder is not None and is_run(folder) else None
+    facts, data_root = request.facts.or_else(network.facts), request.data_root
+    if network.weights is None and request.facts.model is not None:
+        raise UsageError(f"--model {request.facts.model}: {network.name} brings its own architecture: leave it out")
     if config is not None:
         recipe = config["recipe"]
         known = Facts(model=recipe["student"], dataset=recipe["dataset"], eps=recipe["eps"])
         facts = facts.or_else(known).or_else(Facts(image_size=recipe.get("image_size")))
         data_root = data_root or (Path(config["data_root"]) if config.get("data_root") else None)
     if facts.dataset is None:
-        raise UsageError(f"{weights} does not say what it was trained on: name the data set with --dataset")
+        raise UsageError(f"{network.name} does not say what it was trained on: name the data set with --dataset")
     split = load_split(facts.dataset, "test", data_root, facts.image_size)
-    require_same_images(str(weights), facts, len(split.classes), split.shape[2])
+    require_same_images(network.name, facts, len(split.classes), split.shape[2])
     if config is not None and list(split.classes) != config["classes"]:
         raise DataError(f"the test images of {facts.dataset} have other classes than {folder} was trained on")
     known = Facts(num_classes=len(split.classes), channels=split.shape[2])
@@ -167,10 +173,27 @@ def _survivors(
         )
 
 
-def _destination(weights: Path) -> Path:
-    """evaluation.json in the weights' folder; another name for weights that are not a run's best."""
-    plain = weights.name == "best.safetensors" or not is_run(weights.parent)
-    return weights.with_name("evaluation.json" if plain else f"evaluation-{weights.stem}.json")
+def _destination(network: Network, out: Path | None) -> Path:
+    """evaluation.json in `out`, or else beside the weights; another name for weights that are not a run's best.
+
+    Raises:
+        UsageError: no such folder can be made.
+    """
+    weights = network.weights
+    plain = weights is None or weights.name == "best.safetensors" or not is_run(weights.parent)
+    name = "evaluation.json" if plain else f"evaluation-{weights.stem}.json"
+    folder = out or (default_evaluation_out(network.name) if weights is None else weights.parent)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder} ({error.strerror}): name another folder with --out") from None
+    return folder / name
+
+
+def default_evaluation_out(name: str) -> Path:
+    """Where the evaluation of a network goes that has no folder: runs/robustbench-NAME, runs/net-factory."""
+    plain = re.sub(r"[^\w.-]+", "-", re.sub(r"^.*/(?=[^/]*\.py:)|\.py(?=:)", "", name))
+    return Path("runs") / plain
 
 
 def _previous(path: Path, protocol: dict[str, Any]) -> dict[str, Any]:
