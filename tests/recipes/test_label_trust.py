@@ -1,0 +1,155 @@
+"""Label trust: the loss and the attack's objective by formula, its rules by hand, and RSLAD where nothing is on."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from retemper.engine import ClassSums, Seen, Targets
+from retemper.engine.catalogue import override
+from retemper.loaders.errors import UsageError
+from retemper.recipes.label_trust import (
+    SETTINGS,
+    LabelTrust,
+    class_gap,
+    next_class_weight,
+    next_trust,
+    worst_case_weight,
+)
+from retemper.recipes.rslad import Rslad
+
+
+def label_trust(**fields: Any) -> LabelTrust:
+    return LabelTrust(dataset="digits", student="tiny_resnet", **fields)
+
+
+def batch(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Targets]:
+    gen = torch.Generator().manual_seed(0)
+    teacher, adv, clean = (3 * torch.randn(7, 5, generator=gen, dtype=torch.float64) for _ in range(3))
+    label = torch.randint(5, (7,), generator=gen)
+    return {"adv": adv, "clean": clean}, Targets(label_B=label, teacher_BK=teacher, state=state, ones_K=torch.ones(5))
+
+
+def one_epoch(loss: list[float], correct: list[int], count: list[int]) -> Seen:
+    adv = ClassSums(loss_K=torch.tensor(loss), correct_K=torch.tensor(correct), count_K=torch.tensor(count))
+    return Seen(forwards={"adv": adv, "clean": ClassSums.zeros(len(loss), torch.device("cpu"))})
+
+
+def test_loss_equals_the_formula_by_hand() -> None:
+    targets = Targets(
+        label_B=torch.tensor([1]),
+        teacher_BK=torch.tensor([[0.75, 0.25]]).log(),
+        state={"label_trust": torch.tensor([0.0, 1 / 3]), "class_weight": torch.tensor([1.0, 3.0])},
+        ones_K=torch.ones(2),
+    )
+    logits = {"adv": torch.tensor([[0.5, 0.5]]).log(), "clean": torch.tensor([[0.25, 0.75]]).log()}
+    # the target is (1/2, 1/2): two thirds of (3/4, 1/4) and one of (0, 1)
+    by_hand = 3 * (5 / 6 * 0 + 1 / 6 * math.log(2 / math.sqrt(3))) / 10
+    torch.testing.assert_close(label_trust().loss(logits, targets).item(), by_hand, rtol=1e-5, atol=0)
+
+
+def test_loss_and_attack_equal_the_formula_in_pytorch() -> None:
+    trust_K, weight_K, temperature_K = (torch.linspace(*ends, 5) for ends in ((0, 0.8), (4, 0.5), (0.5, 5)))
+    logits, targets = batch({"label_trust": trust_K, "class_weight": weight_K, "temperature": temperature_K})
+    label = targets.label_B
+    soft = (targets.teacher / temperature_K.double()[label, None]).softmax(1)
+    trust = trust_K.double()[label, None]
+    target = (1 - trust) * soft + trust * F.one_hot(label, 5)
+
+    adv_B, clean_B = (F.kl_div(logits[name].log_softmax(1), target, reduction="none").sum(1) for name in logits)
+    expected = 0.1 * (weight_K[label] * (5 / 6 * adv_B + 1 / 6 * clean_B)).mean()
+    torch.testing.assert_close(label_trust().loss(logits, targets), expected, rtol=1e-10, atol=0)
+    objective = label_trust().objective(targets)
+    torch.testing.assert_close(objective(logits["adv"]), adv_B.sum(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(objective.gradient(logits["adv"]), logits["adv"].softmax(1) - target)
+
+
+def test_no_trust_and_no_weight_is_rslad() -> None:
+    for state in ({}, {"label_trust": torch.zeros(5), "class_weight": torch.ones(5), "temperature": torch.ones(5)}):
+        logits, targets = batch(state)
+        rslad = Rslad(dataset="digits", student="tiny_resnet")
+        assert torch.equal(label_trust().loss(logits, targets), rslad.loss(logits, targets))
+        raised = [recipe.objective(targets).gradient(logits["adv"]) for recipe in (label_trust(), rslad)]
+        assert torch.equal(*raised)
+        assert label_trust().margins(targets) == rslad.margins(targets)
+
+
+def test_a_run_with_all_parts_off_is_rslads(train: Callable[..., int], tmp_path: Path) -> None:
+    ours, rslad = tmp_path / "ours", tmp_path / "rslad"
+    assert train("label_trust:digits", ours, "--trust-rate", "0", "--weight-rate", "0") == 0
+    assert train("rslad:digits", rslad) == 0
+    losses = [
+        [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (ours, rslad)
+    ]
+    assert len(losses[0]) == 2 and losses[0] == losses[1]
+    weights, others = (load_file(out / "last.safetensors") for out in (ours, rslad))
+    assert weights.keys() == others.keys() and all(torch.equal(weights[key], others[key]) for key in weights)
+
+
+def test_the_rules_are_those_by_hand() -> None:
+    loss = torch.tensor([1.0, 2.0, 6.0])
+    torch.testing.assert_close(class_gap(loss), torch.tensor([-2 / 3, -1 / 3, 1]))
+    trust = next_trust(torch.tensor([0.0, 0.2, 0.75]), loss, 0.1)
+    torch.testing.assert_close(trust, torch.tensor([0, 0.2 - 0.1 / 3, 0.8]))
+    weight = next_class_weight(torch.tensor([0.6, 1.0, 3.9]), loss, 0.3)
+    torch.testing.assert_close(weight, torch.tensor([0.5, 0.9, 4]))
+    weight = worst_case_weight(torch.tensor([1.0, 1.0]), torch.tensor([0.5, 1.0]), 2 * math.log(2))
+    torch.testing.assert_close(weight, torch.tensor([2 / 3, 4 / 3]))
+    assert worst_case_weight(torch.tensor([1.0] * 9 + [99.0]), torch.zeros(10), 1.0).tolist() == [0.5] * 9 + [4.0]
+
+
+def test_equal_losses_move_nothing() -> None:
+    value, loss = torch.tensor([0.5, 0.6, 0.7]), torch.full((3,), 5.0)
+    assert torch.equal(next_trust(value, loss, 0.1), value)
+    assert torch.equal(next_class_weight(value, loss, 0.3), value)
+
+
+def test_an_epoch_moves_what_is_on_by_the_mean_adversarial_losses() -> None:
+    seen = one_epoch([10.0, 60.0], [8, 12], [10, 20])  # means 1 and 3, errors 0.2 and 0.4
+    recipe = label_trust(eps=0.1, temperature_rate=0.2, lr_drops=(5,), margin_rate=0.5)
+    start = recipe.class_state(2)
+    moved = recipe.next_class_state(start, seen, epoch=5)
+    expected = {
+        "label_trust": [0, 0.1],
+        "class_weight": [0.7, 1.3],
+        "temperature": [1.02, 0.98],
+        "margin": [0.05, 0.15],
+    }
+    assert moved.keys() == start.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(moved[name], torch.tensor(value))
+    _, targets = batch({"margin": torch.linspace(0.05, 0.15, 5)})
+    eps, step = recipe.margins(targets)
+    assert isinstance(eps, Tensor) and step == recipe.attack_step
+    assert torch.equal(eps, targets.state["margin"][targets.label_B])
+
+    recipe = label_trust(rule="dro", weight_rate=1.0)
+    moved = recipe.next_class_state(recipe.class_state(2), seen, epoch=1)
+    ratio = math.exp(0.2)
+    torch.testing.assert_close(moved["class_weight"], torch.tensor([2 / (1 + ratio), 2 * ratio / (1 + ratio)]))
+    torch.testing.assert_close(moved["label_trust"], torch.tensor([0, 0.1]))
+
+
+def test_what_is_off_has_no_state() -> None:
+    assert label_trust().class_state(3).keys() == {"label_trust", "class_weight"}
+    assert label_trust(trust_rate=0).class_state(3).keys() == {"class_weight"}
+    assert label_trust(trust_rate=0, weight_rate=0).class_state(3) == {}
+    recipe = label_trust(trust_rate=0, weight_rate=0, trust_start=0.25)
+    moved = recipe.next_class_state(recipe.class_state(2), one_epoch([1.0, 3.0], [1, 1], [1, 1]), epoch=1)
+    assert moved["label_trust"].tolist() == [0.25, 0.25] and len(moved) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["rule=worst", "trust_start=0.9", "trust_upper=1.5", "weight_lower=2", "margin_rate=2"]
+)
+def test_refuses_what_makes_no_sense(name: str) -> None:
+    field, value = name.split("=")
+    with pytest.raises(UsageError, match=field):
+        override(SETTINGS["digits"].recipe, {field: value})
