@@ -1,6 +1,7 @@
 """The command line: `retemper VERB`. A user's mistake is one line on stderr and an exit code (engine/errors.py)."""
 
 import argparse
+import json
 import signal
 import sys
 from collections.abc import Sequence
@@ -123,6 +124,12 @@ def parser(recipe: str | None = None) -> Parser:
     report_.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     report_.add_argument("--out", type=Path, required=True, metavar="DIR")
 
+    compare_ = verb("compare", compare, "Two runs on the same images: differences by class, intervals, McNemar's test.")
+    compare_.add_argument("a", metavar="A", help="a run's folder; several seeds as A1,A2,A3")
+    compare_.add_argument("b", metavar="B", help="likewise: seed i of B is paired with seed i of A")
+    compare_.add_argument("--attack", metavar="NAME", help="the strongest that all were evaluated with")
+    compare_.add_argument("--json", type=Path, metavar="FILE", help="write every number there too")
+
     convert_ = verb("convert", convert, "Write a data set as an FFCV file.")
     convert_.add_argument("dataset")
     convert_.add_argument("--data-root", type=Path, metavar="DIR")
@@ -199,6 +206,22 @@ def report(arguments: argparse.Namespace) -> None:
     from retemper.engine.report import write_report
 
     print(write_report(arguments.runs, arguments.out))
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from retemper.engine.evaluation.compare import as_text
+    from retemper.engine.evaluation.compare import compare as compare_runs
+    from retemper.engine.evaluation.evaluate import finite
+    from retemper.engine.evaluation.verdicts import read_evaluated
+    from retemper.engine.weights import write_atomically
+
+    sides = [[read_evaluated(Path(name), name) for name in side.split(",")] for side in (arguments.a, arguments.b)]
+    found = compare_runs(*sides, arguments.attack)
+    if arguments.json:
+        write_atomically(arguments.json, json.dumps(finite(asdict(found)), indent=1).encode() + b"\n")
+    print(as_text(found))
 
 
 def convert(arguments: argparse.Namespace) -> None:

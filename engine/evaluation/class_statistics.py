@@ -96,17 +96,23 @@ def percentiles(drawn_D: np.ndarray, level: float) -> Pair:
     return float(low), float(high)
 
 
+def both_ways(drawn_D: np.ndarray, estimate: float, level: float) -> Pair:
+    """The percentiles joined to their mirror image about the estimate: right whichever way the draws are biased."""
+    low, high = percentiles(drawn_D, level)
+    return min(low, 2 * estimate - high), max(high, 2 * estimate - low)
+
+
 def _ends(name: str, drawn_D: np.ndarray, estimate: float, level: float) -> Pair:
     """One summary's interval, as `intervals` says; it always holds the estimate."""
     if math.isnan(estimate):
         return math.nan, math.nan
     if name == "nsd":
         low, high = (math.sqrt(max(0.0, 2 * estimate**2 - end)) for end in percentiles(drawn_D**2, level)[::-1])
-    else:
+    elif name == "average":
         low, high = percentiles(drawn_D, level)
-    if name.startswith("worst"):
-        low, high = max(0.0, min(low, 2 * estimate - high)), min(1.0, max(high, 2 * estimate - low))
-    return min(low, estimate), max(high, estimate)
+    else:
+        low, high = both_ways(drawn_D, estimate, level)
+    return max(0.0, min(low, estimate)), max(min(high, 1.0), estimate)
 
 
 @dataclass(frozen=True)

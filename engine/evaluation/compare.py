@@ -1,0 +1,249 @@
+"""Two runs, or the seeds of two recipes, compared image by image: the difference is always B - A.
+
+    McNemar      exact: p = min(1, 2 P(X <= min(a, b))), X ~ Binomial(a + b, 1/2), where a images are right under A
+                 alone and b under B alone (Psychometrika 1947). Classes also get Holm's correction for their number.
+    images       paired bootstrap: every draw resamples the images of each class, the same ones for both sides and
+                 all seeds; for worst, worst_tenth and nsd both ways round (class_statistics.py says why). It covers
+                 the choice of test images for these very networks, not how others would come out.
+    seeds        mean difference of the seeds -+ Student's t with S - 1 degrees of freedom times the standard error. It
+                 covers chance in training for these very images; the seeds are taken as a sample of all.
+
+No interval here covers both at once. Seed i of A is paired with seed i of B. With several seeds p is the largest of
+the seeds' own, and 1 where they disagree about the direction: small only if every seed says so by itself.
+
+Dimension key: N images, K classes, S seeds, D bootstrap draws, P patterns of verdicts, R = 2 S runs.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from retemper.engine.evaluation.class_statistics import SUMMARIES, Pair, both_ways, class_report, percentiles, summaries
+from retemper.engine.evaluation.verdicts import Evaluated, require_attack, require_same, strongest
+from retemper.loaders.errors import DataError, UsageError
+
+TITLES = {"average": "average, %", "worst": "worst class, %", "worst_tenth": "worst tenth, %", "nsd": "NSD"}
+MOST_CLASSES = 20  # in a table
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of one number between the sides; `a` and `b` are means over the seeds, each with its lowest and highest."""
+
+    a: float
+    a_range: Pair
+    b: float
+    b_range: Pair
+    difference: float
+    images: Pair
+    seeds: Pair | None = None  # None with one seed
+    p: float | None = None  # McNemar's; None where it does not apply
+    p_holm: float | None = None
+    discordant: tuple[tuple[int, int], ...] = ()  # for every seed: images right under A alone, under B alone
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Accuracies and their differences are fractions; a class without images has NaNs and no p."""
+
+    attack: str
+    a: list[str]
+    b: list[str]
+    classes: list[str]
+    images: int
+    eps: float
+    upper_bound: bool  # a weaker stand-in for the attack: true accuracies are at most these
+    level: float
+    summary: dict[str, Difference]
+    by_class: list[Difference]
+
+
+def compare(
+    a: Sequence[Evaluated],
+    b: Sequence[Evaluated],
+    attack: str | None = None,
+    *,
+    level: float = 0.95,
+    draws: int = 5_000,
+    seed: int = 0,
+) -> Comparison:
+    """Compare B with A under one attack; without a name, under the strongest that all were evaluated with.
+
+    Raises:
+        UsageError: the sides have not as many seeds, or were evaluated on other images or under other settings.
+        DataError: verdicts are missing or damaged.
+    """
+    if len(a) != len(b) or not a:
+        raise UsageError(f"as many seeds on both sides are needed, to be paired in order, not {len(a)} and {len(b)}")
+    runs = [*a, *b]
+    attack = attack or strongest(runs)
+    for run in runs:
+        require_attack(run, attack)
+        require_same(runs[0], run, attack)
+    images = sorted(runs[0].verdicts[attack])
+    classes = [str(name) for name in runs[0].protocol.get("classes") or ()]
+    label_N = np.array([runs[0].verdicts[attack][i][0] for i in images])
+    if len(classes) <= label_N.max():
+        raise DataError(f"{runs[0].path} names {len(classes)} classes, its verdicts have more")
+    correct_RN = np.array([[run.verdicts[attack][i][1] for i in images] for run in runs])
+    summary, by_class = differences(correct_RN, label_N, len(classes), level=level, draws=draws, seed=seed)
+    return Comparison(
+        attack=attack,
+        a=[run.name for run in a],
+        b=[run.name for run in b],
+        classes=classes,
+        images=len(images),
+        eps=runs[0].protocol["eps"],
+        upper_bound=any(bool(run.content["attacks"][attack].get("upper_bound")) for run in runs),
+        level=level,
+        summary=summary,
+        by_class=by_class,
+    )
+
+
+def differences(
+    correct_RN: np.ndarray, label_N: np.ndarray, num_classes: int, *, level: float, draws: int, seed: int
+) -> tuple[dict[str, Difference], list[Difference]]:
+    """Of the summaries and of every class.
+
+    Args:
+        correct_RN: (R, N) bool, first the seeds of A, then those of B.
+        label_N: (N,) whole numbers below `num_classes`.
+    """
+    count_K = np.bincount(label_N, minlength=num_classes)
+    correct_RK = np.array([np.bincount(label_N[row], minlength=num_classes) for row in correct_RN])
+    reports = [class_report(correct_K, count_K) for correct_K in correct_RK]
+    alone_2SK = _alone(correct_RN, label_N, num_classes)
+    drawn_DRK = _draw(correct_RN, label_N, num_classes, draws, np.random.default_rng(seed))
+    drawn = summaries(drawn_DRK[:, :, count_K > 0].reshape(draws * len(correct_RN), -1), count_K[count_K > 0])
+    of_summary = {
+        name: _difference(
+            [getattr(report, name) for report in reports],
+            drawn[name].reshape(draws, -1),
+            level,
+            alone_2SK.sum(axis=2) if name == "average" else None,
+            biased=name != "average",
+        )
+        for name in SUMMARIES
+    }
+    by_class = [
+        _difference([r.accuracy[k] for r in reports], drawn_DRK[:, :, k], level, alone_2SK[:, :, k] if n else None)
+        for k, n in enumerate(count_K)
+    ]
+    return of_summary, _holm(by_class)
+
+
+def mcnemar(only_a: Any, only_b: Any) -> np.ndarray:
+    """The exact two-sided p of each pair of counts; 1 where there is none to tell them apart."""
+    from scipy.special import bdtr  # comes with scikit-learn
+
+    only_a, only_b = np.asarray(only_a), np.asarray(only_b)
+    return np.minimum(1.0, 2 * bdtr(np.minimum(only_a, only_b), only_a + only_b, 0.5))
+
+
+def _draw(
+    correct_RN: np.ndarray, label_N: np.ndarray, num_classes: int, draws: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Accuracies of resampled images, (D, R, K): as many of each pattern of verdicts as images with it are drawn."""
+    drawn_DRK = np.full((draws, len(correct_RN), num_classes), math.nan)
+    for k in np.unique(label_N):
+        pattern_RP, count_P = np.unique(correct_RN[:, label_N == k], axis=1, return_counts=True)
+        n = count_P.sum()
+        drawn_DRK[:, :, k] = rng.multinomial(n, count_P / n, size=draws) @ pattern_RP.T / n
+    return drawn_DRK
+
+
+def _alone(correct_RN: np.ndarray, label_N: np.ndarray, num_classes: int) -> np.ndarray:
+    """(2, S, K): of every seed and class, how many images only A has right, and only B."""
+    a_SN, b_SN = np.split(correct_RN, 2)
+    sides = (a_SN & ~b_SN, b_SN & ~a_SN)
+    return np.array([[np.bincount(label_N[row], minlength=num_classes) for row in side] for side in sides])
+
+
+def _difference(
+    values: Sequence[float], drawn_DR: np.ndarray, level: float, alone_2S: np.ndarray | None, *, biased: bool = False
+) -> Difference:
+    """values: of the R runs; drawn_DR: the same of every draw."""
+    a_S, b_S = np.split(np.array(values), 2)
+    drawn_a_D, drawn_b_D = (half_DS.mean(axis=1) for half_DS in np.split(drawn_DR, 2, axis=1))
+    difference, drawn_D = float((b_S - a_S).mean()), drawn_b_D - drawn_a_D
+    p = None
+    if alone_2S is not None:
+        agreed = (alone_2S[0] >= alone_2S[1]).all() or (alone_2S[0] <= alone_2S[1]).all()
+        p = float(mcnemar(*alone_2S).max()) if agreed else 1.0
+    return Difference(
+        a=float(a_S.mean()),
+        a_range=(float(a_S.min()), float(a_S.max())),
+        b=float(b_S.mean()),
+        b_range=(float(b_S.min()), float(b_S.max())),
+        difference=difference,
+        images=both_ways(drawn_D, difference, level) if biased else percentiles(drawn_D, level),
+        seeds=_student(b_S - a_S, level),
+        p=p,
+        discordant=() if alone_2S is None else tuple((int(a), int(b)) for a, b in alone_2S.T),
+    )
+
+
+def _student(difference_S: np.ndarray, level: float) -> Pair | None:
+    """The interval of the mean over seeds."""
+    from scipy.special import stdtrit  # comes with scikit-learn
+
+    n = len(difference_S)
+    if n < 2:
+        return None
+    half = float(stdtrit(n - 1, (1 + level) / 2)) * float(difference_S.std(ddof=1)) / math.sqrt(n)
+    return float(difference_S.mean() - half), float(difference_S.mean() + half)
+
+
+def _holm(of_class: list[Difference]) -> list[Difference]:
+    """Holm's correction for looking at every class (Scand. J. Stat. 1979)."""
+    order = sorted((k for k, d in enumerate(of_class) if d.p is not None), key=lambda k: of_class[k].p or 0.0)
+    corrected, least = list(of_class), 0.0
+    for rank, k in enumerate(order):
+        least = max(least, min(1.0, (len(order) - rank) * (of_class[k].p or 0.0)))
+        corrected[k] = replace(of_class[k], p_holm=least)
+    return corrected
+
+
+def as_text(found: Comparison) -> str:
+    """A table for the terminal: the summaries, and the classes (of many, A's weakest)."""
+    several = len(found.a) > 1
+    known = [k for k, of_class in enumerate(found.by_class) if of_class.p is not None]
+    shown = sorted(sorted(known, key=lambda k: found.by_class[k].a)[:MOST_CLASSES])
+    rows = [["", "A", "B", "B - A", "images"] + ["seeds"] * several + ["p"]]
+    named = [name for name in SUMMARIES if name != "worst_tenth" or len(found.classes) > 10]
+    rows += [_row(TITLES[name], found.summary[name], several, name != "nsd") for name in named]
+    rows += [_row(found.classes[k], found.by_class[k], several, True) for k in shown]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        f"{found.attack}{' (an upper bound)' * found.upper_bound}, eps {found.eps:.4g}, {found.images:,} images",
+        f"A: {', '.join(found.a)}",
+        f"B: {', '.join(found.b)}",
+    ]
+    for title, *cells in rows:
+        padded = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([f"{title:{widths[0]}}", *padded]).rstrip())
+    if len(shown) < len(known):
+        lines.append(f"and {len(known) - len(shown)} classes in which A is stronger; --json has them")
+    interval = f"{found.level:.0%} intervals: images, for the choice of test images"
+    p = "p: McNemar's exact test, for classes after Holm's correction"
+    if several:
+        interval, p = f"{interval}; seeds, for chance in training", f"{p}, the largest of the seeds'"
+    return "\n".join([*lines, interval, p])
+
+
+def _row(title: str, of: Difference, several: bool, percent: bool) -> list[str]:
+    scale, digits = (100, 1) if percent else (1, 3)
+
+    def pair(ends: Pair | None, sign: str = "") -> str:
+        return "-" if ends is None else " to ".join(f"{scale * end:{sign}.{digits}f}" for end in ends)
+
+    sides = [f"{scale * value:.{digits}f}" for value in (of.a, of.b)]
+    if several:
+        sides = [f"{side} ({pair(ends)})" for side, ends in zip(sides, (of.a_range, of.b_range), strict=True)]
+    p = of.p if of.p_holm is None else of.p_holm
+    cells = [title, *sides, f"{scale * of.difference:+.{digits}f}", pair(of.images, "+")]
+    return [*cells, *[pair(of.seeds, "+")] * several, "" if p is None else f"{p:.2g}"]

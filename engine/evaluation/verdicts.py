@@ -1,0 +1,123 @@
+"""Evaluations read back with their verdicts image by image, and what must agree before two can be compared."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from retemper.engine.run_folder import read_json
+from retemper.engine.weights import write_atomically
+from retemper.loaders.errors import DataError, UsageError
+
+STRONGEST = ("autoattack", "autoattack-fast", "pgd20", "cw", "fgsm", "clean")
+MUST_AGREE = ("dataset", "split", "image_size", "eps", "norm", "precision", "classes")
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation.json and, where it lies beside it, evaluation.csv: which images withstood which attack."""
+
+    path: Path
+    name: str
+    content: dict[str, Any]
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        return self.content["protocol"]
+
+    @cached_property
+    def verdicts(self) -> dict[str, dict[int, tuple[int, bool]]]:
+        """attack -> image -> (label, correct), only where the attack was run.
+
+        Raises:
+            DataError: there is no such file, or it is damaged.
+        """
+        path = self.path.with_suffix(".csv")
+        try:
+            with open(path, newline="") as file:
+                return _verdicts(csv.DictReader(file, strict=True))
+        except FileNotFoundError:
+            raise DataError(f"{path} does not exist: run `retemper evaluate` again, it writes one") from None
+        except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
+            raise DataError(f"{path} is damaged ({error}): run `retemper evaluate` again") from None
+
+
+def _verdicts(rows: "csv.DictReader[str]") -> dict[str, dict[int, tuple[int, bool]]]:
+    found: dict[str, dict[int, tuple[int, bool]]] = {
+        name: {} for name in rows.fieldnames or () if name not in ("image", "label")
+    }
+    for row in rows:
+        image, label = int(row["image"]), int(row["label"])
+        for name, of_image in found.items():
+            if row[name] == "":
+                continue
+            if row[name] not in ("0", "1") or image in of_image or image < 0 or label < 0:
+                raise ValueError(f"line {rows.line_num}")
+            of_image[image] = label, row[name] == "1"
+    return found
+
+
+def write_verdicts(path: Path, verdicts: Mapping[str, Mapping[int, tuple[int, bool]]]) -> None:
+    """Write `Evaluated.verdicts` as evaluation.csv: a row an image, a column an attack, empty where it was not run."""
+    labels = {image: label for of_image in verdicts.values() for image, (label, _) in of_image.items()}
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("image", "label", *verdicts))
+    for image in sorted(labels):
+        cells = (str(int(of_image[image][1])) if image in of_image else "" for of_image in verdicts.values())
+        writer.writerow((image, labels[image], *cells))
+    write_atomically(path, text.getvalue().encode())
+
+
+def read_evaluated(target: Path, name: str | None = None) -> Evaluated:
+    """A run's folder, or an evaluation.json.
+
+    Raises:
+        DataError: it was not evaluated, or what is there is damaged.
+    """
+    path = target / "evaluation.json" if target.is_dir() else target
+    if not path.exists():
+        raise DataError(f"{path} does not exist: run `retemper evaluate {target}` first")
+    content = read_json(path)
+    if not all(isinstance(content.get(part), dict) for part in ("protocol", "attacks")):
+        raise DataError(f"{path} is damaged: run `retemper evaluate` again")
+    return Evaluated(path, name or path.resolve().parent.name, content)
+
+
+def strongest(runs: Sequence[Evaluated]) -> str:
+    shared = [name for name in runs[0].verdicts if all(name in run.verdicts for run in runs)]
+    chosen = [name for name in STRONGEST if name in shared] + shared
+    if not chosen:
+        raise UsageError(f"{runs[0].name} and the others share no attack: evaluate them with the same --attacks")
+    return chosen[0]
+
+
+def require_attack(run: Evaluated, attack: str) -> None:
+    again = f"run `retemper evaluate {run.path.parent} --attacks {attack}`"
+    if not run.verdicts.get(attack) or attack not in run.content["attacks"]:
+        raise UsageError(f"{run.name} has no verdicts under {attack}: {again}")
+    if run.content["attacks"][attack].get("complete") is False:
+        raise UsageError(f"{attack} of {run.name} was interrupted: {again} to go on with it")
+
+
+def require_same(first: Evaluated, run: Evaluated, attack: str) -> None:
+    """That two evaluations differ in nothing but the network."""
+    pairs = [(name, first.protocol.get(name), run.protocol.get(name)) for name in MUST_AGREE]
+    was, now = (one.protocol.get("attacks", {}).get(attack, {}) for one in (first, run))
+    pairs += [(f"{attack}'s {name}", was.get(name), now.get(name)) for name in dict.fromkeys([*was, *now])]
+    for name, before, after in pairs:
+        if before != after:
+            raise UsageError(f"{run.name} cannot be compared with {first.name}: {name} is {after}, not {before}")
+    before, after = first.verdicts[attack], run.verdicts[attack]
+    for image in sorted(before.keys() | after.keys()):
+        if image not in before or image not in after:
+            only = run.name if image in after else first.name
+            raise UsageError(
+                f"{first.name} and {run.name} were evaluated on other images ({len(before)} and {len(after)}): "
+                f"image {image} is only in {only}"
+            )
+        if before[image][0] != after[image][0]:
+            raise UsageError(f"{first.name} and {run.name} hold other labels for image {image}: other data sets")
