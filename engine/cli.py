@@ -15,6 +15,7 @@ from retemper.engine.recipe import describe
 from retemper.loaders.errors import DataError, UsageError
 
 NETWORKS = "a run's folder, a checkpoint file, robustbench:NAME, or net.py:factory (your own nn.Module)"
+FLAGS = ("--show", "--tensorboard", "--help")  # of `train`: they take no value
 GOES_ON = "; the same command goes on from the last finished epoch"
 
 
@@ -66,7 +67,7 @@ def run(argv: list[str]) -> int:
 def _named_recipe(argv: list[str]) -> str | None:
     """The METHOD:SETTING in the words of `train`: the first that is neither an option nor the value of one."""
     for before, word in pairwise(argv):
-        takes_value = before.startswith("--") and "=" not in before and before not in ("--show", "--help")
+        takes_value = before.startswith("--") and "=" not in before and before not in FLAGS
         if argv[0] == "train" and not word.startswith("-") and not takes_value:
             return word
     return None
@@ -101,6 +102,7 @@ def parser(recipe: str | None = None) -> Parser:
         "--cache", type=Path, metavar="DIR", help="where converted data and teachers' answers go (~/.cache/retemper)"
     )
     train_.add_argument("--beton", type=Path, metavar="FILE", help="a converted training set to read instead")
+    train_.add_argument("--tensorboard", action="store_true", help="write RUN/tensorboard too, an extra")
     train_.add_argument("--show", action="store_true", help="print the resolved recipe and leave")
     group = train_.add_argument_group("the recipe's fields", "named METHOD:SETTING, this lists them")
     for name, value in describe(find_setting(recipe)[2].recipe).items() if recipe else ():
@@ -190,6 +192,7 @@ def train(arguments: argparse.Namespace) -> None:
         cache=arguments.cache or default_cache(),
         beton=arguments.beton,
         device=pick_device(arguments.device),
+        tensorboard=arguments.tensorboard,
     )
     print(train_job(with_teacher(job)))
 

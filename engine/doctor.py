@@ -11,7 +11,7 @@ from retemper.engine.job import default_cache
 from retemper.loaders import DATASETS, DataError, ffcv_problem, load_split
 from retemper.loaders.ffcv_library import INSTALL
 
-EXTRAS = {"matplotlib": "plots", "pyautoattack": "eval", "torchattacks": "bench"}
+EXTRAS = {"matplotlib": "plots", "pyautoattack": "eval", "tensorboard": "tensorboard", "torchattacks": "bench"}
 
 
 def examine() -> str:

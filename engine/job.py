@@ -29,6 +29,7 @@ class Job:
     cache: Path
     beton: Path | None = None
     device: torch.device
+    tensorboard: bool = False
 
     @property
     def name(self) -> str:

@@ -28,6 +28,7 @@ from retemper.engine.run_folder import RunFolder, commit, device_name, versions
 from retemper.engine.seen import Seen
 from retemper.engine.step import State, clean_images, train_step
 from retemper.engine.teacher_logits import teacher_logits
+from retemper.engine.tensorboard import Board
 from retemper.engine.trained import Facts, header_of
 from retemper.engine.validate import validate
 from retemper.engine.weights import save_weights
@@ -74,6 +75,7 @@ class Run:
         recipe, device = job.recipe, job.device
         self.split = load_split(recipe.dataset, "train", job.data_root, recipe.image_size)
         self.num_classes, self.channels = len(self.split.classes), self.split.shape[2]
+        self.board = Board(folder, self.split.classes) if job.tensorboard else None
         train_indices, held_indices = np.arange(len(self.split)), np.arange(0)
         if recipe.select_on == "holdout" and recipe.holdout_per_class:
             train_indices, held_indices = holdout_split(self.split.labels, recipe.holdout_per_class)
@@ -314,6 +316,8 @@ class Run:
 
     def _report(self, line: dict[str, Any]) -> None:
         """One line on the epoch."""
+        if self.board is not None:
+            self.board.write(line)
         words = f"epoch {line['epoch']}/{self.recipe.epochs}  loss {line['loss']:.4f}  lr {line['lr']:g}"
         words += f"  {line['images_per_second']:.0f} img/s"
         if "holdout" in line:
