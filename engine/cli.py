@@ -2,21 +2,21 @@
 
 import argparse
 import json
-import signal
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
+from retemper.engine import interrupts
 from retemper.engine.catalogue import find_setting, method_module, methods, nearest, override
 from retemper.engine.errors import EXIT_CODES, PREEMPTED
 from retemper.engine.recipe import describe
 from retemper.loaders.errors import DataError, UsageError
 
+FLAGS = ("--show", "--tensorboard", "--deterministic", "--help")  # of `train`: they take no value
 NETWORKS = "a run's folder, a checkpoint file, robustbench:NAME, or net.py:factory (your own nn.Module)"
-FLAGS = ("--show", "--tensorboard", "--help")  # of `train`: they take no value
-GOES_ON = "; the same command goes on from the last finished epoch"
+GOES_ON = "; the same command goes on from there"
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The console script: runs a verb and leaves with its exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a preempted run ends as an interrupted one
+    interrupts.install()
     sys.exit(run(sys.argv[1:] if argv is None else list(argv)))
 
 
@@ -50,9 +50,10 @@ def run(argv: list[str]) -> int:
             )
         arguments.act(arguments)
         return 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        saved = str(interrupt) or "what was saved before is whole"
         goes_on = argv[:1] in (["train"], ["demo"])
-        print(f"retemper: interrupted{GOES_ON if goes_on else ''}", file=sys.stderr)
+        print(f"retemper: interrupted{f'; {saved}{GOES_ON}' if goes_on else ''}", file=sys.stderr)
         return PREEMPTED
     except BrokenPipeError:
         return 0
@@ -102,6 +103,14 @@ def parser(recipe: str | None = None) -> Parser:
         "--cache", type=Path, metavar="DIR", help="where converted data and teachers' answers go (~/.cache/retemper)"
     )
     train_.add_argument("--beton", type=Path, metavar="FILE", help="a converted training set to read instead")
+    train_.add_argument(
+        "--save-every",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="within an epoch too (600; 0 after every step)",
+    )
+    train_.add_argument("--deterministic", action="store_true", help="the same bits every time on a GPU too, slower")
     train_.add_argument("--tensorboard", action="store_true", help="write RUN/tensorboard too, an extra")
     train_.add_argument("--show", action="store_true", help="print the resolved recipe and leave")
     group = train_.add_argument_group("the recipe's fields", "named METHOD:SETTING, this lists them")
@@ -117,6 +126,13 @@ def parser(recipe: str | None = None) -> Parser:
     evaluate_.add_argument("--weights", choices=("best", "last"), default="best", help="which of a run's weights")
     evaluate_.add_argument("--batch-size", type=int, default=256)
     evaluate_.add_argument("--seed", type=_seed, default=0, help="of the random starts")
+    suite = evaluate_.add_argument_group("AutoAttack")
+    suite.add_argument("--suite", choices=("standard", "fast"), default="standard", help="fast: APGD-CE and APGD-T")
+    suite.add_argument("--autoattack-limit", type=int, metavar="N", help="the suite on N of the images, balanced")
+    suite.add_argument("--fold", action="store_true", help="let it look at the folded twin: faster, other rounding")
+    suite.add_argument("--shard", metavar="I/N", help="only the Ith of N pieces; the last one done puts them together")
+    suite.add_argument("--budget", metavar="MINUTES", help="begin nothing after that; the same command goes on")
+    evaluate_.add_argument("--check", action="store_true", help="also look for masked gradients, on 300 of the images")
     evaluate_.add_argument("--device", default=None)
     evaluate_.add_argument("--model", help="the architecture of a bare checkpoint")
     evaluate_.add_argument("--dataset", help="the data set, where the checkpoint does not say")
@@ -193,6 +209,8 @@ def train(arguments: argparse.Namespace) -> None:
         beton=arguments.beton,
         device=pick_device(arguments.device),
         tensorboard=arguments.tensorboard,
+        save_every=arguments.save_every,
+        deterministic=arguments.deterministic,
     )
     print(train_job(with_teacher(job)))
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from retemper.engine.attack import Objective, cross_entropy_objective, cw_objective, pgd, predicts
+from retemper.engine.attack import Objective, cross_entropy_objective, cw_objective, pgd
 from retemper.engine.evaluation.class_statistics import class_report, intervals
 from retemper.engine.fold import Folded
 from retemper.kernels import augment, identity_view
@@ -76,6 +76,14 @@ def balanced_order(labels: np.ndarray, limit: int | None = None) -> np.ndarray:
 
 
 def survivors(
+    model: nn.Module, split: Split, attack: Attack, *, indices: np.ndarray | None = None, **options: Any
+) -> Tensor:
+    """Which images are classified correctly, clean and attacked: (N,) bool on the host; as `predictions`."""
+    label_N = torch.from_numpy(split.labels if indices is None else split.labels[indices])
+    return predictions(model, split, attack, indices=indices, **options) == label_N
+
+
+def predictions(
     model: nn.Module,
     split: Split,
     attack: Attack,
@@ -87,19 +95,20 @@ def survivors(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Which images are classified correctly, clean and attacked: (N,) bool on the host, as `indices` orders them."""
+    """The class that each image is given under attack, or clean where it is misclassified without: (N,) int64 on the
+    host, as `indices` orders them; -1 where the logits are not finite."""
     chosen = np.arange(len(split)) if indices is None else indices
     label_N = torch.from_numpy(split.labels)
-    verdicts = []
+    given = []
     model.eval()
-    twin = _twin(model, device) if attack.steps else None
+    twin = folded_twin(model, device) if attack.steps else None
     with exact_fp32():
         for first in range(0, len(chosen), batch_size):
             batch = torch.from_numpy(chosen[first : first + batch_size])
             label_B = label_N[batch].to(device)
             clean = as_float(split, batch, device)
             with torch.no_grad():
-                correct_B = predicts(model(clean), label_B)
+                given_B = predicted(model(clean))
             if twin is not None:
                 adv = pgd(
                     twin,
@@ -112,14 +121,19 @@ def survivors(
                     seed=seed + first,
                 )
                 with torch.no_grad():
-                    correct_B &= predicts(model(adv), label_B)
-            verdicts.append(correct_B)
+                    given_B = torch.where(given_B == label_B, predicted(model(adv)), given_B)
+            given.append(given_B)
             if progress is not None:
                 progress.advance(len(batch))
-    return torch.cat(verdicts).cpu() if verdicts else torch.zeros(0, dtype=torch.bool)
+    return torch.cat(given).cpu() if given else torch.zeros(0, dtype=torch.int64)
 
 
-def _twin(model: nn.Module, device: torch.device) -> nn.Module:
+def predicted(logits_BK: Tensor) -> Tensor:
+    """(B,) int64: the class of each row's largest logit; -1 for a row that is not finite."""
+    return torch.where(logits_BK.isfinite().all(1), logits_BK.argmax(1), -1)
+
+
+def folded_twin(model: nn.Module, device: torch.device) -> nn.Module:
     """The same function for the attack to look at, faster where the network can be folded."""
     if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         return model
@@ -136,12 +150,18 @@ def as_float(split: Split, batch: Tensor, device: torch.device) -> Tensor:
     return augment(image, view, padding=0)
 
 
-def by_class(correct_N: Tensor, label_N: np.ndarray, num_classes: int) -> dict[str, Any]:
-    """The report of one attack, as evaluation.json holds it."""
+def by_class(predicted_N: np.ndarray, label_N: np.ndarray, num_classes: int) -> dict[str, Any]:
+    """The report of one attack, as evaluation.json holds it.
+
+    "confusion": (K, K) counts, a row a true class, a column a class given; images given none are in no column.
+    """
     count = np.bincount(label_N, minlength=num_classes)
-    correct = np.bincount(label_N[correct_N.numpy()], minlength=num_classes)
+    given = predicted_N >= 0
+    cell = label_N[given] * num_classes + predicted_N[given]
+    confusion = np.bincount(cell, minlength=num_classes**2).reshape(num_classes, num_classes)
+    correct = confusion.diagonal()
     report = asdict(class_report(correct, count))
-    return finite(report | {"interval": intervals(correct, count)})
+    return finite(report | {"interval": intervals(correct, count), "confusion": confusion.tolist()})
 
 
 def finite(value: Any) -> Any:

@@ -14,8 +14,12 @@ import torch
 from torch import nn
 
 from retemper.engine.catalogue import parse_value
-from retemper.engine.evaluation.autoattack import autoattack_survivors
-from retemper.engine.evaluation.evaluate import ATTACKS, balanced_order, by_class, survivors
+from retemper.engine.evaluation.autoattack import SuiteRequest, suite_entry
+from retemper.engine.evaluation.checks import IMAGES, check_evaluated, check_lines
+from retemper.engine.evaluation.evaluate import ATTACKS, balanced_order, by_class, predictions
+from retemper.engine.evaluation.ladder import Subject
+from retemper.engine.evaluation.suite_run import Shard, evaluate_suite
+from retemper.engine.evaluation.verdicts import Evaluated, write_verdicts
 from retemper.engine.job import default_cache, pick_device
 from retemper.engine.networks import Network, find_network
 from retemper.engine.run_folder import RunFolder, read_json, versions
@@ -40,6 +44,12 @@ class EvaluationRequest:
     seed: int = 0
     device: torch.device
     facts: Facts
+    suite: str = "standard"  # of AutoAttack, as are the following
+    fold: bool = False
+    autoattack_limit: int | None = None
+    shard: Shard | None = None
+    budget_s: float | None = None
+    check: bool = False
 
     @classmethod
     def from_words(cls, words: argparse.Namespace) -> "EvaluationRequest":
@@ -54,7 +64,8 @@ class EvaluationRequest:
         for name in attacks:
             if name not in (*ATTACKS, "autoattack"):
                 raise UsageError(f"there is no attack {name!r}: choose of {', '.join(ATTACKS)}, autoattack")
-        for name, number in (("limit", words.limit), ("batch-size", words.batch_size)):
+        limits = ("limit", words.limit), ("batch-size", words.batch_size), ("autoattack-limit", words.autoattack_limit)
+        for name, number in limits:
             if number is not None and number < 1:
                 raise UsageError(f"--{name} {number}: it must be at least 1")
         try:
@@ -63,6 +74,8 @@ class EvaluationRequest:
             raise UsageError(f"--eps {words.eps}: write it as 8/255 or 0.031") from None
         if eps is not None and not 0 <= eps <= 1:
             raise UsageError(f"--eps {words.eps}: a radius in [0, 1] pixels, 8/255 not 8")
+        if words.check and words.shard:
+            raise UsageError("--check is not for a shard: give it once, in a run without --shard")
         return cls(
             target=words.target,
             out=words.out,
@@ -74,6 +87,12 @@ class EvaluationRequest:
             seed=words.seed,
             device=pick_device(words.device),
             facts=Facts(model=words.model, dataset=words.dataset, eps=eps),
+            suite=words.suite,
+            fold=words.fold,
+            autoattack_limit=words.autoattack_limit,
+            shard=_shard(words.shard, attacks),
+            budget_s=None if words.budget is None else 60 * _minutes(words.budget),
+            check=words.check,
         )
 
 
@@ -111,14 +130,27 @@ def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
     path = _destination(network, request.out)
     content = _previous(path, protocol)
     content["protocol"]["data_root"] = None if data_root is None else str(data_root)
+    verdicts = _known_verdicts(path, content)
     for name in request.attacks:
         started = time.monotonic()
-        correct = _survivors(name, model, split, order, eps, request)
-        result = by_class(correct, split.labels[order], len(split.classes))
-        content["attacks"][name] = result | {"seconds": time.monotonic() - started}
-        content["protocol"]["attacks"][name] = (
-            ATTACKS[name].described(eps) if name in ATTACKS else {"suite": "standard"}
+        if name == "autoattack":
+            suite = _autoattack(model, split, order, eps, request, protocol, path)
+            if suite is None:  # a shard, and not the last one
+                continue
+            key, images, predicted_N, entry, described = suite
+        else:
+            key, images, described = name, order, ATTACKS[name].described(eps)
+            predicted_N, entry = _predictions(name, model, split, order, eps, request), {}
+        labels = split.labels[images]
+        result = by_class(predicted_N, labels, len(split.classes)) | {"seconds": time.monotonic() - started} | entry
+        content["attacks"][key], content["protocol"]["attacks"][key] = result, described
+        verdicts[key] = dict(
+            zip(images.tolist(), zip(labels.tolist(), predicted_N == labels, strict=True), strict=True)
         )
+        write_verdicts(path.with_suffix(".csv"), verdicts)
+        write_atomically(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
+    if request.check:
+        content["checks"] = _checks(model, split, order[:IMAGES], eps, request, network, content["attacks"])
         write_atomically(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
     return path, content
 
@@ -145,22 +177,12 @@ def _subject(request: EvaluationRequest, network: Network) -> tuple[Facts, Split
     return facts.or_else(known), split, data_root
 
 
-def _survivors(
+def _predictions(
     name: str, model: nn.Module, split: Split, order: np.ndarray, eps: float, request: EvaluationRequest
-) -> torch.Tensor:
-    """Per-image verdicts of one attack, (N,) bool in the order of `order`."""
-    if name == "autoattack":
-        return autoattack_survivors(
-            model,
-            split,
-            eps=eps,
-            indices=order,
-            device=request.device,
-            batch_size=request.batch_size,
-            seed=request.seed,
-        )
+) -> np.ndarray:
+    """The classes given under one attack, (N,) int64 in the order of `order`."""
     with Progress(name, len(order)) as progress:
-        return survivors(
+        return predictions(
             model,
             split,
             ATTACKS[name],
@@ -170,7 +192,96 @@ def _survivors(
             batch_size=request.batch_size,
             seed=request.seed,
             progress=progress,
-        )
+        ).numpy()
+
+
+def _autoattack(
+    model: nn.Module,
+    split: Split,
+    order: np.ndarray,
+    eps: float,
+    request: EvaluationRequest,
+    protocol: dict[str, Any],
+    path: Path,
+) -> tuple[str, np.ndarray, np.ndarray, dict[str, Any], dict[str, Any]] | None:
+    """The suite's name, its images, the classes given, what evaluation.json adds, and the description; None while
+    other shards are missing."""
+    order = order[: request.autoattack_limit]
+    suite = SuiteRequest(
+        suite=request.suite,
+        eps=eps,
+        device=request.device,
+        batch_size=request.batch_size,
+        seed=request.seed,
+        fold=request.fold,
+        budget_s=request.budget_s,
+    )
+    known = {name: protocol[name] for name in ("dataset", "split", "image_size", "weights_sha256")}
+    ledger_path = path.with_name(path.name.replace("evaluation", "autoattack")).with_suffix(".csv")
+    ledger = evaluate_suite(model, split, order, suite, known=known, path=ledger_path, shard=request.shard)
+    if ledger is None:
+        return None
+    described = {name: ledger.facts[name] for name in ("library", "seed", "batch_size", "fold", "eps")} | {
+        "suite": request.suite,
+        "attacks": list(suite.attacks),
+        "images": len(order),
+        "shards": ledger.facts.get("shards", 1),
+    }
+    name = "autoattack" if request.suite == "standard" else f"autoattack-{request.suite}"
+    return name, order, ledger.predicted_under(suite.attacks), suite_entry(ledger, request.suite), described
+
+
+def _checks(
+    model: nn.Module,
+    split: Split,
+    order: np.ndarray,
+    eps: float,
+    request: EvaluationRequest,
+    network: Network,
+    attacks: dict[str, Any],
+) -> dict[str, Any]:
+    """Whether the numbers can be trusted."""
+    subject = Subject(
+        model=model,
+        split=split,
+        indices=order,
+        eps=eps,
+        device=request.device,
+        batch_size=request.batch_size,
+        seed=request.seed,
+    )
+    return check_evaluated(subject, None if network.weights is None else network.weights.parent, attacks)
+
+
+def _known_verdicts(path: Path, content: dict[str, Any]) -> dict[str, dict[int, tuple[int, bool]]]:
+    """Of the attacks that `content` keeps from before; those whose verdicts are lost are left out."""
+    try:
+        known = Evaluated(path, path.stem, content).verdicts
+    except DataError:
+        return {}
+    return {name: of_image for name, of_image in known.items() if name in content["attacks"]}
+
+
+def _shard(words: str | None, attacks: tuple[str, ...]) -> Shard | None:
+    """ "2/4" as numbers."""
+    if words is None:
+        return None
+    found = re.fullmatch(r"([0-9]+)/([0-9]+)", words)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise UsageError(f"--shard {words}: write it as 1/4 to 4/4")
+    if attacks != ("autoattack",):
+        raise UsageError("--shard is for AutoAttack: give it with --attacks autoattack, the others in a run without it")
+    return int(found[1]), int(found[2])
+
+
+def _minutes(words: str) -> float:
+    try:
+        minutes = float(words)
+    except ValueError:
+        minutes = -1.0
+    if not minutes > 0:
+        raise UsageError(f"--budget {words}: write it in minutes, as 90")
+    return minutes
 
 
 def _destination(network: Network, out: Path | None) -> Path:
@@ -214,19 +325,30 @@ def _previous(path: Path, protocol: dict[str, Any]) -> dict[str, Any]:
         pass  # kept as it is, under the other name
     kept = next(name for n in count(1) if not (name := path.with_name(f"{path.stem}.{n}.json")).exists())
     path.replace(kept)
+    if path.with_suffix(".csv").exists():
+        path.with_suffix(".csv").replace(kept.with_suffix(".csv"))
     say(f"{path} was made under another protocol and is now {kept}")
     return empty
 
 
 def summary(content: dict[str, Any]) -> str:
-    """A line an attack, for the terminal."""
+    """A line an attack, for the terminal; upper bounds are marked as such."""
     classes = content["protocol"]["classes"]
-    lines = [f"{'':12}{'average':>10}{'worst':>10}  {'class':16}{'worst tenth':>12}{'NSD':>8}"]
+    lines = [f"{'':16}{'average':>10}{'worst':>10}  {'class':16}{'worst tenth':>12}{'NSD':>8}"]
+    notes = []
     for name, result in content["attacks"].items():
         worst = classes[result["worst_class"]]
         nsd = "-" if result["nsd"] is None else f"{result['nsd']:.3f}"
-        average, least, tenth = (f"{result[key]:.1%}" for key in ("average", "worst", "worst_tenth"))
-        lines.append(f"{name:12}{average:>10}{least:>10}  {worst:16}{tenth:>12}{nsd:>8}")
+        bound = "<= " if result.get("upper_bound") else ""
+        average, least, tenth = (f"{bound}{result[key]:.1%}" for key in ("average", "worst", "worst_tenth"))
+        lines.append(f"{name:16}{average:>10}{least:>10}  {worst:16}{tenth:>12}{nsd:>8}")
+        if result.get("complete") is False:
+            notes.append(f"{name} was interrupted: these are upper bounds, and the same command goes on")
+        elif bound:
+            notes.append(f"{name} leaves out attacks of the standard suite: these are upper bounds")
+        notes += [f"{name}: {flag}" for flag in result.get("flags", [])]
+        if sum(result["count"]) != content["protocol"]["images"]:
+            notes.append(f"{name}: on the first {sum(result['count'])} of the images, balanced over the classes")
     protocol = content["protocol"]
     lines.append(f"{protocol['images']} {protocol['split']} images, L-inf eps {protocol['eps']:.4g}, fp32")
-    return "\n".join(lines)
+    return "\n".join(lines + notes + (check_lines(content["checks"]) if "checks" in content else []))

@@ -94,11 +94,12 @@ def test_any_prefix_is_balanced() -> None:
 
 def test_the_report_counts_by_class() -> None:
     label = np.array([0, 0, 0, 0, 1, 1])
-    report = by_class(torch.tensor([True, True, True, False, False, True]), label, 3)
+    report = by_class(np.array([0, 0, 0, 2, -1, 1]), label, 3)  # -1: the logits were not finite
     assert report["accuracy"] == [0.75, 0.5, None]  # nobody has class 2: null, not a number
     assert (report["worst"], report["worst_class"], report["count"]) == (0.5, 1, [4, 2, 0])
     low, high = report["interval"]["class"][0]
     assert low < 0.75 < high
+    assert report["confusion"] == [[3, 0, 1], [0, 1, 0], [0, 0, 0]]
     json.dumps(report, allow_nan=False)
 
 

@@ -1,0 +1,178 @@
+"""AutoAttack's standard suite through our runner, against the library's own: the verdicts, and the time.
+
+    python benchmarks/autoattack.py runs/demo/rslad runs/demo/absld --images 500 --json FILE
+
+Piece by piece of a run's test images, in turns that rotate: the library's runner on the network as PyTorch makes it,
+our runner on the network (the same verdicts, image by image), and on its folded twin (--fold). Then, unless --kills is
+0, the first run is evaluated by the command line while being killed with -9 at random, and its ledger compared with
+that of an evaluation left alone.
+"""
+
+import argparse
+import json
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from retemper.engine import create_model, load_checkpoint
+from retemper.engine.evaluation.autoattack import SuiteRequest, run_suite
+from retemper.engine.evaluation.evaluate import as_float, balanced_order, exact_fp32, predicted
+from retemper.engine.evaluation.ledger import Ledger
+from retemper.engine.run_folder import RunFolder, commit, device_name, versions
+from retemper.engine.trained import facts_of, load_trained
+from retemper.engine.weights import write_atomically
+from retemper.loaders import Split, load_split
+from retemper.loaders.progress import say
+
+CLI = [sys.executable, "-c", "from retemper.engine.cli import main; main()"]
+
+
+def stock(model: nn.Module, split: Split, rows: np.ndarray, request: SuiteRequest) -> np.ndarray:
+    """(N,) bool: the verdicts of the library's own runner."""
+    from pyautoattack import AutoAttack
+
+    clean = as_float(split, torch.from_numpy(rows), request.device).contiguous()
+    label_N = torch.from_numpy(split.labels[rows]).to(request.device)
+    with exact_fp32():
+        suite = AutoAttack(model, eps=request.eps, version="standard", seed=request.seed, device=str(request.device))
+        _, given_N = suite.run_standard_evaluation(clean, label_N, batch_size=request.batch_size)
+    return (given_N == label_N).cpu().numpy()
+
+
+def ours(model: nn.Module, split: Split, rows: np.ndarray, request: SuiteRequest, folder: str) -> np.ndarray:
+    """(N,) bool: the verdicts of our runner."""
+    ledger = Ledger(Path(folder) / "autoattack.csv", {"eps": request.eps}, rows, split.labels[rows])
+    assert run_suite(model, split, request, ledger)
+    return ledger.holds(request.attacks)
+
+
+def compared(run: Path, images: int, piece: int, batch_size: int, device: torch.device) -> dict[str, Any]:
+    """Seconds and verdicts of the three, on one run."""
+    weights = RunFolder(run).best
+    facts = facts_of(weights)
+    assert facts.model and facts.num_classes and facts.dataset and facts.eps
+    split = load_split(facts.dataset, "test", None, facts.image_size)
+    plain = load_trained(weights, facts, device)
+    users = create_model(facts.model, facts.num_classes, channels=facts.channels)
+    load_checkpoint(weights, users)
+    users = users.to(device).eval()
+    order = balanced_order(split.labels, images)
+    verdicts: dict[str, list[np.ndarray]] = {"stock": [], "plain": [], "folded": []}
+    seconds: dict[str, list[float]] = {name: [] for name in verdicts}
+    for number, first in enumerate(range(0, len(order), piece)):
+        rows = order[first : first + piece]
+        for turn in range(3):
+            name = ("stock", "plain", "folded")[(number + turn) % 3]
+            request = SuiteRequest(eps=facts.eps, device=device, batch_size=batch_size, fold=name == "folded")
+            started = time.perf_counter()
+            with TemporaryDirectory() as folder:
+                found = (
+                    stock(users, split, rows, request) if name == "stock" else ours(plain, split, rows, request, folder)
+                )
+            seconds[name].append(time.perf_counter() - started)
+            verdicts[name].append(found)
+        say(f"{run.name}: {first + len(rows)} of {len(order)} images")
+    holds = {name: np.concatenate(found) for name, found in verdicts.items()}
+    with torch.no_grad():
+        clean = predicted(plain(as_float(split, torch.from_numpy(order), device))).cpu().numpy() == split.labels[order]
+    return {
+        "run": run.name,
+        "images": len(order),
+        "clean": float(clean.mean()),
+        "robust": {name: float(found.mean()) for name, found in holds.items()},
+        "disagreements": {name: int((holds[name] != holds["stock"]).sum()) for name in ("plain", "folded")},
+        "seconds": seconds,
+        "times_as_fast": {
+            name: [a / b for a, b in zip(seconds["stock"], seconds[name], strict=True)] for name in ("plain", "folded")
+        },
+    }
+
+
+def killed(run: Path, images: int, batch_size: int, kills: int, seed: int = 0) -> dict[str, Any]:
+    """Whether an evaluation that is killed again and again ends with the ledger of one that is not."""
+    draw = random.Random(seed)
+    options = ["--attacks", "autoattack", "--limit", str(images), "--batch-size", str(batch_size)]
+    rows, done = [], 0
+    with TemporaryDirectory() as folder:
+        alone, hunted = Path(folder) / "alone", Path(folder) / "hunted"
+        started = time.perf_counter()
+        subprocess.run([*CLI, "evaluate", str(run), *options, "--out", str(alone)], check=True, capture_output=True)
+        longest = time.perf_counter() - started
+        while True:
+            process = subprocess.Popen(
+                [*CLI, "evaluate", str(run), *options, "--out", str(hunted)],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            try:
+                process.wait(draw.uniform(0.1, 0.5) * longest if done < kills else None)
+                break
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                done += 1
+                ledger = hunted / "autoattack.csv"
+                rows.append(int(Ledger.read(ledger).tried_N.sum()) if ledger.exists() else 0)
+        assert process.returncode == 0, process.returncode
+        tables = [(folder / "autoattack.csv").read_text().partition("\n")[2] for folder in (alone, hunted)]
+    return {"kills": done, "attacks_done_at_each": rows, "same_ledger": tables[0] == tables[1], "images": images}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """A line a network and path."""
+    lines = [
+        "| network | images | runner | robust | other verdicts | times as fast (by piece) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in results:
+        lines.append(f"| {one['run']} | {one['images']} | the library's | {one['robust']['stock']:.1%} | | 1 |")
+        for name in ("plain", "folded"):
+            ratios = one["times_as_fast"][name]
+            whole = sum(one["seconds"]["stock"]) / sum(one["seconds"][name])
+            lines.append(
+                f"| {one['run']} | {one['images']} | ours, {name} | {one['robust'][name]:.1%} | "
+                f"{one['disagreements'][name]} | {whole:.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--piece", type=int, default=100, help="images a turn")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    words = parser.parse_args()
+    torch.set_num_threads(words.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    results = [compared(run, words.images, words.piece, words.batch_size, device) for run in words.runs]
+    print(table(results))
+    content = {"results": results, "piece": words.piece, "batch_size": words.batch_size}
+    content["median_times_as_fast"] = {
+        name: statistics.median(ratio for one in results for ratio in one["times_as_fast"][name])
+        for name in ("plain", "folded")
+    }
+    if words.kills:
+        content["killed"] = killed(words.runs[0], min(60, words.images), 16, words.kills)
+        print(f"killed {content['killed']['kills']} times: same ledger: {content['killed']['same_ledger']}")
+    content |= {"versions": versions(), "commit": commit(), "device": device_name(device)}
+    if words.json:
+        words.json.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(words.json, json.dumps(content, indent=1).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()

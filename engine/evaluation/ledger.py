@@ -1,0 +1,170 @@
+"""AutoAttack's ledger: what became of every image, in a CSV file that is whole at any moment and can be gone on with.
+
+The first line, behind a #, is a JSON object with what the rows were made under and their digest; then one row an image:
+
+    image, label   its index in the split, its class
+    clean          1: classified correctly without an attack
+    tried          how many attacks are done with it
+    broken_by      the first attack that broke it; empty while it holds
+    predicted      the class it is given in the end: its label while it holds
+    margin         z_label - max of the other logits, on the image that broke it; on the clean one while it holds
+    seed           of the attacks' random draws
+"""
+
+import csv
+import fcntl
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retemper.engine.weights import write_atomically
+from retemper.loaders.errors import DataError, UsageError
+from retemper.loaders.progress import say
+
+COLUMNS = ("image", "label", "clean", "tried", "broken_by", "predicted", "margin", "seed")
+UNTRIED = -1  # `clean` of an image that the network has not been shown yet
+
+
+class Ledger:
+    """Rows of images, in the order in which they are attacked.
+
+    Attributes:
+        facts: what must be the same for the rows to be gone on with: weights, images, radius, seed, batch size, ...
+        notes: what was noticed on the way: "flags", "seconds", "perturbation".
+        image_N, label_N, clean_N, tried_N, predicted_N: (N,) int64; margin_N: (N,) float64.
+        broken_by: the name of an attack or "", by row.
+    """
+
+    def __init__(self, path: Path, facts: Mapping[str, Any], image_N: np.ndarray, label_N: np.ndarray) -> None:
+        self.path, self.facts = path, json.loads(json.dumps(dict(facts)))
+        self.notes: dict[str, Any] = {"flags": [], "seconds": 0.0, "perturbation": 0.0}
+        self.image_N, self.label_N = image_N.astype(np.int64), label_N.astype(np.int64)
+        rows = len(image_N)
+        self.clean_N = np.full(rows, UNTRIED, dtype=np.int64)
+        self.tried_N, self.predicted_N = np.zeros(rows, dtype=np.int64), np.full(rows, -1, dtype=np.int64)
+        self.margin_N, self.broken_by = np.full(rows, np.nan), np.full(rows, "", dtype=object)
+
+    def alive_before(self, attacks: Sequence[str]) -> np.ndarray:
+        """The rows that are classified correctly and broken by none of `attacks`: what the next attack is given."""
+        return np.nonzero((self.clean_N == 1) & ~np.isin(self.broken_by, list(attacks)))[0]
+
+    def holds(self, attacks: Sequence[str]) -> np.ndarray:
+        """(N,) bool: the verdict of a suite; an image that an attack is still owed holds so far."""
+        return (self.clean_N == 1) & ~np.isin(self.broken_by, list(attacks))
+
+    def predicted_under(self, attacks: Sequence[str]) -> np.ndarray:
+        """(N,) int64: the class given under a suite; -1 for none."""
+        return np.where(self.holds(attacks), self.label_N, np.where(self._counts(attacks), self.predicted_N, -1))
+
+    def is_complete(self, attacks: Sequence[str]) -> bool:
+        """Whether every attack of a suite is done with every image that it is owed."""
+        done_N = (self.clean_N == 0) | (self.broken_by != "") | (self.tried_N >= len(attacks))
+        return bool((self.clean_N != UNTRIED).all() and done_N.all())
+
+    def write(self) -> None:
+        """Put the file in the place of the old one."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        margins = ("" if np.isnan(margin) else f"{margin:.6g}" for margin in self.margin_N)
+        columns = (self.image_N, self.label_N, self.clean_N, self.tried_N, self.broken_by, self.predicted_N)
+        seed = self.facts.get("seed", "")
+        writer.writerows((*row, margin, seed) for *row, margin in zip(*columns, margins, strict=True))
+        body = text.getvalue().encode()
+        head = {"facts": self.facts, "notes": self.notes, "sha256": hashlib.sha256(body).hexdigest()}
+        write_atomically(self.path, b"# " + json.dumps(head).encode() + b"\n" + body)
+
+    @classmethod
+    def read(cls, path: Path) -> "Ledger":
+        """The ledger at `path`.
+
+        Raises:
+            DataError: it cannot be read, or is not what was written.
+        """
+        try:
+            first, _, body = path.read_bytes().partition(b"\n")
+            head = json.loads(first.removeprefix(b"# "))
+            if head["sha256"] != hashlib.sha256(body).hexdigest():
+                raise ValueError("its rows do not match their digest")
+            rows = list(csv.DictReader(io.StringIO(body.decode())))
+            whole = {name: np.array([int(row[name]) for row in rows], dtype=np.int64) for name in COLUMNS[:4]}
+            ledger = cls(path, head["facts"], whole["image"], whole["label"])
+            ledger.notes |= head["notes"]
+            ledger.clean_N, ledger.tried_N = whole["clean"], whole["tried"]
+            ledger.predicted_N = np.array([int(row["predicted"]) for row in rows], dtype=np.int64)
+            ledger.margin_N = np.array([float(row["margin"] or "nan") for row in rows])
+            ledger.broken_by = np.array([row["broken_by"] for row in rows], dtype=object)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is damaged ({error}): delete it to begin the suite anew") from None
+        return ledger
+
+    @classmethod
+    def begin(cls, path: Path, facts: Mapping[str, Any], image_N: np.ndarray, label_N: np.ndarray) -> "Ledger":
+        """The ledger at `path` if it was made under `facts`, else a fresh one: another's is kept under another name.
+
+        Raises:
+            DataError: there is one, and it is damaged.
+        """
+        fresh = cls(path, facts, image_N, label_N)
+        if not path.exists():
+            return fresh
+        found = cls.read(path)
+        agreed = {key: value for key, value in found.facts.items() if key != "shards"}
+        if agreed == fresh.facts and np.array_equal(found.image_N, fresh.image_N):
+            return found
+        kept = next(name for n in count(1) if not (name := path.with_name(f"{path.stem}.{n}{path.suffix}")).exists())
+        path.replace(kept)
+        changed = sorted(key for key in fresh.facts if found.facts.get(key) != fresh.facts[key]) or ["images"]
+        say(f"{path.name} was made under another protocol ({', '.join(changed)}) and is now {kept.name}")
+        return fresh
+
+    @classmethod
+    def merged(cls, path: Path, parts: Sequence["Ledger"]) -> "Ledger":
+        """The shards' ledgers as one, the rows in the order of the unsharded one.
+
+        Raises:
+            DataError: they were not made under one protocol.
+        """
+        facts = [{key: value for key, value in part.facts.items() if key != "shard"} for part in parts]
+        if any(one != facts[0] for one in facts):
+            raise DataError(f"the shards of {path.name} were made under different protocols: run them anew")
+        shards = {"shards": len(parts)} if len(parts) > 1 else {}
+        whole = cls(
+            path,
+            facts[0] | shards,
+            np.concatenate([part.image_N for part in parts]),
+            np.concatenate([part.label_N for part in parts]),
+        )
+        for name in ("clean_N", "tried_N", "predicted_N", "margin_N", "broken_by"):
+            setattr(whole, name, np.concatenate([getattr(part, name) for part in parts]))
+        whole.notes = {
+            "flags": sorted({flag for part in parts for flag in part.notes["flags"]}),
+            "seconds": sum(part.notes["seconds"] for part in parts),
+            "perturbation": max(part.notes["perturbation"] for part in parts),
+        }
+        return whole
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the file for this process; the kernel lets go of it however the process ends.
+
+        Raises:
+            UsageError: another process goes on with it.
+        """
+        with open(self.path.with_name(f".{self.path.name}.lock"), "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"another process is writing {self.path}: wait for it") from None
+            yield
+
+    def _counts(self, attacks: Sequence[str]) -> np.ndarray:
+        """(N,) bool: whether what the row says in the end was so under these attacks already."""
+        return (self.clean_N == 0) | np.isin(self.broken_by, list(attacks))
