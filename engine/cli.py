@@ -148,6 +148,13 @@ def parser(recipe: str | None = None) -> Parser:
     compare_.add_argument("--attack", metavar="NAME", help="the strongest that all were evaluated with")
     compare_.add_argument("--json", type=Path, metavar="FILE", help="write every number there too")
 
+    export_ = verb("export", export, "Write a run's network for others: with a model card, or as RobustBench asks.")
+    export_.add_argument("run", type=Path, metavar="RUN")
+    export_.add_argument("--out", type=Path, required=True, metavar="DIR")
+    export_.add_argument("--format", choices=("safetensors", "robustbench"), default="safetensors")
+    export_.add_argument("--weights", choices=("best", "last"), default="best", help="which of the run's weights")
+    export_.add_argument("--name", help="the network's there (the run folder's)")
+
     convert_ = verb("convert", convert, "Write a data set as an FFCV file.")
     convert_.add_argument("dataset")
     convert_.add_argument("--data-root", type=Path, metavar="DIR")
@@ -243,6 +250,12 @@ def compare(arguments: argparse.Namespace) -> None:
     if arguments.json:
         write_atomically(arguments.json, json.dumps(finite(asdict(found)), indent=1).encode() + b"\n")
     print(as_text(found))
+
+
+def export(arguments: argparse.Namespace) -> None:
+    from retemper.engine.export import export as export_run
+
+    print(export_run(arguments.run, arguments.out, arguments.format, arguments.weights, arguments.name))
 
 
 def convert(arguments: argparse.Namespace) -> None:

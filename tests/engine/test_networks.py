@@ -127,7 +127,7 @@ def test_a_network_of_robustbench_teaches_and_is_evaluated(
 
     torch.save(state_of(teacher), robustbench / "Known2020.pt")
     monkeypatch.chdir(tmp_path)
-    assert run("evaluate robustbench:Known2020@digits/L2 --attacks clean --limit 50 --eps 0.1".split()) == 0
+    assert run(["evaluate", "robustbench:Known2020@digits/L2", *"--attacks clean --limit 50 --eps 0.1".split()]) == 0
     content = evaluation(tmp_path / "runs/robustbench-Known2020-digits-L2")
     assert content["protocol"]["weights"] == "robustbench:Known2020@digits/L2"
     assert content["protocol"]["weights_sha256"] == source["sha256"]

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from retemper.engine.run_folder import RunFolder
 from retemper.engine.tensorboard import Board, scalars
 
 Train = Callable[..., int]
-Shown = dict[str, list[tuple[int, float]]]
+Shown = dict[str, list[tuple[int, Any]]]
 
 
 def shown(out: Path) -> Shown:
