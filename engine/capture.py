@@ -63,6 +63,8 @@ class CudaGraphs:
         try:
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # loaders have threads
                 result = work()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise UsageError(f"the step cannot be recorded in a CUDA graph ({reason}): use --capture off") from error

@@ -30,6 +30,8 @@ class Job:
     beton: Path | None = None
     device: torch.device
     tensorboard: bool = False
+    save_every: float = 600.0  # seconds of training after which the state is saved within an epoch
+    deterministic: bool = False
 
     @property
     def name(self) -> str:
@@ -87,3 +89,17 @@ def tuned_convolutions() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """The same bits from the same work inside, on a GPU too: slower wherever two threads could race."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS may sum in another order
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]

@@ -1,13 +1,13 @@
 """A run's folder: what is written there, in what order, and how a run goes on after it was killed.
 
 Every file is replaced atomically, and `last.state` is written last in an epoch: whatever the moment of a kill, it names
-an epoch whose weights, class state and score are whole, and lines of `metrics.jsonl` beyond it are dropped on resume.
+an epoch and a step whose weights, class state and score are whole, and lines of `metrics.jsonl` beyond it are dropped
+on resume. The state before it stays as `last.1.state`, for the day that the disk damages the newest.
 """
 
 import fcntl
-import io
 import json
-import pickle
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -19,9 +19,12 @@ import torch
 from torch import nn
 
 from retemper.engine.moves import EXACTNESS
-from retemper.engine.weights import save_weights, write_atomically
+from retemper.engine.state_file import Damaged, pack, unpack
+from retemper.engine.weights import atomic_write, save_weights, write_atomically
 from retemper.loaders.errors import DataError, UsageError
+from retemper.loaders.progress import say
 
+STATE = {"epoch", "step", "student", "optimizer", "scaler", "class_state", "generators", "best"}
 CONFIG = {"method": str, "setting": str, "recipe": dict, "seed": int, "classes": list, "teacher": dict | None}
 
 
@@ -32,7 +35,8 @@ class RunFolder:
         self.path = path
         self.config, self.metrics = path / "config.json", path / "metrics.jsonl"
         self.last, self.best, self.state = path / "last.safetensors", path / "best.safetensors", path / "last.state"
-        self.evaluation = path / "evaluation.json"
+        self.older, self.damaged = path / "last.1.state", path / "damaged.state"
+        self.evaluation, self.diverged = path / "evaluation.json", path / "diverged.pt"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -51,6 +55,9 @@ class RunFolder:
                 raise UsageError(
                     f"another process is writing to {self.path}: wait for it or name another --out"
                 ) from None
+            for file in (self.config, self.metrics, self.last, self.best, self.state, self.older, self.diverged):
+                for left in self.path.glob(f".{file.name}.*.tmp"):  # by a killed process, half written
+                    left.unlink(missing_ok=True)
             yield
 
     def read_config(self) -> dict[str, Any]:
@@ -78,7 +85,8 @@ class RunFolder:
         if not self.config.exists():
             if self.state.exists():
                 raise DataError(f"{self.path} holds a run without its config.json: name another folder with --out")
-            write_atomically(self.config, json.dumps(config, indent=2).encode() + b"\n")
+            with _telling(self.config):
+                write_atomically(self.config, json.dumps(config, indent=2).encode() + b"\n")
             return
         differing = _differences(self.read_config(), config)
         if differing:
@@ -90,29 +98,75 @@ class RunFolder:
     def save_epoch(
         self, line: dict[str, Any], student: nn.Module, metadata: dict[str, str], state: dict[str, Any]
     ) -> None:
-        """Write one epoch: its metrics line, the weights, and at last the state that resuming reads."""
+        """Write one epoch: its metrics line, the weights, and at last the state that resuming reads.
+
+        Raises:
+            DataError: the disk is full, or does not let us; what was there is intact.
+        """
         self._write_metrics([*self._read_metrics(line["epoch"] - 1), line])
-        save_weights(self.last, student, metadata)
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_atomically(self.state, buffer.getvalue())
+        self.save_weights(self.last, student, metadata)
+        self.save_state(state)
+
+    def save_weights(self, path: Path, network: nn.Module, metadata: dict[str, str]) -> None:
+        """Write `last` or `best`. Raises as `save_epoch`."""
+        with _telling(path):
+            save_weights(path, network, metadata)
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """Write the state that resuming reads, of an epoch or of a step within one. Raises as `save_epoch`."""
+        with _telling(self.state), atomic_write(self.state) as file:
+            file.write(pack(state))
+            file.flush()
+            os.fsync(file.fileno())
+            self._keep_the_one_before()  # only now that the new one is on the disk
+
+    def _keep_the_one_before(self) -> None:
+        """`last.state` as `last.1.state` too, so that at no moment there is none."""
+        if not self.state.exists():
+            return
+        spare = self.path / f".{self.older.name}.link.tmp"
+        spare.unlink(missing_ok=True)
+        try:
+            os.link(self.state, spare)
+        except OSError:  # a file system without hard links
+            spare = self.state
+        os.replace(spare, self.older)
 
     def load_state(self) -> dict[str, Any] | None:
-        """What `save_epoch` was last given, its metrics lines trimmed to that epoch; None for a run not yet begun."""
-        if not self.state.exists():
+        """What was last saved, or before that if the newest is damaged; the metrics are trimmed to its epoch. None for
+        a run not yet begun.
+
+        Raises:
+            DataError: no state can be read.
+        """
+        found = [path for path in (self.state, self.older) if path.exists()]
+        if not found:
             self._write_metrics([])
             return None
         try:
-            state = torch.load(self.state, map_location="cpu", weights_only=True)
-            missing = {"epoch", "student", "optimizer", "scaler", "class_state", "best"} - state.keys()
-            if missing:
-                raise KeyError(missing)
-        except (RuntimeError, EOFError, KeyError, AttributeError, ValueError, pickle.UnpicklingError) as error:
-            raise DataError(
-                f"{self.state} is damaged ({type(error).__name__}): delete the folder to start the run anew"
-            ) from None
+            state = _read_state(found[0])
+        except Damaged as error:
+            if found[1:] == []:
+                raise DataError(f"{error}: delete the folder to start the run anew") from None
+            state = self._fall_back(error)
         self._write_metrics(self._read_metrics(state["epoch"]))
         return state
+
+    def _fall_back(self, error: Damaged) -> dict[str, Any]:
+        """The state before the damaged newest, which is put aside, or it would come before the good one again."""
+        try:
+            state = _read_state(self.older)
+        except Damaged as also:
+            raise DataError(f"{error}, and {also}: delete the folder to start the run anew") from None
+        say(f"{error}: going on from the one before it, epoch {state['epoch']}, step {state['step']} of the next")
+        with _telling(self.damaged):
+            os.replace(self.state, self.damaged)
+        return state
+
+    def save_diverged(self, content: dict[str, Any]) -> None:
+        """Write what is to be looked at after a run left the finite numbers. Raises as `save_epoch`."""
+        with _telling(self.diverged), atomic_write(self.diverged) as file:
+            torch.save(content, file)
 
     def _read_metrics(self, last: int) -> list[dict[str, Any]]:
         """The lines up to epoch `last`; one that cannot be read is left out."""
@@ -127,7 +181,27 @@ class RunFolder:
         return lines
 
     def _write_metrics(self, lines: list[dict[str, Any]]) -> None:
-        write_atomically(self.metrics, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode())
+        with _telling(self.metrics):
+            write_atomically(self.metrics, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode())
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    state = unpack(path)
+    if STATE - state.keys():
+        raise Damaged(f"{path} is damaged (it lacks {', '.join(sorted(STATE - state.keys()))})")
+    return state
+
+
+@contextmanager
+def _telling(path: Path) -> Iterator[None]:
+    """Say in one line that a file could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"cannot write {path} ({error.strerror or error}): mend that and run the same command again; "
+            "it goes on from what was saved before"
+        ) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,13 +6,13 @@ No value is read on the host, so that the device never waits. Dimension key: B b
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from retemper.engine.attack import module_mode, pgd
 from retemper.engine.fold import Folded
+from retemper.engine.guard import Guard
 from retemper.engine.models import channels_last
 from retemper.engine.recipe import Recipe, Targets
 from retemper.engine.seen import ClassMeans, ClassSums, HeldOut, Seen
@@ -30,6 +30,7 @@ class State:
         sums, measured, loss_sum: of the epoch so far; `start_epoch` empties them.
         noise_seed: (1,) int64, the seed of the next random start; every step adds one.
         clean_teacher: a second teacher, frozen and folded like the first.
+        guard: holds updates back once something is not finite.
         average: of the student's weights, where the recipe asks for one.
         awp_gamma: how far the weights are perturbed; None where they never are.
     """
@@ -39,6 +40,7 @@ class State:
     twin: Folded | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    guard: Guard
     precision: torch.dtype
     class_state: dict[str, Tensor]
     ones_K: Tensor
@@ -73,12 +75,17 @@ class State:
         twin = None
         if recipe.fold and recipe.attack_bn == "eval" and recipe.attack_steps:
             twin = Folded(student, precision, epilogue, recipe.pad_stem)
+        guard, optimizer = Guard(device), sgd(recipe, student, device)
+        scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
+        if recipe.fused_sgd and not scaler.is_enabled():
+            optimizer.found_inf = guard.found_inf  # pyright: ignore[reportAttributeAccessIssue]  # as a scaler sets it
         return cls(
             student=student,
             teacher=teacher,
             twin=twin,
-            optimizer=sgd(recipe, student, device),
-            scaler=torch.amp.GradScaler(device.type, enabled=precision is torch.float16),
+            optimizer=optimizer,
+            scaler=scaler,
+            guard=guard,
             precision=precision,
             class_state={name: value.to(device) for name, value in recipe.class_state(num_classes).items()},
             ones_K=torch.ones(num_classes, device=device),
@@ -121,22 +128,6 @@ class State:
         """Take over another class state of the same names."""
         for name, value in self.class_state.items():
             value.copy_(class_state[name])
-
-    def load(self, saved: Mapping[str, Any]) -> None:
-        """Take over the weights, the optimizer's and the scaler's state and the class state that a run saved.
-
-        Raises:
-            RuntimeError, ValueError, KeyError, TypeError, AttributeError: it is not of such a run.
-        """
-        self.student.load_state_dict(saved["student"])
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(saved["optimizer"])
-        for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = lr  # the tensor that a captured step reads, not the saved one's copy
-        self.scaler.load_state_dict(saved["scaler"])
-        self.move_classes(saved["class_state"])
-        if self.average is not None:
-            self.average.load(saved["average"])
 
     def attacked(self) -> nn.Module:
         """What the attack looks at: the student as it is now."""
@@ -254,6 +245,22 @@ def observe_attacked(state: State, recipe: Recipe, adv_BCHW: Tensor, targets: Ta
     return targets
 
 
+def update(state: State, loss: Tensor) -> None:
+    """The optimizer's step, unless the loss or a gradient is not finite now or was before."""
+    weights = [weight for weight in state.student.parameters() if weight.grad is not None]
+    # of gradients that overflow in half precision, a scaler skips the step and lowers the scale: they are no fault
+    gradients = [] if state.scaler.is_enabled() else [weight.grad for weight in weights if weight.grad is not None]
+    state.guard.look(loss, gradients, state.noise_seed)
+    held_back = state.scaler.is_enabled() or hasattr(state.optimizer, "found_inf")
+    before = [] if held_back else [weight.detach().clone() for weight in weights]
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    with torch.no_grad():
+        for weight, value in zip(weights, before, strict=False):  # of an optimizer that looks at no flag
+            weight.copy_(torch.where(state.guard.found_inf > 0, value, weight))
+    state.optimizer.zero_grad(set_to_none=True)
+
+
 def descend(state: State, recipe: Recipe, images: Mapping[str, Tensor], targets: Targets) -> Tensor:
     """The outer minimisation: one step of the optimizer on `images`, named as in `forwards`; the loss before it."""
 
@@ -267,13 +274,12 @@ def descend(state: State, recipe: Recipe, images: Mapping[str, Tensor], targets:
     if state.awp_gamma is not None:
         before = perturb_weights(state.student, state.awp_gamma, lambda: state.scaler.scale(forward()[1]))
     logits, loss = forward()
-    state.scaler.scale(loss).backward()
+    whole = loss + state.guard.poison if state.scaler.is_enabled() else loss
+    state.scaler.scale(whole).backward()
     with torch.no_grad():
         for weight, value in before.items():
             weight.copy_(value)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
+    update(state, loss.detach())
     state.add(recipe, logits, targets, loss.detach())
     if state.average is not None and recipe.average_every == "step":
         state.average.follow(state.student)

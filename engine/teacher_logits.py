@@ -41,6 +41,9 @@ class TeacherLogits:
         self.ask, self.num_classes, self.device = ask, num_classes, device
         self.ahead, self.rows, self.at_once, self.table = ahead, rows, at_once, table
         self.known_share = 0.0  # of the newest epoch
+        self.index = self.view = self.missing = np.arange(0)  # of that epoch's rows
+        self.logits_MK = torch.empty(0, num_classes, device=device)
+        self.asked = self.kept = 0  # so many of the missing rows
 
     def epoch(self, batches: Iterator[Batch], index: np.ndarray, view: np.ndarray) -> Iterator[tuple[Batch, Tensor]]:
         """Each batch with (B, K) float32 logits.
@@ -55,17 +58,26 @@ class TeacherLogits:
             logits_MK.copy_(torch.from_numpy(found))
             missing = missing[~known]
         self.known_share = 1 - len(missing) / max(1, len(index))
+        self.index, self.view, self.missing, self.logits_MK = index, view, missing, logits_MK
+        self.asked = self.kept = 0
         on_missing = torch.from_numpy(missing).to(self.device)
         row = 0
         while group := list(islice(batches, self.ahead)):
             end = row + sum(len(batch.label) for batch in group)
             first, last = np.searchsorted(missing, (row, end))
             self._fill(group, row, on_missing[first:last], logits_MK)
+            self.asked = int(last)
             for batch in group:
                 yield batch, logits_MK[row : row + len(batch.label)]
                 row += len(batch.label)
-        if self.table is not None and len(missing):
-            self.table.keep(index[missing], view[missing], logits_MK[on_missing].cpu().numpy())
+        self.keep()
+
+    def keep(self) -> None:
+        """Add what this epoch has asked for so far to the table, if there is one; its end does so itself."""
+        rows, self.kept = self.missing[self.kept : self.asked], self.asked
+        if self.table is not None and len(rows):
+            logits = self.logits_MK[torch.from_numpy(rows).to(self.device)].cpu().numpy()
+            self.table.keep(self.index[rows], self.view[rows], logits)
 
     def _fill(self, group: list[Batch], row: int, missing: Tensor, logits_MK: Tensor) -> None:
         """Ask for the rows `missing` of `logits_MK`; the first image of `group` is row `row`."""

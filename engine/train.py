@@ -1,15 +1,15 @@
 """One training run, from a recipe to its folder: epochs, class state, selection, checkpoints, resume.
 
-The same command again goes on where the run was: every random number comes from (seed, epoch, image) or (seed, step),
-so that a resumed run ends in the weights of an undisturbed one: bit for bit on a CPU with as many threads, and on a GPU
-as far as its convolutions repeat themselves.
+The same command again goes on where the run was, between any two steps: every random number comes from (seed, epoch,
+image) or (seed, step), so that a resumed run ends in the weights of an undisturbed one: bit for bit on a CPU with as
+many threads, and on a GPU as far as its convolutions repeat themselves (`Job.deterministic` makes them).
 """
 
-import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from datetime import datetime, timezone
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +17,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retemper.engine.best import Best, newest_best
 from retemper.engine.capture import captured
-from retemper.engine.errors import Diverged
-from retemper.engine.evaluation.evaluate import Attack, balanced_order, by_class, exact_fp32, finite, survivors
-from retemper.engine.job import Job, cpu_threads, tuned_convolutions
+from retemper.engine.diverged import PostMortem
+from retemper.engine.errors import Diverged, Interrupted
+from retemper.engine.evaluation.evaluate import Attack, balanced_order, by_class, exact_fp32, finite, predictions
+from retemper.engine.interrupts import undisturbed
+from retemper.engine.job import Job, cpu_threads, repeatable, tuned_convolutions
+from retemper.engine.memory import memory_advice
 from retemper.engine.models import create_model
 from retemper.engine.networks import Networks
 from retemper.engine.recipe import describe
 from retemper.engine.run_folder import RunFolder, commit, device_name, versions
 from retemper.engine.seen import Seen
+from retemper.engine.snapshot import epoch_so_far, go_on, restore, snapshot
 from retemper.engine.step import State, clean_images, train_step
 from retemper.engine.teacher_logits import teacher_logits
 from retemper.engine.tensorboard import Board
-from retemper.engine.trained import Facts, header_of
+from retemper.engine.trained import Facts
 from retemper.engine.validate import validate
-from retemper.engine.weights import save_weights
 from retemper.loaders import Batch, Loader, Split, ViewSpace, holdout_split, load_split, make_loader, split_of_arrays
 from retemper.loaders.errors import DataError, UsageError
 from retemper.loaders.progress import Progress, say
 
-STEPS_BETWEEN_READS = 50  # how often the loss is read from the device: for the bar, and to stop when it is not finite
+STEPS_BETWEEN_READS = {"cuda": 50, "cpu": 1}  # when the host looks at the loss: for the bar, and whether it is finite
 
 
 def train(job: Job) -> Path:
@@ -47,28 +51,37 @@ def train(job: Job) -> Path:
     Raises:
         UsageError: the folder belongs to another run; an option does not fit the data.
         DataError: the data or the teacher cannot be used.
-        Diverged: the loss is not finite any more; the last good epoch stays.
+        Diverged: the loss or a gradient is not finite any more; what was saved before stays.
+        Interrupted: a signal came; the state is saved.
     """
     folder = RunFolder(job.out)
     full = exact_fp32() if job.recipe.precision == "fp32" else nullcontext()
-    with folder.locked(), cpu_threads(job.recipe.cpu_threads), tuned_convolutions(), full:
+    convolutions = repeatable() if job.deterministic else tuned_convolutions()
+    with folder.locked(), cpu_threads(job.recipe.cpu_threads), convolutions, full, memory_advice(job):
         run = Run(job, folder)
         first = run.resume()
         if first > job.recipe.epochs:
             say(f"{job.name}: all {job.recipe.epochs} epochs are done in {job.out}")
             return job.out
-        say(f"{job.name}: epochs {first} to {job.recipe.epochs} on {device_name(job.device)}; {run.loader.description}")
+        where = f"epochs {first}{f' (after step {run.done})' if run.done else ''} to {job.recipe.epochs}"
+        say(f"{job.name}: {where} on {device_name(job.device)}; {run.loader.description}")
         try:
             for epoch in range(first, job.recipe.epochs + 1):
                 run.epoch(epoch)
         finally:
             run.loader.close()
-        say(f"{job.name}: done, best epoch {run.best['epoch']}; next: retemper evaluate {job.out}")
+        say(f"{job.name}: done, best epoch {run.best.epoch}; next: retemper evaluate {job.out}")
     return job.out
 
 
 class Run:
-    """A job with its data, networks and state in memory."""
+    """A job with its data, networks and state in memory.
+
+    Attributes:
+        finished, done: the epochs, and the steps of the next one, that the state is behind.
+        saved: both as they are on the disk.
+        tail: the state at the end of the epoch's steps, while that epoch is being concluded.
+    """
 
     def __init__(self, job: Job, folder: RunFolder) -> None:
         self.job, self.folder, self.recipe = job, folder, job.recipe
@@ -101,7 +114,13 @@ class Run:
             self.step = captured(self._step) if recipe.captures_on(device) else self._step
         except ValueError as error:
             raise UsageError(str(error)) from None
-        self.best: dict[str, Any] = {"score": -1.0, "epoch": 0}
+        self.best = Best()
+        self.finished = self.done = 0
+        self.saved = (0, 0)
+        self.tail: dict[str, Any] | None = None
+        self.started = time.monotonic()  # when the epoch would have begun, had it not been cut in two
+        self.next_save = self.started + job.save_every
+        self.statistics: dict[str, Tensor] = {}  # of the student, when the host last looked
         self.loader: Loader = make_loader(
             recipe.loader,
             self.split,
@@ -156,35 +175,53 @@ class Run:
             self._validate(0)
             return 1
         try:
-            self.state.load(saved)
+            restore(self.state, saved)
+            self.finished, self.done = self.saved = saved["epoch"], saved["step"]
+            if self.done:
+                self._start_epoch(self.finished + 1)
+                go_on(self.state, saved["so_far"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
             raise DataError(f"{self.folder.state} is not this run's: delete the folder to start it anew") from None
-        self.best = self._newest_best(saved["best"])
-        return saved["epoch"] + 1
+        self.best = newest_best(self.folder, saved["best"])
+        self.started = time.monotonic() - saved["seconds"]
+        return self.finished + 1
 
-    def _newest_best(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """The best epoch: of the state, or of weights that a killed process saved after it."""
-        if not self.folder.best.exists():
-            return {"score": -1.0, "epoch": 0}
-        header = header_of(self.folder.best)
-        epoch = int(header.get("epoch", 0))
-        return {"score": float(header["score"]), "epoch": epoch} if epoch > saved["epoch"] else saved
+    def _start_epoch(self, epoch: int) -> None:
+        self.state.start_epoch(self.recipe, epoch, self._noise_seed(epoch))
+
+    def _noise_seed(self, epoch: int) -> int:
+        """Of the epoch's first step; each step adds one."""
+        return (self.job.seed << 40) + (epoch << 24)
 
     def epoch(self, epoch: int) -> None:
-        """Train for one epoch, move the class state, choose, and save."""
+        """Train for one epoch, or for what is left of it, move the class state, choose, and save.
+
+        Raises:
+            Interrupted, DataError: a signal came, or the loader failed; what was trained is saved.
+            Diverged: the loss or a gradient is not finite.
+        """
+        try:
+            self._conclude(epoch, self._pass(epoch))
+        except KeyboardInterrupt:
+            raise Interrupted(self._save_here()) from None
+        except DataError:
+            self._save_here()
+            raise
+
+    def _conclude(self, epoch: int, loss: float) -> None:
+        """After the epoch's steps: move the class state, choose, and save."""
         recipe, state = self.recipe, self.state
-        started = time.monotonic()
-        loss = self._pass(epoch)
-        line = self._line(epoch, loss, time.monotonic() - started)
-        self._require_finite_weights(epoch)
+        line = self._line(epoch, loss, time.monotonic() - self.started)
+        self.tail = self._snapshot(epoch - 1, self.done)
         if self.recipe.validates:
             self._validate(epoch)
         else:
             state.move_classes(recipe.next_class_state(state.class_state, state.seen(), epoch))
         self._follow(epoch)
         self._select(epoch, line)
-        self._save(epoch, line)
-        self._report(line)
+        with undisturbed():
+            self._save(epoch, line)
+            self._report(line)
 
     def _validate(self, epoch: int) -> None:
         """Move the class state by the held-out images, where the method does so."""
@@ -209,52 +246,80 @@ class Run:
         average.follow(self.state.student)
 
     def _pass(self, epoch: int) -> float:
-        """Every batch of the epoch once; the mean loss."""
-        self.state.start_epoch(self.recipe, epoch, (self.job.seed << 40) + (epoch << 24))
-        with Progress(f"epoch {epoch}/{self.recipe.epochs}", self.loader.num_images) as progress:
-            for number, (batch, teacher_BK) in enumerate(self._batches(epoch), 1):
-                loss = self.step(batch.image, batch.view, batch.label, teacher_BK)
-                note = f"loss {self._finite(loss, epoch, number):.4f}" if number % STEPS_BETWEEN_READS == 0 else None
-                progress.advance(len(batch.label), note)
-        return self._finite(self.state.loss_sum / self.loader.num_images, epoch, len(self.loader))
+        """Every batch of the epoch that is left; the mean loss of all."""
+        if not self.done:
+            self.started = time.monotonic()
+            self._start_epoch(epoch)
+        looks = STEPS_BETWEEN_READS[self.job.device.type]
+        progress = Progress(f"epoch {epoch}/{self.recipe.epochs}", self.loader.num_images)
+        with progress, closing(self._batches(epoch, self.done)) as batches:
+            progress.advance(min(self.done * self.recipe.batch_size, self.loader.num_images))
+            for batch, teacher_BK in batches:
+                with undisturbed():
+                    loss = self.step(batch.image, batch.view, batch.label, teacher_BK)
+                    self.done += 1
+                look, save = self.done % looks == 0, time.monotonic() >= self.next_save
+                if (look or save) and not self._is_finite():
+                    break
+                progress.advance(len(batch.label), f"loss {loss.item():.4f}" if look else None)
+                if save:
+                    with undisturbed():
+                        self._save_here()
+        self._require_finite(epoch)
+        return float(self.state.loss_sum) / self.loader.num_images
 
-    def _batches(self, epoch: int) -> Iterator[tuple[Batch, Tensor | None]]:
-        """Each batch, with the teacher's logits where they are asked for ahead."""
-        batches = self.loader.epoch(epoch)
+    def _batches(self, epoch: int, done: int) -> Iterator[tuple[Batch, Tensor | None]]:
+        """Each batch after so many, with the teacher's logits where they are asked for ahead.
+
+        The teacher is asked for the same batches at once as if nothing had come between: the bits may depend on it.
+        """
         if self.teacher_logits is None:
-            return ((batch, None) for batch in batches)
-        return iter(self.teacher_logits.epoch(batches, *self.loader.schedule(epoch)))
+            yield from ((batch, None) for batch in self.loader.epoch(epoch, done))
+            return
+        first = done - done % self.teacher_logits.ahead
+        asked = self.teacher_logits.epoch(self.loader.epoch(epoch, first), *self.loader.schedule(epoch, first))
+        yield from islice(asked, done - first, None)
 
     def _step(self, image: Tensor, view: Tensor, label: Tensor, teacher_BK: Tensor | None) -> Tensor:
         """One training step from what a loader gives."""
         return train_step(self.state, self.recipe, clean_images(self.recipe, image, view), label, teacher_BK)
 
-    def _finite(self, loss: Tensor, epoch: int, step: int) -> float:
-        """The loss on the host.
+    def _is_finite(self) -> bool:
+        """Whether every step so far was; the device is waited for."""
+        finite = int(self.state.guard.seed) < 0
+        if finite:
+            self.statistics = {name: value.clone() for name, value in self.state.student.named_buffers()}
+        return finite
 
-        Raises:
-            Diverged: it is not a finite number.
-        """
-        value = loss.item()
-        if math.isfinite(value):
-            return value
-        raise Diverged(
-            f"the loss is {value} at epoch {epoch}, by step {step}; {self._kept(epoch)}. Try a lower --lr"
-            + ("" if self.state.precision is torch.float32 else " or --precision fp32")
+    def _require_finite(self, epoch: int) -> None:
+        """Raises Diverged: a step of this epoch was stopped before its update; what there is to look at is saved."""
+        if self._is_finite():
+            return
+        guard, state = self.state.guard, self.state
+        step = int(guard.seed) - self._noise_seed(epoch) + 1
+        with closing(self._batches(epoch, step - 1)) as batches:
+            batch, teacher_BK = next(batches)
+        found = PostMortem(
+            epoch=epoch,
+            step=step,
+            loss=float(guard.loss),
+            batch=batch,
+            teacher_BK=teacher_BK,
+            weights=state.student.state_dict() | self.statistics,
+            class_state=state.class_state,
+            classes=self.split.classes,
         )
+        self.folder.save_diverged(found.content())
+        held = f"the update was not made; {self.folder.diverged} holds the batch and the weights before it"
+        raise Diverged(f"{found.words()}; {held}; {self._kept()}. {self._advice()}")
 
-    def _require_finite_weights(self, epoch: int) -> None:
-        """The last step's loss was taken before it: look at what it left.
+    def _advice(self) -> str:
+        return "Try a lower --lr" + ("" if self.state.precision is torch.float32 else " or --precision fp32")
 
-        Raises:
-            Diverged: a weight or a statistic is not finite.
-        """
-        values = [value for value in self.state.student.state_dict().values() if value.is_floating_point()]
-        if not torch.stack([value.isfinite().all() for value in values]).all():
-            raise Diverged(f"the weights are not finite after epoch {epoch}; {self._kept(epoch)}. Try a lower --lr")
-
-    def _kept(self, epoch: int) -> str:
-        return f"{self.folder.last} holds epoch {epoch - 1}" if epoch > 1 else "nothing was saved yet"
+    def _kept(self) -> str:
+        finished, done = self.saved
+        within = f" and {done} steps of the next" if done else ""
+        return f"{self.folder.state} holds epoch {finished}{within}" if any(self.saved) else "no state was saved yet"
 
     def _line(self, epoch: int, loss: float, seconds: float) -> dict[str, Any]:
         """The epoch's line of metrics.jsonl; the class state is the one that the epoch was trained under."""
@@ -282,34 +347,57 @@ class Run:
         if not (last or epoch >= recipe.select_always_from or epoch % recipe.select_every == 0):
             return
         attack = Attack(loss="cross-entropy", steps=recipe.select_steps, step=1 / 4, start="uniform")
-        correct = survivors(self.state.kept, self.held, attack, eps=recipe.eps, device=self.job.device)
-        report = by_class(correct, self.held.labels, self.num_classes)
-        line["holdout"] = {name: value for name, value in report.items() if name not in ("count", "interval")}
+        given = predictions(self.state.kept, self.held, attack, eps=recipe.eps, device=self.job.device)
+        report = by_class(given.numpy(), self.held.labels, self.num_classes)
+        left_out = ("count", "interval", "confusion")
+        line["holdout"] = {name: value for name, value in report.items() if name not in left_out}
         score = report["average"] + report["worst"]
-        if score > self.best["score"] and (last or epoch >= recipe.select_from):
+        if score > self.best.score and (last or epoch >= recipe.select_from):
             self._keep_as_best(score, epoch)
 
     def _keep_as_best(self, score: float, epoch: int) -> None:
-        """The score travels in the file: a kill before the state is saved must not part the two."""
-        self.best = {"score": score, "epoch": epoch}
-        save_weights(self.folder.best, self.state.kept, self._metadata(epoch) | {"score": repr(score)})
+        self.best = Best(score, epoch)
+        self.folder.save_weights(self.folder.best, self.state.kept, self._metadata(epoch) | self.best.metadata())
+
+    def _snapshot(self, finished: int, done: int) -> dict[str, Any]:
+        """All that going on needs, on the host.
+
+        Raises:
+            Diverged: a weight or a statistic is not finite: the last update was made before anything was seen.
+        """
+        state = snapshot(self.state)
+        if not all(value.isfinite().all() for value in state["student"].values()):
+            when = f"epoch {finished + 1}, step {done}" if done else f"epoch {finished}"
+            raise Diverged(f"the weights are not finite after {when}; {self._kept()}. {self._advice()}")
+        return state | {
+            "epoch": finished,
+            "step": done,
+            "so_far": epoch_so_far(self.state) if done else {},
+            "seconds": time.monotonic() - self.started if done else 0.0,
+            "best": self.best.saved(),
+        }
 
     def _save(self, epoch: int, line: dict[str, Any]) -> None:
-        state = self.state
-        self.folder.save_epoch(
-            line,
-            state.kept,
-            self._metadata(epoch),
-            {
-                "epoch": epoch,
-                "student": state.student.state_dict(),
-                "optimizer": state.optimizer.state_dict(),
-                "scaler": state.scaler.state_dict(),
-                "class_state": state.class_state,
-                "best": self.best,
-                **({} if state.average is None else {"average": state.average.state()}),
-            },
-        )
+        """The epoch is done."""
+        self.folder.save_epoch(line, self.state.kept, self._metadata(epoch), self._snapshot(epoch, 0))
+        self.finished, self.done, self.tail = epoch, 0, None
+        self._was_saved()
+
+    def _save_here(self) -> str:
+        """Save the state as it stands after the newest step, where that is not done yet; in words."""
+        if self.saved != (self.finished, self.done):
+            self._require_finite(self.finished + 1)
+            if self.teacher_logits is not None:
+                self.teacher_logits.keep()
+            self.folder.save_state(self.tail or self._snapshot(self.finished, self.done))
+            self._was_saved()
+        if not any(self.saved):
+            return "nothing was trained yet"
+        within = f"step {self.done} of {len(self.loader)} in epoch {self.finished + 1}"
+        return f"saved at {within if self.done else f'epoch {self.finished}'} in {self.folder.path}"
+
+    def _was_saved(self) -> None:
+        self.saved, self.next_save = (self.finished, self.done), time.monotonic() + self.job.save_every
 
     def _metadata(self, epoch: int) -> dict[str, str]:
         return self.facts.as_metadata() | {"method": self.job.method, "setting": self.job.setting, "epoch": str(epoch)}
@@ -325,5 +413,5 @@ class Run:
             kind = "robust" if self.recipe.select_steps else "clean"
             name = self.split.classes[held["worst_class"]]
             words += f"  held-out {kind} {held['average']:.1%}, worst {held['worst']:.1%} ({name})"
-            words += "  best so far" if self.best["epoch"] == line["epoch"] else ""
+            words += "  best so far" if self.best.epoch == line["epoch"] else ""
         say(words)

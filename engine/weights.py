@@ -26,7 +26,9 @@ from retemper.loaders.errors import DataError
 
 WRAPPERS = ("model_state_dict", "state_dict", "model", "net")  # names under which released files nest the weights
 DEAD = "sub_block1."  # TRADES' WideResNet stores a stage that no forward pass reads
-DIGEST = "sha256"  # the metadata entry in which `save_weights` leaves a digest of the tensors
+# metadata entries: a digest of the whole file, its own 64 digits as zeros (before, of the tensors alone), and who wrote
+# it, so that a file that has lost the one is not taken for somebody else's, which has neither
+DIGEST, WRITER, WHOLE, BLANK = "sha256", "writer", "file:", "0" * 64
 DAMAGED = (  # what the readers of zip and pickle raise on bytes that are not theirs
     *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error),
     *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, EOFError, OverflowError),
@@ -68,10 +70,15 @@ def load_state(whose: str, state: Mapping[str, Tensor], model: nn.Module) -> Non
             target[name].copy_(state[name])
 
 
+def require_intact(path: str | os.PathLike[str]) -> None:
+    """Raises CheckpointError: the file is missing, damaged, or of another kind than `load_checkpoint` takes."""
+    _state(Path(path), _read(Path(path)))
+
+
 def save_weights(
     path: str | os.PathLike[str], weights: nn.Module | Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write safetensors atomically, with a digest of the tensors that `load_checkpoint` verifies.
+    """Write safetensors atomically, with a digest of the file that `load_checkpoint` verifies.
 
     Args:
         path: overwritten if it is there; its folder must exist.
@@ -85,8 +92,11 @@ def save_weights(
 
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     tensors = {_plain(name): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    header = {**(metadata or {}), "format": "pt", DIGEST: _tensor_digest(tensors)}
-    write_atomically(path, safetensors.torch.save(tensors, header))
+    header = {**(metadata or {}), "format": "pt", WRITER: "retemper", DIGEST: WHOLE + BLANK}
+    data = safetensors.torch.save(tensors, header)
+    blank = f'"{DIGEST}":"{WHOLE}{BLANK}"'.encode()
+    digest = blank.replace(BLANK.encode(), hashlib.sha256(data).hexdigest().encode())
+    write_atomically(path, data.replace(blank, digest, 1))
 
 
 @contextmanager
@@ -172,11 +182,17 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safetensors.safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}
-            expected = (file.metadata() or {}).get(DIGEST)
+            metadata = file.metadata() or {}
     except safetensors.SafetensorError as error:
         raise ValueError(str(error)) from None  # one of DAMAGED
-    if expected and expected != _tensor_digest(state):
-        raise CheckpointError(f"{path}: damaged, its tensors do not match their digest; copy or download it again")
+    expected = metadata.get(DIGEST, "")
+    if expected.startswith(WHOLE):
+        data, digits = path.read_bytes(), expected.removeprefix(WHOLE).encode()
+        found = WHOLE + hashlib.sha256(data.replace(digits, BLANK.encode(), 1)).hexdigest()
+    else:
+        found = _tensor_digest(state) if expected else ""
+    if found != expected or (WRITER in metadata and not expected):
+        raise CheckpointError(f"{path}: damaged, it does not match its digest; copy or download it again")
     return state
 
 

@@ -1,5 +1,6 @@
 """The teacher's answers: the same whether asked at once, ahead, or read from the table of an earlier run."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,7 +118,7 @@ def test_few_shapes_reach_the_teacher(loader: Loader, tmp_path: Path) -> None:
 
 def test_a_table_of_another_size_is_refused(tmp_path: Path) -> None:
     table = table_in(tmp_path)
-    with open(table.folder / "known.u8", "ab") as file:
+    with open(table.folder / "checksums.u32", "ab") as file:
         file.write(b"x")
     with pytest.raises(DataError, match="delete"):
         table_in(tmp_path)
@@ -178,13 +179,70 @@ def test_a_run_is_the_same_with_and_without_it(
     assert all(torch.allclose(first[key].float(), others[0][key].float(), atol=1e-4) for key in first)
 
 
+def filled_by_a_run(teacher: Path, tmp_path: Path) -> tuple[list[str], TeacherTable]:
+    """A command that fills a table but for its --out, after one run of it; and the table."""
+    cache = tmp_path / "cache"
+    command = [*COMMAND, str(teacher), "--cache", str(cache), "--teacher-table", "on", "--out"]
+    assert run([*command, str(tmp_path / "one")]) == 0
+    (folder,) = (cache / "teacher_logits").iterdir()
+    facts = json.loads((folder / "facts.json").read_text())
+    table = TeacherTable(cache, *(facts.pop(name) for name in ("images", "views", "classes")), facts)
+    assert table.folder == folder
+    return command, table
+
+
 def test_a_table_that_is_not_the_teachers_is_refused(
     teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [*COMMAND, str(teacher), "--cache", str(tmp_path / "cache"), "--teacher-table", "on", "--out"]
-    assert run([*command, str(tmp_path / "one")]) == 0
-    (table,) = (tmp_path / "cache/teacher_logits").iterdir()
-    kept = np.fromfile(table / "logits.f32", dtype=np.float32)
-    (kept + 0.1).tofile(table / "logits.f32")
+    command, table = filled_by_a_run(teacher, tmp_path)
+    index, view = np.nonzero(table.known)
+    table.keep(index, view, table.logits[index, view] + 0.1)
     assert run([*command, str(tmp_path / "two")]) == 3
     assert "does not hold this teacher's answers" in capsys.readouterr().err
+
+
+def test_damaged_answers_are_told_of_and_asked_for_again(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, table = filled_by_a_run(teacher, tmp_path)
+    table.logits.view(np.uint32)[:] ^= 1  # the lowest bit of every number: 1e-7 of it
+    assert run([*command, str(tmp_path / "two")]) == 0
+    assert "are damaged (their checksums differ): the teacher is asked again" in capsys.readouterr().err
+    one, two = (weights(tmp_path / name) for name in ("one", "two"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    index, view = np.nonzero(table.known)
+    right, _ = table.look_up(index, view)
+    assert right.all(), "what was asked again is kept"
+
+
+def test_every_flipped_bit_of_a_table_is_found(loader: Loader, tmp_path: Path) -> None:
+    table = table_in(tmp_path)
+    for _ in epoch(logits(Teacher(), table), loader, 1):
+        pass
+    index, view = np.nonzero(table.known)
+    assert table.look_up(index, view)[0].all()
+    for array in (table.logits.view(np.uint32), table.checksums):
+        for bit in range(32):
+            row = bit % len(index)
+            array[index[row], view[row]] ^= np.uint32(1 << bit)
+            right, _ = table.look_up(index, view)
+            assert not right[row] and right.sum() == len(index) - 1
+            array[index[row], view[row]] ^= np.uint32(1 << bit)
+    swapped = table.logits[index[:2], view[:2]][::-1].copy(), table.checksums[index[:2], view[:2]][::-1].copy()
+    table.logits[index[:2], view[:2]], table.checksums[index[:2], view[:2]] = swapped
+    assert not table.look_up(index[:2], view[:2])[0].any(), "rows of other views, whole in themselves"
+
+
+def test_what_was_asked_for_before_a_cut_is_kept_where_the_run_saves(loader: Loader, tmp_path: Path) -> None:
+    """And going on from there asks for the rest alone."""
+    table, teacher = table_in(tmp_path), Teacher()
+    found = logits(teacher, table, ahead=2)
+    cut = epoch(found, loader, 1)
+    for _ in range(3):
+        next(cut)
+    found.keep()
+    assert table.known.sum() == 4 * BATCH  # the second pair of batches was asked for with its first
+    teacher.asked = 0
+    rest = found.epoch(loader.epoch(1, 2), *loader.schedule(1, 2))
+    assert sum(len(batch.label) for batch, _ in rest) == IMAGES - 2 * BATCH
+    assert table.known.sum() == IMAGES and IMAGES - 4 * BATCH <= teacher.asked < IMAGES - 3 * BATCH

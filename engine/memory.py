@@ -1,0 +1,57 @@
+"""Out of memory, said in numbers and with what to try, in place of an allocator's complaint."""
+
+import re
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from retemper.engine.job import Job
+from retemper.loaders.errors import UsageError
+
+
+@contextmanager
+def memory_advice(job: Job) -> Iterator[None]:
+    """Raises UsageError: what is inside asked for more memory than there is."""
+    try:
+        yield
+    except MemoryError as error:
+        raise UsageError(_advice(job, str(error))) from None
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        words = str(error)
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in words:
+            raise
+        raise UsageError(_advice(job, words)) from None
+
+
+def _advice(job: Job, words: str) -> str:
+    recipe, size = job.recipe, job.recipe.image_size
+    wanted = re.search(r"(?:[Tt]ried to allocate|allocate) ([\d.]+ ?[KMGT]?i?[Bb]\w*)", words)
+    images = f"batch size {recipe.batch_size}" + (f", images of {size} px" if size else f", {recipe.dataset}")
+    tries = [f"--batch-size {max(1, recipe.batch_size // 2)}"]
+    if job.device.type == "cuda":
+        tries += ["--precision bf16"] * (recipe.dtype_on(job.device) is torch.float32)
+        tries += ["--teacher-ahead 1"] * (recipe.teacher_ahead > 1)
+    tries += ["--loader ffcv (resident keeps all images in memory)"] * (recipe.loader != "ffcv")
+    asked = f" for {wanted.group(1)}" if wanted else ""
+    return f"out of memory{asked} at {images}, {recipe.student}; {_taken(job.device)}: try {', '.join(tries)}"
+
+
+def _taken(device: torch.device) -> str:
+    """How full the memory is."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        ours = torch.cuda.memory_allocated(device)
+        return f"{_gib(ours)} of {_gib(total)} on {device} are this run's, {_gib(total - free)} taken in all"
+    facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    total, free = (int(facts[name].split()[0]) << 10 for name in ("MemTotal", "MemAvailable"))
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    limited = "" if limit == resource.RLIM_INFINITY else f", and this process may have {_gib(limit)} (ulimit -v)"
+    ours = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return f"{_gib(ours)} are this run's at most, {_gib(free)} of {_gib(total)} are free{limited}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

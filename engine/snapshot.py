@@ -1,0 +1,92 @@
+"""What a run has to remember to go on, at the end of an epoch or between any two of its steps, and how it takes it up.
+
+The order of the images, their views and the random starts are functions of the seed, the epoch and the step: they need
+no memory. torch's own generators are kept for methods that draw from them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retemper.engine.seen import ClassMeans
+from retemper.engine.step import State
+
+
+def snapshot(state: State) -> dict[str, Any]:
+    """A copy on the host of all that changes from step to step, for `restore`; the device is waited for."""
+    return _on_host(
+        {
+            "student": state.student.state_dict(),
+            "optimizer": state.optimizer.state_dict(),
+            "scaler": state.scaler.state_dict(),
+            "class_state": state.class_state,
+            "generators": _generators(state.ones_K.device),
+            **({} if state.average is None else {"average": state.average.state()}),
+        }
+    )
+
+
+def restore(state: State, saved: Mapping[str, Any]) -> None:
+    """Take over what `snapshot` gave.
+
+    Raises:
+        RuntimeError, ValueError, KeyError, TypeError, AttributeError: it is not of such a run.
+    """
+    state.student.load_state_dict(saved["student"])
+    rates = [group["lr"] for group in state.optimizer.param_groups]
+    state.optimizer.load_state_dict(saved["optimizer"])
+    for group, lr in zip(state.optimizer.param_groups, rates, strict=True):
+        group["lr"] = lr  # the tensor that a captured step reads, not the saved one's copy
+    state.scaler.load_state_dict(saved["scaler"])
+    state.move_classes(saved["class_state"])
+    if state.average is not None:
+        state.average.load(saved["average"])
+    torch.set_rng_state(saved["generators"]["cpu"])
+    if "cuda" in saved["generators"]:
+        torch.cuda.set_rng_state(saved["generators"]["cuda"], state.ones_K.device)
+
+
+def epoch_so_far(state: State) -> dict[str, Any]:
+    """Likewise what the steps of the running epoch have summed up, for `go_on`."""
+    return _on_host(
+        {
+            "sums": {name: vars(sums) for name, sums in state.sums.items()},
+            "measured": {name: vars(means) for name, means in state.measured.items()},
+            "loss_sum": state.loss_sum,
+            "noise_seed": state.noise_seed,
+        }
+    )
+
+
+def go_on(state: State, saved: Mapping[str, Any]) -> None:
+    """Take over what `epoch_so_far` gave, after `State.start_epoch`. Raises as `restore` does."""
+    for name, sums in state.sums.items():
+        _copy(vars(sums), saved["sums"][name])
+    for name, values in saved["measured"].items():
+        if name not in state.measured:
+            classes, width = values["total_KD"].shape
+            state.measured[name] = ClassMeans.zeros(classes, width, state.ones_K.device)
+        _copy(vars(state.measured[name]), values)
+    _copy(vars(state), {name: saved[name] for name in ("loss_sum", "noise_seed")})
+
+
+def _copy(into: Mapping[str, Any], values: Mapping[str, Tensor]) -> None:
+    """In place: a captured step knows the tensors' addresses."""
+    for name, value in values.items():
+        into[name].copy_(value)
+
+
+def _generators(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+
+
+def _on_host(value: Any) -> Any:
+    """`value` with each tensor in it copied to the host."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {name: _on_host(one) for name, one in value.items()}
+    return [_on_host(one) for one in value] if isinstance(value, list) else value

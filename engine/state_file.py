@@ -1,0 +1,55 @@
+"""A training state on disk: the archive that torch.save writes, with its own SHA-256 in the archive's comment.
+
+`torch.load(weights_only=True)` reads it as it stands. The digest covers every byte before it, so that a flipped bit or
+a cut anywhere is found before anything is believed.
+"""
+
+import hashlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retemper.engine.weights import DAMAGED
+from retemper.loaders.errors import DataError
+
+MARK = b"sha256:"
+COMMENT = len(MARK) + 64  # bytes
+
+
+class Damaged(DataError):
+    """The file is not as it was written."""
+
+
+def pack(state: Mapping[str, Any]) -> bytes:
+    """Tensors, numbers, words and containers of them, as a file's content."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(-2, io.SEEK_END)  # a zip archive ends in the length of its comment, which is 0 here
+    buffer.write(COMMENT.to_bytes(2, "little"))
+    return buffer.getvalue() + _comment(buffer.getbuffer())
+
+
+def unpack(path: Path) -> dict[str, Any]:
+    """What `pack` was given, on the host.
+
+    Raises:
+        Damaged: the digest is missing or another, or the file holds something else.
+        DataError: it cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+        if data[-COMMENT:] != _comment(memoryview(data)[:-COMMENT]):
+            raise Damaged(f"{path} is damaged (its digest differs)")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    try:
+        return dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
+    except DAMAGED as error:
+        raise Damaged(f"{path} is damaged ({type(error).__name__})") from None
+
+
+def _comment(body: memoryview) -> bytes:
+    return MARK + hashlib.sha256(body).hexdigest().encode()
