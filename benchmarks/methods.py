@@ -15,56 +15,20 @@ from typing import Any
 
 import torch
 
-from retemper.engine.catalogue import find_setting, method_module, methods
-from retemper.engine.evaluation.evaluate_run import EvaluationRequest, evaluate_target
-from retemper.engine.job import Job, default_cache, default_out
-from retemper.engine.run_folder import RunFolder, commit, device_name, versions
-from retemper.engine.teacher import with_teacher
-from retemper.engine.train import train
-from retemper.engine.trained import Facts
+from retemper.engine.bench.contest import Protocol, contestants, trained_and_evaluated
+from retemper.engine.run_folder import commit, device_name, versions
 from retemper.engine.weights import write_atomically
 from retemper.loaders.progress import Progress, say
 
 ATTACKS = ("clean", "pgd20")
 
 
-def contestants(data: str) -> dict[str, str]:
-    """Every method on `data`, by the name it has in the table; SAT and TRADES with the students' architecture."""
-    found = {}
-    for method in methods():
-        settings = method_module(method).SETTINGS
-        for name in settings:
-            as_student = f"{data}_student" in settings
-            if name == (f"{data}_student" if as_student else data):
-                found[method] = f"{method}:{name}"
-            elif name.startswith(f"{data}_") and not name.endswith(("_student", "_clean", "_small", "_resnet18")):
-                found[f"{method}, {name.removeprefix(f'{data}_')}"] = f"{method}:{name}"
-    return found
-
-
 def measured(name: str, out: Path, seed: int) -> dict[str, Any]:
-    """Train and evaluate METHOD:SETTING under `out`, unless that is done; its figures."""
-    method, setting, found = find_setting(name)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    folder = out / default_out(method, setting, seed).name
-    job = Job(
-        method=method,
-        setting=setting,
-        recipe=found.recipe,
-        out=folder,
-        seed=seed,
-        cache=default_cache(),
-        device=device,
-    )
-    train(with_teacher(job))
-    path = RunFolder(folder).evaluation
-    attacks = json.loads(path.read_text())["attacks"] if path.exists() else {}
-    if not attacks.keys() >= set(ATTACKS):
-        request = EvaluationRequest(target=folder, attacks=ATTACKS, device=device, facts=Facts())
-        attacks = evaluate_target(request)[1]["attacks"]
-    lines = [json.loads(line) for line in RunFolder(folder).metrics.read_text().splitlines()]
+    """The figures of METHOD:SETTING, trained and evaluated under `out` unless that is done."""
+    content = trained_and_evaluated(name, seed, Protocol(out=out, attacks=ATTACKS))
+    attacks = content["attacks"]
     figures = {attack: {key: attacks[attack][key] for key in ("average", "worst", "nsd")} for attack in ATTACKS}
-    return {**figures, "seconds": sum(line["seconds"] for line in lines)}
+    return {**figures, "seconds": content["seconds"]}
 
 
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:

@@ -1,0 +1,154 @@
+"""Which method leaves the worst class best protected? Fashion-MNIST, one teacher, one protocol, AutoAttack included.
+
+    python benchmarks/fairness.py --seeds 3
+
+Trains what is not trained yet under --out, evaluates it (clean and PGD-20 on all test images, AutoAttack's standard
+suite on a class-balanced subset, through the folded twin), and writes to --results: of every run its config.json,
+metrics.jsonl, evaluation.json and evaluation.csv, and of all the table, the plot and the paired differences from RSLAD.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retemper.engine.bench.contest import Protocol, contestants, folder_of, trained_and_evaluated
+from retemper.engine.evaluation.compare import Comparison, compare
+from retemper.engine.evaluation.evaluate import finite
+from retemper.engine.evaluation.verdicts import read_evaluated
+from retemper.engine.run_folder import commit, device_name, versions
+from retemper.engine.weights import write_atomically
+from retemper.loaders.progress import Progress, say
+
+METHODS = "sat,trades,rslad,absld,fair_rslad,cfa,dafa"
+BASELINE = "rslad"
+ATTACKS = ("clean", "pgd20", "autoattack")
+KEPT = ("config.json", "metrics.jsonl", "evaluation.json", "evaluation.csv")
+TITLES = {"pgd20": "PGD-20", "autoattack": "AutoAttack"}
+
+
+def write_records(runs: dict[str, list[Path]], results: Path) -> None:
+    """Copy what a reader needs to check the figures."""
+    for folder in {folder for folders in runs.values() for folder in folders}:
+        (results / folder.name).mkdir(parents=True, exist_ok=True)
+        for name in KEPT:
+            shutil.copyfile(folder / name, results / folder.name / name)
+
+
+def against_baseline(runs: dict[str, list[Path]], attack: str) -> dict[str, Comparison]:
+    """Every method's seeds, paired with the baseline's."""
+    sides = {name: [read_evaluated(folder) for folder in folders] for name, folders in runs.items()}
+    return {name: compare(sides[BASELINE], side, attack) for name, side in sides.items() if name != BASELINE}
+
+
+def table(rows: dict[str, list[dict[str, Any]]], differences: dict[str, Comparison], attack: str) -> str:
+    """A line a method, the best worst class first: means over the seeds, ranges, and the difference from RSLAD."""
+    lines = [
+        f"| method | clean | {TITLES[attack]} average | worst class (range) | NSD | worst class against RSLAD |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in sorted(rows, key=lambda name: -_mean(rows[name], attack, "worst")):
+        worst = [one["attacks"][attack]["worst"] for one in rows[name]]
+        cells = [
+            name,
+            f"{_mean(rows[name], 'clean', 'average'):.1%}",
+            f"{_mean(rows[name], attack, 'average'):.1%}",
+            f"{statistics.mean(worst):.1%} ({min(worst):.1%} to {max(worst):.1%})",
+            f"{_mean(rows[name], attack, 'nsd'):.3f}",
+            _told(differences[name]) if name in differences else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _told(found: Comparison) -> str:
+    """The difference in points with its two intervals."""
+    of = found.summary["worst"]
+
+    def points(ends: Sequence[float]) -> str:
+        return " to ".join(f"{100 * end:+.1f}" for end in ends)
+
+    seeds = "" if of.seeds is None else f"; seeds {points(of.seeds)}"
+    return f"{100 * of.difference:+.1f} (images {points(of.images)}{seeds})"
+
+
+def _mean(runs: list[dict[str, Any]], attack: str, key: str) -> float:
+    return statistics.mean(run["attacks"][attack][key] for run in runs)
+
+
+def draw(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Average and worst class of every method under both attacks, a mark a seed."""
+    from matplotlib.figure import Figure
+
+    names = sorted(rows, key=lambda name: _mean(rows[name], "pgd20", "worst"))
+    figure = Figure(figsize=(9, 0.5 * len(names) + 1.4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, attack in zip(panels, TITLES, strict=True):
+        for place, name in enumerate(names):
+            average, worst = _mean(rows[name], attack, "average"), _mean(rows[name], attack, "worst")
+            axes.plot([100 * worst, 100 * average], [place, place], color="#c3c9d0", lw=3, zorder=1)
+            for key, marker, colour in (("average", "o", "#5b6470"), ("worst", "D", "#b0330f")):
+                seeds = [100 * run["attacks"][attack][key] for run in rows[name]]
+                axes.plot(seeds, [place] * len(seeds), marker, color=colour, ms=4, alpha=0.45, zorder=2)
+                label = {"average": "average of the classes", "worst": "worst class"}[key] if place == 0 else None
+                mean = 100 * _mean(rows[name], attack, key)
+                axes.plot([mean], [place], marker, color=colour, ms=8, zorder=3, label=label)
+        axes.set_title(TITLES[attack], loc="left", fontweight="bold")
+        axes.set_yticks(range(len(names)), names)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("robust accuracy, %")
+        axes.grid(axis="x", color="#e6e9ed")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="fashion_mnist_small", help="the setting that all methods are trained under")
+    parser.add_argument("--methods", default=METHODS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--autoattack-images", type=int, default=500)
+    parser.add_argument("--out", type=Path, default=Path("runs/fairness"))
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/fairness"))
+    words = parser.parse_args()
+    torch.set_num_threads(1)  # the same bits on every machine
+    protocol = Protocol(out=words.out, attacks=ATTACKS, autoattack_limit=words.autoattack_images, fold=True)
+    chosen = contestants(words.data)
+    chosen = {name: chosen[name] for name in words.methods.split(",")}
+    teacher = f"sat:{words.data}"
+    rows: dict[str, list[dict[str, Any]]] = {}
+    runs: dict[str, list[Path]] = {}
+    with Progress("fairness", len(chosen) * words.seeds) as progress:
+        for seed in range(words.seeds):
+            for name, setting in chosen.items():
+                say(f"{setting}, seed {seed}")
+                rows.setdefault(name, []).append(trained_and_evaluated(setting, seed, protocol))
+                runs.setdefault(name, []).append(folder_of(setting, seed, words.out))
+                progress.advance(1)
+    taught_by = {"teacher": [trained_and_evaluated(teacher, 0, protocol)]}
+    write_records(runs | {"teacher": [folder_of(teacher, 0, words.out)]}, words.results)
+    text = [f"{words.data}, {words.seeds} seeds; intervals: 95 %, over the test images and over the seeds.\n"]
+    content: dict[str, Any] = {"setting": words.data, "seeds": words.seeds, "baseline": BASELINE, "against": {}}
+    for attack in TITLES:
+        differences = against_baseline(runs, attack)
+        entry = rows[BASELINE][0]["attacks"][attack]
+        text.append(f"{TITLES[attack]} on {sum(entry['count']):,} images\n")
+        text.append(table(rows | taught_by, differences, attack) + "\n")
+        content["against"][attack] = {name: finite(asdict(found)) for name, found in differences.items()}
+    content |= {"versions": versions(), "commit": commit(), "device": device_name(torch.device("cpu"))}
+    print("\n".join(text))
+    write_atomically(words.results / "table.md", "\n".join(text).encode())
+    write_atomically(words.results / "fairness.json", json.dumps(content, indent=1).encode() + b"\n")
+    draw(rows | taught_by, words.results / "fairness.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Methods trained and evaluated under one protocol, run by run; what is finished is not repeated."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retemper.engine.catalogue import find_setting, method_module, methods
+from retemper.engine.evaluation.evaluate_run import EvaluationRequest, evaluate_target
+from retemper.engine.job import Job, default_cache, default_out
+from retemper.engine.run_folder import RunFolder
+from retemper.engine.teacher import with_teacher
+from retemper.engine.train import train
+from retemper.engine.trained import Facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How each run is evaluated, and under which folder the runs lie."""
+
+    out: Path
+    attacks: tuple[str, ...]
+    autoattack_limit: int | None = None
+    fold: bool = False
+
+
+def contestants(data: str) -> dict[str, str]:
+    """Every method on `data`, by the name it has in a table; SAT and TRADES with the students' architecture."""
+    found = {}
+    for method in methods():
+        settings = method_module(method).SETTINGS
+        for name in settings:
+            as_student = f"{data}_student" in settings
+            if name == (f"{data}_student" if as_student else data):
+                found[method] = f"{method}:{name}"
+            elif name.startswith(f"{data}_") and not name.endswith(("_student", "_clean", "_small", "_resnet18")):
+                found[f"{method}, {name.removeprefix(f'{data}_')}"] = f"{method}:{name}"
+    return found
+
+
+def folder_of(name: str, seed: int, out: Path) -> Path:
+    """Where the run of METHOD:SETTING lies."""
+    method, setting, _ = find_setting(name)
+    return out / default_out(method, setting, seed).name
+
+
+def trained_and_evaluated(name: str, seed: int, protocol: Protocol) -> dict[str, Any]:
+    """Train and evaluate METHOD:SETTING where that is not done; its evaluation.json, and the seconds it trained."""
+    method, setting, found = find_setting(name)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    out = folder_of(name, seed, protocol.out)
+    train(
+        with_teacher(
+            Job(
+                method=method,
+                setting=setting,
+                recipe=found.recipe,
+                out=out,
+                seed=seed,
+                cache=default_cache(),
+                device=device,
+            )
+        )
+    )
+    folder = RunFolder(out)
+    content = json.loads(folder.evaluation.read_text()) if folder.evaluation.exists() else {"attacks": {}}
+    done = {attack for attack, entry in content["attacks"].items() if entry.get("complete", True)}
+    missing = tuple(attack for attack in protocol.attacks if attack not in done)
+    if missing:
+        request = EvaluationRequest(
+            target=out,
+            attacks=missing,
+            device=device,
+            facts=Facts(),
+            autoattack_limit=protocol.autoattack_limit,
+            fold=protocol.fold,
+        )
+        content = evaluate_target(request)[1]
+    lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    return content | {"seconds": sum(line["seconds"] for line in lines)}
