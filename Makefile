@@ -1,7 +1,7 @@
 # Everything a fresh machine needs: `make demo` and `make test` install what is missing, system packages too as root.
 PYTHON ?= python3
 BIN := .venv/bin
-SYSTEM := python3-venv python3-dev g++ pkg-config libturbojpeg0-dev libopencv-dev dataset-fashion-mnist
+SYSTEM := python3-venv python3-dev g++ pkg-config libturbojpeg0-dev libopencv-dev dataset-fashion-mnist chromium
 SYSTEM_LOG := $(shell mktemp)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -18,7 +18,8 @@ setup: .venv/installed
 
 # What is tested for is what is needed, so that a Python or an OpenCV from elsewhere serves as well as Debian's.
 system:
-	@if pkg-config --exists opencv4 libturbojpeg && command -v g++ && [ -d /usr/share/datasets/fashion-mnist ] \
+	@if pkg-config --exists opencv4 libturbojpeg && command -v g++ && command -v chromium \
+		&& [ -d /usr/share/datasets/fashion-mnist ] \
 		&& $(PYTHON) -c 'import ensurepip, os, sysconfig; assert os.path.exists(sysconfig.get_path("include") + "/Python.h")'; \
 	then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get; then \

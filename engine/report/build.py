@@ -5,15 +5,20 @@ The same run folders give the same bytes.
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from retemper.engine.evaluation.class_statistics import Result
+from retemper.engine.evaluation.verdicts import STRONGEST
 from retemper.engine.report import plots
+from retemper.engine.report.classwise import classwise
+from retemper.engine.report.confusion import confusion_blocks
 from retemper.engine.report.page import Cell, Listing, Page, Plot, Section, Table, Text, to_html, to_markdown
-from retemper.engine.report.plot_style import looks, render, shorten
+from retemper.engine.report.paired import paired_blocks
+from retemper.engine.report.paper import paper_blocks, seed_blocks
+from retemper.engine.report.plot_style import BARS_UP_TO, as_plot, looks, shorten
 from retemper.engine.report.run import (
     ATTACKS,
     Run,
@@ -24,8 +29,10 @@ from retemper.engine.report.run import (
     state_panels,
     tell_apart,
 )
+from retemper.engine.report.trust import check_blocks, check_warnings
 from retemper.engine.report.words import (
     between,
+    bound,
     ends,
     nsd_sentence,
     number,
@@ -39,11 +46,10 @@ from retemper.engine.weights import write_atomically
 from retemper.loaders.errors import UsageError
 
 FOOTER = (
-    "Intervals: Wilson's score for a class, percentile bootstrap over the test images for the summaries. They hold for "
-    "the choice of test images, not of seeds. The bootstrap of a minimum leans low. NSD: population standard deviation "
-    "of the class accuracies over their mean."
+    "Intervals, all at 95 %: Wilson's score for a class, bootstrap over the test images for the summaries and for "
+    "paired differences. They hold for the choice of test images, not of seeds. NSD: population standard deviation of "
+    "the class accuracies over their mean."
 )
-STRONGEST = ("autoattack", "pgd20", "cw", "fgsm", "clean")
 COMPARED = ("dataset", "split", "images", "subset", "eps", "norm", "precision", "seed", "classes")  # of a protocol
 FEW_IMAGES = 100  # in a class: the 95 % interval at 50 % is then 19 points wide
 
@@ -57,11 +63,12 @@ def write_report(runs: Sequence[Path], out: Path, title: str | None = None) -> P
     """
     if not runs:
         raise UsageError("a report needs at least one run folder")
-    page = Report([read_run(Path(folder)) for folder in runs]).page(title)
+    report = Report([read_run(Path(folder)) for folder in runs])
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{out}: cannot be made a folder ({error.strerror})") from error
+    page = report.page(title)
     for plot in (block for section in page.sections for block in section.blocks if isinstance(block, Plot)):
         write_atomically(out / f"{plot.stem}.png", plot.png)
     write_atomically(out / "report.md", to_markdown(page).encode("utf-8", "replace"))
@@ -110,13 +117,16 @@ class Report:
         if not subjects:
             return "None of these runs has been evaluated yet."
         where = "On clean images" if self.reference == "clean" else f"Under {attack_title(self.reference)}"
-        weakest = [(name, self.class_name(r.report.worst_class), r.report.worst) for name, r in subjects]
+        weakest = [
+            (name, self.class_name(r.report.worst_class), r.report.worst, bound(r) + percent(r.report.worst))
+            for name, r in subjects
+        ]
         if len(subjects) > 4:
             low, high = (pick(weakest, key=lambda w: w[2]) for pick in (min, max))
-            text = f"the weakest class of {len(subjects)} runs lies between {percent(low[2])} ({low[0]}, {low[1]})"
-            text += f" and {percent(high[2])} ({high[0]}, {high[1]})"
+            text = f"the weakest class of {len(subjects)} runs lies between {low[3]} ({low[0]}, {low[1]})"
+            text += f" and {high[3]} ({high[0]}, {high[1]})"
         else:
-            parts = [f"{name}'s weakest class is {label} at {percent(worst)}" for name, label, worst in weakest]
+            parts = [f"{name}'s weakest class is {label} at {worst}" for name, label, _, worst in weakest]
             text = "; ".join(parts[:1] + [part.replace("'s weakest class is", "'s is", 1) for part in parts[1:]])
         return f"{where}, {text}. {nsd_sentence(subjects)}"
 
@@ -124,7 +134,7 @@ class Report:
         subjects = self._subjects()
         if not subjects:
             return ""
-        averages = [(name, percent(r.report.average)) for name, r in subjects]
+        averages = [(name, bound(r) + percent(r.report.average)) for name, r in subjects]
         if len(subjects) == 1:
             return f"Its average over all images is {averages[0][1]}."
         text = f"Averages over all images: {', '.join(map(' '.join, averages))}."
@@ -150,7 +160,7 @@ class Report:
         for run in self.runs:
             if run.recipe.get("select_on") == "test":
                 out.append(Text(f"{run.label} chose its best epoch on the test images: its numbers flatter it."))
-            out += [Text(f"{run.label}: {note}", code) for note, code in run.notes]
+            out += [*check_warnings(run), *(Text(f"{run.label}: {note}", code) for note, code in run.notes)]
         return out
 
     def _sections(self) -> list[Section]:
@@ -159,10 +169,17 @@ class Report:
         by_class = [block for attack in first if attack in self.attacks for block in self._attack_blocks(attack)]
         sections = [
             Section("summary", "Summary", self._summary_blocks()),
+            Section("seeds", "Seeds together", seed_blocks(self.comparable, self.attacks)),
+            Section(
+                "paired", "Differences on the same images", paired_blocks(self.comparable, self.reference, self.look)
+            ),
             Section("classes", "Class by class", by_class),
+            Section("confusion", "What is taken for what", confusion_blocks(self.comparable, self.reference)),
             Section("state", "Class state over the epochs", self._state_blocks()),
             Section("training", "Training", self._training_blocks()),
+            Section("checks", "Can the numbers be trusted?", check_blocks(self.evaluated, self.look)),
             Section("protocol", "How it was evaluated", self._protocol_blocks()),
+            Section("paper", "For a paper's table", paper_blocks(self.comparable, self.attacks)),
             Section("runs", "The runs", self._run_blocks()),
         ]
         return [section for section in sections if section.blocks]
@@ -180,11 +197,13 @@ class Report:
             caption += " Bold: best of its column."
         if "autoattack" not in self.attacks:
             caption += " Without AutoAttack, read robust accuracies as upper bounds."
+        if any(result.upper_bound for attack in self.attacks for result in self.results(attack).values()):
+            caption += " ≤: an upper bound, from a part of AutoAttack's standard suite."
         blocks: list[Any] = [Table(caption, head, groups)]
         results = self.results(self.reference)
         if len(results) > 1:
             caption = f"Under {attack_title(self.reference)}: right is stronger, up is fairer. Lines: 95 % intervals."
-            blocks.append(_plot("summary", caption, self._said(results), partial(plots.summary, results, self.look)))
+            blocks.append(as_plot("summary", caption, self._said(results), partial(plots.summary, results, self.look)))
         return blocks
 
     def _attack_heading(self, attack: str) -> str:
@@ -206,24 +225,27 @@ class Report:
                 value, (scale, digits) = getattr(result.report, name), (1, 2) if name == "nsd" else (100, 1)
                 detail = between(result.interval[name], scale, digits)
                 note = f"class {self.class_name(result.report.worst_class)}" if name == "worst" else ""
-                cells.append(Cell(number(scale * value, digits), note, detail, value == best.get(name)))
+                text = bound(result) * (name != "nsd") + number(scale * value, digits)
+                cells.append(Cell(text, note, detail, value == best.get(name)))
             rows.append(cells)
         return rows
 
     def _attack_blocks(self, attack: str) -> list[Any]:
         results = self.results(attack)
-        caption = "one bar a run, 95 % whiskers; outline and number mark each run's weakest class."
-        if len(self.classes) > plots.BARS_UP_TO:
-            caption = "classes sorted by accuracy, each run in its own order; bands are 95 % intervals."
-        caption = f"{attack_title(attack)}: {caption} Horizontal lines and the numbers at the right: averages."
-        draw = partial(plots.classwise, results, self.classes, self.look)
-        plot = _plot(f"classwise_{slug(attack)}", caption, self._said(results), draw)
+        caption = (
+            "one bar a run, 95 % whiskers; outline and number mark each run's weakest class. Lines across: averages."
+        )
+        if len(self.classes) > BARS_UP_TO:
+            caption = "classes sorted by accuracy, each run in its own order; bands are 95 % intervals. Flat: averages."
+        caption = f"{attack_title(attack)}: {caption}"
+        draw = partial(classwise, results, self.classes, self.look)
+        plot = as_plot(f"classwise_{slug(attack)}", caption, self._said(results), draw)
         return [plot, self._class_table(attack, results)]
 
     def _said(self, results: Mapping[str, Result]) -> list[str]:
         return [
-            f"{name}: average {percent(r.report.average)}, "
-            f"weakest class {self.class_name(r.report.worst_class)} at {percent(r.report.worst)}"
+            f"{name}: average {bound(r)}{percent(r.report.average)}, "
+            f"weakest class {self.class_name(r.report.worst_class)} at {bound(r)}{percent(r.report.worst)}"
             for name, r in results.items()
         ]
 
@@ -233,9 +255,9 @@ class Report:
             cells = [Cell(name)]
             for result in results.values():
                 value, weakest = result.report.accuracy[k], k == result.report.worst_class
-                text = number(100 * value) + (" ▼" if weakest else "")
+                text = bound(result) + number(100 * value) + (" ▼" if weakest else "")
                 fill = value if math.isfinite(value) else 0.0
-                cells.append(Cell(text, between(result.interval["class"][k], 100, 1), strong=weakest, fill=fill))
+                cells.append(Cell(text, detail=between(result.interval["class"][k], 100, 1), strong=weakest, fill=fill))
             counts = sorted({result.report.count[k] for result in results.values()})
             rows.append([*cells, Cell(" or ".join(map(str, counts)))])
         return Table(
@@ -259,8 +281,8 @@ class Report:
         caption = "One line a class."
         if any(panel.weakest for panel in panels):
             against = attack_title(self.reference)
-            caption += f" Red: the run's weakest class under {against}; black: the next two; grey: the others."
-        return [_plot("class_state", caption, said, partial(plots.class_state, panels, self.classes))]
+            caption += f" Thick and red: the run's weakest class under {against}; dashed and dotted: the next two."
+        return [as_plot("class_state", caption, said, partial(plots.class_state, panels, self.classes))]
 
     def _chosen_by(self) -> str:
         """The images that choose the best epoch."""
@@ -282,7 +304,7 @@ class Report:
         caption = f"Losses of different methods have different scales. Robust accuracies are those of {caption}."
         caption += " Dotted: the learning rate drops."
         where = "held out" if held_out else "training"
-        return [_plot("training", caption, said, partial(plots.curves, series, self.look, where))]
+        return [as_plot("training", caption, said, partial(plots.curves, series, self.look, where))]
 
     def _protocol_blocks(self) -> list[Any]:
         if not self.evaluated:
@@ -316,8 +338,3 @@ def _facts_table(caption: str, facts: dict[str, dict[str, str]]) -> Table:
             differing.append([Cell(name), *map(Cell, values)])
     title = "the same for all runs" if len(facts) > 1 else ""
     return Table(caption, ["", *facts], [(t, rows) for t, rows in (("", differing), (title, same)) if rows])
-
-
-def _plot(stem: str, caption: str, said: Iterable[str], draw: Any) -> Plot:
-    wide, narrow, png = render(draw)
-    return Plot(stem, caption, ". ".join(said) + ".", wide, narrow, png)

@@ -47,6 +47,13 @@ class Listing(NamedTuple):
     text: str
 
 
+class Copy(NamedTuple):
+    """Lines to be taken over as they are; a click selects them all."""
+
+    caption: str
+    text: str
+
+
 class Section(NamedTuple):
     anchor: str
     title: str
@@ -92,6 +99,7 @@ th[scope=row]{font-weight:500;background:#fff;min-width:5.5rem;max-width:13rem;p
 th[scope=rowgroup]{background:var(--soft);font-size:.88rem}
 small{color:var(--muted);font-size:.82rem;white-space:nowrap;margin-left:.3em}
 small.below{display:block;margin:0}
+small.long{white-space:normal;min-width:14rem}
 .short{white-space:nowrap}
 td.bar{background:linear-gradient(90deg,#e3eaf1 calc(100%*var(--v)),transparent 0) no-repeat}
 .swatch{display:inline-block;width:.72em;height:.72em;margin-right:.5em;border:1px solid rgba(0,0,0,.35)}
@@ -99,11 +107,13 @@ details{margin:.6rem 0}
 summary{cursor:pointer;font-weight:600}
 details figure{margin-top:.6rem}
 pre{overflow:auto;max-height:30rem;background:var(--soft);padding:.9rem 1.1rem;font:.84rem/1.5 var(--mono)}
+.copy{user-select:all;-webkit-user-select:all;border-left:4px solid var(--rule)}
 footer{margin-top:3.2rem;border-top:1px solid var(--rule);padding-top:1rem;font-size:.88rem;color:var(--muted)}
 @media(max-width:640px){body{padding:1.5rem 1rem 3rem}th,td{padding:.4rem .3rem}h2{margin-top:2.4rem}
- th[scope=row]{min-width:0}small{font-size:.76rem}}
+ th[scope=row]{min-width:0}table{font-size:.88rem}small{font-size:.7rem}}
 @media print{body{max-width:none;padding:0;font-size:10.5pt}nav{display:none}h2{break-after:avoid}
- .tall,pre{max-height:none}.scroll{overflow:visible}thead th,th[scope=row]{position:static}
+ .tall,pre{max-height:none}pre{white-space:pre-wrap;overflow-wrap:anywhere}.scroll{overflow:visible}
+ thead th,th[scope=row]{position:static}
  details::details-content{content-visibility:visible;block-size:auto}
  td.bar,.swatch,th[scope=rowgroup]{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
@@ -136,6 +146,14 @@ def _html_block(block: Any) -> str:
         return _html_table(block)
     if isinstance(block, Listing):
         return f"<details><summary>{escape(block.title)}</summary><pre>{escape(block.text)}</pre></details>\n"
+    if isinstance(block, Text):
+        return f"<p>{_inline(block)}</p>\n"
+    if isinstance(block, Copy):
+        caption = escape(block.caption)
+        return (
+            f'<figure><figcaption>{caption}</figcaption><pre class="copy" tabindex="0" aria-label="{caption}">'
+            f"{escape(block.text)}</pre></figure>\n"
+        )
     wide, narrow = ("data:image/svg+xml;base64," + base64.b64encode(svg).decode() for svg in (block.wide, block.narrow))
     return (
         f"<figure><figcaption>{escape(block.caption)}</figcaption><picture>"
@@ -166,7 +184,8 @@ def _html_row(row: Sequence[Cell]) -> str:
         if cell.colour:
             text = f'<span class="swatch" style="background:{cell.colour}"></span>{text}'
         text += f" <small>{escape(cell.note)}</small>" * bool(cell.note)
-        text += f'<small class="below">{escape(cell.detail)}</small>' * bool(cell.detail)
+        kind = "below long" if len(cell.detail) > 30 else "below"
+        text += f'<small class="{kind}">{escape(cell.detail)}</small>' * bool(cell.detail)
         span = f' colspan="{cell.span}"' if cell.span > 1 else ""
         fill = f' class="bar" style="--v:{cell.fill:.3f}"' if cell.fill else ""
         short = ' class="short"' * (len(cell.text) < 18)
@@ -189,6 +208,10 @@ def _markdown_block(block: Any) -> list[str]:
         return [f"![{_plain(block.alt)}]({block.stem}.png)", "", _plain(block.caption)]
     if isinstance(block, Listing):
         return []  # the page has it, and so has the run's folder
+    if isinstance(block, Text):
+        return [_plain(block.text) + _code(block.code)]
+    if isinstance(block, Copy):
+        return [_plain(block.caption), "", *(f"    {line}" for line in block.text.splitlines())]
     rows = [block.head, ["---"] * len(block.head)]
     lines = ["| " + " | ".join(map(_plain, row)) + " |" for row in rows]
     for title, cells in block.groups:

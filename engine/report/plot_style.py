@@ -9,11 +9,12 @@ import importlib.util
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from retemper.engine.report.page import Plot
 from retemper.loaders.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED, FAINT, ALERT = "#1b1f24", "#5b6470", "#c3c9d0", "#b0330f"
+BARS_UP_TO = 20  # classes; beyond it bars, and names, are too many to read
 LINE_HEIGHT = 1.25  # of a label, in font sizes
 SOLID, DASH, DOT = "-", (0, (5, 2)), (0, (1.2, 1.4))
 STYLE: dict[Any, Any] = {
@@ -82,6 +84,12 @@ def looks(teachers: Sequence[bool]) -> list[Look]:
     """One look a run, in order; True where the run is a teacher."""
     students = iter(range(len(teachers)))
     return [TEACHER if teacher else LOOKS[next(students) % len(LOOKS)] for teacher in teachers]
+
+
+def as_plot(stem: str, caption: str, said: Iterable[str], draw: Callable[[bool], "Figure"]) -> Plot:
+    """The block of a page; `said` are the figure's messages in words."""
+    wide, narrow, png = render(draw)
+    return Plot(stem, caption, ". ".join(said) + ".", wide, narrow, png)
 
 
 def render(draw: Callable[[bool], "Figure"]) -> tuple[bytes, bytes, bytes]:

@@ -13,6 +13,7 @@ import numpy as np
 from retemper.engine.evaluation.class_statistics import Result
 from retemper.engine.report.plot_style import (
     ALERT,
+    BARS_UP_TO,
     DASH,
     DOT,
     FAINT,
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BARS_UP_TO = 20  # classes; beyond it bars are too thin to read and the classes are drawn sorted
-
 
 @dataclass(frozen=True)
 class StatePanel:
@@ -43,80 +42,6 @@ class StatePanel:
     epoch: list[int]
     values: np.ndarray
     weakest: list[int]
-
-
-def classwise(
-    results: Mapping[str, Result], classes: Sequence[str], look: Mapping[str, Look], narrow: bool
-) -> "Figure":
-    """Every class under one attack: bars, or sorted steps for many classes. The weakest class of each run is marked."""
-    bars = len(classes) <= BARS_UP_TO
-    columns = 2 if len(results) > 3 and not narrow else 1
-    figure = new_figure(narrow, (3.6 if narrow else 3.9) + 0.2 * -(-len(results) // columns))
-    axes = figure.add_subplot()
-    (_bars if bars else _steps)(axes, results, classes, look, narrow)
-    averages = {name: 100 * result.report.average for name, result in results.items()}
-    for name, average in averages.items():
-        axes.axhline(average, color=look[name].line, linestyle=look[name].dash, linewidth=1.2, zorder=3.5)
-    axes.set_ylabel("correct, %")
-    axes.set_ylim(0, _ceiling(results))
-    axes.yaxis.grid(True)
-    handles = [_key(name, result, classes, look[name], bars) for name, result in results.items()]
-    figure.legend(handles=handles, loc="outside upper left", ncols=columns, handlelength=1.6, labelspacing=0.35)
-    end_labels(figure, [(axes, [(v, f"{v:.0f}", look[n].ink, True) for n, v in averages.items()])], 9.5)
-    return figure
-
-
-def _bars(
-    axes: "Axes", results: Mapping[str, Result], classes: Sequence[str], look: Mapping[str, Look], narrow: bool
-) -> None:
-    width = 0.82 / len(results)
-    x = np.arange(len(classes))
-    inches = width / len(classes) * (2.9 if narrow else 8.9)
-    levels = math.ceil(0.27 / inches)  # a number is nearly that wide
-    flagged: dict[int, int] = {}  # class -> flags above it so far
-    shared = [result.report.worst_class for result in results.values()]
-    for i, (name, result) in enumerate(results.items()):
-        report, style = result.report, look[name]
-        at = x + (i - (len(results) - 1) / 2) * width
-        height = 100 * np.array(report.accuracy)
-        axes.bar(at, height, width, color=style.colour, hatch=style.hatch, edgecolor="white", linewidth=0.7)
-        _whiskers(axes, at, height, 100 * np.array(result.interval["class"], dtype=float))
-        k = report.worst_class
-        if k < 0:
-            continue
-        axes.bar(at[k], height[k], width, fill=False, edgecolor=INK, linewidth=min(1.9, 16 * inches), zorder=4)
-        top = 100 * max(r.interval["class"][k][1] for r in results.values() if r.report.worst_class == k)
-        if min(levels, shared.count(k)) > 3:  # no room: the key has the numbers
-            _flag(axes, at[k], top, "▼", style.ink, 0)
-        else:
-            _flag(axes, at[k], top, f"{height[k]:.0f}\n▼", style.ink, flagged.get(k, 0) % levels)
-        flagged[k] = flagged.get(k, 0) + 1
-    names = [shorten(name, 14) for name in classes]
-    slanted = max(map(len, names)) * len(names) > (34 if narrow else 110)
-    axes.set_xticks(x, names, rotation=90 if slanted else 0)
-    axes.tick_params(axis="x", length=0, labelcolor=INK)
-    axes.set_xlim(-0.55, len(classes) - 0.45)
-
-
-def _steps(
-    axes: "Axes", results: Mapping[str, Result], classes: Sequence[str], look: Mapping[str, Look], narrow: bool
-) -> None:
-    n = len(classes)
-    tenth = -(-n // 10)
-    axes.axvspan(0, tenth, color="#eef0f3", zorder=0)
-    axes.text(tenth + n / 100, 0.02, "worst tenth", transform=axes.get_xaxis_transform(), color=MUTED, fontsize=9)
-    for name, result in results.items():
-        order = np.argsort(np.nan_to_num(result.report.accuracy, nan=math.inf), kind="stable")
-        height = 100 * np.array(result.report.accuracy)[order]
-        low, high = 100 * np.array(result.interval["class"], dtype=float)[order].T
-        style = look[name]
-        axes.stairs(height, np.arange(n + 1), color=style.line, linestyle=style.dash, linewidth=2, baseline=None)
-        if len(results) <= 3:
-            low, high = np.append(low, low[-1]), np.append(high, high[-1])
-            axes.fill_between(np.arange(n + 1), low, high, color=style.colour, alpha=0.13, linewidth=0, step="post")
-        axes.plot(0.5, height[0], marker="v", color=style.line, markersize=7, clip_on=False, zorder=5)
-    axes.set_xlim(0, n)
-    axes.set_xlabel("classes, each run's own order" if narrow else "classes, from each run's weakest to its strongest")
 
 
 def class_state(panels: Sequence[StatePanel], classes: Sequence[str], narrow: bool) -> "Figure":
@@ -194,18 +119,21 @@ def summary(results: Mapping[str, Result], look: Mapping[str, Look], narrow: boo
     """Average against weakest class, with 95 % lines: right is stronger, up is fairer."""
     figure = new_figure(narrow, 4.0 if narrow else 4.6, 4.0 if narrow else 6.8)
     axes = figure.add_subplot()
-    for name, result in results.items():
-        style, report = look[name], result.report
-        x, y = 100 * report.average, 100 * report.worst
+    points = {name: (100 * r.report.average, 100 * r.report.worst) for name, r in results.items()}
+    corners = _free_corners(list(points.values()))
+    for (name, (x, y)), corner in zip(points.items(), corners, strict=True):
+        style, result = look[name], results[name]
         for across, pair in ((True, "average"), (False, "worst")):
             ends = [100 * v for v in result.interval[pair]]
             axes.plot(*((ends, [y, y]) if across else ([x, x], ends)), color=style.line, linewidth=1.4)
         axes.plot(x, y, style.marker, color=style.colour, markeredgecolor=INK, markersize=10, zorder=3)
         axes.annotate(
-            shorten(name, 18),
+            shorten(name, 18) + " ≤" * result.upper_bound,
             (x, y),
-            (9, 7),
+            (9 * corner[0], 10 * corner[1]),
             textcoords="offset points",
+            ha="left" if corner[0] > 0 else "right",
+            va="center",
             color=style.ink,
             weight="bold",
             bbox={"facecolor": "white", "alpha": 0.85, "linewidth": 0, "pad": 0.8},
@@ -217,46 +145,20 @@ def summary(results: Mapping[str, Result], look: Mapping[str, Look], narrow: boo
     return figure
 
 
-def _whiskers(axes: "Axes", at: np.ndarray, height: np.ndarray, interval_K2: np.ndarray) -> None:
-    known = np.isfinite(height) & np.isfinite(interval_K2).all(axis=1)
-    axes.vlines(at[known], *interval_K2[known].T, color=INK, linewidth=0.9, alpha=0.75, zorder=5)
-
-
-def _flag(axes: "Axes", x: float, top: float, text: str, ink: str, level: int) -> None:
-    """What stands above the weakest bar; `level` lifts it over a neighbour's."""
-    axes.annotate(
-        text,
-        (x, top),
-        (0, 3 + 25 * level),
-        textcoords="offset points",
-        ha="center",
-        va="bottom",
-        color=ink,
-        weight="bold",
-        linespacing=1.0,
-        zorder=6,
-        bbox={"facecolor": "white", "alpha": 0.85, "linewidth": 0, "pad": 0.8},
-    )
-
-
-def _ceiling(results: Mapping[str, Result]) -> float:
-    tops = [pair[1] for result in results.values() for pair in result.interval["class"]]
-    return 100 * min(1.03, 1.08 * max([top for top in tops if math.isfinite(top)], default=1.0) + 0.01)
-
-
-def _key(name: str, result: Result, classes: Sequence[str], style: Look, bars: bool) -> Any:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    report = result.report
-    label = f"{shorten(name, 16)}: average {100 * report.average:.0f} %"
-    if not bars:
-        label += f"; worst tenth {100 * report.worst_tenth:.0f} %"
-    elif report.worst_class >= 0:
-        label += f"; weakest {shorten(classes[report.worst_class], 12)} at {100 * report.worst:.0f} %"
-    if bars:
-        return Patch(facecolor=style.colour, hatch=style.hatch, edgecolor="white", label=label)
-    return Line2D([], [], color=style.line, linestyle=style.dash, label=label)
+def _free_corners(points: Sequence[tuple[float, float]]) -> list[tuple[int, int]]:
+    """For each point the corner, right or left, above or below, where a label is clear of the others."""
+    at_N2 = np.array(points)
+    at_N2 = (at_N2 - at_N2.min(axis=0)) / np.maximum(np.ptp(at_N2, axis=0), 1e-9)
+    taken, corners = list(at_N2), []
+    for i, point in enumerate(at_N2):
+        labels = {corner: point + np.array(corner) * (0.09, 0.04) for corner in ((1, 1), (1, -1), (-1, 1), (-1, -1))}
+        others = [other for j, other in enumerate(taken) if j != i] or [point]
+        room = {corner: min(float(np.abs(o - at).sum()) for o in others) for corner, at in labels.items()}
+        corners.append(
+            next(c for c in room if room[c] > 0.12) if max(room.values()) > 0.12 else max(room, key=room.__getitem__)
+        )
+        taken.append(labels[corners[-1]])
+    return corners
 
 
 def _padded(values: Sequence[np.ndarray]) -> tuple[float, float]:

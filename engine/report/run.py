@@ -20,7 +20,14 @@ from retemper.engine.report.plots import StatePanel
 from retemper.engine.run_folder import read_json
 from retemper.loaders.errors import DataError
 
-ATTACKS = {"clean": "Clean", "fgsm": "FGSM", "pgd20": "PGD-20", "cw": "CW", "autoattack": "AutoAttack"}
+ATTACKS = {
+    "clean": "Clean",
+    "fgsm": "FGSM",
+    "pgd20": "PGD-20",
+    "cw": "CW",
+    "autoattack-fast": "AutoAttack, fast suite",
+    "autoattack": "AutoAttack",
+}
 LR_DROP = 0.6  # a rate below this part of the epoch before is a drop, not a smooth decay
 
 
@@ -34,6 +41,8 @@ class Run:
     metrics: list[dict[str, Any]]
     protocol: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Result] = field(default_factory=dict)
+    checks: dict[str, Any] = field(default_factory=dict)  # of the evaluation; empty where they were not run
+    flags: list[str] = field(default_factory=list)  # what the attacks themselves complained about
     classes: list[str] = field(default_factory=list)
     notes: list[tuple[str, str]] = field(default_factory=list)  # what is missing, the command for it
     taught: list[str] = field(default_factory=list)  # runs of this report that it was the teacher of
@@ -74,10 +83,15 @@ def read_run(folder: Path) -> Run:
             pass  # told below
         if not as_dict(evaluation.get("attacks")):
             run.notes.append(("evaluation.json is damaged. To evaluate again:", evaluate))
-    run.protocol = as_dict(evaluation.get("protocol"))
+    run.protocol, run.checks = as_dict(evaluation.get("protocol")), as_dict(evaluation.get("checks"))
     for attack, entry in as_dict(evaluation.get("attacks")).items():
         try:
             run.results[attack] = read_result(as_dict(entry))
+            flags = as_dict(entry).get("flags")
+            run.flags += [f"{attack_title(attack)}: {flag}" for flag in flags] if isinstance(flags, list) else []
+            if as_dict(entry).get("complete") is False:
+                finish = f"{evaluate} --attacks {shlex.quote(attack)}"
+                run.notes.append((f"{attack_title(attack)} was interrupted: upper bounds (≤). To finish it:", finish))
         except (ValueError, OverflowError) as error:
             run.notes.append((f"{attack_title(attack)} was left out ({error}). To evaluate again:", evaluate))
     _name_classes(run)

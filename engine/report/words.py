@@ -24,6 +24,11 @@ def percent(value: float) -> str:
     return f"{number(100 * value, 0)} %" if math.isfinite(value) else "none"
 
 
+def bound(result: Result) -> str:
+    """What stands before an accuracy that is only an upper bound."""
+    return "≤ " if result.upper_bound else ""
+
+
 def between(pair: Sequence[float], scale: float, digits: int) -> str:
     low, high = (scale * v for v in pair)
     return f"{low:.{digits}f} to {high:.{digits}f}" if math.isfinite(low + high) else "no interval"

@@ -2,106 +2,28 @@
 
 import base64
 import json
-import math
 import re
+import runpy
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from retemper.engine.evaluation.class_statistics import class_report, intervals
+from retemper.engine.evaluation.class_statistics import class_report, intervals, read_result
 from retemper.engine.report import Report, read_run, write_report
+from retemper.engine.report.confusion import confusion_blocks
+from retemper.engine.report.paired import paired_blocks
+from retemper.engine.report.run import Run
 from retemper.loaders.errors import DataError, UsageError
 
-DIGITS = [str(k) for k in range(10)]
-RSLAD = [0.85, 0.62, 0.74, 0.60, 0.80, 0.71, 0.88, 0.75, 0.43, 0.66]  # weakest: 8
-ABSLD = [0.83, 0.70, 0.75, 0.61, 0.78, 0.72, 0.84, 0.74, 0.64, 0.69]  # weakest: 3
+made = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("made_runs.py"))))  # the tests are no package
+make_run, three_runs, RSLAD, ABSLD = made.make_run, made.three_runs, made.RSLAD, made.ABSLD
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
-
-
-def entry(accuracy: list[float], count: int = 100) -> dict[str, Any]:
-    correct = [round(a * count) for a in accuracy]
-    report = class_report(correct, [count] * len(correct))
-    return vars(report) | {"interval": intervals(correct, [count] * len(correct), draws=500), "seconds": 1.0}
-
-
-def epoch(number: int, epochs: int, accuracy: list[float], state: bool) -> dict[str, Any]:
-    part = number / epochs
-    rng = np.random.default_rng(number)
-    now = [a * (1 - math.exp(-5 * part)) for a in accuracy]
-    row: dict[str, Any] = {
-        "epoch": number,
-        "loss": 2.3 * math.exp(-2 * part),
-        "lr": 0.1 if part < 0.6 else 0.01,
-        "images_per_second": 900.0,
-        "seconds": 1.5,
-        "class_loss": [1 - a for a in now],
-        "class_accuracy": now,
-    }
-    if number % 2 == 0:
-        noisy = np.clip(np.array(now) + rng.normal(0, 0.02, len(now)), 0, 1)
-        row["holdout"] = {k: v for k, v in vars(class_report(noisy * 1e4 // 1, [10_000] * len(now))).items()}
-    if state:
-        row["temperature_adv"] = [1 + 2 * part * (a - np.mean(accuracy)) for a in accuracy]
-        row["temperature_clean"] = [1 + part * (a - np.mean(accuracy)) for a in accuracy]
-    return row
-
-
-def make_run(folder: Path, accuracy: list[float], classes: list[str] = DIGITS, **change: Any) -> Path:
-    """A run's folder. change: attacks, protocol, teacher, state, count, epochs; what is None is not written."""
-    folder.mkdir(parents=True)
-    count, epochs = change.get("count", 100), change.get("epochs", 20)
-    config = {
-        "method": folder.name,
-        "setting": "digits",
-        "recipe": {"dataset": "digits", "student": "tiny_resnet", "variant": "paper", "eps": 8 / 255, "epochs": epochs},
-        "seed": 0,
-        "classes": classes,
-        "out": "runs/x",
-        "versions": {"retemper": "0.1.0", "torch": "2.13.0"},
-        "device": "cpu: 2 cores",
-        "commit": "abc123",
-        "teacher": change.get("teacher"),
-        "started": "2026-11-21T12:00:00Z",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    rows = [epoch(e, epochs, accuracy, change.get("state", True)) for e in range(1, epochs + 1)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    gain = {"clean": 1.12, "fgsm": 1.05, "pgd20": 1.0, "cw": 0.95, "autoattack": 0.9}
-    attacks = change.get("attacks", ("clean", "pgd20"))
-    protocol = {
-        "dataset": "digits",
-        "split": "test",
-        "images": count * len(classes),
-        "eps": 8 / 255,
-        "norm": "linf",
-        "precision": "fp32",
-        "seed": 0,
-        "batch_size": 256,
-        "versions": config["versions"],
-        "weights": "best.safetensors",
-        "weights_sha256": folder.name,
-        "attacks": {a: {"loss": "cross-entropy", "steps": 20, "step": 2 / 255, "start": "uniform"} for a in attacks},
-        "classes": classes,
-    } | change.get("protocol", {})
-    results = {a: entry([min(1.0, gain.get(a, 1.0) * x) for x in accuracy], count) for a in attacks}
-    if attacks:
-        (folder / "evaluation.json").write_text(json.dumps({"protocol": protocol, "attacks": results}))
-    return folder
-
-
-def three_runs(folder: Path, **change: Any) -> list[Path]:
-    teacher = {"path": str(folder / "teacher/best.safetensors"), "model": "tiny_resnet", "sha256": "ab" * 32}
-    return [
-        make_run(folder / "teacher", [min(1, a + 0.04) for a in RSLAD], state=False, **change),
-        make_run(folder / "rslad", RSLAD, state=False, teacher=teacher, **change),
-        make_run(folder / "absld", ABSLD, teacher=teacher, **change),
-    ]
 
 
 class Balance(HTMLParser):
@@ -359,3 +281,95 @@ def test_says_what_to_install_without_matplotlib(tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UsageError, match=re.escape("pip install 'retemper[plots]'")):
         write_report([run], tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """HTML and Markdown of a teacher, two seeds of one recipe and a suspect, with every file that there may be."""
+    root, attacks = tmp_path_factory.mktemp("full"), ("clean", "pgd20", "autoattack-fast")
+    same = {"attacks": attacks, "partly": attacks[2:], "verdicts": True, "epochs": 1, "state": False}
+    seeds = [make_run(root / f"r_{i}", RSLAD[i:] + RSLAD[:i], method="rslad", seed=i, **same) for i in (0, 1)]
+    teacher = make_run(root / "teacher", ABSLD, **same)
+    suspect = make_run(root / "absld", ABSLD, checks=made.checks(suspect=True), **same)
+    write_report([teacher, *seeds, suspect], root / "page")
+    return (root / "page/report.html").read_text(), (root / "page/report.md").read_text()
+
+
+def test_upper_bounds_are_marked(full: tuple[str, str]) -> None:
+    page, markdown = full
+    assert "Under AutoAttack, fast suite, r_0&#x27;s weakest class is 8 at ≤ 40 %" in page
+    assert "| r\\_0 | ≤ 64.8 (" in markdown and "≤ 40.0 ▼" in markdown
+    assert "≤: an upper bound" in page
+
+
+def test_paired_differences_are_taken_from_the_first_student(full: tuple[str, str]) -> None:
+    _, markdown = full
+    section = markdown.partition("## Differences on the same images")[2].partition("## Class by class")[0]
+    assert "run minus r\\_0" in section
+    rows = {row.split("|")[1].strip(): row for row in section.splitlines() if row.startswith("|")}
+    assert {"r\\_1", "absld", "teacher"} <= rows.keys() and "r\\_0" not in rows
+    gain = 100 * (np.mean(np.round(92 * np.array(ABSLD)) / 100) - np.mean(np.round(92 * np.array(RSLAD)) / 100))
+    assert f"{gain:+.1f}" in rows["absld"] and "8" in rows["absld"].split("|")[5]  # class 8 gained most: 43 % to 64 %
+
+
+def test_confusion_names_the_most_frequent_mistake(full: tuple[str, str]) -> None:
+    assert "r\\_0: most often 8 is taken for 9, 60 %" in full[1]
+
+
+def test_a_suspect_is_called_one(full: tuple[str, str]) -> None:
+    page, markdown = full
+    assert "absld is suspect: gradients are masked or misleading" in page
+    assert "| radius end | **raised** (0.12; At eps 1 still 12 %" in markdown
+    assert re.search("r_0: the checks were not run. To run them: <code>retemper evaluate .*r_0 --check</code>", page)
+
+
+def test_lines_for_a_papers_table(full: tuple[str, str]) -> None:
+    page, markdown = full
+    clean, pgd, fast = (class_report([round(100 * min(1, g * a)) for a in RSLAD], [100] * 10) for g in (1.12, 1, 0.92))
+    numbers = [f"{100 * clean.average:.1f}", f"{100 * clean.worst:.1f}", f"{clean.nsd:.3f}"]
+    numbers += [f"{100 * pgd.average:.1f}", f"{100 * pgd.worst:.1f}", f"{pgd.nsd:.3f}"]
+    bounds = [f"{100 * fast.average:.1f}", f"{100 * fast.worst:.1f}"]
+    assert " & ".join([r"r\_0", *numbers, *(rf"$\leq${b}" for b in bounds), f"{fast.nsd:.3f}"]) + r" \\" in markdown
+    assert " | ".join([r"| r\_0", *numbers, *(f"≤ {b}" for b in bounds), f"{fast.nsd:.3f} |"]) in markdown
+    assert f"rslad:digits, 2 seeds & {numbers[0]} ({numbers[0]}--{numbers[0]}) &" in markdown
+    assert page.count('<pre class="copy"') == 2
+
+
+def test_seeds_are_put_together(full: tuple[str, str]) -> None:
+    section = full[1].partition("## Seeds together")[2].partition("##")[0]
+    assert "| rslad:digits (2 seeds) | 70.4 (70.4 to 70.4) | 43.0 (43.0 to 43.0) |" in section
+    assert "absld" not in section
+
+
+def test_runs_on_other_images_are_not_compared(tmp_path: Path) -> None:
+    same = {"attacks": ("pgd20",), "epochs": 1, "state": False, "verdicts": True}
+    runs = [make_run(tmp_path / "a", RSLAD, **same), make_run(tmp_path / "b", ABSLD, count=90, **same)]
+    runs.append(make_run(tmp_path / "c", ABSLD, **same | {"verdicts": False}))
+    (tmp_path / "c/evaluation.csv").write_text("image,lab")
+    blocks = paired_blocks([read_run(run) for run in runs], "pgd20", {})
+    assert [block.text.partition(":")[0] for block in blocks] == ["b is not compared", "c is not compared"]
+    assert "other labels for image 90" in blocks[0].text and "no verdicts under pgd20" in blocks[1].text
+
+
+def test_an_interrupted_attack_comes_with_the_command(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "absld", ABSLD, attacks=("autoattack",), epochs=1)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["attacks"]["autoattack"] |= {"complete": False, "confusion": [[1]], "flags": ["outputs are random"]}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    found = read_run(run)
+    assert found.results["autoattack"].upper_bound and found.results["autoattack"].confusion is None
+    assert (found.notes[0][0].split()[2], found.notes[0][1]) == (
+        "interrupted:",
+        f"retemper evaluate {run} --attacks autoattack",
+    )
+    assert "AutoAttack: outputs are random" in Report([found]).warnings()[0].text
+
+
+def test_many_classes_are_listed_where_they_cannot_be_drawn() -> None:
+    share, names = np.eye(30) * 0.5, [f"class {k}" for k in range(30)]
+    share[3] = 0.9 * np.eye(30)[4] + 0.1 * np.eye(30)[3]
+    entry = {"accuracy": share.diagonal().tolist(), "count": [100] * 30, "confusion": (100 * share).tolist()}
+    run = Run(Path("x"), "x", {}, [], results={"pgd20": read_result(entry)}, classes=names)
+    (table,) = confusion_blocks([run], "pgd20")
+    first = table.groups[0][1][0]
+    assert (first[0].text, first[1].text, first[1].detail) == ("class 3", "class 4 90", "right: 10")

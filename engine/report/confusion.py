@@ -1,0 +1,103 @@
+"""Which class an attacked image is taken for: heat maps, or a table where the classes are too many for one.
+
+Dimension key: K classes.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from retemper.engine.report.page import Cell, Table
+from retemper.engine.report.plot_style import BARS_UP_TO, INK, MUTED, as_plot, new_figure, shorten
+from retemper.engine.report.run import Run, attack_title
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+NUMBERS_UP_TO = 10  # classes; beyond it a cell is too small for its number
+MOST_ROWS, MOST_NAMES = 15, 3  # of the table: classes, and what each is taken for
+
+
+def confusion_blocks(runs: Sequence[Run], attack: str) -> list[Any]:
+    """Of the runs whose evaluation holds it; an image whose logits are NaN is in no cell."""
+    share = {}
+    for run in runs:
+        counts_KK = run.results[attack].confusion if attack in run.results else None
+        if counts_KK is not None and counts_KK.any():
+            share[run.label] = counts_KK / np.maximum(counts_KK.sum(axis=1, keepdims=True), 1)
+    if not share:
+        return []
+    classes, title = runs[0].classes, attack_title(attack)
+    if len(classes) > BARS_UP_TO:
+        return [_table(share, classes, title)]
+    caption = f"{title}: a row a class, a column what its images are taken for, % of the row. Darker is worse."
+    caption += " In the boxes on the diagonal: what stays right."
+    said = [f"{name}: most often {_worst_pair(share_KK, classes)}" for name, share_KK in share.items()]
+    return [as_plot("confusion", caption, said, partial(heat_maps, share, classes))]
+
+
+def heat_maps(share: Mapping[str, np.ndarray], classes: Sequence[str], narrow: bool) -> "Figure":
+    """One panel a run, all on one scale."""
+    columns = 1 if narrow else min(len(share), 2 if len(classes) > NUMBERS_UP_TO else 3)
+    rows = -(-len(share) // columns)
+    names = [shorten(name, 10) for name in classes]
+    width = (3.6 if narrow else 9.6) / columns
+    figure = new_figure(narrow, rows * (min(width, 5.2) + 0.35 + 0.05 * max(map(len, names))))
+    top = max(float((share_KK - np.diag(share_KK.diagonal())).max()) for share_KK in share.values()) or 1.0
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes, (name, share_KK) in zip(grid.flat, share.items(), strict=False):
+        _heat_map(axes, share_KK, names, top, 7 if width < 3.5 else 8.5)
+        axes.set_title(shorten(name, 24))
+    for axes in grid.flat[len(share) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def _heat_map(axes: "Axes", share_KK: np.ndarray, names: Sequence[str], top: float, size: float) -> None:
+    from matplotlib.patches import Rectangle
+
+    mistakes_KK = share_KK - np.diag(share_KK.diagonal())
+    # Blues runs from white to dark with even steps of lightness: it reads the same in grey.
+    axes.imshow(mistakes_KK, cmap="Blues", vmin=0, vmax=top, interpolation="nearest")
+    for k, share_K in enumerate(share_KK):
+        axes.add_patch(Rectangle((k - 0.5, k - 0.5), 1, 1, fill=False, edgecolor=MUTED, linewidth=0.8))
+        for predicted, value in enumerate(share_K) if len(names) <= NUMBERS_UP_TO else ():
+            if predicted == k or value >= 0.045:
+                dark = predicted != k and value > 0.55 * top
+                weight = "bold" if predicted == k else "normal"
+                text = {"color": "white" if dark else INK, "weight": weight, "fontsize": size}
+                cell = axes.text(predicted, k, f"{100 * value:.0f}", ha="center", va="center", **text)
+                cell.set_in_layout(False)  # hundreds of numbers, none of which reaches out of the axes
+    upright = max(map(len, names)) * len(names) > 34
+    axes.set_xticks(range(len(names)), names, rotation=90 if upright else 0)
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(length=0, labelsize=8, labelcolor=INK)
+    axes.set_xlabel("taken for", fontsize=8.5)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _worst_pair(share_KK: np.ndarray, classes: Sequence[str]) -> str:
+    mistakes_KK = share_KK - np.diag(share_KK.diagonal())
+    k, predicted = divmod(int(mistakes_KK.argmax()), len(classes))
+    return f"{shorten(classes[k], 40)} is taken for {shorten(classes[predicted], 40)}, {100 * mistakes_KK.max():.0f} %"
+
+
+def _table(share: Mapping[str, np.ndarray], classes: Sequence[str], title: str) -> Table:
+    right_K = np.mean([share_KK.diagonal() for share_KK in share.values()], axis=0)
+    rows = []
+    for k in map(int, np.argsort(right_K, kind="stable")[:MOST_ROWS]):
+        cells = [Cell(shorten(classes[k], 40))]
+        for share_KK in share.values():
+            mistakes_K = np.where(np.arange(len(classes)) == k, 0, share_KK[k])
+            most = [int(p) for p in np.argsort(-mistakes_K, kind="stable")[:MOST_NAMES] if mistakes_K[p] > 0]
+            names = ", ".join(f"{shorten(classes[p], 20)} {100 * mistakes_K[p]:.0f}" for p in most)
+            cells.append(Cell(names or "none", detail=f"right: {100 * share_KK[k, k]:.0f}"))
+        rows.append(cells)
+    caption = (
+        f"{title}: the {len(rows)} classes that are right least often, and what they are taken for, % of the class."
+    )
+    return Table(caption, ["class", *share], [("", rows)])
