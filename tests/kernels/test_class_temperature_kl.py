@@ -95,15 +95,12 @@ def test_agrees_with_reference(shape: tuple[int, int], student_temperature: floa
         assert torch.equal(student, grad)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("shape", [(7, 1), (128, 10), (7, 100), (7, 200), (3, 1501)], ids=str)
-def test_agrees_with_reference_where_labels_are_trusted(
-    shape: tuple[int, int], weighted: bool, device: torch.device
-) -> None:
+def test_agrees_with_reference_where_labels_are_trusted(shape: tuple[int, int], device: torch.device) -> None:
     args, trust = batch(shape, device), trusts(shape[1], device)
-    weight = weights(shape[1], device) if weighted else None
+    weight = weights(shape[1], device)
     options: dict[str, Any] = {"student_temperature": 2.0, "class_weight": weight, "label_trust": trust}
-    wide: dict[str, Any] = options | {"label_trust": trust.double()}
+    wide: dict[str, Any] = options | {"class_weight": weight.double(), "label_trust": trust.double()}
     loss = class_temperature_kl(*args, **options, reduction="none")
     assert_loss(loss, class_temperature_kl_reference(*args.double(), **wide))
     grad = grad_of_sum(args, **options)
@@ -112,20 +109,20 @@ def test_agrees_with_reference_where_labels_are_trusted(
 
 
 @pytest.mark.parametrize("path", ["triton", "reference"])
-@pytest.mark.parametrize("classes", [10, 200])
 def test_trust_leads_from_the_teacher_to_the_label(
-    classes: int, path: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    path: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if path == "reference" and device.type == "cpu":
         monkeypatch.setattr("retemper.kernels.runtime.TRITON_ON_CPU", False)
-    args = batch((7, classes), device)
-    none, half, whole = (torch.full((classes,), share, device=device) for share in (0.0, 0.5, 1.0))
-    assert torch.equal(
-        class_temperature_kl(*args, label_trust=none, reduction="none"), class_temperature_kl(*args, reduction="none")
-    )
-    assert torch.equal(grad_of_sum(args, label_trust=none), grad_of_sum(args))
+    args = batch((97, 10), device)
+    for each in (args, args.double(), batch((1000, 2), device)):  # so many rows that any rounding would show
+        none = torch.zeros_like(each.temperature)
+        loss = class_temperature_kl(*each, label_trust=none, reduction="none")
+        assert torch.equal(loss, class_temperature_kl(*each, reduction="none"))
+        assert torch.equal(grad_of_sum(each, label_trust=none), grad_of_sum(each))
 
-    log_q, label = args.student.double().log_softmax(1), F.one_hot(args.label, classes)
+    half, whole = (torch.full((10,), share, device=device) for share in (0.5, 1.0))
+    log_q, label = args.student.double().log_softmax(1), F.one_hot(args.label, 10)
     soft = (args.teacher.double() / args.temperature.double()[args.label, None]).softmax(1)
     for trust, target in ((half, (soft + label) / 2), (whole, label.double())):
         expected = F.kl_div(log_q, target, reduction="none").sum(1)
@@ -136,27 +133,25 @@ def test_trust_leads_from_the_teacher_to_the_label(
     )
 
 
-@pytest.mark.parametrize("classes", [10, 1501])
+@pytest.mark.parametrize("classes", [10, 100])
 def test_a_trusted_label_survives_infinite_logits(classes: int, device: torch.device) -> None:
-    args, half = batch((5, classes), device), torch.full((classes,), 0.5, device=device)
+    args, half = batch((6, classes), device), torch.full((classes,), 0.5, device=device)
     args.label.fill_(1)
     args.temperature.fill_(1)
     args.teacher[0, 1:] = -math.inf  # certain of class 0, which the label is not
     args.teacher[1, 1] = args.student[2, 0] = args.student[3, 1] = -math.inf
     args.student[4] = args.teacher[4] = torch.where(torch.arange(classes, device=device) == 1, 0, -12)  # both are sure
-    args.student[4] -= 0.5
-    for trust in (half, half + 0.5):
-        loss, grad = (
-            class_temperature_kl(*args, label_trust=trust, reduction="none"),
-            grad_of_sum(args, label_trust=trust),
-        )
-        expected = class_temperature_kl_reference(*args.double(), label_trust=trust.double())
+    args.student[4] *= 0.9
+    args.student[5, 1] = args.teacher[5, 1] = -1000  # both deny the label: the target there is its trust alone
+    for trust in (half, half + 0.5, half * 2.7e-6):
+        loss = class_temperature_kl(*args, label_trust=trust, reduction="none")
+        wide: dict[str, Any] = {"label_trust": trust.double()}
+        expected = class_temperature_kl_reference(*args.double(), **wide)
         assert (loss[2] == math.inf) == (trust[0] < 1) and loss[3] == math.inf  # impossible, and yet in the target
         assert_loss(loss, expected)
-        torch.testing.assert_close(loss[4].double(), expected[4], rtol=1e-3, atol=0)  # 1e-5, to its own digits
-        assert_grad(
-            grad, class_temperature_kl_grad_reference(*args.double(), label_trust=trust.double()), torch.float32
-        )
+        torch.testing.assert_close(loss[4].double(), expected[4], rtol=1e-5, atol=0)  # small, to its own digits
+        grad = grad_of_sum(args, label_trust=trust)
+        assert_grad(grad, class_temperature_kl_grad_reference(*args.double(), **wide), torch.float32)
     log_q = args.student[0].log_softmax(0)
     torch.testing.assert_close(
         class_temperature_kl(*args, label_trust=half, reduction="none")[0], math.log(0.5) - (log_q[0] + log_q[1]) / 2

@@ -112,29 +112,32 @@ def test_equal_losses_move_nothing() -> None:
 
 
 def test_an_epoch_moves_what_is_on_by_the_mean_adversarial_losses() -> None:
-    seen = one_epoch([10.0, 60.0], [8, 12], [10, 20])  # means 1 and 3, errors 0.2 and 0.4
+    seen = one_epoch([10.0, 60.0, 20.0], [8, 12, 8], [10, 20, 10])  # means 1, 3 and 2, errors 0.2, 0.4 and 0.2
     recipe = label_trust(eps=0.1, temperature_rate=0.2, lr_drops=(5,), margin_rate=0.5)
-    start = recipe.class_state(2)
+    start = recipe.class_state(3)
     moved = recipe.next_class_state(start, seen, epoch=5)
     expected = {
-        "label_trust": [0, 0.1],
-        "class_weight": [0.7, 1.3],
-        "temperature": [1.02, 0.98],
-        "margin": [0.05, 0.15],
+        "label_trust": [0, 0.1, 0],
+        "class_weight": [0.7, 1.3, 1],
+        "temperature": [1.02, 0.98, 1],  # the learning rate has dropped, and this rate with it
+        "margin": [0.05, 0.15, 0.1],
     }
     assert moved.keys() == start.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(moved[name], torch.tensor(value))
-    _, targets = batch({"margin": torch.linspace(0.05, 0.15, 5)})
-    eps, step = recipe.margins(targets)
-    assert isinstance(eps, Tensor) and step == recipe.attack_step
-    assert torch.equal(eps, targets.state["margin"][targets.label_B])
 
-    recipe = label_trust(rule="dro", weight_rate=1.0)
-    moved = recipe.next_class_state(recipe.class_state(2), seen, epoch=1)
+    dro = label_trust(rule="dro", weight_rate=1.0)
+    moved = dro.next_class_state(dro.class_state(3), seen, epoch=1)
     ratio = math.exp(0.2)
-    torch.testing.assert_close(moved["class_weight"], torch.tensor([2 / (1 + ratio), 2 * ratio / (1 + ratio)]))
-    torch.testing.assert_close(moved["label_trust"], torch.tensor([0, 0.1]))
+    torch.testing.assert_close(moved["class_weight"], 3 * torch.tensor([1, ratio, 1]) / (2 + ratio))
+    torch.testing.assert_close(moved["label_trust"], torch.tensor([0, 0.1, 0]))
+
+
+def test_a_margin_is_the_eps_of_its_class() -> None:
+    _, targets = batch({"margin": torch.linspace(0.05, 0.15, 5)})
+    eps, step = label_trust(margin_rate=0.5).margins(targets)
+    assert isinstance(eps, Tensor) and step == label_trust().attack_step
+    assert torch.equal(eps, targets.state["margin"][targets.label_B])
 
 
 def test_what_is_off_has_no_state() -> None:
