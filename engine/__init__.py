@@ -9,13 +9,12 @@ from retemper.engine.recipe import Recipe, Targets, given
 from retemper.engine.seen import ClassMeans, ClassSums, HeldOut, Seen
 from retemper.engine.settings import (
     DIGITS,
-    FASHION,
-    FASHION_SMALL,
     ON_DIGITS,
     Setting,
     adversarial_training,
     as_student,
     distillation,
+    teachers,
 )
 from retemper.engine.step import State, train_step
 from retemper.engine.weights import load_checkpoint, save_weights
@@ -30,8 +29,6 @@ def run_recipe(file: str) -> None:
 
 __all__ = [
     "DIGITS",
-    "FASHION",
-    "FASHION_SMALL",
     "ON_DIGITS",
     "ClassMeans",
     "ClassReport",
@@ -62,5 +59,6 @@ __all__ = [
     "pgd",
     "run_recipe",
     "save_weights",
+    "teachers",
     "train_step",
 ]

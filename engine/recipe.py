@@ -54,6 +54,11 @@ class Targets:
         """The teacher's logits on the clean images, for methods that have one."""
         return given(self.teacher_BK)
 
+    @property
+    def own(self) -> Tensor:
+        """The student's own logits on the clean images, for methods that need them."""
+        return given(self.own_BK)
+
 
 def given(logits_BK: Tensor | None) -> Tensor:
     """Logits that a method asked for."""

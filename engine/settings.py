@@ -141,6 +141,73 @@ def distillation(
     return settings
 
 
+# no attack, in training or in choosing the best epoch; eps is what an evaluation attacks with
+CLEAN: dict[str, Any] = dict(attack_steps=0, attack_start="none", select_steps=0)
+CLEAN_200: dict[str, Any] = CLEAN | dict(epochs=200, lr_drops=(100, 150), select_always_from=150)
+FASHION_TEACHER: dict[str, Any] = FASHION | dict(
+    student="preact_resnet18", epochs=30, lr_drops=(20, 27), select_every=5, select_always_from=20
+)
+TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "digits": (
+        "8x8 digits: the robust teacher of the digits settings, under a minute on one core",
+        DIGITS | dict(student="tiny_resnet_wide"),
+    ),
+    "fashion_mnist_small": (
+        "Fashion-MNIST: the robust teacher of fashion_mnist_small",
+        FASHION_SMALL | dict(student="tiny_resnet_wide"),
+    ),
+    "fashion_mnist_preact_resnet18": (
+        "Fashion-MNIST: the robust teacher of fashion_mnist_resnet18, for a GPU",
+        FASHION_TEACHER,
+    ),
+    "digits_clean": (
+        "8x8 digits, no attack: the clean teacher of the digits settings, seconds on one core",
+        DIGITS | CLEAN | dict(student="tiny_resnet_wide"),
+    ),
+    "fashion_mnist_small_clean": (
+        "Fashion-MNIST, no attack: the clean teacher of fashion_mnist_small",
+        FASHION_SMALL | CLEAN | dict(student="tiny_resnet_wide"),
+    ),
+    "fashion_mnist_preact_resnet18_clean": (
+        "Fashion-MNIST, no attack: the clean teacher of fashion_mnist_resnet18, for a GPU",
+        FASHION_TEACHER | CLEAN | dict(select_always_from=27),
+    ),
+    "cifar10_resnet56_clean": (
+        "CIFAR-10, ResNet-56, no attack: the clean teacher of MTARD's kind, for a GPU",
+        CLEAN_200 | dict(dataset="cifar10", student="resnet56"),
+    ),
+    "cifar100_resnet18_clean": (
+        "CIFAR-100, ResNet-18, no attack: a clean teacher, for a GPU",
+        CLEAN_200 | dict(dataset="cifar100", student="resnet18", holdout_per_class=10),
+    ),
+    "tiny_imagenet_preact_resnet34_clean": (
+        "Tiny-ImageNet, PreActResNet-34, no attack: a clean teacher, for a GPU",
+        CLEAN
+        | dict(
+            dataset="tiny-imagenet",
+            student="preact_resnet34",
+            holdout_per_class=10,
+            epochs=100,
+            lr_drops=(75, 90),
+            select_always_from=75,
+        ),
+    ),
+}
+
+
+def teachers(method: type[Recipe], status: Mapping[str, str], **fields: Any) -> dict[str, Setting]:
+    """The settings that train the teachers of the settings above, robust and clean, by `method`.
+
+    Args:
+        status: what was measured, by setting.
+        fields: that the method has otherwise in all of them.
+    """
+    return {
+        name: Setting(recipe=method(**{**own, **fields}), note=note, status=status.get(name, UNTRAINED))
+        for name, (note, own) in TEACHERS.items()
+    }
+
+
 ADVERSARIAL_TRAINING: dict[str, tuple[str, dict[str, Any]]] = {
     "digits": ("8x8 digits, half a minute on one core", DIGITS | dict(student="tiny_resnet")),
     "fashion_mnist_small": (

@@ -6,6 +6,8 @@ T(x; t) = softmax(teacher(x) / t). After each epoch a class that costs the stude
 temperature, a sharper label, and one that costs less a higher one:
 
 t[k] <- clip(t[k] - rate * g[k] / max|g|, 1/2, 5)   where   g[k] = L[k] - mean L,  L[k] the class's cross-entropy
+
+Over 80 lines: temperatures may be set by hand as well, and the released code couples them.
 """
 
 import math

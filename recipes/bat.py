@@ -5,6 +5,8 @@ min  CE(S(x_c), y) + beta KL(S(x) || S(x_a)) + KL(S(x_c) || U) + KL(S(x_a) || U)
 Along one attack, which raises KL(S(x) || S(x')): x_c is the last iterate before the first that is classified wrongly,
 x_a the iterate that is wrong after `tau` wrong ones before it. Where there is none, each is the last iterate; an image
 that is wrong at the start has x_c there. U is uniform: KL(p || U) = log K - entropy of p.
+
+Over 80 lines: the images come from inside the attack, which is watched for them.
 """
 
 import math
@@ -22,7 +24,6 @@ from retemper.engine import (
     Targets,
     adversarial_training,
     cross_entropy_rows,
-    given,
     kl_rows,
     run_recipe,
 )
@@ -74,7 +75,7 @@ class Bat(Recipe):
     select_always_from: int = 74
 
     def objective(self, targets: Targets) -> KlObjective:
-        return KlObjective(given(targets.own_BK), targets.label_B, targets.ones_K)
+        return KlObjective(targets.own, targets.label_B, targets.ones_K)
 
     def watcher(self, clean_BCHW: Tensor, targets: Targets) -> Boundary:
         return Boundary(clean_BCHW, targets.label_B, self.tau)

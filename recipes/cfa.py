@@ -7,6 +7,8 @@ TRADES until `calibrate_from`. After each epoch then, with t[k] the share of cla
 eps[k] = (lambda1 + t[k]) eps,   beta[k] = (lambda2 + t[k]) beta,   a[k] = 1 / (1 + beta[k]),   b[k] = beta[k] a[k]
 
 What is kept is an average of the epochs' weights that skips those whose worst class is too weak on held-out images.
+
+Over 80 lines: margins, loss weights and the weights' average each have a rule and a schedule.
 """
 
 from collections.abc import Mapping
@@ -24,7 +26,6 @@ from retemper.engine import (
     Targets,
     adversarial_training,
     cross_entropy_rows,
-    given,
     kl_rows,
     run_recipe,
 )
@@ -75,7 +76,7 @@ class Cfa(Recipe):
         }
 
     def objective(self, targets: Targets) -> KlObjective:
-        return KlObjective(given(targets.own_BK), targets.label_B, targets.ones_K)
+        return KlObjective(targets.own, targets.label_B, targets.ones_K)
 
     def margins(self, targets: Targets) -> tuple[Tensor, float]:
         return targets.state["margin"][targets.label_B], self.attack_step

@@ -5,6 +5,8 @@ min  W[y] CE(S(x), y) + beta KL(S(x) || S(x'))   where   x' = argmax KL(S(x) || 
 TRADES, W = 1, until the end of the warm-up; then once, with p_k the mean prediction of attacked images of class k,
 
 W[i] = 1 + scale sum over j != i of   p_i[j] p_j[j]  if p_i[i] < p_j[j],   -p_j[i] p_i[i]  otherwise
+
+Over 80 lines: the weights move margins and loss, from the middle of training on.
 """
 
 from collections.abc import Mapping
@@ -22,7 +24,6 @@ from retemper.engine import (
     Targets,
     adversarial_training,
     cross_entropy_rows,
-    given,
     kl_rows,
     run_recipe,
 )
@@ -63,7 +64,7 @@ class Dafa(Recipe):
         return {"class_weight": torch.ones(num_classes)}
 
     def objective(self, targets: Targets) -> KlObjective:
-        return KlObjective(given(targets.own_BK), targets.label_B, targets.ones_K)
+        return KlObjective(targets.own, targets.label_B, targets.ones_K)
 
     def margins(self, targets: Targets) -> tuple[Tensor, Tensor]:
         weight_B = targets.state["class_weight"][targets.label_B]

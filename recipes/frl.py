@@ -7,6 +7,8 @@ images, with e the clean error of each class and b its boundary error (correct, 
 
 l_clean <- simplex(l_clean + r (e - mean e - delta)),  l_bndy <- simplex(l_bndy + 2 r (b - mean b - delta)),
 m <- m + r_margin (b - mean b - delta),                w[k] = 1/K + l[k] - mean l
+
+Over 80 lines: three multipliers, each with its rule, for weights and margins.
 """
 
 from collections.abc import Mapping
@@ -24,7 +26,6 @@ from retemper.engine import (
     Targets,
     adversarial_training,
     cross_entropy_rows,
-    given,
     kl_rows,
     run_recipe,
 )
@@ -74,7 +75,7 @@ class Frl(Recipe):
         return {f"multiplier_{name}": torch.zeros(num_classes) for name in ("clean", "boundary", "margin")}
 
     def objective(self, targets: Targets) -> KlObjective:
-        return KlObjective(given(targets.own_BK), targets.label_B, targets.ones_K)
+        return KlObjective(targets.own, targets.label_B, targets.ones_K)
 
     def margins(self, targets: Targets) -> tuple[Tensor, Tensor]:
         factor_K = (2 * targets.state["multiplier_margin"]).exp().clamp(self.margin_lower, self.margin_upper)

@@ -5,6 +5,8 @@ IAD-II   min  (1 - a - b) CE(S(x'), y) + a (A KL(T(x') || S(x')) + (1 - A) KL(S(
 
 x' = argmax CE(S(x'), y) in the eps ball, as in ARD. A = T(x')[y] ** trust_power, and 1 in the first part of training,
 `begin`. C is a clean teacher. KL(S(x) || S(x')) is differentiated in both.
+
+Over 80 lines: two methods, and what others take over from the first.
 """
 
 from collections.abc import Mapping

@@ -13,6 +13,8 @@ With rule "dro" w is the worst mixture of the classes, followed by exponentiated
 e[k], the share of the class's attacked training images that fell:
 
 w <- clip(v / mean v, 1/2, 4)   where   v = w exp(weight_rate e)
+
+Over 80 lines: it holds what was tried beside the rule, too.
 """
 
 from collections.abc import Mapping

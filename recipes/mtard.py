@@ -5,6 +5,8 @@ min  (1 - w) L_adv + w L_clean   where   L_adv = KL(T(x') || S(x')),  L_clean = 
 x' = argmax CE(S(x'), y) in the eps ball. Before every step w moves towards the task that has come down less:
 
 w <- w - rate (w - r_clean / (r_adv + r_clean))   where   r = L / the first step's L
+
+Over 80 lines: the weight moves within the step, and what B-MTARD and Fair-MTARD change is a method each.
 """
 
 from collections.abc import Mapping

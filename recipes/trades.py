@@ -32,8 +32,7 @@ class Trades(Recipe):
     attack_step: float = 0.007
 
     def objective(self, targets: Targets) -> KlObjective:
-        assert targets.own_BK is not None
-        return KlObjective(targets.own_BK, targets.label_B, targets.ones_K)
+        return KlObjective(targets.own, targets.label_B, targets.ones_K)
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         clean = F.cross_entropy(logits["clean"].float(), targets.label_B)

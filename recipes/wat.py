@@ -5,6 +5,8 @@ min  mean w[y] (CE(S(x), y) + beta KL(S(x) || S(x')))  +  w[K + 1] mean (CE(S(x)
 where x' = argmax KL(S(x) || S(x')). After each epoch, by Hedge over the K classes and, as one more, their mean:
 
 w = K softmax(eta sum over epochs of c)   where   c[k] = held-out CE + beta KL of class k,  c[K + 1] = that of all
+
+Over 80 lines: the mean counts as one more class, with a weight of its own.
 """
 
 from collections.abc import Mapping
@@ -22,7 +24,6 @@ from retemper.engine import (
     Targets,
     adversarial_training,
     cross_entropy_rows,
-    given,
     kl_rows,
     run_recipe,
 )
@@ -63,7 +64,7 @@ class Wat(Recipe):
         }
 
     def objective(self, targets: Targets) -> KlObjective:
-        return KlObjective(given(targets.own_BK), targets.label_B, targets.ones_K)
+        return KlObjective(targets.own, targets.label_B, targets.ones_K)
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         clean_B = cross_entropy_rows(logits["clean"], targets.label_B)

@@ -54,6 +54,13 @@ def test_a_recipe_reads_alone_unless_its_paper_builds_on_another() -> None:
         assert others <= BUILDS_ON.get(source.stem, set()), source
 
 
+def test_a_recipe_over_80_lines_says_why() -> None:
+    for source in (ROOT / "recipes").glob("*.py"):
+        text = source.read_text()
+        long = len(text.splitlines()) > 80
+        assert long == ("\nOver 80 lines: " in (ast.get_docstring(ast.parse(text)) or "")), source
+
+
 def test_the_engine_names_no_method() -> None:
     methods = {source.stem for source in (ROOT / "recipes").glob("*.py")} - {"__init__"}
     for source in set((ROOT / "engine").rglob("*.py")) - {ROOT / "engine/demo.py"}:  # which names its three runs
