@@ -5,6 +5,7 @@
 
 The numbers come from Philox-4x32-10 (Salmon et al., SC 2011): the counter is the pixel's place in memory, the key is
 the seed. So a draw depends on nothing else, and a CPU draws what a GPU draws: uniform to the bit, normal to rounding.
+Where a process has some rows of a larger batch, the counter is the place in that one: its rows get the same draws.
 The papers do not project the normal draw. With eps > 6 scale, as in all of them, that changes nothing: 24 bits make no
 draw longer than sqrt(-2 ln 2^-24) = 5.8. Where Box and Muller take the cosine of an angle from the whole circle, this
 takes the sine of one from the right half: the same distribution, and a short series is enough for it.
@@ -74,10 +75,19 @@ def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
 
 
 def random_start_reference(
-    clean: Tensor, eps: float | Tensor, *, seed: Tensor, noise: str = "uniform", scale: float = 0.001, clip: bool = True
+    clean: Tensor,
+    eps: float | Tensor,
+    *,
+    seed: Tensor,
+    noise: str = "uniform",
+    scale: float = 0.001,
+    clip: bool = True,
+    rows: tuple[int, int] = (0, 1),
 ) -> Tensor:
     """The start in plain PyTorch, into a new tensor of `clean`'s layout: the truth for the tests, the path on a CPU."""
     offset = torch.arange(clean.numel(), device=clean.device)
+    if rows != (0, 1):
+        offset += (rows[0] + offset // clean[:1].numel() * (rows[1] - 1)) * clean[:1].numel()
     zero = torch.zeros_like(offset)
     seed = seed.reshape(())
     bits = philox_reference((offset & LOW, offset >> 32, zero, zero), (seed & LOW, (seed >> 32) & LOW))
@@ -114,6 +124,8 @@ def _random_start_kernel(
     scale,
     pixels,
     blocks,
+    first_row,
+    rows_apart,
     UNIFORM: tl.constexpr,
     CLIP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -121,9 +133,12 @@ def _random_start_kernel(
     sample, offset, inside = locate(pixels, blocks, BLOCK)
     if eps_ptr is not None:
         eps = tl.load(eps_ptr + sample).to(tl.float32)
-    counter = offset.to(tl.uint32)
+    place = offset
+    if rows_apart is not None:
+        place += (first_row + sample * (rows_apart - 1)) * pixels
+    counter = place.to(tl.uint32)
     zero = counter * 0
-    word0, word1, _, _ = tl.philox(tl.load(seed_ptr), counter, (offset >> 32).to(tl.uint32), zero, zero)
+    word0, word1, _, _ = tl.philox(tl.load(seed_ptr), counter, (place >> 32).to(tl.uint32), zero, zero)
     first = (word0 >> 8).to(tl.int32).to(tl.float32)
     if UNIFORM:
         draw = (first * (2 * UNIT) - 1) * eps
@@ -147,6 +162,8 @@ def _random_start_op(
     noise: str,
     scale: float,
     clip: bool,
+    first_row: int = 0,
+    rows_apart: int = 1,
 ) -> None:
     require_one_layout(adv=adv, clean=clean)
     require_one_device(adv=adv, seed=seed, eps=eps_per_sample)
@@ -155,14 +172,19 @@ def _random_start_op(
         raise ValueError(f"seed: {seed.dtype} of shape {tuple(seed.shape)}; needs an int, or one int64 in a tensor")
     if noise not in NOISES:
         raise ValueError(f"noise: {noise!r}; needs one of {', '.join(NOISES)}")
+    if first_row < 0 or rows_apart < 1:
+        raise ValueError(f"rows: ({first_row}, {rows_apart}); needs a row from 0 on, and a distance of 1 or more")
     if adv.numel() == 0:
         return
+    rows = (first_row, rows_apart)
     if not runs_triton(adv):
         eps_or_epses = eps if eps_per_sample is None else eps_per_sample
-        adv.copy_(random_start_reference(clean, eps_or_epses, seed=seed, noise=noise, scale=scale, clip=clip))
+        drawn = random_start_reference(clean, eps_or_epses, seed=seed, noise=noise, scale=scale, clip=clip, rows=rows)
+        adv.copy_(drawn)
         return
-    pixels, blocks, block, programs = pixel_runs(adv, BLOCK, eps_per_sample is not None)
-    scalars = (eps_per_sample, eps, scale, pixels, blocks)
+    whole = rows == (0, 1)
+    pixels, blocks, block, programs = pixel_runs(adv, BLOCK, eps_per_sample is not None or not whole)
+    scalars = (eps_per_sample, eps, scale, pixels, blocks, *((None, None) if whole else rows))
     options: dict[str, Any] = {"UNIFORM": noise == "uniform", "CLIP": clip, "BLOCK": block, **EXACT}
     with launching(adv):
         _random_start_kernel[(programs,)](adv, clean, seed, *scalars, **options)
@@ -182,6 +204,7 @@ def random_start_(
     scale: float = 0.001,
     seed: int | Tensor,
     clip: bool = True,
+    rows: tuple[int, int] = (0, 1),
 ) -> Tensor:
     """Fill `adv`, in place, with `clean` plus noise inside the eps ball. What `adv` held before does not matter.
 
@@ -192,12 +215,14 @@ def random_start_(
         seed: an int of 64 bits, or a tensor of one int64 on the device: a captured graph then draws anew at every
             replay, if the graph also advances the seed.
         clip: clamp to [0, 1]; the released TRADES, RSLAD and ABSLD do not (their first step does).
+        rows: where `adv` is rows `first, first + apart, ...` of a larger batch, (first, apart): it gets their draws.
 
     Returns:
         `adv` itself.
 
     Raises:
-        ValueError: the tensors differ in shape, dtype, device or strides; `adv` is tracked by autograd; unknown noise.
+        ValueError: the tensors differ in shape, dtype, device or strides; `adv` is tracked by autograd; unknown noise;
+            no such rows.
     """
     require_writable("adv", adv)
     eps_scalar, eps_per_sample = per_sample("eps", eps, adv.shape[0] if adv.dim() else 0)
@@ -207,5 +232,5 @@ def random_start_(
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed: {seed} does not fit 64 bits")
         seed = torch.full((1,), seed, dtype=torch.int64, device=adv.device)
-    _random_start_op(adv, clean, seed, eps_scalar, eps_per_sample, noise, scale, clip)
+    _random_start_op(adv, clean, seed, eps_scalar, eps_per_sample, noise, scale, clip, *rows)
     return adv

@@ -49,6 +49,8 @@ def elementwise(dtype: str) -> Iterator[Case]:
     absent = {} if OPTIONAL[dtype] else dict.fromkeys(["step_ptr", "eps_ptr", "blocks"])
     yield pgd._linf_kernel, types, absent | {"BLOCK": pgd.BLOCK}
     yield pgd._l2_kernel, types, absent | {"BLOCK": pgd.BLOCK, "PIXELS": 3 * 32 * 32}
+    types |= {"first_row": "i32", "rows_apart": "i32"}
+    absent |= dict.fromkeys(["first_row", "rows_apart"]) if absent else {}
     for uniform in (True, False):
         draw = {"BLOCK": start.BLOCK, "UNIFORM": uniform, "CLIP": dtype != "fp16"}
         yield start._random_start_kernel, types, absent | draw

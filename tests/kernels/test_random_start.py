@@ -112,6 +112,35 @@ def test_a_seed_in_a_tensor_draws_what_the_number_draws(seed: int, device: torch
         assert torch.equal(random_start_(torch.rand_like(clean), clean, EPS, seed=tensor), by_number)
 
 
+@pytest.mark.parametrize("noise", ["uniform", "normal"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("by_sample", [False, True])
+def test_rows_of_a_larger_batch_get_its_draws(
+    by_sample: bool, layout: torch.memory_format, noise: str, device: torch.device
+) -> None:
+    whole = images((7, 3, 31, 33), device, layout=layout)  # a ragged tail in every image
+    eps = torch.linspace(0, EPS, 8, device=device)[1:] if by_sample else EPS
+    drawn = random_start_(torch.empty_like(whole), whole, eps, noise=noise, seed=2**40 + 3)
+    for first, apart in ((0, 2), (1, 2), (2, 3), (3, 1), (6, 4)):
+        part = whole[first::apart].contiguous(memory_format=layout)
+        own = eps[first::apart].contiguous() if isinstance(eps, Tensor) else eps
+        rows = (first, apart)
+        adv = random_start_(torch.empty_like(part), part, own, noise=noise, seed=2**40 + 3, rows=rows)
+        assert torch.equal(adv, drawn[first::apart])
+
+
+def test_places_beyond_32_bits_are_told_apart(device: torch.device) -> None:
+    clean = torch.full((2, 64), 0.5, device=device)
+    seed = on_device(5, device)
+    for rows in ((2**26, 1), (2**26 - 1, 1), (3, 2**27)):  # 64 * 2**26 = 2**32
+        expected = random_start_reference(clean.cpu(), 0.5, seed=seed.cpu(), rows=rows)
+        assert torch.equal(random_start_(clean.clone(), clean, 0.5, seed=5, rows=rows).cpu(), expected)
+    assert not torch.equal(
+        random_start_(clean.clone(), clean, 0.5, seed=5, rows=(2**26, 1)),
+        random_start_(clean.clone(), clean, 0.5, seed=5),
+    )
+
+
 def test_the_moments_are_those_of_the_distribution(device: torch.device) -> None:
     clean = torch.full((4, 50_000), 0.5, device=device)
     uniform = random_start_(clean.clone(), clean, 0.25, seed=1) - clean
@@ -166,6 +195,9 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
             random_start_(adv, clean, EPS, seed=seed)
     with pytest.raises(ValueError, match=r"eps: .* shape \(3,\)"):
         random_start_(adv, clean, torch.ones(3, device=device), seed=0)
+    for rows in ((-1, 1), (0, 0)):
+        with pytest.raises(ValueError, match=r"rows: .* needs a row from 0 on"):
+            random_start_(adv, clean, EPS, seed=0, rows=rows)
     with pytest.raises(ValueError, match="eps: -1"):
         random_start_(adv, clean, -1, seed=0)
     with pytest.raises(ValueError, match="adv: requires grad"):
@@ -179,7 +211,8 @@ def test_is_a_well_formed_op(layout: torch.memory_format, noise: str, by_sample:
     clean = images((2, 3, 8, 8), device, layout=layout)
     eps = torch.full((2,), EPS, device=device) if by_sample else None
     args = (clean.clone(), clean, on_device(0, device), EPS, eps, noise, 0.001, True)
-    torch.library.opcheck(torch.ops.retemper.random_start_.default, args)
+    for rows in ((), (1, 2)):
+        torch.library.opcheck(torch.ops.retemper.random_start_.default, (*args, *rows))
 
 
 def test_compiles_into_one_graph(device: torch.device) -> None:
