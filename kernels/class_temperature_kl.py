@@ -10,8 +10,9 @@ temperature 0.05 would otherwise lose their differences to rounding. Bound by me
 step, by the launch: one launch reads 2 (B, K) tensors, where eager takes ten to write and re-read seven.
 """
 
-# pyright: reportGeneralTypeIssues=false
-# (Triton declares that static_range never returns, so that no loop may go over it.)
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnbound=false
+# (Triton declares that static_range never returns, so that no loop may go over it; and an `if` on what is known when
+# compiled may bind names for another.)
 
 import math
 from typing import Any
@@ -68,15 +69,16 @@ def class_temperature_kl_reference(
     label_trust: Tensor | None = None,
 ) -> Tensor:
     """The loss of each row in plain PyTorch, in float64: the truth for the tests, and the path on a CPU."""
-    log_p = _log_softmax(teacher.double(), _of_class(temperature, label))
+    temperature, class_weight, label_trust = _of_class(label, temperature, class_weight, label_trust)
+    log_p = _log_softmax(teacher.double(), temperature)
     log_q = _log_softmax(student.double(), student_temperature)
     p = log_p.exp()
     if label_trust is not None:
         p = _mixed(p, label, label_trust)
-        log_p = torch.where(_of_class(label_trust, label) == 0, log_p, p.log())
+        log_p = torch.where(label_trust == 0, log_p, p.log())
     kl = torch.where(p == 0, 0, p * (log_p - log_q)).sum(1)
     kl = torch.where(kl < 0, 0, kl)  # rounding only; NaN stays
-    kl = kl if class_weight is None else kl * _of_class(class_weight, label)[:, 0]
+    kl = kl if class_weight is None else kl * class_weight[:, 0]
     return kl.to(compute_dtype(student, teacher))
 
 
@@ -92,27 +94,31 @@ def class_temperature_kl_grad_reference(
     row_grad: Tensor | None = None,
 ) -> Tensor:
     """d(sum of row_grad * loss)/d(student), likewise, into a new tensor of the student's dtype."""
-    p = _log_softmax(teacher.double(), _of_class(temperature, label)).exp_()
+    temperature, class_weight, label_trust = _of_class(label, temperature, class_weight, label_trust)
+    p = _log_softmax(teacher.double(), temperature).exp_()
     if label_trust is not None:
         p = _mixed(p, label, label_trust)
     grad = _log_softmax(student.double(), student_temperature).exp_().sub_(p).div_(student_temperature)
     if class_weight is not None:
-        grad *= _of_class(class_weight, label)
+        grad *= class_weight
     if row_grad is not None:
         grad *= row_grad[:, None]
     return grad.to(student.dtype)
 
 
-def _of_class(value: Tensor, label: Tensor) -> Tensor:
-    """The value of each row's class as a (B, 1) column; NaN where the label is no class."""
-    known = (label >= 0) & (label < value.shape[0])
-    return torch.where(known, value.double()[label.clamp(0, value.shape[0] - 1)], float("nan"))[:, None]
+def _of_class(label: Tensor, *by_class: Tensor | None) -> list[Any]:
+    """The values of each row's class as (B, 1) columns, or None; NaN where the label is no class."""
+    given = torch.stack([value for value in by_class if value is not None]).double()
+    known = (label >= 0) & (label < given.shape[1])
+    rows = torch.where(known, given.index_select(1, label.clamp(0, given.shape[1] - 1)), float("nan"))
+    columns = iter(rows[:, :, None])
+    return [None if value is None else next(columns) for value in by_class]
 
 
-def _mixed(p: Tensor, label: Tensor, label_trust: Tensor) -> Tensor:
-    """The target: the teacher's probabilities, with the label's share of each class."""
-    trust, own = _of_class(label_trust, label), torch.arange(p.shape[1], device=p.device) == label[:, None]
-    return (1 - trust) * p + trust * own
+def _mixed(p: Tensor, label: Tensor, trust: Tensor) -> Tensor:
+    """The target: the teacher's probabilities, moved towards the label by its share."""
+    own = torch.arange(p.shape[1], device=p.device) == label[:, None]
+    return p.lerp_(own.double(), trust)
 
 
 def _log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
@@ -306,11 +312,12 @@ def _launch(
     tiles = row_tiles(classes, access_width(classes, student, teacher))
     strides = {f"{name}_STRIDE": _row_stride(rows) for name, rows in (("STUDENT", student), ("TEACHER", teacher))}
     options: dict[str, Any] = {**strides, "OUT_STRIDE": _row_stride(out), "GRAD": out.dim() == 2, **tiles, **EXACT}
-    by_class = (None if value is None else value.float() for value in (temperature, class_weight, label_trust))
+    weight, trust = (None if value is None else value.float() for value in (class_weight, label_trust))
+    tensors = (student, teacher, label, temperature.float(), weight, trust, row_grad, out)
     row_grad_stride = 0 if row_grad is None else row_grad.stride(0)
     with launching(student):
         _kl_kernel[(triton.cdiv(batch, tiles["ROWS"]),)](
-            student, teacher, label, *by_class, row_grad, out, row_grad_stride, student_temperature, batch, **options
+            *tensors, row_grad_stride, student_temperature, batch, **options
         )
 
 
