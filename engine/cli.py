@@ -29,7 +29,10 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> None:
     """The console script: runs a verb and leaves with its exit code."""
     interrupts.install()
-    sys.exit(run(sys.argv[1:] if argv is None else list(argv)))
+    code = run(sys.argv[1:] if argv is None else list(argv))
+    if code == PREEMPTED:
+        interrupts.leave(code)
+    sys.exit(code)
 
 
 def run_as_script(file: str) -> None:

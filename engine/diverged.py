@@ -10,6 +10,7 @@ from torch import Tensor
 from retemper.loaders import Batch
 
 SHOWN = 3  # images named in the message
+LOWER = "Try a lower --lr"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +38,19 @@ class PostMortem:
         if math.isfinite(self.loss):
             what = f"a gradient is not finite ({what})"
         what = f"{what} at epoch {self.epoch}, step {self.step}"
-        if self.teacher_BK is not None:
-            (rows,) = (~self.teacher_BK.isfinite().all(1)).nonzero(as_tuple=True)
-            if len(rows):
-                return f"{what}: the teacher's answers to {self._images(rows.tolist())} are not finite"
+        if rows := self._without_teacher():
+            return f"{what}: the teacher's answers to {self._images(rows)} are not finite"
         return f"{what}, on {self._images(list(range(len(self.batch.label))))}"
+
+    def advice(self, half: bool) -> str:
+        """What to try; `half`: the networks compute in half precision."""
+        if self._without_teacher():
+            return "Try another teacher" + " or --precision fp32" * half
+        return LOWER + " or --precision fp32" * half
+
+    def _without_teacher(self) -> list[int]:
+        """The rows of the batch for which the teacher gave no numbers."""
+        return [] if self.teacher_BK is None else (~self.teacher_BK.isfinite().all(1)).nonzero()[:, 0].tolist()
 
     def _images(self, rows: list[int]) -> str:
         """Some of the batch, by position in the data set and class."""

@@ -6,7 +6,7 @@ many threads, and on a GPU as far as its convolutions repeat themselves (`Job.de
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing, nullcontext
 from datetime import datetime, timezone
 from itertools import islice
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from retemper.engine.best import Best, newest_best
 from retemper.engine.capture import captured
-from retemper.engine.diverged import PostMortem
+from retemper.engine.diverged import LOWER, PostMortem
 from retemper.engine.errors import Diverged, Interrupted
 from retemper.engine.evaluation.evaluate import Attack, balanced_order, by_class, exact_fp32, finite, predictions
 from retemper.engine.interrupts import undisturbed
@@ -268,7 +268,7 @@ class Run:
         self._require_finite(epoch)
         return float(self.state.loss_sum) / self.loader.num_images
 
-    def _batches(self, epoch: int, done: int) -> Iterator[tuple[Batch, Tensor | None]]:
+    def _batches(self, epoch: int, done: int) -> Generator[tuple[Batch, Tensor | None], None, None]:
         """Each batch after so many, with the teacher's logits where they are asked for ahead.
 
         The teacher is asked for the same batches at once as if nothing had come between: the bits may depend on it.
@@ -310,11 +310,9 @@ class Run:
             classes=self.split.classes,
         )
         self.folder.save_diverged(found.content())
+        advice = found.advice(state.precision is not torch.float32)
         held = f"the update was not made; {self.folder.diverged} holds the batch and the weights before it"
-        raise Diverged(f"{found.words()}; {held}; {self._kept()}. {self._advice()}")
-
-    def _advice(self) -> str:
-        return "Try a lower --lr" + ("" if self.state.precision is torch.float32 else " or --precision fp32")
+        raise Diverged(f"{found.words()}; {held}; {self._kept()}. {advice}")
 
     def _kept(self) -> str:
         finished, done = self.saved
@@ -368,7 +366,7 @@ class Run:
         state = snapshot(self.state)
         if not all(value.isfinite().all() for value in state["student"].values()):
             when = f"epoch {finished + 1}, step {done}" if done else f"epoch {finished}"
-            raise Diverged(f"the weights are not finite after {when}; {self._kept()}. {self._advice()}")
+            raise Diverged(f"the weights are not finite after {when}; {self._kept()}. {LOWER}")
         return state | {
             "epoch": finished,
             "step": done,

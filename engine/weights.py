@@ -212,7 +212,8 @@ def _read_torch(path: Path, is_zip: bool) -> object:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on pickle protocols; what is refused is said below
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with open(path, "rb") as file:  # not its name: by a suffix torch would choose another reader
+                return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         code = found.group(1) if found else _first_global(path)

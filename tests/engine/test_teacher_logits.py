@@ -186,7 +186,7 @@ def filled_by_a_run(teacher: Path, tmp_path: Path) -> tuple[list[str], TeacherTa
     assert run([*command, str(tmp_path / "one")]) == 0
     (folder,) = (cache / "teacher_logits").iterdir()
     facts = json.loads((folder / "facts.json").read_text())
-    table = TeacherTable(cache, *(facts.pop(name) for name in ("images", "views", "classes")), facts)
+    table = TeacherTable(cache, facts.pop("images"), facts.pop("views"), facts.pop("classes"), facts)
     assert table.folder == folder
     return command, table
 
