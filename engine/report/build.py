@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from retemper.engine.evaluation.class_statistics import Result
 from retemper.engine.evaluation.verdicts import STRONGEST
 from retemper.engine.report import plots
@@ -249,10 +251,16 @@ class Report:
             for name, r in results.items()
         ]
 
+    def _class_order(self, results: Mapping[str, Result]) -> list[int]:
+        """As the data set has them; of many classes the weakest first."""
+        mean_K = np.mean([np.nan_to_num(r.report.accuracy, nan=math.inf) for r in results.values()], axis=0)
+        many = len(self.classes) > BARS_UP_TO
+        return np.argsort(mean_K, kind="stable").tolist() if many else list(range(len(self.classes)))
+
     def _class_table(self, attack: str, results: Mapping[str, Result]) -> Table:
         rows = []
-        for k, name in enumerate(self.classes):
-            cells = [Cell(name)]
+        for k in self._class_order(results):
+            cells = [Cell(self.classes[k])]
             for result in results.values():
                 value, weakest = result.report.accuracy[k], k == result.report.worst_class
                 text = bound(result) + number(100 * value) + (" ▼" if weakest else "")
@@ -261,7 +269,8 @@ class Report:
             counts = sorted({result.report.count[k] for result in results.values()})
             rows.append([*cells, Cell(" or ".join(map(str, counts)))])
         return Table(
-            "Correct, %, with 95 % intervals. ▼ weakest class of the run.",
+            "Correct, %, with 95 % intervals. ▼ weakest class of the run."
+            + " Weakest first." * (len(self.classes) > BARS_UP_TO),
             ["class", *results, "images"],
             [("", rows)],
             f"{attack_title(attack)} in numbers",

@@ -41,7 +41,8 @@ def confusion_blocks(runs: Sequence[Run], attack: str) -> list[Any]:
 
 def heat_maps(share: Mapping[str, np.ndarray], classes: Sequence[str], narrow: bool) -> "Figure":
     """One panel a run, all on one scale."""
-    columns = 1 if narrow else min(len(share), 2 if len(classes) > NUMBERS_UP_TO else 3)
+    roomy = len(classes) > NUMBERS_UP_TO or max(map(len, classes)) > 4
+    columns = 1 if narrow else min(len(share), 2 if roomy else 3)
     rows = -(-len(share) // columns)
     names = [shorten(name, 10) for name in classes]
     width = (3.6 if narrow else 9.6) / columns

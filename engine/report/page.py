@@ -111,8 +111,9 @@ pre{overflow:auto;max-height:30rem;background:var(--soft);padding:.9rem 1.1rem;f
 footer{margin-top:3.2rem;border-top:1px solid var(--rule);padding-top:1rem;font-size:.88rem;color:var(--muted)}
 @media(max-width:640px){body{padding:1.5rem 1rem 3rem}th,td{padding:.4rem .3rem}h2{margin-top:2.4rem}
  th[scope=row]{min-width:0}table{font-size:.88rem}small{font-size:.7rem}}
-@media print{body{max-width:none;padding:0;font-size:10.5pt}nav{display:none}h2{break-after:avoid}
- .tall,pre{max-height:none}pre{white-space:pre-wrap;overflow-wrap:anywhere}.scroll{overflow:visible}
+@media print{body{max-width:none;padding:0;font-size:10.5pt}nav,.raw{display:none}h2{break-after:avoid}
+ table{font-size:.8rem}th,td{padding:.3rem .4rem}th,td,small,thead th,.short{white-space:normal;overflow-wrap:anywhere}
+ thead th{min-width:3.5rem}.tall,pre{max-height:none}pre{white-space:pre-wrap;overflow-wrap:anywhere}.scroll{overflow:visible}
  thead th,th[scope=row]{position:static}
  details::details-content{content-visibility:visible;block-size:auto}
  td.bar,.swatch,th[scope=rowgroup]{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
@@ -145,7 +146,9 @@ def _html_block(block: Any) -> str:
     if isinstance(block, Table):
         return _html_table(block)
     if isinstance(block, Listing):
-        return f"<details><summary>{escape(block.title)}</summary><pre>{escape(block.text)}</pre></details>\n"
+        return (
+            f'<details class="raw"><summary>{escape(block.title)}</summary><pre>{escape(block.text)}</pre></details>\n'
+        )
     if isinstance(block, Text):
         return f"<p>{_inline(block)}</p>\n"
     if isinstance(block, Copy):

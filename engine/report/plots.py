@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+LABEL = np.array((0.16, 0.07))  # about a label's width and height, in parts of the axes
+
+
 @dataclass(frozen=True)
 class StatePanel:
     """values: (epochs, K); weakest: classes to stand out, weakest first."""
@@ -120,21 +123,23 @@ def summary(results: Mapping[str, Result], look: Mapping[str, Look], narrow: boo
     figure = new_figure(narrow, 4.0 if narrow else 4.6, 4.0 if narrow else 6.8)
     axes = figure.add_subplot()
     points = {name: (100 * r.report.average, 100 * r.report.worst) for name, r in results.items()}
-    corners = _free_corners(list(points.values()))
-    for (name, (x, y)), corner in zip(points.items(), corners, strict=True):
+    for name, (x, y) in points.items():
         style, result = look[name], results[name]
         for across, pair in ((True, "average"), (False, "worst")):
             ends = [100 * v for v in result.interval[pair]]
             axes.plot(*((ends, [y, y]) if across else ([x, x], ends)), color=style.line, linewidth=1.4)
         axes.plot(x, y, style.marker, color=style.colour, markeredgecolor=INK, markersize=10, zorder=3)
+    axes.autoscale_view()  # settles the limits that are asked for here
+    at_N2 = axes.transLimits.transform(list(points.values()))
+    for name, corner in zip(points, _free_corners(at_N2), strict=True):
         axes.annotate(
-            shorten(name, 18) + " ≤" * result.upper_bound,
-            (x, y),
+            shorten(name, 18) + " ≤" * results[name].upper_bound,
+            points[name],
             (9 * corner[0], 10 * corner[1]),
             textcoords="offset points",
             ha="left" if corner[0] > 0 else "right",
             va="center",
-            color=style.ink,
+            color=look[name].ink,
             weight="bold",
             bbox={"facecolor": "white", "alpha": 0.85, "linewidth": 0, "pad": 0.8},
             zorder=4,
@@ -145,19 +150,17 @@ def summary(results: Mapping[str, Result], look: Mapping[str, Look], narrow: boo
     return figure
 
 
-def _free_corners(points: Sequence[tuple[float, float]]) -> list[tuple[int, int]]:
-    """For each point the corner, right or left, above or below, where a label is clear of the others."""
-    at_N2 = np.array(points)
-    at_N2 = (at_N2 - at_N2.min(axis=0)) / np.maximum(np.ptp(at_N2, axis=0), 1e-9)
-    taken, corners = list(at_N2), []
+def _free_corners(at_N2: np.ndarray) -> list[tuple[int, int]]:
+    """For each point, in parts of the axes, the corner where a label is clear of the points and the labels so far."""
+    labels, corners = [], []
     for i, point in enumerate(at_N2):
-        labels = {corner: point + np.array(corner) * (0.09, 0.04) for corner in ((1, 1), (1, -1), (-1, 1), (-1, -1))}
-        others = [other for j, other in enumerate(taken) if j != i] or [point]
-        room = {corner: min(float(np.abs(o - at).sum()) for o in others) for corner, at in labels.items()}
-        corners.append(
-            next(c for c in room if room[c] > 0.12) if max(room.values()) > 0.12 else max(room, key=room.__getitem__)
-        )
-        taken.append(labels[corners[-1]])
+        taken = np.array([*np.delete(at_N2, i, axis=0), *labels, point + 9])  # the last: far away, never the nearest
+        room = {}
+        for corner in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
+            apart = np.abs(taken - point - np.array(corner) * LABEL / 2) / LABEL
+            room[corner] = min(1.0, float(apart.max(axis=1).min()))  # 1: as far as a label is wide or high
+        corners.append(max(room, key=room.__getitem__))
+        labels.append(point + np.array(corners[-1]) * LABEL / 2)
     return corners
 
 

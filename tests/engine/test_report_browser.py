@@ -23,7 +23,7 @@ from retemper.engine.report import write_report
 
 made = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("made_runs.py"))))  # the tests are no package
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-WIDTHS = {"phone": 400, "desk": 1600}
+WIDTHS = {"phone": 400, "desk": 1600, "sheet": 720}  # CSS pixels; a sheet of A4 within its margins
 LIMIT = 60  # seconds that an answer may take on a busy machine
 LOOK = """(async () => {
   const drawn = async image => {
@@ -159,7 +159,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(runs, root / "page")
 
 
-@pytest.fixture(scope="module", params=WIDTHS)
+@pytest.fixture(scope="module", params=["phone", "desk"])
 def seen(request: pytest.FixtureRequest, browser: Browser, page: Path) -> dict[str, Any]:
     return browser.open(page, WIDTHS[request.param]) | {"asked": WIDTHS[request.param]}
 
@@ -192,7 +192,9 @@ def test_the_browser_complains_of_nothing_and_fetches_nothing(seen: dict[str, An
 
 
 def test_it_can_be_printed(browser: Browser, page: Path) -> None:
-    browser.open(page, WIDTHS["desk"])
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    sheet = browser.open(page, WIDTHS["sheet"])
+    assert sheet["page"] <= sheet["window"] and sheet["cut"] == []
     pdf = base64.b64decode(browser.call("Page.printToPDF", printBackground=True)["data"])
     assert pdf.startswith(b"%PDF-") and pdf.rstrip().endswith(b"%%EOF")
     assert 4 <= len(re.findall(rb"/Type\s*/Page\b", pdf)) <= 40
