@@ -121,6 +121,8 @@ class Result:
 
     report: ClassReport
     interval: dict[str, Any]
+    upper_bound: bool = False  # the attack was weakened or broken off: the true accuracies are at most these
+    confusion: np.ndarray | None = None  # (K, K) counts, a row a true class, a column the class given; None: unknown
 
 
 def read_result(entry: Mapping[str, Any]) -> Result:
@@ -138,7 +140,19 @@ def read_result(entry: Mapping[str, Any]) -> Result:
     known = [a is not None and math.isfinite(a) for a in accuracy_K]
     count_K = [n if ok else 0 for n, ok in zip(count_K, known, strict=True)]
     correct_K = [round(a * n) if n else 0 for a, n in zip(accuracy_K, count_K, strict=True)]
-    return Result(class_report(correct_K, count_K), intervals(correct_K, count_K))
+    confusion = _confusion(entry.get("confusion"), len(count_K))
+    upper_bound = entry.get("upper_bound") is True or entry.get("complete") is False
+    return Result(class_report(correct_K, count_K), intervals(correct_K, count_K), upper_bound, confusion)
+
+
+def _confusion(rows: Any, classes: int) -> np.ndarray | None:
+    """The (K, K) counts, or None for whatever is none."""
+    try:
+        counts_KK = np.array(rows, dtype=np.float64)
+    except (ValueError, TypeError):
+        return None
+    whole = counts_KK.shape == (classes, classes) and bool((counts_KK >= 0).all())
+    return counts_KK if whole and math.isfinite(counts_KK.sum()) else None
 
 
 def _checked(correct_K: Any, count_K: Any) -> tuple[np.ndarray, np.ndarray]:
