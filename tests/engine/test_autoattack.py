@@ -125,7 +125,7 @@ def test_the_fast_suite_is_the_standard_ones_beginning(
 
 def test_shards_together_are_runs_on_their_images(short: None, model: Linear, digits: Split, tmp_path: Path) -> None:
     order = balanced_order(digits.labels, 60)
-    options = dict(known={"dataset": "digits"}, path=tmp_path / "autoattack.csv")
+    options: dict[str, Any] = dict(known={"dataset": "digits"}, path=tmp_path / "autoattack.csv")
     assert evaluate_suite(model, digits, order, request(), shard=(2, 2), **options) is None
     assert not (tmp_path / "autoattack.csv").exists()
     whole = evaluate_suite(model, digits, order, request(), shard=(1, 2), **options)
