@@ -5,6 +5,7 @@ from retemper.engine.errors import Diverged
 from retemper.engine.evaluation.class_statistics import ClassReport, class_report, intervals
 from retemper.engine.losses import cross_entropy_rows, is_label, kl_rows
 from retemper.engine.models import create_model
+from retemper.engine.ranks import WHOLE, Part
 from retemper.engine.recipe import Recipe, Targets, given
 from retemper.engine.seen import ClassMeans, ClassSums, HeldOut, Seen
 from retemper.engine.settings import (
@@ -30,6 +31,7 @@ def run_recipe(file: str) -> None:
 __all__ = [
     "DIGITS",
     "ON_DIGITS",
+    "WHOLE",
     "ClassMeans",
     "ClassReport",
     "ClassSums",
@@ -37,6 +39,7 @@ __all__ = [
     "HeldOut",
     "KlObjective",
     "Objective",
+    "Part",
     "Recipe",
     "Seen",
     "Setting",

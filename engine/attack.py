@@ -77,6 +77,7 @@ def pgd(
     bn_mode: str = "eval",
     seed: int | Tensor | None = None,
     clip_start: bool = True,
+    rows: tuple[int, int] = (0, 1),
     norm: str = "linf",
     watch: Watcher | None = None,
 ) -> Tensor:
@@ -94,6 +95,7 @@ def pgd(
         seed: of the random start: an int, a one-element int64 tensor on the device, or None to draw one from torch's
             generator.
         clip_start: whether the random start is clipped to [0, 1].
+        rows: of a larger batch, which rows these are, as `random_start_` takes them.
         watch: is called with each iterate before its step, and the logits there; the iterate is then overwritten.
     Returns:
         The last iterate, like `clean`, without gradient.
@@ -103,7 +105,7 @@ def pgd(
     if bn_mode not in ("eval", "train"):
         raise ValueError(f"bn_mode = {bn_mode!r}: it must be 'eval' or 'train'")
     clean = clean.detach()
-    adv = _start(clean, start, eps, seed, clip_start)
+    adv = _start(clean, start, eps, seed, clip_start, rows)
     with module_mode(model, bn_mode), torch.enable_grad():
         for _ in range(steps):
             adv.requires_grad_(True)
@@ -127,7 +129,12 @@ def _input_gradient(logits: Tensor, adv: Tensor, objective: Objective) -> tuple[
 
 
 def _start(
-    clean: Tensor, start: str | Tensor | None, eps: float | Tensor, seed: int | Tensor | None, clip: bool
+    clean: Tensor,
+    start: str | Tensor | None,
+    eps: float | Tensor,
+    seed: int | Tensor | None,
+    clip: bool,
+    rows: tuple[int, int],
 ) -> Tensor:
     """The first iterate: a fresh tensor in the memory format of `clean`."""
     adv = torch.empty_like(clean)
@@ -141,7 +148,7 @@ def _start(
         raise ValueError(f"start = {start!r}: it must be 'uniform', 'normal', 'none' or a tensor like clean")
     if seed is None:
         seed = torch.randint(2**63 - 1, (1,), device=clean.device)
-    return random_start_(adv, clean, eps, noise=start, seed=seed, clip=clip)
+    return random_start_(adv, clean, eps, noise=start, seed=seed, clip=clip, rows=rows)
 
 
 def predicts(logits_BK: Tensor, label_B: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from retemper.engine import interrupts
 from retemper.engine.catalogue import find_setting, method_module, methods, nearest, override
 from retemper.engine.errors import EXIT_CODES, PREEMPTED
+from retemper.engine.launcher import is_first, speaker
 from retemper.engine.recipe import describe
 from retemper.loaders.errors import DataError, UsageError
 
@@ -56,15 +57,16 @@ def run(argv: list[str]) -> int:
     except KeyboardInterrupt as interrupt:
         saved = str(interrupt) or "what was saved before is whole"
         goes_on = argv[:1] in (["train"], ["demo"])
-        print(f"retemper: interrupted{f'; {saved}{GOES_ON}' if goes_on else ''}", file=sys.stderr)
+        if is_first():
+            print(f"retemper: interrupted{f'; {saved}{GOES_ON}' if goes_on else ''}", file=sys.stderr)
         return PREEMPTED
     except BrokenPipeError:
         return 0
     except tuple(EXIT_CODES) as error:
-        print(f"retemper: error: {error}", file=sys.stderr)
+        print(f"retemper: error: {speaker()}{error}", file=sys.stderr)
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
     except OSError as error:
-        print(f"retemper: error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        print(f"retemper: error: {speaker()}{error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return EXIT_CODES[DataError]
 
 
@@ -195,7 +197,8 @@ def _options(top: Parser, verb: str) -> list[str]:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    from retemper.engine.job import Job, default_cache, default_out, pick_device
+    from retemper.engine.job import Job, default_cache, default_out
+    from retemper.engine.launcher import joined
     from retemper.engine.teacher import with_teacher
     from retemper.engine.train import train as train_job
 
@@ -205,32 +208,39 @@ def train(arguments: argparse.Namespace) -> None:
     if arguments.show:
         print("\n".join(f"{field:20} {value!r}" for field, value in describe(recipe).items()))
         return
-    job = Job(
-        method=method,
-        setting=name,
-        recipe=recipe,
-        out=arguments.out or default_out(method, name, arguments.seed),
-        seed=arguments.seed,
-        data_root=arguments.data_root,
-        teacher=arguments.teacher,
-        clean_teacher=arguments.clean_teacher,
-        start=arguments.start,
-        cache=arguments.cache or default_cache(),
-        beton=arguments.beton,
-        device=pick_device(arguments.device),
-        tensorboard=arguments.tensorboard,
-        save_every=arguments.save_every,
-        deterministic=arguments.deterministic,
-    )
-    print(train_job(with_teacher(job)))
+    with joined(arguments.device) as (ranks, device):
+        job = Job(
+            method=method,
+            setting=name,
+            recipe=recipe,
+            out=arguments.out or default_out(method, name, arguments.seed),
+            seed=arguments.seed,
+            data_root=arguments.data_root,
+            teacher=arguments.teacher,
+            clean_teacher=arguments.clean_teacher,
+            start=arguments.start,
+            cache=arguments.cache or default_cache(),
+            beton=arguments.beton,
+            device=device,
+            ranks=ranks,
+            tensorboard=arguments.tensorboard,
+            save_every=arguments.save_every,
+            deterministic=arguments.deterministic,
+        )
+        out = train_job(with_teacher(job))
+    if ranks.is_first:
+        print(out)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
     from retemper.engine.evaluation.evaluate_run import EvaluationRequest, evaluate_target, summary
+    from retemper.engine.launcher import joined
 
-    path, content = evaluate_target(EvaluationRequest.from_words(arguments))
-    print(summary(content))
-    print(path)
+    with joined(arguments.device) as (ranks, device):
+        path, content = evaluate_target(EvaluationRequest.from_words(arguments, ranks, device))
+    if ranks.is_first:
+        print(summary(content))
+        print(path)
 
 
 def report(arguments: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from retemper.kernels import epilogue
 
 STEM_CHANNELS = 4  # what a padded stem has
+BATCH_NORM = nn.BatchNorm2d | nn.SyncBatchNorm  # which are the same in eval mode
 
 
 class FoldedConv(nn.Module):
@@ -25,7 +26,7 @@ class FoldedConv(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype, fused: bool, pad_stem: bool) -> None:
+    def __init__(self, conv: nn.Conv2d, norm: BATCH_NORM, dtype: torch.dtype, fused: bool, pad_stem: bool) -> None:
         super().__init__()
         self.source = (conv, norm)  # in a tuple: not submodules
         self.fused, self.relu = fused, False
@@ -57,7 +58,7 @@ class FoldedConv(nn.Module):
 class FoldedNorm(nn.Module):
     """y = act(scale * x + shift), for a batch norm that no convolution feeds."""
 
-    def __init__(self, norm: nn.BatchNorm2d) -> None:
+    def __init__(self, norm: BATCH_NORM) -> None:
         super().__init__()
         self.source = (norm,)
         self.relu = False
@@ -111,7 +112,7 @@ class Folded(nn.Module):
     def _copies(self, net: fx.GraphModule, model: nn.Module) -> None:
         """Cast what is not folded, such as the last layer; a batch norm among it keeps its float32 statistics."""
         for module in net.modules():
-            if not isinstance(module, FoldedConv | FoldedNorm | nn.BatchNorm2d):
+            if not isinstance(module, FoldedConv | FoldedNorm | BATCH_NORM):
                 for parameter in module.parameters(recurse=False):
                     parameter.data = parameter.data.to(self.dtype)
         source = dict(_values(model))
@@ -168,7 +169,7 @@ def _fold_norms(
     made: list[FoldedConv | FoldedNorm] = []
     for node in list(net.graph.nodes):
         norm, before = _called(node, model), node.args[0] if node.args else None
-        if not (isinstance(norm, nn.BatchNorm2d) and norm.affine and norm.track_running_stats):
+        if not (isinstance(norm, BATCH_NORM) and norm.affine and norm.track_running_stats):
             continue
         conv = _called(before, model)
         if _is_node(before) and len(before.users) == 1 and _is_plain(conv):

@@ -42,7 +42,7 @@ def install() -> None:
 
 
 def asked() -> bool:
-    """Whether a signal has asked to leave."""
+    """Whether a signal has asked to leave: what several processes ask one another before they do so together."""
     return _watch.asked
 
 

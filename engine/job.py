@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from retemper.engine.ranks import ALONE, Ranks
 from retemper.engine.recipe import Recipe
 from retemper.loaders.errors import UsageError
 
@@ -32,6 +33,7 @@ class Job:
     tensorboard: bool = False
     save_every: float = 600.0  # seconds of training after which the state is saved within an epoch
     deterministic: bool = False
+    ranks: Ranks = ALONE  # the processes that do it together
 
     @property
     def name(self) -> str:
@@ -53,10 +55,10 @@ def pick_device(name: str | None) -> torch.device:
     """The device called `name`, or the best there is.
 
     Raises:
-        UsageError: no such device here; or this is one of several processes.
+        UsageError: no such device here; or this is one of several processes (ranks.py has the device of each).
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("one process trains a run so far: start it with python, or torchrun --nproc-per-node 1")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError("torchrun is for retemper train and evaluate: leave it out, or say --nproc-per-node 1")
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch("cpu|cuda(:[0-9]+)?", name):

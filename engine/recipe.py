@@ -17,6 +17,7 @@ from torch import Tensor
 from retemper.engine.attack import Objective, Watcher
 from retemper.engine.models import MODELS
 from retemper.engine.moves import Moves
+from retemper.engine.ranks import WHOLE, Part
 from retemper.engine.seen import Seen
 from retemper.loaders import DATASETS
 
@@ -37,6 +38,8 @@ class Targets:
         watched: what `Recipe.watcher` gave, after the attack.
         state: the method's class state.
         ones_K: (K,) of ones: the class temperature of methods that have none.
+        part: which rows of the batch these are, where several processes train: what a method takes of a batch as a
+            whole, it asks of this.
     """
 
     label_B: Tensor
@@ -48,6 +51,7 @@ class Targets:
     watched: Any = None
     state: Mapping[str, Tensor]
     ones_K: Tensor
+    part: Part = WHOLE
 
     @property
     def teacher(self) -> Tensor:
@@ -91,7 +95,8 @@ class Recipe(Moves):
 
     # the outer minimisation
     epochs: int = 300
-    batch_size: int = 128
+    batch_size: int = 128  # of all processes together
+    batch_norm: Literal["local", "synced"] = "local"  # on several GPUs: of each one's images, or of the whole batch
     lr: float = 0.1
     lr_drops: tuple[int, ...] = (215, 260, 285)  # the rate falls after these epochs
     lr_factor: float = 0.1
@@ -138,6 +143,7 @@ class Recipe(Moves):
             "student": MODELS,
             "teacher_model": (None, *MODELS),
             "clean_teacher_model": (None, *MODELS),
+            "batch_norm": ("local", "synced"),
             "average": ("none", "ema", "swa"),
             "average_every": ("step", "epoch"),
             "variant": self.variants,
@@ -217,7 +223,7 @@ class Recipe(Moves):
         return {"clean": clean_BCHW, "adv": adv_BCHW}
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
-        """What training lowers: a scalar, a mean over the batch. `logits` has a (B, K) entry for each of `forwards`."""
+        """What training lowers: a scalar, a mean over these rows. `logits` has a (B, K) entry for each forward."""
         raise NotImplementedError
 
     def measured(self, logits: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:

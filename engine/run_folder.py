@@ -29,14 +29,16 @@ CONFIG = {"method": str, "setting": str, "recipe": dict, "seed": int, "classes":
 
 
 class RunFolder:
-    """The files of one run, under `path`."""
+    """The files of one run, under `path`. Of several processes the first writes them, and process `rank` one alone: its
+    part of the batch on which the run diverged."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, rank: int = 0) -> None:
         self.path = path
         self.config, self.metrics = path / "config.json", path / "metrics.jsonl"
         self.last, self.best, self.state = path / "last.safetensors", path / "best.safetensors", path / "last.state"
         self.older, self.damaged = path / "last.1.state", path / "damaged.state"
-        self.evaluation, self.diverged = path / "evaluation.json", path / "diverged.pt"
+        self.evaluation = path / "evaluation.json"
+        self.diverged = path / (f"diverged.rank{rank}.pt" if rank else "diverged.pt")
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -43,9 +43,7 @@ def restore(state: State, saved: Mapping[str, Any]) -> None:
     state.move_classes(saved["class_state"])
     if state.average is not None:
         state.average.load(saved["average"])
-    torch.set_rng_state(saved["generators"]["cpu"])
-    if "cuda" in saved["generators"]:
-        torch.cuda.set_rng_state(saved["generators"]["cuda"], state.ones_K.device)
+    _set_generators(state, saved["generators"])
 
 
 def epoch_so_far(state: State) -> dict[str, Any]:
@@ -72,6 +70,27 @@ def go_on(state: State, saved: Mapping[str, Any]) -> None:
     _copy(vars(state), {name: saved[name] for name in ("loss_sum", "noise_seed")})
 
 
+def own_part(state: State) -> dict[str, Any]:
+    """A copy on the host of what each of several processes has of its own, for `take_own_part`: the statistics of its
+    batch norm, its sums of the running epoch and its generators."""
+    return _on_host({"statistics": _statistics(state), "generators": _generators(state.ones_K.device)}) | {
+        "so_far": epoch_so_far(state)
+    }
+
+
+def take_own_part(state: State, saved: Mapping[str, Any], running: bool) -> None:
+    """Take over what `own_part` gave, after `restore`; its sums too within a `running` epoch. Raises likewise."""
+    _copy(_statistics(state), saved["statistics"])
+    _set_generators(state, saved["generators"])
+    if running:
+        go_on(state, saved["so_far"])
+
+
+def _statistics(state: State) -> dict[str, Tensor]:
+    networks = {"student": state.student, "kept": state.kept}
+    return {f"{which}.{name}": value for which, one in networks.items() for name, value in one.named_buffers()}
+
+
 def _copy(into: Mapping[str, Any], values: Mapping[str, Tensor]) -> None:
     """In place: a captured step knows the tensors' addresses."""
     for name, value in values.items():
@@ -81,6 +100,12 @@ def _copy(into: Mapping[str, Any], values: Mapping[str, Tensor]) -> None:
 def _generators(device: torch.device) -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
     return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+
+
+def _set_generators(state: State, saved: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(saved["cpu"])
+    if "cuda" in saved:
+        torch.cuda.set_rng_state(saved["cuda"], state.ones_K.device)
 
 
 def _on_host(value: Any) -> Any:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from retemper.engine.attack import module_mode, pgd
+from retemper.engine.bucket import Bucket
 from retemper.engine.fold import Folded
 from retemper.engine.guard import Guard
 from retemper.engine.models import channels_last
+from retemper.engine.ranks import ALONE, WHOLE, Part, Ranks
 from retemper.engine.recipe import Recipe, Targets
 from retemper.engine.seen import ClassMeans, ClassSums, HeldOut, Seen
 from retemper.engine.weight_space import Average, perturb_weights
@@ -33,6 +35,8 @@ class State:
         guard: holds updates back once something is not finite.
         average: of the student's weights, where the recipe asks for one.
         awp_gamma: how far the weights are perturbed; None where they never are.
+        part: which rows of each batch are this process's.
+        bucket: the gradients, where several processes add them up; None in one on its own.
     """
 
     student: nn.Module
@@ -50,6 +54,8 @@ class State:
     clean_teacher: nn.Module | None = None
     average: Average | None = None
     awp_gamma: Tensor | None = None
+    part: Part = WHOLE
+    bucket: Bucket | None = None
     measured: dict[str, ClassMeans] = field(default_factory=dict)
 
     @classmethod
@@ -61,12 +67,17 @@ class State:
         num_classes: int,
         device: torch.device,
         clean_teacher: nn.Module | None = None,
+        ranks: Ranks = ALONE,
     ) -> "State":
         """Everything as it is before the first step; the student moves to `device`.
 
         Raises:
-            ValueError: `recipe.fold`, and torch.fx cannot trace the student.
+            ValueError: `recipe.fold`, and torch.fx cannot trace the student; synced batch norm without a GPU.
         """
+        if recipe.batch_norm == "synced" and ranks.world_size > 1:
+            if device.type != "cuda":
+                raise ValueError("batch_norm = 'synced': PyTorch has it on GPUs alone; leave it at 'local'")
+            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
         student = channels_last(student, device) if recipe.channels_last else student.to(device)
         precision, epilogue = recipe.dtype_on(device), recipe.epilogue_on(device)
         if recipe.fold:
@@ -95,6 +106,8 @@ class State:
             clean_teacher=clean_teacher,
             average=None if recipe.average == "none" else Average(student, recipe.average, recipe.ema_decay),
             awp_gamma=torch.zeros((), device=device) if recipe.awp_gamma else None,
+            part=Part.begin(ranks, device),
+            bucket=Bucket(student, ranks) if ranks.joined else None,
         )
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -135,21 +148,36 @@ class State:
 
     def add(self, recipe: Recipe, logits: Mapping[str, Tensor], targets: Targets, loss: Tensor) -> None:
         """Count a step: per-class cross-entropy, correct predictions and images of each forward, the loss, and what the
-        method measures besides."""
+        method measures besides. An idle process has nothing to count, and moves the class state along."""
+        counts = not targets.part.idle
         logits = {name: logits_BK.detach() for name, logits_BK in logits.items()}
         for name, logits_BK in logits.items():
-            self.sums[name].add(*class_sums(logits_BK, targets.label_B, self.ones_K.numel()))
-        self.loss_sum += loss * targets.label_B.numel()
+            if counts:
+                self.sums[name].add(*class_sums(logits_BK, targets.label_B, self.ones_K.numel()))
+        if counts:
+            self.loss_sum += loss * targets.label_B.numel()
         for name, value_BD in recipe.measured(logits, targets).items():
             if name not in self.measured:  # in the first step, which is not captured
                 values = value_BD.numel() // max(1, len(value_BD))
                 self.measured[name] = ClassMeans.zeros(self.ones_K.numel(), values, self.ones_K.device)
-            self.measured[name].add(value_BD, targets.label_B)
+            if counts:
+                self.measured[name].add(value_BD, targets.label_B)
         recipe.after_step(self.class_state, logits, targets)
 
     def seen(self, held: HeldOut | None = None) -> Seen:
         """The epoch so far."""
         return Seen(forwards=self.sums, measured=self.measured, held=held)
+
+    def meet(self) -> None:
+        """Sum up over the processes what their steps of the epoch have summed up; average the statistics of their
+        batch norm, which are of their own images, so that all hold the same networks."""
+        ranks, sums = self.part.ranks, (*self.sums.values(), *self.measured.values())
+        ranks.add_up_([self.loss_sum, *(value for one in sums for value in vars(one).values())])
+        networks = [self.student] if self.average is None else [self.student, self.kept]
+        buffers = [value for network in networks for value in network.buffers()]
+        ranks.add_up_([value for value in buffers if value.is_floating_point()], mean=True)
+        for count in (value for value in buffers if not value.is_floating_point()):
+            ranks.sum_(count, largest=True)  # of batches: an idle process has seen one less
 
 
 def _folded(teacher: nn.Module, dtype: torch.dtype, epilogue: str, pad_stem: bool) -> nn.Module:
@@ -209,6 +237,7 @@ def observe(
         clean_teacher_BK=clean_teacher_BK,
         state=state.class_state,
         ones_K=state.ones_K,
+        part=state.part,
     )
     return replace(targets, watched=recipe.watcher(clean_BCHW, targets))
 
@@ -229,6 +258,7 @@ def attack(state: State, recipe: Recipe, attacked: nn.Module, clean_BCHW: Tensor
             eps=eps,
             start=recipe.attack_start,
             clip_start=recipe.clip_start,
+            rows=state.part.ranks.rows,
             bn_mode=recipe.attack_bn,
             seed=state.noise_seed,
             watch=targets.watched,
@@ -258,7 +288,7 @@ def update(state: State, loss: Tensor) -> None:
     with torch.no_grad():
         for weight, value in zip(weights, before, strict=False):  # of an optimizer that looks at no flag
             weight.copy_(torch.where(state.guard.found_inf > 0, value, weight))
-    state.optimizer.zero_grad(set_to_none=True)
+    state.bucket.clear() if state.bucket else state.optimizer.zero_grad(set_to_none=True)
 
 
 def descend(state: State, recipe: Recipe, images: Mapping[str, Tensor], targets: Targets) -> Tensor:
@@ -269,35 +299,54 @@ def descend(state: State, recipe: Recipe, images: Mapping[str, Tensor], targets:
             logits = {name: state.student(images[name]) for name in recipe.forwards}
             return logits, recipe.loss(logits, targets)
 
-    state.student.train()
+    part = state.part
+    state.student.train(not part.idle)
     before = {}
     if state.awp_gamma is not None:
-        before = perturb_weights(state.student, state.awp_gamma, lambda: state.scaler.scale(forward()[1]))
+        before = perturb_weights(
+            state.student, state.awp_gamma, lambda: state.scaler.scale(part.weigh(forward()[1])), part.ranks.summed
+        )
     logits, loss = forward()
-    whole = loss + state.guard.poison if state.scaler.is_enabled() else loss
-    state.scaler.scale(whole).backward()
+    share = part.weigh(loss)
+    share = share + state.guard.poison if state.scaler.is_enabled() else share
+    state.scaler.scale(share).backward()
     with torch.no_grad():
         for weight, value in before.items():
             weight.copy_(value)
-    update(state, loss.detach())
+    whole = loss.detach() if state.bucket is None else state.bucket.add_up(share.detach())
+    update(state, whole)
     state.add(recipe, logits, targets, loss.detach())
     if state.average is not None and recipe.average_every == "step":
         state.average.follow(state.student)
-    return loss.detach()
+    return whole
+
+
+def stand_in(clean_BCHW: Tensor, label_B: Tensor, teacher_BK: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A black image of class 0 for a process that has none, so that it says all that the others wait to hear."""
+    clean_BCHW = clean_BCHW.new_zeros((1, *clean_BCHW.shape[1:]))
+    return (
+        clean_BCHW,
+        label_B.new_zeros(1),
+        None if teacher_BK is None else teacher_BK.new_zeros(1, teacher_BK.shape[1]),
+    )
 
 
 def train_step(
     state: State, recipe: Recipe, clean_BCHW: Tensor, label_B: Tensor, teacher_BK: Tensor | None = None
 ) -> Tensor:
-    """One step on one batch.
+    """One step on one batch, or on this process's rows of it (`State.part`), which may be none.
 
     Args:
         clean_BCHW: fp32, in the networks' memory format, pixels in [0, 1], on the student's device.
         label_B: int64.
         teacher_BK: the teacher's logits on `clean_BCHW` where they are known; it is asked otherwise.
     Returns:
-        The loss, a scalar on the device.
+        The loss of the whole batch, a scalar on the device.
     """
+    state.part.idle = not len(label_B)
+    if state.part.idle:
+        clean_BCHW, label_B, teacher_BK = stand_in(clean_BCHW, label_B, teacher_BK)
+        recipe = replace(recipe, attack_bn="eval")  # whatever has no rows must move no statistics
     attacked = state.attacked()
     targets = observe(state, recipe, attacked, clean_BCHW, label_B, teacher_BK)
     adv_BCHW = attack(state, recipe, attacked, clean_BCHW, targets)

@@ -46,7 +46,7 @@ def _with(job: Job, what: str, model: str | None, name: str | None) -> Job:
         raise UsageError(f"{job.name} needs a {what.replace('_', ' ')}: name a {model} checkpoint or run with {option}")
     method, setting, found = find_setting(name)
     out = job.out.parent / default_out(method, setting, 0).name
-    done = _is_done(RunFolder(out), found.recipe)
+    (done,) = job.ranks.any(job.ranks.is_first and _is_done(RunFolder(out), found.recipe))
     if not done and not job.recipe.train_teacher:
         raise UsageError(
             f"{job.name} needs a {what.replace('_', ' ')}: name a {model} checkpoint with {option}, "

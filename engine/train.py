@@ -3,6 +3,9 @@
 The same command again goes on where the run was, between any two steps: every random number comes from (seed, epoch,
 image) or (seed, step), so that a resumed run ends in the weights of an undisturbed one: bit for bit on a CPU with as
 many threads, and on a GPU as far as its convolutions repeat themselves (`Job.deterministic` makes them).
+
+Several processes (ranks.py) train one network on their own rows of every batch. They hold equal weights after each step
+and equal networks after each epoch; the first of them writes the files, and all leave at the same step.
 """
 
 import time
@@ -22,15 +25,15 @@ from retemper.engine.capture import captured
 from retemper.engine.diverged import LOWER, PostMortem
 from retemper.engine.errors import Diverged, Interrupted
 from retemper.engine.evaluation.evaluate import Attack, balanced_order, by_class, exact_fp32, finite, predictions
-from retemper.engine.interrupts import undisturbed
+from retemper.engine.interrupts import asked, undisturbed
 from retemper.engine.job import Job, cpu_threads, repeatable, tuned_convolutions
 from retemper.engine.memory import memory_advice
 from retemper.engine.models import create_model
 from retemper.engine.networks import Networks
 from retemper.engine.recipe import describe
 from retemper.engine.run_folder import RunFolder, commit, device_name, versions
-from retemper.engine.seen import Seen
-from retemper.engine.snapshot import epoch_so_far, go_on, restore, snapshot
+from retemper.engine.seen import HeldOut, Seen
+from retemper.engine.snapshot import epoch_so_far, go_on, own_part, restore, snapshot, take_own_part
 from retemper.engine.step import State, clean_images, train_step
 from retemper.engine.teacher_logits import teacher_logits
 from retemper.engine.tensorboard import Board
@@ -53,23 +56,29 @@ def train(job: Job) -> Path:
         DataError: the data or the teacher cannot be used.
         Diverged: the loss or a gradient is not finite any more; what was saved before stays.
         Interrupted: a signal came; the state is saved.
+        RankLost: another process is gone.
     """
-    folder = RunFolder(job.out)
+    folder, ranks = RunFolder(job.out, job.ranks.rank), job.ranks
+    locked = folder.locked() if ranks.is_first else nullcontext()
+    together = undisturbed() if ranks.joined else nullcontext()  # none leaves while the others wait for it
     full = exact_fp32() if job.recipe.precision == "fp32" else nullcontext()
     convolutions = repeatable() if job.deterministic else tuned_convolutions()
-    with folder.locked(), cpu_threads(job.recipe.cpu_threads), convolutions, full, memory_advice(job):
+    with together, locked, cpu_threads(job.recipe.cpu_threads), convolutions, full, memory_advice(job):
         run = Run(job, folder)
         first = run.resume()
         if first > job.recipe.epochs:
             say(f"{job.name}: all {job.recipe.epochs} epochs are done in {job.out}")
+            ranks.wait()
             return job.out
         where = f"epochs {first}{f' (after step {run.done})' if run.done else ''} to {job.recipe.epochs}"
-        say(f"{job.name}: {where} on {device_name(job.device)}; {run.loader.description}")
+        processes = f"{ranks.world_size} processes, each on " if ranks.joined else ""
+        say(f"{job.name}: {where} on {processes}{device_name(job.device)}; {run.loader.description}")
         try:
             for epoch in range(first, job.recipe.epochs + 1):
                 run.epoch(epoch)
         finally:
             run.loader.close()
+        ranks.wait()
         say(f"{job.name}: done, best epoch {run.best.epoch}; next: retemper evaluate {job.out}")
     return job.out
 
@@ -84,11 +93,11 @@ class Run:
     """
 
     def __init__(self, job: Job, folder: RunFolder) -> None:
-        self.job, self.folder, self.recipe = job, folder, job.recipe
+        self.job, self.folder, self.recipe, self.ranks = job, folder, job.recipe, job.ranks
         recipe, device = job.recipe, job.device
         self.split = load_split(recipe.dataset, "train", job.data_root, recipe.image_size)
         self.num_classes, self.channels = len(self.split.classes), self.split.shape[2]
-        self.board = Board(folder, self.split.classes) if job.tensorboard else None
+        self.board = Board(folder, self.split.classes) if job.tensorboard and self.ranks.is_first else None
         train_indices, held_indices = np.arange(len(self.split)), np.arange(0)
         if recipe.select_on == "holdout" and recipe.holdout_per_class:
             train_indices, held_indices = holdout_split(self.split.labels, recipe.holdout_per_class)
@@ -110,7 +119,7 @@ class Run:
         clean_teacher, self.clean_teacher_source = self.networks.teacher(recipe.clean_teacher_model, job.clean_teacher)
         self.start_source = self.networks.start(student)
         try:
-            self.state = State.begin(recipe, student, teacher, self.num_classes, device, clean_teacher)
+            self.state = State.begin(recipe, student, teacher, self.num_classes, device, clean_teacher, self.ranks)
             self.step = captured(self._step) if recipe.captures_on(device) else self._step
         except ValueError as error:
             raise UsageError(str(error)) from None
@@ -131,7 +140,15 @@ class Run:
             device=device,
             cache_dir=job.cache,
             beton=job.beton,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
         )
+        last = self.loader.num_images % recipe.batch_size or recipe.batch_size
+        if recipe.batch_norm == "synced" and last < self.ranks.world_size:
+            raise UsageError(
+                f"an epoch ends in a batch of {last} of {self.loader.num_images} images, too few for synced batch norm "
+                f"on {self.ranks.world_size} processes: use another --batch-size"
+            )
         self.held = self._held(held_indices)
         self.teacher_logits = teacher_logits(job, self.state, self.loader, self.split, self.teacher_source)
 
@@ -147,6 +164,27 @@ class Run:
 
     def resume(self) -> int:
         """Begin the folder or take up the state in it; the epoch to run next."""
+        found = self.ranks.from_first(self._found() if self.ranks.is_first else {})
+        saved = found["state"]
+        if saved is None:
+            self._validate(0)
+            return 1
+        processes = saved.get("world_size", 1)
+        if saved["step"] and processes != self.ranks.world_size:
+            raise UsageError(
+                f"{self.folder.state} was saved within an epoch, on {processes} processes: start as many again "
+                "(between epochs the number may change)"
+            )
+        try:
+            self._take_up(saved)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise DataError(f"{self.folder.state} is not this run's: delete the folder to start it anew") from None
+        self.best = Best(**found["best"])
+        self.started = time.monotonic() - saved["seconds"]
+        return self.finished + 1
+
+    def _found(self) -> dict[str, Any]:
+        """Begin the folder, or say what is in it: the state, and the best epoch so far."""
         job = self.job
         if not self.folder.state.exists():
             self.networks.check(self.held)
@@ -166,25 +204,25 @@ class Run:
                 "loader": self.loader.description,
                 "versions": versions(),
                 "device": device_name(job.device),
+                "processes": self.ranks.world_size,
                 "commit": commit(),
                 "started": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
             }
         )
         saved = self.folder.load_state()
-        if saved is None:
-            self._validate(0)
-            return 1
-        try:
-            restore(self.state, saved)
-            self.finished, self.done = self.saved = saved["epoch"], saved["step"]
-            if self.done:
-                self._start_epoch(self.finished + 1)
-                go_on(self.state, saved["so_far"])
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
-            raise DataError(f"{self.folder.state} is not this run's: delete the folder to start it anew") from None
-        self.best = newest_best(self.folder, saved["best"])
-        self.started = time.monotonic() - saved["seconds"]
-        return self.finished + 1
+        best = Best() if saved is None else newest_best(self.folder, saved["best"])
+        return {"state": saved, "best": best.saved()}
+
+    def _take_up(self, saved: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        restore(self.state, saved)
+        self.finished, self.done = self.saved = saved["epoch"], saved["step"]
+        if self.done:
+            self._start_epoch(self.finished + 1)
+        if self.ranks.joined and saved.get("world_size") == self.ranks.world_size:
+            take_own_part(self.state, saved["processes"][self.ranks.rank], running=self.done > 0)
+        elif self.done:
+            go_on(self.state, saved["so_far"])
 
     def _start_epoch(self, epoch: int) -> None:
         self.state.start_epoch(self.recipe, epoch, self._noise_seed(epoch))
@@ -199,20 +237,34 @@ class Run:
         Raises:
             Interrupted, DataError: a signal came, or the loader failed; what was trained is saved.
             Diverged: the loss or a gradient is not finite.
+        RankLost: another process is gone; what was saved before is whole.
         """
         try:
-            self._conclude(epoch, self._pass(epoch))
+            self._leave_together()
+            self._pass(epoch)
+            self._conclude(epoch)
         except KeyboardInterrupt:
             raise Interrupted(self._save_here()) from None
         except DataError:
-            self._save_here()
+            if not self.ranks.joined:  # else the others are somewhere else
+                self._save_here()
             raise
 
-    def _conclude(self, epoch: int, loss: float) -> None:
+    def _leave_together(self) -> None:
+        """Raises KeyboardInterrupt: a signal came to one of several processes; each does so at this place."""
+        if self.ranks.joined and self.ranks.any(asked()) == [True]:
+            raise KeyboardInterrupt
+
+    def _conclude(self, epoch: int) -> None:
         """After the epoch's steps: move the class state, choose, and save."""
         recipe, state = self.recipe, self.state
-        line = self._line(epoch, loss, time.monotonic() - self.started)
-        self.tail = self._snapshot(epoch - 1, self.done)
+        seconds = time.monotonic() - self.started
+        if not self.ranks.joined:  # else no signal comes between
+            self.tail = self._snapshot(epoch - 1, self.done)
+        state.meet()
+        if not self.ranks.are_same([*state.student.state_dict().values()]):
+            raise Diverged(f"the processes hold different weights after epoch {epoch}; {self._kept()}")
+        line = self._line(epoch, float(state.loss_sum) / self.loader.num_images, seconds)
         if self.recipe.validates:
             self._validate(epoch)
         else:
@@ -227,10 +279,14 @@ class Run:
         """Move the class state by the held-out images, where the method does so."""
         if not self.recipe.validates:
             return
-        assert self.held is not None
-        held = validate(self.state.student, self.recipe, self.held, self.num_classes, self.job.device)
+        held = self._validated()
         seen = self.state.seen(held) if epoch else Seen(held=held)
         self.state.move_classes(self.recipe.next_class_state(self.state.class_state, seen, epoch))
+
+    def _validated(self) -> HeldOut:
+        """How the student fares on the held-out images."""
+        assert self.held is not None
+        return validate(self.state.student, self.recipe, self.held, self.num_classes, self.job.device, ranks=self.ranks)
 
     def _follow(self, epoch: int) -> None:
         """Take the epoch's weights into their average, where that is done by epochs."""
@@ -238,15 +294,14 @@ class Run:
         if average is None or recipe.average_every != "epoch":
             return
         if recipe.average_above and epoch >= recipe.average_from:
-            assert self.held is not None
-            held = validate(self.state.student, recipe, self.held, self.num_classes, self.job.device)
+            held = self._validated()
             if held.robust_accuracy_K.min() < recipe.average_above:
                 average.skip(self.state.student)
                 return
         average.follow(self.state.student)
 
-    def _pass(self, epoch: int) -> float:
-        """Every batch of the epoch that is left; the mean loss of all."""
+    def _pass(self, epoch: int) -> None:
+        """Every batch of the epoch that is left."""
         if not self.done:
             self.started = time.monotonic()
             self._start_epoch(epoch)
@@ -255,18 +310,23 @@ class Run:
         with progress, closing(self._batches(epoch, self.done)) as batches:
             progress.advance(min(self.done * self.recipe.batch_size, self.loader.num_images))
             for batch, teacher_BK in batches:
+                rows = min(self.recipe.batch_size, self.loader.num_images - self.done * self.recipe.batch_size)
+                self.state.part.take(len(batch.label), rows)
                 with undisturbed():
                     loss = self.step(batch.image, batch.view, batch.label, teacher_BK)
                     self.done += 1
                 look, save = self.done % looks == 0, time.monotonic() >= self.next_save
+                if self.ranks.joined:  # all of them do the same, and ask one another only when the host waits anyway
+                    save = look and self.ranks.any(save) == [True]
                 if (look or save) and not self._is_finite():
                     break
-                progress.advance(len(batch.label), f"loss {loss.item():.4f}" if look else None)
+                progress.advance(rows, f"loss {loss.item():.4f}" if look else None)
+                if look:
+                    self._leave_together()
                 if save:
                     with undisturbed():
                         self._save_here()
         self._require_finite(epoch)
-        return float(self.state.loss_sum) / self.loader.num_images
 
     def _batches(self, epoch: int, done: int) -> Generator[tuple[Batch, Tensor | None], None, None]:
         """Each batch after so many, with the teacher's logits where they are asked for ahead.
@@ -345,7 +405,8 @@ class Run:
         if not (last or epoch >= recipe.select_always_from or epoch % recipe.select_every == 0):
             return
         attack = Attack(loss="cross-entropy", steps=recipe.select_steps, step=1 / 4, start="uniform")
-        given = predictions(self.state.kept, self.held, attack, eps=recipe.eps, device=self.job.device)
+        options: dict[str, Any] = dict(eps=recipe.eps, device=self.job.device, ranks=self.ranks)
+        given = predictions(self.state.kept, self.held, attack, **options)
         report = by_class(given.numpy(), self.held.labels, self.num_classes)
         left_out = ("count", "interval", "confusion")
         line["holdout"] = {name: value for name, value in report.items() if name not in left_out}
@@ -355,7 +416,9 @@ class Run:
 
     def _keep_as_best(self, score: float, epoch: int) -> None:
         self.best = Best(score, epoch)
-        self.folder.save_weights(self.folder.best, self.state.kept, self._metadata(epoch) | self.best.metadata())
+        if self.ranks.is_first:
+            metadata = self._metadata(epoch) | self.best.metadata()
+            self.folder.save_weights(self.folder.best, self.state.kept, metadata)
 
     def _snapshot(self, finished: int, done: int) -> dict[str, Any]:
         """All that going on needs, on the host.
@@ -364,7 +427,7 @@ class Run:
             Diverged: a weight or a statistic is not finite: the last update was made before anything was seen.
         """
         state = snapshot(self.state)
-        if not all(value.isfinite().all() for value in state["student"].values()):
+        if self.ranks.any(not all(value.isfinite().all() for value in state["student"].values())) == [True]:
             when = f"epoch {finished + 1}, step {done}" if done else f"epoch {finished}"
             raise Diverged(f"the weights are not finite after {when}; {self._kept()}. {LOWER}")
         return state | {
@@ -373,11 +436,15 @@ class Run:
             "so_far": epoch_so_far(self.state) if done else {},
             "seconds": time.monotonic() - self.started if done else 0.0,
             "best": self.best.saved(),
+            "world_size": self.ranks.world_size,
+            "processes": self.ranks.gathered(own_part(self.state)) if self.ranks.joined else [],
         }
 
     def _save(self, epoch: int, line: dict[str, Any]) -> None:
         """The epoch is done."""
-        self.folder.save_epoch(line, self.state.kept, self._metadata(epoch), self._snapshot(epoch, 0))
+        state = self._snapshot(epoch, 0)
+        if self.ranks.is_first:
+            self.folder.save_epoch(line, self.state.kept, self._metadata(epoch), state)
         self.finished, self.done, self.tail = epoch, 0, None
         self._was_saved()
 
@@ -387,7 +454,10 @@ class Run:
             self._require_finite(self.finished + 1)
             if self.teacher_logits is not None:
                 self.teacher_logits.keep()
-            self.folder.save_state(self.tail or self._snapshot(self.finished, self.done))
+            state = self.tail or self._snapshot(self.finished, self.done)
+            if self.ranks.is_first:
+                self.folder.save_state(state)
+            self.ranks.wait()
             self._was_saved()
         if not any(self.saved):
             return "nothing was trained yet"

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from retemper.engine.attack import cross_entropy_objective, pgd
 from retemper.engine.evaluation.evaluate import as_float, exact_fp32
+from retemper.engine.ranks import ALONE, Ranks
 from retemper.engine.recipe import Recipe, Targets
 from retemper.engine.seen import ClassMeans, ClassSums, HeldOut
 from retemper.kernels import class_sums, class_temperature_kl
@@ -12,12 +13,19 @@ from retemper.loaders import Split
 
 
 def validate(
-    model: nn.Module, recipe: Recipe, split: Split, num_classes: int, device: torch.device, batch_size: int = 256
+    model: nn.Module,
+    recipe: Recipe,
+    split: Split,
+    num_classes: int,
+    device: torch.device,
+    batch_size: int = 256,
+    ranks: Ranks = ALONE,
 ) -> HeldOut:
     """`model`, left in eval mode, on the images of `split`, clean and attacked as `Recipe.validates_by` says.
 
     "pgd" is `select_steps` steps of eps/4 on the cross-entropy. "training attack" is the method's own before its class
-    state moves anything: its objective and start, at the recipe's eps and step.
+    state moves anything: its objective and start, at the recipe's eps and step. Several processes take turns at the
+    batches.
     """
     clean_sums, adv_sums = (ClassSums.zeros(num_classes, device) for _ in range(2))
     boundary = ClassMeans.zeros(num_classes, 1, device)
@@ -25,7 +33,7 @@ def validate(
     label_N = torch.from_numpy(split.labels)
     model.eval()
     with exact_fp32():
-        for batch in torch.arange(len(split)).split(batch_size):
+        for batch in torch.arange(len(split)).split(batch_size)[ranks.rank :: ranks.world_size]:
             label_B, clean = label_N[batch].to(device), as_float(split, batch, device)
             with torch.no_grad():
                 clean_BK: Tensor = model(clean)
@@ -51,6 +59,8 @@ def validate(
             clean_sums.add(*class_sums(clean_BK, label_B, num_classes))
             adv_sums.add(*class_sums(adv_BK, label_B, num_classes))
             boundary.add(class_temperature_kl(adv_BK, clean_BK, label_B, ones_K, reduction="none"), label_B)
+    ranks.wait(patiently=True)  # for a process with a batch more
+    ranks.add_up_([value for sums in (clean_sums, adv_sums, boundary) for value in vars(sums).values()])
     return HeldOut(
         clean_accuracy_K=clean_sums.accuracy_K,
         robust_accuracy_K=adv_sums.accuracy_K,

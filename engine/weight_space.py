@@ -9,7 +9,7 @@ perturbed weights and applied to the weights themselves, as is their decay (in t
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,17 +60,24 @@ class Average:
         self.count.copy_(saved["count"])
 
 
-def perturb_weights(student: nn.Module, gamma: Tensor, loss: Callable[[], Tensor]) -> dict[nn.Parameter, Tensor]:
+def perturb_weights(
+    student: nn.Module,
+    gamma: Tensor,
+    loss: Callable[[], Tensor],
+    whole: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list,
+) -> dict[nn.Parameter, Tensor]:
     """Move every weight of more than one dimension up the loss, by `gamma` times its norm.
 
     The forward that `loss` makes leaves the student's statistics alone.
 
+    Args:
+        whole: from the gradients of this process's part of a batch to those of the batch.
     Returns:
         What the weights were.
     """
     weights = [parameter for parameter in student.parameters() if parameter.dim() > 1]
     statistics = [(buffer, buffer.clone()) for buffer in student.buffers()]
-    gradients = torch.autograd.grad(loss(), weights)
+    gradients = whole(torch.autograd.grad(loss(), weights))
     before = {}
     with torch.no_grad():
         for buffer, value in statistics:

@@ -116,7 +116,7 @@ class Loader(ABC):
         return self._fetch(*self.schedule(epoch, start_batch), len(self) - start_batch)
 
     def walk(self, indices: np.ndarray) -> Iterator[Batch]:
-        """These images of the split in this order, as they are (the identity view); to evaluate on.
+        """These images of the split in this order, as they are (the identity view), all of them in every process.
 
         Args:
             indices: (M,) int64 positions in the split.
@@ -127,7 +127,7 @@ class Loader(ABC):
         """
         self._require_inside(indices)
         view = np.full(len(indices), self.plan.views.identity, dtype=np.int64)
-        return self._fetch(self.plan.part(indices), self.plan.part(view), self.plan.batches(len(indices)))
+        return self._fetch(indices, view, -(-len(indices) // self.plan.local_size))
 
     def _require_inside(self, indices: np.ndarray) -> None:
         if len(indices) and (indices.min() < 0 or indices.max() >= self.num_total):

@@ -7,6 +7,13 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 LINE_EVERY_S = 20.0
+_quiet = False
+
+
+def only_errors(quiet: bool) -> None:
+    """Say nothing more in this process, which is not the first of several; or do so again."""
+    global _quiet
+    _quiet = quiet
 
 
 class Progress:
@@ -15,7 +22,7 @@ class Progress:
     def __init__(self, what: str, total: int) -> None:
         self.what, self.total, self.done, self.note = what, total, 0, ""
         self.started = self.said = time.monotonic()
-        tqdm = _tqdm() if sys.stderr.isatty() else None
+        tqdm = _tqdm() if sys.stderr.isatty() and not _quiet else None
         self.bar = tqdm(total=total, desc=what, leave=False, dynamic_ncols=True) if tqdm else None
 
     def __enter__(self) -> "Progress":
@@ -60,6 +67,8 @@ def progress(items: Iterable[T], total: int, label: str, *, show: bool = True) -
 
 def say(line: str) -> None:
     """One line for the user, on stderr: stdout is for results."""
+    if _quiet:
+        return
     tqdm = _tqdm()
     if tqdm:
         tqdm.write(line, file=sys.stderr)

@@ -50,8 +50,8 @@ class BMtard(Mtard):
     def after_step(self, state: Mapping[str, Tensor], logits: Mapping[str, Tensor], targets: Targets) -> None:
         super().after_step(state, logits, targets)
         adv, clean = state["temperature_adv"], state["temperature_clean"]
-        adv_entropy = mean_entropy(given(targets.teacher_adv_BK), adv)
-        clean_entropy = mean_entropy(given(targets.clean_teacher_BK), clean)
+        adv_entropy = targets.part.mean(mean_entropy(given(targets.teacher_adv_BK), adv))
+        clean_entropy = targets.part.mean(mean_entropy(given(targets.clean_teacher_BK), clean))
         move = state["temperature_rate"] * torch.sign(adv_entropy - clean_entropy)
         adv.copy_((adv - move).clamp(self.temperature_lower, self.temperature_upper))
         clean.copy_((clean + move).clamp(self.temperature_lower, self.temperature_upper))

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from retemper.engine import (
     ON_DIGITS,
+    WHOLE,
     Objective,
+    Part,
     Recipe,
     Targets,
     adversarial_training,
@@ -31,13 +33,13 @@ from retemper.engine import (
 ROUNDS, CUTS = 5, 64  # each round cuts the bracket of log(nu - max m) into so many; 60 / 64**5 is left of it: 6e-8
 
 
-def class_margin(logits_BK: Tensor, label_B: Tensor) -> tuple[Tensor, Tensor]:
+def class_margin(logits_BK: Tensor, label_B: Tensor, part: Part = WHOLE) -> tuple[Tensor, Tensor]:
     """(K,) the mean margin of each class, -1 (the least there is) where it has no image, and (K,) its images."""
     prob_BK = logits_BK.float().softmax(1)
     own_BK = is_label(logits_BK, label_B).to(prob_BK.dtype)
     margin_B = (prob_BK - own_BK).amax(1) - (prob_BK * own_BK).sum(1)
-    count_K = own_BK.sum(0)
-    return torch.where(count_K > 0, (margin_B[:, None] * own_BK).sum(0) / count_K.clamp(min=1), -1.0), count_K
+    count_K, total_K = part.sum(own_BK.sum(0)), part.sum((margin_B[:, None] * own_BK).sum(0))
+    return torch.where(count_K > 0, total_K / count_K.clamp(min=1), -1.0), count_K
 
 
 def worst_distribution(margin_K: Tensor, radius: float) -> Tensor:
@@ -78,7 +80,7 @@ class Faal(Recipe):
         return cross_entropy_objective(targets.label_B)
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
-        margin_K, count_K = class_margin(logits["adv"].detach(), targets.label_B)
+        margin_K, count_K = class_margin(logits["adv"].detach(), targets.label_B, targets.part)
         weight_K = worst_distribution(margin_K * count_K if self.variant == "released" else margin_K, self.radius)
         loss_B = cross_entropy_rows(logits["adv"], targets.label_B)
         return (len(weight_K) * weight_K[targets.label_B] * loss_B).mean()

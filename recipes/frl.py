@@ -21,6 +21,7 @@ from torch import Tensor
 from retemper.engine import (
     ON_DIGITS,
     KlObjective,
+    Part,
     Recipe,
     Seen,
     Targets,
@@ -42,8 +43,9 @@ def class_weight(multiplier_K: Tensor) -> Tensor:
     return 1 / multiplier_K.numel() + multiplier_K - multiplier_K.mean()
 
 
-def weighted_mean(loss_B: Tensor, weight_B: Tensor) -> Tensor:
-    return (weight_B * loss_B).sum() / weight_B.sum()
+def weighted_mean(loss_B: Tensor, weight_B: Tensor, part: Part) -> Tensor:
+    """Over these rows, the weights measured by their mean over the whole batch."""
+    return (weight_B * loss_B).mean() / part.mean(weight_B.mean())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,14 +82,16 @@ class Frl(Recipe):
     def margins(self, targets: Targets) -> tuple[Tensor, Tensor]:
         factor_K = (2 * targets.state["multiplier_margin"]).exp().clamp(self.margin_lower, self.margin_upper)
         eps_B = self.eps * factor_K[targets.label_B]
-        return eps_B, torch.ones_like(eps_B) * eps_B.amax() / 4  # the authors' step is the batch's largest eps / 4
+        largest = targets.part.largest(eps_B.amax())
+        return eps_B, torch.ones_like(eps_B) * largest / 4  # the authors' step is the batch's largest eps / 4
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         clean_B, boundary_B = (
             class_weight(targets.state[f"multiplier_{name}"])[targets.label_B] for name in ("clean", "boundary")
         )
-        clean = weighted_mean(cross_entropy_rows(logits["clean"], targets.label_B), clean_B)
-        return clean + self.beta * weighted_mean(kl_rows(logits["clean"], logits["adv"]), boundary_B)
+        clean = weighted_mean(cross_entropy_rows(logits["clean"], targets.label_B), clean_B, targets.part)
+        boundary = weighted_mean(kl_rows(logits["clean"], logits["adv"]), boundary_B, targets.part)
+        return clean + self.beta * boundary
 
     def next_class_state(self, state: Mapping[str, Tensor], seen: Seen, epoch: int) -> dict[str, Tensor]:
         assert seen.held is not None

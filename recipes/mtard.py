@@ -37,6 +37,11 @@ def next_clean_weight(clean_weight: Tensor, adv_ratio: Tensor, clean_ratio: Tens
     return clean_weight - rate * (clean_weight - clean_ratio / (adv_ratio + clean_ratio))
 
 
+def whole_batch(targets: Targets, adv: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
+    """What balances the tasks: their losses, without gradient, over all processes."""
+    return targets.part.mean(adv.detach()), targets.part.mean(clean.detach())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mtard(Recipe):
     teacher_sees: ClassVar[tuple[str, ...]] = ("adv",)
@@ -78,11 +83,12 @@ class Mtard(Recipe):
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         adv, clean = self.task_losses(logits, targets)
-        weight = self.balance(targets.state, adv, clean)["clean_task_weight"].squeeze()
+        weight = self.balance(targets.state, *whole_batch(targets, adv, clean))["clean_task_weight"].squeeze()
         return (1 - weight) * adv + weight * clean
 
     def after_step(self, state: Mapping[str, Tensor], logits: Mapping[str, Tensor], targets: Targets) -> None:
-        for name, value in self.balance(state, *self.task_losses(logits, targets)).items():
+        losses = whole_batch(targets, *self.task_losses(logits, targets))
+        for name, value in self.balance(state, *losses).items():
             state[name].copy_(value)
 
     def next_class_state(self, state: Mapping[str, Tensor], seen: Seen, epoch: int) -> dict[str, Tensor]:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from retemper.engine.attack import Objective, cross_entropy_objective, cw_objective, pgd
 from retemper.engine.evaluation.class_statistics import class_report, intervals
-from retemper.engine.fold import Folded
+from retemper.engine.fold import BATCH_NORM, Folded
+from retemper.engine.ranks import ALONE, Ranks
 from retemper.kernels import augment, identity_view
 from retemper.loaders import Split
 from retemper.loaders.progress import Progress
@@ -94,16 +95,18 @@ def predictions(
     batch_size: int = 256,
     seed: int = 0,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """The class that each image is given under attack, or clean where it is misclassified without: (N,) int64 on the
-    host, as `indices` orders them; -1 where the logits are not finite."""
+    host, as `indices` orders them; -1 where the logits are not finite. Several processes take turns at the batches,
+    and each gets all answers; those are what one process would give."""
     chosen = np.arange(len(split)) if indices is None else indices
     label_N = torch.from_numpy(split.labels)
-    given = []
+    given_N = torch.zeros(len(chosen), dtype=torch.int64, device=device)
     model.eval()
     twin = folded_twin(model, device) if attack.steps else None
     with exact_fp32():
-        for first in range(0, len(chosen), batch_size):
+        for first in range(ranks.rank * batch_size, len(chosen), ranks.world_size * batch_size):
             batch = torch.from_numpy(chosen[first : first + batch_size])
             label_B = label_N[batch].to(device)
             clean = as_float(split, batch, device)
@@ -122,10 +125,11 @@ def predictions(
                 )
                 with torch.no_grad():
                     given_B = torch.where(given_B == label_B, predicted(model(adv)), given_B)
-            given.append(given_B)
+            given_N[first : first + batch_size] = given_B
             if progress is not None:
-                progress.advance(len(batch))
-    return torch.cat(given).cpu() if given else torch.zeros(0, dtype=torch.int64)
+                progress.advance(min(len(batch) * ranks.world_size, len(chosen) - first))
+    ranks.wait(patiently=True)  # for a process with a batch more
+    return ranks.sum_(given_N.cpu())
 
 
 def predicted(logits_BK: Tensor) -> Tensor:
@@ -135,7 +139,7 @@ def predicted(logits_BK: Tensor) -> Tensor:
 
 def folded_twin(model: nn.Module, device: torch.device) -> nn.Module:
     """The same function for the attack to look at, faster where the network can be folded."""
-    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+    if not any(isinstance(module, BATCH_NORM) for module in model.modules()):
         return model
     try:
         return Folded(model, epilogue="fused" if device.type == "cuda" else "plain")

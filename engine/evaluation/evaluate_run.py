@@ -20,8 +20,9 @@ from retemper.engine.evaluation.evaluate import ATTACKS, balanced_order, by_clas
 from retemper.engine.evaluation.ladder import Subject
 from retemper.engine.evaluation.suite_run import Shard, evaluate_suite
 from retemper.engine.evaluation.verdicts import Evaluated, write_verdicts
-from retemper.engine.job import default_cache, pick_device
+from retemper.engine.job import default_cache
 from retemper.engine.networks import Network, find_network
+from retemper.engine.ranks import ALONE, Ranks
 from retemper.engine.run_folder import RunFolder, read_json, versions
 from retemper.engine.trained import Facts, is_run, require_same_images
 from retemper.engine.weights import write_atomically
@@ -32,7 +33,8 @@ from retemper.loaders.progress import Progress, say
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRequest:
-    """What to evaluate, and how. `facts` are the user's words about a bare checkpoint."""
+    """What to evaluate, and how. `facts` are the user's words about a bare checkpoint, `ranks` the processes that do it
+    together."""
 
     target: str | Path
     out: Path | None = None
@@ -43,6 +45,7 @@ class EvaluationRequest:
     batch_size: int = 256
     seed: int = 0
     device: torch.device
+    ranks: Ranks = ALONE
     facts: Facts
     suite: str = "standard"  # of AutoAttack, as are the following
     fold: bool = False
@@ -52,7 +55,7 @@ class EvaluationRequest:
     check: bool = False
 
     @classmethod
-    def from_words(cls, words: argparse.Namespace) -> "EvaluationRequest":
+    def from_words(cls, words: argparse.Namespace, ranks: Ranks, device: torch.device) -> "EvaluationRequest":
         """From the command line's options.
 
         Raises:
@@ -74,6 +77,8 @@ class EvaluationRequest:
             raise UsageError(f"--eps {words.eps}: write it as 8/255 or 0.031") from None
         if eps is not None and not 0 <= eps <= 1:
             raise UsageError(f"--eps {words.eps}: a radius in [0, 1] pixels, 8/255 not 8")
+        if words.shard and ranks.joined:
+            raise UsageError("--shard is for separate commands: torchrun shares the images out itself")
         if words.check and words.shard:
             raise UsageError("--check is not for a shard: give it once, in a run without --shard")
         return cls(
@@ -85,7 +90,8 @@ class EvaluationRequest:
             weights=words.weights,
             batch_size=words.batch_size,
             seed=words.seed,
-            device=pick_device(words.device),
+            device=device,
+            ranks=ranks,
             facts=Facts(model=words.model, dataset=words.dataset, eps=eps),
             suite=words.suite,
             fold=words.fold,
@@ -99,7 +105,8 @@ class EvaluationRequest:
 def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
     """Run the attacks and write the file.
 
-    Attacks found in an evaluation under the very same protocol are kept beside the new ones.
+    Attacks found in an evaluation under the very same protocol are kept beside the new ones. Several processes share
+    the images out, and the first of them writes the files.
 
     Returns:
         The file's path and its content.
@@ -128,7 +135,8 @@ def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
         "versions": versions(),
     }
     path = _destination(network, request.out)
-    content = _previous(path, protocol)
+    writes = request.ranks.is_first
+    content = _previous(path, protocol) if writes else _empty(protocol)
     content["protocol"]["data_root"] = None if data_root is None else str(data_root)
     verdicts = _known_verdicts(path, content)
     for name in request.attacks:
@@ -147,9 +155,10 @@ def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
         verdicts[key] = dict(
             zip(images.tolist(), zip(labels.tolist(), predicted_N == labels, strict=True), strict=True)
         )
-        write_verdicts(path.with_suffix(".csv"), verdicts)
-        write_atomically(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
-    if request.check:
+        if writes:
+            write_verdicts(path.with_suffix(".csv"), verdicts)
+            write_atomically(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
+    if request.check and writes:
         content["checks"] = _checks(model, split, order[:IMAGES], eps, request, network, content["attacks"])
         write_atomically(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
     return path, content
@@ -192,6 +201,7 @@ def _predictions(
             batch_size=request.batch_size,
             seed=request.seed,
             progress=progress,
+            ranks=request.ranks,
         ).numpy()
 
 
@@ -218,7 +228,8 @@ def _autoattack(
     )
     known = {name: protocol[name] for name in ("dataset", "split", "image_size", "weights_sha256")}
     ledger_path = path.with_name(path.name.replace("evaluation", "autoattack")).with_suffix(".csv")
-    ledger = evaluate_suite(model, split, order, suite, known=known, path=ledger_path, shard=request.shard)
+    pieces: dict[str, Any] = dict(shard=request.shard, ranks=request.ranks)
+    ledger = evaluate_suite(model, split, order, suite, known=known, path=ledger_path, **pieces)
     if ledger is None:
         return None
     described = {name: ledger.facts[name] for name in ("library", "seed", "batch_size", "fold", "eps")} | {
@@ -307,14 +318,17 @@ def default_evaluation_out(name: str) -> Path:
     return Path("runs") / plain
 
 
+def _empty(protocol: dict[str, Any]) -> dict[str, Any]:
+    return {"protocol": protocol | {"attacks": {}}, "attacks": {}}
+
+
 def _previous(path: Path, protocol: dict[str, Any]) -> dict[str, Any]:
     """The evaluation to add to: the one at `path` if it was made under `protocol`, else an empty one.
 
     One under another protocol is kept under a name of its own.
     """
-    empty: dict[str, Any] = {"protocol": protocol | {"attacks": {}}, "attacks": {}}
     if not path.exists():
-        return empty
+        return _empty(protocol)
     try:
         old = read_json(path)
         was, attacks = old.get("protocol"), old.get("attacks")
@@ -328,7 +342,7 @@ def _previous(path: Path, protocol: dict[str, Any]) -> dict[str, Any]:
     if path.with_suffix(".csv").exists():
         path.with_suffix(".csv").replace(kept.with_suffix(".csv"))
     say(f"{path} was made under another protocol and is now {kept}")
-    return empty
+    return _empty(protocol)
 
 
 def summary(content: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 
 from retemper.engine.evaluation.autoattack import SuiteRequest, run_suite, suite_facts
 from retemper.engine.evaluation.ledger import Ledger
+from retemper.engine.ranks import ALONE, Ranks
 from retemper.loaders import Split
 from retemper.loaders.errors import UsageError
 from retemper.loaders.progress import say
@@ -26,11 +27,13 @@ def evaluate_suite(
     known: Mapping[str, Any],
     path: Path,
     shard: Shard | None = None,
+    ranks: Ranks = ALONE,
 ) -> Ledger | None:
     """Go on with the ledger at `path`, or with one shard's beside it.
 
     A shard is a suite on its own images, batched among themselves: its random draws are those of a run on them alone.
-    The shard that finishes last writes the whole ledger.
+    The shard that finishes last writes the whole ledger; where several processes have a shard each, they wait for one
+    another, and the first of them writes it.
 
     Args:
         order: (N,) indices into `split`, class-balanced in every prefix; a shard takes a piece of it.
@@ -40,15 +43,16 @@ def evaluate_suite(
     Raises:
         UsageError, DataError: as `run_suite` and `Ledger.begin`.
     """
-    number, shards = shard or (1, 1)
+    number, shards = shard or (ranks.rank + 1, ranks.world_size)
     if shards > max(1, len(order)):
         raise UsageError(f"--shard {number}/{shards}: there are only {len(order)} images")
     images = hashlib.sha256(np.ascontiguousarray(order, dtype=np.int64).tobytes()).hexdigest()
     part = np.array_split(order, shards)[number - 1]
-    facts = suite_facts(request, {**known, "images": images}, shard)
+    facts = suite_facts(request, {**known, "images": images}, (number, shards) if shards > 1 else shard)
     ledger = Ledger.begin(_shard_path(path, number, shards), facts, part, split.labels[part])
     with ledger.locked():
         complete = run_suite(model, split, request, ledger)
+    ranks.wait(patiently=True)
     if shards == 1:
         return ledger
     paths = [_shard_path(path, one, shards) for one in range(1, shards + 1)]
@@ -58,7 +62,8 @@ def evaluate_suite(
         say(f"shard {number} of {shards}: {'done' if complete else 'not finished'}; {missing} are missing")
         return None
     whole = Ledger.merged(path, parts)
-    whole.write()
+    if ranks.is_first:
+        whole.write()
     return whole
 
 

@@ -150,7 +150,7 @@ def stop_before(last: int) -> Callable[..., None]:
 def test_an_epoch_whose_worst_class_is_too_weak_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worst = iter([0.1, 0.3, 0.1, 0.4])  # of epochs 2 to 5: the first is before the average begins, and not asked
 
-    def validate(*_: object) -> HeldOut:
+    def validate(*_: object, **__: object) -> HeldOut:
         robust = torch.full((10,), 0.9)
         robust[3] = next(worst)
         return HeldOut(clean_accuracy_K=robust, robust_accuracy_K=robust, clean_loss_K=robust, boundary_loss_K=robust)
