@@ -2,9 +2,10 @@
 
     python benchmarks/fairness.py --seeds 3
 
-Trains what is not trained yet under --out, evaluates it (clean and PGD-20 on all test images, AutoAttack's standard
-suite on a class-balanced subset, through the folded twin), and writes to --results: of every run its config.json,
-metrics.jsonl, evaluation.json and evaluation.csv, and of all the table, the plot and the paired differences from RSLAD.
+Trains what is not trained yet under --out, evaluates it (clean and PGD-20 on all test images, AutoAttack on a
+class-balanced subset, through the folded twin; --suite fast: its first two attacks), and writes to --results: of every
+run its config.json, metrics.jsonl, evaluation.json and evaluation.csv, and of all the table, the plot and the paired
+differences from RSLAD.
 """
 
 import argparse
@@ -29,8 +30,9 @@ from retemper.loaders.progress import Progress, say
 METHODS = "sat,trades,rslad,absld,fair_rslad,cfa,dafa"
 BASELINE = "rslad"
 ATTACKS = ("clean", "pgd20", "autoattack")
+SUITES = {"standard": "autoattack", "fast": "autoattack-fast"}  # as evaluation.json names them
 KEPT = ("config.json", "metrics.jsonl", "evaluation.json", "evaluation.csv")
-TITLES = {"pgd20": "PGD-20", "autoattack": "AutoAttack"}
+TITLES = {"pgd20": "PGD-20", "autoattack": "AutoAttack", "autoattack-fast": "APGD-CE, APGD-T (upper bounds)"}
 
 
 def write_records(runs: dict[str, list[Path]], results: Path) -> None:
@@ -82,14 +84,14 @@ def _mean(runs: list[dict[str, Any]], attack: str, key: str) -> float:
     return statistics.mean(run["attacks"][attack][key] for run in runs)
 
 
-def draw(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Average and worst class of every method under both attacks, a mark a seed."""
+def draw(rows: dict[str, list[dict[str, Any]]], attacks: Sequence[str], path: Path) -> None:
+    """Average and worst class of every method under each attack, a mark a seed."""
     from matplotlib.figure import Figure
 
     names = sorted(rows, key=lambda name: _mean(rows[name], "pgd20", "worst"))
     figure = Figure(figsize=(9, 0.5 * len(names) + 1.4), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, attack in zip(panels, TITLES, strict=True):
+    panels = figure.subplots(1, len(attacks), sharey=True)
+    for axes, attack in zip(panels, attacks, strict=True):
         for place, name in enumerate(names):
             average, worst = _mean(rows[name], attack, "average"), _mean(rows[name], attack, "worst")
             axes.plot([100 * worst, 100 * average], [place, place], color="#c3c9d0", lw=3, zorder=1)
@@ -115,12 +117,15 @@ def main() -> None:
     parser.add_argument("--data", default="fashion_mnist_small", help="the setting that all methods are trained under")
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--suite", choices=tuple(SUITES), default="standard")
     parser.add_argument("--autoattack-images", type=int, default=500)
     parser.add_argument("--out", type=Path, default=Path("runs/fairness"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/fairness"))
     words = parser.parse_args()
     torch.set_num_threads(1)  # the same bits on every machine
-    protocol = Protocol(out=words.out, attacks=ATTACKS, autoattack_limit=words.autoattack_images, fold=True)
+    protocol = Protocol(
+        out=words.out, attacks=ATTACKS, autoattack_limit=words.autoattack_images, fold=True, suite=words.suite
+    )
     chosen = contestants(words.data)
     chosen = {name: chosen[name] for name in words.methods.split(",")}
     teacher = f"sat:{words.data}"
@@ -137,7 +142,8 @@ def main() -> None:
     write_records(runs | {"teacher": [folder_of(teacher, 0, words.out)]}, words.results)
     text = [f"{words.data}, {words.seeds} seeds; intervals: 95 %, over the test images and over the seeds.\n"]
     content: dict[str, Any] = {"setting": words.data, "seeds": words.seeds, "baseline": BASELINE, "against": {}}
-    for attack in TITLES:
+    shown = ("pgd20", SUITES[words.suite])
+    for attack in shown:
         differences = against_baseline(runs, attack)
         entry = rows[BASELINE][0]["attacks"][attack]
         text.append(f"{TITLES[attack]} on {sum(entry['count']):,} images\n")
@@ -147,7 +153,7 @@ def main() -> None:
     print("\n".join(text))
     write_atomically(words.results / "table.md", "\n".join(text).encode())
     write_atomically(words.results / "fairness.json", json.dumps(content, indent=1).encode() + b"\n")
-    draw(rows | taught_by, words.results / "fairness.png")
+    draw(rows | taught_by, shown, words.results / "fairness.png")
 
 
 if __name__ == "__main__":

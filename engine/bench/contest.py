@@ -24,6 +24,7 @@ class Protocol:
     attacks: tuple[str, ...]
     autoattack_limit: int | None = None
     fold: bool = False
+    suite: str = "standard"
 
 
 def contestants(data: str) -> dict[str, str]:
@@ -67,7 +68,8 @@ def trained_and_evaluated(name: str, seed: int, protocol: Protocol) -> dict[str,
     folder = RunFolder(out)
     content = json.loads(folder.evaluation.read_text()) if folder.evaluation.exists() else {"attacks": {}}
     done = {attack for attack, entry in content["attacks"].items() if entry.get("complete", True)}
-    missing = tuple(attack for attack in protocol.attacks if attack not in done)
+    fast = "" if protocol.suite == "standard" else f"-{protocol.suite}"
+    missing = tuple(name for name in protocol.attacks if f"{name}{fast if name == 'autoattack' else ''}" not in done)
     if missing:
         request = EvaluationRequest(
             target=out,
@@ -76,6 +78,7 @@ def trained_and_evaluated(name: str, seed: int, protocol: Protocol) -> dict[str,
             facts=Facts(),
             autoattack_limit=protocol.autoattack_limit,
             fold=protocol.fold,
+            suite=protocol.suite,
         )
         content = evaluate_target(request)[1]
     lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
