@@ -81,6 +81,12 @@ for module in attack capture fold step; do tests+=" tests/engine/test_$module.py
 [ -n "${SUITE_QUICK:-}" ] && tests=tests/kernels/test_pgd_step.py
 part tests pytest,hypothesis $PY -m pytest -q --import-mode=importlib -p no:cacheprovider $tests \
     --deselect tests/kernels/test_compiles.py
+part ranks pytest,safetensors $PY -m pytest -q --import-mode=importlib -p no:cacheprovider tests/engine/test_ranks.py -m gpu
+gpus=$(nvidia-smi -L 2>/dev/null | wc -l)
+if [ "$gpus" -gt 1 ]; then
+    part ranks_$gpus sklearn,safetensors $PY -m torch.distributed.run --nproc-per-node "$gpus" \
+        -m retemper.engine train absld:digits --epochs 4 --batch-size $((8 * gpus)) --out "$work/ranks"
+fi
 part sanitizer compute-sanitizer! compute-sanitizer --tool memcheck --error-exitcode 1 \
     $PY -m retemper.engine bench kernels --quick --rounds 1
 

@@ -49,5 +49,5 @@ def test_the_commands_in_the_readme_exist() -> None:
 
 def test_the_map_in_the_readme_is_the_tree() -> None:
     named = re.findall(r"^\| `(\w+)/` \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
-    tracked = {"kernels", "loaders", "engine", "recipes", "tests", "benchmarks"}
+    tracked = {"kernels", "loaders", "engine", "recipes", "tests", "benchmarks", "examples"}
     assert set(named) == tracked and all((ROOT / name).is_dir() for name in named)

@@ -1,7 +1,6 @@
 """Runs: what they leave behind, that they learn by class, and that no kill loses or changes anything."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -223,12 +222,14 @@ def test_a_teacher_that_takes_days_is_asked_for(capsys: pytest.CaptureFixture[st
     assert "retemper train trades:cifar10_wrn34_10" in capsys.readouterr().err
 
 
-def test_many_processes_are_refused_not_ignored(
+def test_processes_that_cannot_meet_are_refused_not_ignored(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert train("rslad:digits", tmp_path / "run") == 2
-    assert "one process" in capsys.readouterr().err
+    assert "MASTER_ADDR, MASTER_PORT not: start the processes with torchrun" in capsys.readouterr().err
+    assert run(["bench", "step"]) == 2
+    assert "torchrun is for retemper train and evaluate" in capsys.readouterr().err
 
 
 def test_selection_on_the_test_images_is_an_option(train: Train, tmp_path: Path) -> None:
