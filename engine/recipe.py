@@ -9,14 +9,14 @@ Dimension key: B batch, K classes.
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
 from torch import Tensor
 
 from retemper.engine.attack import Objective, Watcher
 from retemper.engine.models import MODELS
-from retemper.engine.moves import Moves
+from retemper.engine.moves import EXACTNESS, Moves
 from retemper.engine.ranks import WHOLE, Part
 from retemper.engine.seen import Seen
 from retemper.loaders import DATASETS
@@ -244,3 +244,13 @@ class Recipe(Moves):
 def describe(recipe: Recipe) -> dict[str, Any]:
     """The recipe's fields, as the command line names them and config.json holds them."""
     return asdict(recipe)
+
+
+def other_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The fields by which `new` leads to another run than `old`, both as config.json holds them.
+
+    A field that `old` is too old to have counts as its default, which is what was done before there was a choice.
+    """
+    defaults = {field.name: field.default for field in fields(Recipe) if field.default is not MISSING}
+    before = {name: old.get(name, defaults.get(name)) for name in new}
+    return [name for name in new if before[name] != new[name] and EXACTNESS.get(name) != "bitwise"]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from retemper.engine.moves import EXACTNESS
+from retemper.engine.recipe import other_fields
 from retemper.engine.state_file import Damaged, pack, unpack
 from retemper.engine.weights import atomic_write, save_weights, write_atomically
 from retemper.loaders.errors import DataError, UsageError
@@ -225,12 +225,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What makes `new` another run than `old`, as "field: old, now new"."""
-    before = {**old["recipe"], **{name: old.get(name) for name in ("method", "seed")}}
-    after = {**new["recipe"], **{name: new[name] for name in ("method", "seed")}}
+    was, now = old["recipe"], new["recipe"]
+    changed = [(name, was.get(name), now[name]) for name in other_fields(was, now)]
+    changed += [(name, old.get(name), new[name]) for name in ("method", "seed") if old.get(name) != new[name]]
     for what in ("teacher", "clean_teacher", "start"):
-        before[what], after[what] = ((config.get(what) or {}).get("sha256", "none") for config in (old, new))
-    names = [name for name in after if before.get(name) != after[name] and EXACTNESS.get(name) != "bitwise"]
-    return [f"{name}: {before.get(name)}, now {after[name]}" for name in names]
+        before, after = ((config.get(what) or {}).get("sha256", "none") for config in (old, new))
+        changed += [(what, before, after)] if before != after else []
+    return [f"{name}: {before}, now {after}" for name, before, after in changed]
 
 
 def versions() -> dict[str, str]:

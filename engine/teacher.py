@@ -9,7 +9,7 @@ from pathlib import Path
 
 from retemper.engine.catalogue import find_setting
 from retemper.engine.job import Job, default_out
-from retemper.engine.recipe import Recipe, describe
+from retemper.engine.recipe import Recipe, describe, other_fields
 from retemper.engine.run_folder import RunFolder
 from retemper.engine.train import train
 from retemper.engine.trained import header_of
@@ -64,5 +64,5 @@ def _is_done(folder: RunFolder, recipe: Recipe) -> bool:
     """Whether the folder holds a finished run of exactly this recipe; `train` says what differs if it holds another."""
     if not (folder.config.exists() and folder.best.exists()):
         return False
-    same = folder.read_config()["recipe"] == json.loads(json.dumps(describe(recipe)))
-    return same and header_of(folder.last).get("epoch") == str(recipe.epochs)
+    other = other_fields(folder.read_config()["recipe"], json.loads(json.dumps(describe(recipe))))
+    return not other and header_of(folder.last).get("epoch") == str(recipe.epochs)

@@ -113,8 +113,8 @@ footer{margin-top:3.2rem;border-top:1px solid var(--rule);padding-top:1rem;font-
  th[scope=row]{min-width:0}table{font-size:.88rem}small{font-size:.7rem}}
 @media print{body{max-width:none;padding:0;font-size:10.5pt}nav,.raw{display:none}h2{break-after:avoid}
  table{font-size:.8rem}th,td{padding:.3rem .4rem}th,td,small,thead th,.short{white-space:normal;overflow-wrap:anywhere}
- thead th{min-width:3.5rem}.tall,pre{max-height:none}pre{white-space:pre-wrap;overflow-wrap:anywhere}.scroll{overflow:visible}
- thead th,th[scope=row]{position:static}
+ thead th{min-width:3.5rem}.tall,pre{max-height:none}pre{white-space:pre-wrap;overflow-wrap:anywhere}
+ .scroll{overflow:visible}thead th,th[scope=row]{position:static}
  details::details-content{content-visibility:visible;block-size:auto}
  td.bar,.swatch,th[scope=rowgroup]{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """

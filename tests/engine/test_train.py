@@ -1,6 +1,7 @@
 """Runs: what they leave behind, that they learn by class, and that no kill loses or changes anything."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,6 +142,23 @@ def test_a_run_is_not_continued_as_another(
     assert "lr: 0.1, now 0.05" in message and "seed: 0, now 4" in message
     assert run(["train", *command(tmp_path / "nowhere", whole)]) == 3
     assert (whole / "last.state").read_bytes() == before
+
+
+def test_a_folder_from_before_a_field_was_there_is_gone_on_with(
+    whole: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older = tmp_path / "older"
+    shutil.copytree(whole, older)
+    config = json.loads((older / "config.json").read_text())
+    for name in ("batch_norm", "average"):
+        del config["recipe"][name]
+    (older / "config.json").write_text(json.dumps(config))
+    assert run(["train", *command(teacher, older)]) == 0
+    assert "epochs are done" in capsys.readouterr().err
+    config["recipe"]["batch_norm"] = "synced"
+    (older / "config.json").write_text(json.dumps(config))
+    assert run(["train", *command(teacher, older)]) == 2
+    assert "batch_norm: synced, now local" in capsys.readouterr().err
 
 
 def test_two_processes_do_not_share_a_folder(whole: Path, teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
