@@ -11,6 +11,8 @@ import torch
 from retemper.engine.job import Job
 from retemper.loaders.errors import UsageError
 
+ON_A_CPU = "can't allocate memory", "could not create a primitive"  # torch's allocator; oneDNN, for a convolution
+
 
 @contextmanager
 def memory_advice(job: Job) -> Iterator[None]:
@@ -21,7 +23,7 @@ def memory_advice(job: Job) -> Iterator[None]:
         raise UsageError(_advice(job, str(error))) from None
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         words = str(error)
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in words:
+        if not isinstance(error, torch.OutOfMemoryError) and not any(sign in words for sign in ON_A_CPU):
             raise
         raise UsageError(_advice(job, words)) from None
 
