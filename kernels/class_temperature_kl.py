@@ -10,7 +10,7 @@ temperature 0.05 would otherwise lose their differences to rounding. Bound by me
 step, by the launch: one launch reads 2 (B, K) tensors, where eager takes ten to write and re-read seven.
 """
 
-# pyright: reportGeneralTypeIssues=false, reportPossiblyUnbound=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 # (Triton declares that static_range never returns, so that no loop may go over it; and an `if` on what is known when
 # compiled may bind names for another.)
 
@@ -69,7 +69,7 @@ def class_temperature_kl_reference(
     label_trust: Tensor | None = None,
 ) -> Tensor:
     """The loss of each row in plain PyTorch, in float64: the truth for the tests, and the path on a CPU."""
-    temperature, class_weight, label_trust = _of_class(label, temperature, class_weight, label_trust)
+    label, temperature, class_weight, label_trust = _of_class(label, temperature, class_weight, label_trust)
     log_p = _log_softmax(teacher.double(), temperature)
     log_q = _log_softmax(student.double(), student_temperature)
     p = log_p.exp()
@@ -94,7 +94,7 @@ def class_temperature_kl_grad_reference(
     row_grad: Tensor | None = None,
 ) -> Tensor:
     """d(sum of row_grad * loss)/d(student), likewise, into a new tensor of the student's dtype."""
-    temperature, class_weight, label_trust = _of_class(label, temperature, class_weight, label_trust)
+    label, temperature, class_weight, label_trust = _of_class(label, temperature, class_weight, label_trust)
     p = _log_softmax(teacher.double(), temperature).exp_()
     if label_trust is not None:
         p = _mixed(p, label, label_trust)
@@ -107,18 +107,20 @@ def class_temperature_kl_grad_reference(
 
 
 def _of_class(label: Tensor, *by_class: Tensor | None) -> list[Any]:
-    """The values of each row's class as (B, 1) columns, or None; NaN where the label is no class."""
+    """The labels, each made a class, and the values of each row's class as (B, 1) columns: NaN where it was none.
+
+    All at once, since on a CPU an operation more in each attack step is seen in the time of training.
+    """
     given = torch.stack([value for value in by_class if value is not None]).double()
-    known = (label >= 0) & (label < given.shape[1])
-    rows = torch.where(known, given.index_select(1, label.clamp(0, given.shape[1] - 1)), float("nan"))
-    columns = iter(rows[:, :, None])
-    return [None if value is None else next(columns) for value in by_class]
+    known, label = (label >= 0) & (label < given.shape[1]), label.clamp(0, given.shape[1] - 1)
+    columns = iter(torch.where(known, given.index_select(1, label), float("nan"))[:, :, None])
+    return [label, *(None if value is None else next(columns) for value in by_class)]
 
 
 def _mixed(p: Tensor, label: Tensor, trust: Tensor) -> Tensor:
     """The target: the teacher's probabilities, moved towards the label by its share."""
-    own = torch.arange(p.shape[1], device=p.device) == label[:, None]
-    return p.lerp_(own.double(), trust)
+    one_hot = torch.eye(p.shape[1], dtype=p.dtype, device=p.device).index_select(0, label)
+    return p.lerp_(one_hot, trust)
 
 
 def _log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
