@@ -68,16 +68,16 @@ def test_kill_9_between_and_within_saves_changes_no_bit(
 ) -> None:
     """Saving after every step: half of the kills fall into a save."""
     rng, out, positions = random.Random(0), tmp_path / "run", []
-    for _ in range(6):
+    for _ in range(5):
         process = start(*words, "--save-every", 0)
         before = positions[-1] if positions else (0, 0)
         process.until(lambda: (out / "last.state").exists() and position(out) > before)  # noqa: B023  # it is this one
-        time.sleep(rng.random() * 0.2)
+        time.sleep(rng.random() * 0.04)  # some steps, of the 28
         assert process.send(signal.SIGKILL)[0] == -signal.SIGKILL
         positions.append(position(out))
     assert positions == sorted(positions) and any(0 < step < STEPS for _, step in positions), positions
     code, said = start(*words).wait()
-    assert code == 0 and "(after step" in said, said
+    assert code == 0 and ("(after step" in said) == (positions[-1][1] > 0), said
     require_same(whole, out)
     left = {path.name for path in out.iterdir()}
     assert left == {path.name for path in whole.iterdir()}, "what killed processes had half written is gone"
@@ -87,9 +87,8 @@ def test_kill_9_between_and_within_saves_changes_no_bit(
 def test_a_signal_saves_and_leaves_with_75(
     number: int, whole: Path, words: list[object], start: Start, tmp_path: Path
 ) -> None:
-    process, out = start(*words), tmp_path / "run"
-    process.until(lambda: "epochs 1 to 2" in process.log.read_text())
-    time.sleep(0.3)
+    process, out = start(*words, "--save-every", 0.05), tmp_path / "run"
+    process.until((out / "last.state").exists)
     began = time.monotonic()
     code, said = process.send(number)
     assert time.monotonic() - began < 5
