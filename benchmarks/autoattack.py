@@ -106,24 +106,27 @@ def killed(run: Path, images: int, batch_size: int, kills: int, seed: int = 0) -
     rows, done = [], 0
     with TemporaryDirectory() as folder:
         alone, hunted = Path(folder) / "alone", Path(folder) / "hunted"
-        started = time.perf_counter()
         subprocess.run([*CLI, "evaluate", str(run), *options, "--out", str(alone)], check=True, capture_output=True)
-        longest = time.perf_counter() - started
+        ledger = hunted / "autoattack.csv"
         while True:
             process = subprocess.Popen(
                 [*CLI, "evaluate", str(run), *options, "--out", str(hunted)],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
+            written = ledger.stat().st_mtime_ns if ledger.exists() else 0
+            while done < kills and process.poll() is None:  # until it has done something, and then a moment longer
+                if ledger.exists() and ledger.stat().st_mtime_ns != written:
+                    break
+                time.sleep(0.01)
             try:
-                process.wait(draw.uniform(0.1, 0.5) * longest if done < kills else None)
+                process.wait(draw.uniform(0, 1) if done < kills else None)
                 break
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
                 done += 1
-                ledger = hunted / "autoattack.csv"
-                rows.append(int(Ledger.read(ledger).tried_N.sum()) if ledger.exists() else 0)
+                rows.append(int(Ledger.read(ledger).tried_N.sum()))
         assert process.returncode == 0, process.returncode
         tables = [(folder / "autoattack.csv").read_text().partition("\n")[2] for folder in (alone, hunted)]
     return {"kills": done, "attacks_done_at_each": rows, "same_ledger": tables[0] == tables[1], "images": images}
@@ -167,7 +170,7 @@ def main() -> None:
         for name in ("plain", "folded")
     }
     if words.kills:
-        content["killed"] = killed(words.runs[0], min(60, words.images), 16, words.kills)
+        content["killed"] = killed(words.runs[0], min(60, words.images), 8, words.kills)
         print(f"killed {content['killed']['kills']} times: same ledger: {content['killed']['same_ledger']}")
     content |= {"versions": versions(), "commit": commit(), "device": device_name(device)}
     if words.json:
