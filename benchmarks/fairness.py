@@ -10,7 +10,7 @@ differences from RSLAD.
 
 import argparse
 import json
-import shutil
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -36,11 +36,12 @@ TITLES = {"pgd20": "PGD-20", "autoattack": "AutoAttack", "autoattack-fast": "APG
 
 
 def write_records(runs: dict[str, list[Path]], results: Path) -> None:
-    """Copy what a reader needs to check the figures."""
+    """Copy what a reader needs to check the figures, without the folders of the machine."""
     for folder in {folder for folders in runs.values() for folder in folders}:
         (results / folder.name).mkdir(parents=True, exist_ok=True)
         for name in KEPT:
-            shutil.copyfile(folder / name, results / folder.name / name)
+            text = (folder / name).read_text()
+            write_atomically(results / folder.name / name, re.sub(r"(/[\w.-]+)+/", "", text).encode())
 
 
 def against_baseline(runs: dict[str, list[Path]], attack: str) -> dict[str, Comparison]:

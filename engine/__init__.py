@@ -10,6 +10,7 @@ from retemper.engine.recipe import Recipe, Targets, given
 from retemper.engine.seen import ClassMeans, ClassSums, HeldOut, Seen
 from retemper.engine.settings import (
     DIGITS,
+    ON_BOTH,
     ON_DIGITS,
     Setting,
     adversarial_training,
@@ -30,6 +31,7 @@ def run_recipe(file: str) -> None:
 
 __all__ = [
     "DIGITS",
+    "ON_BOTH",
     "ON_DIGITS",
     "WHOLE",
     "ClassMeans",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from retemper.engine import (
-    ON_DIGITS,
+    ON_BOTH,
     KlObjective,
     Recipe,
     Seen,
@@ -101,7 +101,7 @@ class Cfa(Recipe):
 # a twentieth and a quarter of the epochs, as of the authors' 200
 SETTINGS = adversarial_training(
     Cfa,
-    ON_DIGITS,
+    ON_BOTH,
     digits=dict(calibrate_from=1, average_from=5),
     fashion_mnist_small=dict(calibrate_from=1, average_from=3, select_from=5),
     fashion_mnist_resnet18=dict(calibrate_from=3, average_from=15, select_from=30),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from retemper.engine import (
-    ON_DIGITS,
+    ON_BOTH,
     KlObjective,
     Recipe,
     Seen,
@@ -88,7 +88,7 @@ class Dafa(Recipe):
 # the share of the authors' 110 epochs that comes before the weights
 SETTINGS = adversarial_training(
     Dafa,
-    ON_DIGITS,
+    ON_BOTH,
     digits=dict(warm_up=12),
     fashion_mnist_small=dict(warm_up=6),
     fashion_mnist_resnet18=dict(warm_up=38),

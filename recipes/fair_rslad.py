@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from retemper.engine import ON_DIGITS, Targets, distillation, run_recipe
+from retemper.engine import ON_BOTH, Targets, distillation, run_recipe
 from retemper.kernels import class_temperature_kl
 from retemper.recipes.fair import Fair
 from retemper.recipes.rslad import SHORT, Rslad
@@ -27,7 +27,7 @@ class FairRslad(Rslad, Fair):
         return self.kl_scale * (self.adv_weight * adv + (1 - self.adv_weight) * clean)
 
 
-SETTINGS = distillation(FairRslad, ON_DIGITS, digits=SHORT, fashion_mnist_small=SHORT)
+SETTINGS = distillation(FairRslad, ON_BOTH, digits=SHORT, fashion_mnist_small=SHORT)
 
 if __name__ == "__main__":
     run_recipe(__file__)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retemper.engine import (
-    ON_DIGITS,
+    ON_BOTH,
     Objective,
     Recipe,
     Targets,
@@ -43,7 +43,7 @@ RICE: dict[str, Any] = dict(epochs=200, lr_drops=(100, 150), weight_decay=5e-4, 
 OURS: dict[str, Any] = dict(weight_decay=5e-4)
 STUDENTS = adversarial_training(
     Sat,
-    ON_DIGITS,
+    ON_BOTH,
     digits=OURS,
     fashion_mnist_small=OURS,
     fashion_mnist_resnet18=OURS,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from retemper.engine import (
     DIGITS,
-    ON_DIGITS,
+    ON_BOTH,
     KlObjective,
     Recipe,
     Setting,
@@ -68,7 +68,7 @@ SETTINGS = {
 RESNET18: dict[str, Any] = dict(epochs=100, lr_drops=(74, 89, 99), select_always_from=74)
 STUDENTS = adversarial_training(
     Trades,
-    ON_DIGITS,
+    ON_BOTH,
     cifar10_resnet18=RESNET18,
     cifar10_preact_resnet18=RESNET18,
     cifar100_resnet18=RESNET18,
