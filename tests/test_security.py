@@ -40,14 +40,11 @@ def has(call: ast.Call, name: str, value: object) -> bool:
 def offences(source: str, where: str) -> Iterator[str]:
     """What a module does that it may not, as "line: what"."""
     for node in ast.walk(ast.parse(source)):
-        imported: list[str] = []
-        if isinstance(node, ast.Import):
-            imported = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            imported = [node.module or ""]
-        for name in imported:
-            if where not in MODULES.get(name.split(".")[0], (where,)):
-                yield f"{node.lineno}: imports {name}"
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            imported = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            for name in imported:
+                if where not in MODULES.get(name.split(".")[0], (where,)):
+                    yield f"{node.lineno}: imports {name}"
         if not isinstance(node, ast.Call):
             continue
         name = dotted(node.func)
