@@ -5,7 +5,7 @@ SYSTEM := python3-venv python3-dev g++ pkg-config libturbojpeg0-dev libopencv-de
 SYSTEM_LOG := $(shell mktemp)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup system demo test check bench wheel clean
+.PHONY: setup system demo test check bench wheel lock clean
 
 setup: .venv/installed
 
@@ -45,6 +45,9 @@ bench: setup
 wheel: setup
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist .
+
+lock: setup
+	$(BIN)/python .ci/lock.py
 
 clean:
 	rm -rf .venv build dist src/*.egg-info
