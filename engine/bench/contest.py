@@ -68,8 +68,8 @@ def trained_and_evaluated(name: str, seed: int, protocol: Protocol) -> dict[str,
     folder = RunFolder(out)
     content = json.loads(folder.evaluation.read_text()) if folder.evaluation.exists() else {"attacks": {}}
     done = {attack for attack, entry in content["attacks"].items() if entry.get("complete", True)}
-    fast = "" if protocol.suite == "standard" else f"-{protocol.suite}"
-    missing = tuple(name for name in protocol.attacks if f"{name}{fast if name == 'autoattack' else ''}" not in done)
+    # AutoAttack's ledger knows whether it was run under this protocol, and then has nothing left to do
+    missing = tuple(name for name in protocol.attacks if name == "autoattack" or name not in done)
     if missing:
         request = EvaluationRequest(
             target=out,

@@ -73,7 +73,7 @@ def run_suite(model: nn.Module, split: Split, request: SuiteRequest, ledger: Led
     Args:
         model: images to logits in eval mode, on the device of the request.
     Raises:
-        UsageError: the library is not installed; the network knows fewer than four classes.
+        UsageError: the library is not installed; the network knows fewer than four classes, or cannot be folded.
     """
     started, spent = time.monotonic(), ledger.notes["seconds"]
     with Progress("autoattack", 1) as progress, exact_fp32(), _flags(ledger), _own_draws(request.device):
@@ -97,6 +97,8 @@ class _Runner:
     ) -> None:
         self.model, self.split, self.request, self.ledger, self.progress = model, split, request, ledger, progress
         looked_at = folded_twin(model, request.device) if request.fold else model
+        if request.fold and looked_at is model:
+            raise UsageError("--fold: this network has no batch norm that can be folded: leave the option out")
         self.looked_at = ChannelsLast(looked_at, progress)
         self.attacks = library_attacks(self.looked_at, len(split.classes), request.eps, request.seed, request.device)
 

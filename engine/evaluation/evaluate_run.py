@@ -266,9 +266,12 @@ def _checks(
 
 def _known_verdicts(path: Path, content: dict[str, Any]) -> dict[str, dict[int, tuple[int, bool]]]:
     """Of the attacks that `content` keeps from before; those whose verdicts are lost are left out."""
+    if not content["attacks"]:
+        return {}
     try:
         known = Evaluated(path, path.stem, content).verdicts
-    except DataError:
+    except DataError as error:
+        say(f"the verdicts of {', '.join(content['attacks'])} are lost for comparisons: {error}")
         return {}
     return {name: of_image for name, of_image in known.items() if name in content["attacks"]}
 

@@ -186,6 +186,13 @@ def test_fewer_than_four_classes_are_refused(model: Linear) -> None:
         autoattack.library_attacks(model, 3, EPS, 0, CPU)
 
 
+def test_a_network_that_cannot_be_folded_is_not_attacked_as_if_it_were(
+    model: Linear, digits: Split, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="--fold"):
+        run_suite(model, digits, request(fold=True), begun(tmp_path, digits))
+
+
 def test_random_draws_of_others_are_left_alone(short: None, model: Linear, digits: Split, tmp_path: Path) -> None:
     torch.manual_seed(7)
     before = torch.random.get_rng_state()
