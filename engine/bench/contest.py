@@ -25,6 +25,7 @@ class Protocol:
     autoattack_limit: int | None = None
     fold: bool = False
     suite: str = "standard"
+    check: bool = False  # for masked gradients
 
 
 def contestants(data: str) -> dict[str, str]:
@@ -70,7 +71,8 @@ def trained_and_evaluated(name: str, seed: int, protocol: Protocol) -> dict[str,
     done = {attack for attack, entry in content["attacks"].items() if entry.get("complete", True)}
     # AutoAttack's ledger knows whether it was run under this protocol, and then has nothing left to do
     missing = tuple(name for name in protocol.attacks if name == "autoattack" or name not in done)
-    if missing:
+    unchecked = protocol.check and "checks" not in content
+    if missing or unchecked:
         request = EvaluationRequest(
             target=out,
             attacks=missing,
@@ -79,6 +81,7 @@ def trained_and_evaluated(name: str, seed: int, protocol: Protocol) -> dict[str,
             autoattack_limit=protocol.autoattack_limit,
             fold=protocol.fold,
             suite=protocol.suite,
+            check=unchecked,
         )
         content = evaluate_target(request)[1]
     lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]

@@ -1,0 +1,169 @@
+"""Which part of label trust helps, at which rates, for which student and teacher? Judged on held-out training images.
+
+    python benchmarks/label_trust_study.py --data digits --seeds 3
+    python benchmarks/label_trust_study.py --data fashion_mnist_small --seeds 1 --rows main
+
+The test images are not looked at: 30 (digits) or 400 images a class of the training set are held out, and PGD-20 on
+them, at the epoch that the protocol keeps, is what the table shows. Trains what is not trained yet under --out; writes
+to --results, of every run its config.json and metrics.jsonl, and the table.
+"""
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retemper.engine.catalogue import find_setting
+from retemper.engine.job import Job, default_cache
+from retemper.engine.run_folder import RunFolder, commit, device_name, versions
+from retemper.engine.teacher import with_teacher
+from retemper.engine.train import train
+from retemper.engine.weights import write_atomically
+from retemper.loaders.progress import Progress, say
+
+HELD_OUT: dict[str, dict[str, Any]] = {
+    "digits": dict(holdout_per_class=30),
+    "fashion_mnist_small": dict(holdout_per_class=400, select_every=10, select_from=8),
+}
+KEPT = ("config.json", "metrics.jsonl")
+OFF = dict(trust_rate=0.0, weight_rate=0.0)
+WIDE = dict(student="tiny_resnet_wide")
+FAIRER = "teacher: weights"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A student of the study: what it has otherwise than label trust's defaults."""
+
+    name: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    method: str = "label_trust"
+    teacher: str | None = None  # the row that taught it; None: the setting's teacher
+    main: bool = True  # whether it is of the short study
+
+    @property
+    def folder(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+ROWS = (
+    Row("RSLAD", method="rslad"),
+    Row("trust and weights"),
+    Row("trust", dict(weight_rate=0.0)),
+    Row("weights", dict(trust_rate=0.0)),
+    Row("temperatures", OFF | dict(temperature_rate=0.3)),
+    Row("margins", OFF | dict(margin_rate=0.2)),
+    Row("trust, weights, temperatures", dict(temperature_rate=0.3)),
+    Row("trust, weights, margins", dict(margin_rate=0.2)),
+    Row("trust and worst-class weights", dict(rule="dro")),
+    Row("trust 0.4 for all, no weights", dict(trust_start=0.4) | OFF),
+    Row("trust 0.4 for all, weights", dict(trust_start=0.4, trust_rate=0.0)),
+    Row("labels alone, weights", dict(trust_start=1.0, trust_upper=1.0, trust_rate=0.0)),
+    Row("weight rate 0.15", dict(weight_rate=0.15)),
+    Row("weight rate 0.6", dict(weight_rate=0.6)),
+    Row("weights up to 2", dict(weight_upper=2.0)),
+    Row("weights up to 8", dict(weight_upper=8.0), main=False),
+    Row("trust rate 0.05", dict(trust_rate=0.05), main=False),
+    Row("trust rate 0.2", dict(trust_rate=0.2), main=False),
+    Row("trust up to 0.5", dict(trust_upper=0.5), main=False),
+    Row("trust up to 1", dict(trust_upper=1.0), main=False),
+    Row("weights averaged", dict(average="ema", ema_decay=0.99), main=False),
+    Row("RSLAD, weights averaged", dict(average="ema", ema_decay=0.99), method="rslad", main=False),
+    Row("RSLAD, wide student", WIDE, method="rslad", main=False),
+    Row("trust and weights, wide student", WIDE, main=False),
+    Row(FAIRER, WIDE | dict(trust_start=1.0, trust_upper=1.0, trust_rate=0.0), main=False),
+    Row("RSLAD, fairer teacher", method="rslad", teacher=FAIRER, main=False),
+    Row("trust, fairer teacher", dict(weight_rate=0.0), teacher=FAIRER, main=False),
+    Row("trust and weights, fairer teacher", teacher=FAIRER, main=False),
+)
+
+
+def trained(row: Row, data: str, seed: int, out: Path) -> Path:
+    """The folder of `row`'s run, trained where that is not done."""
+    method, setting, found = find_setting(f"{row.method}:{data}")
+    folder = out / f"{row.folder}-{data}-seed{seed}"
+    teachers = {other.name: other for other in ROWS}
+    job = Job(
+        method=method,
+        setting=setting,
+        recipe=replace(found.recipe, **HELD_OUT[data], **row.fields),
+        out=folder,
+        seed=seed,
+        teacher=trained(teachers[row.teacher], data, 0, out) if row.teacher else None,
+        cache=default_cache(),
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    train(with_teacher(job))
+    return folder
+
+
+def held_out(folder: Path) -> dict[str, Any]:
+    """What the kept epoch, the best in average + worst, came to on the held-out images."""
+    lines = [json.loads(line) for line in RunFolder(folder).metrics.read_text().splitlines()]
+    first = json.loads((folder / "config.json").read_text())["recipe"]["select_from"]
+    scores = [line["holdout"] for line in lines if "holdout" in line and line["epoch"] >= first]
+    return max(scores, key=lambda score: score["average"] + score["worst"])
+
+
+def table(found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    """A line a row, the best worst class first: means over the seeds, and ranges."""
+
+    def mean(name: str, key: str) -> float:
+        return statistics.mean(score[key] for score in found[name])
+
+    def shown(name: str, key: str) -> str:
+        values = [score[key] for score in found[name]]
+        spread = f" ({min(values):.1%} to {max(values):.1%})" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.1%}{spread}"
+
+    yield "| student | average | worst class | NSD |"
+    yield "|---|---|---|---|"
+    for name in sorted(found, key=lambda name: -mean(name, "worst")):
+        yield f"| {name} | {shown(name, 'average')} | {shown(name, 'worst')} | {mean(name, 'nsd'):.3f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=tuple(HELD_OUT), default="digits")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rows", choices=("all", "main"), default="all")
+    parser.add_argument("--out", type=Path, default=Path("runs/label_trust_study"))
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/label_trust"))
+    words = parser.parse_args()
+    torch.set_num_threads(1)  # the same bits on every machine
+    rows = [row for row in ROWS if row.main or words.rows == "all"]
+    results = words.results / words.data
+    found: dict[str, list[dict[str, Any]]] = {}
+    with Progress("study", len(rows) * words.seeds) as progress:
+        for row in rows:
+            for seed in range(words.seeds):
+                say(f"{row.name}, seed {seed}")
+                folder = trained(row, words.data, seed, words.out)
+                found.setdefault(row.name, []).append(held_out(folder))
+                (results / folder.name).mkdir(parents=True, exist_ok=True)
+                for name in KEPT:  # without the folders of the machine
+                    text = re.sub(r"(/[\w.-]+)+/", "", (folder / name).read_text())
+                    write_atomically(results / folder.name / name, text.encode())
+                progress.advance(1)
+            text = "\n".join(table(found)) + "\n"
+            content = {
+                "data": words.data,
+                "held_out": HELD_OUT[words.data],
+                "rows": [asdict(one) | {"seeds": found[one.name]} for one in rows if one.name in found],
+                "versions": versions(),
+                "commit": commit(),
+                "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+            }
+            write_atomically(results / "study.md", text.encode())
+            write_atomically(results / "study.json", json.dumps(content, indent=1).encode() + b"\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
