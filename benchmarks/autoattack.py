@@ -28,9 +28,9 @@ from retemper.engine import create_model, load_checkpoint
 from retemper.engine.evaluation.autoattack import SuiteRequest, run_suite
 from retemper.engine.evaluation.evaluate import as_float, balanced_order, exact_fp32, predicted
 from retemper.engine.evaluation.ledger import Ledger
-from retemper.engine.run_folder import RunFolder, commit, device_name, versions
-from retemper.engine.trained import facts_of, load_trained
-from retemper.engine.weights import write_atomically
+from retemper.engine.networks.trained import facts_of, load_trained
+from retemper.engine.networks.weights import write_atomically
+from retemper.engine.run.run_folder import RunFolder, commit, device_name, versions
 from retemper.loaders import Split, load_split
 from retemper.loaders.progress import say
 

@@ -24,8 +24,8 @@ from retemper.engine.bench.contest import Protocol, contestants, folder_of, trai
 from retemper.engine.evaluation.compare import Comparison, Difference, compare
 from retemper.engine.evaluation.evaluate import finite
 from retemper.engine.evaluation.verdicts import read_evaluated
-from retemper.engine.run_folder import commit, device_name, versions
-from retemper.engine.weights import write_atomically
+from retemper.engine.networks.weights import write_atomically
+from retemper.engine.run.run_folder import commit, device_name, versions
 from retemper.loaders.progress import Progress, say
 
 METHODS = "sat,trades,rslad,absld,fair_rslad,cfa,dafa,label_trust"

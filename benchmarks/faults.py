@@ -30,12 +30,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from retemper.engine import create_model, interrupts, load_checkpoint
+from retemper.engine import create_model, load_checkpoint
 from retemper.engine.cli import run
-from retemper.engine.run_folder import commit, device_name, versions
-from retemper.engine.state_file import unpack
-from retemper.engine.teacher_table import TeacherTable
-from retemper.engine.weights import write_atomically
+from retemper.engine.networks.weights import write_atomically
+from retemper.engine.run import interrupts
+from retemper.engine.run.run_folder import commit, device_name, versions
+from retemper.engine.run.state_file import unpack
+from retemper.engine.speed.teacher_table import TeacherTable
 from retemper.loaders import DataError, ViewSpace, convert, load_split, verify
 from retemper.loaders.ffcv_backend import FfcvLoader, _pump_class
 from retemper.loaders.loader import Plan

@@ -20,8 +20,8 @@ from retemper.engine import Recipe, State, create_model, train_step
 from retemper.engine.bench.machine import Rates
 from retemper.engine.bench.record import as_table, header, save
 from retemper.engine.bench.timing import Contestant, Race, Work, run_race
-from retemper.engine.capture import captured
 from retemper.engine.catalogue import find_setting
+from retemper.engine.speed.capture import captured
 
 OFF = dict(trust_rate=0.0, weight_rate=0.0)
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from retemper.engine.catalogue import find_setting
-from retemper.engine.job import Job, default_cache
-from retemper.engine.run_folder import RunFolder, commit, device_name, versions
-from retemper.engine.teacher import with_teacher
-from retemper.engine.train import train
-from retemper.engine.weights import write_atomically
+from retemper.engine.networks.teacher import with_teacher
+from retemper.engine.networks.weights import write_atomically
+from retemper.engine.run.job import Job, default_cache
+from retemper.engine.run.run_folder import RunFolder, commit, device_name, versions
+from retemper.engine.run.train import train
 from retemper.loaders.progress import Progress, say
 
 HELD_OUT: dict[str, dict[str, Any]] = {
@@ -140,6 +140,7 @@ def main() -> None:
     rows = [row for row in ROWS if row.main or words.rows == "all"]
     results = words.results / words.data
     found: dict[str, list[dict[str, Any]]] = {}
+    text = ""
     with Progress("study", len(rows) * words.seeds) as progress:
         for row in rows:
             for seed in range(words.seeds):

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from retemper.engine.bench.contest import Protocol, contestants, trained_and_evaluated
-from retemper.engine.run_folder import commit, device_name, versions
-from retemper.engine.weights import write_atomically
+from retemper.engine.networks.weights import write_atomically
+from retemper.engine.run.run_folder import commit, device_name, versions
 from retemper.loaders.progress import Progress, say
 
 ATTACKS = ("clean", "pgd20")

@@ -5,7 +5,8 @@ from retemper.engine.errors import Diverged
 from retemper.engine.evaluation.class_statistics import ClassReport, class_report, intervals
 from retemper.engine.losses import cross_entropy_rows, is_label, kl_rows
 from retemper.engine.models import create_model
-from retemper.engine.ranks import WHOLE, Part
+from retemper.engine.networks.weights import load_checkpoint, save_weights
+from retemper.engine.parallel.ranks import WHOLE, Part
 from retemper.engine.recipe import Recipe, Targets, given
 from retemper.engine.seen import ClassMeans, ClassSums, HeldOut, Seen
 from retemper.engine.settings import (
@@ -19,7 +20,6 @@ from retemper.engine.settings import (
     teachers,
 )
 from retemper.engine.step import State, train_step
-from retemper.engine.weights import load_checkpoint, save_weights
 
 
 def run_recipe(file: str) -> None:

@@ -8,11 +8,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
-from retemper.engine import interrupts
 from retemper.engine.catalogue import find_setting, method_module, methods, nearest, override
 from retemper.engine.errors import EXIT_CODES, PREEMPTED
-from retemper.engine.launcher import is_first, speaker
+from retemper.engine.parallel.launcher import is_first, speaker
 from retemper.engine.recipe import describe
+from retemper.engine.run import interrupts
 from retemper.loaders.errors import DataError, UsageError
 
 FLAGS = ("--show", "--tensorboard", "--deterministic", "--help")  # of `train`: they take no value
@@ -197,10 +197,10 @@ def _options(top: Parser, verb: str) -> list[str]:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    from retemper.engine.job import Job, default_cache, default_out
-    from retemper.engine.launcher import joined
-    from retemper.engine.teacher import with_teacher
-    from retemper.engine.train import train as train_job
+    from retemper.engine.networks.teacher import with_teacher
+    from retemper.engine.parallel.launcher import joined
+    from retemper.engine.run.job import Job, default_cache, default_out
+    from retemper.engine.run.train import train as train_job
 
     method, name, setting = find_setting(arguments.METHOD_SETTING)
     texts = {field: text for field, text in vars(arguments).items() if field in describe(setting.recipe)}
@@ -234,7 +234,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     from retemper.engine.evaluation.evaluate_run import EvaluationRequest, evaluate_target, summary
-    from retemper.engine.launcher import joined
+    from retemper.engine.parallel.launcher import joined
 
     with joined(arguments.device) as (ranks, device):
         path, content = evaluate_target(EvaluationRequest.from_words(arguments, ranks, device))
@@ -256,7 +256,7 @@ def compare(arguments: argparse.Namespace) -> None:
     from retemper.engine.evaluation.compare import compare as compare_runs
     from retemper.engine.evaluation.evaluate import finite
     from retemper.engine.evaluation.verdicts import read_evaluated
-    from retemper.engine.weights import write_atomically
+    from retemper.engine.networks.weights import write_atomically
 
     sides = [[read_evaluated(Path(name), name) for name in side.split(",")] for side in (arguments.a, arguments.b)]
     found = compare_runs(*sides, arguments.attack)
@@ -266,7 +266,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    from retemper.engine.export import export as export_run
+    from retemper.engine.networks.export import export as export_run
 
     print(export_run(arguments.run, arguments.out, arguments.format, arguments.weights, arguments.name))
 
@@ -298,7 +298,7 @@ def ls(arguments: argparse.Namespace) -> None:
 def bench(arguments: argparse.Namespace) -> None:
     from retemper.engine.bench import Request, as_table, as_text, save
     from retemper.engine.bench import bench as measure
-    from retemper.engine.job import pick_device
+    from retemper.engine.run.job import pick_device
 
     for name in ("rounds", "batch"):
         value = getattr(arguments, name)

@@ -7,10 +7,10 @@ import torch
 
 from retemper.engine.catalogue import find_setting
 from retemper.engine.evaluation.evaluate_run import EvaluationRequest, evaluate_target, summary
-from retemper.engine.job import Job, default_cache
+from retemper.engine.networks.trained import Facts
 from retemper.engine.report import require_plots, write_report
-from retemper.engine.train import train
-from retemper.engine.trained import Facts
+from retemper.engine.run.job import Job, default_cache
+from retemper.engine.run.train import train
 from retemper.loaders.progress import say
 
 CAST = {"teacher": "sat:digits", "rslad": "rslad:digits", "absld": "absld:digits"}

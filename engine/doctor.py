@@ -7,7 +7,7 @@ import platform
 import torch
 
 from retemper import __version__
-from retemper.engine.job import default_cache
+from retemper.engine.run.job import default_cache
 from retemper.loaders import DATASETS, DataError, ffcv_problem, load_split
 from retemper.loaders.ffcv_library import INSTALL
 

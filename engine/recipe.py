@@ -16,9 +16,9 @@ from torch import Tensor
 
 from retemper.engine.attack import Objective, Watcher
 from retemper.engine.models import MODELS
-from retemper.engine.moves import EXACTNESS, Moves
-from retemper.engine.ranks import WHOLE, Part
+from retemper.engine.parallel.ranks import WHOLE, Part
 from retemper.engine.seen import Seen
+from retemper.engine.speed.moves import EXACTNESS, Moves
 from retemper.loaders import DATASETS
 
 AnyRecipe = TypeVar("AnyRecipe", bound="Recipe")

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from retemper.engine.attack import module_mode, pgd
-from retemper.engine.bucket import Bucket
-from retemper.engine.fold import Folded
-from retemper.engine.guard import Guard
 from retemper.engine.models import channels_last
-from retemper.engine.ranks import ALONE, WHOLE, Part, Ranks
+from retemper.engine.parallel.bucket import Bucket
+from retemper.engine.parallel.ranks import ALONE, WHOLE, Part, Ranks
 from retemper.engine.recipe import Recipe, Targets
+from retemper.engine.run.guard import Guard
 from retemper.engine.seen import ClassMeans, ClassSums, HeldOut, Seen
+from retemper.engine.speed.fold import Folded
 from retemper.engine.weight_space import Average, perturb_weights
 from retemper.kernels import augment, class_sums
 

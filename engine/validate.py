@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from retemper.engine.attack import cross_entropy_objective, pgd
 from retemper.engine.evaluation.evaluate import as_float, exact_fp32
-from retemper.engine.ranks import ALONE, Ranks
+from retemper.engine.parallel.ranks import ALONE, Ranks
 from retemper.engine.recipe import Recipe, Targets
 from retemper.engine.seen import ClassMeans, ClassSums, HeldOut
 from retemper.kernels import class_sums, class_temperature_kl

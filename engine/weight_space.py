@@ -28,6 +28,9 @@ class Average:
     def __init__(self, student: nn.Module, kind: str, decay: float) -> None:
         self.network = copy.deepcopy(student).eval().requires_grad_(False)
         self.kind, self.decay = kind, decay
+        values = self.network.state_dict().values()
+        self.real = [value for value in values if value.is_floating_point()]
+        self.whole = [value for value in values if not value.is_floating_point()]  # counts of batches
         device = next(student.parameters()).device
         self.active, self.count = torch.zeros(2, device=device)
 
@@ -38,11 +41,11 @@ class Average:
         if self.kind == "ema":
             share = torch.where(self.count > 0, 1 - self.decay, share)
         share = torch.where(self.active > 0, share, 1.0)
-        for average, value in zip(self.network.state_dict().values(), student.state_dict().values(), strict=True):
-            if value.is_floating_point():
-                average.lerp_(value, share.to(value.dtype))
-            else:
-                average.copy_(value)
+        now = [*student.state_dict().values()]
+        real = [value for value in now if value.is_floating_point()]
+        torch._foreach_lerp_(self.real, real, [share] * len(real))
+        for count, value in zip(self.whole, (v for v in now if not v.is_floating_point()), strict=True):
+            count.copy_(value)
         self.count += self.active
 
     def skip(self, student: nn.Module) -> None:

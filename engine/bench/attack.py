@@ -27,8 +27,8 @@ from retemper.engine.bench import peers
 from retemper.engine.bench.machine import DTYPES
 from retemper.engine.bench.plan import Plan, Request
 from retemper.engine.bench.timing import Contestant, Race, Run, Work, failure
-from retemper.engine.fold import Folded
 from retemper.engine.models import channels_last, create_model
+from retemper.engine.speed.fold import Folded
 
 EPS, STEP, CLASSES = 8 / 255, 2 / 255, 10
 LOSS_TOLERANCE = 1e-3

@@ -9,11 +9,11 @@ import torch
 
 from retemper.engine.catalogue import find_setting, method_module, methods
 from retemper.engine.evaluation.evaluate_run import EvaluationRequest, evaluate_target
-from retemper.engine.job import Job, default_cache, default_out
-from retemper.engine.run_folder import RunFolder
-from retemper.engine.teacher import with_teacher
-from retemper.engine.train import train
-from retemper.engine.trained import Facts
+from retemper.engine.networks.teacher import with_teacher
+from retemper.engine.networks.trained import Facts
+from retemper.engine.run.job import Job, default_cache, default_out
+from retemper.engine.run.run_folder import RunFolder
+from retemper.engine.run.train import train
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from retemper.engine.run_folder import commit, device_name, versions
-from retemper.engine.weights import write_atomically
+from retemper.engine.networks.weights import write_atomically
+from retemper.engine.run.run_folder import commit, device_name, versions
 
 COLUMNS = (  # of every row in the JSON; None where a thing was not, or cannot be, measured
     *("table", "name", "exactness", "precision", "reason", "start_up_s", "rounds", "calls_a_round"),

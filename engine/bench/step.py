@@ -28,11 +28,11 @@ from retemper.engine.bench.machine import in_precision
 from retemper.engine.bench.plan import Plan, Request
 from retemper.engine.bench.released import EPS, CarefulStep, ReleasedStep
 from retemper.engine.bench.timing import Contestant, Race, Work
-from retemper.engine.capture import captured
 from retemper.engine.catalogue import find_setting
-from retemper.engine.job import tuned_convolutions
 from retemper.engine.models import channels_last, create_model
 from retemper.engine.recipe import Recipe
+from retemper.engine.run.job import tuned_convolutions
+from retemper.engine.speed.capture import captured
 from retemper.engine.step import State, attack, descend, observe, train_step
 from retemper.kernels import random_start_
 

@@ -5,8 +5,8 @@
 
 Attack by attack and batch by batch as the library's own runner goes, with its seeds: its verdicts, image by image.
 After each batch the ledger is written, so that a run that is killed goes on from there to the same end. What costs less
-here: parameters ask for no gradients; with `fold`, the attacks look at the network's folded twin (fold.py), the same
-function with other rounding, and the network itself judges what they found.
+here: parameters ask for no gradients; with `fold`, the attacks look at the network's folded twin (speed/fold.py), the
+same function with other rounding, and the network itself judges what they found.
 """
 
 import logging

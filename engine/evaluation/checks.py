@@ -39,9 +39,9 @@ from retemper.engine.evaluation.flags import (
 )
 from retemper.engine.evaluation.gradients import probe_gradients
 from retemper.engine.evaluation.ladder import Subject, climb, fraction
-from retemper.engine.run_folder import RunFolder
-from retemper.engine.trained import Facts, facts_of, is_run, load_trained, weights_of
-from retemper.engine.weights import file_digest
+from retemper.engine.networks.trained import Facts, facts_of, is_run, load_trained, weights_of
+from retemper.engine.networks.weights import file_digest
+from retemper.engine.run.run_folder import RunFolder
 from retemper.loaders.errors import DataError, UsageError
 from retemper.loaders.progress import say
 

@@ -5,8 +5,8 @@
     cw      30 steps of eps/4 on the margin with confidence 50, uniform start (Carlini & Wagner, S&P 2017)
 
 An image counts as robust when it is classified correctly before and after: the verdicts are the network's own, the
-gradients those of its twin with batch norm folded (fold.py), the same function at less cost. Dimension key: B batch, K
-classes, N images.
+gradients those of its twin with batch norm folded (speed/fold.py), the same function at less cost. Dimension key: B
+batch, K classes, N images.
 """
 
 from collections.abc import Iterator
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from retemper.engine.attack import Objective, cross_entropy_objective, cw_objective, pgd
 from retemper.engine.evaluation.class_statistics import class_report, intervals
-from retemper.engine.fold import BATCH_NORM, Folded
-from retemper.engine.ranks import ALONE, Ranks
+from retemper.engine.parallel.ranks import ALONE, Ranks
+from retemper.engine.speed.fold import BATCH_NORM, Folded
 from retemper.kernels import augment, identity_view
 from retemper.loaders import Split
 from retemper.loaders.progress import Progress

@@ -20,12 +20,12 @@ from retemper.engine.evaluation.evaluate import ATTACKS, balanced_order, by_clas
 from retemper.engine.evaluation.ladder import Subject
 from retemper.engine.evaluation.suite_run import Shard, evaluate_suite
 from retemper.engine.evaluation.verdicts import Evaluated, write_verdicts
-from retemper.engine.job import default_cache
-from retemper.engine.networks import Network, find_network
-from retemper.engine.ranks import ALONE, Ranks
-from retemper.engine.run_folder import RunFolder, read_json, versions
-from retemper.engine.trained import Facts, is_run, require_same_images
-from retemper.engine.weights import write_atomically
+from retemper.engine.networks.find import Network, find_network
+from retemper.engine.networks.trained import Facts, is_run, require_same_images
+from retemper.engine.networks.weights import write_atomically
+from retemper.engine.parallel.ranks import ALONE, Ranks
+from retemper.engine.run.job import default_cache
+from retemper.engine.run.run_folder import RunFolder, read_json, versions
 from retemper.loaders import Split, load_split
 from retemper.loaders.errors import DataError, UsageError
 from retemper.loaders.progress import Progress, say

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from retemper.engine.weights import write_atomically
+from retemper.engine.networks.weights import write_atomically
 from retemper.loaders.errors import DataError, UsageError
 from retemper.loaders.progress import say
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from retemper.engine.evaluation.autoattack import SuiteRequest, run_suite, suite_facts
 from retemper.engine.evaluation.ledger import Ledger
-from retemper.engine.ranks import ALONE, Ranks
+from retemper.engine.parallel.ranks import ALONE, Ranks
 from retemper.loaders import Split
 from retemper.loaders.errors import UsageError
 from retemper.loaders.progress import say

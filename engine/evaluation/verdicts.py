@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from retemper.engine.run_folder import read_json
-from retemper.engine.weights import write_atomically
+from retemper.engine.networks.weights import write_atomically
+from retemper.engine.run.run_folder import read_json
 from retemper.loaders.errors import DataError, UsageError
 
 STRONGEST = ("autoattack", "autoattack-fast", "pgd20", "cw", "fgsm", "clean")

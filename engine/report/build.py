@@ -14,6 +14,7 @@ import numpy as np
 
 from retemper.engine.evaluation.class_statistics import Result
 from retemper.engine.evaluation.verdicts import STRONGEST
+from retemper.engine.networks.weights import write_atomically
 from retemper.engine.report import plots
 from retemper.engine.report.classwise import classwise
 from retemper.engine.report.confusion import confusion_blocks
@@ -44,7 +45,6 @@ from retemper.engine.report.words import (
     slug,
     wilson_width,
 )
-from retemper.engine.weights import write_atomically
 from retemper.loaders.errors import UsageError
 
 FOOTER = (

@@ -17,7 +17,7 @@ import numpy as np
 from retemper.engine.evaluation.class_statistics import Result, read_result
 from retemper.engine.report.plot_style import shorten
 from retemper.engine.report.plots import StatePanel
-from retemper.engine.run_folder import read_json
+from retemper.engine.run.run_folder import read_json
 from retemper.loaders.errors import DataError
 
 ATTACKS = {

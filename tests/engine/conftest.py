@@ -30,8 +30,8 @@ class Process:
 
     def _become(self, words: list[str], prepare: Callable[[], object]) -> None:
         """What the console script does; this never returns."""
-        from retemper.engine import interrupts
         from retemper.engine.cli import run
+        from retemper.engine.run import interrupts
 
         try:
             with open(self.log, "w", buffering=1) as sys.stderr, open(os.devnull, "w") as sys.stdout:

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from retemper.engine import Recipe, State, create_model, train_step
-from retemper.engine.capture import WARM_UP, Captured, captured
 from retemper.engine.catalogue import find_setting, method_module, methods
 from retemper.engine.models import channels_last
+from retemper.engine.speed.capture import WARM_UP, Captured, captured
 from retemper.engine.step import clean_images
 from retemper.kernels import num_views
 

@@ -17,7 +17,7 @@ from retemper.engine.evaluation.evaluate import balanced_order
 from retemper.engine.evaluation.gradients import input_gradient, margin_rows, probe_gradients
 from retemper.engine.evaluation.gradients import off_slope as off_slope_rows
 from retemper.engine.evaluation.ladder import Ladder, square_survivors, transfer_survivors
-from retemper.engine.trained import facts_of, load_trained
+from retemper.engine.networks.trained import facts_of, load_trained
 from retemper.loaders import Split, load_split
 
 CPU = torch.device("cpu")

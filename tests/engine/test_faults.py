@@ -18,10 +18,10 @@ from torch import nn
 
 from retemper.engine import Recipe, State, create_model, save_weights
 from retemper.engine.cli import run
-from retemper.engine.state_file import unpack
+from retemper.engine.networks.weights import CheckpointError, load_checkpoint
+from retemper.engine.run.state_file import unpack
+from retemper.engine.speed.teacher_table import TeacherTable
 from retemper.engine.step import update
-from retemper.engine.teacher_table import TeacherTable
-from retemper.engine.weights import CheckpointError, load_checkpoint
 
 Start = Callable[..., Any]
 Capture = pytest.CaptureFixture[str]

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from retemper.engine import KlObjective, create_model, pgd
 from retemper.engine.evaluation.evaluate import exact_fp32
-from retemper.engine.fold import Folded, FoldedConv
 from retemper.engine.models import MODELS, channels_last
+from retemper.engine.speed.fold import Folded, FoldedConv
 
 
 @pytest.fixture(autouse=True)

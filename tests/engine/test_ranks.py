@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from retemper.engine import State, create_model, train_step
-from retemper.engine.capture import captured
 from retemper.engine.catalogue import find_setting
 from retemper.engine.cli import run
-from retemper.engine.fold import Folded
-from retemper.engine.launcher import join
-from retemper.engine.ranks import ALONE, Ranks
-from retemper.engine.state_file import unpack
+from retemper.engine.parallel.launcher import join
+from retemper.engine.parallel.ranks import ALONE, Ranks
+from retemper.engine.run.state_file import unpack
+from retemper.engine.speed.capture import captured
+from retemper.engine.speed.fold import Folded
 from retemper.loaders import ViewSpace, convert, make_loader, split_of_arrays
 
 Start = Callable[..., Any]

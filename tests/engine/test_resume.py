@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from retemper.engine.cli import run
-from retemper.engine.state_file import Damaged, unpack
+from retemper.engine.run.state_file import Damaged, unpack
 
 Start = Callable[..., Any]
 STEPS = 14  # an epoch

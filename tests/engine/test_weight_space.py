@@ -121,7 +121,7 @@ def average_run(out: Path, epochs: int, *options: str) -> None:
 def test_a_resumed_average_is_bit_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     average_run(tmp_path / "whole", 2)
     with monkeypatch.context() as patch:
-        patch.setattr("retemper.engine.train.Run.epoch", stop_before(2))
+        patch.setattr("retemper.engine.run.train.Run.epoch", stop_before(2))
         assert run(["train", "sat:digits_student", "--out", str(tmp_path / "cut"), "--epochs", "2", *SHORT,
                     "--average", "ema", "--ema-decay", "0.7"]) == 75  # fmt: skip
     average_run(tmp_path / "cut", 2)
@@ -135,7 +135,7 @@ def test_a_resumed_average_is_bit_identical(tmp_path: Path, monkeypatch: pytest.
 
 
 def stop_before(last: int) -> Callable[..., None]:
-    from retemper.engine.train import Run
+    from retemper.engine.run.train import Run
 
     epoch = Run.epoch
 
@@ -156,9 +156,9 @@ def test_an_epoch_whose_worst_class_is_too_weak_is_left_out(tmp_path: Path, monk
         return HeldOut(clean_accuracy_K=robust, robust_accuracy_K=robust, clean_loss_K=robust, boundary_loss_K=robust)
 
     students: list[dict[str, Tensor]] = []
-    monkeypatch.setattr("retemper.engine.train.validate", validate)
+    monkeypatch.setattr("retemper.engine.run.train.validate", validate)
     monkeypatch.setattr(
-        "retemper.engine.train.Run._report", lambda self, _: students.append(values(self.state.student))
+        "retemper.engine.run.train.Run._report", lambda self, _: students.append(values(self.state.student))
     )
     average_run(tmp_path / "run", 5, "--average-every", "epoch", "--average-from", "2", "--average-above", "0.2")
     kept = load_file(tmp_path / "run/last.safetensors")

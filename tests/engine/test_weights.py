@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from retemper.engine.models import create_model
 from retemper.engine.models.wide_resnet import WideResNet
-from retemper.engine.weights import (
+from retemper.engine.networks.weights import (
     CheckpointError,
     atomic_write,
     file_digest,

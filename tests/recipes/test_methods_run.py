@@ -15,7 +15,7 @@ from retemper.engine import Recipe, State, create_model, save_weights, train_ste
 from retemper.engine.catalogue import find_setting, method_module, methods
 from retemper.engine.cli import run
 from retemper.engine.models import channels_last
-from retemper.engine.train import Run
+from retemper.engine.run.train import Run
 
 SHORT = "--epochs 2 --attack-steps 2 --holdout-per-class 5 --select-steps 2 --batch-size 256 --device cpu".split()
 NAMES = [

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from retemper.engine.model_card import Subject, model_card, model_info, submission_card
 from retemper.engine.models import MODELS
-from retemper.engine.run_folder import RunFolder, read_json
-from retemper.engine.trained import facts_of, is_run, load_trained, weights_of
-from retemper.engine.weights import file_digest, write_atomically
+from retemper.engine.networks.model_card import Subject, model_card, model_info, submission_card
+from retemper.engine.networks.trained import facts_of, is_run, load_trained, weights_of
+from retemper.engine.networks.weights import file_digest, write_atomically
+from retemper.engine.run.run_folder import RunFolder, read_json
 from retemper.loaders.errors import DataError, UsageError
 from retemper.loaders.progress import say
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from retemper.engine.weights import DAMAGED
+from retemper.engine.networks.weights import DAMAGED
 from retemper.loaders.errors import DataError
 
 MARK = b"sha256:"

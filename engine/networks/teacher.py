@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from retemper.engine.catalogue import find_setting
-from retemper.engine.job import Job, default_out
+from retemper.engine.networks.trained import header_of
 from retemper.engine.recipe import Recipe, describe, other_fields
-from retemper.engine.run_folder import RunFolder
-from retemper.engine.train import train
-from retemper.engine.trained import header_of
+from retemper.engine.run.job import Job, default_out
+from retemper.engine.run.run_folder import RunFolder
+from retemper.engine.run.train import train
 from retemper.loaders.errors import UsageError
 from retemper.loaders.progress import say
 

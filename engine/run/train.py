@@ -4,8 +4,8 @@ The same command again goes on where the run was, between any two steps: every r
 image) or (seed, step), so that a resumed run ends in the weights of an undisturbed one: bit for bit on a CPU with as
 many threads, and on a GPU as far as its convolutions repeat themselves (`Job.deterministic` makes them).
 
-Several processes (ranks.py) train one network on their own rows of every batch. They hold equal weights after each step
-and equal networks after each epoch; the first of them writes the files, and all leave at the same step.
+Several processes (parallel/ranks.py) train one network on their own rows of every batch. They hold equal weights after
+each step and equal networks after each epoch; the first of them writes the files, and all leave at the same step.
 """
 
 import time
@@ -20,24 +20,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retemper.engine.best import Best, newest_best
-from retemper.engine.capture import captured
-from retemper.engine.diverged import LOWER, PostMortem
 from retemper.engine.errors import Diverged, Interrupted
 from retemper.engine.evaluation.evaluate import Attack, balanced_order, by_class, exact_fp32, finite, predictions
-from retemper.engine.interrupts import asked, undisturbed
-from retemper.engine.job import Job, cpu_threads, repeatable, tuned_convolutions
-from retemper.engine.memory import memory_advice
 from retemper.engine.models import create_model
-from retemper.engine.networks import Networks
+from retemper.engine.networks.find import Networks
+from retemper.engine.networks.trained import Facts
 from retemper.engine.recipe import describe
-from retemper.engine.run_folder import RunFolder, commit, device_name, versions
+from retemper.engine.run.best import Best, newest_best
+from retemper.engine.run.diverged import LOWER, PostMortem
+from retemper.engine.run.interrupts import asked, undisturbed
+from retemper.engine.run.job import Job, cpu_threads, repeatable, tuned_convolutions
+from retemper.engine.run.memory import memory_advice
+from retemper.engine.run.run_folder import RunFolder, commit, device_name, versions
+from retemper.engine.run.snapshot import epoch_so_far, go_on, own_part, restore, snapshot, take_own_part
+from retemper.engine.run.tensorboard import Board
 from retemper.engine.seen import HeldOut, Seen
-from retemper.engine.snapshot import epoch_so_far, go_on, own_part, restore, snapshot, take_own_part
+from retemper.engine.speed.capture import captured
+from retemper.engine.speed.teacher_logits import teacher_logits
 from retemper.engine.step import State, clean_images, train_step
-from retemper.engine.teacher_logits import teacher_logits
-from retemper.engine.tensorboard import Board
-from retemper.engine.trained import Facts
 from retemper.engine.validate import validate
 from retemper.loaders import Batch, Loader, Split, ViewSpace, holdout_split, load_split, make_loader, split_of_arrays
 from retemper.loaders.errors import DataError, UsageError

@@ -12,8 +12,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from retemper.engine.job import pick_device
-from retemper.engine.ranks import ALONE, Ranks
+from retemper.engine.parallel.ranks import ALONE, Ranks
+from retemper.engine.run.job import pick_device
 from retemper.loaders.errors import UsageError
 from retemper.loaders.progress import only_errors
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from retemper.engine.models import channels_last, create_model
-from retemper.engine.run_folder import RunFolder
-from retemper.engine.weights import load_checkpoint
+from retemper.engine.networks.weights import load_checkpoint
+from retemper.engine.run.run_folder import RunFolder
 from retemper.loaders.errors import DataError, UsageError
 
 

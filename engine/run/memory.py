@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from retemper.engine.job import Job
+from retemper.engine.run.job import Job
 from retemper.loaders.errors import UsageError
 
 ON_A_CPU = "can't allocate memory", "could not create a primitive"  # torch's allocator; oneDNN, for a convolution

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from retemper.engine.run_folder import RunFolder
+from retemper.engine.run.run_folder import RunFolder
 from retemper.loaders.errors import UsageError
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retemper.engine.job import Job
-from retemper.engine.networks import Source
+from retemper.engine.networks.find import Source
+from retemper.engine.run.job import Job
+from retemper.engine.speed.teacher_table import AUTO_LIMIT, Ask, TeacherTable, table_bytes
 from retemper.engine.step import State, clean_images
-from retemper.engine.teacher_table import AUTO_LIMIT, Ask, TeacherTable, table_bytes
 from retemper.loaders import Batch, Loader, Split
 from retemper.loaders.errors import UsageError
 from retemper.loaders.progress import say

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from retemper.engine.networks.weights import atomic_write, save_weights, write_atomically
 from retemper.engine.recipe import other_fields
-from retemper.engine.state_file import Damaged, pack, unpack
-from retemper.engine.weights import atomic_write, save_weights, write_atomically
+from retemper.engine.run.state_file import Damaged, pack, unpack
 from retemper.loaders.errors import DataError, UsageError
 from retemper.loaders.progress import say
 

@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from retemper.engine.run_folder import RunFolder
-from retemper.engine.trained import header_of
-from retemper.engine.weights import CheckpointError, require_intact
+from retemper.engine.networks.trained import header_of
+from retemper.engine.networks.weights import CheckpointError, require_intact
+from retemper.engine.run.run_folder import RunFolder
 from retemper.loaders.errors import DataError
 
 

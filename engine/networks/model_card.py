@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from retemper.engine.catalogue import method_module, methods
-from retemper.engine.trained import Facts
+from retemper.engine.networks.trained import Facts
 
 TITLES = {  # of the architectures, as RobustBench writes them
     "resnet18": "ResNet-18",

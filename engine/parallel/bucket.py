@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from retemper.engine.ranks import Ranks
+from retemper.engine.parallel.ranks import Ranks
 
 ALIGNED = 32  # values: every gradient begins at a multiple of 128 bytes, as fresh tensors do
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from retemper.engine.foreign import Foreign, Shape, foreign, load_foreign
-from retemper.engine.job import Job
-from retemper.engine.released import Released, clean_accuracy, margin, released, require_stated_accuracy
-from retemper.engine.trained import Facts, facts_of, load_trained, require_same_images, weights_of
-from retemper.engine.weights import file_digest, load_checkpoint, load_state
+from retemper.engine.networks.foreign import Foreign, Shape, foreign, load_foreign
+from retemper.engine.networks.released import Released, clean_accuracy, margin, released, require_stated_accuracy
+from retemper.engine.networks.trained import Facts, facts_of, load_trained, require_same_images, weights_of
+from retemper.engine.networks.weights import file_digest, load_checkpoint, load_state
+from retemper.engine.run.job import Job
 from retemper.loaders import Split
 from retemper.loaders.errors import DataError, UsageError
 from retemper.loaders.progress import say

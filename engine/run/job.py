@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from retemper.engine.ranks import ALONE, Ranks
+from retemper.engine.parallel.ranks import ALONE, Ranks
 from retemper.engine.recipe import Recipe
 from retemper.loaders.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A recipe with its name, and where and on what it runs. Its networks are named as in networks.py."""
+    """A recipe with its name, and where and on what it runs. Its networks are named as in networks/find.py."""
 
     method: str
     setting: str
@@ -55,7 +55,7 @@ def pick_device(name: str | None) -> torch.device:
     """The device called `name`, or the best there is.
 
     Raises:
-        UsageError: no such device here; or this is one of several processes (ranks.py has the device of each).
+        UsageError: no such device here; or this is one of several processes (parallel/ranks.py has the device of each).
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UsageError("torchrun is for retemper train and evaluate: leave it out, or say --nproc-per-node 1")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from retemper.engine.catalogue import nearest
 from retemper.engine.models import channels_last
-from retemper.engine.weights import state_digest
+from retemper.engine.networks.weights import state_digest
 from retemper.loaders.errors import DataError, UsageError
 
 INSTALL = (

@@ -1,0 +1,1 @@
+"""Where networks come from and go to: checkpoints, runs, foreign code, teachers, exports."""
