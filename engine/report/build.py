@@ -98,7 +98,8 @@ class Report:
 
     def page(self, title: str | None = None) -> Page:
         if not title:
-            datasets = sorted({str(run.recipe["dataset"]) for run in self.runs if run.recipe.get("dataset")})
+            known = (run.recipe.get("dataset") or run.protocol.get("dataset") for run in self.runs)
+            datasets = sorted({str(dataset) for dataset in known if dataset})
             title = "Robustness class by class" + (f": {', '.join(datasets)}" if datasets else "")
         return Page(title, self.headline(), self.subline(), self.warnings(), self._sections(), FOOTER)
 
@@ -323,7 +324,8 @@ class Report:
 
     def _run_blocks(self) -> list[Any]:
         facts = {run.label: run_facts(run) for run in self.runs}
-        listings = [Listing(f"{run.label}: config.json", json.dumps(run.config, indent=2)) for run in self.runs]
+        trained = [run for run in self.runs if not run.is_foreign]
+        listings = [Listing(f"{run.label}: config.json", json.dumps(run.config, indent=2)) for run in trained]
         return [_facts_table("What was trained, and where.", facts), *listings]
 
     def _differing_protocol(self) -> dict[str, list[str]]:

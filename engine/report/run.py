@@ -1,5 +1,7 @@
 """A run's folder read for a report: what is there and makes sense, and a note with a command for what is missing.
 
+A folder that holds an evaluation alone, as networks from elsewhere have, is read too.
+
 Dimension key: K classes.
 """
 
@@ -48,12 +50,26 @@ class Run:
     taught: list[str] = field(default_factory=list)  # runs of this report that it was the teacher of
 
     @property
+    def is_foreign(self) -> bool:
+        """Whether the network was not trained by us: all that is known of it is its evaluation."""
+        return not self.config
+
+    @property
+    def target(self) -> str:
+        """What `retemper evaluate` is told to evaluate it again, as a shell takes it."""
+        if not self.is_foreign:
+            return shlex.quote(str(self.folder))
+        return f"{shlex.quote(str(self.protocol.get('weights', 'NETWORK')))} --out {shlex.quote(str(self.folder))}"
+
+    @property
     def recipe(self) -> dict[str, Any]:
         return as_dict(self.config.get("recipe"))
 
     @property
     def is_teacher(self) -> bool:
-        return not self.config.get("teacher") and (bool(self.taught) or "teacher" in self.name.lower())
+        if self.is_foreign or self.config.get("teacher"):
+            return False
+        return bool(self.taught) or "teacher" in self.name.lower()
 
     @property
     def label(self) -> str:
@@ -61,29 +77,35 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read config.json, and of metrics.jsonl and evaluation.json what is there and makes sense."""
-    if not (folder / "config.json").is_file():
-        raise DataError(f"{folder}: not a run's folder (it holds no config.json)")
-    config = read_json(folder / "config.json")
+    """Read config.json, and of metrics.jsonl and evaluation.json what is there and makes sense.
+
+    Raises:
+        DataError: neither a run nor an evaluation is in `folder`.
+    """
+    trained, evaluated = ((folder / name).is_file() for name in ("config.json", "evaluation.json"))
+    if not trained and not evaluated:
+        raise DataError(f"{folder}: neither a run's folder nor an evaluation's (no config.json, no evaluation.json)")
+    config = read_json(folder / "config.json") if trained else {}
     run = Run(folder, folder.resolve().name, config, [])
-    train = f"retemper train {config.get('method')}:{config.get('setting')} --out {shlex.quote(str(folder))}"
-    evaluate = f"retemper evaluate {shlex.quote(str(folder))}"
-    run.metrics, broken = _read_metrics(folder / "metrics.jsonl")
-    if broken:
-        run.notes.append((f"{broken} unreadable lines of metrics.jsonl were left out.", ""))
-    if not run.metrics:
-        run.notes.append(("No epoch has been recorded yet. To train:", train))
+    if trained:
+        train = f"retemper train {config.get('method')}:{config.get('setting')} --out {shlex.quote(str(folder))}"
+        run.metrics, broken = _read_metrics(folder / "metrics.jsonl")
+        if broken:
+            run.notes.append((f"{broken} unreadable lines of metrics.jsonl were left out.", ""))
+        if not run.metrics:
+            run.notes.append(("No epoch has been recorded yet. To train:", train))
     evaluation = {}
-    if not (folder / "evaluation.json").is_file():
-        run.notes.append(("Not evaluated yet. To evaluate:", evaluate))
-    else:
+    if evaluated:
         try:
             evaluation = read_json(folder / "evaluation.json")
         except DataError:
             pass  # told below
-        if not as_dict(evaluation.get("attacks")):
-            run.notes.append(("evaluation.json is damaged. To evaluate again:", evaluate))
     run.protocol, run.checks = as_dict(evaluation.get("protocol")), as_dict(evaluation.get("checks"))
+    evaluate = f"retemper evaluate {run.target}"
+    if not evaluated:
+        run.notes.append(("Not evaluated yet. To evaluate:", evaluate))
+    elif not as_dict(evaluation.get("attacks")):
+        run.notes.append(("evaluation.json is damaged. To evaluate again:", evaluate))
     for attack, entry in as_dict(evaluation.get("attacks")).items():
         try:
             run.results[attack] = read_result(as_dict(entry))

@@ -1,7 +1,6 @@
 """Whether the numbers can be trusted: what `retemper evaluate --check` found, and what the attacks complained about."""
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -31,7 +30,7 @@ def check_blocks(runs: Sequence[Run], look: Mapping[str, Look]) -> list[Any]:
     missing = [
         Text(
             f"{run.label}: the checks were not run. To run them:",
-            f"retemper evaluate {shlex.quote(str(run.folder))} --check",
+            f"retemper evaluate {run.target} --check",
         )
         for run in runs
         if run not in checked

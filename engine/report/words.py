@@ -96,6 +96,8 @@ def _attack_settings(settings: dict[str, Any]) -> str:
 
 
 def run_facts(run: Run) -> dict[str, str]:
+    if run.is_foreign:
+        return {"role": "from elsewhere", "network": plain(run.protocol.get("weights"))}
     config, recipe, teacher = run.config, run.recipe, as_dict(run.config.get("teacher"))
     if teacher:
         role = f"taught by {teacher.get('model')} from {teacher.get('path')}"

@@ -262,10 +262,25 @@ def test_a_hundred_classes(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_run_is_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no config") as error:
+    with pytest.raises(DataError, match=r"no config\.json, no evaluation\.json") as error:
         write_report([tmp_path], tmp_path / "out")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_of_a_network_from_elsewhere_stands_beside_runs(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "absld", ABSLD, verdicts=True), make_run(tmp_path / "net-build", RSLAD, verdicts=True)]
+    for name in ("config.json", "metrics.jsonl"):
+        (runs[1] / name).unlink()
+    evaluation = json.loads((runs[1] / "evaluation.json").read_text())
+    evaluation["protocol"]["weights"] = "net.py:build"
+    (runs[1] / "evaluation.json").write_text(json.dumps(evaluation))
+    write_report(runs, tmp_path / "out")
+    text = (tmp_path / "out/report.md").read_text()
+    assert "| role | trained without a teacher | from elsewhere |" in text
+    assert f"retemper evaluate net.py:build --out {runs[1]} --check" in text
+    assert "net-build" in text.split("## Differences on the same images")[1].split("##")[0]
+    assert "retemper train None" not in text and "absld (teacher)" not in text and "net-build (teacher)" not in text
 
 
 def test_refuses_no_runs_and_an_impossible_out(tmp_path: Path) -> None:
