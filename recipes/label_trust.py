@@ -9,8 +9,9 @@ more:
 l <- clip(l + trust_rate g, 0, 4/5),   w <- clip(w + weight_rate g, 1/2, 4)   where   g = (L - mean L) / max|L - mean L|
 
 A rate of 0 switches its part off. Two more are off: t, moved as ABSLD's, and a radius of (1 + margin_rate g[y]) eps.
-With rule "dro" w is the worst mixture of the classes, followed by exponentiated gradient (Sagawa et al., ICLR 2020) on
-e[k], the share of the class's attacked training images that fell:
+With rule "worst" only the class with the largest e[k], the share of its attacked training images that fell, gains
+weight_rate; the others lose that much together (a subgradient step on the worst class's error). With rule "dro" w is
+the worst mixture of the classes, followed by exponentiated gradient (Sagawa et al., ICLR 2020):
 
 w <- clip(v / mean v, 1/2, 4)   where   v = w exp(weight_rate e)
 
@@ -46,17 +47,29 @@ def next_class_weight(weight_K: Tensor, loss_K: Tensor, rate: float, lower: floa
     return (weight_K + rate * class_gap(loss_K)).clamp(lower, upper)
 
 
+def worst_class_weight(
+    weight_K: Tensor, error_K: Tensor, rate: float, lower: float = 0.5, upper: float = 4.0
+) -> Tensor:
+    """(K,) w of rule "worst" after an epoch with the errors `error_K`, in [0, 1]."""
+    others = -1 / (len(error_K) - 1)
+    gap_K = torch.full_like(error_K, others).index_fill(0, error_K.argmax(), 1.0)
+    return (weight_K + rate * gap_K).clamp(lower, upper)
+
+
 def worst_case_weight(weight_K: Tensor, error_K: Tensor, rate: float, lower: float = 0.5, upper: float = 4.0) -> Tensor:
     """(K,) w of rule "dro" after an epoch with the errors `error_K`, in [0, 1]."""
     raised_K = weight_K * (rate * error_K).exp()
     return (raised_K / raised_K.mean()).clamp(lower, upper)
 
 
+WEIGHT_RULES = {"mean_gap": next_class_weight, "worst": worst_class_weight, "dro": worst_case_weight}
+
+
 @dataclass(frozen=True, kw_only=True)
 class LabelTrust(Recipe):
     adv_weight: float = 5 / 6  # a above
     kl_scale: float = 0.1  # as RSLAD's
-    rule: Literal["mean_gap", "dro"] = "mean_gap"  # of the class weights
+    rule: Literal["mean_gap", "worst", "dro"] = "mean_gap"  # of the class weights
     trust_rate: float = 0.1
     trust_start: float = 0.0  # with a rate of 0 it is every class's trust, for good
     trust_upper: float = 0.8
@@ -68,8 +81,8 @@ class LabelTrust(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rule not in ("mean_gap", "dro"):
-            raise ValueError(f"rule = {self.rule!r}: it must be one of mean_gap, dro")
+        if self.rule not in WEIGHT_RULES:
+            raise ValueError(f"rule = {self.rule!r}: it must be one of {', '.join(WEIGHT_RULES)}")
         if not self.trust_start <= self.trust_upper <= 1:
             raise ValueError(f"trust_upper = {self.trust_upper}: it must lie between trust_start and 1")
         if not self.weight_lower <= 1 <= self.weight_upper:
@@ -109,7 +122,7 @@ class LabelTrust(Recipe):
 
     def next_class_state(self, state: Mapping[str, Tensor], seen: Seen, epoch: int) -> dict[str, Tensor]:
         loss_K, error_K = seen.forwards["adv"].mean_loss_K, 1 - seen.forwards["adv"].accuracy_K
-        new_weight, by_K = (worst_case_weight, error_K) if self.rule == "dro" else (next_class_weight, loss_K)
+        new_weight, by_K = WEIGHT_RULES[self.rule], loss_K if self.rule == "mean_gap" else error_K
         rules = {
             "label_trust": lambda l_K: next_trust(l_K, loss_K, self.trust_rate, self.trust_upper),
             "class_weight": lambda w_K: new_weight(w_K, by_K, self.weight_rate, self.weight_lower, self.weight_upper),

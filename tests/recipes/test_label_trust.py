@@ -22,6 +22,7 @@ from retemper.recipes.label_trust import (
     next_class_weight,
     next_trust,
     worst_case_weight,
+    worst_class_weight,
 )
 from retemper.recipes.rslad import Rslad
 
@@ -100,6 +101,8 @@ def test_the_rules_are_those_by_hand() -> None:
     torch.testing.assert_close(trust, torch.tensor([0, 0.2 - 0.1 / 3, 0.8]))
     weight = next_class_weight(torch.tensor([0.6, 1.0, 3.9]), loss, 0.3)
     torch.testing.assert_close(weight, torch.tensor([0.5, 0.9, 4]))
+    weight = worst_class_weight(torch.tensor([0.55, 1.0, 3.9]), torch.tensor([0.2, 0.4, 0.7]), 0.4)
+    torch.testing.assert_close(weight, torch.tensor([0.5, 0.8, 4]))
     weight = worst_case_weight(torch.tensor([1.0, 1.0]), torch.tensor([0.5, 1.0]), 2 * math.log(2))
     torch.testing.assert_close(weight, torch.tensor([2 / 3, 4 / 3]))
     assert worst_case_weight(torch.tensor([1.0] * 9 + [99.0]), torch.zeros(10), 1.0).tolist() == [0.5] * 9 + [4.0]
@@ -126,6 +129,10 @@ def test_an_epoch_moves_what_is_on_by_the_mean_adversarial_losses() -> None:
     for name, value in expected.items():
         torch.testing.assert_close(moved[name], torch.tensor(value))
 
+    worst = label_trust(rule="worst")
+    moved = worst.next_class_state(worst.class_state(3), seen, epoch=1)
+    torch.testing.assert_close(moved["class_weight"], torch.tensor([0.85, 1.3, 0.85]))
+
     dro = label_trust(rule="dro", weight_rate=1.0)
     moved = dro.next_class_state(dro.class_state(3), seen, epoch=1)
     ratio = math.exp(0.2)
@@ -150,7 +157,7 @@ def test_what_is_off_has_no_state() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["rule=worst", "trust_start=0.9", "trust_upper=1.5", "weight_lower=2", "margin_rate=2"]
+    "name", ["rule=best", "trust_start=0.9", "trust_upper=1.5", "weight_lower=2", "margin_rate=2"]
 )
 def test_refuses_what_makes_no_sense(name: str) -> None:
     field, value = name.split("=")
