@@ -156,9 +156,7 @@ def test_what_is_off_has_no_state() -> None:
     assert moved["label_trust"].tolist() == [0.25, 0.25] and len(moved) == 1
 
 
-@pytest.mark.parametrize(
-    "name", ["rule=best", "trust_start=0.9", "trust_upper=1.5", "weight_lower=2", "margin_rate=2"]
-)
+@pytest.mark.parametrize("name", ["rule=best", "trust_start=0.9", "trust_upper=1.5", "weight_lower=2", "margin_rate=2"])
 def test_refuses_what_makes_no_sense(name: str) -> None:
     field, value = name.split("=")
     with pytest.raises(UsageError, match=field):
