@@ -1,9 +1,12 @@
 """Measured batch-norm statistics: of which images, and that nothing else moves."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -65,6 +68,19 @@ def test_they_are_the_means_over_attacked_and_clean_batches() -> None:
         assert torch.equal(value, before[name]), name  # the student's own were not touched
     for name, value in measured.named_parameters():
         assert torch.equal(value, before[name]), name
+
+
+def test_a_run_keeps_them_and_trains_as_without(train: Callable[..., int], tmp_path: Path) -> None:
+    for name, count in (("plain", 0), ("measured", 256)):
+        assert train("rslad:digits", tmp_path / name, "--statistics-images", str(count)) == 0
+    plain, measured = (load_file(tmp_path / name / "last.safetensors") for name in ("plain", "measured"))
+    for name in plain:
+        assert torch.equal(plain[name], measured[name]) != ("running_" in name or "num_batches" in name), name
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("plain", "measured")
+    ]
+    assert losses[0] == losses[1]
 
 
 def test_fewer_images_than_a_batch_are_one_batch_and_the_folded_twin_is_as_good() -> None:
