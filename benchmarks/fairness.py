@@ -33,6 +33,18 @@ BASELINE, OURS = "rslad", "label_trust"
 ATTACKS = ("clean", "pgd20", "autoattack")
 SUITES = {"standard": "autoattack", "fast": "autoattack-fast"}  # as evaluation.json names them
 KEPT = ("config.json", "metrics.jsonl", "evaluation.json", "evaluation.csv")
+TEACHER = "teacher"
+NAMES = {
+    "sat": "SAT",
+    "trades": "TRADES",
+    "rslad": "RSLAD",
+    "absld": "ABSLD",
+    "fair_rslad": "Fair-RSLAD",
+    "cfa": "CFA",
+    "dafa": "DAFA",
+    "label_trust": "label trust (ours)",
+    TEACHER: "their teacher (SAT, twice as wide)",
+}
 TITLES = {"pgd20": "PGD-20", "autoattack": "AutoAttack", "autoattack-fast": "APGD-CE, APGD-T (upper bounds)"}
 
 
@@ -54,33 +66,41 @@ def compared(runs: dict[str, list[Path]], attack: str) -> tuple[dict[str, Compar
     return from_baseline, from_each
 
 
-def table(rows: dict[str, list[dict[str, Any]]], differences: dict[str, Comparison], attack: str) -> str:
-    """A line a method, the best worst class first: means over the seeds, ranges, and the difference from RSLAD."""
+def table(rows: dict[str, list[dict[str, Any]]], differences: dict[str, Comparison], attack: str, data: str) -> str:
+    """A line a method, the best worst class first: means and ranges over the seeds, and the difference from RSLAD."""
+    settings = contestants(data) | {TEACHER: f"sat:{data}"}
     lines = [
-        f"| method | clean | {TITLES[attack]} average | worst class (range) | NSD | worst class against RSLAD |",
-        "|---|---|---|---|---|---|",
+        f"| {TITLES[attack]} | clean | average | worst class | NSD | worst class less RSLAD's, points | command |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in sorted(rows, key=lambda name: -_mean(rows[name], attack, "worst")):
-        worst = [one["attacks"][attack]["worst"] for one in rows[name]]
         cells = [
-            name,
+            NAMES.get(name, name),
             f"{_mean(rows[name], 'clean', 'average'):.1%}",
-            f"{_mean(rows[name], attack, 'average'):.1%}",
-            f"{statistics.mean(worst):.1%} ({min(worst):.1%} to {max(worst):.1%})",
-            f"{_mean(rows[name], attack, 'nsd'):.3f}",
+            _spread(rows[name], attack, "average", ".1%"),
+            _spread(rows[name], attack, "worst", ".1%"),
+            _spread(rows[name], attack, "nsd", ".3f"),
             _told(differences[name].summary["worst"]) if name in differences else "",
+            f"`retemper train {settings[name]}`",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
-def ours_table(differences: dict[str, Comparison]) -> str:
+def ours_table(differences: dict[str, Comparison], attack: str) -> str:
     """A line a method: what ours has more than it."""
-    lines = [f"| {OURS} less | average, points | worst class, points | NSD, hundredths |", "|---|---|---|---|"]
+    head = f"{NAMES[OURS]} less, {TITLES[attack]}"
+    lines = [f"| {head} | average, points | worst class, points | NSD, hundredths |", "|---|---|---|---|"]
     for name, found in differences.items():
         cells = [_told(found.summary[key]) for key in ("average", "worst", "nsd")]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(f"| {NAMES.get(name, name)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _spread(runs: list[dict[str, Any]], attack: str, key: str, form: str) -> str:
+    values = [run["attacks"][attack][key] for run in runs]
+    mean = format(statistics.mean(values), form)
+    return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
 
 
 def _told(of: Difference) -> str:
@@ -115,7 +135,7 @@ def draw(rows: dict[str, list[dict[str, Any]]], attacks: Sequence[str], path: Pa
                 mean = 100 * _mean(rows[name], attack, key)
                 axes.plot([mean], [place], marker, color=colour, ms=8, zorder=3, label=label)
         axes.set_title(TITLES[attack], loc="left", fontweight="bold")
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), [NAMES.get(name, name) for name in names])
         axes.set_xlim(left=0)
         axes.set_xlabel("robust accuracy, %")
         axes.grid(axis="x", color="#e6e9ed")
@@ -153,29 +173,26 @@ def main() -> None:
                 rows.setdefault(name, []).append(trained_and_evaluated(setting, seed, one))
                 runs.setdefault(name, []).append(folder_of(setting, seed, words.out))
                 progress.advance(1)
-    taught_by = {"teacher": [trained_and_evaluated(teacher, 0, protocol)]}
-    write_records(runs | {"teacher": [folder_of(teacher, 0, words.out)]}, results)
-    text = [f"{words.data}, {words.seeds} seeds; intervals: 95 %, over the test images and over the seeds.\n"]
-    content: dict[str, Any] = {
-        "setting": words.data,
-        "seeds": words.seeds,
-        "baseline": BASELINE,
-        "against": {},
-        "ours": {},
-    }
+    taught_by = {TEACHER: [trained_and_evaluated(teacher, 0, protocol)]}
+    write_records(runs | {TEACHER: [folder_of(teacher, 0, words.out)]}, results)
+    content: dict[str, Any] = {"setting": words.data, "seeds": words.seeds, "baseline": BASELINE, "attacks": {}}
     shown = ("pgd20", SUITES[words.suite])
     for attack in shown:
         differences, of_ours = compared(runs, attack)
-        entry = rows[BASELINE][0]["attacks"][attack]
-        text.append(f"{TITLES[attack]} on {sum(entry['count']):,} images\n")
-        text.append(table(rows | taught_by, differences, attack) + "\n")
-        content["against"][attack] = {name: finite(asdict(found)) for name, found in differences.items()}
-        if of_ours:
-            text.append(ours_table(of_ours) + "\n")
-            content["ours"][attack] = {name: finite(asdict(found)) for name, found in of_ours.items()}
+        tables = [table(rows | taught_by, differences, attack, words.data)]
+        tables += [ours_table(of_ours, attack)] if of_ours else []
+        for name, text in zip((f"{attack}.md", f"{attack}-ours.md"), tables, strict=False):
+            print(f"{text}\n")
+            write_atomically(results / name, text.encode())
+        content["attacks"][attack] = {
+            "images": sum(rows[BASELINE][0]["attacks"][attack]["count"]),
+            "against": {name: finite(asdict(found)) for name, found in differences.items()},
+            "ours": {name: finite(asdict(found)) for name, found in of_ours.items()},
+        }
+    checks = {name: [run["checks"]["verdict"] for run in found if "checks" in run] for name, found in rows.items()}
+    content["checks"] = {name: verdicts for name, verdicts in checks.items() if verdicts}
+    print(f"masked gradients: {content['checks']}")
     content |= {"versions": versions(), "commit": commit(), "device": device_name(torch.device("cpu"))}
-    print("\n".join(text))
-    write_atomically(results / "table.md", "\n".join(text).encode())
     write_atomically(results / "fairness.json", json.dumps(content, indent=1).encode() + b"\n")
     draw(rows | taught_by, shown, results / "fairness.png")
 

@@ -36,7 +36,8 @@ KEPT = ("config.json", "metrics.jsonl")
 BOTH = ("digits", "fashion_mnist_small")
 PLAIN = dict(rule="mean_gap", trust_rate=0.1, weight_rate=0.3, statistics_images=0)
 OFF = dict(trust_rate=0.0, weight_rate=0.0)
-WORST, MEASURED = dict(rule="worst"), dict(statistics_images=2_048)
+WORST, NEAR = dict(rule="worst"), dict(rule="near_worst", weight_rate=0.4)
+MEASURED = dict(statistics_images=2_048)
 AVERAGED = dict(average="ema", ema_decay=0.99)
 WIDE = dict(student="tiny_resnet_wide")
 LABELS = dict(trust_start=1.0, trust_upper=1.0, trust_rate=0.0)
@@ -81,12 +82,14 @@ ROWS = (
     Row("weights up to 2", dict(weight_upper=2.0)),
     Row("weights up to 8", dict(weight_upper=8.0)),
     Row("worst-class weights", WORST),
+    Row("near-worst weights", NEAR),
     Row("worst-class weights, mixture (dro)", dict(rule="dro", weight_rate=1.0)),
     Row("RSLAD, averaged", AVERAGED, method="rslad", on=BOTH),
     Row("trust, weights, averaged", AVERAGED, on=BOTH),
     Row("RSLAD, measured", MEASURED, method="rslad"),
     Row("trust, weights, measured", MEASURED),
     Row("worst-class weights, measured", WORST | MEASURED, on=BOTH),
+    Row("near-worst weights, measured", NEAR | MEASURED, on=BOTH),
     Row("worst-class weights 0.6, averaged", WORST | AVERAGED | dict(weight_rate=0.6), on=BOTH),
     Row(
         "worst-class weights 0.6, trust 0.2, measured",

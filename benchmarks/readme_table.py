@@ -1,11 +1,13 @@
-"""The README's table of speeds, made from the committed results by this command and never by hand.
+"""The README's tables, made from the committed results by this command and never by hand.
 
     python benchmarks/readme_table.py            rewrite it from benchmarks/results/**/*.json
     python benchmarks/readme_table.py --check    say whether it is up to date: exit status 1 if not
 
-What stands in it is decided in `HEADLINES`, whatever the results are. Where several files have measured the same thing
-on the same device, the last by name is shown; those of --quick runs are passed over. "times as fast" is theirs over
-ours, round by round: the median and, in brackets, the 10th and 90th percentile.
+A file of results is named in the README between the markers <!-- benchmarks/results/FILE.md --> and <!-- / -->, and
+stands there whole. What stands in the table of speeds is decided in `HEADLINES`, whatever the results are. Where
+several files have measured the same thing on the same device, the last by name is shown; those of --quick runs are
+passed over. "times as fast" is theirs over ours, round by round: the median and, in brackets, the 10th and 90th
+percentile.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- speed: python benchmarks/readme_table.py -->", "<!-- /speed -->"
+FILE_BEGIN, FILE_END = r"<!-- benchmarks/results/([\w./-]+\.md) -->", "<!-- / -->"
 HEAD = ["| what | device | ours | against | theirs | times as fast | command |", "|---|---|---|---|---|---|---|"]
 NO_GPU = "not measured on a GPU yet"
 
@@ -81,14 +84,14 @@ HEADLINES = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The README's table of speeds.")
+    parser = argparse.ArgumentParser(description="The README's tables.")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
     words = parser.parse_args()
     old = words.readme.read_text()
     try:
-        new = with_table(old, table(read_results(words.results)))
+        new = with_files(with_table(old, table(read_results(words.results))), words.results)
     except ValueError as error:
         sys.exit(f"{words.readme}: {error}")
     if words.check and new != old:
@@ -107,6 +110,24 @@ def with_table(text: str, lines: list[str]) -> str:
         raise ValueError(f"it needs one line {BEGIN} and, below it, one line {END}")
     before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
     return "\n".join([before, *lines, after])
+
+
+def with_files(text: str, results: Path) -> str:
+    """The document with each file that it names between its two markers.
+
+    Raises:
+        ValueError: a file that it names is missing, or a marker that ends one.
+    """
+
+    def with_file(found: re.Match[str]) -> str:
+        path = results / found[2]
+        if not path.is_file():
+            raise ValueError(f"it names {path}, which does not exist")
+        return f"{found[1]}\n{path.read_text()}{FILE_END}"
+
+    if len(re.findall(FILE_BEGIN, text)) != text.count(FILE_END):
+        raise ValueError(f"every file that it names needs a line {FILE_END} below")
+    return re.sub(f"({FILE_BEGIN}).*?{FILE_END}", with_file, text, flags=re.DOTALL)
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:

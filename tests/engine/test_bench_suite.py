@@ -99,6 +99,19 @@ def test_a_row_of_the_table_is_theirs_over_ours(readme_table: ModuleType, tmp_pa
     assert len(unmeasured) == sum(headline.gpu for headline in readme_table.HEADLINES) - 2
 
 
+def test_a_file_of_results_stands_between_its_markers(readme_table: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "one.md").write_text("| new |\n")
+    begin, end = "<!-- benchmarks/results/one.md -->", readme_table.FILE_END
+    text = f"before\n{begin}\n| old |\n{end}\nafter\n{begin}\n{end}"
+    mended = readme_table.with_files(text, tmp_path)
+    assert mended == f"before\n{begin}\n| new |\n{end}\nafter\n{begin}\n| new |\n{end}"
+    assert readme_table.with_files(mended, tmp_path) == mended
+    with pytest.raises(ValueError, match="needs a line"):
+        readme_table.with_files(f"{begin}\nno end", tmp_path)
+    with pytest.raises(ValueError, match="does not exist"):
+        readme_table.with_files(text.replace("one", "two"), tmp_path)
+
+
 def test_a_stale_table_is_found_and_mended(readme_table: ModuleType, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{readme_table.BEGIN}\nold\n{readme_table.END}\nafter\n")

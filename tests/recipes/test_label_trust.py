@@ -103,6 +103,15 @@ def test_the_rules_are_those_by_hand() -> None:
     torch.testing.assert_close(weight, torch.tensor([0.5, 0.9, 4]))
     weight = worst_class_weight(torch.tensor([0.55, 1.0, 3.9]), torch.tensor([0.2, 0.4, 0.7]), 0.4)
     torch.testing.assert_close(weight, torch.tensor([0.5, 0.8, 4]))
+    error = torch.tensor([0.2, 0.4, 0.4])
+    weight = worst_class_weight(torch.ones(3), error, 0.4, softness=0.1)  # softmax: 1, e^2, e^2
+    near = 3 * math.exp(2) / (1 + 2 * math.exp(2))
+    torch.testing.assert_close(weight[1:], torch.full((2,), 1 + 0.4 * (near - 1) / 2))
+    torch.testing.assert_close(weight.mean(), torch.tensor(1.0))
+    torch.testing.assert_close(
+        worst_class_weight(torch.ones(3), torch.tensor([0.2, 0.4, 0.7]), 0.4, softness=1e-3),
+        worst_class_weight(torch.ones(3), torch.tensor([0.2, 0.4, 0.7]), 0.4),
+    )
     weight = worst_case_weight(torch.tensor([1.0, 1.0]), torch.tensor([0.5, 1.0]), 2 * math.log(2))
     torch.testing.assert_close(weight, torch.tensor([2 / 3, 4 / 3]))
     assert worst_case_weight(torch.tensor([1.0] * 9 + [99.0]), torch.zeros(10), 1.0).tolist() == [0.5] * 9 + [4.0]
