@@ -38,10 +38,11 @@ PLAIN = dict(rule="mean_gap", trust_rate=0.1, weight_rate=0.3, statistics_images
 OFF = dict(trust_rate=0.0, weight_rate=0.0)
 WORST, NEAR = dict(rule="worst"), dict(rule="near_worst", weight_rate=0.4)
 MEASURED = dict(statistics_images=2_048)
+FAST = WORST | MEASURED | dict(weight_rate=0.6, trust_rate=0.2)
 AVERAGED = dict(average="ema", ema_decay=0.99)
 WIDE = dict(student="tiny_resnet_wide")
 LABELS = dict(trust_start=1.0, trust_upper=1.0, trust_rate=0.0)
-FAIRER = "teacher: weights"
+FAIRER = "fairer teacher"
 
 
 @dataclass(frozen=True)
@@ -65,42 +66,34 @@ class Row:
 
 ROWS = (
     Row("RSLAD", method="rslad", on=BOTH),
+    Row("trust, weights", on=BOTH),
+    Row("near-worst weights", NEAR),
+    Row("near-worst weights, measured", NEAR | MEASURED, on=BOTH),
     Row("trust", dict(weight_rate=0.0), on=BOTH),
     Row("weights", dict(trust_rate=0.0)),
-    Row("trust, weights", on=BOTH),
     Row("temperatures", OFF | dict(temperature_rate=0.3)),
     Row("margins", OFF | dict(margin_rate=0.2)),
     Row("trust, weights, temperatures", dict(temperature_rate=0.3)),
     Row("trust, weights, margins", dict(margin_rate=0.2)),
-    Row("trust 0.4 for all", OFF | dict(trust_start=0.4)),
-    Row("trust 0.4 for all, weights", dict(trust_start=0.4, trust_rate=0.0)),
     Row("labels alone, weights", LABELS),
-    Row("trust up to 0.5", dict(trust_upper=0.5)),
-    Row("trust rate 0.2", dict(trust_rate=0.2)),
-    Row("weight rate 0.15", dict(weight_rate=0.15)),
-    Row("weight rate 0.6", dict(weight_rate=0.6)),
-    Row("weights up to 2", dict(weight_upper=2.0)),
-    Row("weights up to 8", dict(weight_upper=8.0)),
     Row("worst-class weights", WORST),
-    Row("near-worst weights", NEAR),
-    Row("worst-class weights, mixture (dro)", dict(rule="dro", weight_rate=1.0)),
-    Row("RSLAD, averaged", AVERAGED, method="rslad", on=BOTH),
-    Row("trust, weights, averaged", AVERAGED, on=BOTH),
-    Row("RSLAD, measured", MEASURED, method="rslad"),
-    Row("trust, weights, measured", MEASURED),
-    Row("worst-class weights, measured", WORST | MEASURED, on=BOTH),
-    Row("near-worst weights, measured", NEAR | MEASURED, on=BOTH),
-    Row("worst-class weights 0.6, averaged", WORST | AVERAGED | dict(weight_rate=0.6), on=BOTH),
-    Row(
-        "worst-class weights 0.6, trust 0.2, measured",
-        WORST | MEASURED | dict(weight_rate=0.6, trust_rate=0.2),
-        on=BOTH,
-    ),
     Row("RSLAD, wide student", WIDE, method="rslad"),
-    Row("trust, weights, wide student", WIDE),
-    Row(FAIRER, WIDE | LABELS),
+    Row("near-worst weights, wide student", NEAR | WIDE),
+    Row(FAIRER, NEAR | WIDE | LABELS),
     Row("RSLAD, fairer teacher", method="rslad", teacher=FAIRER),
-    Row("trust, weights, fairer teacher", teacher=FAIRER),
+    Row("near-worst weights, fairer teacher", NEAR, teacher=FAIRER),
+    Row("RSLAD, averaged", AVERAGED, method="rslad", on=BOTH),
+    Row("near-worst weights, averaged", NEAR | AVERAGED),
+    Row("trust, weights, averaged", AVERAGED, on=BOTH),
+    Row("worst-class weights, measured", WORST | MEASURED, on=BOTH),
+    Row("worst-class weights 0.6, averaged", WORST | AVERAGED | dict(weight_rate=0.6), on=BOTH),
+    Row("worst-class weights 0.6, trust 0.2, measured", FAST, on=BOTH),
+    Row("near-worst weights, rate 0.2", NEAR | dict(weight_rate=0.2)),
+    Row("near-worst weights, rate 0.8", NEAR | dict(weight_rate=0.8)),
+    Row("near-worst weights up to 2", NEAR | dict(weight_upper=2.0)),
+    Row("near-worst weights, trust rate 0.2", NEAR | dict(trust_rate=0.2)),
+    Row("near-worst weights, trust up to 0.5", NEAR | dict(trust_upper=0.5)),
+    Row("worst mixture's weights (dro)", dict(rule="dro", weight_rate=1.0)),
 )
 
 

@@ -125,7 +125,9 @@ def test_equal_losses_move_nothing() -> None:
 
 def test_an_epoch_moves_what_is_on_by_the_mean_adversarial_losses() -> None:
     seen = one_epoch([10.0, 60.0, 20.0], [8, 12, 8], [10, 20, 10])  # means 1, 3 and 2, errors 0.2, 0.4 and 0.2
-    recipe = label_trust(eps=0.1, temperature_rate=0.2, lr_drops=(5,), margin_rate=0.5)
+    recipe = label_trust(
+        rule="mean_gap", weight_rate=0.3, eps=0.1, temperature_rate=0.2, lr_drops=(5,), margin_rate=0.5
+    )
     start = recipe.class_state(3)
     moved = recipe.next_class_state(start, seen, epoch=5)
     expected = {
@@ -138,7 +140,7 @@ def test_an_epoch_moves_what_is_on_by_the_mean_adversarial_losses() -> None:
     for name, value in expected.items():
         torch.testing.assert_close(moved[name], torch.tensor(value))
 
-    worst = label_trust(rule="worst")
+    worst = label_trust(rule="worst", weight_rate=0.3)
     moved = worst.next_class_state(worst.class_state(3), seen, epoch=1)
     torch.testing.assert_close(moved["class_weight"], torch.tensor([0.85, 1.3, 0.85]))
 
