@@ -296,7 +296,12 @@ def descend(state: State, recipe: Recipe, images: Mapping[str, Tensor], targets:
 
     def forward() -> tuple[dict[str, Tensor], Tensor]:
         with state.autocast():
-            logits = {name: state.student(images[name]) for name in recipe.forwards}
+            if recipe.joint:
+                both = torch.cat([images[name] for name in recipe.forwards])
+                split = state.student(both).split([len(images[name]) for name in recipe.forwards])
+                logits = dict(zip(recipe.forwards, split, strict=True))
+            else:
+                logits = {name: state.student(images[name]) for name in recipe.forwards}
             return logits, recipe.loss(logits, targets)
 
     part = state.part
