@@ -1,5 +1,6 @@
 """What the engine does for methods that ask: each ability, by a recipe that has nothing else."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -301,3 +302,23 @@ def test_a_variant_brings_its_constants_and_the_user_has_the_last_word() -> None
     assert (recipe.variant, recipe.lr, recipe.epochs) == ("released", 0.4, 7)
     with pytest.raises(ValueError, match="variant"):
         Twofold().as_variant("other")
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_joint_forwards_are_one_batch_to_batch_norm(joint: bool, device: torch.device) -> None:
+    recipe = Plain(joint=joint, lr=1e-9)
+    state = begin(recipe, device)
+    clean, label = batch(device)
+    images = {"adv": 1 - clean, "clean": clean}  # as unlike as can be
+    by_hand = copy.deepcopy(state.student).train()
+    if joint:
+        logits = dict(zip(images, by_hand(torch.cat([*images.values()])).split(12), strict=True))
+    else:
+        logits = {name: by_hand(image) for name, image in images.items()}
+    loss = descend(state, recipe, images, Targets(label_B=label, state={}, ones_K=state.ones_K))
+    torch.testing.assert_close(
+        loss, recipe.loss(logits, Targets(label_B=label, state={}, ones_K=state.ones_K)).detach()
+    )
+    for (name, value), expected in zip(state.student.named_buffers(), by_hand.buffers(), strict=True):
+        torch.testing.assert_close(value, expected, msg=name)
+    assert state.student.get_submodule("bn1").state_dict()["num_batches_tracked"] == (1 if joint else 2)
