@@ -34,10 +34,10 @@ HELD_OUT: dict[str, dict[str, Any]] = {
 }
 KEPT = ("config.json", "metrics.jsonl")
 BOTH = ("digits", "fashion_mnist_small")
-PLAIN = dict(rule="mean_gap", trust_rate=0.1, weight_rate=0.3, statistics_images=0)
+PLAIN = dict(rule="mean_gap", trust_rate=0.1, weight_rate=0.3, joint=False)
 OFF = dict(trust_rate=0.0, weight_rate=0.0)
 WORST, NEAR = dict(rule="worst"), dict(rule="near_worst", weight_rate=0.4)
-MEASURED = dict(statistics_images=2_048)
+JOINT, MEASURED = dict(joint=True), dict(statistics_images=2_048)
 FAST = WORST | MEASURED | dict(weight_rate=0.6, trust_rate=0.2)
 AVERAGED = dict(average="ema", ema_decay=0.99)
 WIDE = dict(student="tiny_resnet_wide")
@@ -68,7 +68,9 @@ ROWS = (
     Row("RSLAD", method="rslad", on=BOTH),
     Row("trust, weights", on=BOTH),
     Row("near-worst weights", NEAR),
+    Row("near-worst weights, joint", NEAR | JOINT, on=BOTH),
     Row("near-worst weights, measured", NEAR | MEASURED, on=BOTH),
+    Row("RSLAD, joint", JOINT, method="rslad", on=BOTH),
     Row("trust", dict(weight_rate=0.0), on=BOTH),
     Row("weights", dict(trust_rate=0.0)),
     Row("temperatures", OFF | dict(temperature_rate=0.3)),
