@@ -160,8 +160,12 @@ def main() -> None:
     protocol = Protocol(
         out=words.out, attacks=ATTACKS, autoattack_limit=words.autoattack_images, fold=True, suite=words.suite
     )
-    chosen = contestants(words.data)
-    chosen = {name: chosen[name] for name in words.methods.split(",")}
+    known, names = contestants(words.data), words.methods.split(",")
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"--methods {','.join(unknown)}: on {words.data} there are {', '.join(known) or 'none'}")
+    if BASELINE not in names:
+        parser.error(f"--methods {words.methods}: {BASELINE} must be among them, the others are compared with it")
+    chosen = {name: known[name] for name in names}
     teacher = f"sat:{words.data}"
     rows: dict[str, list[dict[str, Any]]] = {}
     runs: dict[str, list[Path]] = {}

@@ -163,8 +163,8 @@ def main() -> None:
                 found.setdefault(row.name, []).append(held_out(folder))
                 (results / folder.name).mkdir(parents=True, exist_ok=True)
                 for name in KEPT:  # without the folders of the machine
-                    text = re.sub(r"(/[\w.-]+)+/", "", (folder / name).read_text())
-                    write_atomically(results / folder.name / name, text.encode())
+                    record = re.sub(r"(/[\w.-]+)+/", "", (folder / name).read_text())
+                    write_atomically(results / folder.name / name, record.encode())
                 progress.advance(1)
             text = "\n".join(table(found)) + "\n"
             content = {
