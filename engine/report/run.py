@@ -67,9 +67,7 @@ class Run:
 
     @property
     def is_teacher(self) -> bool:
-        if self.is_foreign or self.config.get("teacher"):
-            return False
-        return bool(self.taught) or "teacher" in self.name.lower()
+        return not self.config.get("teacher") and (bool(self.taught) or "teacher" in self.name.lower())
 
     @property
     def label(self) -> str:

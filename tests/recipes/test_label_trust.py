@@ -144,6 +144,11 @@ def test_an_epoch_moves_what_is_on_by_the_mean_adversarial_losses() -> None:
     moved = worst.next_class_state(worst.class_state(3), seen, epoch=1)
     torch.testing.assert_close(moved["class_weight"], torch.tensor([0.85, 1.3, 0.85]))
 
+    near = label_trust()  # the default: errors 0.2 apart are e^2 apart in what they share
+    moved = near.next_class_state(near.class_state(3), seen, epoch=1)
+    share = torch.tensor([1, math.exp(2), 1]) / (2 + math.exp(2))
+    torch.testing.assert_close(moved["class_weight"], 1 + 0.4 * (3 * share - 1) / 2)
+
     dro = label_trust(rule="dro", weight_rate=1.0)
     moved = dro.next_class_state(dro.class_state(3), seen, epoch=1)
     ratio = math.exp(0.2)
