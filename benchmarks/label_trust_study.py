@@ -43,14 +43,11 @@ ATTACKED = {"digits": 300, "fashion_mnist_small": 1_000}  # held-out images unde
 LEDGER = "autoattack-held-out.csv"
 KEPT = ("config.json", "metrics.jsonl", LEDGER)
 BOTH = ("digits", "fashion_mnist_small")
-PLAIN = dict(rule="mean_gap", trust_rate=0.1, weight_rate=0.3, joint=False)
+JOINT, APART = dict(joint=True), dict(joint=False)
+AVERAGED, NOT_AVERAGED = dict(average="ema", ema_decay=0.99), dict(average="none")
 OFF = dict(trust_rate=0.0, weight_rate=0.0)
-WORST, NEAR = dict(rule="worst"), dict(rule="near_worst", weight_rate=0.4)
-JOINT, MEASURED = dict(joint=True), dict(statistics_images=2_048)
-FAST = WORST | MEASURED | dict(weight_rate=0.6, trust_rate=0.2)
-AVERAGED = dict(average="ema", ema_decay=0.99)
-WIDE = dict(student="tiny_resnet_wide")
 LABELS = dict(trust_start=1.0, trust_upper=1.0, trust_rate=0.0)
+WIDE = dict(student="tiny_resnet_wide")
 FAIRER = "fairer teacher"
 
 
@@ -59,7 +56,7 @@ class Row:
     """A student of the study."""
 
     name: str
-    fields: dict[str, Any] = field(default_factory=dict)  # that differ: from PLAIN, and from RSLAD's own
+    fields: dict[str, Any] = field(default_factory=dict)  # that differ from the setting's own
     method: str = "label_trust"
     teacher: str | None = None  # the row that taught it; None: the setting's teacher
     on: tuple[str, ...] = ("digits",)
@@ -68,43 +65,37 @@ class Row:
     def folder(self) -> str:
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
-    @property
-    def changes(self) -> dict[str, Any]:
-        return PLAIN | self.fields if self.method == "label_trust" else self.fields
-
 
 ROWS = (
     Row("RSLAD", method="rslad", on=BOTH),
-    Row("trust, weights", on=BOTH),
-    Row("near-worst weights", NEAR),
-    Row("near-worst weights, joint", NEAR | JOINT, on=BOTH),
-    Row("near-worst weights, measured", NEAR | MEASURED, on=BOTH),
     Row("RSLAD, joint", JOINT, method="rslad", on=BOTH),
-    Row("trust", dict(weight_rate=0.0), on=BOTH),
-    Row("weights", dict(trust_rate=0.0)),
-    Row("temperatures", OFF | dict(temperature_rate=0.3)),
-    Row("margins", OFF | dict(margin_rate=0.2)),
-    Row("trust, weights, temperatures", dict(temperature_rate=0.3)),
-    Row("trust, weights, margins", dict(margin_rate=0.2)),
-    Row("labels alone, weights", LABELS),
-    Row("worst-class weights", WORST),
+    Row("RSLAD, joint, averaged", JOINT | AVERAGED, method="rslad", on=BOTH),
+    Row("ABSLD", method="absld"),
+    Row("DAFA", method="dafa", on=BOTH),
+    Row("label trust", on=BOTH),
+    Row("label trust, not averaged", NOT_AVERAGED, on=BOTH),
+    Row("label trust, not averaged, apart", NOT_AVERAGED | APART),
+    Row("label trust, not averaged, measured", NOT_AVERAGED | APART | dict(statistics_images=2_048)),
+    Row("trust alone", dict(weight_rate=0.0), on=BOTH),
+    Row("weights alone", dict(trust_rate=0.0), on=BOTH),
+    Row("labels instead of the teacher, weights", LABELS, on=BOTH),
+    Row("temperatures alone", OFF | dict(temperature_rate=0.3)),
+    Row("margins alone", OFF | dict(margin_rate=0.2)),
+    Row("label trust, temperatures", dict(temperature_rate=0.3)),
+    Row("label trust, margins", dict(margin_rate=0.2)),
+    Row("label trust, mean-gap weights", dict(rule="mean_gap", weight_rate=0.3), on=BOTH),
+    Row("label trust, worst-class weights", dict(rule="worst")),
+    Row("label trust, worst mixture's weights (dro)", dict(rule="dro", weight_rate=1.0)),
+    Row("label trust, weight rate 0.2", dict(weight_rate=0.2), on=BOTH),
+    Row("label trust, weight rate 0.8", dict(weight_rate=0.8)),
+    Row("label trust, weights up to 2", dict(weight_upper=2.0)),
+    Row("label trust, trust rate 0.2", dict(trust_rate=0.2)),
+    Row("label trust, trust up to 0.5", dict(trust_upper=0.5)),
     Row("RSLAD, wide student", WIDE, method="rslad"),
-    Row("near-worst weights, wide student", NEAR | WIDE),
-    Row(FAIRER, NEAR | WIDE | LABELS),
+    Row("label trust, wide student", WIDE),
+    Row(FAIRER, WIDE | LABELS),
     Row("RSLAD, fairer teacher", method="rslad", teacher=FAIRER),
-    Row("near-worst weights, fairer teacher", NEAR, teacher=FAIRER),
-    Row("RSLAD, averaged", AVERAGED, method="rslad", on=BOTH),
-    Row("near-worst weights, averaged", NEAR | AVERAGED),
-    Row("trust, weights, averaged", AVERAGED, on=BOTH),
-    Row("worst-class weights, measured", WORST | MEASURED, on=BOTH),
-    Row("worst-class weights 0.6, averaged", WORST | AVERAGED | dict(weight_rate=0.6), on=BOTH),
-    Row("worst-class weights 0.6, trust 0.2, measured", FAST, on=BOTH),
-    Row("near-worst weights, rate 0.2", NEAR | dict(weight_rate=0.2)),
-    Row("near-worst weights, rate 0.8", NEAR | dict(weight_rate=0.8)),
-    Row("near-worst weights up to 2", NEAR | dict(weight_upper=2.0)),
-    Row("near-worst weights, trust rate 0.2", NEAR | dict(trust_rate=0.2)),
-    Row("near-worst weights, trust up to 0.5", NEAR | dict(trust_upper=0.5)),
-    Row("worst mixture's weights (dro)", dict(rule="dro", weight_rate=1.0)),
+    Row("label trust, fairer teacher", teacher=FAIRER),
 )
 
 
@@ -116,7 +107,7 @@ def trained(row: Row, data: str, seed: int, out: Path) -> Path:
     job = Job(
         method=method,
         setting=setting,
-        recipe=replace(found.recipe, **HELD_OUT[data], **row.changes),
+        recipe=replace(found.recipe, **HELD_OUT[data], **row.fields),
         out=folder,
         seed=seed,
         teacher=trained(teachers[row.teacher], data, 0, out) if row.teacher else None,

@@ -84,7 +84,8 @@ def test_no_trust_and_no_weight_is_rslad() -> None:
 
 def test_a_run_with_all_parts_off_is_rslads(train: Callable[..., int], tmp_path: Path) -> None:
     ours, rslad = tmp_path / "ours", tmp_path / "rslad"
-    assert train("label_trust:digits", ours, "--trust-rate", "0", "--weight-rate", "0") == 0
+    off = ("--trust-rate", "0", "--weight-rate", "0", "--joint", "false", "--average", "none")
+    assert train("label_trust:digits", ours, *off) == 0
     assert train("rslad:digits", rslad) == 0
     losses = [
         [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (ours, rslad)
