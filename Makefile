@@ -32,7 +32,7 @@ demo: setup
 	$(BIN)/retemper demo
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff format --check .
