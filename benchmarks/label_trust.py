@@ -23,16 +23,18 @@ from retemper.engine.bench.timing import Contestant, Race, Work, run_race
 from retemper.engine.catalogue import find_setting
 from retemper.engine.speed.capture import captured
 
-OFF = dict(trust_rate=0.0, weight_rate=0.0)
+APART: dict[str, Any] = dict(joint=False, average="none")
+OFF = APART | dict(trust_rate=0.0, weight_rate=0.0)
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "RSLAD": ("rslad", {}),
     "RSLAD once more": ("rslad", {}),
     "label trust, all parts off": ("label_trust", OFF),
     "trust": ("label_trust", OFF | dict(trust_rate=0.1)),
-    "weights": ("label_trust", OFF | dict(weight_rate=0.3)),
-    "trust and weights": ("label_trust", {}),
-    "trust, weights, temperatures": ("label_trust", dict(temperature_rate=0.1)),
-    "trust, weights, temperatures, margins": ("label_trust", dict(temperature_rate=0.1, margin_rate=0.1)),
+    "weights": ("label_trust", OFF | dict(weight_rate=0.4)),
+    "trust and weights": ("label_trust", APART),
+    "trust and weights, joint": ("label_trust", APART | dict(joint=True)),
+    "label trust: trust and weights, joint, averaged": ("label_trust", {}),
+    "label trust, temperatures, margins": ("label_trust", dict(temperature_rate=0.1, margin_rate=0.1)),
     "ABSLD": ("absld", {}),
 }
 INPUTS = 8  # batches that take turns
