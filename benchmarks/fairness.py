@@ -1,7 +1,7 @@
 """Which method leaves the worst class best protected? One teacher, one protocol, AutoAttack included.
 
     python benchmarks/fairness.py --data fashion_mnist_small --seeds 3
-    python benchmarks/fairness.py --data digits --seeds 3 --autoattack-images 600 --methods rslad,dafa,label_trust
+    python benchmarks/fairness.py --data digits --seeds 3 --autoattack-images 600 --methods rslad,dafa
 
 Trains what is not trained yet under --out, evaluates it (clean and PGD-20 on all test images, AutoAttack on a
 class-balanced subset, through the folded twin; --suite fast: its first two attacks; our own students are checked for
@@ -28,7 +28,7 @@ from retemper.engine.networks.weights import write_atomically
 from retemper.engine.run.run_folder import commit, device_name, versions
 from retemper.loaders.progress import Progress, say
 
-METHODS = "sat,trades,rslad,absld,fair_rslad,cfa,dafa"
+METHODS = "sat,trades,rslad,absld,fair_rslad,cfa,dafa,label_trust"
 BASELINE, OURS = "rslad", "label_trust"
 ATTACKS = ("clean", "pgd20", "autoattack")
 SUITES = {"standard": "autoattack", "fast": "autoattack-fast"}  # as evaluation.json names them
