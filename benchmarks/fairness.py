@@ -11,7 +11,6 @@ evaluation.csv, and of all the tables, the plot, and the paired differences, of 
 
 import argparse
 import json
-import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from retemper.engine.bench.contest import Protocol, contestants, folder_of, trained_and_evaluated
+from retemper.engine.bench.contest import Protocol, contestants, copy_records, folder_of, trained_and_evaluated
 from retemper.engine.evaluation.compare import Comparison, Difference, compare
 from retemper.engine.evaluation.evaluate import finite
 from retemper.engine.evaluation.verdicts import read_evaluated
@@ -51,10 +50,7 @@ TITLES = {"pgd20": "PGD-20", "autoattack": "AutoAttack", "autoattack-fast": "APG
 def write_records(runs: dict[str, list[Path]], results: Path) -> None:
     """Copy what a reader needs to check the figures, without the folders of the machine."""
     for folder in {folder for folders in runs.values() for folder in folders}:
-        (results / folder.name).mkdir(parents=True, exist_ok=True)
-        for name in KEPT:
-            text = (folder / name).read_text()
-            write_atomically(results / folder.name / name, re.sub(r"(/[\w.-]+)+/", "", text).encode())
+        copy_records(folder, results / folder.name, KEPT)
 
 
 def compared(runs: dict[str, list[Path]], attack: str) -> tuple[dict[str, Comparison], dict[str, Comparison]]:

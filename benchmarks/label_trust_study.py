@@ -3,10 +3,11 @@
     python benchmarks/label_trust_study.py --data digits --seeds 3
     python benchmarks/label_trust_study.py --data fashion_mnist_small --seeds 1
 
-The test images are not looked at: 30 (digits) or 400 images a class of the training set are held out. PGD-20 on all of
-them chooses the epoch that is kept; AutoAttack's first two attacks on 30 or 100 of each class (upper bounds of the
-whole suite) order the table. Fashion-MNIST takes minutes a run, and gets the rows that decide. Trains and attacks what
-is not done yet under --out; writes to --results, of every run its config.json, metrics.jsonl and ledger, and the table.
+The test images are not looked at: 30 (digits) or 400 images a class of the training set are held out, from the teacher
+too. PGD-20 on all of them chooses the epoch that is kept; AutoAttack's first two attacks on 30 or 100 of each class
+(upper bounds of the whole suite) order the table. Fashion-MNIST takes minutes a run, and gets the rows that decide.
+Trains and attacks what is not done yet under --out; writes to --results, of every run its config.json, metrics.jsonl
+and ledger, and the table.
 """
 
 import argparse
@@ -21,13 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from retemper.engine.bench.contest import copy_records
 from retemper.engine.catalogue import find_setting
 from retemper.engine.evaluation.autoattack import SuiteRequest
 from retemper.engine.evaluation.class_statistics import class_report
 from retemper.engine.evaluation.evaluate import balanced_order
 from retemper.engine.evaluation.suite_run import evaluate_suite
 from retemper.engine.models import create_model
-from retemper.engine.networks.teacher import with_teacher
 from retemper.engine.networks.weights import load_checkpoint, state_digest, write_atomically
 from retemper.engine.run.job import Job, default_cache
 from retemper.engine.run.run_folder import RunFolder, commit, device_name, versions
@@ -48,7 +49,7 @@ AVERAGED, NOT_AVERAGED = dict(average="ema", ema_decay=0.99), dict(average="none
 OFF = dict(trust_rate=0.0, weight_rate=0.0)
 LABELS = dict(trust_start=1.0, trust_upper=1.0, trust_rate=0.0)
 WIDE = dict(student="tiny_resnet_wide")
-FAIRER = "fairer teacher"
+TEACHER, FAIRER = "teacher (SAT, twice as wide)", "fairer teacher"
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Row:
     name: str
     fields: dict[str, Any] = field(default_factory=dict)  # that differ from the setting's own
     method: str = "label_trust"
-    teacher: str | None = None  # the row that taught it; None: the setting's teacher
+    teacher: str = TEACHER  # the row that taught it, where its method has one
     on: tuple[str, ...] = ("digits",)
 
     @property
@@ -67,8 +68,9 @@ class Row:
 
 
 ROWS = (
+    Row(TEACHER, method="sat", on=BOTH),
     Row("RSLAD", method="rslad", on=BOTH),
-    Row("RSLAD, joint", JOINT, method="rslad", on=BOTH),
+    Row("RSLAD, joint", JOINT, method="rslad"),
     Row("RSLAD, joint, averaged", JOINT | AVERAGED, method="rslad", on=BOTH),
     Row("ABSLD", method="absld"),
     Row("DAFA", method="dafa", on=BOTH),
@@ -77,13 +79,13 @@ ROWS = (
     Row("label trust, not averaged, apart", NOT_AVERAGED | APART),
     Row("trust alone", dict(weight_rate=0.0), on=BOTH),
     Row("weights alone", dict(trust_rate=0.0), on=BOTH),
-    Row("labels instead of the teacher, weights", LABELS, on=BOTH),
+    Row("labels instead of the teacher, weights", LABELS),
     Row("temperatures alone", OFF | dict(temperature_rate=0.3)),
     Row("margins alone", OFF | dict(margin_rate=0.2)),
-    Row("label trust, mean-gap weights", dict(rule="mean_gap", weight_rate=0.3), on=BOTH),
+    Row("label trust, mean-gap weights", dict(rule="mean_gap", weight_rate=0.3)),
     Row("label trust, worst-class weights", dict(rule="worst")),
     Row("label trust, worst mixture's weights (dro)", dict(rule="dro", weight_rate=1.0)),
-    Row("label trust, weight rate 0.2", dict(weight_rate=0.2), on=BOTH),
+    Row("label trust, weight rate 0.2", dict(weight_rate=0.2)),
     Row("label trust, weight rate 0.8", dict(weight_rate=0.8)),
     Row("label trust, weights up to 2", dict(weight_upper=2.0)),
     Row("label trust, trust up to 0.5", dict(trust_upper=0.5)),
@@ -99,18 +101,18 @@ def trained(row: Row, data: str, seed: int, out: Path) -> Path:
     """The folder of `row`'s run, trained where that is not done."""
     method, setting, found = find_setting(f"{row.method}:{data}")
     folder = out / f"{row.folder}-{data}-seed{seed}"
-    teachers = {other.name: other for other in ROWS}
+    teacher = next(other for other in ROWS if other.name == row.teacher)
     job = Job(
         method=method,
         setting=setting,
         recipe=replace(found.recipe, **HELD_OUT[data], **row.fields),
         out=folder,
         seed=seed,
-        teacher=trained(teachers[row.teacher], data, 0, out) if row.teacher else None,
+        teacher=trained(teacher, data, 0, out) if found.recipe.teacher_model else None,
         cache=default_cache(),
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
     )
-    train(with_teacher(job))
+    train(job)
     return folder
 
 
@@ -164,39 +166,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=tuple(HELD_OUT), default="digits")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", default="", metavar="REGEX", help="the rows whose names match")
+    parser.add_argument(
+        "--only", default="", metavar="REGEX", help="the rows whose names match; nothing is written to --results"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/label_trust_study"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/label_trust"))
     words = parser.parse_args()
     torch.set_num_threads(1)  # the same bits on every machine
     rows = [row for row in ROWS if words.data in row.on and re.search(words.only, row.name)]
-    results = words.results / words.data
+    if not rows or words.seeds < 1:
+        parser.error(f"--only {words.only} --seeds {words.seeds}: no run of {', '.join(row.name for row in ROWS)}")
     found: dict[str, list[dict[str, dict[str, Any]]]] = {}
-    text = ""
+    folders: list[Path] = []
     with Progress("study", len(rows) * words.seeds) as progress:
         for row in rows:
             for seed in range(words.seeds):
                 say(f"{row.name}, seed {seed}")
-                folder = trained(row, words.data, seed, words.out)
-                scores = {"apgd": attacked(folder, words.data), "pgd20": chosen(folder)}
+                folders.append(trained(row, words.data, seed, words.out))
+                scores = {"apgd": attacked(folders[-1], words.data), "pgd20": chosen(folders[-1])}
                 found.setdefault(row.name, []).append(scores)
-                (results / folder.name).mkdir(parents=True, exist_ok=True)
-                for name in KEPT:  # without the folders of the machine
-                    record = re.sub(r"(/[\w.-]+)+/", "", (folder / name).read_text())
-                    write_atomically(results / folder.name / name, record.encode())
                 progress.advance(1)
-            text = "\n".join(table(found)) + "\n"
-            content = {
-                "data": words.data,
-                "held_out": HELD_OUT[words.data] | {"attacked": ATTACKED[words.data]},
-                "rows": [asdict(one) | {"seeds": found[one.name]} for one in rows if one.name in found],
-                "versions": versions(),
-                "commit": commit(),
-                "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-            }
-            write_atomically(results / "study.md", text.encode())
-            write_atomically(results / "study.json", json.dumps(content, indent=1).encode() + b"\n")
+    text = "\n".join(table(found)) + "\n"
     print(text)
+    if words.only:  # the whole table stays
+        return
+    results = words.results / words.data
+    for folder in folders:
+        copy_records(folder, results / folder.name, KEPT)
+    content = {
+        "data": words.data,
+        "held_out": HELD_OUT[words.data] | {"attacked": ATTACKED[words.data]},
+        "rows": [asdict(row) | {"seeds": found[row.name]} for row in rows],
+        "versions": versions(),
+        "commit": commit(),
+        "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+    }
+    write_atomically(results / "study.md", text.encode())
+    write_atomically(results / "study.json", json.dumps(content, indent=1).encode() + b"\n")
 
 
 if __name__ == "__main__":
