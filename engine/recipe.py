@@ -111,7 +111,6 @@ class Recipe(Moves):
     average_above: float = 0.0  # only when the worst class's held-out robust accuracy is no less (CFA)
     ema_decay: float = 0.999
     joint: bool = False  # all forwards of a step are one batch to batch norm
-    statistics_images: int = 0  # what is kept has batch-norm statistics measured on so many; 0: the running ones
     cpu_threads: int | None = None  # None: as many as torch takes
 
     # the images

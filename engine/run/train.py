@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retemper.engine.batch_statistics import with_measured_statistics
 from retemper.engine.errors import Diverged, Interrupted
 from retemper.engine.evaluation.evaluate import Attack, balanced_order, by_class, exact_fp32, finite, predictions
 from retemper.engine.models import create_model
@@ -131,7 +130,6 @@ class Run:
         self.started = time.monotonic()  # when the epoch would have begun, had it not been cut in two
         self.next_save = self.started + job.save_every
         self.statistics: dict[str, Tensor] = {}  # of the student, when the host last looked
-        self.kept = self.state.kept  # what is evaluated and saved
         self.loader: Loader = make_loader(
             recipe.loader,
             self.split,
@@ -152,19 +150,12 @@ class Run:
                 f"on {self.ranks.world_size} processes: use another --batch-size"
             )
         self.held = self._held(held_indices)
-        self.measured_on = self._in_memory(
-            train_indices[balanced_order(self.split.labels[train_indices], recipe.statistics_images)]
-        )
         self.teacher_logits = teacher_logits(job, self.state, self.loader, self.split, self.teacher_source)
 
     def _held(self, indices: np.ndarray) -> Split | None:
         """The images that choose the best epoch: the held-out ones, in memory, or the test images where asked for."""
         if self.recipe.select_on == "test":
             return load_split(self.recipe.dataset, "test", self.job.data_root, self.recipe.image_size)
-        return self._in_memory(indices)
-
-    def _in_memory(self, indices: np.ndarray) -> Split | None:
-        """These training images as they are; None where there are none."""
         if len(indices) == 0:
             return None
         images = np.concatenate([batch.image.cpu().numpy() for batch in self.loader.walk(indices)])
@@ -407,19 +398,15 @@ class Run:
         """Attack the held-out images when it is time, and keep the weights if they are the best so far."""
         recipe = self.recipe
         last = epoch == recipe.epochs
-        self.kept = self.state.kept
-        due = last or epoch >= recipe.select_always_from or epoch % recipe.select_every == 0
-        if due and self.measured_on is not None:
-            self.kept = with_measured_statistics(self.state, recipe, self.measured_on)
         if self.held is None:
             if last:
                 self._keep_as_best(-1.0, epoch)
             return
-        if not due:
+        if not (last or epoch >= recipe.select_always_from or epoch % recipe.select_every == 0):
             return
         attack = Attack(loss="cross-entropy", steps=recipe.select_steps, step=1 / 4, start="uniform")
         options: dict[str, Any] = dict(eps=recipe.eps, device=self.job.device, ranks=self.ranks)
-        given = predictions(self.kept, self.held, attack, **options)
+        given = predictions(self.state.kept, self.held, attack, **options)
         report = by_class(given.numpy(), self.held.labels, self.num_classes)
         left_out = ("count", "interval", "confusion")
         line["holdout"] = {name: value for name, value in report.items() if name not in left_out}
@@ -431,7 +418,7 @@ class Run:
         self.best = Best(score, epoch)
         if self.ranks.is_first:
             metadata = self._metadata(epoch) | self.best.metadata()
-            self.folder.save_weights(self.folder.best, self.kept, metadata)
+            self.folder.save_weights(self.folder.best, self.state.kept, metadata)
 
     def _snapshot(self, finished: int, done: int) -> dict[str, Any]:
         """All that going on needs, on the host.
@@ -457,7 +444,7 @@ class Run:
         """The epoch is done."""
         state = self._snapshot(epoch, 0)
         if self.ranks.is_first:
-            self.folder.save_epoch(line, self.kept, self._metadata(epoch), state)
+            self.folder.save_epoch(line, self.state.kept, self._metadata(epoch), state)
         self.finished, self.done, self.tail = epoch, 0, None
         self._was_saved()
 

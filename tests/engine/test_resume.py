@@ -20,8 +20,7 @@ Start = Callable[..., Any]
 STEPS = 14  # an epoch
 COMMAND = (
     "train absld:digits --device cpu --epochs 2 --attack-steps 2 --holdout-per-class 33 --select-steps 2 "
-    "--batch-size 64 --select-every 1 --select-from 1 --average ema --ema-decay 0.9 "
-    "--statistics-images 128"
+    "--batch-size 64 --select-every 1 --select-from 1 --average ema --ema-decay 0.9 --joint true"
 ).split()
 
 
