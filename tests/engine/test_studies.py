@@ -1,16 +1,27 @@
 """What the two long benchmarks would print, before hours are spent on them."""
 
 import importlib.util
+import json
 import runpy
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
 
+from retemper.engine.bench import contest
 from retemper.engine.catalogue import find_setting
+from retemper.engine.evaluation.autoattack import SuiteRequest
+from retemper.engine.evaluation.evaluate_run import EvaluationRequest
+from retemper.engine.evaluation.ledger import Ledger
+from retemper.loaders import Split, holdout_split, load_split
 
 made = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("made_runs.py"))))  # the tests are no package
 RSLAD, ABSLD = made.RSLAD, made.ABSLD
@@ -45,6 +56,37 @@ def test_every_row_of_the_study_is_a_recipe(study: ModuleType) -> None:
         assert row.teacher is None or row.teacher in names
 
 
+def test_the_kept_epoch_is_the_best_of_those_that_may_be_kept(study: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"recipe": {"select_from": 2}}))
+    scores = [(1, 0.9, 0.9), (2, 0.5, 0.25), (3, 0.5, 0.375), (4, 0.75, 0.0)]
+    lines = [{"epoch": epoch, "holdout": {"average": average, "worst": worst}} for epoch, average, worst in scores]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"epoch": 5}]))
+    assert study.chosen(tmp_path) == {"average": 0.5, "worst": 0.375}
+
+
+def test_the_study_attacks_what_was_kept_on_images_that_no_student_saw(
+    study: ModuleType, teacher: Path, train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    assert train("rslad:digits", run, "--holdout-per-class", "30") == 0
+    given: dict[str, Any] = {}
+
+    def suite(model: nn.Module, split: Split, order: np.ndarray, request: SuiteRequest, **known: Any) -> Ledger:
+        given.update(model=model, order=order, request=request)
+        ledger = Ledger(known["path"], {}, order, split.labels[order])
+        ledger.clean_N[:] = split.labels[order] > 0  # the first class has fallen
+        return ledger
+
+    monkeypatch.setattr(study, "evaluate_suite", suite)
+    report = study.attacked(run, "digits")
+    assert report["accuracy"] == [0.0] + [1.0] * 9 and report["count"] == [30] * 10
+    trained_on, _ = holdout_split(load_split("digits", "train").labels, 30)
+    assert not set(given["order"]) & set(trained_on)
+    assert given["request"].eps == 0.15 and given["request"].fold
+    best = load_file(run / "best.safetensors")
+    assert all(torch.equal(value, best[name]) for name, value in given["model"].state_dict().items())
+
+
 def test_the_study_puts_the_best_worst_class_first_and_gives_ranges(study: ModuleType) -> None:
     def seed(worst: float) -> dict[str, dict[str, Any]]:
         return {attack: {"average": 0.75, "worst": worst, "nsd": 0.125} for attack in ("apgd", "pgd20")}
@@ -70,3 +112,40 @@ def test_the_comparison_pairs_ours_with_each_and_each_with_the_baseline(fairness
     assert from_each["absld"].summary["worst"].difference == pytest.approx(min(better) - min(ABSLD))
     text = fairness.ours_table(from_each, "pgd20")
     assert "| RSLAD | +10.0 (" in text and text.count("\n") == 4
+
+
+@pytest.mark.parametrize("out", ["/home/someone/runs/a-run", "runs/deep/a-run"])
+def test_records_lose_the_machines_folders_alone(out: str, tmp_path: Path) -> None:
+    text = (
+        f'{{"out": "{out}", "teacher": {{"path": "{out}"}}, "classes": ["T-shirt/top"], '
+        '"loader": "ffcv from /var/cache/x.beton (as asked)"}'
+    )
+    (tmp_path / "config.json").write_text(text)
+    contest.copy_records(tmp_path, tmp_path / "to", ["config.json"])
+    assert json.loads((tmp_path / "to/config.json").read_text()) == {
+        "out": "a-run",
+        "teacher": {"path": "a-run"},
+        "classes": ["T-shirt/top"],
+        "loader": "ffcv from x.beton (as asked)",
+    }
+
+
+def test_what_was_evaluated_under_other_versions_is_evaluated_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made.make_run(contest.folder_of("rslad:digits", 0, tmp_path), RSLAD)  # clean, pgd20 and the check are there
+    asked: list[tuple[tuple[str, ...], bool]] = []
+
+    def evaluate(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
+        asked.append((request.attacks, request.check))
+        if len(asked) == 1:  # the first puts what was there aside
+            return run, {"attacks": {name: {} for name in request.attacks}}
+        return run, {"attacks": {name: {} for name in ("clean", "pgd20", "autoattack")}, "checks": {}}
+
+    monkeypatch.setattr(contest, "train", lambda job: None)
+    monkeypatch.setattr(contest, "with_teacher", lambda job: job)
+    monkeypatch.setattr(contest, "evaluate_target", evaluate)
+    protocol = contest.Protocol(out=tmp_path, attacks=("clean", "pgd20", "autoattack"), check=True)
+    content = contest.trained_and_evaluated("rslad:digits", 0, protocol)
+    assert asked == [(("autoattack",), False), (("clean", "pgd20"), True)]
+    assert content["attacks"].keys() == {"clean", "pgd20", "autoattack"}

@@ -19,9 +19,9 @@ from retemper.recipes.label_trust import (
     SETTINGS,
     LabelTrust,
     class_gap,
-    next_class_weight,
+    dro_weight,
+    mean_gap_weight,
     next_trust,
-    worst_case_weight,
     worst_class_weight,
 )
 from retemper.recipes.rslad import Rslad
@@ -100,7 +100,7 @@ def test_the_rules_are_those_by_hand() -> None:
     torch.testing.assert_close(class_gap(loss), torch.tensor([-2 / 3, -1 / 3, 1]))
     trust = next_trust(torch.tensor([0.0, 0.2, 0.75]), loss, 0.1)
     torch.testing.assert_close(trust, torch.tensor([0, 0.2 - 0.1 / 3, 0.8]))
-    weight = next_class_weight(torch.tensor([0.6, 1.0, 3.9]), loss, 0.3)
+    weight = mean_gap_weight(torch.tensor([0.6, 1.0, 3.9]), loss, 0.3)
     torch.testing.assert_close(weight, torch.tensor([0.5, 0.9, 4]))
     weight = worst_class_weight(torch.tensor([0.55, 1.0, 3.9]), torch.tensor([0.2, 0.4, 0.7]), 0.4)
     torch.testing.assert_close(weight, torch.tensor([0.5, 0.8, 4]))
@@ -113,15 +113,15 @@ def test_the_rules_are_those_by_hand() -> None:
         worst_class_weight(torch.ones(3), torch.tensor([0.2, 0.4, 0.7]), 0.4, softness=1e-3),
         worst_class_weight(torch.ones(3), torch.tensor([0.2, 0.4, 0.7]), 0.4),
     )
-    weight = worst_case_weight(torch.tensor([1.0, 1.0]), torch.tensor([0.5, 1.0]), 2 * math.log(2))
+    weight = dro_weight(torch.tensor([1.0, 1.0]), torch.tensor([0.5, 1.0]), 2 * math.log(2))
     torch.testing.assert_close(weight, torch.tensor([2 / 3, 4 / 3]))
-    assert worst_case_weight(torch.tensor([1.0] * 9 + [99.0]), torch.zeros(10), 1.0).tolist() == [0.5] * 9 + [4.0]
+    assert dro_weight(torch.tensor([1.0] * 9 + [99.0]), torch.zeros(10), 1.0).tolist() == [0.5] * 9 + [4.0]
 
 
 def test_equal_losses_move_nothing() -> None:
     value, loss = torch.tensor([0.5, 0.6, 0.7]), torch.full((3,), 5.0)
     assert torch.equal(next_trust(value, loss, 0.1), value)
-    assert torch.equal(next_class_weight(value, loss, 0.3), value)
+    assert torch.equal(mean_gap_weight(value, loss, 0.3), value)
 
 
 def test_an_epoch_moves_what_is_on_by_the_mean_adversarial_losses() -> None:
@@ -178,3 +178,24 @@ def test_refuses_what_makes_no_sense(name: str) -> None:
     field, value = name.split("=")
     with pytest.raises(UsageError, match=field):
         override(SETTINGS["digits"].recipe, {field: value})
+
+
+def test_it_is_joint_and_averaged_unless_told_otherwise() -> None:
+    found = {name: setting.recipe for name, setting in SETTINGS.items()}
+    assert all(recipe.joint and recipe.average == "ema" for recipe in found.values())
+    decays = {name: found[name].ema_decay for name in ("digits", "fashion_mnist_small", "cifar10_resnet18")}
+    assert decays == {"digits": 0.99, "fashion_mnist_small": 0.99, "cifar10_resnet18": 0.999}
+
+
+def test_the_bounds_of_the_recipe_hold() -> None:
+    recipe = label_trust(trust_upper=0.05, weight_lower=0.9, weight_upper=1.1, weight_rate=1.0)
+    moved = recipe.next_class_state(recipe.class_state(3), one_epoch([10.0, 20.0, 90.0], [9, 5, 0], [10, 10, 10]), 1)
+    torch.testing.assert_close(moved["label_trust"], torch.tensor([0.0, 0.0, 0.05]))
+    torch.testing.assert_close(moved["class_weight"], torch.tensor([0.9, 0.9, 1.1]))
+
+
+def test_a_class_that_was_not_met_is_not_the_worst() -> None:
+    recipe = label_trust()
+    moved = recipe.next_class_state(recipe.class_state(3), one_epoch([10.0, 30.0, 0.0], [9, 2, 0], [10, 10, 0]), 1)
+    torch.testing.assert_close(moved["label_trust"], torch.tensor([0.0, 0.1, 0.0]))
+    assert moved["class_weight"].argmax() == 1 and moved["class_weight"][2] < 1
