@@ -1,7 +1,7 @@
 """Which method leaves the worst class best protected? One teacher, one protocol, AutoAttack included.
 
     python benchmarks/fairness.py --data fashion_mnist_small --seeds 3
-    python benchmarks/fairness.py --data digits --seeds 3 --autoattack-images 600 --methods rslad,dafa
+    python benchmarks/fairness.py --data digits --seeds 3 --autoattack-images 600 --methods rslad,dafa --results runs/two
 
 Trains what is not trained yet under --out, evaluates it (clean and PGD-20 on all test images, AutoAttack on a
 class-balanced subset, through the folded twin; --suite fast: its first two attacks; our own students are checked for
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from retemper.engine.bench.contest import Protocol, contestants, copy_records, folder_of, trained_and_evaluated
+from retemper.engine.bench.contest import Protocol, commits, contestants, copy_records, folder_of, trained_and_evaluated
 from retemper.engine.evaluation.compare import Comparison, Difference, compare
 from retemper.engine.evaluation.evaluate import finite
 from retemper.engine.evaluation.verdicts import read_evaluated
@@ -159,6 +159,8 @@ def main() -> None:
     known, names = contestants(words.data), words.methods.split(",")
     if unknown := [name for name in names if name not in known]:
         parser.error(f"--methods {','.join(unknown)}: on {words.data} there are {', '.join(known) or 'none'}")
+    if words.results is None and words.methods != METHODS:
+        parser.error("--methods: name --results too, so that the whole comparison stays as it is")
     if BASELINE not in names:
         parser.error(f"--methods {words.methods}: {BASELINE} must be among them, the others are compared with it")
     chosen = {name: known[name] for name in names}
@@ -192,7 +194,9 @@ def main() -> None:
     checks = {name: [run["checks"]["verdict"] for run in found if "checks" in run] for name, found in rows.items()}
     content["checks"] = {name: verdicts for name, verdicts in checks.items() if verdicts}
     print(f"masked gradients: {content['checks']}")
-    content |= {"versions": versions(), "commit": commit(), "device": device_name(torch.device("cpu"))}
+    every = [folder for folders in runs.values() for folder in folders]
+    content |= {"versions": versions(), "commit": commit(), "trained_at": commits(every)}
+    content |= {"device": device_name(torch.device("cpu"))}
     write_atomically(results / "fairness.json", json.dumps(content, indent=1).encode() + b"\n")
     draw(rows | taught_by, shown, results / "fairness.png")
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from retemper.engine.bench.contest import copy_records
+from retemper.engine.bench.contest import commits, copy_records
 from retemper.engine.catalogue import find_setting
 from retemper.engine.evaluation.autoattack import SuiteRequest
 from retemper.engine.evaluation.class_statistics import class_report
@@ -199,6 +199,7 @@ def main() -> None:
         "rows": [asdict(row) | {"seeds": found[row.name]} for row in rows],
         "versions": versions(),
         "commit": commit(),
+        "trained_at": commits(folders),
         "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     }
     write_atomically(results / "study.md", text.encode())

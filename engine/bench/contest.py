@@ -60,6 +60,11 @@ def copy_records(run: Path, to: Path, names: Iterable[str]) -> None:
         write_atomically(to / name, text.encode())
 
 
+def commits(runs: Iterable[Path]) -> list[str]:
+    """Of which code the runs are, each commit once."""
+    return sorted({str(RunFolder(run).read_config()["commit"]) for run in runs})
+
+
 def trained_and_evaluated(name: str, seed: int, protocol: Protocol) -> dict[str, Any]:
     """Train and evaluate METHOD:SETTING where that is not done; its evaluation.json, and the seconds it trained."""
     method, setting, found = find_setting(name)
