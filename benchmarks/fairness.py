@@ -1,7 +1,7 @@
 """Which method leaves the worst class best protected? One teacher, one protocol, AutoAttack included.
 
     python benchmarks/fairness.py --data fashion_mnist_small --seeds 3
-    python benchmarks/fairness.py --data digits --seeds 3 --autoattack-images 600 --methods rslad,dafa --results runs/two
+    python benchmarks/fairness.py --data digits --seeds 3 --autoattack-images 600 --methods rslad,dafa --results runs/x
 
 Trains what is not trained yet under --out, evaluates it (clean and PGD-20 on all test images, AutoAttack on a
 class-balanced subset, through the folded twin; --suite fast: its first two attacks; our own students are checked for
