@@ -75,7 +75,7 @@ ROWS = (
     Row("ABSLD", method="absld"),
     Row("DAFA", method="dafa", on=BOTH),
     Row("label trust", on=BOTH),
-    Row("label trust, not averaged", NOT_AVERAGED, on=BOTH),
+    Row("label trust, not averaged", NOT_AVERAGED),
     Row("label trust, not averaged, apart", NOT_AVERAGED | APART),
     Row("trust alone", dict(weight_rate=0.0), on=BOTH),
     Row("weights alone", dict(trust_rate=0.0), on=BOTH),
