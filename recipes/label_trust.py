@@ -16,22 +16,17 @@ Both forwards are one batch to batch norm (`joint`): apart, each is trained unde
 evaluated under a mean of the two. The moving w pull the student about: an average of its weights is kept (`average`).
 
 A rate of 0 switches its part off. Two more are off: t, moved as ABSLD's, and a radius of (1 + margin_rate g[y]) eps.
-Other rules for w: "worst" shares with none, "mean_gap" takes g for h, and "dro" follows the worst mixture of the
-classes by exponentiated gradient (Sagawa et al., ICLR 2020):
-
-w <- clip(v / mean v, 1/2, 4)   where   v = w exp(weight_rate e)
+Rule "mean_gap" takes g for h.
 
 Over 80 lines: it holds what was tried beside the rule, too.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from retemper.engine import KlObjective, Recipe, Seen, Targets, distillation, run_recipe
 from retemper.kernels import class_temperature_kl
@@ -51,32 +46,20 @@ def next_trust(trust_K: Tensor, loss_K: Tensor, rate: float, upper: float = 0.8)
 
 
 def mean_gap_weight(weight_K: Tensor, loss_K: Tensor, rate: float, lower: float = 0.5, upper: float = 4.0) -> Tensor:
-    """(K,) w after an epoch with the mean losses `loss_K`."""
+    """(K,) w of rule "mean_gap" after an epoch with the mean losses `loss_K`."""
     return (weight_K + rate * class_gap(loss_K)).clamp(lower, upper)
 
 
-def worst_class_weight(
-    weight_K: Tensor, error_K: Tensor, rate: float, lower: float = 0.5, upper: float = 4.0, softness: float = 0.0
+def near_worst_weight(
+    weight_K: Tensor, error_K: Tensor, rate: float, lower: float = 0.5, upper: float = 4.0, softness: float = 0.1
 ) -> Tensor:
-    """(K,) w of rule "worst" after an epoch with the errors `error_K`, in [0, 1]; with a softness, of "near_worst"."""
+    """(K,) w after an epoch with the errors `error_K`, in [0, 1]."""
     classes = len(error_K)
-    hard_K = one_hot(error_K.argmax(), classes).to(error_K.dtype)
-    share_K = (error_K / softness).softmax(0) if softness else hard_K
+    share_K = (error_K / softness).softmax(0)
     return (weight_K + rate * (classes * share_K - 1) / (classes - 1)).clamp(lower, upper)
 
 
-def dro_weight(weight_K: Tensor, error_K: Tensor, rate: float, lower: float = 0.5, upper: float = 4.0) -> Tensor:
-    """(K,) w of rule "dro" after an epoch with the errors `error_K`, in [0, 1]."""
-    raised_K = weight_K * (rate * error_K).exp()
-    return (raised_K / raised_K.mean()).clamp(lower, upper)
-
-
-WEIGHT_RULES = {
-    "near_worst": partial(worst_class_weight, softness=0.1),
-    "worst": worst_class_weight,
-    "mean_gap": mean_gap_weight,
-    "dro": dro_weight,
-}
+WEIGHT_RULES = {"near_worst": near_worst_weight, "mean_gap": mean_gap_weight}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +68,7 @@ class LabelTrust(Recipe):
     kl_scale: float = 0.1  # as RSLAD's
     joint: bool = True
     average: Literal["none", "ema", "swa"] = "ema"
-    rule: Literal["near_worst", "worst", "mean_gap", "dro"] = "near_worst"  # of the class weights
+    rule: Literal["near_worst", "mean_gap"] = "near_worst"  # of the class weights
     trust_rate: float = 0.1
     trust_start: float = 0.0  # with a rate of 0 it is every class's trust, for good
     trust_upper: float = 0.8
