@@ -12,6 +12,7 @@ evaluation.csv, and of all the tables, the plot, and the paired differences, of 
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from retemper.engine.bench.contest import Protocol, commits, contestants, copy_records, folder_of, trained_and_evaluated
+from retemper.engine.cli import reported
 from retemper.engine.evaluation.compare import Comparison, Difference, compare
 from retemper.engine.evaluation.evaluate import finite
 from retemper.engine.evaluation.verdicts import read_evaluated
@@ -159,6 +161,8 @@ def main() -> None:
     known, names = contestants(words.data), words.methods.split(",")
     if unknown := [name for name in names if name not in known]:
         parser.error(f"--methods {','.join(unknown)}: on {words.data} there are {', '.join(known) or 'none'}")
+    if words.seeds < 1:
+        parser.error(f"--seeds {words.seeds}: at least one")
     if words.results is None and words.methods != METHODS:
         parser.error("--methods: name --results too, so that the whole comparison stays as it is")
     if BASELINE not in names:
@@ -196,10 +200,10 @@ def main() -> None:
     print(f"masked gradients: {content['checks']}")
     every = [folder for folders in runs.values() for folder in folders]
     content |= {"versions": versions(), "commit": commit(), "trained_at": commits(every)}
-    content |= {"device": device_name(torch.device("cpu"))}
+    content |= {"device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))}
     write_atomically(results / "fairness.json", json.dumps(content, indent=1).encode() + b"\n")
     draw(rows | taught_by, shown, results / "fairness.png")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(reported(main, goes_on=True))

@@ -14,6 +14,7 @@ import argparse
 import json
 import re
 import statistics
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch
 
 from retemper.engine.bench.contest import commits, copy_records
 from retemper.engine.catalogue import find_setting
+from retemper.engine.cli import reported
 from retemper.engine.evaluation.autoattack import SuiteRequest
 from retemper.engine.evaluation.class_statistics import class_report
 from retemper.engine.evaluation.evaluate import balanced_order
@@ -159,20 +161,28 @@ def table(found: dict[str, list[dict[str, dict[str, Any]]]]) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
+def pattern(text: str) -> re.Pattern[str]:
+    """A regular expression; argparse tells a ValueError in one line."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ValueError(error) from None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=tuple(HELD_OUT), default="digits")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--only", default="", metavar="REGEX", help="the rows whose names match; nothing is written to --results"
+        "--only", type=pattern, metavar="REGEX", help="the rows whose names match; nothing is written to --results"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/label_trust_study"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/label_trust"))
     words = parser.parse_args()
     torch.set_num_threads(1)  # the same bits on every machine
-    rows = [row for row in ROWS if words.data in row.on and re.search(words.only, row.name)]
+    rows = [row for row in ROWS if words.data in row.on and (not words.only or words.only.search(row.name))]
     if not rows or words.seeds < 1:
-        parser.error(f"--only {words.only} --seeds {words.seeds}: no run of {', '.join(row.name for row in ROWS)}")
+        parser.error(f"--only and --seeds {words.seeds} leave no run of: {'; '.join(row.name for row in ROWS)}")
     found: dict[str, list[dict[str, dict[str, Any]]]] = {}
     folders: list[Path] = []
     with Progress("study", len(rows) * words.seeds) as progress:
@@ -204,4 +214,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(reported(main, goes_on=True))

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -45,7 +45,8 @@ def run_as_script(file: str) -> None:
 
 def run(argv: list[str]) -> int:
     """One verb; its exit code."""
-    try:
+
+    def act() -> None:
         top = parser(_named_recipe(argv))
         arguments, unknown = top.parse_known_args(argv)
         if unknown:
@@ -53,10 +54,17 @@ def run(argv: list[str]) -> int:
                 f"{arguments.verb} has no option {unknown[0]!r}{nearest(unknown[0], _options(top, argv[0]))}"
             )
         arguments.act(arguments)
+
+    return reported(act, goes_on=argv[:1] in (["train"], ["demo"]))
+
+
+def reported(act: Callable[[], None], goes_on: bool) -> int:
+    """Do it; the exit code, after one line where it fails. goes_on: whether the same command takes it up again."""
+    try:
+        act()
         return 0
     except KeyboardInterrupt as interrupt:
         saved = str(interrupt) or "what was saved before is whole"
-        goes_on = argv[:1] in (["train"], ["demo"])
         if is_first():
             print(f"retemper: interrupted{f'; {saved}{GOES_ON}' if goes_on else ''}", file=sys.stderr)
         return PREEMPTED

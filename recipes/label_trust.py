@@ -135,7 +135,7 @@ class LabelTrust(Recipe):
 
 
 SHORT = dict(kl_scale=1.0, ema_decay=0.99)  # a thousand steps are too few for a tenth of the loss, a long average
-# the rule, its rates and bounds were chosen on held-out training images: benchmarks/label_trust_study.py
+# chosen on held-out training images; benchmarks/label_trust_study.py shows what the parts do
 SETTINGS = distillation(LabelTrust, ON_BOTH, digits=SHORT, fashion_mnist_small=SHORT)
 
 if __name__ == "__main__":
