@@ -24,15 +24,17 @@ import numpy as np
 import torch
 from torch import nn
 
+from retemper.console import say
 from retemper.engine import create_model, load_checkpoint
+from retemper.engine.checkpoints.header import facts_of, load_trained
+from retemper.engine.device import device_name, exact_fp32
 from retemper.engine.evaluation.autoattack import SuiteRequest, run_suite
-from retemper.engine.evaluation.evaluate import as_float, balanced_order, exact_fp32, predicted
 from retemper.engine.evaluation.ledger import Ledger
-from retemper.engine.networks.trained import facts_of, load_trained
-from retemper.engine.networks.weights import write_atomically
-from retemper.engine.run.run_folder import RunFolder, commit, device_name, versions
+from retemper.engine.predict import as_float, balanced_order, predicted
+from retemper.engine.run.run_folder import RunFolder
+from retemper.files import write_atomically
 from retemper.loaders import Split, load_split
-from retemper.loaders.progress import say
+from retemper.provenance import commit, versions
 
 CLI = [sys.executable, "-c", "from retemper.engine.cli import main; main()"]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from retemper.engine.demo import run_demo
-from retemper.engine.networks.weights import write_atomically
-from retemper.engine.run.run_folder import commit, versions
+from retemper.files import write_atomically
+from retemper.provenance import commit, versions
 
 RUNS = ("teacher", "rslad", "absld")
 MEASURES = ("average", "worst", "nsd")

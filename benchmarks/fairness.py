@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from runs import Protocol, commits, contestants, copy_records, folder_of, trained_and_evaluated
 
-from retemper.engine.bench.contest import Protocol, commits, contestants, copy_records, folder_of, trained_and_evaluated
+from retemper.console import Progress, say
 from retemper.engine.cli import reported
+from retemper.engine.device import device_name
 from retemper.engine.evaluation.compare import Comparison, Difference, compare
-from retemper.engine.evaluation.evaluate import finite
 from retemper.engine.evaluation.verdicts import read_evaluated
-from retemper.engine.networks.weights import write_atomically
-from retemper.engine.run.run_folder import commit, device_name, versions
-from retemper.loaders.progress import Progress, say
+from retemper.files import finite, write_atomically
+from retemper.provenance import commit, versions
 
 METHODS = "sat,trades,rslad,absld,fair_rslad,cfa,dafa,label_trust"
 BASELINE, OURS = "rslad", "label_trust"

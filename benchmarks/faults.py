@@ -32,14 +32,15 @@ from safetensors.torch import load_file
 
 from retemper.engine import create_model, load_checkpoint
 from retemper.engine.cli import run
-from retemper.engine.networks.weights import write_atomically
+from retemper.engine.device import device_name
 from retemper.engine.run import interrupts
-from retemper.engine.run.run_folder import commit, device_name, versions
 from retemper.engine.run.state_file import unpack
-from retemper.engine.speed.teacher_table import TeacherTable
+from retemper.engine.run.teacher_table import TeacherTable
+from retemper.files import write_atomically
 from retemper.loaders import DataError, ViewSpace, convert, load_split, verify
 from retemper.loaders.ffcv_backend import FfcvLoader, _pump_class
 from retemper.loaders.loader import Plan
+from retemper.provenance import commit, versions
 
 SHORT = "--device cpu --attack-steps 2 --holdout-per-class 5 --select-steps 2 --batch-size 128 --select-every 1".split()
 EPOCHS = 6

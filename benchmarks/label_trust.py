@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from retemper.engine import Recipe, State, create_model, train_step
-from retemper.engine.bench.machine import Rates
+from retemper.engine.bench.machine import Rates, Work
 from retemper.engine.bench.record import as_table, header, save
-from retemper.engine.bench.timing import Contestant, Race, Work, run_race
+from retemper.engine.bench.timing import Contestant, Race, run_race
 from retemper.engine.catalogue import find_setting
 from retemper.engine.speed.capture import captured
 

@@ -22,21 +22,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from runs import commits, copy_records
 
-from retemper.engine.bench.contest import commits, copy_records
+from retemper.console import Progress, say
 from retemper.engine.catalogue import find_setting
+from retemper.engine.checkpoints.weights import load_checkpoint, state_digest
+from retemper.engine.class_report import class_report
 from retemper.engine.cli import reported
+from retemper.engine.device import device_name
 from retemper.engine.evaluation.autoattack import SuiteRequest
-from retemper.engine.evaluation.class_statistics import class_report
-from retemper.engine.evaluation.evaluate import balanced_order
-from retemper.engine.evaluation.suite_run import evaluate_suite
+from retemper.engine.evaluation.shards import evaluate_suite
 from retemper.engine.models import create_model
-from retemper.engine.networks.weights import load_checkpoint, state_digest, write_atomically
+from retemper.engine.predict import balanced_order
 from retemper.engine.run.job import Job, default_cache
-from retemper.engine.run.run_folder import RunFolder, commit, device_name, versions
+from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.run.train import train
+from retemper.files import write_atomically
 from retemper.loaders import holdout_split, load_split
-from retemper.loaders.progress import Progress, say
+from retemper.provenance import commit, versions
 
 HELD_OUT: dict[str, dict[str, Any]] = {
     "digits": dict(holdout_per_class=30),

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from runs import Protocol, contestants, trained_and_evaluated
 
-from retemper.engine.bench.contest import Protocol, contestants, trained_and_evaluated
-from retemper.engine.networks.weights import write_atomically
-from retemper.engine.run.run_folder import commit, device_name, versions
-from retemper.loaders.progress import Progress, say
+from retemper.console import Progress, say
+from retemper.engine.device import device_name
+from retemper.files import write_atomically
+from retemper.provenance import commit, versions
 
 ATTACKS = ("clean", "pgd20")
 

@@ -1,25 +1,24 @@
 """What a run is and how it moves: recipes, the attack, the training step, checkpoints, evaluation, reports."""
 
-from retemper.engine.attack import KlObjective, Objective, Watcher, cross_entropy_objective, cw_objective, pgd
-from retemper.engine.errors import Diverged
-from retemper.engine.evaluation.class_statistics import ClassReport, class_report, intervals
-from retemper.engine.losses import cross_entropy_rows, is_label, kl_rows
-from retemper.engine.models import create_model
-from retemper.engine.networks.weights import load_checkpoint, save_weights
-from retemper.engine.parallel.ranks import WHOLE, Part
-from retemper.engine.recipe import Recipe, Targets, given
-from retemper.engine.seen import ClassMeans, ClassSums, HeldOut, Seen
-from retemper.engine.settings import (
-    DIGITS,
-    ON_BOTH,
-    ON_DIGITS,
-    Setting,
-    adversarial_training,
-    as_student,
-    distillation,
-    teachers,
+from retemper.engine.attack import Watcher, pgd
+from retemper.engine.checkpoints.weights import load_checkpoint, save_weights
+from retemper.engine.class_report import ClassReport, class_report, intervals
+from retemper.engine.distributed.ranks import WHOLE, Part
+from retemper.engine.epoch_stats import ClassMeans, ClassSums, EpochStats, HeldOut
+from retemper.engine.losses import (
+    KlObjective,
+    Objective,
+    cross_entropy_objective,
+    cross_entropy_rows,
+    cw_objective,
+    is_label,
+    kl_rows,
 )
-from retemper.engine.step import State, train_step
+from retemper.engine.models import create_model
+from retemper.engine.recipe import Recipe, Setting, Targets, given
+from retemper.engine.state import State
+from retemper.engine.step import train_step
+from retemper.errors import Diverged
 
 
 def run_recipe(file: str) -> None:
@@ -30,32 +29,26 @@ def run_recipe(file: str) -> None:
 
 
 __all__ = [
-    "DIGITS",
-    "ON_BOTH",
-    "ON_DIGITS",
     "WHOLE",
     "ClassMeans",
     "ClassReport",
     "ClassSums",
     "Diverged",
+    "EpochStats",
     "HeldOut",
     "KlObjective",
     "Objective",
     "Part",
     "Recipe",
-    "Seen",
     "Setting",
     "State",
     "Targets",
     "Watcher",
-    "adversarial_training",
-    "as_student",
     "class_report",
     "create_model",
     "cross_entropy_objective",
     "cross_entropy_rows",
     "cw_objective",
-    "distillation",
     "given",
     "intervals",
     "is_label",
@@ -64,6 +57,5 @@ __all__ = [
     "pgd",
     "run_recipe",
     "save_weights",
-    "teachers",
     "train_step",
 ]

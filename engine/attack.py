@@ -7,50 +7,14 @@ Only input gradients are computed. The mode of every module is put back as it wa
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from retemper.kernels import class_temperature_kl, class_temperature_kl_grad_, pgd_step_, random_start_
+from retemper.engine.losses import Objective
+from retemper.kernels import pgd_step_, random_start_
 
-Objective = Callable[[Tensor], Tensor]
 Watcher = Callable[[Tensor, Tensor], None]
-
-
-@dataclass(frozen=True, eq=False)
-class KlObjective:
-    """The sum over the batch of KL(target_i || softmax(logits_i)).
-
-    target_i = (1 - label_trust[y_i]) softmax(teacher_i / temperature[y_i]) + label_trust[y_i] onehot(y_i), y the label.
-
-    An attack needs its gradient alone, which `gradient` gives without the value: one launch and no autograd.
-
-    Attributes:
-        teacher: (B, K) logits.
-        label: (B,) int64.
-        temperature: (K,).
-        label_trust: (K,) in [0, 1]; None trusts the teacher alone.
-    """
-
-    teacher: Tensor
-    label: Tensor
-    temperature: Tensor
-    label_trust: Tensor | None = None
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """(B, K) logits to a scalar."""
-        return class_temperature_kl(
-            logits, self.teacher, self.label, self.temperature, label_trust=self.label_trust, reduction="sum"
-        )
-
-    def gradient(self, logits: Tensor) -> Tensor:
-        """(B, K): its derivative at the logits."""
-        logits = logits.detach().clone()  # the network may need its output again for its own gradient
-        return class_temperature_kl_grad_(
-            logits, self.teacher, self.label, self.temperature, label_trust=self.label_trust
-        )
 
 
 @contextmanager
@@ -154,25 +118,3 @@ def _start(
 def predicts(logits_BK: Tensor, label_B: Tensor) -> Tensor:
     """(B,) bool: whether each row is largest at its label. A row that is not finite predicts nothing."""
     return (logits_BK.argmax(1) == label_B) & logits_BK.isfinite().all(1)
-
-
-def cross_entropy_objective(label_B: Tensor) -> Objective:
-    """The sum of the cross-entropies against `label_B`: what PGD and FGSM raise."""
-    return lambda logits_BK: F.cross_entropy(_wide(logits_BK), label_B, reduction="sum")
-
-
-def _wide(logits_BK: Tensor) -> Tensor:
-    """Half precision as float32: a sum over a batch has no digits left in it."""
-    return logits_BK.float() if logits_BK.dtype in (torch.float16, torch.bfloat16) else logits_BK
-
-
-def cw_objective(label_B: Tensor, confidence: float = 50.0) -> Objective:
-    """The margin of Carlini & Wagner (S&P 2017) on logits: sum of -max(z_y - max_{j != y} z_j + confidence, 0)."""
-
-    def objective(logits_BK: Tensor) -> Tensor:
-        own_BK = F.one_hot(label_B, logits_BK.shape[1]).bool()
-        own_B = logits_BK.gather(1, label_B[:, None]).squeeze(1)
-        other_B = logits_BK.masked_fill(own_BK, -torch.inf).amax(1)
-        return -(own_B - other_B + confidence).clamp(min=0).sum()
-
-    return objective

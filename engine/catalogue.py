@@ -8,9 +8,8 @@ from dataclasses import fields, replace
 from types import ModuleType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from retemper.engine.recipe import Recipe
-from retemper.engine.settings import Setting
-from retemper.loaders.errors import UsageError
+from retemper.engine.recipe import Recipe, Setting
+from retemper.errors import UsageError
 
 
 def methods() -> list[str]:

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from retemper.engine.catalogue import find_setting, method_module, methods, nearest, override
-from retemper.engine.errors import EXIT_CODES, PREEMPTED
-from retemper.engine.parallel.launcher import is_first, speaker
+from retemper.engine.distributed.join import is_first, speaker
 from retemper.engine.recipe import describe
 from retemper.engine.run import interrupts
-from retemper.loaders.errors import DataError, UsageError
+from retemper.errors import EXIT_CODES, PREEMPTED, DataError, UsageError
 
 FLAGS = ("--show", "--tensorboard", "--deterministic", "--help")  # of `train`: they take no value
 NETWORKS = "a run's folder, a checkpoint file, robustbench:NAME, or net.py:factory (your own nn.Module)"
@@ -205,9 +204,9 @@ def _options(top: Parser, verb: str) -> list[str]:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    from retemper.engine.networks.teacher import with_teacher
-    from retemper.engine.parallel.launcher import joined
+    from retemper.engine.distributed.join import joined
     from retemper.engine.run.job import Job, default_cache, default_out
+    from retemper.engine.run.teachers import with_teacher
     from retemper.engine.run.train import train as train_job
 
     method, name, setting = find_setting(arguments.METHOD_SETTING)
@@ -241,8 +240,8 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    from retemper.engine.evaluation.evaluate_run import EvaluationRequest, evaluate_target, summary
-    from retemper.engine.parallel.launcher import joined
+    from retemper.engine.distributed.join import joined
+    from retemper.engine.evaluation.evaluate import EvaluationRequest, evaluate_target, summary
 
     with joined(arguments.device) as (ranks, device):
         path, content = evaluate_target(EvaluationRequest.from_words(arguments, ranks, device))
@@ -262,9 +261,8 @@ def compare(arguments: argparse.Namespace) -> None:
 
     from retemper.engine.evaluation.compare import as_text
     from retemper.engine.evaluation.compare import compare as compare_runs
-    from retemper.engine.evaluation.evaluate import finite
     from retemper.engine.evaluation.verdicts import read_evaluated
-    from retemper.engine.networks.weights import write_atomically
+    from retemper.files import finite, write_atomically
 
     sides = [[read_evaluated(Path(name), name) for name in side.split(",")] for side in (arguments.a, arguments.b)]
     found = compare_runs(*sides, arguments.attack)
@@ -274,7 +272,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    from retemper.engine.networks.export import export as export_run
+    from retemper.engine.export.export import export as export_run
 
     print(export_run(arguments.run, arguments.out, arguments.format, arguments.weights, arguments.name))
 
@@ -306,7 +304,7 @@ def ls(arguments: argparse.Namespace) -> None:
 def bench(arguments: argparse.Namespace) -> None:
     from retemper.engine.bench import Request, as_table, as_text, save
     from retemper.engine.bench import bench as measure
-    from retemper.engine.run.job import pick_device
+    from retemper.engine.device import pick_device
 
     for name in ("rounds", "batch"):
         value = getattr(arguments, name)

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 
+from retemper.console import say
 from retemper.engine.catalogue import find_setting
-from retemper.engine.evaluation.evaluate_run import EvaluationRequest, evaluate_target, summary
-from retemper.engine.networks.trained import Facts
+from retemper.engine.checkpoints.header import Facts
+from retemper.engine.evaluation.evaluate import EvaluationRequest, evaluate_target, summary
 from retemper.engine.report import require_plots, write_report
 from retemper.engine.run.job import Job, default_cache
 from retemper.engine.run.train import train
-from retemper.loaders.progress import say
 
 CAST = {"teacher": "sat:digits", "rslad": "rslad:digits", "absld": "absld:digits"}
 ATTACKS = ("clean", "fgsm", "pgd20", "cw")

@@ -14,11 +14,12 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
 from torch import Tensor
 
-from retemper.engine.attack import Objective, Watcher
+from retemper.engine.attack import Watcher
+from retemper.engine.distributed.ranks import WHOLE, Part
+from retemper.engine.epoch_stats import EpochStats
+from retemper.engine.losses import Objective
 from retemper.engine.models import MODELS
-from retemper.engine.parallel.ranks import WHOLE, Part
-from retemper.engine.seen import Seen
-from retemper.engine.speed.moves import EXACTNESS, Moves
+from retemper.engine.speed.options import EXACTNESS, Moves
 from retemper.loaders import DATASETS
 
 AnyRecipe = TypeVar("AnyRecipe", bound="Recipe")
@@ -234,10 +235,10 @@ class Recipe(Moves):
     def after_step(self, state: Mapping[str, Tensor], logits: Mapping[str, Tensor], targets: Targets) -> None:
         """Move what changes with every step, in place; `logits` are those of before it."""
 
-    def next_class_state(self, state: Mapping[str, Tensor], seen: Seen, epoch: int) -> dict[str, Tensor]:
+    def next_class_state(self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int) -> dict[str, Tensor]:
         """The class state after `epoch`, from what it has shown. Unchanged by default.
 
-        Where the recipe `validates`, it is asked for after epoch 0 as well, with `seen.held` alone.
+        Where the recipe `validates`, it is asked for after epoch 0 as well, with `stats.held` alone.
         """
         return dict(state)
 
@@ -255,3 +256,15 @@ def other_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     defaults = {field.name: field.default for field in fields(Recipe) if field.default is not MISSING}
     before = {name: old.get(name, defaults.get(name)) for name in new}
     return [name for name in new if before[name] != new[name] and EXACTNESS.get(name) != "bitwise"]
+
+
+UNTRAINED = "starts, steps and evaluates in the tests; not trained yet"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A recipe with one line on what it is and one on what was measured with it, and where."""
+
+    recipe: Recipe
+    note: str
+    status: str = UNTRAINED

@@ -1,9 +1,9 @@
 """From disk to device: data sets as uint8, in batches that are the same bits whichever backend reads them."""
 
+from retemper.errors import DataError, UsageError
 from retemper.loaders.beton import convert, verify
 from retemper.loaders.choose import LoaderKind, make_loader
 from retemper.loaders.datasets import DATASETS, load_split
-from retemper.loaders.errors import DataError, UsageError
 from retemper.loaders.ffcv_library import ffcv_problem
 from retemper.loaders.loader import Batch, Loader
 from retemper.loaders.split import Split, split_of_arrays

@@ -20,9 +20,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from retemper.loaders.errors import DataError, UsageError
+from retemper.console import progress as shown
+from retemper.errors import DataError, UsageError
 from retemper.loaders.ffcv_library import ffcv_module
-from retemper.loaders.progress import progress as shown
 from retemper.loaders.split import Split
 
 FORMAT = 1  # of the .json and of the fields in the .beton

@@ -6,8 +6,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from retemper.errors import DataError, UsageError
 from retemper.loaders.beton import cached
-from retemper.loaders.errors import DataError, UsageError
 from retemper.loaders.ffcv_backend import FfcvLoader
 from retemper.loaders.ffcv_library import INSTALL, ffcv_problem
 from retemper.loaders.loader import Loader, Plan

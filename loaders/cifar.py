@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from retemper.loaders.errors import DataError
+from retemper.errors import DataError
 from retemper.loaders.pickles import read_pickle
 from retemper.loaders.split import Split, fingerprint_of, require_folder
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from retemper.errors import DataError, UsageError
 from retemper.loaders.cifar import load_cifar
-from retemper.loaders.errors import DataError, UsageError
 from retemper.loaders.fashion_mnist import load_fashion_mnist
 from retemper.loaders.image_folders import load_folder, load_tiny_imagenet
 from retemper.loaders.split import Split, fingerprint_of, split_of_arrays

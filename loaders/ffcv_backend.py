@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retemper.errors import DataError
 from retemper.loaders.beton import verify
-from retemper.loaders.errors import DataError
 from retemper.loaders.ffcv_library import ffcv_module
 from retemper.loaders.loader import Batch, Loader, Plan, upload
 from retemper.loaders.split import Split

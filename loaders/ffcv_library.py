@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from retemper.loaders.errors import UsageError
+from retemper.errors import UsageError
 
 INSTALL = "apt-get install pkg-config libturbojpeg0-dev libopencv-dev && pip install 'retemper[ffcv]'"
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from retemper.loaders.errors import DataError
-from retemper.loaders.progress import progress
+from retemper.console import progress
+from retemper.errors import DataError
 from retemper.loaders.split import Split, fingerprint_of, require_folder
 
 if TYPE_CHECKING:

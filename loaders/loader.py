@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retemper.loaders.errors import UsageError
+from retemper.errors import UsageError
 from retemper.loaders.views import ViewSpace, epoch_order
 
 

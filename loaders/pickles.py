@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from retemper.loaders.errors import DataError
+from retemper.errors import DataError
 
 
 def _latin1_bytes(text: str, encoding: str) -> bytes:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from retemper.loaders.errors import DataError
+from retemper.errors import DataError
 
 
 @dataclass(frozen=True, eq=False)

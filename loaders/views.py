@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from retemper.loaders.errors import UsageError
+from retemper.errors import UsageError
 
 # streams that must not repeat each other: the last word of each seed
 ORDER, VIEW, HOLDOUT = 1, 2, 3

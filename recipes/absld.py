@@ -18,8 +18,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from retemper.engine import ON_BOTH, KlObjective, Recipe, Seen, Targets, distillation, run_recipe
+from retemper.engine import EpochStats, KlObjective, Recipe, Targets, run_recipe
 from retemper.kernels import class_temperature_kl
+from retemper.recipes.settings import ON_BOTH, distillation
 
 
 def next_temperature(
@@ -83,7 +84,7 @@ class Absld(Recipe):
         clean = class_temperature_kl(logits["clean"], targets.teacher, targets.label_B, clean_K)
         return self.kl_scale * (self.adv_weight * adv + (1 - self.adv_weight) * clean)
 
-    def next_class_state(self, state: Mapping[str, Tensor], seen: Seen, epoch: int) -> dict[str, Tensor]:
+    def next_class_state(self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int) -> dict[str, Tensor]:
         if self.manual_temperatures:
             return dict(state)
         rate = self.temperature_rate * self.decay(epoch)
@@ -91,7 +92,7 @@ class Absld(Recipe):
         # the authors take sums: the same step for classes of equal size, and wrong for others
         return {
             f"temperature_{name}": next_temperature(state[f"temperature_{name}"], sums.mean_loss_K, rate, *bounds)
-            for name, sums in seen.forwards.items()
+            for name, sums in stats.forwards.items()
         }
 
 

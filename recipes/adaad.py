@@ -11,8 +11,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from retemper.engine import ON_DIGITS, Objective, Recipe, Targets, distillation, given, kl_rows, run_recipe
+from retemper.engine import Objective, Recipe, Targets, given, kl_rows, run_recipe
 from retemper.kernels import class_temperature_kl
+from retemper.recipes.settings import ON_DIGITS, distillation
 
 
 def disagreement(both_B2K: Tensor) -> Tensor:

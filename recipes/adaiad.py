@@ -13,10 +13,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from retemper.engine import ON_DIGITS, Targets, cross_entropy_rows, distillation, given, kl_rows, run_recipe
+from retemper.engine import Targets, cross_entropy_rows, given, kl_rows, run_recipe
 from retemper.kernels import class_temperature_kl
 from retemper.recipes.adaad import AdaAd
 from retemper.recipes.iad import Trust
+from retemper.recipes.settings import ON_DIGITS, distillation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,17 +12,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from retemper.engine import (
-    ON_DIGITS,
-    Objective,
-    Recipe,
-    Targets,
-    cross_entropy_objective,
-    cross_entropy_rows,
-    distillation,
-    run_recipe,
-)
+from retemper.engine import Objective, Recipe, Targets, cross_entropy_objective, cross_entropy_rows, run_recipe
 from retemper.kernels import class_temperature_kl
+from retemper.recipes.settings import ON_DIGITS, distillation
 
 
 @dataclass(frozen=True, kw_only=True)

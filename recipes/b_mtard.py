@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from retemper.engine import ON_DIGITS, Seen, Targets, distillation, given, run_recipe
+from retemper.engine import EpochStats, Targets, given, run_recipe
 from retemper.kernels import class_temperature_kl
 from retemper.recipes.mtard import Mtard
+from retemper.recipes.settings import ON_DIGITS, distillation
 
 
 def mean_entropy(logits_BK: Tensor, temperature: Tensor) -> Tensor:
@@ -56,9 +57,9 @@ class BMtard(Mtard):
         adv.copy_((adv - move).clamp(self.temperature_lower, self.temperature_upper))
         clean.copy_((clean + move).clamp(self.temperature_lower, self.temperature_upper))
 
-    def next_class_state(self, state: Mapping[str, Tensor], seen: Seen, epoch: int) -> dict[str, Tensor]:
+    def next_class_state(self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int) -> dict[str, Tensor]:
         rate = torch.full_like(state["temperature_rate"], self.temperature_rate * self.decay(epoch))
-        return super().next_class_state(state, seen, epoch) | {"temperature_rate": rate}
+        return super().next_class_state(state, stats, epoch) | {"temperature_rate": rate}
 
 
 # one or two thousand steps are too few for a tenth of the loss, and for a thousandth a step

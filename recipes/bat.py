@@ -17,16 +17,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from retemper.engine import (
-    ON_DIGITS,
-    KlObjective,
-    Recipe,
-    Targets,
-    adversarial_training,
-    cross_entropy_rows,
-    kl_rows,
-    run_recipe,
-)
+from retemper.engine import KlObjective, Recipe, Targets, cross_entropy_rows, kl_rows, run_recipe
+from retemper.recipes.settings import ON_DIGITS, adversarial_training
 
 
 class Boundary:

@@ -18,17 +18,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from retemper.engine import (
-    ON_BOTH,
-    KlObjective,
-    Recipe,
-    Seen,
-    Targets,
-    adversarial_training,
-    cross_entropy_rows,
-    kl_rows,
-    run_recipe,
-)
+from retemper.engine import EpochStats, KlObjective, Recipe, Targets, cross_entropy_rows, kl_rows, run_recipe
+from retemper.recipes.settings import ON_BOTH, adversarial_training
 
 
 def class_margin(robust_accuracy_K: Tensor, eps: float, margin_offset: float) -> Tensor:
@@ -86,10 +77,10 @@ class Cfa(Recipe):
         clean_B = cross_entropy_rows(logits["clean"], targets.label_B)
         return (ce_B * clean_B + kl_B * kl_rows(logits["clean"], logits["adv"])).mean()
 
-    def next_class_state(self, state: Mapping[str, Tensor], seen: Seen, epoch: int) -> dict[str, Tensor]:
+    def next_class_state(self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int) -> dict[str, Tensor]:
         if epoch < self.calibrate_from:
             return dict(state)
-        robust_K = seen.forwards["adv"].accuracy_K
+        robust_K = stats.forwards["adv"].accuracy_K
         ce_K, kl_K = loss_weights(robust_K, self.beta, self.beta_offset)
         return {
             "margin": class_margin(robust_K, self.eps, self.margin_offset),

@@ -16,17 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from retemper.engine import (
-    ON_BOTH,
-    KlObjective,
-    Recipe,
-    Seen,
-    Targets,
-    adversarial_training,
-    cross_entropy_rows,
-    kl_rows,
-    run_recipe,
-)
+from retemper.engine import EpochStats, KlObjective, Recipe, Targets, cross_entropy_rows, kl_rows, run_recipe
+from retemper.recipes.settings import ON_BOTH, adversarial_training
 
 
 def class_weight(mean_probability_KK: Tensor, scale: float = 1.0) -> Tensor:
@@ -78,10 +69,10 @@ class Dafa(Recipe):
     def measured(self, logits: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
         return {"probability": logits["adv"].float().softmax(1)}
 
-    def next_class_state(self, state: Mapping[str, Tensor], seen: Seen, epoch: int) -> dict[str, Tensor]:
+    def next_class_state(self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int) -> dict[str, Tensor]:
         if epoch != self.warm_up:
             return dict(state)
-        weight_K = class_weight(seen.measured["probability"].mean_KD, self.scale)
+        weight_K = class_weight(stats.measured["probability"].mean_KD, self.scale)
         return {"class_weight": weight_K.clamp(min=0)}  # only a network that gives one answer to all gets below
 
 

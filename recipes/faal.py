@@ -17,18 +17,17 @@ import torch
 from torch import Tensor
 
 from retemper.engine import (
-    ON_DIGITS,
     WHOLE,
     Objective,
     Part,
     Recipe,
     Targets,
-    adversarial_training,
     cross_entropy_objective,
     cross_entropy_rows,
     is_label,
     run_recipe,
 )
+from retemper.recipes.settings import ON_DIGITS, adversarial_training
 
 ROUNDS, CUTS = 5, 64  # each round cuts the bracket of log(nu - max m) into so many; 60 / 64**5 is left of it: 6e-8
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from retemper.engine import Recipe, Seen, Targets
+from retemper.engine import EpochStats, Recipe, Targets
 from retemper.engine.attack import predicts
 
 FLOOR = 1e-5  # a class that is never classified correctly has kappa = 0
@@ -68,7 +68,7 @@ class Fair(Recipe):
     def measured(self, logits: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
         return super().measured(logits, targets) | {"kappa": targets.watched.count_B}
 
-    def next_class_state(self, state: Mapping[str, Tensor], seen: Seen, epoch: int) -> dict[str, Tensor]:
+    def next_class_state(self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int) -> dict[str, Tensor]:
         # the authors divide by N / K: the same for classes of equal size, and wrong for others
-        weight_K = class_weight(seen.measured["kappa"].mean_K, self.beta, self.weight_lower, self.weight_upper)
-        return super().next_class_state(state, seen, epoch) | {"class_weight": weight_K}
+        weight_K = class_weight(stats.measured["kappa"].mean_K, self.beta, self.weight_lower, self.weight_upper)
+        return super().next_class_state(state, stats, epoch) | {"class_weight": weight_K}

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from retemper.engine import ON_DIGITS, Targets, distillation, run_recipe
+from retemper.engine import Targets, run_recipe
 from retemper.recipes.fair import Fair
 from retemper.recipes.iad import Iad
+from retemper.recipes.settings import ON_DIGITS, distillation
 
 
 @dataclass(frozen=True, kw_only=True)

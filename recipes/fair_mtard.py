@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from retemper.engine import ON_DIGITS, Targets, distillation, given, run_recipe
+from retemper.engine import Targets, given, run_recipe
 from retemper.kernels import class_temperature_kl
 from retemper.recipes.fair import Fair
 from retemper.recipes.mtard import SHORT, Mtard
+from retemper.recipes.settings import ON_DIGITS, distillation
 
 
 @dataclass(frozen=True, kw_only=True)

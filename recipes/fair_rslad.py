@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from retemper.engine import ON_BOTH, Targets, distillation, run_recipe
+from retemper.engine import Targets, run_recipe
 from retemper.kernels import class_temperature_kl
 from retemper.recipes.fair import Fair
 from retemper.recipes.rslad import SHORT, Rslad
+from retemper.recipes.settings import ON_BOTH, distillation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,18 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from retemper.engine import (
-    ON_DIGITS,
-    KlObjective,
-    Part,
-    Recipe,
-    Seen,
-    Targets,
-    adversarial_training,
-    cross_entropy_rows,
-    kl_rows,
-    run_recipe,
-)
+from retemper.engine import EpochStats, KlObjective, Part, Recipe, Targets, cross_entropy_rows, kl_rows, run_recipe
+from retemper.recipes.settings import ON_DIGITS, adversarial_training
 
 
 def simplex(multiplier_K: Tensor, limit: float) -> Tensor:
@@ -93,9 +83,9 @@ class Frl(Recipe):
         boundary = weighted_mean(kl_rows(logits["clean"], logits["adv"]), boundary_B, targets.part)
         return clean + self.beta * boundary
 
-    def next_class_state(self, state: Mapping[str, Tensor], seen: Seen, epoch: int) -> dict[str, Tensor]:
-        assert seen.held is not None
-        clean_K, robust_K = seen.held.clean_accuracy_K, seen.held.robust_accuracy_K
+    def next_class_state(self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int) -> dict[str, Tensor]:
+        assert stats.held is not None
+        clean_K, robust_K = stats.held.clean_accuracy_K, stats.held.robust_accuracy_K
         excess_clean_K = clean_K.mean() - clean_K - self.delta  # of errors: 1 - accuracy
         boundary_K = clean_K - robust_K
         excess_boundary_K = boundary_K - boundary_K.mean() - self.delta

@@ -16,18 +16,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from retemper.engine import (
-    ON_DIGITS,
-    Recipe,
-    Seen,
-    Targets,
-    cross_entropy_rows,
-    distillation,
-    given,
-    kl_rows,
-    run_recipe,
-)
+from retemper.engine import EpochStats, Recipe, Targets, cross_entropy_rows, given, kl_rows, run_recipe
 from retemper.recipes.ard import Ard
+from retemper.recipes.settings import ON_DIGITS, distillation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +45,9 @@ class Trust(Recipe):
         wrong_B = cross_entropy_rows(given(targets.teacher_adv_BK), targets.label_B)  # -log T(x')[y]
         return targets.state["begun"] * (1 - (-self.trust_power * wrong_B).exp())
 
-    def next_class_state(self, state: Mapping[str, Tensor], seen: Seen, epoch: int) -> dict[str, Tensor]:
+    def next_class_state(self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int) -> dict[str, Tensor]:
         begun = torch.full_like(state["begun"], self.begun_after(epoch))
-        return super().next_class_state(state, seen, epoch) | {"begun": begun}
+        return super().next_class_state(state, stats, epoch) | {"begun": begun}
 
 
 @dataclass(frozen=True, kw_only=True)

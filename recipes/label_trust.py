@@ -28,9 +28,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from retemper.engine import ON_BOTH, KlObjective, Recipe, Seen, Targets, distillation, run_recipe
+from retemper.engine import EpochStats, KlObjective, Recipe, Targets, run_recipe
 from retemper.kernels import class_temperature_kl
 from retemper.recipes.absld import next_temperature
+from retemper.recipes.settings import ON_BOTH, distillation
 
 
 def class_gap(loss_K: Tensor) -> Tensor:
@@ -119,8 +120,8 @@ class LabelTrust(Recipe):
         )
         return self.kl_scale * (self.adv_weight * adv + (1 - self.adv_weight) * clean)
 
-    def next_class_state(self, state: Mapping[str, Tensor], seen: Seen, epoch: int) -> dict[str, Tensor]:
-        adv = seen.forwards["adv"]
+    def next_class_state(self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int) -> dict[str, Tensor]:
+        adv = stats.forwards["adv"]
         met_K = adv.count_K > 0  # what was not met costs as much as the mean, and has not fallen
         loss_K = torch.where(met_K, adv.mean_loss_K, adv.mean_loss_K[met_K].mean())
         error_K = torch.where(met_K, 1 - adv.accuracy_K, 0.0)

@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 from retemper.engine import (
-    ON_DIGITS,
     Objective,
     Recipe,
     Targets,
-    adversarial_training,
     cross_entropy_objective,
     cross_entropy_rows,
     is_label,
     kl_rows,
     run_recipe,
 )
+from retemper.recipes.settings import ON_DIGITS, adversarial_training
 
 FLOOR = 1e-4  # the authors' code adds it to 1 - p' under the logarithm: a runner-up that is certain costs 9.2, not inf
 

@@ -16,18 +16,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from retemper.engine import (
-    ON_DIGITS,
-    Objective,
-    Recipe,
-    Seen,
-    Targets,
-    cross_entropy_objective,
-    distillation,
-    given,
-    run_recipe,
-)
+from retemper.engine import EpochStats, Objective, Recipe, Targets, cross_entropy_objective, given, run_recipe
 from retemper.kernels import class_temperature_kl
+from retemper.recipes.settings import ON_DIGITS, distillation
 
 TINY = 1e-12  # in place of a loss of 0, which no quotient stands
 
@@ -91,9 +82,9 @@ class Mtard(Recipe):
         for name, value in self.balance(state, *losses).items():
             state[name].copy_(value)
 
-    def next_class_state(self, state: Mapping[str, Tensor], seen: Seen, epoch: int) -> dict[str, Tensor]:
+    def next_class_state(self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int) -> dict[str, Tensor]:
         rate = torch.full_like(state["task_rate"], self.task_rate * self.decay(epoch))
-        return super().next_class_state(state, seen, epoch) | {"task_rate": rate}
+        return super().next_class_state(state, stats, epoch) | {"task_rate": rate}
 
 
 SHORT = dict(kl_scale=1.0)  # one or two thousand steps are too few for a tenth of the loss

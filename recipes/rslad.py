@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from retemper.engine import ON_BOTH, KlObjective, Recipe, Targets, distillation, run_recipe
+from retemper.engine import KlObjective, Recipe, Targets, run_recipe
 from retemper.kernels import class_temperature_kl
+from retemper.recipes.settings import ON_BOTH, distillation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,17 +12,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from retemper.engine import (
-    ON_BOTH,
-    Objective,
-    Recipe,
-    Targets,
-    adversarial_training,
-    as_student,
-    cross_entropy_objective,
-    run_recipe,
-    teachers,
-)
+from retemper.engine import Objective, Recipe, Targets, cross_entropy_objective, run_recipe
+from retemper.recipes.settings import ON_BOTH, adversarial_training, as_student, teachers
 
 
 @dataclass(frozen=True, kw_only=True)

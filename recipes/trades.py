@@ -10,17 +10,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from retemper.engine import (
-    DIGITS,
-    ON_BOTH,
-    KlObjective,
-    Recipe,
-    Setting,
-    Targets,
-    adversarial_training,
-    as_student,
-    run_recipe,
-)
+from retemper.engine import KlObjective, Recipe, Setting, Targets, run_recipe
+from retemper.recipes.settings import DIGITS, ON_BOTH, adversarial_training, as_student
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,17 +16,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from retemper.engine import (
-    ON_DIGITS,
-    KlObjective,
-    Recipe,
-    Seen,
-    Targets,
-    adversarial_training,
-    cross_entropy_rows,
-    kl_rows,
-    run_recipe,
-)
+from retemper.engine import EpochStats, KlObjective, Recipe, Targets, cross_entropy_rows, kl_rows, run_recipe
+from retemper.recipes.settings import ON_DIGITS, adversarial_training
 
 
 def class_weight(loss_history: Tensor, eta: float = 0.1) -> Tensor:
@@ -72,11 +63,11 @@ class Wat(Recipe):
         weight_B = targets.state["class_weight"][targets.label_B] + targets.state["mean_weight"]
         return (weight_B * trades_B).mean()
 
-    def next_class_state(self, state: Mapping[str, Tensor], seen: Seen, epoch: int) -> dict[str, Tensor]:
+    def next_class_state(self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int) -> dict[str, Tensor]:
         if epoch == 0:  # the first epoch weighs all alike
             return dict(state)
-        assert seen.held is not None
-        loss_K = state["loss_so_far"] + seen.held.clean_loss_K + self.beta * seen.held.boundary_loss_K
+        assert stats.held is not None
+        loss_K = state["loss_so_far"] + stats.held.clean_loss_K + self.beta * stats.held.boundary_loss_K
         weight = class_weight(torch.cat([loss_K, loss_K.mean()[None]])[None], self.eta)
         return {"loss_so_far": loss_K, "class_weight": weight[:-1], "mean_weight": weight[-1:]}
 

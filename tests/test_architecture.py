@@ -12,6 +12,7 @@ MAY_IMPORT = {
     "engine": {"kernels", "loaders"},
     "recipes": {"engine", "kernels"},  # a recipe's loss is made of kernels
 }
+GROUND = {"errors", "console", "files", "provenance"}  # modules of src/retemper, which know of nothing above them
 BUILDS_ON = {
     "adaiad": {"adaad", "iad"},
     "b_mtard": {"mtard"},
@@ -40,7 +41,7 @@ def imported(source: Path) -> set[str]:
 def test_imports_point_one_way(part: str) -> None:
     for source in (ROOT / part).rglob("*.py"):
         parts = {name.split(".")[1] for name in imported(source) if name.startswith("retemper.")}
-        assert parts <= MAY_IMPORT[part] | {part}, source
+        assert parts - GROUND <= MAY_IMPORT[part] | {part}, source
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(source.relative_to(ROOT)))
@@ -50,7 +51,9 @@ def test_our_folders_are_only_imported_under_our_name(source: Path) -> None:
 
 def test_a_recipe_reads_alone_unless_its_paper_builds_on_another() -> None:
     for source in (ROOT / "recipes").glob("*.py"):
-        others = {name.split(".")[2] for name in imported(source) if name.startswith("retemper.recipes.")}
+        others = {name.split(".")[2] for name in imported(source) if name.startswith("retemper.recipes.")} - {
+            "settings"
+        }
         assert others <= BUILDS_ON.get(source.stem, set()), source
 
 

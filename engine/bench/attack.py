@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from retemper.engine.attack import KlObjective, Objective, cross_entropy_objective, pgd
+from retemper.engine.attack import pgd
 from retemper.engine.bench import peers
-from retemper.engine.bench.machine import DTYPES
+from retemper.engine.bench.machine import Work
 from retemper.engine.bench.plan import Plan, Request
-from retemper.engine.bench.timing import Contestant, Race, Run, Work, failure
+from retemper.engine.bench.timing import Contestant, Race, Run, failure
+from retemper.engine.device import DTYPES
+from retemper.engine.losses import KlObjective, Objective, cross_entropy_objective
 from retemper.engine.models import channels_last, create_model
 from retemper.engine.speed.fold import Folded
 

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from retemper.engine.bench.chains import CHECKED, EAGER, OURS, TOLERANCE, bytes_of, compiled, race
-from retemper.engine.bench.machine import DTYPES
-from retemper.engine.bench.plan import Request
+from retemper.engine.bench.plan import CHECKED, EAGER, OURS, TOLERANCE, Request, bytes_of, compiled, race
 from retemper.engine.bench.timing import Contestant, Race, equal_to, near_to
+from retemper.engine.device import DTYPES
 from retemper.kernels import (
     augment,
     augment_reference,

@@ -14,9 +14,9 @@ from functools import partial
 
 from retemper.engine.bench.image_kernels import EPILOGUES, IMAGE_RACES, epilogue_race
 from retemper.engine.bench.logit_kernels import LOGIT_RACES
-from retemper.engine.bench.machine import DTYPES
 from retemper.engine.bench.plan import Plan, Request
 from retemper.engine.bench.sweep import sweep
+from retemper.engine.device import DTYPES
 
 LARGE_BYTES = {"cuda": 2**28, "cpu": 2**22}  # of one tensor; on a GPU far beyond its cache
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from retemper.engine.bench import peers
+from retemper.engine.bench.machine import Work
 from retemper.engine.bench.plan import Plan, Request
-from retemper.engine.bench.timing import Contestant, Race, Work
+from retemper.engine.bench.timing import Contestant, Race
 from retemper.kernels import augment, augment_reference, num_views
 from retemper.loaders import Split, ViewSpace, convert, ffcv_problem, make_loader, split_of_arrays
 from retemper.loaders.ffcv_library import ffcv_module

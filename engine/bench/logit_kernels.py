@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from retemper.engine.bench.chains import CHECKED, EAGER, OURS, TOLERANCE, bytes_of, compiled, race
-from retemper.engine.bench.machine import DTYPES
 from retemper.engine.bench.peers import liger_kl, missing
-from retemper.engine.bench.plan import Request
+from retemper.engine.bench.plan import CHECKED, EAGER, OURS, TOLERANCE, Request, bytes_of, compiled, race
 from retemper.engine.bench.timing import Check, Contestant, Race, equal_to, near_to
+from retemper.engine.device import DTYPES
 from retemper.kernels import (
     class_sums,
     class_temperature_kl,

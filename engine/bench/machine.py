@@ -1,18 +1,19 @@
 """The machine under a benchmark: its own copy and matrix rates, and what one call costs it besides time."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-if TYPE_CHECKING:
-    from retemper.engine.bench.timing import Work
+from retemper.engine.device import DTYPES, in_precision
 
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+if TYPE_CHECKING:
+    from retemper.engine.bench.machine import Work
+
 PROFILED_CALLS = 3
 
 
@@ -20,23 +21,6 @@ def wait(device: torch.device) -> None:
     """Until the device has done all it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-@contextmanager
-def in_precision(precision: str) -> Iterator[None]:
-    """Matrix products and convolutions of float32 in TF32 where the group is "tf32", in full float32 otherwise.
-
-    The others, "bf16" and "fp16", name the dtype of the tensors; nothing is switched for them.
-    """
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [backend.allow_tf32 for backend in backends]
-    try:
-        for backend in backends:
-            backend.allow_tf32 = precision == "tf32"
-        yield
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.allow_tf32 = value
 
 
 class Rates:
@@ -162,3 +146,12 @@ def added_memory(run: Callable[[], object], device: torch.device) -> dict[str, f
     wait(device)
     peak = torch.cuda.max_memory_allocated(device)
     return {"peak_mb": peak / 1e6, "added_mb": (peak - before) / 1e6}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one call has to do at least: images it takes, floating-point operations, bytes it reads and writes."""
+
+    images: int = 0
+    flop: float = 0
+    bytes: float = 0

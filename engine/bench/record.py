@@ -1,8 +1,6 @@
 """What a benchmark leaves: a JSON with all that a reader needs to judge it, and a table for the terminal."""
 
 import json
-import shutil
-import subprocess
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -10,8 +8,9 @@ from typing import Any
 
 import torch
 
-from retemper.engine.networks.weights import write_atomically
-from retemper.engine.run.run_folder import commit, device_name, versions
+from retemper.engine.device import device_name
+from retemper.files import write_atomically
+from retemper.provenance import commit, driver, uncommitted_changes, versions
 
 COLUMNS = (  # of every row in the JSON; None where a thing was not, or cannot be, measured
     *("table", "name", "exactness", "precision", "reason", "start_up_s", "rounds", "calls_a_round"),
@@ -40,23 +39,6 @@ def header(what: str, device: torch.device, command: str, rounds: int) -> dict[s
         "rows": [],
         "notes": [],
     }
-
-
-def driver() -> str | None:
-    """The version of the NVIDIA driver, if there is one to ask."""
-    if not shutil.which("nvidia-smi"):
-        return None
-    words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    answer = subprocess.run(words, capture_output=True, text=True)
-    return answer.stdout.split()[0] if answer.returncode == 0 and answer.stdout.split() else None
-
-
-def uncommitted_changes() -> bool | None:
-    """Whether the source differs from its commit; None where git does not track it."""
-    if commit() is None:
-        return None
-    words = ["git", "status", "--porcelain", "--untracked-files=no"]
-    return bool(subprocess.run(words, cwd=Path(__file__).resolve().parent, capture_output=True).stdout.strip())
 
 
 def save(path: Path, result: dict[str, Any]) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
+from retemper.console import Progress
 from retemper.engine.bench.machine import Rates
 from retemper.engine.bench.plan import Plan, Request
 from retemper.engine.bench.record import COLUMNS, header
 from retemper.engine.bench.timing import failure, run_race
-from retemper.loaders.errors import UsageError
-from retemper.loaders.progress import Progress
+from retemper.errors import UsageError
 
 
 def bench(request: Request, after_race: Callable[[dict[str, Any], list[dict[str, Any]]], None]) -> dict[str, Any]:

@@ -24,16 +24,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from retemper.engine.bench.machine import in_precision
+from retemper.engine.bench.authors_step import EPS, CarefulStep, ReleasedStep
+from retemper.engine.bench.machine import Work
 from retemper.engine.bench.plan import Plan, Request
-from retemper.engine.bench.released import EPS, CarefulStep, ReleasedStep
-from retemper.engine.bench.timing import Contestant, Race, Work
+from retemper.engine.bench.timing import Contestant, Race
 from retemper.engine.catalogue import find_setting
+from retemper.engine.device import in_precision, tuned_convolutions
 from retemper.engine.models import channels_last, create_model
 from retemper.engine.recipe import Recipe
-from retemper.engine.run.job import tuned_convolutions
 from retemper.engine.speed.capture import captured
-from retemper.engine.step import State, attack, descend, observe, train_step
+from retemper.engine.state import State
+from retemper.engine.step import attack, descend, observe, train_step
 from retemper.kernels import random_start_
 
 STUDENTS = {"tiny_resnet": "tiny_resnet_wide", "mobilenet_v2": "wrn34_10", "resnet18": "wrn34_10"}  # their teachers

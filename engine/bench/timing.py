@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from retemper.engine.bench.machine import Rates, added_memory, count_launches, in_precision, wait
+from retemper.engine.bench.machine import Rates, Work, added_memory, count_launches, wait
+from retemper.engine.device import in_precision
 
 EXACTNESS = ("bitwise", "rounding", "lower precision", "different algorithm", "peer")
 ROUND_S = 0.005
@@ -27,15 +28,6 @@ WARM_UP = 3  # rounds
 
 Run = Callable[[], Any]
 Check = Callable[[Any], str | None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What one call has to do at least: images it takes, floating-point operations, bytes it reads and writes."""
-
-    images: int = 0
-    flop: float = 0
-    bytes: float = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +75,7 @@ class Race:
 
     name: str
     contestants: Sequence[Contestant]
-    work: Work = Work()
+    work: Work = field(default_factory=Work)
     precision: str = "fp32"
     bound: str | None = None
     rounds: int | None = None

@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from retemper.engine.evaluation.evaluate import as_float, exact_fp32, folded_twin, predicted
+from retemper.console import Progress, say
+from retemper.engine.device import exact_fp32
 from retemper.engine.evaluation.ledger import UNTRIED, Ledger
+from retemper.engine.predict import as_float, folded_twin, predicted
+from retemper.errors import UsageError
 from retemper.loaders import Split
-from retemper.loaders.errors import UsageError
-from retemper.loaders.progress import Progress, say
 
 SUITES = {"standard": ("apgd-ce", "apgd-t", "fab-t", "square"), "fast": ("apgd-ce", "apgd-t")}
 FORWARDS = {"apgd-ce": 102, "apgd-t": 919, "fab-t": 1829, "square": 5000}  # of an image that holds to the end

@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from retemper.engine.evaluation.class_statistics import SUMMARIES, Pair, both_ways, class_report, percentiles, summaries
+from retemper.engine.class_report import SUMMARIES, Pair, both_ways, class_report, percentiles, summaries
 from retemper.engine.evaluation.verdicts import Evaluated, require_attack, require_same, strongest
-from retemper.loaders.errors import DataError, UsageError
+from retemper.errors import DataError, UsageError
 
 TITLES = {"average": "average, %", "worst": "worst class, %", "worst_tenth": "worst tenth, %", "nsd": "NSD"}
 MOST_CLASSES = 20  # in a table

@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from retemper.engine.networks.weights import write_atomically
-from retemper.loaders.errors import DataError, UsageError
-from retemper.loaders.progress import say
+from retemper.console import say
+from retemper.errors import DataError, UsageError
+from retemper.files import write_atomically
 
 COLUMNS = ("image", "label", "clean", "tried", "broken_by", "predicted", "margin", "seed")
 UNTRIED = -1  # `clean` of an image that the network has not been shown yet

@@ -8,9 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from retemper.engine.networks.weights import write_atomically
-from retemper.engine.run.run_folder import read_json
-from retemper.loaders.errors import DataError, UsageError
+from retemper.errors import DataError, UsageError
+from retemper.files import read_json, write_atomically
 
 STRONGEST = ("autoattack", "autoattack-fast", "pgd20", "cw", "fgsm", "clean")
 MUST_AGREE = ("dataset", "split", "image_size", "eps", "norm", "precision", "classes")

@@ -2,6 +2,6 @@
 
 from retemper.engine.report.build import Report, write_report
 from retemper.engine.report.plot_style import require_plots
-from retemper.engine.report.run import read_run
+from retemper.engine.report.read import read_run
 
 __all__ = ["Report", "read_run", "require_plots", "write_report"]

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from retemper.engine.evaluation.class_statistics import Result
+from retemper.engine.class_report import Result
 from retemper.engine.evaluation.verdicts import STRONGEST
-from retemper.engine.networks.weights import write_atomically
 from retemper.engine.report import plots
 from retemper.engine.report.classwise import classwise
 from retemper.engine.report.confusion import confusion_blocks
@@ -22,7 +21,7 @@ from retemper.engine.report.page import Cell, Listing, Page, Plot, Section, Tabl
 from retemper.engine.report.paired import paired_blocks
 from retemper.engine.report.paper import paper_blocks, seed_blocks
 from retemper.engine.report.plot_style import BARS_UP_TO, as_plot, looks, shorten
-from retemper.engine.report.run import (
+from retemper.engine.report.read import (
     ATTACKS,
     Run,
     attack_title,
@@ -45,7 +44,8 @@ from retemper.engine.report.words import (
     slug,
     wilson_width,
 )
-from retemper.loaders.errors import UsageError
+from retemper.errors import UsageError
+from retemper.files import write_atomically
 
 FOOTER = (
     "Intervals, all at 95 %: Wilson's score for a class, bootstrap over the test images for the summaries and for "

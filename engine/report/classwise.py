@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retemper.engine.evaluation.class_statistics import Result
+from retemper.engine.class_report import Result
 from retemper.engine.report.plot_style import BARS_UP_TO, INK, MUTED, Look, end_labels, new_figure, shorten
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import numpy as np
 
 from retemper.engine.report.page import Cell, Table
 from retemper.engine.report.plot_style import BARS_UP_TO, INK, MUTED, as_plot, new_figure, shorten
-from retemper.engine.report.run import Run, attack_title
+from retemper.engine.report.read import Run, attack_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,9 +10,9 @@ from retemper.engine.evaluation.compare import Comparison, Difference, compare
 from retemper.engine.evaluation.verdicts import read_evaluated
 from retemper.engine.report.page import Cell, Table, Text
 from retemper.engine.report.plot_style import BARS_UP_TO, INK, Look, as_plot, new_figure, shorten
-from retemper.engine.report.run import Run, attack_title
+from retemper.engine.report.read import Run, attack_title
 from retemper.engine.report.words import between
-from retemper.loaders.errors import DataError, UsageError
+from retemper.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,7 +9,7 @@ from typing import Any
 
 from retemper.engine.report.page import Cell, Copy, Table
 from retemper.engine.report.plot_style import shorten
-from retemper.engine.report.run import Run, attack_title
+from retemper.engine.report.read import Run, attack_title
 from retemper.engine.report.words import pixels
 
 TITLES = {"average": "avg.", "worst": "worst", "worst_tenth": "tenth", "nsd": "NSD"}

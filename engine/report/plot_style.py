@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from retemper.engine.report.page import Plot
-from retemper.loaders.errors import UsageError
+from retemper.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

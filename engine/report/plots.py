@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retemper.engine.evaluation.class_statistics import Result
+from retemper.engine.class_report import Result
 from retemper.engine.report.plot_style import (
     ALERT,
     BARS_UP_TO,

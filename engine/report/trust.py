@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from retemper.engine.report.page import Cell, Table, Text
 from retemper.engine.report.plot_style import Look, as_plot, end_labels, new_figure, shorten
-from retemper.engine.report.run import Run, as_dict, finite
+from retemper.engine.report.read import Run, as_dict, finite
 from retemper.engine.report.words import pixels
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from retemper.engine.evaluation.class_statistics import Result
-from retemper.engine.report.run import Run, as_dict, attack_title, finite
+from retemper.engine.class_report import Result
+from retemper.engine.report.read import Run, as_dict, attack_title, finite
 
 
 def slug(attack: str) -> str:

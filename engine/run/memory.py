@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from retemper.engine.run.job import Job
-from retemper.loaders.errors import UsageError
+from retemper.errors import UsageError
 
 ON_A_CPU = "can't allocate memory", "could not create a primitive"  # torch's allocator; oneDNN, for a convolution
 

@@ -8,8 +8,6 @@ on resume. The state before it stays as `last.1.state`, for the day that the dis
 import fcntl
 import json
 import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from retemper.engine.networks.weights import atomic_write, save_weights, write_atomically
+from retemper.console import say
+from retemper.engine.checkpoints.weights import save_weights
 from retemper.engine.recipe import other_fields
 from retemper.engine.run.state_file import Damaged, pack, unpack
-from retemper.loaders.errors import DataError, UsageError
-from retemper.loaders.progress import say
+from retemper.errors import DataError, UsageError
+from retemper.files import atomic_write, read_json, write_atomically
 
 STATE = {"epoch", "step", "student", "optimizer", "scaler", "class_state", "generators", "best"}
 CONFIG = {"method": str, "setting": str, "recipe": dict, "seed": int, "classes": list, "teacher": dict | None}
@@ -206,23 +205,6 @@ def _telling(path: Path) -> Iterator[None]:
         ) from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        DataError: no such file, or not one JSON object.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist: is {path.parent} the folder of a run?") from None
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path} should hold one JSON object")
-    return content
-
-
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What makes `new` another run than `old`, as "field: old, now new"."""
     was, now = old["recipe"], new["recipe"]
@@ -232,40 +214,3 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         before, after = ((config.get(what) or {}).get("sha256", "none") for config in (old, new))
         changed += [(what, before, after)] if before != after else []
     return [f"{name}: {before}, now {after}" for name, before, after in changed]
-
-
-def versions() -> dict[str, str]:
-    """Of retemper, torch, triton and Python."""
-    import platform
-
-    import triton
-
-    from retemper import __version__
-
-    return {
-        "retemper": __version__,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def commit() -> str | None:
-    """The commit that this module's source is checked out at; None where git does not track it."""
-
-    def git(*words: str) -> str:
-        answer = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True)
-        return answer.stdout.strip() if answer.returncode == 0 else ""
-
-    here = Path(__file__).resolve().parent
-    return git("rev-parse", "HEAD") or None if shutil.which("git") and git("ls-files", Path(__file__).name) else None
-
-
-def device_name(device: torch.device) -> str:
-    """The device in words."""
-    if device.type == "cuda":
-        return f"cuda: {torch.cuda.get_device_name(device)}"
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return f"cpu: {line.partition(':')[2].strip()}, {torch.get_num_threads()} threads"
-    return "cpu"

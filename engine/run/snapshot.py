@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retemper.engine.seen import ClassMeans
-from retemper.engine.step import State
+from retemper.engine.epoch_stats import ClassMeans
+from retemper.engine.state import State
 
 
 def snapshot(state: State) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from retemper.engine.networks.weights import DAMAGED
-from retemper.loaders.errors import DataError
+from retemper.errors import DataError
+from retemper.files import DAMAGED
 
 MARK = b"sha256:"
 COMMENT = len(MARK) + 64  # bytes

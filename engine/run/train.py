@@ -20,28 +20,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retemper.engine.errors import Diverged, Interrupted
-from retemper.engine.evaluation.evaluate import Attack, balanced_order, by_class, exact_fp32, finite, predictions
+from retemper.console import Progress, say
+from retemper.engine.checkpoints.header import Facts
+from retemper.engine.class_report import by_class
+from retemper.engine.device import cpu_threads, device_name, exact_fp32, repeatable, tuned_convolutions
+from retemper.engine.epoch_stats import EpochStats, HeldOut
 from retemper.engine.models import create_model
-from retemper.engine.networks.find import Networks
-from retemper.engine.networks.trained import Facts
+from retemper.engine.predict import Attack, balanced_order, predictions
 from retemper.engine.recipe import describe
-from retemper.engine.run.best import Best, newest_best
 from retemper.engine.run.diverged import LOWER, PostMortem
 from retemper.engine.run.interrupts import asked, undisturbed
-from retemper.engine.run.job import Job, cpu_threads, repeatable, tuned_convolutions
+from retemper.engine.run.job import Job
 from retemper.engine.run.memory import memory_advice
-from retemper.engine.run.run_folder import RunFolder, commit, device_name, versions
+from retemper.engine.run.metrics import Board
+from retemper.engine.run.networks import Networks
+from retemper.engine.run.run_folder import RunFolder
+from retemper.engine.run.selection import Best, newest_best, validate
 from retemper.engine.run.snapshot import epoch_so_far, go_on, own_part, restore, snapshot, take_own_part
-from retemper.engine.run.tensorboard import Board
-from retemper.engine.seen import HeldOut, Seen
+from retemper.engine.run.teacher_logits import teacher_logits
 from retemper.engine.speed.capture import captured
-from retemper.engine.speed.teacher_logits import teacher_logits
-from retemper.engine.step import State, clean_images, train_step
-from retemper.engine.validate import validate
+from retemper.engine.state import State, clean_images
+from retemper.engine.step import train_step
+from retemper.errors import DataError, Diverged, Interrupted, UsageError
+from retemper.files import finite
 from retemper.loaders import Batch, Loader, Split, ViewSpace, holdout_split, load_split, make_loader, split_of_arrays
-from retemper.loaders.errors import DataError, UsageError
-from retemper.loaders.progress import Progress, say
+from retemper.provenance import commit, versions
 
 STEPS_BETWEEN_READS = {"cuda": 50, "cpu": 1}  # when the host looks at the loss: for the bar, and whether it is finite
 
@@ -68,7 +71,7 @@ def train(job: Job) -> Path:
         first = run.resume()
         if first > job.recipe.epochs:
             say(f"{job.name}: all {job.recipe.epochs} epochs are done in {job.out}")
-            ranks.wait()
+            ranks.barrier()
             return job.out
         where = f"epochs {first}{f' (after step {run.done})' if run.done else ''} to {job.recipe.epochs}"
         processes = f"{ranks.world_size} processes, each on " if ranks.joined else ""
@@ -78,7 +81,7 @@ def train(job: Job) -> Path:
                 run.epoch(epoch)
         finally:
             run.loader.close()
-        ranks.wait()
+        ranks.barrier()
         say(f"{job.name}: done, best epoch {run.best.epoch}; next: retemper evaluate {job.out}")
     return job.out
 
@@ -164,7 +167,7 @@ class Run:
 
     def resume(self) -> int:
         """Begin the folder or take up the state in it; the epoch to run next."""
-        found = self.ranks.from_first(self._found() if self.ranks.is_first else {})
+        found = self.ranks.broadcast(self._found() if self.ranks.is_first else {})
         saved = found["state"]
         if saved is None:
             self._validate(0)
@@ -262,13 +265,13 @@ class Run:
         if not self.ranks.joined:  # else no signal comes between
             self.tail = self._snapshot(epoch - 1, self.done)
         state.meet()
-        if not self.ranks.are_same([*state.student.state_dict().values()]):
+        if not self.ranks.hold_same_bits([*state.student.state_dict().values()]):
             raise Diverged(f"the processes hold different weights after epoch {epoch}; {self._kept()}")
         line = self._line(epoch, float(state.loss_sum) / self.loader.num_images, seconds)
         if self.recipe.validates:
             self._validate(epoch)
         else:
-            state.move_classes(recipe.next_class_state(state.class_state, state.seen(), epoch))
+            state.move_classes(recipe.next_class_state(state.class_state, state.stats(), epoch))
         self._follow(epoch)
         self._select(epoch, line)
         with undisturbed():
@@ -280,7 +283,7 @@ class Run:
         if not self.recipe.validates:
             return
         held = self._validated()
-        seen = self.state.seen(held) if epoch else Seen(held=held)
+        seen = self.state.stats(held) if epoch else EpochStats(held=held)
         self.state.move_classes(self.recipe.next_class_state(self.state.class_state, seen, epoch))
 
     def _validated(self) -> HeldOut:
@@ -437,7 +440,7 @@ class Run:
             "seconds": time.monotonic() - self.started if done else 0.0,
             "best": self.best.saved(),
             "world_size": self.ranks.world_size,
-            "processes": self.ranks.gathered(own_part(self.state)) if self.ranks.joined else [],
+            "processes": self.ranks.gather(own_part(self.state)) if self.ranks.joined else [],
         }
 
     def _save(self, epoch: int, line: dict[str, Any]) -> None:
@@ -457,7 +460,7 @@ class Run:
             state = self.tail or self._snapshot(self.finished, self.done)
             if self.ranks.is_first:
                 self.folder.save_state(state)
-            self.ranks.wait()
+            self.ranks.barrier()
             self._was_saved()
         if not any(self.saved):
             return "nothing was trained yet"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retemper.loaders.errors import UsageError
+from retemper.errors import UsageError
 
 Step = Callable[..., Tensor]
 WARM_UP = 3  # eager steps of a shape before it is recorded: optimizer state and workspaces are made in them

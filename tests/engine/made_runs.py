@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from retemper.engine.evaluation.class_statistics import class_report, intervals
+from retemper.engine.class_report import class_report, intervals
 
 DIGITS = [str(k) for k in range(10)]
 RSLAD = [0.85, 0.62, 0.74, 0.60, 0.80, 0.71, 0.88, 0.75, 0.43, 0.66]  # weakest: 8

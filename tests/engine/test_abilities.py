@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from retemper.engine import (
+    EpochStats,
     HeldOut,
     Objective,
     Recipe,
-    Seen,
     State,
     Targets,
     Watcher,
@@ -264,7 +264,9 @@ def test_a_state_that_moves_with_every_step_keeps_its_address(device: torch.devi
     assert state.class_state["steps"] == 3
     count = torch.bincount(batch(device)[1], minlength=10)
     assert (state.class_state["confidence"] > 0.1 * 3 * count).all()
-    state.move_classes(recipe.next_class_state({"steps": torch.ones(()), "confidence": torch.zeros(10)}, Seen(), 1))
+    state.move_classes(
+        recipe.next_class_state({"steps": torch.ones(()), "confidence": torch.zeros(10)}, EpochStats(), 1)
+    )
     assert state.class_state["steps"] == 1
     assert {name: value.data_ptr() for name, value in state.class_state.items()} == before
 
@@ -277,8 +279,8 @@ def test_a_method_that_validates_is_asked_before_the_first_epoch_and_after_each(
 
     asked: list[tuple[int, bool, HeldOut | None]] = []
 
-    def next_class_state(self: Wat, state: Mapping[str, Tensor], seen: Seen, epoch: int) -> dict[str, Tensor]:
-        asked.append((epoch, bool(seen.forwards), seen.held))
+    def next_class_state(self: Wat, state: Mapping[str, Tensor], stats: EpochStats, epoch: int) -> dict[str, Tensor]:
+        asked.append((epoch, bool(stats.forwards), stats.held))
         return dict(state)
 
     monkeypatch.setattr(Wat, "next_class_state", next_class_state)

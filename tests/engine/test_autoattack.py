@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from retemper.engine.cli import run
 from retemper.engine.evaluation import autoattack
 from retemper.engine.evaluation.autoattack import SUITES, SuiteRequest, run_suite, suite_entry
-from retemper.engine.evaluation.evaluate import as_float, balanced_order
 from retemper.engine.evaluation.ledger import Ledger
-from retemper.engine.evaluation.suite_run import evaluate_suite
+from retemper.engine.evaluation.shards import evaluate_suite
+from retemper.engine.predict import as_float, balanced_order
+from retemper.errors import DataError, UsageError
 from retemper.loaders import Split, load_split
-from retemper.loaders.errors import DataError, UsageError
 
 CPU = torch.device("cpu")
 EPS = 0.08

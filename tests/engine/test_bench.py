@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from retemper.engine.bench import record, timing
-from retemper.engine.bench.machine import Rates, count_launches, in_precision
-from retemper.engine.bench.timing import Contestant, Race, Work, equal_to, near_to, run_race
+from retemper.engine.bench.machine import Rates, Work, count_launches
+from retemper.engine.bench.timing import Contestant, Race, equal_to, near_to, run_race
+from retemper.engine.device import in_precision
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,7 @@ from retemper.engine import Recipe, State, create_model, train_step
 from retemper.engine.catalogue import find_setting, method_module, methods
 from retemper.engine.models import channels_last
 from retemper.engine.speed.capture import WARM_UP, Captured, captured
-from retemper.engine.step import clean_images
+from retemper.engine.state import clean_images
 from retemper.kernels import num_views
 
 OPTIONS = {  # of the engine, beside the methods

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from retemper.engine.checkpoints.header import facts_of, load_trained
 from retemper.engine.cli import run
-from retemper.engine.evaluation import checks
-from retemper.engine.evaluation.checks import Subject, check, check_lines
-from retemper.engine.evaluation.evaluate import balanced_order
-from retemper.engine.evaluation.gradients import input_gradient, margin_rows, probe_gradients
-from retemper.engine.evaluation.gradients import off_slope as off_slope_rows
-from retemper.engine.evaluation.ladder import Ladder, square_survivors, transfer_survivors
-from retemper.engine.networks.trained import facts_of, load_trained
+from retemper.engine.predict import balanced_order
+from retemper.engine.sanity import check as checks
+from retemper.engine.sanity.check import Subject, check, check_lines
+from retemper.engine.sanity.gradients import input_gradient, margin_rows, probe_gradients
+from retemper.engine.sanity.gradients import off_slope as off_slope_rows
+from retemper.engine.sanity.ladder import Ladder, square_survivors, transfer_survivors
 from retemper.loaders import Split, load_split
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from retemper.engine.evaluation.class_statistics import class_report, intervals, read_result, summaries
+from retemper.engine.class_report import class_report, intervals, read_result, summaries
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/class_report.json").read_text())
 NAN = math.nan

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from retemper.engine import create_model, save_weights
+from retemper.engine.checkpoints.header import facts_of, load_trained
+from retemper.engine.class_report import by_class
 from retemper.engine.cli import run
-from retemper.engine.evaluation.evaluate import ATTACKS, Attack, balanced_order, by_class, survivors
-from retemper.engine.networks.trained import facts_of, load_trained
+from retemper.engine.predict import ATTACKS, Attack, balanced_order, survivors
 from retemper.loaders import Split, load_split, split_of_arrays
 
 CPU = torch.device("cpu")

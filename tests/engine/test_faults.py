@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from retemper.engine import Recipe, State, create_model, save_weights
+from retemper.engine.checkpoints.weights import CheckpointError, load_checkpoint
 from retemper.engine.cli import run
-from retemper.engine.networks.weights import CheckpointError, load_checkpoint
 from retemper.engine.run.state_file import unpack
-from retemper.engine.speed.teacher_table import TeacherTable
+from retemper.engine.run.teacher_table import TeacherTable
 from retemper.engine.step import update
 
 Start = Callable[..., Any]

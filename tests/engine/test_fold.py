@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retemper.engine import KlObjective, create_model, pgd
-from retemper.engine.evaluation.evaluate import exact_fp32
+from retemper.engine.device import exact_fp32
 from retemper.engine.models import MODELS, channels_last
 from retemper.engine.speed.fold import Folded, FoldedConv
 

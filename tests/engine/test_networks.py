@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from retemper.engine import create_model, load_checkpoint
+from retemper.engine.checkpoints.external import foreign, load_foreign
+from retemper.engine.checkpoints.find import find_network
+from retemper.engine.checkpoints.published import RELEASED, Released
 from retemper.engine.cli import run
-from retemper.engine.networks.find import find_network
-from retemper.engine.networks.foreign import foreign, load_foreign
-from retemper.engine.networks.released import RELEASED, Released
-from retemper.engine.networks.weights import file_digest
+from retemper.files import file_digest
 
 CPU = torch.device("cpu")
 DIGITS = (8, 8, 1)
@@ -266,7 +266,7 @@ def test_a_released_teacher_is_named_and_held_to_its_accuracy(
         known = Released(
             known_by=digest, title="ours", model="tiny_resnet_wide", dataset="digits", clean_accuracy=accuracy
         )
-        monkeypatch.setattr("retemper.engine.networks.released.RELEASED", (known,))
+        monkeypatch.setattr("retemper.engine.checkpoints.published.RELEASED", (known,))
 
     out = tmp_path / "run"
     stated(0.99)
@@ -284,7 +284,7 @@ def test_a_released_checkpoint_says_what_it_is(tmp_path: Path, monkeypatch: pyte
     path = tmp_path / "model.pt"
     torch.save(create_model("tiny_resnet", 10).state_dict(), path)
     monkeypatch.setattr(
-        "retemper.engine.networks.released.RELEASED",
+        "retemper.engine.checkpoints.published.RELEASED",
         (Released(known_by=file_digest(path), title="t", model="resnet56", dataset="cifar10", clean_accuracy=0.9),),
     )
     facts = find_network(path, dataset=None).facts

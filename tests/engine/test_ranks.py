@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from retemper.engine import State, create_model, train_step
 from retemper.engine.catalogue import find_setting
 from retemper.engine.cli import run
-from retemper.engine.parallel.launcher import join
-from retemper.engine.parallel.ranks import ALONE, Ranks
+from retemper.engine.distributed.join import join
+from retemper.engine.distributed.ranks import ALONE, Ranks
 from retemper.engine.run.state_file import unpack
 from retemper.engine.speed.capture import captured
 from retemper.engine.speed.fold import Folded
@@ -161,7 +161,7 @@ def trained(ranks: Ranks) -> dict[str, Any]:
             state.meet()
             losses.append(state.loss_sum / sum(SIZES))
             if not recipe.validates:
-                state.move_classes(recipe.next_class_state(state.class_state, state.seen(), epoch))
+                state.move_classes(recipe.next_class_state(state.class_state, state.stats(), epoch))
         found[method] = {
             "losses": torch.stack(losses).double(),
             "weights": dict(student.named_parameters()),
@@ -169,7 +169,7 @@ def trained(ranks: Ranks) -> dict[str, Any]:
             "classes": state.class_state,
             "counts": {name: sums.count_K for name, sums in state.sums.items()},
             "correct": {name: sums.correct_K for name, sums in state.sums.items()},
-            "same": ranks.are_same(list(student.parameters())),
+            "same": ranks.hold_same_bits(list(student.parameters())),
         }
     return found
 
@@ -198,7 +198,11 @@ def test_three_processes_do_the_steps_of_one(steps: tuple[dict[str, Any], list[d
 def test_a_rank_that_differs_is_told(tmp_path: Path) -> None:
     def differ(ranks: Ranks) -> list[bool]:
         one, two = torch.zeros(3), torch.tensor([float(ranks.rank), 0.0])
-        return [ranks.are_same([one]), ranks.are_same([one, two]), ranks.any(False, ranks.rank == 1) == [False, True]]
+        return [
+            ranks.hold_same_bits([one]),
+            ranks.hold_same_bits([one, two]),
+            ranks.any(False, ranks.rank == 1) == [False, True],
+        ]
 
     assert in_processes(2, differ, tmp_path) == [[True, False, True]] * 2
 
@@ -206,8 +210,8 @@ def test_a_rank_that_differs_is_told(tmp_path: Path) -> None:
 def test_words_reach_all_processes(tmp_path: Path) -> None:
     def talk(ranks: Ranks) -> list[Any]:
         own = {"rank": ranks.rank, "tensor": torch.full((ranks.rank + 1,), 0.1)}
-        ranks.wait()
-        return [ranks.from_first(own), ranks.gathered(own)]
+        ranks.barrier()
+        return [ranks.broadcast(own), ranks.gather(own)]
 
     first, second = in_processes(2, talk, tmp_path)
     assert [one["rank"] for one in first[1]] == [0, 1] and second[1] == []

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from retemper.engine.evaluation.class_statistics import class_report, intervals, read_result
+from retemper.engine.class_report import class_report, intervals, read_result
 from retemper.engine.report import Report, read_run, write_report
 from retemper.engine.report.confusion import confusion_blocks
 from retemper.engine.report.paired import paired_blocks
-from retemper.engine.report.run import Run
-from retemper.loaders.errors import DataError, UsageError
+from retemper.engine.report.read import Run
+from retemper.errors import DataError, UsageError
 
 made = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("made_runs.py"))))  # the tests are no package
 make_run, three_runs, RSLAD, ABSLD = made.make_run, made.three_runs, made.RSLAD, made.ABSLD

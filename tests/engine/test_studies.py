@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from retemper.engine.bench import contest
+import runs as contest
 from retemper.engine.catalogue import find_setting
 from retemper.engine.evaluation.autoattack import SuiteRequest
-from retemper.engine.evaluation.evaluate_run import EvaluationRequest
+from retemper.engine.evaluation.evaluate import EvaluationRequest
 from retemper.engine.evaluation.ledger import Ledger
 from retemper.loaders import Split, holdout_split, load_split
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from retemper.engine.cli import run
-from retemper.engine.speed.teacher_logits import TeacherLogits
-from retemper.engine.speed.teacher_table import TeacherTable, require_room
+from retemper.engine.run.teacher_logits import TeacherLogits
+from retemper.engine.run.teacher_table import TeacherTable, require_room
 from retemper.kernels import augment
 from retemper.loaders import Batch, DataError, Loader, ViewSpace, make_loader, split_of_arrays
 
@@ -137,7 +137,7 @@ def test_a_full_disk_keeps_a_table_that_is_there(
     for _ in epoch(logits(Teacher(), table_in(tmp_path)), loader, 1):
         pass
     full = shutil.disk_usage(tmp_path)._replace(free=0)
-    monkeypatch.setattr("retemper.engine.speed.teacher_table.shutil.disk_usage", lambda _: full)
+    monkeypatch.setattr("retemper.engine.run.teacher_table.shutil.disk_usage", lambda _: full)
     assert table_in(tmp_path).known.sum() == IMAGES
     with pytest.raises(OSError, match="no room"):
         table_in(tmp_path, teacher="another")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from retemper.engine.run.metrics import Board, scalars
 from retemper.engine.run.run_folder import RunFolder
-from retemper.engine.run.tensorboard import Board, scalars
 
 Train = Callable[..., int]
 Shown = dict[str, list[tuple[int, Any]]]

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from retemper.engine import create_model, load_checkpoint, save_weights
+from retemper.engine.checkpoints.header import header_of
 from retemper.engine.cli import run
-from retemper.engine.networks.trained import header_of
 from retemper.engine.run.run_folder import RunFolder
 from retemper.recipes.absld import next_temperature
 
@@ -216,7 +216,7 @@ def test_a_damaged_state_is_named_not_half_loaded(
 def test_a_run_without_a_teacher_trains_one_once_and_shares_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("retemper.engine.networks.teacher.find_setting", short_teacher)
+    monkeypatch.setattr("retemper.engine.run.teachers.find_setting", short_teacher)
     options = ["--epochs", "1", "--attack-steps", "1", "--holdout-per-class", "0"]
     for method in ("rslad", "absld"):
         assert run(["train", f"{method}:digits", "--out", str(tmp_path / method), *options]) == 0

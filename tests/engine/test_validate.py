@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from retemper.engine import HeldOut, Recipe, create_model, cross_entropy_objective, pgd
 from retemper.engine.catalogue import find_setting
-from retemper.engine.validate import validate
+from retemper.engine.run.selection import validate
 from retemper.loaders import Split, load_split, split_of_arrays
 
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from retemper.engine import HeldOut, Recipe, State, create_model, train_step
 from retemper.engine.catalogue import find_setting
 from retemper.engine.cli import run
+from retemper.engine.optim import Average, perturb_weights
 from retemper.engine.step import descend, observe
-from retemper.engine.weight_space import Average, perturb_weights
 
 TINY: dict[str, Any] = dict(attack_steps=1, lr=0.05, precision="fp32")
 

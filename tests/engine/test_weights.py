@@ -15,17 +15,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from retemper.engine.checkpoints.weights import CheckpointError, load_checkpoint, save_weights
 from retemper.engine.models import create_model
 from retemper.engine.models.wide_resnet import WideResNet
-from retemper.engine.networks.weights import (
-    CheckpointError,
-    atomic_write,
-    file_digest,
-    load_checkpoint,
-    save_weights,
-    write_atomically,
-)
-from retemper.loaders.errors import DataError
+from retemper.errors import DataError
+from retemper.files import atomic_write, file_digest, write_atomically
 
 State = dict[str, Any]
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from retemper.loaders import progress as module
-from retemper.loaders.progress import progress
+from retemper import console as module
+from retemper.console import progress
 
 
 def test_lines_come_now_and_then_on_stderr(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

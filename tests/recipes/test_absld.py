@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from retemper.engine import ClassSums, Seen, Targets
+from retemper.engine import ClassSums, EpochStats, Targets
 from retemper.engine.catalogue import override
-from retemper.loaders.errors import UsageError
+from retemper.errors import UsageError
 from retemper.recipes.absld import SETTINGS, Absld, next_temperature
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/recipes.json").read_text())
@@ -100,11 +100,11 @@ def test_an_epoch_moves_each_temperature_by_its_own_losses_at_the_schedules_rate
 
     recipe = absld(lr_drops=(5,), temperature_rate=0.2)
     ones: dict[str, Tensor] = recipe.class_state(2)
-    before = recipe.next_class_state(ones, Seen(forwards={"adv": sums(3, 1), "clean": sums(1, 3)}), epoch=4)
+    before = recipe.next_class_state(ones, EpochStats(forwards={"adv": sums(3, 1), "clean": sums(1, 3)}), epoch=4)
     torch.testing.assert_close(before["temperature_adv"], torch.tensor([0.8, 1.2]))
     torch.testing.assert_close(before["temperature_clean"], torch.tensor([1.2, 0.8]))
     # after the epoch that the learning rate drops on, the rate has dropped too
-    after = recipe.next_class_state(ones, Seen(forwards={"adv": sums(3, 1), "clean": sums(1, 3)}), epoch=5)
+    after = recipe.next_class_state(ones, EpochStats(forwards={"adv": sums(3, 1), "clean": sums(1, 3)}), epoch=5)
     torch.testing.assert_close(after["temperature_adv"], torch.tensor([0.98, 1.02]))
 
 
@@ -112,7 +112,7 @@ def test_a_larger_class_is_not_taken_for_a_harder_one() -> None:
     count = torch.tensor([10, 30])
     sums = ClassSums(loss_K=torch.tensor([10.0, 30.0]), correct_K=count, count_K=count)
     recipe = absld()
-    moved = recipe.next_class_state(recipe.class_state(2), Seen(forwards={"adv": sums, "clean": sums}), epoch=1)
+    moved = recipe.next_class_state(recipe.class_state(2), EpochStats(forwards={"adv": sums, "clean": sums}), epoch=1)
     assert moved["temperature_adv"].tolist() == [1.0, 1.0]
 
 
@@ -123,7 +123,7 @@ def test_manual_temperatures_stay_what_the_user_wrote() -> None:
         assert state[name].tolist() == [0.5, 1, 2, 1, 1, 1, 1, 1, 1, 3]
     count = torch.ones(10, dtype=torch.int64)
     sums = ClassSums(loss_K=torch.rand(10), correct_K=count, count_K=count)
-    after = recipe.next_class_state(state, Seen(forwards={"adv": sums, "clean": sums}), epoch=1)
+    after = recipe.next_class_state(state, EpochStats(forwards={"adv": sums, "clean": sums}), epoch=1)
     assert all(torch.equal(after[name], state[name]) for name in state)
     with pytest.raises(ValueError, match="manual_temperatures"):
         recipe.class_state(9)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retemper.engine import ClassSums, Seen, Targets
+from retemper.engine import ClassSums, EpochStats, Targets
 from retemper.engine.recipe import describe
 from retemper.recipes.cfa import SETTINGS, Cfa, class_margin, loss_weights
 
@@ -47,7 +47,7 @@ def test_the_first_epochs_are_trades_which_the_code_divides_by_seven(variant: st
     state = recipe.class_state(3)
     loss = recipe.loss(logits, targets(state, label))
     torch.testing.assert_close(loss.double(), (ce + 6 * kl).mean() / scale, rtol=1e-6, atol=0)
-    assert recipe.next_class_state(state, Seen(), 9) == state
+    assert recipe.next_class_state(state, EpochStats(), 9) == state
     eps, step = recipe.margins(targets(state, label))
     torch.testing.assert_close(eps, torch.full((7,), 8 / 255))
     assert step == 2 / 255
@@ -58,7 +58,7 @@ def test_from_then_on_each_class_has_its_own() -> None:
     count = torch.tensor([10, 20, 10])
     sums = ClassSums(loss_K=torch.zeros(3), correct_K=torch.tensor([1, 10, 9]), count_K=count)
     other = ClassSums(loss_K=torch.zeros(3), correct_K=count, count_K=count)
-    state = recipe.next_class_state(recipe.class_state(3), Seen(forwards={"adv": sums, "clean": other}), 10)
+    state = recipe.next_class_state(recipe.class_state(3), EpochStats(forwards={"adv": sums, "clean": other}), 10)
     robust = torch.tensor([0.1, 0.5, 0.9])
     logits, label, ce, kl = random_logits()
     eps, step = recipe.margins(targets(state, label))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from retemper.engine import ClassMeans, Seen, Targets
+from retemper.engine import ClassMeans, EpochStats, Targets
 from retemper.engine.recipe import describe
 from retemper.recipes.dafa import SETTINGS, Dafa, class_weight
 
@@ -49,11 +49,11 @@ def test_loss_weighs_the_cross_entropy_and_not_the_kl() -> None:
     torch.testing.assert_close(recipe.measured(logits, targets)["probability"], q.float())
 
 
-def seen(mean: torch.Tensor) -> Seen:
+def seen(mean: torch.Tensor) -> EpochStats:
     probability = ClassMeans.zeros(3, 3, mean.device)
     for k, row in enumerate(mean):
         probability.add(row.expand(k + 1, 3), torch.full((k + 1,), k))
-    return Seen(measured={"probability": probability})
+    return EpochStats(measured={"probability": probability})
 
 
 def test_weights_are_set_once_after_the_warm_up() -> None:

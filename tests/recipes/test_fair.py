@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from retemper.engine import ClassMeans, Recipe, Seen, Targets, pgd
+from retemper.engine import ClassMeans, EpochStats, Recipe, Targets, pgd
 from retemper.recipes import fair_ard, fair_iad, fair_mtard, fair_rslad
 from retemper.recipes.ard import Ard
 from retemper.recipes.fair import Fair, Kappa, class_weight
@@ -125,7 +125,7 @@ def test_an_epoch_weighs_by_the_class_means_of_kappa() -> None:
         assert state["class_weight"].tolist() == [1, 1, 1]
         means = ClassMeans.zeros(3, 1, torch.device("cpu"))
         means.add(recipe.measured({}, targets)["kappa"], LABEL)
-        moved = recipe.next_class_state(state, Seen(measured={"kappa": means}), 1)
+        moved = recipe.next_class_state(state, EpochStats(measured={"kappa": means}), 1)
         assert moved.keys() == state.keys()
         expected = class_weight(torch.tensor([7.0, 1.5, 9.5]), 0.5, 0.7, 1.5)  # classes of four, two and two images
         torch.testing.assert_close(moved["class_weight"], expected)

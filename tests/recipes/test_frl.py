@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retemper.engine import HeldOut, Seen, Targets
+from retemper.engine import EpochStats, HeldOut, Targets
 from retemper.engine.recipe import describe
 from retemper.recipes.frl import SETTINGS, Frl, class_weight, simplex
 
@@ -15,9 +15,9 @@ def frl(**fields: Any) -> Frl:
     return Frl(dataset="digits", student="tiny_resnet", **fields)
 
 
-def held(clean: list[float], robust: list[float]) -> Seen:
+def held(clean: list[float], robust: list[float]) -> EpochStats:
     zeros = torch.zeros(len(clean))
-    return Seen(
+    return EpochStats(
         held=HeldOut(
             clean_accuracy_K=torch.tensor(clean),
             robust_accuracy_K=torch.tensor(robust),

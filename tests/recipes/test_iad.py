@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from retemper.engine import Seen, Targets
+from retemper.engine import EpochStats, Targets
 from retemper.recipes.iad import SETTINGS, Iad, Iad2
 
 LABEL = torch.arange(7) % 5
@@ -73,7 +73,7 @@ def test_the_teacher_is_trusted_in_full_until_the_authors_epoch(method: type[Iad
     state = recipe.class_state(5)
     assert state["begun"].tolist() == [0]
     for epoch in range(1, begin + 2):
-        state = recipe.next_class_state(state, Seen(), epoch)
+        state = recipe.next_class_state(state, EpochStats(), epoch)
         assert state["begun"].tolist() == [epoch >= begin]  # it holds for the epoch after
     short = replace(recipe, epochs=10)
     assert [short.begun_after(epoch) for epoch in (begin // 20 - 1, begin // 20)] == [0, 1]

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from retemper.engine import ClassSums, Seen, Targets
+from retemper.engine import ClassSums, EpochStats, Targets
 from retemper.engine.catalogue import override
-from retemper.loaders.errors import UsageError
+from retemper.errors import UsageError
 from retemper.recipes.label_trust import (
     SETTINGS,
     LabelTrust,
@@ -37,9 +37,9 @@ def batch(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Targets]:
     return {"adv": adv, "clean": clean}, Targets(label_B=label, teacher_BK=teacher, state=state, ones_K=torch.ones(5))
 
 
-def one_epoch(loss: list[float], correct: list[int], count: list[int]) -> Seen:
+def one_epoch(loss: list[float], correct: list[int], count: list[int]) -> EpochStats:
     adv = ClassSums(loss_K=torch.tensor(loss), correct_K=torch.tensor(correct), count_K=torch.tensor(count))
-    return Seen(forwards={"adv": adv, "clean": ClassSums.zeros(len(loss), torch.device("cpu"))})
+    return EpochStats(forwards={"adv": adv, "clean": ClassSums.zeros(len(loss), torch.device("cpu"))})
 
 
 def test_loss_equals_the_formula_by_hand() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from retemper.engine import Seen, Targets
+from retemper.engine import EpochStats, Targets
 from retemper.engine.cli import run
 from retemper.recipes.b_mtard import SETTINGS as B_SETTINGS
 from retemper.recipes.b_mtard import BMtard
@@ -111,7 +111,7 @@ def test_the_rates_fall_with_the_learning_rate() -> None:
     recipe = BMtard(dataset="digits", student="tiny_resnet", lr_drops=(5,))
     state = recipe.class_state(5)
     for epoch, share in ((4, 1.0), (5, 0.1)):
-        state = recipe.next_class_state(state, Seen(), epoch)
+        state = recipe.next_class_state(state, EpochStats(), epoch)
         torch.testing.assert_close(state["task_rate"], torch.tensor([0.025 * share]))
         torch.testing.assert_close(state["temperature_rate"], torch.tensor([0.001 * share]))
 

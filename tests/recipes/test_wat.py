@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from retemper.engine import HeldOut, Seen, Targets
+from retemper.engine import EpochStats, HeldOut, Targets
 from retemper.recipes.wat import SETTINGS, Wat, class_weight
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/recipes.json").read_text())["wat_weight"]
@@ -46,7 +46,7 @@ def test_costs_add_up_from_the_first_epoch_on() -> None:
         clean, boundary = torch.rand(3), torch.rand(3)
         held = HeldOut(clean_accuracy_K=clean, robust_accuracy_K=clean, clean_loss_K=clean, boundary_loss_K=boundary)
         before = state
-        state = recipe.next_class_state(state, Seen(held=held), epoch)
+        state = recipe.next_class_state(state, EpochStats(held=held), epoch)
         if epoch == 0:
             assert state == before
             continue

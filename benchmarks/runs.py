@@ -1,0 +1,115 @@
+"""Methods trained and evaluated under one protocol, run by run; what is finished is not repeated."""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retemper.engine.catalogue import find_setting, method_module, methods
+from retemper.engine.checkpoints.header import Facts
+from retemper.engine.evaluation.evaluate import EvaluationRequest, evaluate_target
+from retemper.engine.run.job import Job, default_cache, default_out
+from retemper.engine.run.run_folder import RunFolder
+from retemper.engine.run.teachers import with_teacher
+from retemper.engine.run.train import train
+from retemper.files import write_atomically
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How each run is evaluated, and under which folder the runs lie."""
+
+    out: Path
+    attacks: tuple[str, ...]
+    autoattack_limit: int | None = None
+    fold: bool = False
+    suite: str = "standard"
+    check: bool = False  # for masked gradients
+
+
+def contestants(data: str) -> dict[str, str]:
+    """Every method on `data`, by the name it has in a table; SAT and TRADES with the students' architecture."""
+    found = {}
+    for method in methods():
+        settings = method_module(method).SETTINGS
+        for name in settings:
+            as_student = f"{data}_student" in settings
+            if name == (f"{data}_student" if as_student else data):
+                found[method] = f"{method}:{name}"
+            elif name.startswith(f"{data}_") and not name.endswith(("_student", "_clean", "_small", "_resnet18")):
+                found[f"{method}, {name.removeprefix(f'{data}_')}"] = f"{method}:{name}"
+    return found
+
+
+def folder_of(name: str, seed: int, out: Path) -> Path:
+    """Where the run of METHOD:SETTING lies."""
+    method, setting, _ = find_setting(name)
+    return out / default_out(method, setting, seed).name
+
+
+def copy_records(run: Path, to: Path, names: Iterable[str]) -> None:
+    """Copy the text files `names` of a run's folder, without the machine's folders in them."""
+    to.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        text = re.sub(r'("(?:out|path)": ")[^"]*/', r"\1", (run / name).read_text())
+        text = re.sub(r"(?<![\w.-])/(?:[\w.-]+/)+", "", text)
+        write_atomically(to / name, text.encode())
+
+
+def commits(runs: Iterable[Path]) -> list[str]:
+    """Of which code the runs are, each commit once."""
+    return sorted({str(RunFolder(run).read_config()["commit"]) for run in runs})
+
+
+def trained_and_evaluated(name: str, seed: int, protocol: Protocol) -> dict[str, Any]:
+    """Train and evaluate METHOD:SETTING where that is not done; its evaluation.json, and the seconds it trained."""
+    method, setting, found = find_setting(name)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    out = folder_of(name, seed, protocol.out)
+    train(
+        with_teacher(
+            Job(
+                method=method,
+                setting=setting,
+                recipe=found.recipe,
+                out=out,
+                seed=seed,
+                cache=default_cache(),
+                device=device,
+            )
+        )
+    )
+    folder = RunFolder(out)
+    content = json.loads(folder.evaluation.read_text()) if folder.evaluation.exists() else {"attacks": {}}
+    # AutoAttack's ledger knows whether it was run under this protocol, and then has nothing left to do
+    missing = tuple(name for name in protocol.attacks if name == "autoattack" or name not in _done(content))
+    for _ in range(2):  # an evaluation of other versions or weights is put aside, and what it had is missing again
+        if not missing and (not protocol.check or "checks" in content):
+            break
+        request = EvaluationRequest(
+            target=out,
+            attacks=missing,
+            device=device,
+            facts=Facts(),
+            autoattack_limit=protocol.autoattack_limit,
+            fold=protocol.fold,
+            suite=protocol.suite,
+            check=protocol.check and "checks" not in content,
+        )
+        content = evaluate_target(request)[1]
+        missing = tuple(name for name in protocol.attacks if _entry(name, protocol) not in _done(content))
+    lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    return content | {"seconds": sum(line["seconds"] for line in lines)}
+
+
+def _done(content: dict[str, Any]) -> set[str]:
+    return {attack for attack, entry in content["attacks"].items() if entry.get("complete", True)}
+
+
+def _entry(attack: str, protocol: Protocol) -> str:
+    """Its name in evaluation.json."""
+    return "autoattack-fast" if (attack, protocol.suite) == ("autoattack", "fast") else attack

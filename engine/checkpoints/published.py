@@ -1,0 +1,116 @@
+"""Checkpoints that the literature distils from: what they are known by, and the clean accuracy that they must show.
+
+The accuracies are their authors', on the whole test set; RobustBench's own for its names. A network that falls short of
+its own is not the one that the papers used, or sees other pixels, classes or channels than it was trained on.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from retemper.console import say
+from retemper.engine.predict import ATTACKS, balanced_order, survivors
+from retemper.errors import DataError
+from retemper.loaders import Split, load_split
+
+IMAGES = 1_000  # of the test set, balanced over the classes: a standard error of about one point
+SIGMAS = 4  # how far below its accuracy a network may lie by chance: once in 30,000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Released:
+    """A published network.
+
+    Attributes:
+        known_by: the SHA-256 of its file, or its name at RobustBench.
+        model: its architecture.
+        clean_accuracy: a fraction.
+    """
+
+    known_by: str
+    title: str
+    model: str
+    dataset: str
+    clean_accuracy: float
+
+
+RELEASED = (
+    Released(
+        known_by="2ede52bd042bbdf40a0c27e8008034afd9cbb0b256b9077a255e555d25f957f4",
+        title="TRADES' model_cifar_wrn.pt",
+        model="wrn34_10",
+        dataset="cifar10",
+        clean_accuracy=0.8492,
+    ),
+    Released(
+        known_by="9e1d3395f0a8c34296ca8cd4875b9b5177d53f79e89af9b88e1a6724c6d6c860",
+        title="MTARD's ResNet-56, its clean CIFAR-10 teacher",
+        model="resnet56",
+        dataset="cifar10",
+        clean_accuracy=0.9318,
+    ),
+    Released(
+        known_by="robustbench:Zhang2019Theoretically@cifar10/Linf",
+        title="TRADES' WRN-34-10",
+        model="wrn34_10",
+        dataset="cifar10",
+        clean_accuracy=0.8492,
+    ),
+    Released(
+        known_by="robustbench:Chen2021LTD_WRN34_20@cifar10/Linf",
+        title="LTD's WRN-34-20, AdaAD's CIFAR-10 teacher",
+        model="WRN-34-20",
+        dataset="cifar10",
+        clean_accuracy=0.8603,
+    ),
+    Released(
+        known_by="robustbench:Chen2021LTD_WRN34_10@cifar100/Linf",
+        title="LTD's WRN-34-10, AdaAD's CIFAR-100 teacher",
+        model="WRN-34-10",
+        dataset="cifar100",
+        clean_accuracy=0.6407,
+    ),
+    Released(
+        known_by="robustbench:Gowal2020Uncovering@cifar100/Linf",
+        title="DeepMind's WRN-70-16, the CIFAR-100 teacher of RSLAD and MTARD",
+        model="WRN-70-16",
+        dataset="cifar100",
+        clean_accuracy=0.6086,
+    ),
+)
+
+
+def released(known_by: str) -> Released | None:
+    """The published network with this file digest, or this name at RobustBench."""
+    return next((one for one in RELEASED if one.known_by == known_by), None)
+
+
+def require_stated_accuracy(network: nn.Module, known: Released, data_root: Path | None, device: torch.device) -> None:
+    """Compare with what is stated, on test images: nothing is chosen by them.
+
+    Raises:
+        DataError: it falls short by more than chance allows.
+    """
+    split = load_split(known.dataset, "test", data_root)
+    accuracy, images = clean_accuracy(network, split, device)
+    say(f"{known.title}: {accuracy:.1%} of {images:,} test images, {known.clean_accuracy:.2%} of all are stated")
+    if accuracy < known.clean_accuracy - margin(known.clean_accuracy, images):
+        raise DataError(
+            f"{known.title} should classify {known.clean_accuracy:.2%} of the test images correctly, not "
+            f"{accuracy:.1%}: look at the pixels' range, the order of the classes and the data under --data-root"
+        )
+
+
+def clean_accuracy(network: nn.Module, split: Split, device: torch.device) -> tuple[float, int]:
+    """The share of images classified correctly, and of how many: a balanced thousand at most."""
+    order = balanced_order(split.labels, IMAGES)
+    correct = survivors(network, split, ATTACKS["clean"], eps=0, device=device, indices=order)
+    return correct.double().mean().item(), len(order)
+
+
+def margin(accuracy: float, images: int) -> float:
+    """How far a share of so many images lies from `accuracy` by chance, at most."""
+    return SIGMAS * math.sqrt(accuracy * (1 - accuracy) / images)

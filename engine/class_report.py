@@ -1,0 +1,212 @@
+"""Accuracy class by class, the few numbers that sum it up, and how sure they are.
+
+    a_k = correct_k / count_k          average = sum_k correct_k / sum_k count_k
+    worst_tenth = mean of the ceil(K / 10) smallest a_k
+    nsd = (population standard deviation of a_k) / (mean of a_k); 0 is perfectly fair
+
+Dimension key: K classes, D bootstrap draws. The interval of one class is Wilson's score interval (JASA 1927).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from retemper.files import finite
+
+SUMMARIES = ("average", "worst", "worst_tenth", "nsd")
+Pair = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class ClassReport:
+    """Accuracies are fractions; a class without images has the accuracy NaN and is left out of every summary."""
+
+    accuracy: list[float]
+    count: list[int]
+    average: float
+    worst: float
+    worst_class: int
+    worst_tenth: float
+    nsd: float
+
+
+def class_report(correct_K: Any, count_K: Any) -> ClassReport:
+    """Sum up how many images of each class were classified correctly.
+
+    Args:
+        correct_K, count_K: (K,) whole numbers; a tensor on any device, an array or a list.
+
+    Returns:
+        Of several worst classes the first; -1 where no class has an image. `nsd` is NaN when all accuracies are 0.
+
+    Raises:
+        ValueError: shapes differ or are not (K,); a number is negative, not whole, or above its count.
+    """
+    correct_K, count_K = _checked(correct_K, count_K)
+    accuracy_K = np.divide(correct_K, count_K, out=np.full(len(count_K), math.nan), where=count_K > 0)
+    seen = accuracy_K[count_K > 0]
+    summary = dict.fromkeys(SUMMARIES, math.nan)
+    if len(seen):
+        summary = {name: float(value[0]) for name, value in summaries(seen[None], count_K[count_K > 0]).items()}
+    return ClassReport(
+        accuracy=accuracy_K.tolist(),
+        count=count_K.astype(int).tolist(),
+        worst_class=int(np.nanargmin(accuracy_K)) if len(seen) else -1,
+        **summary,
+    )
+
+
+def intervals(correct_K: Any, count_K: Any, level: float = 0.95, draws: int = 10_000, seed: int = 0) -> dict[str, Any]:
+    """How far chance in the choice of test images may have moved each number; chance in training is not in it.
+
+    "class" holds K Wilson score intervals (low, high). The summaries get bootstrap intervals: every draw resamples the
+    images of each class, which for verdicts of yes and no is a draw from Binomial(count, accuracy), so that counts say
+    as much as the verdicts would. An accuracy of 0 or 1 is first moved inwards by half an image, or it could not vary.
+
+    A minimum and a spread are biased, the more so the fewer the images: noise lowers the one and widens the other, and
+    resampling does it a second time. Percentiles alone would then miss the truth (NSD of ten equal classes with 60
+    images each: always). So `worst` and `worst_tenth` join the percentiles to their mirror image about the estimate,
+    and `nsd` mirrors on its square, where noise adds; a test holds both to their promise. Among many equally weak
+    classes `worst` stays too sure of itself: read `worst_tenth` there.
+
+    Raises:
+        ValueError: as `class_report`, or `level` outside (0, 1), or no draws.
+    """
+    if not 0 < level < 1 or draws < 1:
+        raise ValueError(f"need 0 < level < 1 and draws >= 1, got level={level} and draws={draws}")
+    correct_K, count_K = _checked(correct_K, count_K)
+    out: dict[str, Any] = {"class": _wilson(correct_K, count_K, level)}
+    seen = count_K > 0
+    if not seen.any():
+        return out | dict.fromkeys(SUMMARIES, (math.nan, math.nan))
+    n = count_K[seen].astype(np.int64)
+    accuracy_K, inwards_K = correct_K[seen] / n, 0.5 / (n + 1)
+    chance_K = accuracy_K.clip(inwards_K, 1 - inwards_K)
+    drawn_DK = np.random.default_rng(seed).binomial(n, chance_K, size=(draws, len(n))) / n
+    drawn, estimate = summaries(drawn_DK, n), summaries(accuracy_K[None], n)
+    return out | {name: _ends(name, drawn[name], float(estimate[name][0]), level) for name in SUMMARIES}
+
+
+def percentiles(drawn_D: np.ndarray, level: float) -> Pair:
+    """The middle part of the draws that are numbers; NaN where none is."""
+    known = drawn_D[np.isfinite(drawn_D)]
+    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2]) if len(known) else (math.nan, math.nan)
+    return float(low), float(high)
+
+
+def both_ways(drawn_D: np.ndarray, estimate: float, level: float) -> Pair:
+    """The percentiles joined to their mirror image about the estimate: right whichever way the draws are biased."""
+    low, high = percentiles(drawn_D, level)
+    return min(low, 2 * estimate - high), max(high, 2 * estimate - low)
+
+
+def _ends(name: str, drawn_D: np.ndarray, estimate: float, level: float) -> Pair:
+    """One summary's interval, as `intervals` says; it always holds the estimate."""
+    if math.isnan(estimate):
+        return math.nan, math.nan
+    if name == "nsd":
+        low, high = (math.sqrt(max(0.0, 2 * estimate**2 - end)) for end in percentiles(drawn_D**2, level)[::-1])
+    elif name == "average":
+        low, high = percentiles(drawn_D, level)
+    else:
+        low, high = both_ways(drawn_D, estimate, level)
+    return max(0.0, min(low, estimate)), max(min(high, 1.0), estimate)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One attack's entry of an evaluation.json, made whole."""
+
+    report: ClassReport
+    interval: dict[str, Any]
+    upper_bound: bool = False  # the attack was weakened or broken off: the true accuracies are at most these
+    confusion: np.ndarray | None = None  # (K, K) counts, a row a true class, a column the class given; None: unknown
+
+
+def read_result(entry: Mapping[str, Any]) -> Result:
+    """Read an entry back: missing or null accuracies count as classes without images. The summaries and the intervals
+    are computed anew, so that entries of different age can be compared.
+
+    Raises:
+        ValueError: there is no list of accuracies, or no list of counts as long.
+    """
+    accuracy_K, count_K = entry.get("accuracy"), entry.get("count")
+    if not isinstance(accuracy_K, list) or not isinstance(count_K, list) or len(accuracy_K) != len(count_K):
+        raise ValueError("accuracy and count must be lists of one length")
+    if not all(isinstance(n, int) for n in count_K) or not all(isinstance(a, int | float | None) for a in accuracy_K):
+        raise ValueError("accuracy must hold numbers or null, count whole numbers")
+    known = [a is not None and math.isfinite(a) for a in accuracy_K]
+    count_K = [n if ok else 0 for n, ok in zip(count_K, known, strict=True)]
+    correct_K = [round(a * n) if n else 0 for a, n in zip(accuracy_K, count_K, strict=True)]
+    confusion = _confusion(entry.get("confusion"), len(count_K))
+    upper_bound = entry.get("upper_bound") is True or entry.get("complete") is False
+    return Result(class_report(correct_K, count_K), intervals(correct_K, count_K), upper_bound, confusion)
+
+
+def _confusion(rows: Any, classes: int) -> np.ndarray | None:
+    """The (K, K) counts, or None for whatever is none."""
+    try:
+        counts_KK = np.array(rows, dtype=np.float64)
+    except (ValueError, TypeError):
+        return None
+    whole = counts_KK.shape == (classes, classes) and bool((counts_KK >= 0).all())
+    return counts_KK if whole and math.isfinite(counts_KK.sum()) else None
+
+
+def _checked(correct_K: Any, count_K: Any) -> tuple[np.ndarray, np.ndarray]:
+    arrays = [np.asarray(x.cpu() if hasattr(x, "cpu") else x, dtype=np.float64) for x in (correct_K, count_K)]
+    shapes = [array.shape for array in arrays]
+    if shapes[0] != shapes[1] or len(shapes[0]) != 1 or shapes[0] == (0,):
+        raise ValueError(f"correct and count must both be (K,), K >= 1, got {shapes[0]} and {shapes[1]}")
+    for name, array in zip(("correct", "count"), arrays, strict=True):
+        if not (np.isfinite(array) & (array >= 0) & (array == np.floor(array))).all():
+            raise ValueError(f"{name} must hold whole numbers >= 0, got {array.tolist()}")
+    correct, count = arrays
+    if (correct > count).any():
+        k = int(np.argmax(correct > count))
+        raise ValueError(f"class {k} has {correct[k]:.0f} correct of only {count[k]:.0f}")
+    return correct, count
+
+
+def summaries(accuracy_DK: np.ndarray, count_K: np.ndarray) -> dict[str, np.ndarray]:
+    """Each summary for every draw; all classes have images."""
+    tenth = -(-accuracy_DK.shape[1] // 10)
+    mean_D, std_D = accuracy_DK.mean(axis=1), accuracy_DK.std(axis=1)
+    return {
+        "average": accuracy_DK @ count_K / count_K.sum(),
+        "worst": accuracy_DK.min(axis=1),
+        "worst_tenth": np.partition(accuracy_DK, tenth - 1, axis=1)[:, :tenth].mean(axis=1),
+        "nsd": np.divide(std_D, mean_D, out=np.full(len(mean_D), math.nan), where=mean_D > 0),
+    }
+
+
+def _wilson(correct_K: np.ndarray, count_K: np.ndarray, level: float) -> list[Pair]:
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    pairs = []
+    for correct, n in zip(correct_K.tolist(), count_K.tolist(), strict=True):
+        if n == 0:
+            pairs.append((math.nan, math.nan))
+            continue
+        p, shrink = correct / n, 1 + z * z / n
+        centre = (p + z * z / (2 * n)) / shrink
+        half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        pairs.append((0.0 if correct == 0 else centre - half, 1.0 if correct == n else centre + half))
+    return pairs
+
+
+def by_class(predicted_N: np.ndarray, label_N: np.ndarray, num_classes: int) -> dict[str, Any]:
+    """The report of one attack, as evaluation.json holds it.
+
+    "confusion": (K, K) counts, a row a true class, a column a class given; images given none are in no column.
+    """
+    count = np.bincount(label_N, minlength=num_classes)
+    given = predicted_N >= 0
+    cell = label_N[given] * num_classes + predicted_N[given]
+    confusion = np.bincount(cell, minlength=num_classes**2).reshape(num_classes, num_classes)
+    correct = confusion.diagonal()
+    report = asdict(class_report(correct, count))
+    return finite(report | {"interval": intervals(correct, count), "confusion": confusion.tolist()})

@@ -1,0 +1,71 @@
+"""An AutoAttack suite on a network's images, the ledger beside its evaluation; in one piece, or in shards."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from retemper.console import say
+from retemper.engine.distributed.ranks import ALONE, Ranks
+from retemper.engine.evaluation.autoattack import SuiteRequest, run_suite, suite_facts
+from retemper.engine.evaluation.ledger import Ledger
+from retemper.errors import UsageError
+from retemper.loaders import Split
+
+Shard = tuple[int, int]  # number, from 1, and how many
+
+
+def evaluate_suite(
+    model: nn.Module,
+    split: Split,
+    order: np.ndarray,
+    request: SuiteRequest,
+    *,
+    known: Mapping[str, Any],
+    path: Path,
+    shard: Shard | None = None,
+    ranks: Ranks = ALONE,
+) -> Ledger | None:
+    """Go on with the ledger at `path`, or with one shard's beside it.
+
+    A shard is a suite on its own images, batched among themselves: its random draws are those of a run on them alone.
+    The shard that finishes last writes the whole ledger; where several processes have a shard each, they wait for one
+    another, and the first of them writes it.
+
+    Args:
+        order: (N,) indices into `split`, class-balanced in every prefix; a shard takes a piece of it.
+        known: what identifies the network and the images.
+    Returns:
+        The ledger of all images, finished or not; None where shards are missing.
+    Raises:
+        UsageError, DataError: as `run_suite` and `Ledger.begin`.
+    """
+    number, shards = shard or (ranks.rank + 1, ranks.world_size)
+    if shards > max(1, len(order)):
+        raise UsageError(f"--shard {number}/{shards}: there are only {len(order)} images")
+    images = hashlib.sha256(np.ascontiguousarray(order, dtype=np.int64).tobytes()).hexdigest()
+    part = np.array_split(order, shards)[number - 1]
+    facts = suite_facts(request, {**known, "images": images}, (number, shards) if shards > 1 else shard)
+    ledger = Ledger.begin(_shard_path(path, number, shards), facts, part, split.labels[part])
+    with ledger.locked():
+        complete = run_suite(model, split, request, ledger)
+    ranks.barrier(patiently=True)
+    if shards == 1:
+        return ledger
+    paths = [_shard_path(path, one, shards) for one in range(1, shards + 1)]
+    parts = [Ledger.read(one) for one in paths if one.exists()] if complete else []
+    missing = shards - sum(one.is_complete(request.attacks) for one in parts)
+    if missing:
+        say(f"shard {number} of {shards}: {'done' if complete else 'not finished'}; {missing} are missing")
+        return None
+    whole = Ledger.merged(path, parts)
+    if ranks.is_first:
+        whole.write()
+    return whole
+
+
+def _shard_path(path: Path, number: int, shards: int) -> Path:
+    return path if shards == 1 else path.with_name(f"{path.stem}-{number}-of-{shards}{path.suffix}")

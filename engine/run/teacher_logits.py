@@ -1,0 +1,151 @@
+"""What the teacher says of the clean images, asked for several batches at once, ahead of the steps that need it."""
+
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retemper.console import say
+from retemper.engine.checkpoints.find import Source
+from retemper.engine.run.job import Job
+from retemper.engine.run.teacher_table import AUTO_LIMIT, Ask, TeacherTable, table_bytes
+from retemper.engine.state import State, clean_images
+from retemper.errors import UsageError
+from retemper.loaders import Batch, Loader, Split
+
+
+class TeacherLogits:
+    """Hands out an epoch's batches with the teacher's logits, asking it only for what is not known.
+
+    Args:
+        ask: (image (N, H, W, C) uint8, view (B,), index (B,)) to (B, K) logits.
+        ahead: how many batches are collected before the teacher is asked for what they miss.
+        rows: the teacher sees a multiple of so many images, padded, so that few shapes occur.
+        at_once: at most so many images in one forward, a multiple of `rows`.
+        table: where answers are kept; None keeps none.
+    """
+
+    def __init__(
+        self,
+        ask: Ask,
+        num_classes: int,
+        device: torch.device,
+        *,
+        ahead: int,
+        rows: int,
+        at_once: int,
+        table: TeacherTable | None = None,
+    ) -> None:
+        self.ask, self.num_classes, self.device = ask, num_classes, device
+        self.ahead, self.rows, self.at_once, self.table = ahead, rows, at_once, table
+        self.known_share = 0.0  # of the newest epoch
+        self.index = self.view = self.missing = np.arange(0)  # of that epoch's rows
+        self.logits_MK = torch.empty(0, num_classes, device=device)
+        self.asked = self.kept = 0  # so many of the missing rows
+
+    def epoch(self, batches: Iterator[Batch], index: np.ndarray, view: np.ndarray) -> Iterator[tuple[Batch, Tensor]]:
+        """Each batch with (B, K) float32 logits.
+
+        Args:
+            index, view: (M,) int64 on the host, what the batches hold, in their order.
+        """
+        logits_MK = torch.empty(len(index), self.num_classes, device=self.device)
+        missing = np.arange(len(index))
+        if self.table is not None:
+            known, found = self.table.look_up(index, view)
+            logits_MK.copy_(torch.from_numpy(found))
+            missing = missing[~known]
+        self.known_share = 1 - len(missing) / max(1, len(index))
+        self.index, self.view, self.missing, self.logits_MK = index, view, missing, logits_MK
+        self.asked = self.kept = 0
+        on_missing = torch.from_numpy(missing).to(self.device)
+        row = 0
+        while group := list(islice(batches, self.ahead)):
+            end = row + sum(len(batch.label) for batch in group)
+            first, last = np.searchsorted(missing, (row, end))
+            self._fill(group, row, on_missing[first:last], logits_MK)
+            self.asked = int(last)
+            for batch in group:
+                yield batch, logits_MK[row : row + len(batch.label)]
+                row += len(batch.label)
+        self.keep()
+
+    def keep(self) -> None:
+        """Add what this epoch has asked for so far to the table, if there is one; its end does so itself."""
+        rows, self.kept = self.missing[self.kept : self.asked], self.asked
+        if self.table is not None and len(rows):
+            logits = self.logits_MK[torch.from_numpy(rows).to(self.device)].cpu().numpy()
+            self.table.keep(self.index[rows], self.view[rows], logits)
+
+    def _fill(self, group: list[Batch], row: int, missing: Tensor, logits_MK: Tensor) -> None:
+        """Ask for the rows `missing` of `logits_MK`; the first image of `group` is row `row`."""
+        if not len(missing):
+            return
+        image, view = torch.cat([batch.image for batch in group]), torch.cat([batch.view for batch in group])
+        for part in missing.split(self.at_once):
+            at = part - row
+            padded = torch.cat([at, at[-1:].expand(-len(at) % self.rows)])
+            logits_BK = self.ask(image, view.index_select(0, padded), padded)
+            logits_MK.index_copy_(0, part, logits_BK[: len(at)].float())
+
+
+def teacher_logits(job: Job, state: State, loader: Loader, split: Split, source: Source | None) -> TeacherLogits | None:
+    """Where the steps of a run get the teacher's logits; None where they ask it themselves, or it has none.
+
+    Args:
+        source: how the config names the teacher.
+    Raises:
+        UsageError: a table is asked for, and cannot be made.
+        DataError: the table there is damaged.
+    """
+    recipe, rows = job.recipe, loader.plan.local_size
+    teacher = state.teacher
+    if teacher is None or source is None or not recipe.teacher_ahead or "clean" not in recipe.teacher_sees:
+        return None
+
+    def ask(image: Tensor, view: Tensor, index: Tensor) -> Tensor:
+        with torch.no_grad(), state.autocast():
+            return teacher(clean_images(recipe, image, view, index))
+
+    return TeacherLogits(
+        ask,
+        len(split.classes),
+        job.device,
+        ahead=recipe.teacher_ahead,
+        rows=rows,
+        # a GPU wants much at once; on a CPU one size makes a row's bits the same whatever else is asked with it
+        at_once=rows * (recipe.teacher_ahead if job.device.type == "cuda" else 1),
+        table=_table(job, state, loader, split, source, ask),
+    )
+
+
+def _table(job: Job, state: State, loader: Loader, split: Split, source: Source, ask: Ask) -> TeacherTable | None:
+    """The table of this teacher's answers, checked; None where none is wanted or the disk has no room."""
+    recipe, device = job.recipe, job.device
+    size = len(split), loader.plan.views.count, len(split.classes)
+    needed = table_bytes(*size)
+    if recipe.teacher_table == "off" or (recipe.teacher_table == "auto" and needed > AUTO_LIMIT):
+        return None
+    facts = {
+        "teacher": source["sha256"],
+        "model": source["model"],
+        "data": [recipe.dataset, split.fingerprint, recipe.image_size],
+        "padding": recipe.padding,
+        "computed": [str(state.precision), recipe.fold, recipe.epilogue_on(device), recipe.channels_last],
+        "pad_stem": recipe.pad_stem,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+    }
+    try:
+        table = TeacherTable(job.cache, *size, facts)
+    except OSError as error:
+        if recipe.teacher_table == "on":
+            raise UsageError(f"no table of the teacher's answers in {job.cache}: {error}") from None
+        say(f"{job.name}: no table of the teacher's answers in {job.cache} ({error})")
+        return None
+    exact = 2**-17 if device.type == "cpu" else 2**-12  # another batch size, another convolution
+    table.check(loader, ask, exact if state.precision is torch.float32 else 2**-5)
+    say(f"{job.name}: the teacher's answers are kept in {table.folder}, {table.known.mean():.1%} known so far")
+    return table

@@ -1,0 +1,68 @@
+"""Where the networks come from that a run builds on: its teachers, and the weights that it begins with.
+
+Each is the user's checkpoint, a run trained earlier, or one trained now.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from retemper.console import say
+from retemper.engine.catalogue import find_setting
+from retemper.engine.checkpoints.header import header_of
+from retemper.engine.recipe import Recipe, describe, other_fields
+from retemper.engine.run.job import Job, default_out
+from retemper.engine.run.run_folder import RunFolder
+from retemper.engine.run.train import train
+from retemper.errors import UsageError
+
+
+def with_teacher(job: Job) -> Job:
+    """`job` with the teachers and the start that its recipe names.
+
+    What no option gives is the run of that recipe beside this one, finished or trained first where the recipe says that
+    this is a matter of minutes.
+
+    Raises:
+        UsageError: one is missing and training it would take long: it says how; or one is given that is not wanted.
+    """
+    recipe = job.recipe
+    job = _with(job, "teacher", recipe.teacher_model, recipe.teacher_recipe)
+    job = _with(job, "clean_teacher", recipe.clean_teacher_model, recipe.clean_teacher_recipe)
+    wanted = recipe.student if recipe.start_recipe or job.start else None  # any run may begin with given weights
+    return _with(job, "start", wanted, recipe.start_recipe)
+
+
+def _with(job: Job, what: str, model: str | None, name: str | None) -> Job:
+    option = f"--{what.replace('_', '-')}"
+    given: str | Path | None = getattr(job, what)
+    if model is None:
+        if given is not None:
+            raise UsageError(f"{job.method} learns without a {what.replace('_', ' ')}: leave out {option}")
+        return job
+    if given is not None:
+        return job
+    if name is None:
+        raise UsageError(f"{job.name} needs a {what.replace('_', ' ')}: name a {model} checkpoint or run with {option}")
+    method, setting, found = find_setting(name)
+    out = job.out.parent / default_out(method, setting, 0).name
+    (done,) = job.ranks.any(job.ranks.is_first and _is_done(RunFolder(out), found.recipe))
+    if not done and not job.recipe.train_teacher:
+        raise UsageError(
+            f"{job.name} needs a {what.replace('_', ' ')}: name a {model} checkpoint with {option}, "
+            f"or train one with: retemper train {name} --out {out}"
+        )
+    if not done:
+        say(f"{job.name}: no {option} given, so {name} comes first, in {out}; later runs beside it use it too")
+        # always seed 0: runs that differ in their seed share one teacher, and are compared under it
+        first = replace(job, method=method, setting=setting, recipe=found.recipe, out=out, seed=0)
+        train(with_teacher(replace(first, teacher=None, clean_teacher=None, start=None)))
+    return replace(job, **{what: out})
+
+
+def _is_done(folder: RunFolder, recipe: Recipe) -> bool:
+    """Whether the folder holds a finished run of exactly this recipe; `train` says what differs if it holds another."""
+    if not (folder.config.exists() and folder.best.exists()):
+        return False
+    other = other_fields(folder.read_config()["recipe"], json.loads(json.dumps(describe(recipe))))
+    return not other and header_of(folder.last).get("epoch") == str(recipe.epochs)

@@ -1,0 +1,260 @@
+"""The settings that methods are run under, so that under one name they differ in the method alone.
+
+A recipe file says `SETTINGS = distillation(Method)`. The full-size ones are the authors' (ABSLD and RSLAD: 300 epochs,
+batches of 128, SGD 0.1 / 0.9 / 2e-4, drops after 215, 260 and 285); the small ones are ours, for a CPU.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from retemper.engine.recipe import UNTRAINED, Recipe, Setting
+
+ON_DIGITS = {"digits": "3 seeds on a 2-core CPU: README"}
+ON_BOTH = ON_DIGITS | {"fashion_mnist_small": "3 seeds on a 2-core CPU: README"}
+
+
+DIGITS: dict[str, Any] = dict(
+    dataset="digits",
+    eps=0.15,
+    attack_step=0.15 / 4,
+    padding=1,
+    flip=False,
+    loader="resident",  # 77 kB of pixels: FFCV takes longer to start than an epoch takes
+    cpu_threads=1,  # two gain a third on an idle machine, lose tenfold on a busy one, and round differently
+    batch_size=32,
+    epochs=20,
+    lr_drops=(14, 18),
+    holdout_per_class=10,
+    select_every=4,
+    select_from=18,  # ten images a class can choose among the last epochs, not between early and late ones
+    select_always_from=18,
+)
+FASHION: dict[str, Any] = dict(dataset="fashion-mnist", eps=0.1, attack_step=0.1 / 4, padding=2)
+FASHION_SMALL: dict[str, Any] = FASHION | dict(
+    image_size=14,
+    images_per_class=2_000,
+    padding=1,
+    cpu_threads=1,  # as for the digits: the same bits on every machine, and a core left for another run
+    epochs=10,
+    lr_drops=(7, 9),
+    holdout_per_class=50,
+    select_every=2,
+    select_always_from=8,
+)
+CIFAR10: dict[str, Any] = dict(dataset="cifar10", teacher_model="wrn34_10", teacher_recipe="trades:cifar10_wrn34_10")
+CIFAR100: dict[str, Any] = dict(
+    dataset="cifar100", teacher_model="wrn34_10", teacher_recipe="trades:cifar100_wrn34_10", holdout_per_class=10
+)
+TINY_IMAGENET: dict[str, Any] = dict(
+    dataset="tiny-imagenet",
+    teacher_model="preact_resnet34",
+    teacher_recipe="trades:tiny_imagenet_preact_resnet34",
+    holdout_per_class=10,
+    epochs=100,  # the schedule reported for this data set; the authors released no script
+    lr_drops=(75, 90),
+    select_always_from=75,
+)
+
+DISTILLATION: dict[str, tuple[str, dict[str, Any]]] = {
+    "digits": (
+        "8x8 digits, half a minute on one core once there is a teacher",
+        DIGITS
+        | dict(
+            student="tiny_resnet",
+            teacher_model="tiny_resnet_wide",
+            teacher_recipe="sat:digits",
+            train_teacher=True,
+        ),
+    ),
+    "fashion_mnist_small": (
+        "Fashion-MNIST at 14 x 14, 2,000 images a class, a small student: minutes on one core",
+        FASHION_SMALL
+        | dict(
+            student="tiny_resnet",
+            teacher_model="tiny_resnet_wide",
+            teacher_recipe="sat:fashion_mnist_small",
+            train_teacher=True,
+        ),
+    ),
+    "fashion_mnist_resnet18": (
+        "Fashion-MNIST, ResNet-18, for a GPU",
+        FASHION
+        | dict(
+            student="resnet18",
+            teacher_model="preact_resnet18",
+            teacher_recipe="sat:fashion_mnist_preact_resnet18",
+            epochs=60,
+            lr_drops=(43, 52, 57),
+            select_every=5,
+            select_always_from=43,
+        ),
+    ),
+    "cifar10_resnet18": ("CIFAR-10, ResNet-18, the authors' setting", CIFAR10 | dict(student="resnet18")),
+    "cifar10_mobilenet_v2": ("CIFAR-10, MobileNetV2", CIFAR10 | dict(student="mobilenet_v2")),
+    "cifar100_resnet18": ("CIFAR-100, ResNet-18", CIFAR100 | dict(student="resnet18")),
+    "tiny_imagenet_preact_resnet18": (
+        "Tiny-ImageNet, PreActResNet-18",
+        TINY_IMAGENET | dict(student="preact_resnet18"),
+    ),
+}
+
+
+CLEAN_TEACHERS: dict[str, tuple[str, str]] = {  # of the methods that have a second, clean teacher: model and recipe
+    "digits": ("tiny_resnet_wide", "sat:digits_clean"),
+    "fashion_mnist_small": ("tiny_resnet_wide", "sat:fashion_mnist_small_clean"),
+    "fashion_mnist_resnet18": ("preact_resnet18", "sat:fashion_mnist_preact_resnet18_clean"),
+    "cifar10_resnet18": ("resnet56", "sat:cifar10_resnet56_clean"),
+    "cifar10_mobilenet_v2": ("resnet56", "sat:cifar10_resnet56_clean"),
+    "cifar100_resnet18": ("resnet18", "sat:cifar100_resnet18_clean"),
+    "tiny_imagenet_preact_resnet18": ("preact_resnet34", "sat:tiny_imagenet_preact_resnet34_clean"),
+}
+
+
+def distillation(
+    method: type[Recipe], status: Mapping[str, str] | None = None, **changes: Mapping[str, Any]
+) -> dict[str, Setting]:
+    """Every setting of the distillation methods, for `method`.
+
+    Args:
+        status: what was measured, by setting.
+        changes: fields that the method has otherwise there, by setting.
+    """
+    status = status or {}
+    assert (status.keys() | changes.keys()) <= DISTILLATION.keys(), (status, changes)
+    settings = {}
+    for name, (note, fields) in DISTILLATION.items():
+        if method.clean_teacher_sees:
+            model, trained_by = CLEAN_TEACHERS[name]
+            fields = fields | dict(clean_teacher_model=model, clean_teacher_recipe=trained_by)
+        recipe = method(**{**fields, **changes.get(name, {})})
+        settings[name] = Setting(recipe=recipe, note=note, status=status.get(name, UNTRAINED))
+    return settings
+
+
+# no attack, in training or in choosing the best epoch; eps is what an evaluation attacks with
+CLEAN: dict[str, Any] = dict(attack_steps=0, attack_start="none", select_steps=0)
+CLEAN_200: dict[str, Any] = CLEAN | dict(epochs=200, lr_drops=(100, 150), select_always_from=150)
+FASHION_TEACHER: dict[str, Any] = FASHION | dict(
+    student="preact_resnet18", epochs=30, lr_drops=(20, 27), select_every=5, select_always_from=20
+)
+TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "digits": (
+        "8x8 digits: the robust teacher of the digits settings, under a minute on one core",
+        DIGITS | dict(student="tiny_resnet_wide"),
+    ),
+    "fashion_mnist_small": (
+        "Fashion-MNIST: the robust teacher of fashion_mnist_small",
+        FASHION_SMALL | dict(student="tiny_resnet_wide"),
+    ),
+    "fashion_mnist_preact_resnet18": (
+        "Fashion-MNIST: the robust teacher of fashion_mnist_resnet18, for a GPU",
+        FASHION_TEACHER,
+    ),
+    "digits_clean": (
+        "8x8 digits, no attack: the clean teacher of the digits settings, seconds on one core",
+        DIGITS | CLEAN | dict(student="tiny_resnet_wide"),
+    ),
+    "fashion_mnist_small_clean": (
+        "Fashion-MNIST, no attack: the clean teacher of fashion_mnist_small",
+        FASHION_SMALL | CLEAN | dict(student="tiny_resnet_wide"),
+    ),
+    "fashion_mnist_preact_resnet18_clean": (
+        "Fashion-MNIST, no attack: the clean teacher of fashion_mnist_resnet18, for a GPU",
+        FASHION_TEACHER | CLEAN | dict(select_always_from=27),
+    ),
+    "cifar10_resnet56_clean": (
+        "CIFAR-10, ResNet-56, no attack: the clean teacher of MTARD's kind, for a GPU",
+        CLEAN_200 | dict(dataset="cifar10", student="resnet56"),
+    ),
+    "cifar100_resnet18_clean": (
+        "CIFAR-100, ResNet-18, no attack: a clean teacher, for a GPU",
+        CLEAN_200 | dict(dataset="cifar100", student="resnet18", holdout_per_class=10),
+    ),
+    "tiny_imagenet_preact_resnet34_clean": (
+        "Tiny-ImageNet, PreActResNet-34, no attack: a clean teacher, for a GPU",
+        CLEAN
+        | dict(
+            dataset="tiny-imagenet",
+            student="preact_resnet34",
+            holdout_per_class=10,
+            epochs=100,
+            lr_drops=(75, 90),
+            select_always_from=75,
+        ),
+    ),
+}
+
+
+def teachers(method: type[Recipe], status: Mapping[str, str], **fields: Any) -> dict[str, Setting]:
+    """The settings that train the teachers of the settings above, robust and clean, by `method`.
+
+    Args:
+        status: what was measured, by setting.
+        fields: that the method has otherwise in all of them.
+    """
+    return {
+        name: Setting(recipe=method(**{**own, **fields}), note=note, status=status.get(name, UNTRAINED))
+        for name, (note, own) in TEACHERS.items()
+    }
+
+
+ADVERSARIAL_TRAINING: dict[str, tuple[str, dict[str, Any]]] = {
+    "digits": ("8x8 digits, half a minute on one core", DIGITS | dict(student="tiny_resnet")),
+    "fashion_mnist_small": (
+        "Fashion-MNIST at 14 x 14, 2,000 images a class, a small student: minutes on one core",
+        FASHION_SMALL | dict(student="tiny_resnet"),
+    ),
+    "fashion_mnist_resnet18": (
+        "Fashion-MNIST, ResNet-18, for a GPU",
+        FASHION | dict(student="resnet18", epochs=60, lr_drops=(43, 52, 57), select_every=5, select_always_from=43),
+    ),
+    "cifar10_resnet18": ("CIFAR-10, ResNet-18, the authors' schedule", dict(dataset="cifar10", student="resnet18")),
+    "cifar10_preact_resnet18": (
+        "CIFAR-10, PreActResNet-18, the authors' schedule",
+        dict(dataset="cifar10", student="preact_resnet18"),
+    ),
+    "cifar100_resnet18": (
+        "CIFAR-100, ResNet-18, the schedule of CIFAR-10",
+        dict(dataset="cifar100", student="resnet18", holdout_per_class=10),
+    ),
+    "tiny_imagenet_preact_resnet18": (
+        "Tiny-ImageNet, PreActResNet-18",
+        dict(
+            dataset="tiny-imagenet",
+            student="preact_resnet18",
+            holdout_per_class=10,
+            epochs=100,
+            lr_drops=(75, 90),
+            select_always_from=75,
+        ),
+    ),
+}
+
+
+def as_student(name: str) -> str:
+    """The setting of SAT and TRADES with the student of setting `name`: their small ones train the teachers."""
+    return f"{name}_student" if name in ("digits", "fashion_mnist_small") else name
+
+
+def adversarial_training(
+    method: type[Recipe],
+    status: Mapping[str, str] | None = None,
+    *,
+    from_robust: bool = False,
+    **changes: Mapping[str, Any],
+) -> dict[str, Setting]:
+    """Every setting of the methods without a teacher, for `method`.
+
+    Args:
+        status: what was measured, by setting.
+        from_robust: it fine-tunes a student that SAT has trained, which the small settings train first.
+        changes: fields that the method has otherwise there, by setting.
+    """
+    status = status or {}
+    assert (status.keys() | changes.keys()) <= ADVERSARIAL_TRAINING.keys(), (status, changes)
+    settings = {}
+    for name, (note, fields) in ADVERSARIAL_TRAINING.items():
+        start = dict(start_recipe=f"sat:{as_student(name)}", train_teacher=as_student(name) != name)
+        recipe = method(**{**fields, **(start if from_robust else {}), **changes.get(name, {})})
+        settings[name] = Setting(recipe=recipe, note=note, status=status.get(name, UNTRAINED))
+    return settings

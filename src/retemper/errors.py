@@ -1,0 +1,21 @@
+"""How a run ends badly: each error is one clear line for the user, and the exit code that scripts act on."""
+
+
+class DataError(Exception):
+    """The data is missing, damaged or not what it should be; the message names the path and the fix."""
+
+
+class UsageError(Exception):
+    """What was asked for cannot be: a wrong option, or a backend that is not installed."""
+
+
+class Diverged(Exception):
+    """Training left the finite numbers."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the run; the message says what was saved."""
+
+
+EXIT_CODES: dict[type[BaseException], int] = {UsageError: 2, DataError: 3, Diverged: 4}
+PREEMPTED = 75  # EX_TEMPFAIL: run the same command again
