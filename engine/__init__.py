@@ -1,10 +1,13 @@
 """What a run is and how it moves: recipes, the attack, the training step, checkpoints, evaluation, reports."""
 
+from importlib import import_module
+
 from retemper.engine.attack import Watcher, pgd
 from retemper.engine.checkpoints.weights import load_checkpoint, save_weights
 from retemper.engine.class_report import ClassReport, class_report, intervals
 from retemper.engine.distributed.ranks import WHOLE, Part
 from retemper.engine.epoch_stats import ClassMeans, ClassSums, EpochStats, HeldOut
+from retemper.engine.groups import TrainingAttack
 from retemper.engine.losses import (
     KlObjective,
     Objective,
@@ -15,7 +18,8 @@ from retemper.engine.losses import (
     kl_rows,
 )
 from retemper.engine.models import create_model
-from retemper.engine.recipe import Recipe, Setting, Targets, given
+from retemper.engine.options import option
+from retemper.engine.recipe import LabelAttack, Method, OwnPredictionAttack, Recipe, Setting, Targets, given
 from retemper.engine.state import State
 from retemper.engine.step import train_step
 from retemper.errors import Diverged
@@ -23,9 +27,8 @@ from retemper.errors import Diverged
 
 def run_recipe(file: str) -> None:
     """Run a recipe file as a script: `python recipes/absld.py SETTING ...` is `retemper train absld:SETTING ...`."""
-    from retemper.engine.cli import run_as_script  # not at the top: the command line imports everything
-
-    run_as_script(file)
+    # by its name: a recipe lies below the command line, and no module imports from above it
+    import_module("retemper.engine.cli").run_as_script(file)
 
 
 __all__ = [
@@ -37,12 +40,16 @@ __all__ = [
     "EpochStats",
     "HeldOut",
     "KlObjective",
+    "LabelAttack",
+    "Method",
     "Objective",
+    "OwnPredictionAttack",
     "Part",
     "Recipe",
     "Setting",
     "State",
     "Targets",
+    "TrainingAttack",
     "Watcher",
     "class_report",
     "create_model",
@@ -54,6 +61,7 @@ __all__ = [
     "is_label",
     "kl_rows",
     "load_checkpoint",
+    "option",
     "pgd",
     "run_recipe",
     "save_weights",

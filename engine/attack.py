@@ -14,12 +14,25 @@ from torch import Tensor, nn
 from retemper.engine.losses import Objective
 from retemper.kernels import pgd_step_, random_start_
 
-Watcher = Callable[[Tensor, Tensor], None]
+
+class Watcher:
+    """What looks on at an attack, and may choose images from inside it."""
+
+    def __call__(self, adv_BCHW: Tensor, logits_BK: Tensor) -> None:
+        """See an iterate before its step, (B, C, H, W), and the logits there; the iterate is then overwritten."""
+        raise NotImplementedError
+
+    def images(self, adv_BCHW: Tensor) -> dict[str, Tensor]:
+        """Return images for the student's training forwards by name, each like the last iterate `adv_BCHW`.
+
+        They are added to "clean" and "adv", or take their place. None by default.
+        """
+        return {}
 
 
 @contextmanager
 def module_mode(model: nn.Module, mode: str) -> Iterator[None]:
-    """Every module of `model` in "eval" or "train" mode inside, each as it was before afterwards."""
+    """Put every module of `model` in "eval" or "train" mode inside the block, and each back afterwards."""
     before = [(module, module.training) for module in model.modules()]
     model.train(mode == "train")
     try:
@@ -43,24 +56,26 @@ def pgd(
     clip_start: bool = True,
     rows: tuple[int, int] = (0, 1),
     norm: str = "linf",
-    watch: Watcher | None = None,
+    watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """Push `objective(model(x))` up inside the ball of radius `eps` around `clean`.
+    """Return images inside the ball of radius `eps` around `clean` that raise `objective(model(x))`.
 
     Args:
-        model: images to logits; its parameters and modes are left as they were.
+        model: images to logits. Its parameters and the modes of its modules are left as they were.
         clean: (B, C, H, W); fp32, fp16 or bf16; contiguous or channels-last; pixels in [0, 1].
-        objective: logits (B, K) to a scalar. Sum it over the batch: a mean can underflow in half precision. One with a
-            method `gradient`, logits (B, K) to their gradient, is not differentiated (`KlObjective`).
-        step, eps: in pixel units (8/255, not 8); a float, or (B,) for class-dependent margins.
+        objective: (B, K) logits to a scalar. Sum it over the batch: a mean can underflow in half precision. One that
+            has a method `gradient`, from logits to their gradient, is not differentiated (`KlObjective`).
+        steps: how many steps are taken.
+        step, eps: in pixel units (8/255, not 8); a float, or (B,) for a radius of each image.
         start: "uniform" in the ball, "normal" (0.001 times a Gaussian, as TRADES), None or "none" (the clean image), or
             a tensor like `clean` to start from.
-        bn_mode: "eval" (running statistics, left alone) or "train" (batch statistics, running ones updated).
-        seed: of the random start: an int, a one-element int64 tensor on the device, or None to draw one from torch's
-            generator.
+        bn_mode: "eval" (running statistics, left alone) or "train" (batch statistics; the running ones move).
+        seed: the seed of the random start: an int, a one-element int64 tensor on the device, or None to draw one from
+            torch's generator.
         clip_start: whether the random start is clipped to [0, 1].
-        rows: of a larger batch, which rows these are, as `random_start_` takes them.
-        watch: is called with each iterate before its step, and the logits there; the iterate is then overwritten.
+        rows: which rows of a larger batch these are, as `random_start_` takes them.
+        watch: is called with each iterate before its step, and the logits there. The iterate is then overwritten.
+        norm: "linf" or "l2".
     Returns:
         The last iterate, like `clean`, without gradient.
     Raises:
@@ -84,7 +99,7 @@ def pgd(
 
 
 def _input_gradient(logits: Tensor, adv: Tensor, objective: Objective) -> tuple[Tensor, ...]:
-    """Of the objective, with respect to `adv`; no parameter's gradient is computed."""
+    """Return the gradient of the objective with respect to `adv`; no parameter's gradient is computed."""
     gradient = getattr(objective, "gradient", None)
     raised = logits if gradient else objective(logits)
     if not raised.requires_grad:
@@ -100,7 +115,7 @@ def _start(
     clip: bool,
     rows: tuple[int, int],
 ) -> Tensor:
-    """The first iterate: a fresh tensor in the memory format of `clean`."""
+    """Return the first iterate, a fresh tensor in the memory format of `clean`."""
     adv = torch.empty_like(clean)
     if isinstance(start, Tensor):
         if start.shape != clean.shape:
@@ -116,5 +131,5 @@ def _start(
 
 
 def predicts(logits_BK: Tensor, label_B: Tensor) -> Tensor:
-    """(B,) bool: whether each row is largest at its label. A row that is not finite predicts nothing."""
+    """Return (B,) bool: whether each row is largest at its label. A row that is not finite predicts nothing."""
     return (logits_BK.argmax(1) == label_B) & logits_BK.isfinite().all(1)

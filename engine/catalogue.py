@@ -1,40 +1,42 @@
-"""Finds recipes: a module of `retemper.recipes` with `SETTINGS` is a method, and they are what it can be run on."""
+"""The recipes that there are: a module of `retemper.recipes` with `SETTINGS` is a method, and they are its settings."""
 
-import difflib
 import importlib
 import pkgutil
-from collections.abc import Iterable
-from dataclasses import fields, replace
 from types import ModuleType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 from retemper.engine.recipe import Recipe, Setting
-from retemper.errors import UsageError
+from retemper.errors import UsageError, nearest
 
 
 def methods() -> list[str]:
-    """The names of all methods, sorted."""
+    """Return the names of all methods, sorted."""
     package = importlib.import_module("retemper.recipes")
     names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
     return [name for name in names if hasattr(importlib.import_module(f"retemper.recipes.{name}"), "SETTINGS")]
 
 
 def method_module(method: str) -> ModuleType:
-    """The recipe file of `method`.
+    """Return the recipe file of `method`.
 
     Raises:
-        UsageError: there is none; it names the nearest.
+        UsageError: there is none; the message names the nearest.
     """
     if method not in methods():
         raise UsageError(f"there is no method {method!r}{nearest(method, methods())}; see retemper ls")
     return importlib.import_module(f"retemper.recipes.{method}")
 
 
+def source_of(method: str) -> str:
+    """Return the paper that the recipe file of `method` names in its first line, as "Zhao et al., NeurIPS 2024"."""
+    return (method_module(method).__doc__ or "").partition("\n")[0].rpartition("(")[2].rstrip(").")
+
+
 def find_setting(name: str) -> tuple[str, str, Setting]:
-    """The method, the setting's name and the setting that METHOD:SETTING means.
+    """Return the method's name, the setting's name and the setting that METHOD:SETTING means.
 
     Raises:
-        UsageError: unknown; it names the nearest.
+        UsageError: it is unknown; the message names the nearest.
     """
     method, _, setting = name.partition(":")
     settings: dict[str, Setting] = method_module(method).SETTINGS
@@ -50,33 +52,36 @@ def find_setting(name: str) -> tuple[str, str, Setting]:
 
 
 def override(recipe: Recipe, texts: dict[str, str]) -> Recipe:
-    """The recipe with fields replaced by what the user wrote.
+    """Return the recipe with options replaced by what the user wrote, by flat name.
 
     Raises:
-        UsageError: no such field (it names the nearest), or the text is no value of the field's type.
+        UsageError: there is no such option (the message names the nearest), or it may not have such a value.
     """
-    types = get_type_hints(type(recipe))
-    names = [field.name for field in fields(recipe)]
-    values = {}
+    options, values = recipe.options(), {}
     for name, text in texts.items():
-        if name not in names:
-            raise UsageError(
-                f"the recipe has no field {name!r}{nearest(name, names)}; it has {', '.join(sorted(names))}"
-            )
+        if name not in options:
+            known = ", ".join(sorted(options))
+            raise UsageError(f"the recipe has no field {name!r}{nearest(name, options)}; it has {known}")
         try:
-            values[name] = parse_value(types[name], text)
+            values[name] = parse_value(options[name][1].kind, text)
         except ValueError as error:
             raise UsageError(f"--{name.replace('_', '-')} {text}: {error}") from None
     try:
         if "variant" in values:  # first, so that what else the user wrote holds
             recipe = recipe.as_variant(values["variant"])
-        return replace(recipe, **values)
+        return recipe.replace(**values)
     except ValueError as error:
         raise UsageError(str(error)) from None
 
 
 def parse_value(kind: Any, text: str) -> Any:
-    """`text` as a value of the annotated type: int, float (also "8/255"), bool, str, tuple[int, ...] or X | None."""
+    """Return `text` as a value of the annotated type.
+
+    Args:
+        kind: int, float (also "8/255"), bool, str, a Literal, tuple[int, ...] ("215,260"), or one of these or None.
+    Raises:
+        ValueError: `text` is no such value.
+    """
     options = get_args(kind)
     if type(None) in options:
         return None if text.lower() == "none" else parse_value(options[0], text)
@@ -92,9 +97,3 @@ def parse_value(kind: Any, text: str) -> Any:
     if options:  # tuple[int, ...]
         return tuple(parse_value(options[0], part) for part in text.split(",") if part.strip())
     return kind(text)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """ " (did you mean ...?)" when something known is like `word`, else nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -18,11 +18,7 @@ ATTACKS = ("clean", "fgsm", "pgd20", "cw")
 
 
 def run_demo(out: Path, seed: int = 0) -> Path:
-    """Train, evaluate and report; what an earlier demo left in `out` is gone on with.
-
-    Returns:
-        The page.
-    """
+    """Train, evaluate and report, going on with what an earlier demo left in `out`; return the page."""
     started = time.monotonic()
     require_plots()  # now, not after two minutes of training
     for name, recipe in CAST.items():

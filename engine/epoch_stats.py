@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class ClassSums:
-    """An epoch's sums so far for one of the forwards ("adv" or "clean"): each (K,), added to in place."""
+    """The sums of an epoch so far for one of the forwards ("adv" or "clean"): each (K,), added to in place."""
 
     loss_K: Tensor  # cross-entropy against the label, before the step
     correct_K: Tensor
@@ -20,7 +20,7 @@ class ClassSums:
 
     @classmethod
     def zeros(cls, num_classes: int, device: torch.device) -> "ClassSums":
-        """Nothing seen yet."""
+        """Return sums of no image."""
         loss, correct, count = torch.zeros(3, num_classes, device=device)
         return cls(loss_K=loss, correct_K=correct.long(), count_K=count.long())
 
@@ -31,60 +31,60 @@ class ClassSums:
         self.count_K.add_(count_K)
 
     def clear(self) -> None:
-        """Start anew."""
+        """Set every sum to zero."""
         for sum_K in (self.loss_K, self.correct_K, self.count_K):
             sum_K.zero_()
 
     @property
     def mean_loss_K(self) -> Tensor:
-        """(K,) the mean loss of each class's images; 0 where there were none."""
+        """The mean loss of each class's images, (K,); 0 where there were none."""
         return self.loss_K / self.count_K.clamp(min=1)
 
     @property
     def accuracy_K(self) -> Tensor:
-        """(K,) the share of each class's images classified correctly; 0 where there were none."""
+        """The share of each class's images classified correctly, (K,); 0 where there were none."""
         return self.correct_K / self.count_K.clamp(min=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassMeans:
-    """An epoch's sums so far of something that a method measures for each image."""
+    """The sums of an epoch so far of something that a method measures for each image."""
 
     total_KD: Tensor
     count_K: Tensor
 
     @classmethod
     def zeros(cls, num_classes: int, values: int, device: torch.device) -> "ClassMeans":
-        """Nothing measured yet."""
+        """Return sums of no image."""
         total = torch.zeros(num_classes, values, device=device)
         return cls(total_KD=total, count_K=torch.zeros(num_classes, device=device))
 
     def add(self, value_BD: Tensor, label_B: Tensor) -> None:
-        """Count one more batch; (B,) is D = 1."""
+        """Count one more batch of (B, D) values, or (B,) where D = 1, with (B,) int64 labels."""
         value_BD = value_BD.detach().float().view(len(label_B), -1)
         own_KB = (torch.arange(len(self.count_K), device=label_B.device)[:, None] == label_B).float()
         self.total_KD.add_(own_KB @ value_BD)  # not index_add_: on a GPU that adds in no fixed order
         self.count_K.add_(own_KB.sum(1))
 
     def clear(self) -> None:
-        """Start anew."""
+        """Set every sum to zero."""
         self.total_KD.zero_()
         self.count_K.zero_()
 
     @property
     def mean_KD(self) -> Tensor:
-        """(K, D); 0 for a class with no images."""
+        """The mean of each class, (K, D); 0 for a class without images."""
         return self.total_KD / self.count_K.clamp(min=1)[:, None]
 
     @property
     def mean_K(self) -> Tensor:
-        """(K,), where D = 1."""
+        """The mean of each class, (K,), where D = 1."""
         return self.mean_KD.squeeze(1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """How the student fares on the held-out training images after an epoch, by class, each (K,)."""
+    """How the student does on the held-out training images after an epoch: each (K,), by class."""
 
     clean_accuracy_K: Tensor
     robust_accuracy_K: Tensor
@@ -94,12 +94,12 @@ class HeldOut:
 
 @dataclass(frozen=True, kw_only=True)
 class EpochStats:
-    """An epoch.
+    """What an epoch has shown.
 
     Attributes:
-        forwards: the training forwards by name.
-        measured: what `Recipe.measured` gave, by name.
-        held: None unless the recipe `validates`.
+        forwards: the sums of each training forward, by name.
+        measured: the sums of what `Method.measured` returned, by name.
+        held: the held-out images; None unless the method has `validates_by`.
     """
 
     forwards: Mapping[str, ClassSums] = field(default_factory=dict)

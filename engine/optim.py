@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from retemper.engine.recipe import Recipe
+from retemper.engine.groups import Optimisation
 
 
 class Average:
@@ -121,13 +121,18 @@ class Guard:
         self.poison.masked_fill_(self.found_inf > 0, torch.nan)
 
 
-def sgd(recipe: Recipe, student: nn.Module, device: torch.device) -> torch.optim.SGD:
-    """The optimizer; on a GPU its rate is a tensor there, so that a captured step follows the schedule."""
+def sgd(options: Optimisation, student: nn.Module, device: torch.device, fused: bool) -> torch.optim.SGD:
+    """Return the optimizer of the student's parameters.
+
+    Args:
+        fused: one kernel a step. On a GPU the learning rate is then a tensor there, so that a captured step follows the
+            schedule.
+    """
     return torch.optim.SGD(
         student.parameters(),
-        lr=torch.tensor(recipe.lr, device=device) if device.type == "cuda" and recipe.fused_sgd else recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        nesterov=recipe.nesterov,
-        fused=recipe.fused_sgd or None,  # with a scaler the fused step alone does not wait for the device
+        lr=torch.tensor(options.lr, device=device) if device.type == "cuda" and fused else options.lr,
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+        nesterov=options.nesterov,
+        fused=fused or None,  # with a scaler the fused step alone does not wait for the device
     )

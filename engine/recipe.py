@@ -1,46 +1,42 @@
-"""What a run is: one frozen value that a recipe file makes and the engine reads.
+"""What a run is: a method, which is what a paper defines, and beside it the options of the run.
 
-A method is a subclass with its own constants as fields and a few methods: `class_state`, `objective`, `loss` and
-`next_class_state` in most; what else the engine can do for one is in the rest of the class. A setting is a function
-that returns one. Nothing here knows a method by name.
-
-Dimension key: B batch, K classes.
+A recipe file makes a `Method` and, for each setting, a `Recipe`; the engine reads them. Nothing here knows a method by
+its name. Dimension key: B batch, C channels, H, W, K classes.
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, replace
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from retemper.engine.attack import Watcher
 from retemper.engine.distributed.ranks import WHOLE, Part
 from retemper.engine.epoch_stats import EpochStats
-from retemper.engine.losses import Objective
-from retemper.engine.models import MODELS
-from retemper.engine.speed.options import EXACTNESS, Moves
-from retemper.loaders import DATASETS
+from retemper.engine.groups import Data, Networks, Optimisation, Selection, TrainingAttack
+from retemper.engine.losses import KlObjective, Objective, cross_entropy_objective
+from retemper.engine.options import Option, Options, option, options_of
+from retemper.engine.speed.options import EXACTNESS, Execution
+from retemper.errors import nearest
 
-AnyRecipe = TypeVar("AnyRecipe", bound="Recipe")
+UNTRAINED = "starts, steps and evaluates in the tests; not trained yet"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """What the student is held against on one batch. None where the method does not ask for it.
+    """What the student is held against on one batch. A field is None where the method does not ask for it.
 
     Attributes:
         label_B: (B,) int64.
         teacher_BK: the teacher's logits on the clean images.
         own_BK: the student's own logits on the clean images, taken before the attack in the attack's batch-norm mode,
-            without gradient (`needs_own_prediction`).
-        teacher_adv_BK: the teacher's logits on the attacked images; None during the attack (`teacher_sees`).
-        clean_teacher_BK, clean_teacher_adv_BK: those of the second teacher (`clean_teacher_sees`).
-        watched: what `Recipe.watcher` gave, after the attack.
+            without gradient (`Method.needs_own_prediction`).
+        teacher_adv_BK: the teacher's logits on the attacked images; None during the attack (`Method.teacher_sees`).
+        clean_teacher_BK, clean_teacher_adv_BK: the second teacher's logits (`Method.clean_teacher_sees`).
+        watched: what `Method.watcher` returned, after the attack.
         state: the method's class state.
-        ones_K: (K,) of ones: the class temperature of methods that have none.
-        part: which rows of the batch these are, where several processes train: what a method takes of a batch as a
-            whole, it asks of this.
+        part: the rows of the batch that these are, where several processes train. A method asks it for what it needs of
+            the batch as a whole.
     """
 
     label_B: Tensor
@@ -51,220 +47,228 @@ class Targets:
     clean_teacher_adv_BK: Tensor | None = None
     watched: Any = None
     state: Mapping[str, Tensor]
-    ones_K: Tensor
     part: Part = WHOLE
 
     @property
     def teacher(self) -> Tensor:
-        """The teacher's logits on the clean images, for methods that have one."""
+        """The teacher's logits on the clean images, for methods that have a teacher."""
         return given(self.teacher_BK)
 
     @property
     def own(self) -> Tensor:
-        """The student's own logits on the clean images, for methods that need them."""
+        """The student's own logits on the clean images, for methods that ask for them."""
         return given(self.own_BK)
 
 
 def given(logits_BK: Tensor | None) -> Tensor:
-    """Logits that a method asked for."""
-    assert logits_BK is not None, "the method reads what its recipe does not ask for"
+    """Return logits that the method asked for."""
+    assert logits_BK is not None, "the method reads what it does not ask for"
     return logits_BK
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(Moves):
-    """Everything that decides a run's result, seed and data apart. `eps` and `attack_step` are in [0, 1] pixels."""
+class Method(Options):
+    """What a paper defines: its constants, the state of each class, what the attack raises and what training lowers.
 
-    # who learns what from whom
-    dataset: str
-    student: str
-    teacher_model: str | None = None
-    teacher_recipe: str | None = None  # the METHOD:SETTING that trains such a teacher
-    train_teacher: bool = False  # do so first when a run is given none; where that takes days, ask instead
-    clean_teacher_model: str | None = None  # a second teacher, trained without attacks
-    clean_teacher_recipe: str | None = None
-    start_recipe: str | None = None  # fine-tune the weights of such a run; None: begin at random
-    variant: str = "paper"
+    A method is a subclass with its constants as fields. Most define `objective` and `loss` alone.
 
-    # the inner maximisation
-    eps: float = 8 / 255
-    attack_step: float = 2 / 255
-    attack_steps: int = 10
-    attack_start: str = "normal"
-    clip_start: bool = False  # none of the released codes clips its start
-    attack_bn: str = "eval"
+    Attributes:
+        variants: the forms that the method has, the paper's first.
+        variant_options: the options of the run that a variant sets otherwise.
+        forwards: the student's training forwards, in order. "adv" and "clean" are the attacked and the clean images.
+        needs_own_prediction: whether `Targets.own` is computed before the attack.
+        teacher_sees, clean_teacher_sees: the images that each teacher is asked about, of "clean" and "adv".
+        attacks_teacher: whether the attack goes through the teacher too; its logits are then (B, 2 K), the student's
+            and then the teacher's.
+        validates_by: what attacks the held-out images that the class state moves by: PGD on the cross-entropy, or the
+            method's own training attack. None where the class state does not need them.
+    """
 
-    # the outer minimisation
-    epochs: int = 300
-    batch_size: int = 128  # of all processes together
-    batch_norm: Literal["local", "synced"] = "local"  # on several GPUs: of each one's images, or of the whole batch
-    lr: float = 0.1
-    lr_drops: tuple[int, ...] = (215, 260, 285)  # the rate falls after these epochs
-    lr_factor: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 2e-4
-    nesterov: bool = False
-    awp_gamma: float = 0.0  # adversarial weight perturbation, relative to each layer's norm (Wu et al., NeurIPS 2020)
-    awp_from: int = 1
-    average: Literal["none", "ema", "swa"] = "none"  # whether an average of the weights is evaluated and kept
-    average_from: int = 1
-    average_every: Literal["step", "epoch"] = "step"
-    average_above: float = 0.0  # only when the worst class's held-out robust accuracy is no less (CFA)
-    ema_decay: float = 0.999
-    joint: bool = False  # all forwards of a step are one batch to batch norm
-    cpu_threads: int | None = None  # None: as many as torch takes
-
-    # the images
-    padding: int = 4
-    flip: bool = True
-    image_size: int | None = None  # images are resized to it (see load_split); None: as they are
-    images_per_class: int | None = None  # train on so many of each class only; None: on all
-    loader: Literal["auto", "ffcv", "resident"] = "auto"
-
-    # which epoch is kept as the best: the largest average + worst-class robust accuracy
-    select_on: str = "holdout"
-    holdout_per_class: int = 100
-    select_every: int = 10
-    select_always_from: int = 215  # every epoch from here on
-    select_from: int = 1  # no earlier epoch is kept as the best
-    select_steps: int = 20
+    variant: str = option(
+        "paper", "the form of the method: as the paper has it, or as the authors' code does", choices="variants"
+    )
 
     variants: ClassVar[tuple[str, ...]] = ("paper",)
-    variant_fields: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # the constants that a variant has otherwise
-    forwards: ClassVar[tuple[str, ...]] = ("adv", "clean")  # the student's training forwards, in order
+    variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    forwards: ClassVar[tuple[str, ...]] = ("adv", "clean")
     needs_own_prediction: ClassVar[bool] = False
-    teacher_sees: ClassVar[tuple[str, ...]] = ("clean",)  # which images, of "clean" and "adv"
+    teacher_sees: ClassVar[tuple[str, ...]] = ("clean",)
     clean_teacher_sees: ClassVar[tuple[str, ...]] = ()
-    attacks_teacher: ClassVar[bool] = False  # the attack's logits are (B, 2 K): the student's, then the teacher's
-    validates: ClassVar[bool] = False  # the class state moves by held-out images, before the first epoch too
-    validates_by: ClassVar[Literal["pgd", "training attack"]] = "pgd"  # what attacks them: PGD on the cross-entropy
+    attacks_teacher: ClassVar[bool] = False
+    validates_by: ClassVar[Literal["pgd", "training attack"] | None] = None
 
-    def __post_init__(self) -> None:
-        choices = {
-            "dataset": DATASETS,
-            "student": MODELS,
-            "teacher_model": (None, *MODELS),
-            "clean_teacher_model": (None, *MODELS),
-            "batch_norm": ("local", "synced"),
-            "average": ("none", "ema", "swa"),
-            "average_every": ("step", "epoch"),
-            "variant": self.variants,
-            "attack_start": ("none", "normal", "uniform"),
-            "attack_bn": ("eval", "train"),
-            "loader": ("auto", "ffcv", "resident"),
-            **{name: get_args(kind) for name, kind in get_type_hints(Moves).items() if get_args(kind)},
-            "select_on": ("holdout", "test"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: it must be one of {', '.join(map(str, allowed))}")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{field.name} = {value}: it must be a finite number")
-            if isinstance(value, int | float) and value < 0:
-                raise ValueError(f"{field.name} = {value}: it must not be negative")
-        if self.teacher_table == "on" and not self.teacher_ahead:
-            raise ValueError("teacher_table = 'on': a teacher asked within the step fills no table; set teacher_ahead")
-        positive = "epochs batch_size select_every lr cpu_threads images_per_class image_size".split()
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} = {value}: it must be above 0")
-        if self.eps > 1 or self.attack_step > 1:
-            raise ValueError(
-                f"eps = {self.eps}, attack_step = {self.attack_step}: give them in [0, 1] pixels, 8/255 not 8"
-            )
-        if self.validates and (self.select_on != "holdout" or not self.holdout_per_class):
-            raise ValueError("this method learns from held-out training images: holdout_per_class must be above 0")
-        held_out = self.select_on == "holdout" and self.holdout_per_class
-        if self.average_above and (self.average_every != "epoch" or not held_out):
-            raise ValueError(
-                f"average_above = {self.average_above}: held-out training images decide, once an epoch; "
-                "set average_every = 'epoch' and holdout_per_class above 0"
-            )
-        if self.attacks_teacher and self.attack_bn != "eval":
-            raise ValueError("attack_bn = 'train': an attack on the teacher too would move its statistics")
-        if self.average == "ema" and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay = {self.ema_decay}: it must lie between 0 and 1")
-        if self.momentum >= 1 or (self.nesterov and self.momentum == 0):
-            raise ValueError(f"momentum = {self.momentum}: it must be below 1, and above 0 with nesterov")
-        if min(self.lr_drops, default=1) < 1:
-            raise ValueError(f"lr_drops = {self.lr_drops}: epochs count from 1")
-
-    def as_variant(self: AnyRecipe, variant: str) -> AnyRecipe:
-        """This recipe as `variant`, with that one's constants."""
-        return replace(self, variant=variant, **self.variant_fields.get(variant, {}))
-
-    def decay(self, epoch: int) -> float:
-        """The factor that the schedule has reached after `epoch` (from 1)."""
-        return self.lr_factor ** sum(drop <= epoch for drop in self.lr_drops)
-
-    def lr_at(self, epoch: int) -> float:
-        """The learning rate during `epoch` (from 1)."""
-        return self.lr * self.decay(epoch - 1)
-
-    def class_state(self, num_classes: int) -> dict[str, Tensor]:
-        """The method's state at the start, float32 by name; (K,) where it is one per class. None by default."""
+    def class_state(self, num_classes: int, recipe: "Recipe") -> dict[str, Tensor]:
+        """Return the state at the start, float32 by name; (K,) where there is one number for each class."""
         return {}
 
     def objective(self, targets: Targets) -> Objective:
-        """What the attack raises: logits to a scalar, summed over the batch."""
+        """Return what the attack raises: a function from (B, K) logits to a scalar, summed over the batch."""
         raise NotImplementedError
 
-    def margins(self, targets: Targets) -> tuple[float | Tensor, float | Tensor]:
-        """The attack's eps and step: numbers, or (B,) for margins of each class."""
-        return self.eps, self.attack_step
+    def margins(self, targets: Targets, attack: TrainingAttack) -> tuple[float | Tensor, float | Tensor]:
+        """Return the attack's radius and step in pixel units: numbers, or (B,) where each class has its own."""
+        return attack.eps, attack.step
 
     def watcher(self, clean_BCHW: Tensor, targets: Targets) -> Watcher | None:
-        """What looks on at the attack: given each iterate before its step, and the student's logits there."""
+        """Return what looks on at the attack, or None."""
         return None
 
-    def images(self, clean_BCHW: Tensor, adv_BCHW: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """What `forwards` names: "clean" and "adv" by default."""
-        return {"clean": clean_BCHW, "adv": adv_BCHW}
-
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
-        """What training lowers: a scalar, a mean over these rows. `logits` has a (B, K) entry for each forward."""
+        """Return what training lowers: a scalar, a mean over these rows.
+
+        Args:
+            logits: (B, K) for each of `forwards`, with gradient.
+        """
         raise NotImplementedError
 
     def measured(self, logits: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
-        """What to average over each class's images besides losses: name -> (B,) or (B, D)."""
+        """Return what is averaged over each class's images in an epoch, by name: (B,) or (B, D)."""
         return {}
 
     def after_step(self, state: Mapping[str, Tensor], logits: Mapping[str, Tensor], targets: Targets) -> None:
-        """Move what changes with every step, in place; `logits` are those of before it."""
+        """Change, in place, what moves with every step. `logits` are those of before the step, without gradient."""
 
-    def next_class_state(self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int) -> dict[str, Tensor]:
-        """The class state after `epoch`, from what it has shown. Unchanged by default.
+    def next_class_state(
+        self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int, recipe: "Recipe"
+    ) -> dict[str, Tensor]:
+        """Return the class state after `epoch`, from what the epoch has shown.
 
-        Where the recipe `validates`, it is asked for after epoch 0 as well, with `stats.held` alone.
+        A method with `validates_by` is asked after epoch 0 as well, with `stats.held` alone.
         """
         return dict(state)
 
 
-def describe(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's fields, as the command line names them and config.json holds them."""
-    return asdict(recipe)
+@dataclass(frozen=True, kw_only=True)
+class LabelAttack(Method):
+    """A method whose attack raises the cross-entropy against the label."""
+
+    def objective(self, targets: Targets) -> Objective:
+        return cross_entropy_objective(targets.label_B)
 
 
-def other_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The fields by which `new` leads to another run than `old`, both as config.json holds them.
+@dataclass(frozen=True, kw_only=True)
+class OwnPredictionAttack(Method):
+    """A method whose attack leads away from the student's own clean prediction, KL(S(x) || S(x')), as TRADES does."""
 
-    A field that `old` is too old to have counts as its default, which is what was done before there was a choice.
+    needs_own_prediction: ClassVar[bool] = True
+
+    def objective(self, targets: Targets) -> KlObjective:
+        return KlObjective(targets.own, targets.label_B)
+
+
+GROUPS: Mapping[str, type[Options]] = {
+    "data": Data,
+    "networks": Networks,
+    "attack": TrainingAttack,
+    "optim": Optimisation,
+    "selection": Selection,
+    "execution": Execution,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides a run's result, seed and files apart.
+
+    Raises:
+        ValueError: two options contradict each other; the message names them by their flat names.
     """
-    defaults = {field.name: field.default for field in fields(Recipe) if field.default is not MISSING}
+
+    method: Method
+    data: Data
+    networks: Networks
+    attack: TrainingAttack
+    optim: Optimisation
+    selection: Selection
+    execution: Execution
+
+    def __post_init__(self) -> None:
+        if self.method.validates_by and not self.selection.holds_out:
+            raise ValueError("this method learns from held-out training images: holdout_per_class must be above 0")
+        if self.optim.average_above and (self.optim.average_every != "epoch" or not self.selection.holds_out):
+            raise ValueError(
+                f"average_above = {self.optim.average_above}: held-out training images decide, once an epoch; "
+                "set average_every = 'epoch' and holdout_per_class above 0"
+            )
+        if self.method.attacks_teacher and self.attack.bn_mode != "eval":
+            raise ValueError("attack_bn = 'train': an attack on the teacher too would move its statistics")
+
+    @classmethod
+    def of(cls, method: type[Method], **options: Any) -> "Recipe":
+        """Make a recipe from options by their flat names.
+
+        Raises:
+            ValueError: an option has a value that it may not have.
+            TypeError: there is no such option, or one without a default is missing.
+        """
+        groups: dict[str, type[Options]] = {"method": method, **GROUPS}
+        given: dict[str, dict[str, Any]] = {group: {} for group in groups}
+        places = _places(method)
+        for name, value in options.items():
+            if name not in places:
+                raise TypeError(f"there is no option {name!r}{nearest(name, places)}")
+            group, one = places[name]
+            given[group][one.attribute] = value
+        values: dict[str, Any] = {group: kind(**given[group]) for group, kind in groups.items()}
+        return cls(**values)
+
+    def options(self) -> dict[str, tuple[str, Option]]:
+        """Return each option's group and what is known of it, by flat name."""
+        return dict(_places(type(self.method)))
+
+    def replace(self, **options: Any) -> "Recipe":
+        """Return this recipe with options, by their flat names, that have other values. Raises as `of` does."""
+        return Recipe.of(type(self.method), **{**self.flat(), **options})
+
+    def as_variant(self, variant: str) -> "Recipe":
+        """Return this recipe with the method's `variant` and the options that it sets."""
+        return self.replace(variant=variant, **self.method.variant_options.get(variant, {}))
+
+    def flat(self) -> dict[str, Any]:
+        """Return the value of every option by flat name."""
+        return {name: getattr(getattr(self, group), one.attribute) for name, (group, one) in self.options().items()}
+
+    def grouped(self) -> dict[str, dict[str, Any]]:
+        """Return the values as config.json shows them: by group, and within it by flat name."""
+        values = self.flat()
+        shown: dict[str, dict[str, Any]] = {field.name: {} for field in fields(self)}
+        for name, (group, _) in self.options().items():
+            shown[group][name] = values[name]
+        return shown
+
+
+def _places(method: type[Method]) -> dict[str, tuple[str, Option]]:
+    groups: dict[str, type[Options]] = {"method": method, **GROUPS}
+    return {name: (group, one) for group, kind in groups.items() for name, one in options_of(kind).items()}
+
+
+def flat_options(shown: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a config.json by flat name, whether it shows groups or, as earlier versions, none."""
+    flat: dict[str, Any] = {}
+    for name, value in shown.items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return the options by which `new` leads to another run than `old`, both as `flat_options` returns them.
+
+    An option that `old` is too old to have counts as its default, which is what was done before there was a choice.
+    """
+    defaults = {one.name: one.default for kind in (Method, *GROUPS.values()) for one in options_of(kind).values()}
     before = {name: old.get(name, defaults.get(name)) for name in new}
     return [name for name in new if before[name] != new[name] and EXACTNESS.get(name) != "bitwise"]
 
 
-UNTRAINED = "starts, steps and evaluates in the tests; not trained yet"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A recipe with one line on what it is and one on what was measured with it, and where."""
+    """A recipe with one line on what it is, and one on what was measured with it, and where."""
 
     recipe: Recipe
     note: str
     status: str = UNTRAINED
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether a result of it is committed."""
+        return self.status != UNTRAINED

@@ -15,30 +15,46 @@ from retemper.engine.recipe import Recipe, Targets
 from retemper.engine.state import State
 
 
-class Beside(nn.Module):
-    """Two networks as one whose logits stand side by side: (B, 2 K). An attack on both gets both gradients."""
+def train_step(
+    state: State, recipe: Recipe, clean_BCHW: Tensor, label_B: Tensor, teacher_BK: Tensor | None = None
+) -> Tensor:
+    """Train on one batch, or on this process's rows of it (`State.part`), which may be none.
 
-    def __init__(self, first: nn.Module, second: nn.Module) -> None:
-        super().__init__()
-        self.first, self.second = first, second
-
-    def forward(self, image: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, 2 K)."""
-        return torch.cat([self.first(image), self.second(image)], 1)
+    Args:
+        clean_BCHW: fp32, in the networks' memory format, pixels in [0, 1], on the student's device.
+        label_B: int64.
+        teacher_BK: the teacher's logits on `clean_BCHW` where they are known; it is asked otherwise.
+    Returns:
+        The loss of the whole batch before the step, a scalar on the device.
+    """
+    state.part.idle = not len(label_B)
+    if state.part.idle:
+        clean_BCHW, label_B, teacher_BK = stand_in(clean_BCHW, label_B, teacher_BK)
+        recipe = recipe.replace(attack_bn="eval")  # an image that counts for nothing must move no statistics
+    attacked = state.attacked()
+    targets = observe(state, recipe, attacked, clean_BCHW, label_B, teacher_BK)
+    adv_BCHW = attack(state, recipe, attacked, clean_BCHW, targets)
+    targets = observe_attacked(state, recipe, adv_BCHW, targets)
+    images = {"clean": clean_BCHW, "adv": adv_BCHW}
+    if targets.watched is not None:
+        images |= targets.watched.images(adv_BCHW)
+    loss = descend(state, recipe, images, targets)
+    state.noise_seed += 1
+    return loss
 
 
 def observe(
     state: State, recipe: Recipe, attacked: nn.Module, clean_BCHW: Tensor, label_B: Tensor, teacher_BK: Tensor | None
 ) -> Targets:
-    """What is known before the attack, as asked for: the teachers' logits on the clean images, the student's own."""
-    own_BK = clean_teacher_BK = None
+    """Return what the method asks for before the attack: the teachers' logits on clean images, the student's own."""
+    method, own_BK, clean_teacher_BK = recipe.method, None, None
     with torch.no_grad(), state.autocast():
-        if state.teacher is not None and teacher_BK is None and "clean" in recipe.teacher_sees:
+        if state.teacher is not None and teacher_BK is None and "clean" in method.teacher_sees:
             teacher_BK = state.teacher(clean_BCHW)
-        if state.clean_teacher is not None and "clean" in recipe.clean_teacher_sees:
+        if state.clean_teacher is not None and "clean" in method.clean_teacher_sees:
             clean_teacher_BK = state.clean_teacher(clean_BCHW)
-        if recipe.needs_own_prediction:
-            with module_mode(attacked, recipe.attack_bn):
+        if method.needs_own_prediction:
+            with module_mode(attacked, recipe.attack.bn_mode):
                 own_BK = attacked(clean_BCHW)
     targets = Targets(
         label_B=label_B,
@@ -46,82 +62,57 @@ def observe(
         own_BK=own_BK,
         clean_teacher_BK=clean_teacher_BK,
         state=state.class_state,
-        ones_K=state.ones_K,
         part=state.part,
     )
-    return replace(targets, watched=recipe.watcher(clean_BCHW, targets))
+    return replace(targets, watched=method.watcher(clean_BCHW, targets))
 
 
 def attack(state: State, recipe: Recipe, attacked: nn.Module, clean_BCHW: Tensor, targets: Targets) -> Tensor:
-    """The inner maximisation: adversarial images like `clean_BCHW`."""
-    if recipe.attacks_teacher:
+    """Return adversarial images like `clean_BCHW`: the inner maximisation."""
+    if recipe.method.attacks_teacher:
         assert state.teacher is not None
         attacked = Beside(attacked, state.teacher)
-    eps, step = recipe.margins(targets)
+    eps, step = recipe.method.margins(targets, recipe.attack)
     with state.autocast():
         return pgd(
             attacked,
             clean_BCHW,
-            objective=recipe.objective(targets),
-            steps=recipe.attack_steps,
+            objective=recipe.method.objective(targets),
+            steps=recipe.attack.steps,
             step=step,
             eps=eps,
-            start=recipe.attack_start,
-            clip_start=recipe.clip_start,
+            start=recipe.attack.start,
+            clip_start=recipe.attack.clip_start,
             rows=state.part.ranks.rows,
-            bn_mode=recipe.attack_bn,
+            bn_mode=recipe.attack.bn_mode,
             seed=state.noise_seed,
             watch=targets.watched,
         )
 
 
 def observe_attacked(state: State, recipe: Recipe, adv_BCHW: Tensor, targets: Targets) -> Targets:
-    """`targets` with the teachers' logits on the attacked images, as asked for."""
+    """Return `targets` with the teachers' logits on the attacked images, where the method asks for them."""
     with torch.no_grad(), state.autocast():
-        if state.teacher is not None and "adv" in recipe.teacher_sees:
+        if state.teacher is not None and "adv" in recipe.method.teacher_sees:
             targets = replace(targets, teacher_adv_BK=state.teacher(adv_BCHW))
-        if state.clean_teacher is not None and "adv" in recipe.clean_teacher_sees:
+        if state.clean_teacher is not None and "adv" in recipe.method.clean_teacher_sees:
             targets = replace(targets, clean_teacher_adv_BK=state.clean_teacher(adv_BCHW))
     return targets
 
 
-def update(state: State, loss: Tensor) -> None:
-    """The optimizer's step, unless the loss or a gradient is not finite now or was before."""
-    weights = [weight for weight in state.student.parameters() if weight.grad is not None]
-    # of gradients that overflow in half precision, a scaler skips the step and lowers the scale: they are no fault
-    gradients = [] if state.scaler.is_enabled() else [weight.grad for weight in weights if weight.grad is not None]
-    state.guard.look(loss, gradients, state.noise_seed)
-    held_back = state.scaler.is_enabled() or hasattr(state.optimizer, "found_inf")
-    before = [] if held_back else [weight.detach().clone() for weight in weights]
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    with torch.no_grad():
-        for weight, value in zip(weights, before, strict=False):  # of an optimizer that looks at no flag
-            weight.copy_(torch.where(state.guard.found_inf > 0, value, weight))
-    state.bucket.clear() if state.bucket else state.optimizer.zero_grad(set_to_none=True)
-
-
 def descend(state: State, recipe: Recipe, images: Mapping[str, Tensor], targets: Targets) -> Tensor:
-    """The outer minimisation: one step of the optimizer on `images`, named as in `forwards`; the loss before it."""
-
-    def forward() -> tuple[dict[str, Tensor], Tensor]:
-        with state.autocast():
-            if recipe.joint:
-                both = torch.cat([images[name] for name in recipe.forwards])
-                split = state.student(both).split([len(images[name]) for name in recipe.forwards])
-                logits = dict(zip(recipe.forwards, split, strict=True))
-            else:
-                logits = {name: state.student(images[name]) for name in recipe.forwards}
-            return logits, recipe.loss(logits, targets)
-
+    """Take one step of the optimizer on `images`, named as in `Method.forwards`; return the loss before it."""
     part = state.part
     state.student.train(not part.idle)
     before = {}
     if state.awp_gamma is not None:
         before = perturb_weights(
-            state.student, state.awp_gamma, lambda: state.scaler.scale(part.weigh(forward()[1])), part.ranks.all_reduced
+            state.student,
+            state.awp_gamma,
+            lambda: state.scaler.scale(part.weigh(forward(state, recipe, images, targets)[1])),
+            part.ranks.all_reduced,
         )
-    logits, loss = forward()
+    logits, loss = forward(state, recipe, images, targets)
     share = part.weigh(loss)
     share = share + state.guard.poison if state.scaler.is_enabled() else share
     state.scaler.scale(share).backward()
@@ -130,42 +121,58 @@ def descend(state: State, recipe: Recipe, images: Mapping[str, Tensor], targets:
             weight.copy_(value)
     whole = loss.detach() if state.bucket is None else state.bucket.all_reduce(share.detach())
     update(state, whole)
-    state.add(recipe, logits, targets, loss.detach())
-    if state.average is not None and recipe.average_every == "step":
+    state.count(recipe.method, logits, targets, loss.detach())
+    if state.average is not None and recipe.optim.average_every == "step":
         state.average.follow(state.student)
     return whole
 
 
+def forward(
+    state: State, recipe: Recipe, images: Mapping[str, Tensor], targets: Targets
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the student's logits on each of the training forwards' images, (B, K), and the loss, a scalar."""
+    names = recipe.method.forwards
+    with state.autocast():
+        if recipe.optim.joint:
+            together = state.student(torch.cat([images[name] for name in names]))
+            logits = dict(zip(names, together.split([len(images[name]) for name in names]), strict=True))
+        else:
+            logits = {name: state.student(images[name]) for name in names}
+        return logits, recipe.method.loss(logits, targets)
+
+
+def update(state: State, loss: Tensor) -> None:
+    """Take the optimizer's step, unless the loss or a gradient is not finite now or was before."""
+    weights = [weight for weight in state.student.parameters() if weight.grad is not None]
+    # a scaler skips a step whose gradients overflow in half precision and lowers the scale: they are no fault
+    gradients = [] if state.scaler.is_enabled() else [weight.grad for weight in weights if weight.grad is not None]
+    state.guard.look(loss, gradients, state.noise_seed)
+    held_back = state.scaler.is_enabled() or hasattr(state.optimizer, "found_inf")
+    before = [] if held_back else [weight.detach().clone() for weight in weights]
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    with torch.no_grad():
+        for weight, value in zip(weights, before, strict=False):  # this optimizer looks at no flag: put it back
+            weight.copy_(torch.where(state.guard.found_inf > 0, value, weight))
+    state.bucket.clear() if state.bucket else state.optimizer.zero_grad(set_to_none=True)
+
+
 def stand_in(clean_BCHW: Tensor, label_B: Tensor, teacher_BK: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A black image of class 0 for a process that has none, so that it says all that the others wait to hear."""
-    clean_BCHW = clean_BCHW.new_zeros((1, *clean_BCHW.shape[1:]))
+    """Return one black image of class 0 for a process without rows, so that it takes part in every collective call."""
     return (
-        clean_BCHW,
+        clean_BCHW.new_zeros((1, *clean_BCHW.shape[1:])),
         label_B.new_zeros(1),
         None if teacher_BK is None else teacher_BK.new_zeros(1, teacher_BK.shape[1]),
     )
 
 
-def train_step(
-    state: State, recipe: Recipe, clean_BCHW: Tensor, label_B: Tensor, teacher_BK: Tensor | None = None
-) -> Tensor:
-    """One step on one batch, or on this process's rows of it (`State.part`), which may be none.
+class Beside(nn.Module):
+    """Two networks as one whose logits stand side by side: (B, 2 K). An attack on it gets both gradients."""
 
-    Args:
-        clean_BCHW: fp32, in the networks' memory format, pixels in [0, 1], on the student's device.
-        label_B: int64.
-        teacher_BK: the teacher's logits on `clean_BCHW` where they are known; it is asked otherwise.
-    Returns:
-        The loss of the whole batch, a scalar on the device.
-    """
-    state.part.idle = not len(label_B)
-    if state.part.idle:
-        clean_BCHW, label_B, teacher_BK = stand_in(clean_BCHW, label_B, teacher_BK)
-        recipe = replace(recipe, attack_bn="eval")  # whatever has no rows must move no statistics
-    attacked = state.attacked()
-    targets = observe(state, recipe, attacked, clean_BCHW, label_B, teacher_BK)
-    adv_BCHW = attack(state, recipe, attacked, clean_BCHW, targets)
-    targets = observe_attacked(state, recipe, adv_BCHW, targets)
-    loss = descend(state, recipe, recipe.images(clean_BCHW, adv_BCHW, targets), targets)
-    state.noise_seed += 1
-    return loss
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return (B, 2 K) logits of (B, C, H, W) images."""
+        return torch.cat([self.first(image), self.second(image)], 1)

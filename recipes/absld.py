@@ -6,8 +6,6 @@ T(x; t) = softmax(teacher(x) / t). After each epoch a class that costs the stude
 temperature, a sharper label, and one that costs less a higher one:
 
 t[k] <- clip(t[k] - rate * g[k] / max|g|, 1/2, 5)   where   g[k] = L[k] - mean L,  L[k] the class's cross-entropy
-
-Over 80 lines: temperatures may be set by hand as well, and the released code couples them.
 """
 
 import math
@@ -18,18 +16,26 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from retemper.engine import EpochStats, KlObjective, Recipe, Targets, run_recipe
+from retemper.engine import EpochStats, KlObjective, Method, Recipe, Targets, option, run_recipe
 from retemper.kernels import class_temperature_kl
 from retemper.recipes.settings import ON_BOTH, distillation
+
+
+def class_gap(loss_K: Tensor) -> Tensor:
+    """Return g / max|g| above, (K,) in [-1, 1]: 0 where all losses are equal."""
+    gap_K = loss_K - loss_K.mean()
+    largest = gap_K.abs().max()
+    return torch.where(largest > 0, gap_K / largest, torch.zeros_like(gap_K))
 
 
 def next_temperature(
     temperature_K: Tensor, loss_K: Tensor, rate: float, lower: float = 0.5, upper: float = 5.0
 ) -> Tensor:
-    """One epoch of the rule above.
+    """Return the temperatures after one epoch, by the rule above.
 
     Args:
-        temperature_K, loss_K: (K,); float. Equal losses leave every temperature where it is.
+        temperature_K: (K,) float.
+        loss_K: (K,) float, the mean losses. Where they are equal, every temperature stays where it is.
         rate: the most that a temperature moves.
     Returns:
         (K,), like `temperature_K`.
@@ -38,23 +44,20 @@ def next_temperature(
     """
     if temperature_K.shape != loss_K.shape:
         raise ValueError(f"temperature_K has shape {tuple(temperature_K.shape)}, loss_K {tuple(loss_K.shape)}")
-    gap_K = loss_K - loss_K.mean()
-    largest = gap_K.abs().max()
-    share_K = torch.where(largest > 0, gap_K / largest, torch.zeros_like(gap_K)).to(temperature_K.dtype)
-    return (temperature_K - rate * share_K).clamp(lower, upper)
+    return (temperature_K - rate * class_gap(loss_K).to(temperature_K.dtype)).clamp(lower, upper)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Absld(Recipe):
+class Absld(Method):
     # paper: separate temperatures for the two terms. released: the authors' code divides one storage twice in place, so
     # that the attack and both terms see the teacher at the product t_adv[y] * t_clean[y].
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")
-    adv_weight: float = 5 / 6  # a above
-    kl_scale: float = 0.1  # the authors average over the 10 classes too: sum / 10, for any number of classes
-    temperature_rate: float = 0.1  # falls with the learning rate
-    temperature_lower: float = 0.5
-    temperature_upper: float = 5.0
-    manual_temperatures: tuple[float, ...] = ()  # one per class, for good: the ablation without the rule
+    adv_weight: float = option(5 / 6, "weight of the attacked term (a)")
+    kl_scale: float = option(0.1, "factor on the loss; the authors average over 10 classes")
+    temperature_rate: float = option(0.1, "the most that a temperature moves in an epoch; falls with the learning rate")
+    temperature_lower: float = option(0.5, "the lowest temperature")
+    temperature_upper: float = option(5.0, "the highest temperature")
+    manual_temperatures: tuple[float, ...] = option((), "a fixed temperature for each class, 1,1,0.8,..., and no rule")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,14 +66,14 @@ class Absld(Recipe):
         if not all(0 < value < math.inf for value in self.manual_temperatures):
             raise ValueError(f"manual_temperatures = {self.manual_temperatures}: they must be above 0")
 
-    def class_state(self, num_classes: int) -> dict[str, Tensor]:
+    def class_state(self, num_classes: int, recipe: Recipe) -> dict[str, Tensor]:
         start = self.manual_temperatures or (1.0,) * num_classes
         if len(start) != num_classes:
             raise ValueError(f"manual_temperatures: there are {len(start)}, and {num_classes} classes")
         return {name: torch.tensor(start).float() for name in ("temperature_adv", "temperature_clean")}
 
     def temperatures(self, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """(K,) for the adversarial term and for the clean one."""
+        """Return the temperatures of the adversarial term and of the clean one, each (K,)."""
         adv_K, clean_K = state["temperature_adv"], state["temperature_clean"]
         return (adv_K * clean_K, adv_K * clean_K) if self.variant == "released" else (adv_K, clean_K)
 
@@ -84,10 +87,12 @@ class Absld(Recipe):
         clean = class_temperature_kl(logits["clean"], targets.teacher, targets.label_B, clean_K)
         return self.kl_scale * (self.adv_weight * adv + (1 - self.adv_weight) * clean)
 
-    def next_class_state(self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int) -> dict[str, Tensor]:
+    def next_class_state(
+        self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int, recipe: Recipe
+    ) -> dict[str, Tensor]:
         if self.manual_temperatures:
             return dict(state)
-        rate = self.temperature_rate * self.decay(epoch)
+        rate = self.temperature_rate * recipe.optim.decay(epoch)
         bounds = self.temperature_lower, self.temperature_upper
         # the authors take sums: the same step for classes of equal size, and wrong for others
         return {
@@ -98,7 +103,7 @@ class Absld(Recipe):
 
 # one or two thousand steps are too few for the authors' tenth of the loss, ten or twenty epochs for their rate
 SHORT = dict(kl_scale=1.0, temperature_rate=0.3)
-SETTINGS = distillation(Absld, ON_BOTH, digits=SHORT, fashion_mnist_small=SHORT)
+SETTINGS = distillation(Absld, status=ON_BOTH, digits=SHORT, fashion_mnist_small=SHORT)
 
 if __name__ == "__main__":
     run_recipe(__file__)

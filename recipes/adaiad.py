@@ -13,9 +13,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from retemper.engine import Targets, cross_entropy_rows, given, kl_rows, run_recipe
+from retemper.engine import Targets, cross_entropy_rows, given, kl_rows, option, run_recipe
 from retemper.kernels import class_temperature_kl
-from retemper.recipes.adaad import AdaAd
+from retemper.recipes.adaad import AUTHORS, AdaAd
 from retemper.recipes.iad import Trust
 from retemper.recipes.settings import ON_DIGITS, distillation
 
@@ -24,14 +24,12 @@ from retemper.recipes.settings import ON_DIGITS, distillation
 class AdaIad(AdaAd, Trust):
     # the authors' code takes a second and a third clean forward, which move the batch-norm statistics again; here one
     teacher_sees: ClassVar[tuple[str, ...]] = ("adv",)
-    temperature: float = 30.0
-    kl_scale: float = 1.0
+    temperature: float = option(30.0, "temperature of both networks (t)")
+    kl_scale: float = option(1.0, "factor on the soft terms")
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         t, teacher_BK = self.temperature, given(targets.teacher_adv_BK)
-        soft = class_temperature_kl(
-            logits["adv"], teacher_BK, targets.label_B, t * targets.ones_K, student_temperature=t
-        )
+        soft = class_temperature_kl(logits["adv"], teacher_BK, targets.label_B, t, student_temperature=t)
         own = (self.distrust(targets) * kl_rows(logits["clean"], logits["adv"])).mean()
         loss = self.adv_weight * self.kl_scale * (t * t * soft + own)
         if self.adv_weight < 1:
@@ -39,7 +37,7 @@ class AdaIad(AdaAd, Trust):
         return loss
 
 
-SETTINGS = distillation(AdaIad, ON_DIGITS)
+SETTINGS = distillation(AdaIad, AUTHORS, ON_DIGITS)
 
 if __name__ == "__main__":
     run_recipe(__file__)

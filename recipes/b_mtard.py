@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from retemper.engine import EpochStats, Targets, given, run_recipe
+from retemper.engine import EpochStats, Recipe, Targets, given, option, run_recipe
 from retemper.kernels import class_temperature_kl
 from retemper.recipes.mtard import Mtard
 from retemper.recipes.settings import ON_DIGITS, distillation
 
 
 def mean_entropy(logits_BK: Tensor, temperature: Tensor) -> Tensor:
-    """Of softmax(logits / temperature), in nats; temperature: (1,) float32."""
+    """Return the mean entropy of softmax(logits / temperature), in nats; `temperature` is (1,) float32."""
     log_p_BK = (logits_BK / temperature).log_softmax(1)
     return -(log_p_BK.exp() * log_p_BK).sum(1).mean()
 
@@ -29,21 +29,21 @@ def mean_entropy(logits_BK: Tensor, temperature: Tensor) -> Tensor:
 class BMtard(Mtard):
     # The authors' code writes w's rule otherwise: ratios over their mean, both weights moved, kept above 0 and made to
     # add up to 1. It comes to the same.
-    temperature_rate: float = 0.001  # falls with the learning rate
-    temperature_lower: float = 1.0
-    temperature_upper: float = 10.0
+    temperature_rate: float = option(0.001, "how far a temperature moves in a step; falls with the learning rate")
+    temperature_lower: float = option(1.0, "the lowest temperature")
+    temperature_upper: float = option(10.0, "the highest temperature")
 
-    def class_state(self, num_classes: int) -> dict[str, Tensor]:
+    def class_state(self, num_classes: int, recipe: Recipe) -> dict[str, Tensor]:
         own = {
             "temperature_adv": torch.ones(1),
             "temperature_clean": torch.ones(1),
             "temperature_rate": torch.full((1,), self.temperature_rate),
         }
-        return super().class_state(num_classes) | own
+        return super().class_state(num_classes, recipe) | own
 
     def task_losses(self, logits: Mapping[str, Tensor], targets: Targets) -> tuple[Tensor, Tensor]:
-        adv_K = targets.ones_K * targets.state["temperature_adv"]
-        clean_K = targets.ones_K * targets.state["temperature_clean"]
+        num_classes = logits["adv"].shape[1]
+        adv_K, clean_K = (targets.state[f"temperature_{name}"].repeat(num_classes) for name in ("adv", "clean"))
         adv = class_temperature_kl(logits["adv"], given(targets.teacher_adv_BK), targets.label_B, adv_K)
         clean = class_temperature_kl(logits["clean"], given(targets.clean_teacher_BK), targets.label_B, clean_K)
         return self.kl_scale * adv, self.kl_scale * clean
@@ -57,14 +57,16 @@ class BMtard(Mtard):
         adv.copy_((adv - move).clamp(self.temperature_lower, self.temperature_upper))
         clean.copy_((clean + move).clamp(self.temperature_lower, self.temperature_upper))
 
-    def next_class_state(self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int) -> dict[str, Tensor]:
-        rate = torch.full_like(state["temperature_rate"], self.temperature_rate * self.decay(epoch))
-        return super().next_class_state(state, stats, epoch) | {"temperature_rate": rate}
+    def next_class_state(
+        self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int, recipe: Recipe
+    ) -> dict[str, Tensor]:
+        rate = torch.full_like(state["temperature_rate"], self.temperature_rate * recipe.optim.decay(epoch))
+        return super().next_class_state(state, stats, epoch, recipe) | {"temperature_rate": rate}
 
 
 # one or two thousand steps are too few for a tenth of the loss, and for a thousandth a step
 SHORT = dict(kl_scale=1.0, temperature_rate=0.01)
-SETTINGS = distillation(BMtard, ON_DIGITS, digits=SHORT, fashion_mnist_small=SHORT)
+SETTINGS = distillation(BMtard, status=ON_DIGITS, digits=SHORT, fashion_mnist_small=SHORT)
 
 if __name__ == "__main__":
     run_recipe(__file__)

@@ -5,24 +5,22 @@ min  CE(S(x_c), y) + beta KL(S(x) || S(x_a)) + KL(S(x_c) || U) + KL(S(x_a) || U)
 Along one attack, which raises KL(S(x) || S(x')): x_c is the last iterate before the first that is classified wrongly,
 x_a the iterate that is wrong after `tau` wrong ones before it. Where there is none, each is the last iterate; an image
 that is wrong at the start has x_c there. U is uniform: KL(p || U) = log K - entropy of p.
-
-Over 80 lines: the images come from inside the attack, which is watched for them.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from retemper.engine import KlObjective, Recipe, Targets, cross_entropy_rows, kl_rows, run_recipe
+from retemper.engine import OwnPredictionAttack, Targets, Watcher, cross_entropy_rows, kl_rows, option, run_recipe
 from retemper.recipes.settings import ON_DIGITS, adversarial_training
 
 
-class Boundary:
-    """Looks on at an attack and keeps the iterates on either side of the boundary."""
+class Boundary(Watcher):
+    """Watches an attack and keeps the iterates on either side of the boundary."""
 
     def __init__(self, clean_BCHW: Tensor, label_B: Tensor, tau: int) -> None:
         self.label_B, self.tau = label_B, tau
@@ -39,42 +37,29 @@ class Boundary:
         self.errors_B = self.errors_B + wrong_B
         self.before_BCHW = adv_BCHW.clone()  # the attack writes over its iterate
 
-    def sides(self, adv_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """x_c and x_a, where the attack has ended in `adv_BCHW`."""
+    def images(self, adv_BCHW: Tensor) -> dict[str, Tensor]:
+        """Return x_c as "last_clean" and x_a as "adv", where the attack has ended in `adv_BCHW`."""
         errors_B111 = self.errors_B[:, None, None, None]
         last_clean_BCHW = torch.where(errors_B111 > 0, self.last_clean_BCHW, adv_BCHW)
-        return last_clean_BCHW, torch.where(errors_B111 > self.tau, self.first_adv_BCHW, adv_BCHW)
+        first_adv_BCHW = torch.where(errors_B111 > self.tau, self.first_adv_BCHW, adv_BCHW)
+        return {"last_clean": last_clean_BCHW, "adv": first_adv_BCHW}
 
 
 def certainty(logits_BK: Tensor) -> Tensor:
-    """(B,) KL(softmax(logits) || U)."""
+    """Return KL(softmax(logits) || U) of each image, (B,)."""
     log_p_BK = logits_BK.float().log_softmax(1)
     return math.log(logits_BK.shape[1]) + (log_p_BK.exp() * log_p_BK).sum(1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bat(Recipe):
+class Bat(OwnPredictionAttack):
     forwards: ClassVar[tuple[str, ...]] = ("last_clean", "adv", "clean")  # x_c, x_a, x in the authors' order
-    needs_own_prediction: ClassVar[bool] = True
-    beta: float = 6.0
-    tau: int = 1  # the iterate after the first wrong one
-    uniform_weight: float = 1.0
-    eps: float = 0.031
-    attack_step: float = 0.007
-    clip_start: bool = True
-    epochs: int = 200
-    lr_drops: tuple[int, ...] = (74, 89, 99)
-    select_always_from: int = 74
-
-    def objective(self, targets: Targets) -> KlObjective:
-        return KlObjective(targets.own, targets.label_B, targets.ones_K)
+    beta: float = option(6.0, "weight of the robust term")
+    tau: int = option(1, "wrong iterates before the one that is learned from")
+    uniform_weight: float = option(1.0, "weight of the pull towards the uniform distribution")
 
     def watcher(self, clean_BCHW: Tensor, targets: Targets) -> Boundary:
         return Boundary(clean_BCHW, targets.label_B, self.tau)
-
-    def images(self, clean_BCHW: Tensor, adv_BCHW: Tensor, targets: Targets) -> dict[str, Tensor]:
-        last_clean_BCHW, first_adv_BCHW = targets.watched.sides(adv_BCHW)
-        return {"last_clean": last_clean_BCHW, "adv": first_adv_BCHW, "clean": clean_BCHW}
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         clean_B = cross_entropy_rows(logits["last_clean"], targets.label_B)
@@ -83,7 +68,10 @@ class Bat(Recipe):
         return (clean_B + self.beta * robust_B + self.uniform_weight * uniform_B).mean()
 
 
-SETTINGS = adversarial_training(Bat, ON_DIGITS)
+AUTHORS: dict[str, Any] = dict(
+    eps=0.031, attack_step=0.007, clip_start=True, epochs=200, lr_drops=(74, 89, 99), select_always_from=74
+)
+SETTINGS = adversarial_training(Bat, AUTHORS, ON_DIGITS)
 
 if __name__ == "__main__":
     run_recipe(__file__)

@@ -5,8 +5,6 @@ min  W[y] CE(S(x), y) + beta KL(S(x) || S(x'))   where   x' = argmax KL(S(x) || 
 TRADES, W = 1, until the end of the warm-up; then once, with p_k the mean prediction of attacked images of class k,
 
 W[i] = 1 + scale sum over j != i of   p_i[j] p_j[j]  if p_i[i] < p_j[j],   -p_j[i] p_i[i]  otherwise
-
-Over 80 lines: the weights move margins and loss, from the middle of training on.
 """
 
 from collections.abc import Mapping
@@ -16,15 +14,25 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from retemper.engine import EpochStats, KlObjective, Recipe, Targets, cross_entropy_rows, kl_rows, run_recipe
+from retemper.engine import (
+    EpochStats,
+    OwnPredictionAttack,
+    Recipe,
+    Targets,
+    TrainingAttack,
+    cross_entropy_rows,
+    kl_rows,
+    option,
+    run_recipe,
+)
 from retemper.recipes.settings import ON_BOTH, adversarial_training
 
 
 def class_weight(mean_probability_KK: Tensor, scale: float = 1.0) -> Tensor:
-    """The weight of each class; they sum to K.
+    """Return the weight of each class, (K,); the weights sum to K.
 
     Args:
-        mean_probability_KK: row k is the mean prediction of attacked images of class k.
+        mean_probability_KK: (K, K); row k is the mean prediction of attacked images of class k.
         scale: how much is traded; lambda in the paper.
     """
     own_K = mean_probability_KK.diagonal()
@@ -35,31 +43,21 @@ def class_weight(mean_probability_KK: Tensor, scale: float = 1.0) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dafa(Recipe):
+class Dafa(OwnPredictionAttack):
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")
     # the released script inverts its flag: its SGD is Nesterov's
-    variant_fields: ClassVar[Mapping[str, Mapping[str, Any]]] = {"released": dict(nesterov=True)}
+    variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {"released": dict(nesterov=True)}
     forwards: ClassVar[tuple[str, ...]] = ("adv", "clean")  # the authors' order
-    needs_own_prediction: ClassVar[bool] = True
-    beta: float = 6.0
-    scale: float = 1.0  # lambda in the paper; 1.5 for CIFAR-100
-    warm_up: int = 70  # epochs
-    eps: float = 0.031
-    attack_step: float = 0.007
-    epochs: int = 110
-    lr_drops: tuple[int, ...] = (99, 104)
-    weight_decay: float = 5e-4
-    select_always_from: int = 99
+    beta: float = option(6.0, "weight of the robust term")
+    scale: float = option(1.0, "how much similar classes trade (lambda)")
+    warm_up: int = option(70, "the epoch after which the weights are computed, once")
 
-    def class_state(self, num_classes: int) -> dict[str, Tensor]:
+    def class_state(self, num_classes: int, recipe: Recipe) -> dict[str, Tensor]:
         return {"class_weight": torch.ones(num_classes)}
 
-    def objective(self, targets: Targets) -> KlObjective:
-        return KlObjective(targets.own, targets.label_B, targets.ones_K)
-
-    def margins(self, targets: Targets) -> tuple[Tensor, Tensor]:
+    def margins(self, targets: Targets, attack: TrainingAttack) -> tuple[Tensor, Tensor]:
         weight_B = targets.state["class_weight"][targets.label_B]
-        return self.eps * weight_B, self.attack_step * weight_B
+        return attack.eps * weight_B, attack.step * weight_B
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         weight_B = targets.state["class_weight"][targets.label_B]
@@ -69,16 +67,22 @@ class Dafa(Recipe):
     def measured(self, logits: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
         return {"probability": logits["adv"].float().softmax(1)}
 
-    def next_class_state(self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int) -> dict[str, Tensor]:
+    def next_class_state(
+        self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int, recipe: Recipe
+    ) -> dict[str, Tensor]:
         if epoch != self.warm_up:
             return dict(state)
         weight_K = class_weight(stats.measured["probability"].mean_KD, self.scale)
         return {"class_weight": weight_K.clamp(min=0)}  # only a network that gives one answer to all gets below
 
 
+AUTHORS: dict[str, Any] = dict(
+    eps=0.031, attack_step=0.007, epochs=110, lr_drops=(99, 104), weight_decay=5e-4, select_always_from=99
+)
 # the share of the authors' 110 epochs that comes before the weights
 SETTINGS = adversarial_training(
     Dafa,
+    AUTHORS,
     ON_BOTH,
     digits=dict(warm_up=12),
     fashion_mnist_small=dict(warm_up=6),

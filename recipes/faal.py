@@ -4,36 +4,24 @@ min  mean K p[y] CE(S(x'), y)   where   p = argmax sum p[k] m[k]  with  KL(U || 
 
 m[k] is the mean of max_{j != y} q[j] - q[y] over the batch's images of class k, with q = softmax S(x'); U is uniform.
 The maximum has p[k] in proportion to 1 / (nu - m[k]), for the one nu above every m[k] whose KL is the radius.
-
-Over 80 lines: the worst distribution is solved for in every step, without waiting for the device.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from retemper.engine import (
-    WHOLE,
-    Objective,
-    Part,
-    Recipe,
-    Targets,
-    cross_entropy_objective,
-    cross_entropy_rows,
-    is_label,
-    run_recipe,
-)
+from retemper.engine import WHOLE, LabelAttack, Part, Targets, cross_entropy_rows, is_label, option, run_recipe
 from retemper.recipes.settings import ON_DIGITS, adversarial_training
 
 ROUNDS, CUTS = 5, 64  # each round cuts the bracket of log(nu - max m) into so many; 60 / 64**5 is left of it: 6e-8
 
 
 def class_margin(logits_BK: Tensor, label_B: Tensor, part: Part = WHOLE) -> tuple[Tensor, Tensor]:
-    """(K,) the mean margin of each class, -1 (the least there is) where it has no image, and (K,) its images."""
+    """Return each class's mean margin and number of images, both (K,); without images the margin is -1, the least."""
     prob_BK = logits_BK.float().softmax(1)
     own_BK = is_label(logits_BK, label_B).to(prob_BK.dtype)
     margin_B = (prob_BK - own_BK).amax(1) - (prob_BK * own_BK).sum(1)
@@ -42,7 +30,9 @@ def class_margin(logits_BK: Tensor, label_B: Tensor, part: Part = WHOLE) -> tupl
 
 
 def worst_distribution(margin_K: Tensor, radius: float) -> Tensor:
-    """(K,) the p that makes sum p[k] margin[k] largest with KL(U || p) <= radius; uniform where all margins agree.
+    """Return the p, (K,), that makes sum p[k] margin[k] largest with KL(U || p) <= radius.
+
+    It is uniform where all margins agree.
 
     Nothing waits for the device: the same few operations whatever the margins are.
     """
@@ -62,21 +52,11 @@ def worst_distribution(margin_K: Tensor, radius: float) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Faal(Recipe):
+class Faal(LabelAttack):
     # released: the authors' objective is summed over the images, so that a class's margin counts once for each
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")
     forwards: ClassVar[tuple[str, ...]] = ("adv",)
-    radius: float = 0.5
-    attack_start: str = "uniform"
-    clip_start: bool = True
-    epochs: int = 2
-    lr: float = 0.01
-    lr_drops: tuple[int, ...] = (1,)
-    weight_decay: float = 5e-4
-    select_always_from: int = 1
-
-    def objective(self, targets: Targets) -> Objective:
-        return cross_entropy_objective(targets.label_B)
+    radius: float = option(0.5, "largest KL divergence of the worst distribution of classes from the uniform, in nats")
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         margin_K, count_K = class_margin(logits["adv"].detach(), targets.label_B, targets.part)
@@ -85,10 +65,14 @@ class Faal(Recipe):
         return (len(weight_K) * weight_K[targets.label_B] * loss_B).mean()
 
 
+AUTHORS: dict[str, Any] = dict(
+    attack_start="uniform", clip_start=True, epochs=2, lr=0.01, lr_drops=(1,), weight_decay=5e-4, select_always_from=1
+)
 # as many steps as the authors' two epochs of CIFAR-10 have; awp_gamma = 0.005 is the authors' variant with AWP
 FINE_TUNE = dict(epochs=2, lr_drops=(1,), select_always_from=1)
 SETTINGS = adversarial_training(
     Faal,
+    AUTHORS,
     ON_DIGITS,
     from_robust=True,
     digits=dict(lr_drops=(10,)),

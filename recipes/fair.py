@@ -14,14 +14,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from retemper.engine import EpochStats, Recipe, Targets
+from retemper.engine import EpochStats, Method, Recipe, Targets, Watcher, option
 from retemper.engine.attack import predicts
 
 FLOOR = 1e-5  # a class that is never classified correctly has kappa = 0
 
 
 def class_weight(kappa_K: Tensor, beta: float = 2.0, lower: float = 5 / 6, upper: float = 5 / 2) -> Tensor:
-    """The next epoch's class weights.
+    """Return the next epoch's class weights.
 
     Args:
         kappa_K: (K,) float, each in [0, number of attack steps].
@@ -37,8 +37,12 @@ def class_weight(kappa_K: Tensor, beta: float = 2.0, lower: float = 5 / 6, upper
     return (raw_K * kappa_K.numel() / raw_K.sum()).clamp(lower, upper)
 
 
-class Kappa:
-    """Counts, during an attack, the iterates at which each image is still classified correctly: (B,) float32."""
+class Kappa(Watcher):
+    """Counts, during an attack, the iterates at which each image is still classified correctly.
+
+    Attributes:
+        count_B: (B,) float32.
+    """
 
     def __init__(self, label_B: Tensor) -> None:
         self.label_B = label_B
@@ -48,19 +52,23 @@ class Kappa:
         self.count_B += predicts(logits_BK, self.label_B)
 
 
+# what `released` sets in the methods of the family that build on ARD: ARD's own, and Nesterov's momentum
+RELEASED: Mapping[str, Mapping[str, Any]] = {"released": dict(nesterov=True, lr_drop_of="first")}
+
+
 @dataclass(frozen=True, kw_only=True)
-class Fair(Recipe):
+class Fair(Method):
     """The class weights, for a method that multiplies its loss by `targets.state["class_weight"]`."""
 
     # released: the authors' code takes Nesterov's momentum, which the methods that it builds on do not
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")
-    variant_fields: ClassVar[Mapping[str, Mapping[str, Any]]] = {"released": dict(nesterov=True)}
-    beta: float = 2.0
-    weight_lower: float = 5 / 6
-    weight_upper: float = 5 / 2
+    variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {"released": dict(nesterov=True)}
+    beta: float = option(2.0, "how strongly the difficulty of a class counts; 0 weighs all alike")
+    weight_lower: float = option(5 / 6, "the least weight of a class")
+    weight_upper: float = option(5 / 2, "the largest weight of a class")
 
-    def class_state(self, num_classes: int) -> dict[str, Tensor]:
-        return super().class_state(num_classes) | {"class_weight": torch.ones(num_classes)}
+    def class_state(self, num_classes: int, recipe: Recipe) -> dict[str, Tensor]:
+        return super().class_state(num_classes, recipe) | {"class_weight": torch.ones(num_classes)}
 
     def watcher(self, clean_BCHW: Tensor, targets: Targets) -> Kappa:
         return Kappa(targets.label_B)
@@ -68,7 +76,9 @@ class Fair(Recipe):
     def measured(self, logits: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
         return super().measured(logits, targets) | {"kappa": targets.watched.count_B}
 
-    def next_class_state(self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int) -> dict[str, Tensor]:
+    def next_class_state(
+        self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int, recipe: Recipe
+    ) -> dict[str, Tensor]:
         # the authors divide by N / K: the same for classes of equal size, and wrong for others
         weight_K = class_weight(stats.measured["kappa"].mean_K, self.beta, self.weight_lower, self.weight_upper)
-        return super().next_class_state(state, stats, epoch) | {"class_weight": weight_K}
+        return super().next_class_state(state, stats, epoch, recipe) | {"class_weight": weight_K}

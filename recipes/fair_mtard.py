@@ -22,15 +22,15 @@ class FairMtard(Mtard, Fair):
     # released: the clean task too is held against T(x'), the robust teacher on the attack: the authors' code asks the
     # clean teacher and forgets its answer; and Nesterov's momentum (Fair)
     def task_losses(self, logits: Mapping[str, Tensor], targets: Targets) -> tuple[Tensor, Tensor]:
-        label_B, ones_K, weight_K = targets.label_B, targets.ones_K, targets.state["class_weight"]
+        label_B, weight_K = targets.label_B, targets.state["class_weight"]
         robust_BK = given(targets.teacher_adv_BK)
         clean_BK = robust_BK if self.variant == "released" else given(targets.clean_teacher_BK)
-        adv = class_temperature_kl(logits["adv"], robust_BK, label_B, ones_K, class_weight=weight_K)
-        clean = class_temperature_kl(logits["clean"], clean_BK, label_B, ones_K, class_weight=weight_K)
+        adv = class_temperature_kl(logits["adv"], robust_BK, label_B, class_weight=weight_K)
+        clean = class_temperature_kl(logits["clean"], clean_BK, label_B, class_weight=weight_K)
         return self.kl_scale * adv, self.kl_scale * clean
 
 
-SETTINGS = distillation(FairMtard, ON_DIGITS, digits=SHORT, fashion_mnist_small=SHORT)
+SETTINGS = distillation(FairMtard, status=ON_DIGITS, digits=SHORT, fashion_mnist_small=SHORT)
 
 if __name__ == "__main__":
     run_recipe(__file__)

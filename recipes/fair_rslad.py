@@ -22,13 +22,13 @@ class FairRslad(Rslad, Fair):
     # released: Nesterov's momentum (Fair). This one of the authors' four scripts adds no 1e-5 to kappa, and divides by
     # zero where a class is never classified correctly: left out in both.
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
-        label_B, ones_K, weight_K = targets.label_B, targets.ones_K, targets.state["class_weight"]
-        adv = class_temperature_kl(logits["adv"], targets.teacher, label_B, ones_K, class_weight=weight_K)
-        clean = class_temperature_kl(logits["clean"], targets.teacher, label_B, ones_K, class_weight=weight_K)
+        label_B, weight_K = targets.label_B, targets.state["class_weight"]
+        adv = class_temperature_kl(logits["adv"], targets.teacher, label_B, class_weight=weight_K)
+        clean = class_temperature_kl(logits["clean"], targets.teacher, label_B, class_weight=weight_K)
         return self.kl_scale * (self.adv_weight * adv + (1 - self.adv_weight) * clean)
 
 
-SETTINGS = distillation(FairRslad, ON_BOTH, digits=SHORT, fashion_mnist_small=SHORT)
+SETTINGS = distillation(FairRslad, status=ON_BOTH, digits=SHORT, fashion_mnist_small=SHORT)
 
 if __name__ == "__main__":
     run_recipe(__file__)

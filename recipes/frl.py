@@ -7,8 +7,6 @@ images, with e the clean error of each class and b its boundary error (correct, 
 
 l_clean <- simplex(l_clean + r (e - mean e - delta)),  l_bndy <- simplex(l_bndy + 2 r (b - mean b - delta)),
 m <- m + r_margin (b - mean b - delta),                w[k] = 1/K + l[k] - mean l
-
-Over 80 lines: three multipliers, each with its rule, for weights and margins.
 """
 
 from collections.abc import Mapping
@@ -18,60 +16,60 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from retemper.engine import EpochStats, KlObjective, Part, Recipe, Targets, cross_entropy_rows, kl_rows, run_recipe
+from retemper.engine import (
+    EpochStats,
+    OwnPredictionAttack,
+    Part,
+    Recipe,
+    Targets,
+    TrainingAttack,
+    cross_entropy_rows,
+    kl_rows,
+    option,
+    run_recipe,
+)
 from retemper.recipes.settings import ON_DIGITS, adversarial_training
 
 
 def simplex(multiplier_K: Tensor, limit: float) -> Tensor:
-    """Not negative, and scaled to sum to no more than `limit`."""
+    """Return the multipliers, (K,), made non-negative and scaled to sum to no more than `limit`."""
     multiplier_K = multiplier_K.clamp(min=0)
     return multiplier_K * (limit / multiplier_K.sum().clamp(min=limit))
 
 
 def class_weight(multiplier_K: Tensor) -> Tensor:
-    """(K,) the weights of the classes in the loss, which sum to 1."""
+    """Return the weights of the classes in the loss, (K,), which sum to 1."""
     return 1 / multiplier_K.numel() + multiplier_K - multiplier_K.mean()
 
 
 def weighted_mean(loss_B: Tensor, weight_B: Tensor, part: Part) -> Tensor:
-    """Over these rows, the weights measured by their mean over the whole batch."""
+    """Return the weighted mean of (B,) losses, the weights divided by their mean over the whole batch."""
     return (weight_B * loss_B).mean() / part.mean(weight_B.mean())
 
 
 @dataclass(frozen=True, kw_only=True)
-class Frl(Recipe):
+class Frl(OwnPredictionAttack):
     # remargin: weights and margins. reweight: weights alone, for which the authors take another bound.
     variants: ClassVar[tuple[str, ...]] = ("remargin", "reweight")
-    variant_fields: ClassVar[Mapping[str, Mapping[str, Any]]] = {"reweight": dict(delta=0.1, margin_rate=0.0)}
+    variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {"reweight": dict(delta=0.1, margin_rate=0.0)}
     forwards: ClassVar[tuple[str, ...]] = ("clean", "adv")
-    needs_own_prediction: ClassVar[bool] = True
-    validates: ClassVar[bool] = True
-    variant: str = "remargin"
-    beta: float = 1.5
-    delta: float = 0.07
-    weight_rate: float = 0.05  # r above
-    margin_rate: float = 0.2  # r_margin above
-    rate_halves_every: int = 40  # epochs, the last of them included
-    limit: float = 0.5  # what the multipliers sum to at most
-    margin_lower: float = 0.98
-    margin_upper: float = 3.0
-    epochs: int = 40
-    lr: float = 0.001
-    lr_drops: tuple[int, ...] = (40, 80)
-    weight_decay: float = 5e-4
-    holdout_per_class: int = 300
-    select_every: int = 5
-    select_always_from: int = 30
+    validates_by: ClassVar = "pgd"
+    variant: str = option("remargin", "weights and margins, or weights alone", choices="variants")
+    beta: float = option(1.5, "weight of the robust term")
+    delta: float = option(0.07, "excess of error over the mean that is tolerated")
+    weight_rate: float = option(0.05, "rate of the clean weights (r); the robust ones move twice as fast")
+    margin_rate: float = option(0.2, "rate of the margins (r_margin)")
+    rate_halves_every: int = option(40, "epochs after which the weights' rate is halved")
+    limit: float = option(0.5, "what the multipliers may sum to")
+    margin_lower: float = option(0.98, "the least factor on a class's radius")
+    margin_upper: float = option(3.0, "the largest factor on a class's radius")
 
-    def class_state(self, num_classes: int) -> dict[str, Tensor]:
+    def class_state(self, num_classes: int, recipe: Recipe) -> dict[str, Tensor]:
         return {f"multiplier_{name}": torch.zeros(num_classes) for name in ("clean", "boundary", "margin")}
 
-    def objective(self, targets: Targets) -> KlObjective:
-        return KlObjective(targets.own, targets.label_B, targets.ones_K)
-
-    def margins(self, targets: Targets) -> tuple[Tensor, Tensor]:
+    def margins(self, targets: Targets, attack: TrainingAttack) -> tuple[Tensor, Tensor]:
         factor_K = (2 * targets.state["multiplier_margin"]).exp().clamp(self.margin_lower, self.margin_upper)
-        eps_B = self.eps * factor_K[targets.label_B]
+        eps_B = attack.eps * factor_K[targets.label_B]
         largest = targets.part.largest(eps_B.amax())
         return eps_B, torch.ones_like(eps_B) * largest / 4  # the authors' step is the batch's largest eps / 4
 
@@ -83,7 +81,9 @@ class Frl(Recipe):
         boundary = weighted_mean(kl_rows(logits["clean"], logits["adv"]), boundary_B, targets.part)
         return clean + self.beta * boundary
 
-    def next_class_state(self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int) -> dict[str, Tensor]:
+    def next_class_state(
+        self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int, recipe: Recipe
+    ) -> dict[str, Tensor]:
         assert stats.held is not None
         clean_K, robust_K = stats.held.clean_accuracy_K, stats.held.robust_accuracy_K
         excess_clean_K = clean_K.mean() - clean_K - self.delta  # of errors: 1 - accuracy
@@ -97,12 +97,22 @@ class Frl(Recipe):
         }
 
 
+AUTHORS: dict[str, Any] = dict(
+    epochs=40,
+    lr=0.001,
+    lr_drops=(40, 80),
+    weight_decay=5e-4,
+    holdout_per_class=300,
+    select_every=5,
+    select_always_from=30,
+)
 # 20 and 10 epochs in place of 40, and far fewer steps: larger rates; but margins that are large already grow less
 DIGITS_SHORT = dict(lr=0.01, lr_drops=(20,), weight_rate=0.1, margin_rate=0.05, rate_halves_every=20)
 FASHION_SHORT = dict(lr=0.01, lr_drops=(10,), weight_rate=0.2, margin_rate=0.1, rate_halves_every=10)
 FINE_TUNE = dict(epochs=40, lr_drops=(40, 80), select_always_from=30)
 SETTINGS = adversarial_training(
     Frl,
+    AUTHORS,
     ON_DIGITS,
     from_robust=True,
     digits=DIGITS_SHORT,

@@ -5,8 +5,6 @@ IAD-II   min  (1 - a - b) CE(S(x'), y) + a (A KL(T(x') || S(x')) + (1 - A) KL(S(
 
 x' = argmax CE(S(x'), y) in the eps ball, as in ARD. A = T(x')[y] ** trust_power, and 1 in the first part of training,
 `begin`. C is a clean teacher. KL(S(x) || S(x')) is differentiated in both.
-
-Over 80 lines: two methods, and what others take over from the first.
 """
 
 from collections.abc import Mapping
@@ -16,38 +14,40 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from retemper.engine import EpochStats, Recipe, Targets, cross_entropy_rows, given, kl_rows, run_recipe
-from retemper.recipes.ard import Ard
+from retemper.engine import EpochStats, Method, Recipe, Targets, cross_entropy_rows, given, kl_rows, option, run_recipe
+from retemper.recipes.ard import AUTHORS, Ard
 from retemper.recipes.settings import ON_DIGITS, distillation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trust(Recipe):
+class Trust(Method):
     """How far the teacher is trusted, for methods that build on IAD."""
 
-    trust_power: float = 0.1
-    begin: float = 0.3  # of the epochs: the authors' 60 of 200
+    trust_power: float = option(0.1, "power of the teacher's probability of the label that it is trusted by")
+    begin: float = option(0.3, "share of the epochs that trust the teacher in full")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.begin > 1:
             raise ValueError(f"begin = {self.begin}: it is a share of the epochs, at most 1")
 
-    def class_state(self, num_classes: int) -> dict[str, Tensor]:
-        return super().class_state(num_classes) | {"begun": torch.tensor([self.begun_after(0)])}
+    def class_state(self, num_classes: int, recipe: Recipe) -> dict[str, Tensor]:
+        return super().class_state(num_classes, recipe) | {"begun": torch.tensor([self.begun_after(0, recipe)])}
 
-    def begun_after(self, epoch: int) -> float:
-        """1 where the epoch that follows `epoch` trusts the teacher in part, 0 where it does so in full."""
-        return float(epoch >= round(self.begin * self.epochs))
+    def begun_after(self, epoch: int, recipe: Recipe) -> float:
+        """Return 1 where the epoch after `epoch` trusts the teacher in part, 0 where it does so in full."""
+        return float(epoch >= round(self.begin * recipe.optim.epochs))
 
     def distrust(self, targets: Targets) -> Tensor:
-        """(B,) 1 - A."""
+        """Return 1 - A of each image, (B,)."""
         wrong_B = cross_entropy_rows(given(targets.teacher_adv_BK), targets.label_B)  # -log T(x')[y]
         return targets.state["begun"] * (1 - (-self.trust_power * wrong_B).exp())
 
-    def next_class_state(self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int) -> dict[str, Tensor]:
-        begun = torch.full_like(state["begun"], self.begun_after(epoch))
-        return super().next_class_state(state, stats, epoch) | {"begun": begun}
+    def next_class_state(
+        self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int, recipe: Recipe
+    ) -> dict[str, Tensor]:
+        begun = torch.full_like(state["begun"], self.begun_after(epoch, recipe))
+        return super().next_class_state(state, stats, epoch, recipe) | {"begun": begun}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +55,8 @@ class Iad(Ard, Trust):
     # released: as in ARD, the second drop of the learning rate changes nothing. Two clean forwards of it, each of them
     # moving the batch-norm statistics, are one here.
     teacher_sees: ClassVar[tuple[str, ...]] = ("clean", "adv")
-    temperature: float = 1.0
-    kl_scale: float = 1.0  # these authors sum over the classes
+    temperature: float = option(1.0, "temperature of both networks")
+    kl_scale: float = option(1.0, "factor on the soft terms")
 
     def image_loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         own_B = self.distrust(targets) * kl_rows(logits["clean"], logits["adv"])
@@ -67,9 +67,10 @@ class Iad(Ard, Trust):
 class Iad2(Iad):
     teacher_sees: ClassVar[tuple[str, ...]] = ("adv",)
     clean_teacher_sees: ClassVar[tuple[str, ...]] = ("adv",)
-    soft_weight: float = 0.5  # a above
-    clean_teacher_weight: float = 0.25  # b above
-    begin: float = 0.2  # the authors' 40 of 200; until then they take no clean forward
+    soft_weight: float = option(0.5, "weight of the soft terms (a)")
+    # the authors begin after 40 of 200 epochs, and take no clean forward until then
+    clean_teacher_weight: float = option(0.25, "weight of the clean teacher (b)")
+    begin: float = option(0.2, "share of the epochs that trust the teacher in full")
 
     def image_loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         adv_BK, distrust_B = logits["adv"], self.distrust(targets)
@@ -81,9 +82,9 @@ class Iad2(Iad):
         return hard_weight * hard_B + self.soft_weight * (robust_B + own_B) + self.clean_teacher_weight * clean_B
 
 
-SETTINGS = distillation(Iad, ON_DIGITS) | {
+SETTINGS = distillation(Iad, AUTHORS, ON_DIGITS) | {
     f"{name}_ii": replace(setting, note=f"IAD-II: {setting.note}")
-    for name, setting in distillation(Iad2, ON_DIGITS).items()
+    for name, setting in distillation(Iad2, AUTHORS, ON_DIGITS).items()
 }
 
 if __name__ == "__main__":

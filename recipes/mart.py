@@ -7,46 +7,27 @@ BCE(p', y) = -log p'[y] - log(1 - max_{k != y} p'[k]): to be right is not enough
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from retemper.engine import (
-    Objective,
-    Recipe,
-    Targets,
-    cross_entropy_objective,
-    cross_entropy_rows,
-    is_label,
-    kl_rows,
-    run_recipe,
-)
+from retemper.engine import LabelAttack, Targets, cross_entropy_rows, is_label, kl_rows, option, run_recipe
 from retemper.recipes.settings import ON_DIGITS, adversarial_training
 
 FLOOR = 1e-4  # the authors' code adds it to 1 - p' under the logarithm: a runner-up that is certain costs 9.2, not inf
 
 
 def boosted_cross_entropy(logits_BK: Tensor, label_B: Tensor) -> Tensor:
-    """(B,) BCE of softmax(logits)."""
+    """Return BCE of softmax(logits) for each image, (B,)."""
     runner_up_B = logits_BK.softmax(1).masked_fill(is_label(logits_BK, label_B), 0).amax(1)
     return cross_entropy_rows(logits_BK, label_B) - torch.log(1 + FLOOR - runner_up_B)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mart(Recipe):
+class Mart(LabelAttack):
     forwards: ClassVar[tuple[str, ...]] = ("clean", "adv")  # the authors' order
-    beta: float = 5.0  # lambda in the paper; the authors' scripts: 5 for ResNet-18, 6 for WRN-34-10
-    eps: float = 0.031
-    attack_step: float = 0.007
-    epochs: int = 120
-    lr: float = 0.01
-    lr_drops: tuple[int, ...] = (74, 89, 99)
-    weight_decay: float = 3.5e-3  # of the authors' ResNet-18; 2e-4, with lr = 0.1, of their WRN-34-10
-    select_always_from: int = 74
-
-    def objective(self, targets: Targets) -> Objective:
-        return cross_entropy_objective(targets.label_B)
+    beta: float = option(5.0, "weight of the robust term (lambda); the authors take 5 for ResNet-18, 6 for WRN-34-10")
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         clean_BK, adv_BK = (logits[name].float() for name in self.forwards)
@@ -55,10 +36,20 @@ class Mart(Recipe):
         return (boosted_cross_entropy(adv_BK, targets.label_B) + self.beta * robust_B).mean()
 
 
+AUTHORS: dict[str, Any] = dict(
+    eps=0.031,
+    attack_step=0.007,
+    epochs=120,
+    lr=0.01,
+    lr_drops=(74, 89, 99),
+    weight_decay=3.5e-3,  # of the authors' ResNet-18; 2e-4, with lr = 0.1, of their WRN-34-10
+    select_always_from=74,
+)
 # the authors' small rate and large decay need their many steps
 SHORT = dict(lr=0.1, weight_decay=5e-4)
 SETTINGS = adversarial_training(
     Mart,
+    AUTHORS,
     ON_DIGITS,
     digits=SHORT,
     fashion_mnist_small=SHORT,

@@ -5,8 +5,6 @@ min  (1 - w) L_adv + w L_clean   where   L_adv = KL(T(x') || S(x')),  L_clean = 
 x' = argmax CE(S(x'), y) in the eps ball. Before every step w moves towards the task that has come down less:
 
 w <- w - rate (w - r_clean / (r_adv + r_clean))   where   r = L / the first step's L
-
-Over 80 lines: the weight moves within the step, and what B-MTARD and Fair-MTARD change is a method each.
 """
 
 from collections.abc import Mapping
@@ -16,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from retemper.engine import EpochStats, Objective, Recipe, Targets, cross_entropy_objective, given, run_recipe
+from retemper.engine import EpochStats, LabelAttack, Recipe, Targets, given, option, run_recipe
 from retemper.kernels import class_temperature_kl
 from retemper.recipes.settings import ON_DIGITS, distillation
 
@@ -24,43 +22,40 @@ TINY = 1e-12  # in place of a loss of 0, which no quotient stands
 
 
 def next_clean_weight(clean_weight: Tensor, adv_ratio: Tensor, clean_ratio: Tensor, rate: float | Tensor) -> Tensor:
-    """One step of the rule above; the ratios are r_adv and r_clean."""
+    """Return w after one step of the rule above; the ratios are r_adv and r_clean, all 0-dim or (1,)."""
     return clean_weight - rate * (clean_weight - clean_ratio / (adv_ratio + clean_ratio))
 
 
 def whole_batch(targets: Targets, adv: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
-    """What balances the tasks: their losses, without gradient, over all processes."""
+    """Return the two losses over the batch of all processes, without gradient: what the tasks are balanced by."""
     return targets.part.mean(adv.detach()), targets.part.mean(clean.detach())
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mtard(Recipe):
+class Mtard(LabelAttack):
     teacher_sees: ClassVar[tuple[str, ...]] = ("adv",)
     clean_teacher_sees: ClassVar[tuple[str, ...]] = ("clean",)
-    kl_scale: float = 0.1  # the authors average over the 10 classes too, and scale CIFAR-100's loss to match: sum / 10
-    task_rate: float = 0.025  # falls with the learning rate
+    kl_scale: float = option(0.1, "factor on both losses; the authors average over 10 classes")
+    task_rate: float = option(0.025, "rate of the weight between the two tasks; falls with the learning rate")
 
-    def class_state(self, num_classes: int) -> dict[str, Tensor]:
+    def class_state(self, num_classes: int, recipe: Recipe) -> dict[str, Tensor]:
         own = {
             "clean_task_weight": torch.full((1,), 0.5),
             "task_rate": torch.full((1,), self.task_rate),
             "first_adv_loss": torch.zeros(1),  # 0: no step yet
             "first_clean_loss": torch.zeros(1),
         }
-        return super().class_state(num_classes) | own
-
-    def objective(self, targets: Targets) -> Objective:
-        return cross_entropy_objective(targets.label_B)
+        return super().class_state(num_classes, recipe) | own
 
     def task_losses(self, logits: Mapping[str, Tensor], targets: Targets) -> tuple[Tensor, Tensor]:
-        """L_adv and L_clean."""
-        label_B, ones_K = targets.label_B, targets.ones_K
-        adv = class_temperature_kl(logits["adv"], given(targets.teacher_adv_BK), label_B, ones_K)
-        clean = class_temperature_kl(logits["clean"], given(targets.clean_teacher_BK), label_B, ones_K)
+        """Return L_adv and L_clean, scalars."""
+        label_B = targets.label_B
+        adv = class_temperature_kl(logits["adv"], given(targets.teacher_adv_BK), label_B)
+        clean = class_temperature_kl(logits["clean"], given(targets.clean_teacher_BK), label_B)
         return self.kl_scale * adv, self.kl_scale * clean
 
     def balance(self, state: Mapping[str, Tensor], adv: Tensor, clean: Tensor) -> dict[str, Tensor]:
-        """The state, each (1,), that a step with these task losses is weighed by."""
+        """Return the state, each (1,), that a step with these task losses is weighed by."""
         adv, clean = (loss.detach().clamp(min=TINY) for loss in (adv, clean))
         first_adv, first_clean = state["first_adv_loss"], state["first_clean_loss"]
         first_adv = torch.where(first_adv > 0, first_adv, adv)
@@ -82,13 +77,15 @@ class Mtard(Recipe):
         for name, value in self.balance(state, *losses).items():
             state[name].copy_(value)
 
-    def next_class_state(self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int) -> dict[str, Tensor]:
-        rate = torch.full_like(state["task_rate"], self.task_rate * self.decay(epoch))
-        return super().next_class_state(state, stats, epoch) | {"task_rate": rate}
+    def next_class_state(
+        self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int, recipe: Recipe
+    ) -> dict[str, Tensor]:
+        rate = torch.full_like(state["task_rate"], self.task_rate * recipe.optim.decay(epoch))
+        return super().next_class_state(state, stats, epoch, recipe) | {"task_rate": rate}
 
 
 SHORT = dict(kl_scale=1.0)  # one or two thousand steps are too few for a tenth of the loss
-SETTINGS = distillation(Mtard, ON_DIGITS, digits=SHORT, fashion_mnist_small=SHORT)
+SETTINGS = distillation(Mtard, status=ON_DIGITS, digits=SHORT, fashion_mnist_small=SHORT)
 
 if __name__ == "__main__":
     run_recipe(__file__)

@@ -8,28 +8,28 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from retemper.engine import KlObjective, Recipe, Targets, run_recipe
+from retemper.engine import KlObjective, Method, Targets, option, run_recipe
 from retemper.kernels import class_temperature_kl
 from retemper.recipes.settings import ON_BOTH, distillation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rslad(Recipe):
-    adv_weight: float = 5 / 6  # a above
-    kl_scale: float = 0.1  # the authors average over the 10 classes too, and scale CIFAR-100's loss to match: sum / 10
+class Rslad(Method):
+    adv_weight: float = option(5 / 6, "weight of the attacked term (a)")
+    kl_scale: float = option(0.1, "factor on the loss; the authors average over 10 classes")
 
     def objective(self, targets: Targets) -> KlObjective:
-        return KlObjective(targets.teacher, targets.label_B, targets.ones_K)
+        return KlObjective(targets.teacher, targets.label_B)
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
-        adv = class_temperature_kl(logits["adv"], targets.teacher, targets.label_B, targets.ones_K)
-        clean = class_temperature_kl(logits["clean"], targets.teacher, targets.label_B, targets.ones_K)
+        adv = class_temperature_kl(logits["adv"], targets.teacher, targets.label_B)
+        clean = class_temperature_kl(logits["clean"], targets.teacher, targets.label_B)
         return self.kl_scale * (self.adv_weight * adv + (1 - self.adv_weight) * clean)
 
 
 # one or two thousand steps are too few for the authors' tenth of the loss
 SHORT = dict(kl_scale=1.0)
-SETTINGS = distillation(Rslad, ON_BOTH, digits=SHORT, fashion_mnist_small=SHORT)
+SETTINGS = distillation(Rslad, status=ON_BOTH, digits=SHORT, fashion_mnist_small=SHORT)
 
 if __name__ == "__main__":
     run_recipe(__file__)

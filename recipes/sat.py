@@ -12,28 +12,25 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from retemper.engine import Objective, Recipe, Targets, cross_entropy_objective, run_recipe
+from retemper.engine import LabelAttack, Targets, run_recipe
 from retemper.recipes.settings import ON_BOTH, adversarial_training, as_student, teachers
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sat(Recipe):
+class Sat(LabelAttack):
     forwards: ClassVar[tuple[str, ...]] = ("adv",)
-    attack_start: str = "uniform"
-    clip_start: bool = True
-
-    def objective(self, targets: Targets) -> Objective:
-        return cross_entropy_objective(targets.label_B)
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         return F.cross_entropy(logits["adv"].float(), targets.label_B)
 
 
+AUTHORS: dict[str, Any] = dict(attack_start="uniform", clip_start=True)
 # the students alone: where FRL and FAAL begin, and what other methods are compared with at equal size
 RICE: dict[str, Any] = dict(epochs=200, lr_drops=(100, 150), weight_decay=5e-4, select_always_from=100)
 OURS: dict[str, Any] = dict(weight_decay=5e-4)
 STUDENTS = adversarial_training(
     Sat,
+    AUTHORS,
     ON_BOTH,
     digits=OURS,
     fashion_mnist_small=OURS,
@@ -44,7 +41,7 @@ STUDENTS = adversarial_training(
     tiny_imagenet_preact_resnet18=OURS,
 )
 STATUS = dict(digits="3 seeds on a 2-core CPU: README", fashion_mnist_small="1 seed on a 2-core CPU: README")
-SETTINGS = {as_student(name): setting for name, setting in STUDENTS.items()} | teachers(Sat, STATUS, **OURS)
+SETTINGS = {as_student(name): setting for name, setting in STUDENTS.items()} | teachers(Sat, STATUS, AUTHORS, **OURS)
 
 if __name__ == "__main__":
     run_recipe(__file__)

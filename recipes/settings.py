@@ -1,13 +1,13 @@
 """The settings that methods are run under, so that under one name they differ in the method alone.
 
-A recipe file says `SETTINGS = distillation(Method)`. The full-size ones are the authors' (ABSLD and RSLAD: 300 epochs,
-batches of 128, SGD 0.1 / 0.9 / 2e-4, drops after 215, 260 and 285); the small ones are ours, for a CPU.
+A recipe file says `SETTINGS = distillation(TheMethod)`. The full-size settings are the authors' (ABSLD and RSLAD: 300
+epochs, batches of 128, SGD 0.1 / 0.9 / 2e-4, drops after 215, 260 and 285); the small ones are ours, for a CPU.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from retemper.engine.recipe import UNTRAINED, Recipe, Setting
+from retemper.engine.recipe import UNTRAINED, Method, Recipe, Setting
 
 ON_DIGITS = {"digits": "3 seeds on a 2-core CPU: README"}
 ON_BOTH = ON_DIGITS | {"fashion_mnist_small": "3 seeds on a 2-core CPU: README"}
@@ -110,25 +110,47 @@ CLEAN_TEACHERS: dict[str, tuple[str, str]] = {  # of the methods that have a sec
 }
 
 
-def distillation(
-    method: type[Recipe], status: Mapping[str, str] | None = None, **changes: Mapping[str, Any]
+NO_OPTIONS: Mapping[str, Any] = {}
+NO_STATUS: Mapping[str, str] = {}
+
+
+def _settings(
+    method: type[Method],
+    table: Mapping[str, tuple[str, Mapping[str, Any]]],
+    authors: Mapping[str, Any],
+    status: Mapping[str, str],
+    changes: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Setting]:
-    """Every setting of the distillation methods, for `method`.
+    assert (status.keys() | changes.keys()) <= table.keys(), (status, changes)
+    return {
+        name: Setting(
+            recipe=Recipe.of(method, **{**authors, **options, **changes.get(name, NO_OPTIONS)}),
+            note=note,
+            status=status.get(name, UNTRAINED),
+        )
+        for name, (note, options) in table.items()
+    }
+
+
+def distillation(
+    method: type[Method],
+    authors: Mapping[str, Any] = NO_OPTIONS,
+    status: Mapping[str, str] = NO_STATUS,
+    **changes: Mapping[str, Any],
+) -> dict[str, Setting]:
+    """Return every setting of the distillation methods, for `method`.
 
     Args:
+        authors: the options that the method's authors have otherwise, where the setting does not say.
         status: what was measured, by setting.
-        changes: fields that the method has otherwise there, by setting.
+        changes: the options that the method has otherwise in a setting, by setting.
     """
-    status = status or {}
-    assert (status.keys() | changes.keys()) <= DISTILLATION.keys(), (status, changes)
-    settings = {}
-    for name, (note, fields) in DISTILLATION.items():
-        if method.clean_teacher_sees:
-            model, trained_by = CLEAN_TEACHERS[name]
-            fields = fields | dict(clean_teacher_model=model, clean_teacher_recipe=trained_by)
-        recipe = method(**{**fields, **changes.get(name, {})})
-        settings[name] = Setting(recipe=recipe, note=note, status=status.get(name, UNTRAINED))
-    return settings
+    table = dict(DISTILLATION)
+    if method.clean_teacher_sees:
+        for name, (model, trained_by) in CLEAN_TEACHERS.items():
+            note, options = table[name]
+            table[name] = note, {**options, "clean_teacher_model": model, "clean_teacher_recipe": trained_by}
+    return _settings(method, table, authors, status, changes)
 
 
 # no attack, in training or in choosing the best epoch; eps is what an evaluation attacks with
@@ -185,17 +207,17 @@ TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def teachers(method: type[Recipe], status: Mapping[str, str], **fields: Any) -> dict[str, Setting]:
-    """The settings that train the teachers of the settings above, robust and clean, by `method`.
+def teachers(
+    method: type[Method], status: Mapping[str, str], authors: Mapping[str, Any] = NO_OPTIONS, **options: Any
+) -> dict[str, Setting]:
+    """Return the settings that train the teachers of the settings above, robust and clean, by `method`.
 
     Args:
         status: what was measured, by setting.
-        fields: that the method has otherwise in all of them.
+        authors: as `distillation` takes them.
+        options: the options that the method has otherwise in all of them.
     """
-    return {
-        name: Setting(recipe=method(**{**own, **fields}), note=note, status=status.get(name, UNTRAINED))
-        for name, (note, own) in TEACHERS.items()
-    }
+    return _settings(method, TEACHERS, authors, status, dict.fromkeys(TEACHERS, options))
 
 
 ADVERSARIAL_TRAINING: dict[str, tuple[str, dict[str, Any]]] = {
@@ -232,29 +254,27 @@ ADVERSARIAL_TRAINING: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def as_student(name: str) -> str:
-    """The setting of SAT and TRADES with the student of setting `name`: their small ones train the teachers."""
+    """Return the setting of SAT and TRADES with the student of setting `name`: their small ones train the teachers."""
     return f"{name}_student" if name in ("digits", "fashion_mnist_small") else name
 
 
 def adversarial_training(
-    method: type[Recipe],
-    status: Mapping[str, str] | None = None,
+    method: type[Method],
+    authors: Mapping[str, Any] = NO_OPTIONS,
+    status: Mapping[str, str] = NO_STATUS,
     *,
     from_robust: bool = False,
     **changes: Mapping[str, Any],
 ) -> dict[str, Setting]:
-    """Every setting of the methods without a teacher, for `method`.
+    """Return every setting of the methods without a teacher, for `method`.
 
     Args:
-        status: what was measured, by setting.
-        from_robust: it fine-tunes a student that SAT has trained, which the small settings train first.
-        changes: fields that the method has otherwise there, by setting.
+        authors, status, changes: as `distillation` takes them.
+        from_robust: the method fine-tunes a student that SAT has trained, which the small settings train first.
     """
-    status = status or {}
-    assert (status.keys() | changes.keys()) <= ADVERSARIAL_TRAINING.keys(), (status, changes)
-    settings = {}
-    for name, (note, fields) in ADVERSARIAL_TRAINING.items():
-        start = dict(start_recipe=f"sat:{as_student(name)}", train_teacher=as_student(name) != name)
-        recipe = method(**{**fields, **(start if from_robust else {}), **changes.get(name, {})})
-        settings[name] = Setting(recipe=recipe, note=note, status=status.get(name, UNTRAINED))
-    return settings
+    table = dict(ADVERSARIAL_TRAINING)
+    if from_robust:
+        for name, (note, options) in table.items():
+            start = dict(start_recipe=f"sat:{as_student(name)}", train_teacher=as_student(name) != name)
+            table[name] = note, {**options, **start}
+    return _settings(method, table, authors, status, changes)

@@ -10,20 +10,14 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from retemper.engine import KlObjective, Recipe, Setting, Targets, run_recipe
+from retemper.engine import OwnPredictionAttack, Recipe, Setting, Targets, option, run_recipe
 from retemper.recipes.settings import DIGITS, ON_BOTH, adversarial_training, as_student
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trades(Recipe):
+class Trades(OwnPredictionAttack):
     forwards: ClassVar[tuple[str, ...]] = ("clean", "adv")  # the authors' order
-    needs_own_prediction: ClassVar[bool] = True
-    beta: float = 6.0
-    eps: float = 0.031  # the authors' radius and step, not 8/255 and 2/255
-    attack_step: float = 0.007
-
-    def objective(self, targets: Targets) -> KlObjective:
-        return KlObjective(targets.own, targets.label_B, targets.ones_K)
+    beta: float = option(6.0, "weight of the robust term")
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         clean = F.cross_entropy(logits["clean"].float(), targets.label_B)
@@ -32,25 +26,32 @@ class Trades(Recipe):
         return clean + self.beta * F.kl_div(logits["adv"].float().log_softmax(1), own_BK, reduction="batchmean")
 
 
+AUTHORS: dict[str, Any] = dict(eps=0.031, attack_step=0.007)  # not 8/255 and 2/255
 WRN34_10: dict[str, Any] = dict(student="wrn34_10", epochs=76, lr_drops=(74,), select_always_from=70)
 
 SETTINGS = {
     "digits": Setting(
         note="8x8 digits, for a CPU",
-        recipe=Trades(**DIGITS, student="tiny_resnet_wide"),
+        recipe=Recipe.of(Trades, **AUTHORS | DIGITS, student="tiny_resnet_wide"),
     ),
     "cifar10_wrn34_10": Setting(
         note="CIFAR-10, WRN-34-10, as the authors trained it: the teacher of the distillation papers",
-        recipe=Trades(dataset="cifar10", **WRN34_10),
+        recipe=Recipe.of(Trades, **AUTHORS, dataset="cifar10", **WRN34_10),
     ),
     "cifar100_wrn34_10": Setting(
         note="CIFAR-100, WRN-34-10: a teacher of which no checkpoint is public",
-        recipe=Trades(dataset="cifar100", holdout_per_class=10, **WRN34_10),
+        recipe=Recipe.of(Trades, **AUTHORS, dataset="cifar100", holdout_per_class=10, **WRN34_10),
     ),
     "tiny_imagenet_preact_resnet34": Setting(
         note="Tiny-ImageNet, PreActResNet-34: a teacher of which no checkpoint is public",
-        recipe=Trades(
-            dataset="tiny-imagenet", student="preact_resnet34", holdout_per_class=10, epochs=76, lr_drops=(74,)
+        recipe=Recipe.of(
+            Trades,
+            **AUTHORS,
+            dataset="tiny-imagenet",
+            student="preact_resnet34",
+            holdout_per_class=10,
+            epochs=76,
+            lr_drops=(74,),
         ),
     ),
 }
@@ -59,6 +60,7 @@ SETTINGS = {
 RESNET18: dict[str, Any] = dict(epochs=100, lr_drops=(74, 89, 99), select_always_from=74)
 STUDENTS = adversarial_training(
     Trades,
+    AUTHORS,
     ON_BOTH,
     cifar10_resnet18=RESNET18,
     cifar10_preact_resnet18=RESNET18,

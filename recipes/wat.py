@@ -5,23 +5,30 @@ min  mean w[y] (CE(S(x), y) + beta KL(S(x) || S(x')))  +  w[K + 1] mean (CE(S(x)
 where x' = argmax KL(S(x) || S(x')). After each epoch, by Hedge over the K classes and, as one more, their mean:
 
 w = K softmax(eta sum over epochs of c)   where   c[k] = held-out CE + beta KL of class k,  c[K + 1] = that of all
-
-Over 80 lines: the mean counts as one more class, with a weight of its own.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from retemper.engine import EpochStats, KlObjective, Recipe, Targets, cross_entropy_rows, kl_rows, run_recipe
+from retemper.engine import (
+    EpochStats,
+    OwnPredictionAttack,
+    Recipe,
+    Targets,
+    cross_entropy_rows,
+    kl_rows,
+    option,
+    run_recipe,
+)
 from retemper.recipes.settings import ON_DIGITS, adversarial_training
 
 
 def class_weight(loss_history: Tensor, eta: float = 0.1) -> Tensor:
-    """The weights of the classes and of their mean.
+    """Return the weights of the classes and of their mean.
 
     Args:
         loss_history: (E, K + 1): a row for each epoch so far, or one with their sum.
@@ -33,29 +40,18 @@ def class_weight(loss_history: Tensor, eta: float = 0.1) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wat(Recipe):
+class Wat(OwnPredictionAttack):
     forwards: ClassVar[tuple[str, ...]] = ("clean", "adv")  # the authors' order
-    needs_own_prediction: ClassVar[bool] = True
-    validates: ClassVar[bool] = True
     validates_by: ClassVar = "training attack"
-    beta: float = 6.0
-    eta: float = 0.1
-    eps: float = 0.031
-    attack_step: float = 0.007
-    epochs: int = 100
-    lr_drops: tuple[int, ...] = (74, 89, 99)
-    holdout_per_class: int = 300
-    select_always_from: int = 74
+    beta: float = option(6.0, "weight of the robust term")
+    eta: float = option(0.1, "rate of the weights (Hedge)")
 
-    def class_state(self, num_classes: int) -> dict[str, Tensor]:
+    def class_state(self, num_classes: int, recipe: Recipe) -> dict[str, Tensor]:
         return {
             "loss_so_far": torch.zeros(num_classes),
             "class_weight": torch.ones(num_classes),
             "mean_weight": torch.ones(1),
         }
-
-    def objective(self, targets: Targets) -> KlObjective:
-        return KlObjective(targets.own, targets.label_B, targets.ones_K)
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         clean_B = cross_entropy_rows(logits["clean"], targets.label_B)
@@ -63,7 +59,9 @@ class Wat(Recipe):
         weight_B = targets.state["class_weight"][targets.label_B] + targets.state["mean_weight"]
         return (weight_B * trades_B).mean()
 
-    def next_class_state(self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int) -> dict[str, Tensor]:
+    def next_class_state(
+        self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int, recipe: Recipe
+    ) -> dict[str, Tensor]:
         if epoch == 0:  # the first epoch weighs all alike
             return dict(state)
         assert stats.held is not None
@@ -72,9 +70,13 @@ class Wat(Recipe):
         return {"loss_so_far": loss_K, "class_weight": weight[:-1], "mean_weight": weight[-1:]}
 
 
+AUTHORS: dict[str, Any] = dict(
+    eps=0.031, attack_step=0.007, epochs=100, lr_drops=(74, 89, 99), holdout_per_class=300, select_always_from=74
+)
 # the losses are summed over 20, 10 and 60 epochs in place of 100
 SETTINGS = adversarial_training(
     Wat,
+    AUTHORS,
     ON_DIGITS,
     digits=dict(eta=0.5),
     fashion_mnist_small=dict(eta=1.0),

@@ -8,37 +8,37 @@ from pathlib import Path
 
 import torch
 
-from retemper.engine.run.job import Job
+from retemper.engine.recipe import Recipe
 from retemper.errors import UsageError
 
 ON_A_CPU = "can't allocate memory", "could not create a primitive"  # torch's allocator; oneDNN, for a convolution
 
 
 @contextmanager
-def memory_advice(job: Job) -> Iterator[None]:
-    """Raises UsageError: what is inside asked for more memory than there is."""
+def memory_advice(recipe: Recipe, device: torch.device) -> Iterator[None]:
+    """Turn an allocation that failed inside the block into a UsageError that says what to try."""
     try:
         yield
     except MemoryError as error:
-        raise UsageError(_advice(job, str(error))) from None
+        raise UsageError(_advice(recipe, device, str(error))) from None
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         words = str(error)
         if not isinstance(error, torch.OutOfMemoryError) and not any(sign in words for sign in ON_A_CPU):
             raise
-        raise UsageError(_advice(job, words)) from None
+        raise UsageError(_advice(recipe, device, words)) from None
 
 
-def _advice(job: Job, words: str) -> str:
-    recipe, size = job.recipe, job.recipe.image_size
+def _advice(recipe: Recipe, device: torch.device, words: str) -> str:
+    size, batch_size, execution = recipe.data.image_size, recipe.optim.batch_size, recipe.execution
     wanted = re.search(r"(?:[Tt]ried to allocate|allocate) ([\d.]+ ?[KMGT]?i?[Bb]\w*)", words)
-    images = f"batch size {recipe.batch_size}" + (f", images of {size} px" if size else f", {recipe.dataset}")
-    tries = [f"--batch-size {max(1, recipe.batch_size // 2)}"]
-    if job.device.type == "cuda":
-        tries += ["--precision bf16"] * (recipe.dtype_on(job.device) is torch.float32)
-        tries += ["--teacher-ahead 1"] * (recipe.teacher_ahead > 1)
-    tries += ["--loader ffcv (resident keeps all images in memory)"] * (recipe.loader != "ffcv")
+    images = f"batch size {batch_size}" + (f", images of {size} px" if size else f", {recipe.data.dataset}")
+    tries = [f"--batch-size {max(1, batch_size // 2)}"]
+    if device.type == "cuda":
+        tries += ["--precision bf16"] * (execution.dtype_on(device) is torch.float32)
+        tries += ["--teacher-ahead 1"] * (execution.teacher_ahead > 1)
+    tries += ["--loader ffcv (resident keeps all images in memory)"] * (execution.loader != "ffcv")
     asked = f" for {wanted.group(1)}" if wanted else ""
-    return f"out of memory{asked} at {images}, {recipe.student}; {_taken(job.device)}: try {', '.join(tries)}"
+    return f"out of memory{asked} at {images}, {recipe.networks.student}; {_taken(device)}: try {', '.join(tries)}"
 
 
 def _taken(device: torch.device) -> str:

@@ -1,7 +1,7 @@
-"""The epochs of metrics.jsonl as scalars for TensorBoard, an optional extra: `retemper train ... --tensorboard`.
+"""What a run says of an epoch: its line of metrics.jsonl, a line for the user, and TensorBoard.
 
-What is shown is that file, whatever was shown before: a run that goes on writes its earlier epochs anew, and what an
-earlier process wrote of them is purged.
+TensorBoard is an optional extra (`retemper train ... --tensorboard`). It shows metrics.jsonl, whatever it showed
+before: a run that goes on writes its earlier epochs anew, and what an earlier process wrote of them is purged.
 """
 
 import json
@@ -9,8 +9,44 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from retemper.engine.recipe import Recipe
 from retemper.engine.run.run_folder import RunFolder
+from retemper.engine.state import State
 from retemper.errors import UsageError
+from retemper.files import finite
+
+
+def epoch_line(epoch: int, recipe: Recipe, state: State, images: int, seconds: float) -> dict[str, Any]:
+    """Return the epoch's line of metrics.jsonl; its class state is the one that the epoch was trained under.
+
+    Args:
+        images: how many the epoch has.
+        seconds: how long its steps took.
+    """
+    line: dict[str, Any] = {
+        "epoch": epoch,
+        "loss": float(state.loss_sum) / images,
+        "lr": recipe.optim.lr_at(epoch),
+        "images_per_second": images / seconds,
+        "seconds": seconds,
+    }
+    for name, sums in state.sums.items():
+        suffix = "" if name == "adv" else f"_{name}"
+        line[f"class_loss{suffix}"] = sums.mean_loss_K.tolist()
+        line[f"class_accuracy{suffix}"] = sums.accuracy_K.tolist()
+    return finite(line | {name: value.tolist() for name, value in state.class_state.items()})
+
+
+def epoch_words(line: dict[str, Any], recipe: Recipe, classes: Sequence[str], is_best: bool) -> str:
+    """Return the line that the user sees, from the epoch's line of metrics.jsonl."""
+    words = f"epoch {line['epoch']}/{recipe.optim.epochs}  loss {line['loss']:.4f}  lr {line['lr']:g}"
+    words += f"  {line['images_per_second']:.0f} img/s"
+    if "holdout" in line:
+        held = line["holdout"]
+        kind, worst = "robust" if recipe.selection.select_steps else "clean", classes[held["worst_class"]]
+        words += f"  held-out {kind} {held['average']:.1%}, worst {held['worst']:.1%} ({worst})"
+        words += "  best so far" * is_best
+    return words
 
 
 class Board:
@@ -40,7 +76,7 @@ class Board:
 
 
 def scalars(line: dict[str, Any], classes: Sequence[str]) -> Iterator[tuple[str, float]]:
-    """The numbers of an epoch by name: `loss`, `holdout/average`, `temperature_adv/cat`."""
+    """Yield the numbers of an epoch by name: `loss`, `holdout/average`, `temperature_adv/cat`."""
     for name, value in line.items():
         if isinstance(value, dict):
             yield from ((f"{name}/{inner}", number) for inner, number in scalars(value, classes))

@@ -1,5 +1,6 @@
-"""The networks that a run builds on, for its images."""
+"""The networks that a run builds on: its teachers, and the weights that the student begins with."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -10,22 +11,66 @@ from retemper.engine.checkpoints.find import Network, Source, find_network
 from retemper.engine.checkpoints.header import Facts, require_same_images
 from retemper.engine.checkpoints.published import Released, clean_accuracy, margin, require_stated_accuracy
 from retemper.engine.checkpoints.weights import load_checkpoint, load_state
-from retemper.engine.run.job import Job
+from retemper.engine.distributed.ranks import Ranks
+from retemper.engine.models import create_model
+from retemper.engine.recipe import Recipe
+from retemper.engine.state import State
 from retemper.errors import DataError, UsageError
 from retemper.loaders import Split
 
 
-class Networks:
-    """Networks for the images of `split`."""
+def begin_state(
+    recipe: Recipe,
+    networks: "NetworkLoader",
+    *,
+    seed: int,
+    ranks: Ranks,
+    teacher: str | Path | None,
+    clean_teacher: str | Path | None,
+    start: str | Path | None,
+) -> tuple[State, dict[str, Source | None]]:
+    """Return a run's state before its first step, and how config.json names its teachers and its start.
 
-    def __init__(self, job: Job, split: Split) -> None:
-        self.job, self.split = job, split
-        self.num_classes, self.channels = len(split.classes), split.shape[2]
-        self.teachers: list[tuple[nn.Module, Released | None]] = []
+    Args:
+        seed: of the student's weights.
+        teacher, clean_teacher, start: what the user calls them, as `find_network` takes it.
+    Raises:
+        UsageError, DataError: a network cannot be used, or an option does not fit the device.
+    """
+    wanted, num_classes = recipe.networks, len(networks.split.classes)
+    torch.manual_seed(seed)
+    student = create_model(wanted.student, num_classes, channels=networks.split.shape[2])
+    robust, robust_source = networks.teacher(wanted.teacher_model, teacher)
+    clean, clean_source = networks.teacher(wanted.clean_teacher_model, clean_teacher)
+    sources = {"teacher": robust_source, "clean_teacher": clean_source}
+    sources["start"] = networks.start(student, wanted.student, start)
+    try:
+        return State.begin(recipe, student, robust, num_classes, networks.device, clean, ranks), sources
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+@dataclass(kw_only=True)
+class NetworkLoader:
+    """Loads networks for the images of `split`, and remembers the teachers among them.
+
+    Attributes:
+        dataset: the recipe's name of the data set.
+        cache: the folder where downloads go.
+    """
+
+    split: Split
+    dataset: str
+    device: torch.device
+    cache: Path
+    teachers: list[tuple[nn.Module, Released | None]] = field(default_factory=list)
 
     def teacher(self, model: str | None, name: str | Path | None) -> tuple[nn.Module | None, Source | None]:
-        """A frozen teacher, and how the config names it; nothing where the recipe has none.
+        """Return a frozen teacher and how config.json names it; None twice where the recipe has no such teacher.
 
+        Args:
+            model: the architecture that the recipe wants.
+            name: what the user calls the network, as `find_network` takes it.
         Raises:
             DataError, UsageError: the network cannot be used.
         """
@@ -37,29 +82,12 @@ class Networks:
         self.teachers.append((teacher, network.released))
         return teacher, source
 
-    def check(self, held: Split | None) -> None:
-        """Say how well the teachers know images that they have not learned from.
-
-        A released one is held to its authors' accuracy, on test images. Of another nothing is known but that chance is
-        too little: it is told on the held-out images, where there are some.
+    def start(self, student: nn.Module, model: str, name: str | Path | None) -> Source | None:
+        """Give the student, a `model`, the weights that it begins with; return how config.json names them.
 
         Raises:
-            DataError: a released teacher falls short.
+            DataError, UsageError: the network cannot be used.
         """
-        job = self.job
-        for teacher, known in self.teachers:
-            if known is not None and known.dataset == job.recipe.dataset and job.recipe.image_size is None:
-                require_stated_accuracy(teacher, known, job.data_root, job.device)
-            elif held is not None:
-                accuracy, images = clean_accuracy(teacher, held, job.device)
-                say(f"{job.name}: the teacher classifies {accuracy:.1%} of {images} held-out images correctly")
-                chance = 1 / self.num_classes
-                if accuracy < chance + margin(chance, images):
-                    say("warning: that is little better than chance: mind its pixel range, classes and channels")
-
-    def start(self, student: nn.Module) -> Source | None:
-        """Give the student the weights that it is to begin with, if any; how the config names them. Raises likewise."""
-        name, model = self.job.start, self.job.recipe.student
         if name is None:
             return None
         network, facts = self._found(name, model, "the start")
@@ -70,14 +98,36 @@ class Networks:
         load_checkpoint(network.weights, student)
         return {"path": network.name, "model": model, "sha256": str(network.sha256)}
 
+    def check_teachers(self, held: Split | None, *, whole_images: bool, run: str, data_root: Path | None) -> None:
+        """Say how well the teachers know images that they have not learned from.
+
+        A published teacher is held to its authors' accuracy on test images. Of another nothing is known but that chance
+        is too little; it is told on the held-out images, where there are some.
+
+        Args:
+            whole_images: whether images have the size that the data set has.
+            run: the run's name, for messages.
+        Raises:
+            DataError: a published teacher falls short.
+        """
+        for teacher, known in self.teachers:
+            if known is not None and known.dataset == self.dataset and whole_images:
+                require_stated_accuracy(teacher, known, data_root, self.device)
+            elif held is not None:
+                accuracy, images = clean_accuracy(teacher, held, self.device)
+                say(f"{run}: the teacher classifies {accuracy:.1%} of {images} held-out images correctly")
+                chance = 1 / len(self.split.classes)
+                if accuracy < chance + margin(chance, images):
+                    say("warning: that is little better than chance: mind its pixel range, classes and channels")
+
     def _copied(self, network: Network, facts: Facts, student: nn.Module) -> Source:
-        """The start where it is built by other code: the same weights must then give the same answers."""
+        """Copy the weights of a start that is built by other code: the same weights must then give the same answers."""
         model, source = self._loaded(network, facts)
         load_state(f"--start {network.name}", model.state_dict(), student)
         H, W, C = self.split.shape
         image = torch.linspace(0, 1, 2 * C * H * W).view(2, C, H, W)
         with torch.no_grad():
-            theirs, ours = model(image.to(self.job.device)).cpu(), student.eval()(image)
+            theirs, ours = model(image.to(self.device)).cpu(), student.eval()(image)
         student.train()
         if not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3 * float(theirs.abs().max())):
             raise DataError(
@@ -86,18 +136,18 @@ class Networks:
         return source
 
     def _loaded(self, network: Network, facts: Facts) -> tuple[nn.Module, Source]:
-        return network.load(facts, self.split.shape, self.job.device, self.job.cache)
+        return network.load(facts, self.split.shape, self.device, self.cache)
 
     def _found(self, name: str | Path, model: str, whose: str) -> tuple[Network, Facts]:
-        dataset = self.job.recipe.dataset
-        network = find_network(name, dataset=dataset)
-        facts = network.facts
-        require_same_images(f"{whose} {name}", facts, self.num_classes, self.channels)
+        """Return the network called `name` and what is known of it; `whose` it is, for messages."""
+        network = find_network(name, dataset=self.dataset)
+        facts, (size, _, channels), num_classes = network.facts, self.split.shape, len(self.split.classes)
+        require_same_images(f"{whose} {name}", facts, num_classes, channels)
         if network.released is not None:
             say(f"{whose} {name} is {network.released.title}")
-        if facts.image_size not in (None, self.split.shape[0]):
-            say(f"note: {whose} saw images of {facts.image_size} px, the student's have {self.split.shape[0]}")
-        if facts.dataset not in (None, dataset):
-            say(f"note: {whose} was trained on {facts.dataset}, the student is to learn {dataset}")
-        known = Facts(model=model, num_classes=self.num_classes, channels=self.channels, dataset=dataset)
+        if facts.image_size not in (None, size):
+            say(f"note: {whose} saw images of {facts.image_size} px, the student's have {size}")
+        if facts.dataset not in (None, self.dataset):
+            say(f"note: {whose} was trained on {facts.dataset}, the student is to learn {self.dataset}")
+        known = Facts(model=model, num_classes=num_classes, channels=channels, dataset=self.dataset)
         return network, facts.or_else(known)

@@ -18,7 +18,7 @@ from torch import nn
 
 from retemper.console import say
 from retemper.engine.checkpoints.weights import save_weights
-from retemper.engine.recipe import other_fields
+from retemper.engine.recipe import changed_options, flat_options
 from retemper.engine.run.state_file import Damaged, pack, unpack
 from retemper.errors import DataError, UsageError
 from retemper.files import atomic_write, read_json, write_atomically
@@ -62,7 +62,7 @@ class RunFolder:
             yield
 
     def read_config(self) -> dict[str, Any]:
-        """The run's config.json.
+        """Return the run's config.json, its recipe's options by flat name (files of earlier versions hold no groups).
 
         Raises:
             DataError: it is not there, or is not what a run writes.
@@ -71,6 +71,7 @@ class RunFolder:
         for name, kind in CONFIG.items():
             if not isinstance(config.get(name), kind):
                 raise DataError(f"{self.config} is damaged (no {name}): delete the folder to start the run anew")
+        config["recipe"] = flat_options(config["recipe"])
         for name in ("student", "dataset", "eps"):
             if name not in config["recipe"]:
                 raise DataError(f"{self.config} is damaged (no {name}): delete the folder to start the run anew")
@@ -207,8 +208,8 @@ def _telling(path: Path) -> Iterator[None]:
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What makes `new` another run than `old`, as "field: old, now new"."""
-    was, now = old["recipe"], new["recipe"]
-    changed = [(name, was.get(name), now[name]) for name in other_fields(was, now)]
+    was, now = old["recipe"], flat_options(new["recipe"])
+    changed = [(name, was.get(name), now[name]) for name in changed_options(was, now)]
     changed += [(name, old.get(name), new[name]) for name in ("method", "seed") if old.get(name) != new[name]]
     for what in ("teacher", "clean_teacher", "start"):
         before, after = ((config.get(what) or {}).get("sha256", "none") for config in (old, new))

@@ -1,4 +1,7 @@
-"""The best epoch so far, by the largest average + worst-class robust accuracy on the images that choose it."""
+"""The held-out images after an epoch: how the student does on them, and whether the epoch is the best so far.
+
+Dimension key: B batch, K classes.
+"""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,11 +12,12 @@ from torch import Tensor, nn
 from retemper.engine.attack import pgd
 from retemper.engine.checkpoints.header import header_of
 from retemper.engine.checkpoints.weights import CheckpointError, require_intact
+from retemper.engine.class_report import by_class
 from retemper.engine.device import exact_fp32
 from retemper.engine.distributed.ranks import ALONE, Ranks
 from retemper.engine.epoch_stats import ClassMeans, ClassSums, HeldOut
 from retemper.engine.losses import cross_entropy_objective
-from retemper.engine.predict import as_float
+from retemper.engine.predict import Attack, as_float, predictions
 from retemper.engine.recipe import Recipe, Targets
 from retemper.engine.run.run_folder import RunFolder
 from retemper.errors import DataError
@@ -23,23 +27,29 @@ from retemper.loaders import Split
 
 @dataclass(frozen=True)
 class Best:
-    """Its score and number; epoch 0 is none yet. The score stands in the file of the weights as well: a kill between
-    that file and the state must not part the two."""
+    """The best epoch so far: the one with the largest average + worst-class robust accuracy.
+
+    The score stands in the file of the weights as well: a kill between that file and the state must not part the two.
+
+    Attributes:
+        score: average + worst-class accuracy, fractions; -1 before any epoch.
+        epoch: from 1; 0 before any.
+    """
 
     score: float = -1.0
     epoch: int = 0
 
     def metadata(self) -> dict[str, str]:
-        """For the header of the weights."""
+        """Return what the header of the weights holds of it."""
         return {"score": repr(self.score)}
 
     def saved(self) -> dict[str, Any]:
-        """For the state."""
+        """Return what the state holds of it."""
         return asdict(self)
 
 
 def newest_best(folder: RunFolder, saved: dict[str, Any]) -> Best:
-    """The best epoch: of the state, or of weights that a killed process saved after it.
+    """Return the best epoch: the state's, or that of weights that a killed process saved after the state.
 
     Raises:
         DataError: the weights are damaged.
@@ -55,6 +65,21 @@ def newest_best(folder: RunFolder, saved: dict[str, Any]) -> Best:
     return Best(float(header["score"]), epoch) if epoch > saved["epoch"] else Best(**saved)
 
 
+def judge(
+    network: nn.Module, held: Split, *, eps: float, steps: int, device: torch.device, ranks: Ranks
+) -> dict[str, Any]:
+    """Return the report by class of `network` on the held-out images under PGD on the cross-entropy.
+
+    Args:
+        eps: the radius, in [0, 1] pixels.
+        steps: how many steps of eps/4; 0 judges clean images.
+    """
+    attack = Attack(loss="cross-entropy", steps=steps, step=1 / 4, start="uniform")
+    given = predictions(network, held, attack, eps=eps, device=device, ranks=ranks)
+    report = by_class(given.numpy(), held.labels, len(held.classes))
+    return {name: value for name, value in report.items() if name not in ("count", "interval", "confusion")}
+
+
 def validate(
     model: nn.Module,
     recipe: Recipe,
@@ -64,16 +89,15 @@ def validate(
     batch_size: int = 256,
     ranks: Ranks = ALONE,
 ) -> HeldOut:
-    """`model`, left in eval mode, on the images of `split`, clean and attacked as `Recipe.validates_by` says.
+    """Return how `model`, left in eval mode, does on the images of `split`, clean and attacked.
 
-    "pgd" is `select_steps` steps of eps/4 on the cross-entropy. "training attack" is the method's own before its class
-    state moves anything: its objective and start, at the recipe's eps and step. Several processes take turns at the
-    batches.
+    `Method.validates_by` says which attack. "pgd" takes `select_steps` steps of eps/4 on the cross-entropy. "training
+    attack" is the method's own before its class state moves anything: its objective and start, at the recipe's eps and
+    step. Several processes take turns at the batches.
     """
     clean_sums, adv_sums = (ClassSums.zeros(num_classes, device) for _ in range(2))
     boundary = ClassMeans.zeros(num_classes, 1, device)
-    ones_K = torch.ones(num_classes, device=device)
-    label_N = torch.from_numpy(split.labels)
+    attack, label_N = recipe.attack, torch.from_numpy(split.labels)
     model.eval()
     with exact_fp32():
         for batch in torch.arange(len(split)).split(batch_size)[ranks.rank :: ranks.world_size]:
@@ -81,18 +105,17 @@ def validate(
             with torch.no_grad():
                 clean_BK: Tensor = model(clean)
             objective = cross_entropy_objective(label_B)
-            steps, step, start, clip_start = recipe.select_steps, recipe.eps / 4, "uniform", True
-            if recipe.validates_by == "training attack":
-                objective = recipe.objective(Targets(label_B=label_B, own_BK=clean_BK, state={}, ones_K=ones_K))
-                steps, step = recipe.attack_steps, recipe.attack_step
-                start, clip_start = recipe.attack_start, recipe.clip_start
+            steps, step, start, clip_start = recipe.selection.select_steps, attack.eps / 4, "uniform", True
+            if recipe.method.validates_by == "training attack":
+                objective = recipe.method.objective(Targets(label_B=label_B, own_BK=clean_BK, state={}))
+                steps, step, start, clip_start = attack.steps, attack.step, attack.start, attack.clip_start
             adv = pgd(
                 model,
                 clean,
                 objective=objective,
                 steps=steps,
                 step=step,
-                eps=recipe.eps,
+                eps=attack.eps,
                 start=start,
                 clip_start=clip_start,
                 seed=int(batch[0]),
@@ -101,7 +124,7 @@ def validate(
                 adv_BK: Tensor = model(adv)
             clean_sums.add(*class_sums(clean_BK, label_B, num_classes))
             adv_sums.add(*class_sums(adv_BK, label_B, num_classes))
-            boundary.add(class_temperature_kl(adv_BK, clean_BK, label_B, ones_K, reduction="none"), label_B)
+            boundary.add(class_temperature_kl(adv_BK, clean_BK, label_B, reduction="none"), label_B)
     ranks.barrier(patiently=True)  # for a process with a batch more
     ranks.all_reduce_each_([value for sums in (clean_sums, adv_sums, boundary) for value in vars(sums).values()])
     return HeldOut(

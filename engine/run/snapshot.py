@@ -22,7 +22,7 @@ def snapshot(state: State) -> dict[str, Any]:
             "optimizer": state.optimizer.state_dict(),
             "scaler": state.scaler.state_dict(),
             "class_state": state.class_state,
-            "generators": _generators(state.ones_K.device),
+            "generators": _generators(state.device),
             **({} if state.average is None else {"average": state.average.state()}),
         }
     )
@@ -65,7 +65,7 @@ def go_on(state: State, saved: Mapping[str, Any]) -> None:
     for name, values in saved["measured"].items():
         if name not in state.measured:
             classes, width = values["total_KD"].shape
-            state.measured[name] = ClassMeans.zeros(classes, width, state.ones_K.device)
+            state.measured[name] = ClassMeans.zeros(classes, width, state.device)
         _copy(vars(state.measured[name]), values)
     _copy(vars(state), {name: saved[name] for name in ("loss_sum", "noise_seed")})
 
@@ -73,7 +73,7 @@ def go_on(state: State, saved: Mapping[str, Any]) -> None:
 def own_part(state: State) -> dict[str, Any]:
     """A copy on the host of what each of several processes has of its own, for `take_own_part`: the statistics of its
     batch norm, its sums of the running epoch and its generators."""
-    return _on_host({"statistics": _statistics(state), "generators": _generators(state.ones_K.device)}) | {
+    return _on_host({"statistics": _statistics(state), "generators": _generators(state.device)}) | {
         "so_far": epoch_so_far(state)
     }
 
@@ -105,7 +105,7 @@ def _generators(device: torch.device) -> dict[str, Tensor]:
 def _set_generators(state: State, saved: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(saved["cpu"])
     if "cuda" in saved:
-        torch.cuda.set_rng_state(saved["cuda"], state.ones_K.device)
+        torch.cuda.set_rng_state(saved["cuda"], state.device)
 
 
 def _on_host(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,11 +10,12 @@ from torch import Tensor
 
 from retemper.console import say
 from retemper.engine.checkpoints.find import Source
-from retemper.engine.run.job import Job
+from retemper.engine.recipe import Recipe
+from retemper.engine.run.data import TrainingData
 from retemper.engine.run.teacher_table import AUTO_LIMIT, Ask, TeacherTable, table_bytes
 from retemper.engine.state import State, clean_images
 from retemper.errors import UsageError
-from retemper.loaders import Batch, Loader, Split
+from retemper.loaders import Batch
 
 
 class TeacherLogits:
@@ -91,18 +93,21 @@ class TeacherLogits:
             logits_MK.index_copy_(0, part, logits_BK[: len(at)].float())
 
 
-def teacher_logits(job: Job, state: State, loader: Loader, split: Split, source: Source | None) -> TeacherLogits | None:
-    """Where the steps of a run get the teacher's logits; None where they ask it themselves, or it has none.
+def teacher_logits(
+    recipe: Recipe, state: State, data: TrainingData, source: Source | None, *, run: str, cache: Path
+) -> TeacherLogits | None:
+    """Return where the steps of a run get the teacher's logits; None where they ask it themselves, or there is none.
 
     Args:
-        source: how the config names the teacher.
+        source: how config.json names the teacher.
+        run: the run's name, for messages.
+        cache: the folder that holds tables of answers.
     Raises:
         UsageError: a table is asked for, and cannot be made.
         DataError: the table there is damaged.
     """
-    recipe, rows = job.recipe, loader.plan.local_size
-    teacher = state.teacher
-    if teacher is None or source is None or not recipe.teacher_ahead or "clean" not in recipe.teacher_sees:
+    teacher, rows, ahead = state.teacher, data.loader.plan.local_size, recipe.execution.teacher_ahead
+    if teacher is None or source is None or not ahead or "clean" not in recipe.method.teacher_sees:
         return None
 
     def ask(image: Tensor, view: Tensor, index: Tensor) -> Tensor:
@@ -111,41 +116,42 @@ def teacher_logits(job: Job, state: State, loader: Loader, split: Split, source:
 
     return TeacherLogits(
         ask,
-        len(split.classes),
-        job.device,
-        ahead=recipe.teacher_ahead,
+        data.num_classes,
+        state.device,
+        ahead=ahead,
         rows=rows,
         # a GPU wants much at once; on a CPU one size makes a row's bits the same whatever else is asked with it
-        at_once=rows * (recipe.teacher_ahead if job.device.type == "cuda" else 1),
-        table=_table(job, state, loader, split, source, ask),
+        at_once=rows * (ahead if state.device.type == "cuda" else 1),
+        table=_table(recipe, state, data, source, ask, run, cache),
     )
 
 
-def _table(job: Job, state: State, loader: Loader, split: Split, source: Source, ask: Ask) -> TeacherTable | None:
-    """The table of this teacher's answers, checked; None where none is wanted or the disk has no room."""
-    recipe, device = job.recipe, job.device
-    size = len(split), loader.plan.views.count, len(split.classes)
-    needed = table_bytes(*size)
-    if recipe.teacher_table == "off" or (recipe.teacher_table == "auto" and needed > AUTO_LIMIT):
+def _table(
+    recipe: Recipe, state: State, data: TrainingData, source: Source, ask: Ask, run: str, cache: Path
+) -> TeacherTable | None:
+    """Return the table of this teacher's answers, checked; None where none is wanted or the disk has no room."""
+    execution, device, split = recipe.execution, state.device, data.split
+    size = len(split), data.loader.plan.views.count, data.num_classes
+    wanted, needed = execution.teacher_table, table_bytes(*size)
+    if wanted == "off" or (wanted == "auto" and needed > AUTO_LIMIT):
         return None
     facts = {
         "teacher": source["sha256"],
         "model": source["model"],
-        "data": [recipe.dataset, split.fingerprint, recipe.image_size],
-        "padding": recipe.padding,
-        "computed": [str(state.precision), recipe.fold, recipe.epilogue_on(device), recipe.channels_last],
-        "pad_stem": recipe.pad_stem,
+        "data": [recipe.data.dataset, split.fingerprint, recipe.data.image_size],
+        "padding": recipe.data.padding,
+        "computed": [str(state.precision), execution.fold, execution.epilogue_on(device), execution.channels_last],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
     }
     try:
-        table = TeacherTable(job.cache, *size, facts)
+        table = TeacherTable(cache, *size, facts)
     except OSError as error:
-        if recipe.teacher_table == "on":
-            raise UsageError(f"no table of the teacher's answers in {job.cache}: {error}") from None
-        say(f"{job.name}: no table of the teacher's answers in {job.cache} ({error})")
+        if wanted == "on":
+            raise UsageError(f"no table of the teacher's answers in {cache}: {error}") from None
+        say(f"{run}: no table of the teacher's answers in {cache} ({error})")
         return None
     exact = 2**-17 if device.type == "cpu" else 2**-12  # another batch size, another convolution
-    table.check(loader, ask, exact if state.precision is torch.float32 else 2**-5)
-    say(f"{job.name}: the teacher's answers are kept in {table.folder}, {table.known.mean():.1%} known so far")
+    table.check(data.loader, ask, exact if state.precision is torch.float32 else 2**-5)
+    say(f"{run}: the teacher's answers are kept in {table.folder}, {table.known.mean():.1%} known so far")
     return table

@@ -10,7 +10,7 @@ from pathlib import Path
 from retemper.console import say
 from retemper.engine.catalogue import find_setting
 from retemper.engine.checkpoints.header import header_of
-from retemper.engine.recipe import Recipe, describe, other_fields
+from retemper.engine.recipe import Recipe, changed_options
 from retemper.engine.run.job import Job, default_out
 from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.run.train import train
@@ -18,7 +18,7 @@ from retemper.errors import UsageError
 
 
 def with_teacher(job: Job) -> Job:
-    """`job` with the teachers and the start that its recipe names.
+    """Return `job` with the teachers and the start that its recipe names.
 
     What no option gives is the run of that recipe beside this one, finished or trained first where the recipe says that
     this is a matter of minutes.
@@ -26,11 +26,11 @@ def with_teacher(job: Job) -> Job:
     Raises:
         UsageError: one is missing and training it would take long: it says how; or one is given that is not wanted.
     """
-    recipe = job.recipe
-    job = _with(job, "teacher", recipe.teacher_model, recipe.teacher_recipe)
-    job = _with(job, "clean_teacher", recipe.clean_teacher_model, recipe.clean_teacher_recipe)
-    wanted = recipe.student if recipe.start_recipe or job.start else None  # any run may begin with given weights
-    return _with(job, "start", wanted, recipe.start_recipe)
+    wanted = job.recipe.networks
+    job = _with(job, "teacher", wanted.teacher_model, wanted.teacher_recipe)
+    job = _with(job, "clean_teacher", wanted.clean_teacher_model, wanted.clean_teacher_recipe)
+    model = wanted.student if wanted.start_recipe or job.start else None  # any run may begin with given weights
+    return _with(job, "start", model, wanted.start_recipe)
 
 
 def _with(job: Job, what: str, model: str | None, name: str | None) -> Job:
@@ -47,7 +47,7 @@ def _with(job: Job, what: str, model: str | None, name: str | None) -> Job:
     method, setting, found = find_setting(name)
     out = job.out.parent / default_out(method, setting, 0).name
     (done,) = job.ranks.any(job.ranks.is_first and _is_done(RunFolder(out), found.recipe))
-    if not done and not job.recipe.train_teacher:
+    if not done and not job.recipe.networks.train_teacher:
         raise UsageError(
             f"{job.name} needs a {what.replace('_', ' ')}: name a {model} checkpoint with {option}, "
             f"or train one with: retemper train {name} --out {out}"
@@ -61,8 +61,8 @@ def _with(job: Job, what: str, model: str | None, name: str | None) -> Job:
 
 
 def _is_done(folder: RunFolder, recipe: Recipe) -> bool:
-    """Whether the folder holds a finished run of exactly this recipe; `train` says what differs if it holds another."""
+    """Say whether the folder holds a finished run of exactly this recipe; `train` says what differs otherwise."""
     if not (folder.config.exists() and folder.best.exists()):
         return False
-    other = other_fields(folder.read_config()["recipe"], json.loads(json.dumps(describe(recipe))))
-    return not other and header_of(folder.last).get("epoch") == str(recipe.epochs)
+    other = changed_options(folder.read_config()["recipe"], json.loads(json.dumps(recipe.flat())))
+    return not other and header_of(folder.last).get("epoch") == str(recipe.optim.epochs)

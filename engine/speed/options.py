@@ -1,7 +1,7 @@
-"""What makes a step fast: each move can be switched alone, and none of them changes the algorithm.
+"""Options that make a step fast. Each can be switched alone, and none of them changes the algorithm.
 
-EXACTNESS says what each costs in digits, and a test proves it: "bitwise", "rounding" (the same formula, another order
-of operations) or "lower precision". A speed-up that changes the algorithm (fewer steps, skipped samples) is not one.
+`EXACTNESS` says how far each may move the result, and tests hold it: "bitwise" (not at all), "rounding" (the same
+formula in another order of operations) or "lower precision".
 """
 
 from dataclasses import dataclass
@@ -9,12 +9,13 @@ from typing import Literal
 
 import torch
 
+from retemper.engine.options import Options, option
+
 EXACTNESS = {
     "precision": "lower precision",
     "channels_last": "rounding",
     "fold": "rounding",
     "epilogue": "rounding",
-    "pad_stem": "rounding",
     "capture": "bitwise",
     "teacher_ahead": "rounding",
     "teacher_table": "rounding",
@@ -23,45 +24,49 @@ EXACTNESS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moves:
-    """Attributes:
-    precision: "auto" is bf16 on a GPU that has it, fp32 on a CPU, where that is faster; "fp32" switches TF32 off.
-    channels_last: networks and images in NHWC. Random starts are drawn in the order of memory, so that of images with
-        more than one channel is another draw.
-    fold: the attack and the teacher see batch norm folded into the convolutions, where the attack runs in eval mode.
-    epilogue: of the folded convolutions, bias + shortcut + ReLU: "plain" PyTorch, one "fused" kernel, or the network
-        "compiled"; "auto" is fused on a GPU and plain on a CPU.
-    pad_stem: the folded stem sees 4 channels, the added ones zero. Not measured yet, so not the default.
-    capture: the step is recorded in a CUDA graph; "auto" is on where there is a GPU, with the fused optimizer.
-    teacher_ahead: the teacher answers so many batches at once, between steps; 0 asks it within each step.
-    teacher_table: its answers to every view are kept on disk and asked for once; "auto" is on up to 4 GiB.
-    fused_sgd: the optimizer's step is one kernel.
-    """
+class Execution(Options):
+    """How the step is executed, and where the images lie."""
 
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    channels_last: bool = True
-    fold: bool = True
-    epilogue: Literal["auto", "plain", "fused", "compiled"] = "auto"
-    pad_stem: bool = False
-    capture: Literal["auto", "on", "off"] = "auto"
-    teacher_ahead: int = 8
-    teacher_table: Literal["auto", "on", "off"] = "auto"
-    fused_sgd: bool = True
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto", "what networks compute in: auto is bf16 on a GPU that has it, fp32 elsewhere; fp32 switches TF32 off"
+    )
+    channels_last: bool = option(True, "networks and images in NHWC; random starts of colour images are other draws")
+    fold: bool = option(True, "show the attack and the teacher batch norm folded into the convolutions")
+    epilogue: Literal["auto", "plain", "fused", "compiled"] = option(
+        "auto", "bias, shortcut and ReLU of folded convolutions: plain PyTorch, one kernel, or torch.compile"
+    )
+    capture: Literal["auto", "on", "off"] = option(
+        "auto", "record the step in a CUDA graph; auto does so on a GPU with fused_sgd"
+    )
+    teacher_ahead: int = option(8, "ask the teacher for so many batches at once, between steps; 0: within each step")
+    teacher_table: Literal["auto", "on", "off"] = option(
+        "auto", "keep the teacher's answers to every view of an image on disk; auto does so up to 4 GiB"
+    )
+    fused_sgd: bool = option(True, "run the optimiser as one kernel")
+    loader: Literal["auto", "ffcv", "resident"] = option(
+        "auto", "where the images lie: an FFCV file, or all in memory; both give the same batches"
+    )
+    cpu_threads: int | None = option(None, "threads on a CPU (none: as many as torch takes)", positive=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher_table == "on" and not self.teacher_ahead:
+            raise ValueError("teacher_table = 'on': a teacher asked within the step fills no table; set teacher_ahead")
 
     def dtype_on(self, device: torch.device) -> torch.dtype:
-        """What networks compute in."""
+        """Return the dtype that networks compute in on `device`."""
         if self.precision != "auto":
             return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
     def epilogue_on(self, device: torch.device) -> str:
-        """ "plain", "fused" or "compiled"."""
+        """Return "plain", "fused" or "compiled", as it is on `device`."""
         if self.epilogue != "auto":
             return self.epilogue
         return "fused" if device.type == "cuda" else "plain"
 
     def captures_on(self, device: torch.device) -> bool:
-        """Whether steps are recorded and replayed.
+        """Say whether steps are recorded in a CUDA graph and replayed.
 
         Raises:
             ValueError: capture is asked for where it is not possible.

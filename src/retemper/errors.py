@@ -1,5 +1,8 @@
 """How a run ends badly: each error is one clear line for the user, and the exit code that scripts act on."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class DataError(Exception):
     """The data is missing, damaged or not what it should be; the message names the path and the fix."""
@@ -19,3 +22,9 @@ class Interrupted(KeyboardInterrupt):
 
 EXIT_CODES: dict[type[BaseException], int] = {UsageError: 2, DataError: 3, Diverged: 4}
 PREEMPTED = 75  # EX_TEMPFAIL: run the same command again
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return " (did you mean ...?)" where something known is like `word`, else nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,130 @@
+"""What a run is besides its method: the images, the networks, the attack, the optimiser, the choice of an epoch.
+
+How the step is executed is the sixth group (`retemper.engine.speed.options`). Each is a small frozen value of options.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from retemper.engine.models import MODELS
+from retemper.engine.options import Options, option
+from retemper.loaders import DATASETS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(Options):
+    """The images, and how they are varied."""
+
+    dataset: str = option(help="the data set", choices=DATASETS)
+    image_size: int | None = option(None, "resize images to this many pixels a side (none: as they are)", positive=True)
+    images_per_class: int | None = option(None, "train on so many images of each class (none: on all)", positive=True)
+    padding: int = option(4, "pad by so many pixels and crop at random; 0 switches cropping off")
+    flip: bool = option(True, "mirror half of the images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Networks(Options):
+    """Who learns from whom."""
+
+    student: str = option(help="the architecture that is trained", choices=tuple(MODELS))
+    teacher_model: str | None = option(None, "the teacher's architecture", choices=(None, *MODELS))
+    teacher_recipe: str | None = option(None, "the METHOD:SETTING that trains such a teacher")
+    train_teacher: bool = option(False, "train missing teachers and starts first, where none is given")
+    clean_teacher_model: str | None = option(
+        None, "the architecture of the second teacher, trained without attacks", choices=(None, *MODELS)
+    )
+    clean_teacher_recipe: str | None = option(None, "the METHOD:SETTING that trains such a second teacher")
+    start_recipe: str | None = option(None, "fine-tune the weights of such a METHOD:SETTING (none: begin at random)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingAttack(Options):
+    """The inner maximisation: projected gradient descent in the L-inf ball."""
+
+    eps: float = option(8 / 255, "the radius of the ball, in [0, 1] pixels: 8/255, not 8")
+    step: float = option(2 / 255, "the size of one step, in [0, 1] pixels", name="attack_step")
+    steps: int = option(10, "how many steps", name="attack_steps")
+    start: Literal["none", "normal", "uniform"] = option(
+        "normal", "where it starts: the image, 0.001 x Gaussian noise on it, uniform in the ball", name="attack_start"
+    )
+    clip_start: bool = option(False, "clip the start to [0, 1]")
+    bn_mode: Literal["eval", "train"] = option(
+        "eval", "batch norm under attack: running statistics, or the batch's own (and the running ones move)",
+        name="attack_bn",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eps > 1 or self.step > 1:
+            raise ValueError(f"eps = {self.eps}, attack_step = {self.step}: give them in [0, 1] pixels, 8/255 not 8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimisation(Options):
+    """The outer minimisation: SGD, its schedule, and what is done to the weights besides."""
+
+    epochs: int = option(300, "how many passes over the training images", positive=True)
+    batch_size: int = option(128, "images a step, over all processes together", positive=True)
+    lr: float = option(0.1, "the learning rate", positive=True)
+    lr_drops: tuple[int, ...] = option((215, 260, 285), "the epochs after which the learning rate falls: 215,260,285")
+    lr_factor: float = option(0.1, "what it is multiplied by at each drop")
+    lr_drop_of: Literal["last", "first"] = option(
+        "last", "whether a drop multiplies the last rate or the first; of the first, later drops change nothing"
+    )
+    momentum: float = option(0.9, "SGD's momentum")
+    nesterov: bool = option(False, "take Nesterov's momentum")
+    weight_decay: float = option(2e-4, "L2 penalty on all weights")
+    batch_norm: Literal["local", "synced"] = option(
+        "local", "on several GPUs: batch norm over each one's images, or over the whole batch"
+    )
+    joint: bool = option(False, "make all forwards of a step one batch to batch norm")
+    awp_gamma: float = option(0.0, "adversarial weight perturbation, relative to each layer's norm; 0 is off")
+    awp_from: int = option(1, "the first epoch that perturbs weights")
+    average: Literal["none", "ema", "swa"] = option("none", "the average of the weights that is evaluated and kept")
+    average_from: int = option(1, "the first epoch that the average takes in")
+    average_every: Literal["step", "epoch"] = option("step", "how often the average takes the weights in")
+    average_above: float = option(
+        0.0, "take in only epochs whose worst class has at least this held-out robust accuracy (with every epoch)"
+    )
+    ema_decay: float = option(0.999, "how much of the old average each update keeps")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.average == "ema" and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay = {self.ema_decay}: it must lie between 0 and 1")
+        if self.momentum >= 1 or (self.nesterov and self.momentum == 0):
+            raise ValueError(f"momentum = {self.momentum}: it must be below 1, and above 0 with nesterov")
+        if min(self.lr_drops, default=1) < 1:
+            raise ValueError(f"lr_drops = {self.lr_drops}: epochs count from 1")
+
+    def decay(self, epoch: int) -> float:
+        """Return the factor that the schedule has reached after `epoch` (from 1)."""
+        drops = sum(drop <= epoch for drop in self.lr_drops)
+        return self.lr_factor ** (min(drops, 1) if self.lr_drop_of == "first" else drops)
+
+    def lr_at(self, epoch: int) -> float:
+        """Return the learning rate during `epoch` (from 1)."""
+        return self.lr * self.decay(epoch - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection(Options):
+    """Which epoch is kept as the best: the one with the largest average + worst-class robust accuracy."""
+
+    select_on: Literal["holdout", "test"] = option(
+        "holdout", "the images that choose: held-out training images, or the test images, as the papers did"
+    )
+    holdout_per_class: int = option(100, "training images of each class that are held out; 0 keeps the last epoch")
+    select_every: int = option(10, "look every so many epochs", positive=True)
+    select_always_from: int = option(215, "look after every epoch from here on")
+    select_from: int = option(1, "the first epoch that may be kept as the best")
+    select_steps: int = option(20, "steps of the PGD attack that judges (eps/4 each); 0 judges clean images")
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether training images are held out."""
+        return self.select_on == "holdout" and self.holdout_per_class > 0
+
+    def is_due(self, epoch: int, epochs: int) -> bool:
+        """Say whether `epoch`, from 1, of `epochs` is looked at."""
+        return epoch == epochs or epoch >= self.select_always_from or epoch % self.select_every == 0

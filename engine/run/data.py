@@ -1,0 +1,100 @@
+"""The images of a run: those it trains on, batch by batch, and those that choose its best epoch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from retemper.engine.distributed.ranks import Ranks
+from retemper.engine.predict import balanced_order
+from retemper.engine.recipe import Recipe
+from retemper.errors import UsageError
+from retemper.loaders import Loader, Split, ViewSpace, holdout_split, load_split, make_loader, split_of_arrays
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """What a run learns from.
+
+    Attributes:
+        split: all training images of the data set.
+        loader: the batches that it trains on.
+        held: the images that choose the best epoch: held out of the training images, and in memory, or the test images
+            where the recipe says so. None where the last epoch is kept.
+    """
+
+    split: Split
+    loader: Loader
+    held: Split | None
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.split.classes)
+
+
+def load_data(
+    split: Split,
+    recipe: Recipe,
+    *,
+    seed: int,
+    device: torch.device,
+    data_root: Path | None,
+    cache: Path,
+    beton: Path | None,
+    ranks: Ranks,
+) -> TrainingData:
+    """Return the images of a run on `split`, the training images of its data set.
+
+    Args:
+        seed: of the order of the images and of their views.
+        cache: the folder of converted data sets.
+        beton: a converted training set to read in place of one in the cache.
+    Raises:
+        UsageError: the backend is not there, or batches and processes do not fit.
+        DataError: the images cannot be read.
+    """
+    train_indices, held_indices = chosen_indices(split, recipe)
+    loader = make_loader(
+        recipe.execution.loader,
+        split,
+        indices=train_indices,
+        batch_size=recipe.optim.batch_size,
+        seed=seed,
+        views=ViewSpace(recipe.data.padding, recipe.data.flip),
+        device=device,
+        cache_dir=cache,
+        beton=beton,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    last = loader.num_images % recipe.optim.batch_size or recipe.optim.batch_size
+    if recipe.optim.batch_norm == "synced" and last < ranks.world_size:
+        raise UsageError(
+            f"an epoch ends in a batch of {last} of {loader.num_images} images, too few for synced batch norm "
+            f"on {ranks.world_size} processes: use another --batch-size"
+        )
+    held = None
+    if recipe.selection.select_on == "test":
+        held = load_split(recipe.data.dataset, "test", data_root, recipe.data.image_size)
+    elif len(held_indices):
+        held = in_memory(split, loader, held_indices)
+    return TrainingData(split=split, loader=loader, held=held)
+
+
+def chosen_indices(split: Split, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
+    """Return the positions in `split` of the images to train on and of those held out, both int64."""
+    train, held = np.arange(len(split)), np.arange(0)
+    if recipe.selection.holds_out:
+        train, held = holdout_split(split.labels, recipe.selection.holdout_per_class)
+    if recipe.data.images_per_class is not None:
+        order = balanced_order(split.labels[train], recipe.data.images_per_class * len(split.classes))
+        train = np.sort(train[order])
+    return train, held
+
+
+def in_memory(split: Split, loader: Loader, indices: np.ndarray) -> Split:
+    """Return the images of `split` at `indices` as a split of their own, read through the loader."""
+    images = np.concatenate([batch.image.cpu().numpy() for batch in loader.walk(indices)])
+    return split_of_arrays(split.name, "train", images, split.labels[indices], split.classes, split.fingerprint)

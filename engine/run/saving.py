@@ -1,0 +1,176 @@
+"""Where a run stands, in memory and on the disk; how it is saved, and how it goes on from what was saved."""
+
+import time
+from typing import Any
+
+from retemper.engine.distributed.ranks import Ranks
+from retemper.engine.recipe import Recipe
+from retemper.engine.run.diverged import LOWER
+from retemper.engine.run.run_folder import RunFolder
+from retemper.engine.run.selection import Best, newest_best
+from retemper.engine.run.snapshot import epoch_so_far, go_on, own_part, restore, snapshot, take_own_part
+from retemper.engine.state import State
+from retemper.errors import DataError, Diverged, UsageError
+
+
+class Saver:
+    """The position of a run, and its saves.
+
+    Attributes:
+        finished, done: the epochs, and the steps of the next one, that the state in memory is behind.
+        saved: both, as they are on the disk.
+        tail: the state at the end of an epoch's steps, while that epoch is being concluded.
+        started: when the epoch would have begun, had it not been cut in two; monotonic seconds.
+        best: the best epoch so far.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        recipe: Recipe,
+        state: State,
+        ranks: Ranks,
+        *,
+        seed: int,
+        save_every: float,
+        header: dict[str, str],
+    ) -> None:
+        """`save_every` is in seconds of training; `header` is what every file of weights says of the network."""
+        self.folder, self.recipe, self.state, self.ranks = folder, recipe, state, ranks
+        self.seed, self.save_every, self.header = seed, save_every, header
+        self.finished = self.done = 0
+        self.saved = (0, 0)
+        self.tail: dict[str, Any] | None = None
+        self.started = time.monotonic()
+        self.next_save = self.started + save_every
+        self.best = Best()
+
+    def resume(self, config: dict[str, Any]) -> bool:
+        """Begin the folder with its config.json, or take up the state in it; say whether the run is a new one.
+
+        Raises:
+            UsageError: the folder is another run's, or was saved by another number of processes within an epoch.
+            DataError: what was saved is damaged.
+        """
+        found = self.ranks.broadcast(self._found(config) if self.ranks.is_first else {})
+        saved = found["state"]
+        if saved is None:
+            return True
+        if saved["step"] and saved.get("world_size", 1) != self.ranks.world_size:
+            raise UsageError(
+                f"{self.folder.state} was saved within an epoch, on {saved.get('world_size', 1)} processes: start as "
+                "many again (between epochs the number may change)"
+            )
+        try:
+            self._take_up(saved)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise DataError(f"{self.folder.state} is not this run's: delete the folder to start it anew") from None
+        self.best = Best(**found["best"])
+        self.started = time.monotonic() - saved["seconds"]
+        return False
+
+    def _found(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return what the folder holds: the state, and the best epoch so far."""
+        self.folder.begin(config)
+        saved = self.folder.load_state()
+        best = Best() if saved is None else newest_best(self.folder, saved["best"])
+        return {"state": saved, "best": best.saved()}
+
+    def _take_up(self, saved: dict[str, Any]) -> None:
+        restore(self.state, saved)
+        self.finished, self.done = self.saved = saved["epoch"], saved["step"]
+        if self.done:
+            self.start_epoch(self.finished + 1)
+        if self.ranks.joined and saved.get("world_size") == self.ranks.world_size:
+            take_own_part(self.state, saved["processes"][self.ranks.rank], running=self.done > 0)
+        elif self.done:
+            go_on(self.state, saved["so_far"])
+
+    def start_epoch(self, epoch: int) -> None:
+        """Set the state to the start of `epoch`."""
+        self.state.start_epoch(self.recipe, epoch, self.noise_seed(epoch))
+
+    def noise_seed(self, epoch: int) -> int:
+        """Return the noise seed of the epoch's first step; each step adds one."""
+        return (self.seed << 40) + (epoch << 24)
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the state in memory is ahead of the one on the disk."""
+        return self.saved != (self.finished, self.done)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the state is to be saved within the epoch."""
+        return time.monotonic() >= self.next_save
+
+    def hold_tail(self, epoch: int) -> None:
+        """Keep the state at the end of the steps of `epoch`: a signal may come before the epoch is concluded."""
+        if not self.ranks.joined:  # of several processes, none is interrupted in between
+            self.tail = self._snapshot(epoch - 1, self.done)
+
+    def keep_as_best(self, score: float, epoch: int) -> None:
+        """Write the weights as the best so far."""
+        self.best = Best(score, epoch)
+        if self.ranks.is_first:
+            self.folder.save_weights(self.folder.best, self.state.kept, self._header(epoch) | self.best.metadata())
+
+    def save_epoch(self, epoch: int, line: dict[str, Any]) -> None:
+        """Save the state after `epoch`, with its line of metrics.jsonl."""
+        state = self._snapshot(epoch, 0)
+        if self.ranks.is_first:
+            self.folder.save_epoch(line, self.state.kept, self._header(epoch), state)
+        self.finished, self.done, self.tail = epoch, 0, None
+        self._was_saved()
+
+    def save_here(self) -> None:
+        """Save the state as it stands after the newest step. Every step so far must have been finite."""
+        state = self.tail or self._snapshot(self.finished, self.done)
+        if self.ranks.is_first:
+            self.folder.save_state(state)
+        self.ranks.barrier()
+        self._was_saved()
+
+    def to_do(self) -> str:
+        """Say which epochs are left."""
+        after = f" (after step {self.done})" if self.done else ""
+        return f"epochs {self.finished + 1}{after} to {self.recipe.optim.epochs}"
+
+    def where(self, steps: int) -> str:
+        """Say where the newest save is; `steps` is how many an epoch has."""
+        if not any(self.saved):
+            return "nothing was trained yet"
+        within = f"step {self.done} of {steps} in epoch {self.finished + 1}"
+        return f"saved at {within if self.done else f'epoch {self.finished}'} in {self.folder.path}"
+
+    def kept(self) -> str:
+        """Say what a run that diverged leaves on the disk."""
+        finished, done = self.saved
+        within = f" and {done} steps of the next" if done else ""
+        return f"{self.folder.state} holds epoch {finished}{within}" if any(self.saved) else "no state was saved yet"
+
+    def _snapshot(self, finished: int, done: int) -> dict[str, Any]:
+        """Return all that going on needs, on the host.
+
+        Raises:
+            Diverged: a weight or a statistic is not finite: the last update was made before anything was seen.
+        """
+        state = snapshot(self.state)
+        if self.ranks.any(not all(value.isfinite().all() for value in state["student"].values())) == [True]:
+            when = f"epoch {finished + 1}, step {done}" if done else f"epoch {finished}"
+            raise Diverged(f"the weights are not finite after {when}; {self.kept()}. {LOWER}")
+        return state | {
+            "epoch": finished,
+            "step": done,
+            "so_far": epoch_so_far(self.state) if done else {},
+            "seconds": time.monotonic() - self.started if done else 0.0,
+            "best": self.best.saved(),
+            "world_size": self.ranks.world_size,
+            "processes": self.ranks.gather(own_part(self.state)) if self.ranks.joined else [],
+        }
+
+    def _was_saved(self) -> None:
+        self.saved, self.next_save = (self.finished, self.done), time.monotonic() + self.save_every
+
+    def _header(self, epoch: int) -> dict[str, str]:
+        return self.header | {"epoch": str(epoch)}

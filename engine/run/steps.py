@@ -1,0 +1,146 @@
+"""The steps of an epoch: every batch that is left of it, with one training step each."""
+
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from itertools import islice
+
+from torch import Tensor
+
+from retemper.console import Progress
+from retemper.engine.recipe import Recipe
+from retemper.engine.run.diverged import FiniteWatch
+from retemper.engine.run.interrupts import asked, undisturbed
+from retemper.engine.run.saving import Saver
+from retemper.engine.run.teacher_logits import TeacherLogits
+from retemper.engine.speed.capture import captured
+from retemper.engine.state import State, clean_images
+from retemper.engine.step import train_step
+from retemper.errors import DataError, Interrupted, UsageError
+from retemper.loaders import Batch, Loader
+
+STEPS_BETWEEN_READS = {"cuda": 50, "cpu": 1}  # when the host looks at the loss: for the bar, and whether it is finite
+Step = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def step_of(recipe: Recipe, state: State) -> Step:
+    """Return one training step, from a batch's image, view, label and the teacher's logits to the loss.
+
+    Raises:
+        UsageError: capture is asked for where it is not possible.
+    """
+
+    def step(image: Tensor, view: Tensor, label: Tensor, teacher_BK: Tensor | None) -> Tensor:
+        return train_step(state, recipe, clean_images(recipe, image, view), label, teacher_BK)
+
+    try:
+        return captured(step) if recipe.execution.captures_on(state.device) else step
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+class Steps:
+    """Runs the steps of one epoch after another.
+
+    Args:
+        teacher: where the teacher's logits come from; None where the step asks it.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        recipe: Recipe,
+        state: State,
+        loader: Loader,
+        teacher: TeacherLogits | None,
+        saver: Saver,
+        watch: FiniteWatch,
+    ) -> None:
+        self.step, self.recipe, self.state, self.loader = step, recipe, state, loader
+        self.teacher, self.saver, self.watch = teacher, saver, watch
+
+    def run(self, epoch: int) -> None:
+        """Train on every batch of `epoch` that is left.
+
+        Raises:
+            KeyboardInterrupt: a signal came; steps that were begun are done.
+            Diverged: a loss or a gradient is not finite.
+        """
+        self._leave_together()
+        saver, ranks, size = self.saver, self.saver.ranks, self.recipe.optim.batch_size
+        if not saver.done:
+            saver.started = time.monotonic()
+            saver.start_epoch(epoch)
+        looks, total = STEPS_BETWEEN_READS[self.state.device.type], self.loader.num_images
+        progress = Progress(f"epoch {epoch}/{self.recipe.optim.epochs}", total)
+        with progress, closing(self._batches(epoch, saver.done)) as batches:
+            progress.advance(min(saver.done * size, total))
+            for batch, teacher_BK in batches:
+                rows = min(size, total - saver.done * size)
+                self.state.part.take(len(batch.label), rows)
+                with undisturbed():
+                    loss = self.step(batch.image, batch.view, batch.label, teacher_BK)
+                    saver.done += 1
+                look, save = saver.done % looks == 0, saver.is_due
+                if ranks.joined:  # all of them do the same, and ask one another only when the host waits anyway
+                    save = look and ranks.any(save) == [True]
+                if (look or save) and not self.watch.is_finite():
+                    break
+                progress.advance(rows, f"loss {loss.item():.4f}" if look else None)
+                if look:
+                    self._leave_together()
+                if save:
+                    with undisturbed():
+                        self._save_here()
+        self._require_finite(epoch)
+
+    @contextmanager
+    def saved_on_leaving(self) -> Iterator[None]:
+        """Save what was trained where the block is left by a signal or because the images cannot be read.
+
+        Raises:
+            Interrupted: a signal came; the message says what is saved.
+            DataError: as it was.
+        """
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise Interrupted(self._save_here()) from None
+        except DataError:
+            if not self.saver.ranks.joined:  # of several processes, the others are somewhere else
+                self._save_here()
+            raise
+
+    def _leave_together(self) -> None:
+        """Raise KeyboardInterrupt where a signal came to one of several processes: each does so at this place."""
+        ranks = self.saver.ranks
+        if ranks.joined and ranks.any(asked()) == [True]:
+            raise KeyboardInterrupt
+
+    def _save_here(self) -> str:
+        """Save the state after the newest step, where that is not done yet; say where that is."""
+        if self.saver.is_ahead:
+            self._require_finite(self.saver.finished + 1)
+            if self.teacher is not None:
+                self.teacher.keep()
+            self.saver.save_here()
+        return self.saver.where(len(self.loader))
+
+    def _require_finite(self, epoch: int) -> None:
+        self.watch.require(epoch, self.saver.noise_seed(epoch), lambda step: self._batch(epoch, step), self.saver.kept)
+
+    def _batch(self, epoch: int, step: int) -> tuple[Batch, Tensor | None]:
+        with closing(self._batches(epoch, step)) as batches:
+            return next(batches)
+
+    def _batches(self, epoch: int, done: int) -> Generator[tuple[Batch, Tensor | None], None, None]:
+        """Yield each batch after so many, with the teacher's logits where they are asked for ahead.
+
+        The teacher is asked for the same batches at once as if nothing had come between: the bits may depend on it.
+        """
+        if self.teacher is None:
+            yield from ((batch, None) for batch in self.loader.epoch(epoch, done))
+            return
+        first = done - done % self.teacher.ahead
+        answered = self.teacher.epoch(self.loader.epoch(epoch, first), *self.loader.schedule(epoch, first))
+        yield from islice(answered, done - first, None)

@@ -1,0 +1,161 @@
+"""The verbs of the command line: what each does with the words that the user gave."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from retemper.engine.catalogue import find_setting, method_module, methods, override, source_of
+from retemper.errors import UsageError
+
+
+def train(arguments: Namespace) -> None:
+    """Train one run; every option of the recipe can be set (--epochs 5, --eps 8/255)."""
+    from retemper.engine.distributed.join import joined
+    from retemper.engine.run.job import Job, default_cache, default_out
+    from retemper.engine.run.teachers import with_teacher
+    from retemper.engine.run.train import train as train_job
+
+    method, name, setting = find_setting(arguments.METHOD_SETTING)
+    known = setting.recipe.options()
+    recipe = override(setting.recipe, {field: text for field, text in vars(arguments).items() if field in known})
+    if arguments.show:
+        print("\n".join(f"{field:20} {value!r}" for field, value in recipe.flat().items()))
+        return
+    with joined(arguments.device) as (ranks, device):
+        job = Job(
+            method=method,
+            setting=name,
+            recipe=recipe,
+            out=arguments.out or default_out(method, name, arguments.seed),
+            seed=arguments.seed,
+            data_root=arguments.data_root,
+            teacher=arguments.teacher,
+            clean_teacher=arguments.clean_teacher,
+            start=arguments.start,
+            cache=arguments.cache or default_cache(),
+            beton=arguments.beton,
+            device=device,
+            ranks=ranks,
+            tensorboard=arguments.tensorboard,
+            save_every=arguments.save_every,
+            deterministic=arguments.deterministic,
+        )
+        out = train_job(with_teacher(job))
+    if ranks.is_first:
+        print(out)
+
+
+def evaluate(arguments: Namespace) -> None:
+    """Attack a trained network and report by class."""
+    from retemper.engine.distributed.join import joined
+    from retemper.engine.evaluation.evaluate import EvaluationRequest, evaluate_target, summary
+
+    with joined(arguments.device) as (ranks, device):
+        path, content = evaluate_target(EvaluationRequest.from_words(arguments, ranks, device))
+    if ranks.is_first:
+        print(summary(content))
+        print(path)
+
+
+def report(arguments: Namespace) -> None:
+    """Write one page and its plots for one or more runs."""
+    from retemper.engine.report import write_report
+
+    print(write_report(arguments.runs, arguments.out))
+
+
+def compare(arguments: Namespace) -> None:
+    """Compare two runs on the same images: differences by class, intervals, McNemar's test."""
+    from dataclasses import asdict
+
+    from retemper.engine.evaluation.compare import as_text
+    from retemper.engine.evaluation.compare import compare as compare_runs
+    from retemper.engine.evaluation.verdicts import read_evaluated
+    from retemper.files import finite, write_atomically
+
+    sides = [[read_evaluated(Path(name), name) for name in side.split(",")] for side in (arguments.a, arguments.b)]
+    found = compare_runs(*sides, arguments.attack)
+    if arguments.json:
+        write_atomically(arguments.json, json.dumps(finite(asdict(found)), indent=1).encode() + b"\n")
+    print(as_text(found))
+
+
+def export(arguments: Namespace) -> None:
+    """Write a run's network for others: with a model card, or as RobustBench asks."""
+    from retemper.engine.export.export import export as export_run
+
+    print(export_run(arguments.run, arguments.out, arguments.format, arguments.weights, arguments.name))
+
+
+def convert(arguments: Namespace) -> None:
+    """Write a data set as an FFCV file."""
+    from retemper.loaders import convert as convert_split
+    from retemper.loaders import load_split
+
+    split = load_split(arguments.dataset, arguments.split, arguments.data_root, arguments.image_size)
+    convert_split(split, arguments.out)
+    print(arguments.out)
+
+
+def ls(arguments: Namespace) -> None:
+    """List the recipes that were trained; all of them with --all or WORDs."""
+    trained, others = [], []
+    for method in methods():
+        for name, setting in method_module(method).SETTINGS.items():
+            networks = setting.recipe.networks
+            who = f"{networks.student} <- {networks.teacher_model or 'no teacher'}"
+            line = f"{method}:{name}", source_of(method), setting.recipe.data.dataset, who, setting.status
+            if all(word in " ".join(line) for word in arguments.words):
+                (trained if setting.is_trained else others).append(line)
+    shown = trained + (others if arguments.all or arguments.words else [])
+    if not trained + others:
+        raise UsageError(f"no recipe's line holds {' and '.join(arguments.words)}; retemper ls --all lists them all")
+    lines = [("recipe", "source", "data set", "student <- teacher", "measured"), *shown]
+    widths = [max(len(line[column]) for line in lines) for column in range(4)]
+    for line in lines:
+        print("  ".join(f"{text:{width}}" for text, width in zip(line, [*widths, 0], strict=True)).rstrip())
+    if len(shown) < len(trained + others):
+        print(f"and {len(others)} settings that were not trained yet: retemper ls --all")
+
+
+def bench(arguments: Namespace) -> None:
+    """Time the step, the kernels, the loaders or the attack beside what else there is."""
+    from retemper.engine.bench import Request, as_table, as_text, save
+    from retemper.engine.bench import bench as measure
+    from retemper.engine.device import pick_device
+
+    for name in ("rounds", "batch"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} {value}: it must be at least 1")
+    if arguments.sweep and arguments.what != "kernels":
+        raise UsageError("--sweep: only bench kernels has block sizes to try")
+    path = arguments.json
+    if path and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise UsageError(f"--json {path}: name a file in a folder that exists")
+
+    def show(result: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        print(as_table(rows), end="\n\n", flush=True)
+        if path:
+            save(path, result)
+
+    words = {name: getattr(arguments, name) for name in ("what", "rounds", "batch", "quick", "sweep")}
+    result = measure(Request(**words, device=pick_device(arguments.device), only=tuple(arguments.only)), show)
+    if path:
+        save(path, result)
+    print(as_text(result))
+
+
+def doctor(_: Namespace) -> None:
+    """Say what is installed, what works, and the command for what is missing."""
+    from retemper.engine.doctor import examine
+
+    print(examine())
+
+
+def demo(arguments: Namespace) -> None:
+    """Train a robust teacher and two students on real digits, and compare them by class."""
+    from retemper.engine.demo import run_demo
+
+    print(run_demo(arguments.out, arguments.seed))
