@@ -62,13 +62,14 @@ def class_temperature_kl_reference(
     student: Tensor,
     teacher: Tensor,
     label: Tensor,
-    temperature: Tensor,
+    temperature: float | Tensor = 1.0,
     *,
     student_temperature: float = 1.0,
     class_weight: Tensor | None = None,
     label_trust: Tensor | None = None,
 ) -> Tensor:
     """The loss of each row in plain PyTorch, in float64: the truth for the tests, and the path on a CPU."""
+    temperature = _filled(temperature, student, teacher)
     label, temperature, class_weight, label_trust = _of_class(label, temperature, class_weight, label_trust)
     log_p = _log_softmax(teacher.double(), temperature)
     log_q = _log_softmax(student.double(), student_temperature)
@@ -86,7 +87,7 @@ def class_temperature_kl_grad_reference(
     student: Tensor,
     teacher: Tensor,
     label: Tensor,
-    temperature: Tensor,
+    temperature: float | Tensor = 1.0,
     *,
     student_temperature: float = 1.0,
     class_weight: Tensor | None = None,
@@ -94,6 +95,7 @@ def class_temperature_kl_grad_reference(
     row_grad: Tensor | None = None,
 ) -> Tensor:
     """d(sum of row_grad * loss)/d(student), likewise, into a new tensor of the student's dtype."""
+    temperature = _filled(temperature, student, teacher)
     label, temperature, class_weight, label_trust = _of_class(label, temperature, class_weight, label_trust)
     p = _log_softmax(teacher.double(), temperature).exp_()
     if label_trust is not None:
@@ -104,6 +106,13 @@ def class_temperature_kl_grad_reference(
     if row_grad is not None:
         grad *= row_grad[:, None]
     return grad.to(student.dtype)
+
+
+def _filled(temperature: float | Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+    """The (K,) temperatures; a number is written K times, rounded to the dtype in which the loss is given."""
+    if isinstance(temperature, Tensor):
+        return temperature
+    return student.new_full(student.shape[1:], temperature, dtype=compute_dtype(student, teacher))
 
 
 def _of_class(label: Tensor, *by_class: Tensor | None) -> list[Any]:
@@ -211,6 +220,7 @@ def _kl_kernel(
     row_grad_ptr,
     out_ptr,
     row_grad_stride,
+    temperature,
     student_temperature,
     B,
     STUDENT_STRIDE: tl.constexpr,  # known when compiled, as K is: what divides it decides how wide an access may be
@@ -222,13 +232,19 @@ def _kl_kernel(
     LANES: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """The weighted loss of each row into out (B,), or its gradient into out (B, K), which may be the student itself."""
+    """The weighted loss of each row into out (B,), or its gradient into out (B, K), which may be the student itself.
+
+    Without temperature_ptr every class has the one `temperature`.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     real = tl.minimum(row, B - 1)  # rows past the end repeat the last one, and are not stored
     student_row, teacher_row = student_ptr + real * STUDENT_STRIDE, teacher_ptr + real * TEACHER_STRIDE
     label = tl.load(label_ptr + real)
     known = (label >= 0) & (label < K)
-    rate_p = LOG2E / tl.load(temperature_ptr + label, mask=known, other=float("nan"))
+    own_temperature = tl.where(known, temperature, float("nan"))
+    if temperature_ptr is not None:
+        own_temperature = tl.load(temperature_ptr + label, mask=known, other=float("nan"))
+    rate_p = LOG2E / own_temperature
     rate_q = tl.full((ROWS,), LOG2E, tl.float32) / student_temperature
     scale = tl.full((ROWS,), 1.0, tl.float32)
     if weight_ptr is not None:
@@ -278,7 +294,7 @@ def _check(
     student: Tensor,
     teacher: Tensor,
     label: Tensor,
-    temperature: Tensor,
+    temperature: Tensor | None,
     class_weight: Tensor | None,
     label_trust: Tensor | None,
 ) -> None:
@@ -296,31 +312,46 @@ def _row_stride(rows: Tensor) -> int:
     return rows.stride(0) if rows.shape[0] > 1 else rows[0].numel()
 
 
+def _options(
+    temperature_by_class: Tensor | None,
+    class_weight: Tensor | None,
+    label_trust: Tensor | None,
+    temperature: float,
+    student_temperature: float,
+) -> dict[str, Any]:
+    """The arguments of an op as the references take them."""
+    return {
+        "temperature": temperature if temperature_by_class is None else temperature_by_class,
+        "student_temperature": student_temperature,
+        "class_weight": class_weight,
+        "label_trust": label_trust,
+    }
+
+
 def _launch(
     student: Tensor,
     teacher: Tensor,
     label: Tensor,
-    temperature: Tensor,
-    class_weight: Tensor | None,
-    label_trust: Tensor | None,
-    student_temperature: float,
+    by_class: tuple[Tensor | None, ...],
+    numbers: tuple[float, float],
     row_grad: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Fill `out`: (B,) with the loss of each row, or (B, K) with its gradient."""
+    """Fill `out`: (B,) with the loss of each row, or (B, K) with its gradient.
+
+    by_class holds temperature, weight and trust; numbers, the temperature without classes and the student's.
+    """
     batch, classes = student.shape
     if batch == 0:
         return
     tiles = row_tiles(classes, access_width(classes, student, teacher))
     strides = {f"{name}_STRIDE": _row_stride(rows) for name, rows in (("STUDENT", student), ("TEACHER", teacher))}
     options: dict[str, Any] = {**strides, "OUT_STRIDE": _row_stride(out), "GRAD": out.dim() == 2, **tiles, **EXACT}
-    weight, trust = (None if value is None else value.float() for value in (class_weight, label_trust))
-    tensors = (student, teacher, label, temperature.float(), weight, trust, row_grad, out)
+    vectors = (None if value is None else value.float() for value in by_class)
     row_grad_stride = 0 if row_grad is None else row_grad.stride(0)
+    arguments: Any = (student, teacher, label, *vectors, row_grad, out, row_grad_stride, *numbers, batch)
     with launching(student):
-        _kl_kernel[(triton.cdiv(batch, tiles["ROWS"]),)](
-            *tensors, row_grad_stride, student_temperature, batch, **options
-        )
+        _kl_kernel[(triton.cdiv(batch, tiles["ROWS"]),)](*arguments, **options)
 
 
 @torch.library.custom_op("retemper::class_temperature_kl", mutates_args=())
@@ -328,24 +359,18 @@ def _class_temperature_kl_op(
     student: Tensor,
     teacher: Tensor,
     label: Tensor,
-    temperature: Tensor,
+    temperature_by_class: Tensor | None,
     class_weight: Tensor | None,
     label_trust: Tensor | None,
+    temperature: float,
     student_temperature: float,
 ) -> Tensor:
-    _check(student, teacher, label, temperature, class_weight, label_trust)
+    _check(student, teacher, label, temperature_by_class, class_weight, label_trust)
+    by_class, numbers = (temperature_by_class, class_weight, label_trust), (temperature, student_temperature)
     if not runs_triton(student, teacher):
-        return class_temperature_kl_reference(
-            student,
-            teacher,
-            label,
-            temperature,
-            student_temperature=student_temperature,
-            class_weight=class_weight,
-            label_trust=label_trust,
-        )
+        return class_temperature_kl_reference(student, teacher, label, **_options(*by_class, *numbers))
     loss = student.new_empty(student.shape[0], dtype=torch.float32)
-    _launch(student, teacher, label, temperature, class_weight, label_trust, student_temperature, None, loss)
+    _launch(student, teacher, label, by_class, numbers, None, loss)
     return loss
 
 
@@ -355,24 +380,18 @@ def _backward_op(
     student: Tensor,
     teacher: Tensor,
     label: Tensor,
-    temperature: Tensor,
+    temperature_by_class: Tensor | None,
     class_weight: Tensor | None,
     label_trust: Tensor | None,
+    temperature: float,
     student_temperature: float,
 ) -> Tensor:
+    by_class, numbers = (temperature_by_class, class_weight, label_trust), (temperature, student_temperature)
     if not runs_triton(student, teacher):
-        return class_temperature_kl_grad_reference(
-            student,
-            teacher,
-            label,
-            temperature,
-            student_temperature=student_temperature,
-            class_weight=class_weight,
-            label_trust=label_trust,
-            row_grad=row_grad,
-        )
+        options = _options(*by_class, *numbers)
+        return class_temperature_kl_grad_reference(student, teacher, label, **options, row_grad=row_grad)
     grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    _launch(student, teacher, label, temperature, class_weight, label_trust, student_temperature, row_grad, grad)
+    _launch(student, teacher, label, by_class, numbers, row_grad, grad)
     return grad
 
 
@@ -381,27 +400,21 @@ def _grad_op(
     student: Tensor,
     teacher: Tensor,
     label: Tensor,
-    temperature: Tensor,
+    temperature_by_class: Tensor | None,
     class_weight: Tensor | None,
     label_trust: Tensor | None,
+    temperature: float,
     student_temperature: float,
 ) -> None:
-    _check(student, teacher, label, temperature, class_weight, label_trust)
+    _check(student, teacher, label, temperature_by_class, class_weight, label_trust)
     if student.shape[0] > 1 and student.stride(0) < student.shape[1]:
         raise ValueError(f"student: strides {student.stride()} overlap and cannot be overwritten; call .contiguous()")
+    by_class, numbers = (temperature_by_class, class_weight, label_trust), (temperature, student_temperature)
     if runs_triton(student, teacher):
-        _launch(student, teacher, label, temperature, class_weight, label_trust, student_temperature, None, student)
+        _launch(student, teacher, label, by_class, numbers, None, student)
     else:
-        grad = class_temperature_kl_grad_reference(
-            student,
-            teacher,
-            label,
-            temperature,
-            student_temperature=student_temperature,
-            class_weight=class_weight,
-            label_trust=label_trust,
-        )
-        student.copy_(grad)
+        options = _options(*by_class, *numbers)
+        student.copy_(class_temperature_kl_grad_reference(student, teacher, label, **options))
 
 
 @_class_temperature_kl_op.register_fake
@@ -420,24 +433,69 @@ def _(*args: object) -> None:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.student_temperature = inputs
+    *tensors, ctx.temperature, ctx.student_temperature = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, row_grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The student's gradient; the teacher is a constant, as in every method that uses this loss."""
-    grad = _backward_op(row_grad, *ctx.saved_tensors, ctx.student_temperature) if ctx.needs_input_grad[0] else None
-    return grad, None, None, None, None, None, None
+    """The gradient of the student; the teacher is a constant, as in every method that uses this loss."""
+    grad = None
+    if ctx.needs_input_grad[0]:
+        grad = _backward_op(row_grad, *ctx.saved_tensors, ctx.temperature, ctx.student_temperature)
+    return grad, *[None] * 7
 
 
 _class_temperature_kl_op.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.compiler.allow_in_graph
+def _call_loss(
+    student: Tensor,
+    teacher: Tensor,
+    label: Tensor,
+    temperature: float | Tensor,
+    class_weight: Tensor | None,
+    label_trust: Tensor | None,
+    student_temperature: float,
+) -> Tensor:
+    by_class, number = _split(temperature, student, teacher)
+    return _class_temperature_kl_op(
+        student, teacher, label, by_class, class_weight, label_trust, number, student_temperature
+    )
+
+
+@torch.compiler.allow_in_graph
+def _call_grad(
+    student: Tensor,
+    teacher: Tensor,
+    label: Tensor,
+    temperature: float | Tensor,
+    class_weight: Tensor | None,
+    label_trust: Tensor | None,
+    student_temperature: float,
+) -> Tensor:
+    by_class, number = _split(temperature, student, teacher)
+    _grad_op(student, teacher, label, by_class, class_weight, label_trust, number, student_temperature)
+    return student
+
+
+def _split(temperature: float | Tensor, student: Tensor, teacher: Tensor) -> tuple[Tensor | None, float]:
+    """Split the temperature into what the schema of an op can carry: (K,) temperatures or None, and one number.
+
+    torch.compile makes a number a constant of its graph, and a symbol once it has seen a second value. An op cannot
+    take a symbol: PyTorch would compile the graph anew for each value, and give up after a few. So a symbol becomes a
+    tensor. Only functions marked with allow_in_graph get to see one.
+    """
+    if isinstance(temperature, torch.SymFloat):
+        temperature = student.new_ones(student.shape[1:], dtype=compute_dtype(student, teacher)) * temperature
+    return (temperature, 1.0) if isinstance(temperature, Tensor) else (None, temperature)
 
 
 def class_temperature_kl(
     student: Tensor,
     teacher: Tensor,
     label: Tensor,
-    temperature: Tensor,
+    temperature: float | Tensor = 1.0,
     *,
     student_temperature: float = 1.0,
     class_weight: Tensor | None = None,
@@ -452,7 +510,8 @@ def class_temperature_kl(
     Args:
         student, teacher: (B, K) logits, the K of a row side by side; any two float dtypes.
         label: (B,) int64.
-        temperature, class_weight, label_trust: (K,) float32 or float64; temperatures above 0, trust in [0, 1].
+        temperature: of the teacher, above 0: one number for all classes, or (K,) float32 or float64.
+        class_weight, label_trust: (K,) float32 or float64; trust in [0, 1].
         student_temperature: one number above 0 for all classes.
         reduction: "batchmean" divides the sum by B, "mean" by B * K; "sum"; "none" gives the rows.
 
@@ -460,14 +519,14 @@ def class_temperature_kl(
         A scalar, or (B,), in nats; float32, or float64 when student or teacher is. An empty batch gives 0.
 
     Raises:
-        ValueError: a shape, dtype, device or stride does not fit; unknown reduction.
+        ValueError: a shape, dtype, device or stride does not fit; a number that is a temperature is not finite and
+            above 0; unknown reduction.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: {reduction!r}; needs one of {', '.join(REDUCTIONS)}")
-    _require_positive(student_temperature)
-    loss = _class_temperature_kl_op(
-        student, teacher, label, temperature, class_weight, label_trust, student_temperature
-    )
+    temperature = temperature if isinstance(temperature, Tensor) else _positive("temperature", temperature)
+    _positive("student_temperature", student_temperature)
+    loss = _call_loss(student, teacher, label, temperature, class_weight, label_trust, student_temperature)
     if reduction == "none":
         return loss
     total = loss.sum()
@@ -480,7 +539,7 @@ def class_temperature_kl_grad_(
     student: Tensor,
     teacher: Tensor,
     label: Tensor,
-    temperature: Tensor,
+    temperature: float | Tensor = 1.0,
     *,
     student_temperature: float = 1.0,
     class_weight: Tensor | None = None,
@@ -497,11 +556,12 @@ def class_temperature_kl_grad_(
         ValueError: as `class_temperature_kl`; or `student` is tracked by autograd.
     """
     require_writable("student", student)
-    _require_positive(student_temperature)
-    _grad_op(student, teacher, label, temperature, class_weight, label_trust, student_temperature)
-    return student
+    temperature = temperature if isinstance(temperature, Tensor) else _positive("temperature", temperature)
+    _positive("student_temperature", student_temperature)
+    return _call_grad(student, teacher, label, temperature, class_weight, label_trust, student_temperature)
 
 
-def _require_positive(student_temperature: float) -> None:
-    if not student_temperature > 0:
-        raise ValueError(f"student_temperature: {student_temperature}; needs a number above 0")
+def _positive(name: str, number: float) -> float:
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name}: {number}; needs a finite number above 0")
+    return float(number)

@@ -184,7 +184,7 @@ def _random_start_op(
         return
     whole = rows == (0, 1)
     pixels, blocks, block, programs = pixel_runs(adv, BLOCK, eps_per_sample is not None or not whole)
-    scalars = (eps_per_sample, eps, scale, pixels, blocks, *((None, None) if whole else rows))
+    scalars: tuple[Any, ...] = (eps_per_sample, eps, scale, pixels, blocks, *((None, None) if whole else rows))
     options: dict[str, Any] = {"UNIFORM": noise == "uniform", "CLIP": clip, "BLOCK": block, **EXACT}
     with launching(adv):
         _random_start_kernel[(programs,)](adv, clean, seed, *scalars, **options)

@@ -57,9 +57,10 @@ def elementwise(dtype: str) -> Iterator[Case]:
 
 
 def by_class(dtype: str) -> Iterator[Case]:
-    types = {"label_ptr": "*i64", "temperature_ptr": "*fp32", "student_temperature": "fp32", "B": "i32"}
+    types = {"label_ptr": "*i64", "temperature": "fp32", "student_temperature": "fp32", "B": "i32"}
     types |= {"row_grad_stride": "i32", "stride": "i32", "student_ptr": f"*{dtype}", "logits_ptr": f"*{dtype}"}
     types |= {
+        "temperature_ptr": "*fp32",
         "weight_ptr": "*fp32",
         "trust_ptr": "*fp32",
         "row_grad_ptr": "*fp32",
@@ -67,7 +68,7 @@ def by_class(dtype: str) -> Iterator[Case]:
         "count_ptr": "*i32",
     }
     types |= {"teacher_ptr": f"*{dtype}" if ALIGNED[dtype] else "*bf16"}
-    absent = {} if OPTIONAL[dtype] else dict.fromkeys(["weight_ptr", "trust_ptr", "row_grad_ptr"])
+    absent = {} if OPTIONAL[dtype] else dict.fromkeys(["temperature_ptr", "weight_ptr", "trust_ptr", "row_grad_ptr"])
     for classes in (10, 100, 1000):
         tiles = kl.row_tiles(classes, gcd(classes, 16 // SIZE[dtype]))
         dense = dict.fromkeys(["STUDENT_STRIDE", "TEACHER_STRIDE", "OUT_STRIDE"], classes)

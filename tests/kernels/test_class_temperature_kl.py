@@ -2,7 +2,9 @@
 
 import math
 from functools import partial
+from importlib import import_module
 from typing import Any, NamedTuple
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ LOSS_TOLERANCE = {torch.float32: 2**-20, torch.float64: 1e-12}
 GRAD_TOLERANCE = {torch.float32: 2**-21, torch.float64: 1e-12}
 # and of its own value, one ulp of the student's dtype: the interpreter truncates to bfloat16 where a GPU rounds.
 ULP = {torch.float32: 2**-22, torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float64: 1e-12}
+BITS: dict[str, Any] = {"rtol": 0, "atol": 0, "equal_nan": True}
 
 
 class Batch(NamedTuple):
@@ -213,6 +216,61 @@ def test_a_label_that_is_no_class_makes_its_row_nan(classes: int, dtype: torch.d
         assert torch.equal(loss.isnan(), bad) and torch.equal(grad.isnan(), bad[:, None].expand_as(grad))
 
 
+@pytest.mark.parametrize("path", ["triton", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("temperature", [1, 0.3, 30.0])
+def test_a_number_is_the_temperature_of_every_class(
+    temperature: float, dtype: torch.dtype, path: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if path == "reference" and device.type == "cpu":
+        monkeypatch.setattr("retemper.kernels.runtime.TRITON_ON_CPU", False)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    args = batch((17, 10), device, dtype)._replace(temperature=torch.full((10,), temperature, dtype=compute).to(device))
+    args.label[:2] = torch.tensor([-1, 10], device=device)
+    by_class: dict[str, Any] = {"class_weight": weights(10, device), "label_trust": trusts(10, device)}
+    for options in ({}, by_class):
+        number: dict[str, Any] = {"temperature": temperature, **options}
+        loss = class_temperature_kl(*args[:3], **number, reduction="none")
+        grad = grad_of_sum(Batch(*args[:3], temperature), **options)  # type: ignore[arg-type]
+        assert loss[:2].isnan().all() and grad[:2].isnan().all()  # no class, so no temperature
+        torch.testing.assert_close(loss, class_temperature_kl(*args, **options, reduction="none"), **BITS)
+        torch.testing.assert_close(grad, grad_of_sum(args, **options), **BITS)
+        student = args.student.clone()
+        assert class_temperature_kl_grad_(student, *args[1:3], **number) is student
+        torch.testing.assert_close(student, grad, **BITS)
+
+        wide: dict[str, Any] = {"temperature": args.temperature[0].item()} | {
+            name: v.double() for name, v in options.items()
+        }
+        known = args.double()
+        assert_loss(loss[2:], class_temperature_kl_reference(*known[:3], **wide)[2:])
+        assert_grad(grad[2:], class_temperature_kl_grad_reference(*known[:3], **wide)[2:], compute)
+
+
+def test_without_a_temperature_it_is_one(device: torch.device) -> None:
+    args = batch((7, 10), device)
+    assert torch.equal(class_temperature_kl(*args[:3]), class_temperature_kl(*args[:3], 1.0))
+    expected = class_temperature_kl_grad_(args.student.clone(), *args[1:3], 1.0)
+    assert torch.equal(class_temperature_kl_grad_(args.student.clone(), *args[1:3]), expected)
+    assert torch.equal(class_temperature_kl_reference(*args[:3]), class_temperature_kl_reference(*args[:3], 1.0))
+    assert torch.equal(
+        class_temperature_kl_grad_reference(*args[:3]), class_temperature_kl_grad_reference(*args[:3], 1.0)
+    )
+
+
+def test_a_number_takes_no_launch_but_ours(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher, label, _ = batch((7, 10), device)
+    kernel = MagicMock()
+    monkeypatch.setattr("torch.utils.deterministic.fill_uninitialized_memory", False)  # the NaN of conftest.py
+    monkeypatch.setattr(import_module("retemper.kernels.class_temperature_kl"), "_kl_kernel", kernel)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        class_temperature_kl(student, teacher, label, 0.3, reduction="none")
+        class_temperature_kl_grad_(student, teacher, label, 0.3)
+    names = {event.key for event in profile.key_averages() if event.key.startswith("aten::")}
+    assert kernel.__getitem__.return_value.call_count == 2
+    assert names <= {"aten::new_empty", "aten::empty", "aten::detach"}  # of which none computes
+
+
 def test_reductions(device: torch.device) -> None:
     args = batch((7, 10), device)
     rows = class_temperature_kl(*args, reduction="none")
@@ -320,6 +378,11 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
         (r"label: torch.int32; needs torch.int64", (student, teacher, label.int(), temperature), {}),
         (r"temperature: shape \(9,\); needs \(10,\)", (student, teacher, label, temperature[:9]), {}),
         (r"temperature: torch.float16", (student, teacher, label, temperature.half()), {}),
+        (r"temperature: shape \(\); needs \(10,\)", (student, teacher, label, temperature[0]), {}),
+        *(
+            (f"^temperature: {number}; needs a finite number above 0", (student, teacher, label, number), {})
+            for number in (0, -1.5, math.nan, math.inf)
+        ),
         (r"temperature: stride 0", (student, teacher, label, temperature[:1].expand(10)), {}),
         (r"class_weight: shape \(7,\)", (student, teacher, label, temperature), {"class_weight": temperature[:7]}),
         (
@@ -345,10 +408,11 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_are_well_formed_ops(dtype: torch.dtype, weighted: bool, device: torch.device) -> None:
-    student, *rest = batch((7, 10), device, dtype)
-    rest += [weights(10, device), trusts(10, device), 2.0] if weighted else [None, None, 2.0]
+@pytest.mark.parametrize("one_number", [False, True])
+def test_are_well_formed_ops(dtype: torch.dtype, one_number: bool, device: torch.device) -> None:
+    student, teacher, label, temperature = batch((7, 10), device, dtype)
+    by_class = (temperature, weights(10, device), trusts(10, device), 1.0) if not one_number else (*[None] * 3, 0.3)
+    rest = (teacher, label, *by_class, 2.0)
     ops = torch.ops.retemper
     torch.library.opcheck(ops.class_temperature_kl.default, (student.clone().requires_grad_(), *rest))
     torch.library.opcheck(ops.class_temperature_kl_grad_.default, (student, *rest))
@@ -374,3 +438,25 @@ def test_compiles_into_one_graph(device: torch.device) -> None:
     expected = grad_of_sum(twice, **by_class)
     torch.testing.assert_close(student.grad, 2 * expected / 7)
     torch.testing.assert_close(direction(args.student), expected)
+
+
+def test_a_number_that_varies_is_compiled_twice_at_most(device: torch.device) -> None:
+    """Once as a constant, once as a variable: PyTorch gives up on a function that it compiles anew for every number."""
+    student, teacher, label, _ = batch((7, 10), device)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(student: Tensor, changed: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        class_temperature_kl_grad_(changed, teacher, label, temperature)
+        loss = class_temperature_kl(student, teacher, label, temperature)
+        return loss, class_temperature_kl_grad_(2 * student.detach(), teacher, label, temperature)
+
+    with torch._dynamo.config.patch(recompile_limit=2):  # one more would raise an error
+        for temperature in (0.05, 7.0, 0.3, 30.0):
+            own, changed = student.clone().requires_grad_(), student.clone()
+            loss, direction = compiled(own, changed, temperature)
+            loss.backward()
+            args = Batch(student, teacher, label, torch.full((10,), temperature, device=device))
+            torch.testing.assert_close(loss, class_temperature_kl(*args))
+            torch.testing.assert_close(own.grad, grad_of_sum(args) / 7)
+            torch.testing.assert_close(direction, grad_of_sum(args._replace(student=2 * student)))
+            torch.testing.assert_close(changed, grad_of_sum(args))
