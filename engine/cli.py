@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from retemper.engine.catalogue import find_setting, method_module, methods, nearest, override
+from retemper.engine.device import is_out_of_memory
 from retemper.engine.distributed.join import is_first, speaker
 from retemper.engine.recipe import describe
 from retemper.engine.run import interrupts
@@ -75,6 +76,12 @@ def reported(act: Callable[[], None], goes_on: bool) -> int:
     except OSError as error:
         print(f"retemper: error: {speaker()}{error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return EXIT_CODES[DataError]
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        first = (str(error).strip().splitlines() or ["no more is said"])[0]
+        print(f"retemper: error: {speaker()}out of memory ({first[:200]})", file=sys.stderr)
+        return EXIT_CODES[UsageError]
 
 
 def _named_recipe(argv: list[str]) -> str | None:

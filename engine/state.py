@@ -76,11 +76,10 @@ class State:
         student = channels_last(student, device) if recipe.channels_last else student.to(device)
         precision, epilogue = recipe.dtype_on(device), recipe.epilogue_on(device)
         if recipe.fold:
-            form = precision, epilogue, recipe.pad_stem
-            teacher, clean_teacher = (one and _folded(one, *form) for one in (teacher, clean_teacher))
+            teacher, clean_teacher = (one and _folded(one, precision, epilogue) for one in (teacher, clean_teacher))
         twin = None
         if recipe.fold and recipe.attack_bn == "eval" and recipe.attack_steps:
-            twin = Folded(student, precision, epilogue, recipe.pad_stem)
+            twin = Folded(student, precision, epilogue)
         guard, optimizer = Guard(device), sgd(recipe, student, device)
         scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
         if recipe.fused_sgd and not scaler.is_enabled():
@@ -175,9 +174,9 @@ class State:
             ranks.all_reduce_(count, largest=True)  # of batches: an idle process has seen one less
 
 
-def _folded(teacher: nn.Module, dtype: torch.dtype, epilogue: str, pad_stem: bool) -> nn.Module:
+def _folded(teacher: nn.Module, dtype: torch.dtype, epilogue: str) -> nn.Module:
     try:
-        return Folded(teacher, dtype, epilogue, pad_stem)
+        return Folded(teacher, dtype, epilogue)
     except ValueError:  # it may be anybody's network
         return teacher
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from retemper.engine.device import is_out_of_memory
 from retemper.errors import DataError
 
 
@@ -128,7 +129,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or _is_capturing():
+            if is_out_of_memory(error) or _is_capturing():
                 raise
             reason = str(error).strip().splitlines()[0].rpartition("] ")[2]
             raise RankLost(

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 
+from retemper.engine.device import is_out_of_memory
 from retemper.engine.run.job import Job
 from retemper.errors import UsageError
-
-ON_A_CPU = "can't allocate memory", "could not create a primitive"  # torch's allocator; oneDNN, for a convolution
 
 
 @contextmanager
@@ -19,13 +18,10 @@ def memory_advice(job: Job) -> Iterator[None]:
     """Raises UsageError: what is inside asked for more memory than there is."""
     try:
         yield
-    except MemoryError as error:
-        raise UsageError(_advice(job, str(error))) from None
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        words = str(error)
-        if not isinstance(error, torch.OutOfMemoryError) and not any(sign in words for sign in ON_A_CPU):
+    except Exception as error:
+        if not is_out_of_memory(error):
             raise
-        raise UsageError(_advice(job, words)) from None
+        raise UsageError(_advice(job, str(error))) from None
 
 
 def _advice(job: Job, words: str) -> str:

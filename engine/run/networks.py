@@ -8,7 +8,7 @@ from torch import nn
 from retemper.console import say
 from retemper.engine.checkpoints.find import Network, Source, find_network
 from retemper.engine.checkpoints.header import Facts, require_same_images
-from retemper.engine.checkpoints.published import Released, clean_accuracy, margin, require_stated_accuracy
+from retemper.engine.checkpoints.published import Published, clean_accuracy, margin, require_stated_accuracy
 from retemper.engine.checkpoints.weights import load_checkpoint, load_state
 from retemper.engine.run.job import Job
 from retemper.errors import DataError, UsageError
@@ -21,7 +21,7 @@ class Networks:
     def __init__(self, job: Job, split: Split) -> None:
         self.job, self.split = job, split
         self.num_classes, self.channels = len(split.classes), split.shape[2]
-        self.teachers: list[tuple[nn.Module, Released | None]] = []
+        self.teachers: list[tuple[nn.Module, Published | None]] = []
 
     def teacher(self, model: str | None, name: str | Path | None) -> tuple[nn.Module | None, Source | None]:
         """A frozen teacher, and how the config names it; nothing where the recipe has none.
@@ -34,7 +34,7 @@ class Networks:
         assert name is not None
         network, facts = self._found(name, model, "the teacher")
         teacher, source = self._loaded(network, facts)
-        self.teachers.append((teacher, network.released))
+        self.teachers.append((teacher, network.published))
         return teacher, source
 
     def check(self, held: Split | None) -> None:
@@ -93,8 +93,8 @@ class Networks:
         network = find_network(name, dataset=dataset)
         facts = network.facts
         require_same_images(f"{whose} {name}", facts, self.num_classes, self.channels)
-        if network.released is not None:
-            say(f"{whose} {name} is {network.released.title}")
+        if network.published is not None:
+            say(f"{whose} {name} is {network.published.title}")
         if facts.image_size not in (None, self.split.shape[0]):
             say(f"note: {whose} saw images of {facts.image_size} px, the student's have {self.split.shape[0]}")
         if facts.dataset not in (None, dataset):

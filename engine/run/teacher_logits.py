@@ -134,7 +134,6 @@ def _table(job: Job, state: State, loader: Loader, split: Split, source: Source,
         "data": [recipe.dataset, split.fingerprint, recipe.image_size],
         "padding": recipe.padding,
         "computed": [str(state.precision), recipe.fold, recipe.epilogue_on(device), recipe.channels_last],
-        "pad_stem": recipe.pad_stem,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
     }

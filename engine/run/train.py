@@ -23,7 +23,14 @@ from torch import Tensor
 from retemper.console import Progress, say
 from retemper.engine.checkpoints.header import Facts
 from retemper.engine.class_report import by_class
-from retemper.engine.device import cpu_threads, device_name, exact_fp32, repeatable, tuned_convolutions
+from retemper.engine.device import (
+    cpu_threads,
+    device_name,
+    exact_fp32,
+    is_out_of_memory,
+    repeatable,
+    tuned_convolutions,
+)
 from retemper.engine.epoch_stats import EpochStats, HeldOut
 from retemper.engine.models import create_model
 from retemper.engine.predict import Attack, balanced_order, predictions
@@ -180,7 +187,9 @@ class Run:
             )
         try:
             self._take_up(saved)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            if is_out_of_memory(error):
+                raise
             raise DataError(f"{self.folder.state} is not this run's: delete the folder to start it anew") from None
         self.best = Best(**found["best"])
         self.started = time.monotonic() - saved["seconds"]
