@@ -26,7 +26,7 @@ from torch import nn
 
 from retemper.console import say
 from retemper.engine import create_model, load_checkpoint
-from retemper.engine.checkpoints.header import facts_of, load_trained
+from retemper.engine.checkpoints.header import load_network, read_facts
 from retemper.engine.device import device_name, exact_fp32
 from retemper.engine.evaluation.autoattack import SuiteRequest, run_suite
 from retemper.engine.evaluation.ledger import Ledger
@@ -61,10 +61,10 @@ def ours(model: nn.Module, split: Split, rows: np.ndarray, request: SuiteRequest
 def compared(run: Path, images: int, piece: int, batch_size: int, device: torch.device) -> dict[str, Any]:
     """Seconds and verdicts of the three, on one run."""
     weights = RunFolder(run).best
-    facts = facts_of(weights)
+    facts = read_facts(weights)
     assert facts.model and facts.num_classes and facts.dataset and facts.eps
     split = load_split(facts.dataset, "test", None, facts.image_size)
-    plain = load_trained(weights, facts, device)
+    plain = load_network(weights, facts, device)
     users = create_model(facts.model, facts.num_classes, channels=facts.channels)
     load_checkpoint(weights, users)
     users = users.to(device).eval()

@@ -26,7 +26,8 @@ from runs import commits, copy_records
 
 from retemper.console import Progress, say
 from retemper.engine.catalogue import find_setting
-from retemper.engine.checkpoints.weights import load_checkpoint, state_digest
+from retemper.engine.checkpoints.external import state_digest
+from retemper.engine.checkpoints.weights import load_checkpoint
 from retemper.engine.class_report import class_report
 from retemper.engine.cli import reported
 from retemper.engine.device import device_name

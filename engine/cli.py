@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from retemper.engine.arguments import command_line, named_recipe
+from retemper.engine.device import is_out_of_memory
 from retemper.engine.distributed.join import is_first, speaker
 from retemper.engine.run import interrupts
 from retemper.errors import EXIT_CODES, PREEMPTED, DataError, UsageError, nearest
@@ -65,3 +66,9 @@ def reported(act: Callable[[], None], goes_on: bool) -> int:
     except OSError as error:
         print(f"retemper: error: {speaker()}{error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return EXIT_CODES[DataError]
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        first = (str(error).strip().splitlines() or ["no more is said"])[0]
+        print(f"retemper: error: {speaker()}out of memory ({first[:200]})", file=sys.stderr)
+        return EXIT_CODES[UsageError]

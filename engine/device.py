@@ -1,9 +1,12 @@
-"""The device and how it computes: which one, how many threads, TF32, precision, repeatability."""
+"""The device that tensors live on, and how torch computes there: threads, TF32, tuned and repeatable kernels, memory.
+
+Every switch of torch that is global is a context manager here, which puts it back as it was.
+"""
 
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,18 @@ import torch
 from retemper.errors import UsageError
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OUT_OF_MEMORY = (  # in the words of Linux; torch's allocator; oneDNN, for a convolution; CUDA; cuBLAS and cuDNN
+    *("Cannot allocate memory", "can't allocate memory", "could not create a primitive"),
+    *("out of memory", "STATUS_ALLOC_FAILED"),
+)
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device called `name`, or the best there is.
+    """Return the device called `name`: "cpu", "cuda" or "cuda:N"; the first GPU, or else the CPU, for None.
 
     Raises:
-        UsageError: no such device here; or this is one of several processes (parallel/ranks.py has the device of each).
+        UsageError: there is no such device here; or this is one of several processes, whose devices
+            `distributed.join` picks.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UsageError("torchrun is for retemper train and evaluate: leave it out, or say --nproc-per-node 1")
@@ -35,7 +43,7 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """The device in words."""
+    """Return the model of the GPU, or the model of the CPU and the number of threads that torch uses there."""
     if device.type == "cuda":
         return f"cuda: {torch.cuda.get_device_name(device)}"
     for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -46,7 +54,7 @@ def device_name(device: torch.device) -> str:
 
 @contextmanager
 def cpu_threads(number: int | None) -> Iterator[None]:
-    """Torch computes with so many threads inside; None leaves them alone."""
+    """Compute with `number` CPU threads inside; None keeps the number that torch has."""
     before = torch.get_num_threads()
     torch.set_num_threads(number or before)
     try:
@@ -55,20 +63,14 @@ def cpu_threads(number: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@contextmanager
-def tuned_convolutions() -> Iterator[None]:
-    """Let cuDNN try its convolutions on the shapes it meets and keep the fastest."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
+def tuned_convolutions() -> AbstractContextManager[None]:
+    """Let cuDNN time its convolutions on every new shape inside, and use the fastest."""
+    return _switched(True, (torch.backends.cudnn, "benchmark"))
 
 
 @contextmanager
 def repeatable() -> Iterator[None]:
-    """The same bits from the same work inside, on a GPU too: slower wherever two threads could race."""
+    """Get the same bits from the same work inside, on a GPU too: slower wherever two threads could race."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS may sum in another order
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
@@ -78,29 +80,39 @@ def repeatable() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-@contextmanager
-def exact_fp32() -> Iterator[None]:
-    """Switch TF32 off inside: convolutions on recent GPUs use it by default."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+def exact_fp32() -> AbstractContextManager[None]:
+    """Compute float32 products and convolutions in float32 inside: recent GPUs use TF32 by default."""
+    return in_precision("fp32")
 
 
-@contextmanager
-def in_precision(precision: str) -> Iterator[None]:
-    """Matrix products and convolutions of float32 in TF32 where the group is "tf32", in full float32 otherwise.
+def in_precision(precision: str) -> AbstractContextManager[None]:
+    """Compute float32 products and convolutions in TF32 inside if `precision` is "tf32", and in float32 otherwise.
 
-    The others, "bf16" and "fp16", name the dtype of the tensors; nothing is switched for them.
+    "bf16" and "fp16" are dtypes of tensors (`DTYPES`), so that no switch belongs to them.
     """
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [backend.allow_tf32 for backend in backends]
+    switches = (torch.backends.cuda.matmul, "allow_tf32"), (torch.backends.cudnn, "allow_tf32")
+    return _switched(precision == "tf32", *switches)
+
+
+@contextmanager
+def _switched(value: bool, *switches: tuple[Any, str]) -> Iterator[None]:
+    """Set switches, each named by its owner and attribute, inside."""
+    before = [getattr(owner, name) for owner, name in switches]
     try:
-        for backend in backends:
-            backend.allow_tf32 = precision == "tf32"
+        for owner, name in switches:
+            setattr(owner, name, value)
         yield
     finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.allow_tf32 = value
+        for (owner, name), was in zip(switches, before, strict=True):
+            setattr(owner, name, was)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an allocator of Python, torch, oneDNN, CUDA or Linux raised `error` for want of memory.
+
+    Whoever catches all that somebody else's code may raise asks this first, and lets such an error pass: it says
+    nothing about that code or its data.
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError | OSError) and any(sign in str(error) for sign in OUT_OF_MEMORY)

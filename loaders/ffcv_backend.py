@@ -93,6 +93,8 @@ class FfcvLoader(Loader):
                 item = pump.output_queue.get(timeout=POLL_S)
             except Empty:
                 if not pump.is_alive() and pump.output_queue.empty():
+                    if isinstance(pump.failure, MemoryError):
+                        raise pump.failure from None
                     raise DataError(f"FFCV stopped reading {self.path} ({pump.failure!r}): {fix}") from pump.failure
                 if time.monotonic() > end:
                     limit = f"{self._timeout_s:g} s"

@@ -15,13 +15,13 @@ MODULES = {  # that run what they read, fetch from a network, or unpack archives
     **dict.fromkeys(["dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml", "tarfile", "code", "runpy"], ()),
     **dict.fromkeys(["urllib", "requests", "http", "socket", "ftplib"], ()),
     # a reader that knows five names; the errors of torch.load
-    "pickle": ("loaders/pickles.py", "engine/networks/weights.py"),
+    "pickle": ("loaders/pickles.py", "engine/checkpoints/weights.py"),
 }
 CALLS = {  # the end of a dotted name, and where it is let in
     **dict.fromkeys(["eval", "exec", "compile", "__import__", "system", "popen", "unpack_archive"], ()),
     **dict.fromkeys(["extract", "extractall"], ()),
     **dict.fromkeys(["all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list"], ()),
-    "spec_from_file_location": ("engine/networks/foreign.py",),  # the user's own file, named by the user
+    "spec_from_file_location": ("engine/checkpoints/external.py",),  # the user's own file, named by the user
 }
 METHODS = {"eval", "compile"}  # as in model.eval(), torch.compile and re.compile: something else behind a dot
 

@@ -50,7 +50,6 @@ BARE: dict[str, Any] = dict(
     channels_last=False,
     fold=False,
     epilogue="plain",
-    pad_stem=False,
     capture="off",
     teacher_ahead=0,
     teacher_table="off",
@@ -96,7 +95,6 @@ OTHERWISE = (  # the whole ladder but for one thing, asking the teacher in each 
     Rung("all but fused epilogues", dict(epilogue="plain"), "rounding", "not used on a CPU"),
     Rung("all but the graph", dict(capture="off"), "bitwise", "not used on a CPU"),
     Rung("twin compiled instead of fused", dict(epilogue="compiled"), "rounding"),
-    Rung("and a padded stem", dict(pad_stem=True), "rounding"),
 )
 
 

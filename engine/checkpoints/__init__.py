@@ -1,1 +1,1 @@
-"""Where networks come from and go to: checkpoints, runs, foreign code, teachers, exports."""
+"""Networks on disk and by name: checkpoint files, their headers, published networks, and other people's code."""

@@ -1,11 +1,11 @@
-"""Networks that are not this library's: RobustBench's by name, and the user's own by file.
+"""Networks whose code is not this library's: RobustBench's by name, and the user's own by file.
 
     robustbench:NAME[@DATASET[/THREAT]]   as the package `robustbench` loads it; Linf where no threat is named
     path/to/net.py:factory                the nn.Module that `factory` of the user's file returns, its weights in it
 
-What is trusted: the user's file, which is run as it stands, and the code of the package `robustbench`. The checkpoints
-that the package downloads are not: while it loads one, `torch.load` reads weights only, whatever the package asks for.
-Dimension key: B batch, C channels, H, W, K classes.
+The user's file is trusted and runs as it stands; so does the code of the package `robustbench`. The checkpoints that
+the package downloads are not trusted: while it loads one, `torch.load` reads weights only, whatever the package asks
+for. Dimension key: B batch, C channels, H, W, K classes.
 """
 
 import importlib
@@ -25,12 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from retemper.engine.catalogue import nearest
-from retemper.engine.checkpoints.weights import state_digest
+from retemper.engine.checkpoints.weights import plain_name
+from retemper.engine.device import is_out_of_memory
 from retemper.engine.models import channels_last
 from retemper.errors import DataError, UsageError
 
 INSTALL = (
-    "pip install robustbench 'git+https://github.com/fra31/auto-attack'"  # it imports the second, and does not ask
+    "pip install robustbench 'git+https://github.com/fra31/auto-attack'"  # robustbench imports it, and does not ask
 )
 ROBUSTBENCH = re.compile(r"robustbench:(?P<model>[^@/]+)(@(?P<dataset>[^@/]+)(/(?P<threat>[^@/]+))?)?")
 USER = re.compile(r"(?P<file>.+\.py):(?P<factory>\w+)")
@@ -46,57 +47,60 @@ class RobustBenchNetwork:
 
     @property
     def name(self) -> str:
-        """Its name in full."""
+        """The name in full, with data set and threat."""
         return f"robustbench:{self.model}@{self.dataset}/{self.threat}"
 
     def build(self, num_classes: int, channels: int, cache: Path) -> object:
-        """What the package loads. Raises UsageError, DataError."""
+        """Return what the package loads; `cache` is where it puts its downloads.
+
+        Raises:
+            UsageError: the package is not installed.
+            DataError: the package does not load this network.
+        """
         try:
             utils = importlib.import_module("robustbench.utils")
         except ImportError as error:
             raise UsageError(f"{self.name} needs the package robustbench ({error}): {INSTALL}") from None
-        try:
-            with _weights_only():
-                return utils.load_model(
-                    model_name=self.model,
-                    dataset=self.dataset,
-                    threat_model=self.threat,
-                    model_dir=str(cache / "robustbench"),
-                )
-        except Exception as error:  # whatever the package, its downloads and torch.load raise
-            raise DataError(f"RobustBench does not load {self.name} ({_told(error)})") from None
+        folder = str(cache / "robustbench")
+        with _failing_as(f"RobustBench does not load {self.name}"), _weights_only():
+            return utils.load_model(
+                model_name=self.model, dataset=self.dataset, threat_model=self.threat, model_dir=folder
+            )
 
     def digest(self, state: str) -> str:
-        """What tells this network from another, from the digest of its state."""
+        """Return what identifies this network, given the digest of its state: that digest alone."""
         return state
 
 
 @dataclass(frozen=True, kw_only=True)
 class UserNetwork:
-    """What a function or a class of the user's own file returns."""
+    """What a function or a class of the user's own file returns. The data set that it was trained on is not known."""
 
     file: Path
     factory: str
-    dataset: str | None = None  # it does not say
+    dataset: str | None = None
 
     @property
     def name(self) -> str:
-        """Likewise."""
+        """The file and the factory, as the user wrote them."""
         return f"{self.file}:{self.factory}"
 
     def build(self, num_classes: int, channels: int, cache: Path) -> object:
-        """What the factory returns, given those of `num_classes` and `channels` that it names. Raises likewise."""
+        """Return what the factory returns. It is given `num_classes` and `channels` if its parameters are named so.
+
+        Raises:
+            UsageError: the file has no such function.
+            DataError: there is no such file, or its code raises an error.
+        """
         with _importable(self.file.parent):
             module = self._module()
             if not callable(factory := getattr(module, self.factory, None)):
                 known = [name for name, value in vars(module).items() if callable(value)]
                 raise UsageError(f"{self.file} has no function {self.factory!r}{nearest(self.factory, known)}")
-            try:
+            with _failing_as(f"{self.name} builds no network"):
                 given = dict(num_classes=num_classes, channels=channels)
-                wanted = {name: given[name] for name in given.keys() & inspect.signature(factory).parameters.keys()}
-                return factory(**wanted)
-            except Exception as error:  # whatever the user's own code raises
-                raise DataError(f"{self.file}:{self.factory} builds no network ({_told(error)})") from None
+                wanted = given.keys() & inspect.signature(factory).parameters.keys()
+                return factory(**{name: given[name] for name in wanted})
 
     def _module(self) -> ModuleType:
         name = f"user_network_{self.file.stem}"
@@ -104,32 +108,31 @@ class UserNetwork:
         if spec is None or spec.loader is None or not self.file.is_file():
             raise DataError(f"{self.file} does not exist: name the file that holds your network")
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        try:
+        with _failing_as(f"{self.file} cannot be imported"):
             spec.loader.exec_module(module)
-        except Exception as error:  # likewise
-            raise DataError(f"{self.file} cannot be imported ({_told(error)})") from None
         return module
 
     def digest(self, state: str) -> str:
-        """Likewise; the file counts too, since the same weights in other code are another network."""
+        """Return what identifies this network: the same weights in another file are another network."""
         return sha256(state.encode() + self.file.read_bytes()).hexdigest()
 
 
-Foreign = RobustBenchNetwork | UserNetwork
-Shape = tuple[int, int, int]
+ExternalNetwork = RobustBenchNetwork | UserNetwork
+Shape = tuple[int, int, int]  # (H, W, C) of images
 
 
-def foreign(name: str, dataset: str | None) -> Foreign | None:
-    """The network that `name` means, if it has one of the two forms above; None for a checkpoint or a folder.
+def external_network(name: str, dataset: str | None) -> ExternalNetwork | None:
+    """Return the network that `name` means, or None if it has none of the two forms and must be a file or a folder.
 
     Args:
-        dataset: of the images at hand: RobustBench's where the name says none.
+        dataset: RobustBench's data set where the name says none: that of the images at hand.
     Raises:
-        UsageError: it is nearly of one of the forms.
+        UsageError: the name is almost of one of the forms.
     """
     if found := ROBUSTBENCH.fullmatch(name):
-        where = dict(dataset=found["dataset"] or dataset, threat=found["threat"] or "Linf")
-        return RobustBenchNetwork(model=found["model"], **where)
+        return RobustBenchNetwork(
+            model=found["model"], dataset=found["dataset"] or dataset, threat=found["threat"] or "Linf"
+        )
     if found := USER.fullmatch(name):
         return UserNetwork(file=Path(found["file"]), factory=found["factory"])
     if name.startswith("robustbench:"):
@@ -139,14 +142,17 @@ def foreign(name: str, dataset: str | None) -> Foreign | None:
     return None
 
 
-def load_foreign(
-    network: Foreign, num_classes: int, shape: Shape, device: torch.device, cache: Path
+def load_external(
+    network: ExternalNetwork, num_classes: int, shape: Shape, device: torch.device, cache: Path
 ) -> tuple[nn.Module, str]:
-    """The network, frozen, in eval mode, channels-last where it can; and its digest.
+    """Build a network, and try it on two grey images.
 
     Args:
         shape: (H, W, C) of the images.
-        cache: where downloads go.
+        cache: the folder for downloads.
+    Returns:
+        The network, from (B, C, H, W) pixels to (B, K) logits: frozen, float32, in eval mode, channels-last if its
+        code can do that; and its digest, 64 hexadecimal digits.
     Raises:
         UsageError, DataError: it cannot be built, or does not map such images to so many logits.
     """
@@ -163,8 +169,10 @@ def load_foreign(
             model = layout(built, device)
             with torch.no_grad():
                 answer = model(image)
-        except Exception as error:  # whatever its code raises
-            problem = _told(error)
+        except Exception as error:  # the network's code may raise anything
+            if is_out_of_memory(error):
+                raise
+            problem = _first_line(error)
             continue
         if not isinstance(answer, Tensor) or answer.shape != (2, num_classes):
             got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
@@ -175,21 +183,49 @@ def load_foreign(
     raise DataError(f"{network.name} does not take images of {C} x {H} x {W} ({problem})")
 
 
+def state_digest(model: nn.Module) -> str:
+    """Return the SHA-256 of all weights and statistics, 64 hexadecimal digits: names, dtypes, shapes and bytes."""
+    state = {plain_name(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    digest = sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 class Contiguous(nn.Module):
-    """A network that takes images laid out channel by channel only."""
+    """A network whose code does not take channels-last images: it is given contiguous copies of them."""
 
     def __init__(self, network: nn.Module, device: torch.device) -> None:
         super().__init__()
         self.module = network.to(device, memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, K)."""
+        """Map (B, C, H, W) pixels to (B, K) logits."""
         return self.module(image.clone(memory_format=torch.contiguous_format))
 
 
 @contextmanager
+def _failing_as(problem: str) -> Iterator[None]:
+    """Turn whatever somebody else's code raises inside into a DataError that begins with `problem`."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise DataError(f"{problem} ({_first_line(error)})") from None
+
+
+def _first_line(error: Exception) -> str:
+    """Return the error's type and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+
+
+@contextmanager
 def _weights_only() -> Iterator[None]:
-    """Whoever calls `torch.load` inside gets tensors or an error, never the code of a pickle."""
+    """Make every `torch.load` inside read tensors or fail; it never runs the code of a pickle."""
     force, refuse = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
     before = {name: os.environ.pop(name, None) for name in (force, refuse)}
     os.environ[force] = "1"
@@ -202,15 +238,9 @@ def _weights_only() -> Iterator[None]:
 
 @contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """Modules beside the user's file can be imported inside, as if it were run."""
+    """Let code inside import the modules of `folder`, as Python does for a file that it runs."""
     sys.path.insert(0, str(folder.resolve()))
     try:
         yield
     finally:
         sys.path.remove(str(folder.resolve()))
-
-
-def _told(error: Exception) -> str:
-    """An exception of somebody else's code in half a line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__

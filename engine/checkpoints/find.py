@@ -1,4 +1,4 @@
-"""The networks that a run or an evaluation is given by name: checkpoints, runs, RobustBench's, and the user's own."""
+"""Find the networks that a run or an evaluation names: checkpoints, runs, RobustBench's, and the user's own."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,67 +6,69 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from retemper.engine.checkpoints.external import Foreign, Shape, foreign, load_foreign
-from retemper.engine.checkpoints.header import Facts, facts_of, load_trained, weights_of
-from retemper.engine.checkpoints.published import Released, released
+from retemper.engine.checkpoints.external import ExternalNetwork, Shape, external_network, load_external
+from retemper.engine.checkpoints.header import Facts, find_weights, load_network, read_facts
+from retemper.engine.checkpoints.published import Published, published
 from retemper.files import file_digest
 
-Source = dict[str, str]  # how config.json names a network: path, model, sha256, and released where it is known
+Source = dict[str, str]  # how config.json names a network: path, model, sha256, and "released" if it is a published one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """What a name means, not loaded yet.
+    """What a name means. The network itself is not loaded yet.
 
     Attributes:
         name: as the user wrote it.
-        facts: what it says of itself, or is known to be.
-        weights, sha256: the checkpoint's file and its digest; None where code builds the network.
-        builder: that code.
-        released: what the literature says of it.
+        facts: what its file says or what is published about it.
+        weights, sha256: the checkpoint file and its digest; None for an external network.
+        external: the code that builds it; None for a checkpoint.
+        published: what the literature says about it, if it is in the list.
     """
 
     name: str
     facts: Facts
     weights: Path | None = None
     sha256: str | None = None
-    builder: Foreign | None = None
-    released: Released | None = None
+    external: ExternalNetwork | None = None
+    published: Published | None = None
 
     def load(self, facts: Facts, shape: Shape, device: torch.device, cache: Path) -> tuple[nn.Module, Source]:
-        """The network, frozen, in eval mode, on `device`; and how config.json names it.
+        """Load the network, frozen and in eval mode, on `device`.
 
         Args:
             facts: with the number of classes, and for a checkpoint the architecture.
             shape: (H, W, C) of the images.
-            cache: where downloads go.
+            cache: the folder for downloads.
+        Returns:
+            The network, from (B, C, H, W) pixels to (B, K) logits; and how config.json names it.
         Raises:
             UsageError, DataError: it cannot be used.
         """
-        if self.builder is None:
+        if self.external is None:
             assert self.weights is not None and self.sha256 is not None
-            model, sha256 = load_trained(self.weights, facts, device), self.sha256
+            model, sha256 = load_network(self.weights, facts, device), self.sha256
         else:
             assert facts.num_classes is not None
-            model, sha256 = load_foreign(self.builder, facts.num_classes, shape, device, cache)
+            model, sha256 = load_external(self.external, facts.num_classes, shape, device, cache)
         source = {"path": self.name, "model": str(facts.model), "sha256": sha256}
-        return model, source | ({} if self.released is None else {"released": self.released.title})
+        return model, source | ({} if self.published is None else {"released": self.published.title})
 
 
 def find_network(target: str | Path, *, dataset: str | None, which: str = "best") -> Network:
-    """The network that `target` means: one of the forms of foreign.py, a checkpoint, or a run's `which` weights.
+    """Find the network that `target` means: an external one, a checkpoint file, or the `which` weights of a run.
 
     Args:
-        dataset: of the images at hand, where it is known.
+        dataset: that of the images at hand, if it is known.
     Raises:
         UsageError, DataError: there is none.
     """
     name = str(target)
-    if (builder := foreign(name, dataset)) is not None:
-        facts = Facts(model=builder.name, dataset=builder.dataset)
-        return Network(name=name, facts=facts, builder=builder, released=released(builder.name))
-    weights = weights_of(Path(target), which)
+    if (external := external_network(name, dataset)) is not None:
+        facts = Facts(model=external.name, dataset=external.dataset)
+        return Network(name=name, facts=facts, external=external, published=published(external.name))
+    weights = find_weights(Path(target), which)
     sha256 = file_digest(weights)
-    known = released(sha256)
-    facts = facts_of(weights).or_else(Facts() if known is None else Facts(model=known.model, dataset=known.dataset))
-    return Network(name=name, facts=facts, weights=weights, sha256=sha256, released=known)
+    known = published(sha256)
+    facts = read_facts(weights).or_else(Facts() if known is None else Facts(model=known.model, dataset=known.dataset))
+    return Network(name=name, facts=facts, weights=weights, sha256=sha256, published=known)

@@ -1,21 +1,28 @@
-"""A trained network on disk: a run's folder, or a checkpoint file with the facts that its file or the user gives."""
+"""A trained network on disk: which file holds its weights, what is known about it, and how it is built again."""
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from retemper.engine.checkpoints.weights import load_checkpoint
 from retemper.engine.models import channels_last, create_model
-from retemper.engine.run.run_folder import RunFolder
 from retemper.errors import DataError, UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a network's weights do not say about themselves. None where nobody said it."""
+    """What the weights of a network do not say about it. A field is None where nobody said it.
+
+    Attributes:
+        model: the name of its architecture, a key of `MODELS` for a checkpoint file.
+        channels, image_size: of the images that it was trained on; pixels a side.
+        dataset: that it was trained on.
+        eps: the radius that it was trained for, in pixel units.
+    """
 
     model: str | None = None
     num_classes: int | None = None
@@ -25,17 +32,27 @@ class Facts:
     eps: float | None = None
 
     def or_else(self, other: "Facts") -> "Facts":
-        """These facts, completed from `other`."""
-        fields = Facts.__dataclass_fields__
-        return Facts(**{f: getattr(other, f) if getattr(self, f) is None else getattr(self, f) for f in fields})
+        """Return these facts, with those of `other` where a field is None."""
+        return Facts(**vars(other) | self._known())
 
     def as_metadata(self) -> dict[str, str]:
-        """For the header of a safetensors file."""
-        return {f: str(getattr(self, f)) for f in Facts.__dataclass_fields__ if getattr(self, f) is not None}
+        """Return the known fields as the header of a safetensors file, which `read_facts` reads back."""
+        return {name: str(value) for name, value in self._known().items()}
+
+    def _known(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
-def weights_of(target: Path, which: str = "best") -> Path:
-    """The checkpoint file that `target` means: itself, or a run folder's `which` weights.
+KINDS = {"model": str, "num_classes": int, "channels": int, "image_size": int, "dataset": str, "eps": float}
+
+
+def is_run(target: Path) -> bool:
+    """Return whether `target` is the folder of a run."""
+    return os.path.exists(target / "config.json")
+
+
+def find_weights(target: Path, which: str = "best") -> Path:
+    """Return the checkpoint file that `target` means: the file itself, or the `which` weights of a run's folder.
 
     Raises:
         DataError: there is no such file.
@@ -50,8 +67,8 @@ def weights_of(target: Path, which: str = "best") -> Path:
     return path
 
 
-def header_of(weights: Path) -> dict[str, str]:
-    """The header of a safetensors file; empty if it is none: loading the weights says what is wrong with it."""
+def read_header(weights: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file; it is empty for a file of another kind or one that is damaged."""
     if weights.suffix != ".safetensors":
         return {}
     from safetensors import SafetensorError, safe_open  # here, not above: the benchmarks run without it
@@ -59,32 +76,26 @@ def header_of(weights: Path) -> dict[str, str]:
     try:
         with safe_open(weights, framework="pt") as file:
             return file.metadata() or {}
-    except (SafetensorError, OSError):
+    except (SafetensorError, OSError):  # loading the weights says what is wrong
         return {}
 
 
-def facts_of(weights: Path) -> Facts:
-    """What a checkpoint file says of itself: the header that runs write into their safetensors files."""
-    header = header_of(weights)
+def read_facts(weights: Path) -> Facts:
+    """Return what the header of a checkpoint file says about the network; runs write it (`Facts.as_metadata`)."""
+    header = read_header(weights)
     try:
-        number, size = header.get("num_classes"), header.get("eps")
-        return Facts(
-            model=header.get("model"),
-            num_classes=int(number) if number else None,
-            channels=int(header["channels"]) if "channels" in header else None,
-            image_size=int(header["image_size"]) if "image_size" in header else None,
-            dataset=header.get("dataset"),
-            eps=float(size) if size else None,
-        )
+        return Facts(**{name: kind(header[name]) for name, kind in KINDS.items() if header.get(name)})
     except ValueError:
         return Facts()
 
 
-def load_trained(weights: Path, facts: Facts, device: torch.device) -> nn.Module:
-    """The network in `weights`: channels-last, frozen, in eval mode.
+def load_network(weights: Path, facts: Facts, device: torch.device) -> nn.Module:
+    """Build the network that `facts` describe, with the weights of a file: channels-last, frozen, in eval mode.
 
+    Returns:
+        A network on `device`, from (B, C, H, W) pixels in [0, 1] to (B, K) logits.
     Raises:
-        UsageError: its architecture or number of classes is not known.
+        UsageError: `facts` do not name its architecture or number of classes, or no network has that name.
         DataError: the file does not hold that architecture's weights, or they are not finite.
     """
     if facts.model is None or facts.num_classes is None:
@@ -102,16 +113,13 @@ def load_trained(weights: Path, facts: Facts, device: torch.device) -> nn.Module
 
 
 def require_same_images(whose: str, facts: Facts, classes: int, channels: int) -> None:
-    """Refuse a network for other images.
+    """Check that a network was trained on images of so many classes and channels, where its facts say it.
 
+    Args:
+        whose: the network in words, to begin the message with.
     Raises:
-        DataError: it knows another number of classes or channels.
+        DataError: it was trained on others.
     """
     for what, own, there in (("classes", facts.num_classes, classes), ("channels", facts.channels, channels)):
         if own not in (None, there):
             raise DataError(f"{whose} knows {own} {what}, the data has {there}: give one of the same data set")
-
-
-def is_run(target: Path) -> bool:
-    """Whether `target` is a run's folder."""
-    return os.path.isdir(target) and RunFolder(target).config.exists()

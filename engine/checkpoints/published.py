@@ -1,7 +1,7 @@
-"""Checkpoints that the literature distils from: what they are known by, and the clean accuracy that they must show.
+"""Checkpoints that the literature distils from: how each is recognised, and the clean accuracy that it must reach.
 
-The accuracies are their authors', on the whole test set; RobustBench's own for its names. A network that falls short of
-its own is not the one that the papers used, or sees other pixels, classes or channels than it was trained on.
+The accuracies are the authors' own, on the whole test set, or RobustBench's for its names. A network that falls short
+of its accuracy is another one than the papers used, or is shown other pixels, classes or channels than in its training.
 """
 
 import math
@@ -16,18 +16,20 @@ from retemper.engine.predict import ATTACKS, balanced_order, survivors
 from retemper.errors import DataError
 from retemper.loaders import Split, load_split
 
-IMAGES = 1_000  # of the test set, balanced over the classes: a standard error of about one point
-SIGMAS = 4  # how far below its accuracy a network may lie by chance: once in 30,000
+IMAGES = 1_000  # that are classified, balanced over the classes: a standard error of about one percentage point
+SIGMAS = 4  # standard errors: a network falls as far short by chance once in 30,000 times
 
 
 @dataclass(frozen=True, kw_only=True)
-class Released:
+class Published:
     """A published network.
 
     Attributes:
         known_by: the SHA-256 of its file, or its name at RobustBench.
-        model: its architecture.
-        clean_accuracy: a fraction.
+        title: its name in the literature.
+        model: its architecture; a key of `MODELS` for a file.
+        dataset: that it was trained on.
+        clean_accuracy: the share of the test images that it classifies correctly, a fraction.
     """
 
     known_by: str
@@ -37,43 +39,43 @@ class Released:
     clean_accuracy: float
 
 
-RELEASED = (
-    Released(
+PUBLISHED = (
+    Published(
         known_by="2ede52bd042bbdf40a0c27e8008034afd9cbb0b256b9077a255e555d25f957f4",
         title="TRADES' model_cifar_wrn.pt",
         model="wrn34_10",
         dataset="cifar10",
         clean_accuracy=0.8492,
     ),
-    Released(
+    Published(
         known_by="9e1d3395f0a8c34296ca8cd4875b9b5177d53f79e89af9b88e1a6724c6d6c860",
         title="MTARD's ResNet-56, its clean CIFAR-10 teacher",
         model="resnet56",
         dataset="cifar10",
         clean_accuracy=0.9318,
     ),
-    Released(
+    Published(
         known_by="robustbench:Zhang2019Theoretically@cifar10/Linf",
         title="TRADES' WRN-34-10",
         model="wrn34_10",
         dataset="cifar10",
         clean_accuracy=0.8492,
     ),
-    Released(
+    Published(
         known_by="robustbench:Chen2021LTD_WRN34_20@cifar10/Linf",
         title="LTD's WRN-34-20, AdaAD's CIFAR-10 teacher",
         model="WRN-34-20",
         dataset="cifar10",
         clean_accuracy=0.8603,
     ),
-    Released(
+    Published(
         known_by="robustbench:Chen2021LTD_WRN34_10@cifar100/Linf",
         title="LTD's WRN-34-10, AdaAD's CIFAR-100 teacher",
         model="WRN-34-10",
         dataset="cifar100",
         clean_accuracy=0.6407,
     ),
-    Released(
+    Published(
         known_by="robustbench:Gowal2020Uncovering@cifar100/Linf",
         title="DeepMind's WRN-70-16, the CIFAR-100 teacher of RSLAD and MTARD",
         model="WRN-70-16",
@@ -83,16 +85,19 @@ RELEASED = (
 )
 
 
-def released(known_by: str) -> Released | None:
-    """The published network with this file digest, or this name at RobustBench."""
-    return next((one for one in RELEASED if one.known_by == known_by), None)
+def published(known_by: str) -> Published | None:
+    """Return the published network with this file digest, or with this name at RobustBench."""
+    return next((one for one in PUBLISHED if one.known_by == known_by), None)
 
 
-def require_stated_accuracy(network: nn.Module, known: Released, data_root: Path | None, device: torch.device) -> None:
-    """Compare with what is stated, on test images: nothing is chosen by them.
+def require_stated_accuracy(network: nn.Module, known: Published, data_root: Path | None, device: torch.device) -> None:
+    """Check that a network classifies as many test images correctly as is published. Nothing is chosen by them.
 
+    Args:
+        network: from (B, C, H, W) pixels to (B, K) logits, in eval mode, on `device`.
+        data_root: the folder of the data sets.
     Raises:
-        DataError: it falls short by more than chance allows.
+        DataError: it falls short by more than chance allows, or the test images are missing.
     """
     split = load_split(known.dataset, "test", data_root)
     accuracy, images = clean_accuracy(network, split, device)
@@ -105,12 +110,12 @@ def require_stated_accuracy(network: nn.Module, known: Released, data_root: Path
 
 
 def clean_accuracy(network: nn.Module, split: Split, device: torch.device) -> tuple[float, int]:
-    """The share of images classified correctly, and of how many: a balanced thousand at most."""
+    """Return the share of images that are classified correctly, and the number of images: 1,000 balanced, or all."""
     order = balanced_order(split.labels, IMAGES)
     correct = survivors(network, split, ATTACKS["clean"], eps=0, device=device, indices=order)
     return correct.double().mean().item(), len(order)
 
 
 def margin(accuracy: float, images: int) -> float:
-    """How far a share of so many images lies from `accuracy` by chance, at most."""
+    """Return how far the share of so many images may lie from `accuracy` by chance: `SIGMAS` binomial errors."""
     return SIGMAS * math.sqrt(accuracy * (1 - accuracy) / images)

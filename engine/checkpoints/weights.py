@@ -1,7 +1,7 @@
-"""Weights on disk: read whatever the literature released, refuse everything else in one line, and write so that a kill
-at any moment leaves the old file or the new one.
+"""Weights on disk: read a file, unwrap the state_dict in it, fit it to a network; and write one.
 
-Nothing here runs code from a file: only safetensors and `torch.load(weights_only=True)` are used.
+Reading takes what the literature released and refuses everything else in one line. No code of a file ever runs: only
+safetensors and `torch.load(weights_only=True)` are used. Writing is atomic: a kill leaves the old file or the new one.
 """
 
 import hashlib
@@ -17,13 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from retemper.engine.device import is_out_of_memory
 from retemper.errors import DataError
 from retemper.files import DAMAGED, write_atomically
 
 WRAPPERS = ("model_state_dict", "state_dict", "model", "net")  # names under which released files nest the weights
 DEAD = "sub_block1."  # TRADES' WideResNet stores a stage that no forward pass reads
-# metadata entries: a digest of the whole file, its own 64 digits as zeros (before, of the tensors alone), and who wrote
-# it, so that a file that has lost the one is not taken for somebody else's, which has neither
+# entries of a safetensors header: DIGEST holds WHOLE and the SHA-256 of the file, taken with BLANK in its place; WRITER
+# tells a file of ours that has lost its digest from other people's files, which have none
 DIGEST, WRITER, WHOLE, BLANK = "sha256", "writer", "file:", "0" * 64
 
 
@@ -39,19 +40,23 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module) -> None:
             in {"model" | "state_dict" | "net" | "model_state_dict"} and prefixed by `module.` or `_orig_mod.`.
             A WideResNet's dead `sub_block1.*` is dropped; `num_batches_tracked` may be missing; all else is strict.
         model: plain, compiled, or wrapped for several GPUs.
-
     Raises:
         CheckpointError: the file is missing, damaged, of another kind, asks to run code, or does not fit; the model is
             as it was.
     """
-    path = Path(path)
-    load_state(str(path), _state(path, _read(path)), model)
+    load_state(str(path), _state_in(Path(path)), model)
 
 
 def load_state(whose: str, state: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Likewise from the state_dict of a network; `whose` it is is for messages. Raises CheckpointError."""
-    state = {_plain(name): value for name, value in state.items()}
-    target = {_plain(name): tensor for name, tensor in model.state_dict().items()}
+    """Copy a state_dict into `model`, as `load_checkpoint` does.
+
+    Args:
+        whose: where the state_dict comes from, to begin the message with.
+    Raises:
+        CheckpointError: it does not fit; the model is as it was.
+    """
+    state = {plain_name(name): value for name, value in state.items()}
+    target = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
     state = {name: value for name, value in state.items() if name in target or not name.startswith(DEAD)}
     problem = _misfit(state, target)
     if problem:
@@ -62,27 +67,31 @@ def load_state(whose: str, state: Mapping[str, Tensor], model: nn.Module) -> Non
 
 
 def require_intact(path: str | os.PathLike[str]) -> None:
-    """Raises CheckpointError: the file is missing, damaged, or of another kind than `load_checkpoint` takes."""
-    _state(Path(path), _read(Path(path)))
+    """Check that a file holds weights, of whatever network. Raises CheckpointError as `load_checkpoint` does."""
+    _state_in(Path(path))
+
+
+def plain_name(name: str) -> str:
+    """Return the name without what DataParallel (`module.`) and torch.compile (`_orig_mod.`) put before it."""
+    return re.sub(r"^((module|_orig_mod)\.)+", "", name)
 
 
 def save_weights(
     path: str | os.PathLike[str], weights: nn.Module | Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write safetensors atomically, with a digest of the file that `load_checkpoint` verifies.
+    """Write a safetensors file atomically, with a digest of it that `load_checkpoint` verifies.
 
     Args:
         path: overwritten if it is there; its folder must exist.
         weights: a model (plain, compiled or wrapped), or its state_dict; any device, dtype and memory format.
         metadata: strings kept in the file's header.
-
     Raises:
         OSError: the folder is missing, read-only or full; the old file is intact.
     """
     import safetensors.torch  # here, not above: the benchmarks read and write no weights, and run without it
 
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    tensors = {_plain(name): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    tensors = {plain_name(name): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     header = {**(metadata or {}), "format": "pt", WRITER: "retemper", DIGEST: WHOLE + BLANK}
     data = safetensors.torch.save(tensors, header)
     blank = f'"{DIGEST}":"{WHOLE}{BLANK}"'.encode()
@@ -90,31 +99,9 @@ def save_weights(
     write_atomically(path, data.replace(blank, digest, 1))
 
 
-def state_digest(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all weights and statistics, in the order of the names."""
-    state = {_plain(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    return _tensor_digest({name: value.detach().cpu() for name, value in state.items()})
-
-
-def _plain(name: str) -> str:
-    """The name without what DataParallel (`module.`) and torch.compile (`_orig_mod.`) put before it."""
-    return re.sub(r"^((module|_orig_mod)\.)+", "", name)
-
-
-def _read(path: Path) -> object:
-    """Whatever the file holds; CheckpointError if that is no checkpoint."""
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            head = file.read(512)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; give a .safetensors file or a .pt with a state_dict") from None
-    except IsADirectoryError:
-        raise CheckpointError(f"{path}: a folder; name the file in it, such as best.safetensors") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    if not size:
-        raise CheckpointError(f"{path}: empty; copy or download it again")
+def _content(path: Path) -> object:
+    """Return the object in a file. Raises CheckpointError if it is no checkpoint."""
+    head = _head(path)
     try:
         if head[8:9] == b"{":  # before the text checks: the eight bytes of the header's length may look like text
             return _read_safetensors(path)
@@ -122,12 +109,35 @@ def _read(path: Path) -> object:
             raise CheckpointError(f"{path}: a web page, not weights (Google Drive sends one); download the file itself")
         if head.startswith(b"version https://git-lfs"):
             raise CheckpointError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` in its repository")
-        return _read_torch(path, is_zip=head.startswith(b"PK"))
-    except DAMAGED:
-        raise CheckpointError(f"{path}: truncated, damaged, or no checkpoint; copy or download it again") from None
+        if head.startswith(b"PK"):
+            _check_archive(path)
+        return _read_torch(path)
+    except DAMAGED as error:
+        if not is_out_of_memory(error):
+            raise CheckpointError(f"{path}: truncated, damaged, or no checkpoint; copy or download it again") from None
+        if head[8:9] == b"{":
+            raise  # safetensors checks all lengths before it allocates
+        raise CheckpointError(f"{path}: asks for more memory than there is; free some, or it is damaged") from None
+
+
+def _head(path: Path) -> bytes:
+    """Read the first 512 bytes. Raises CheckpointError if there are none."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        known = {
+            FileNotFoundError: "no such file; give a .safetensors file or a .pt with a state_dict",
+            IsADirectoryError: "a folder; name the file in it, such as best.safetensors",
+        }
+        raise CheckpointError(f"{path}: {known.get(type(error), f'cannot be read: {error.strerror}')}") from None
+    if not head:
+        raise CheckpointError(f"{path}: empty; copy or download it again")
+    return head
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors, and check the digest if the file has one."""
     import safetensors  # here, as in `save_weights`
 
     try:
@@ -137,29 +147,27 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     except safetensors.SafetensorError as error:
         raise ValueError(str(error)) from None  # one of DAMAGED
     expected = metadata.get(DIGEST, "")
-    if expected.startswith(WHOLE):
-        data, digits = path.read_bytes(), expected.removeprefix(WHOLE).encode()
-        found = WHOLE + hashlib.sha256(data.replace(digits, BLANK.encode(), 1)).hexdigest()
-    else:
-        found = _tensor_digest(state) if expected else ""
-    if found != expected or (WRITER in metadata and not expected):
-        raise CheckpointError(f"{path}: damaged, it does not match its digest; copy or download it again")
+    if WRITER in metadata or expected.startswith(WHOLE):
+        digits = expected.removeprefix(WHOLE)
+        data = path.read_bytes().replace(digits.encode(), BLANK.encode(), 1)
+        if hashlib.sha256(data).hexdigest() != digits:
+            raise CheckpointError(f"{path}: damaged, it does not match its digest; copy or download it again")
     return state
 
 
-def _read_torch(path: Path, is_zip: bool) -> object:
-    if is_zip:
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise CheckpointError(
-                    f"{path}: refused: a TorchScript archive is a program; save the state_dict instead"
-                )
-            folders = (entry.filename for entry in archive.infolist() if entry.external_attr & 0x10)
-            damaged = next(folders, None) or archive.testzip()  # torch.load reads garbage for either, and says nothing
-        if damaged:
-            raise CheckpointError(
-                f"{path}: damaged, record {_show(damaged)} is not as written; copy or download it again"
-            )
+def _check_archive(path: Path) -> None:
+    """Check a zip file that torch is to read: it is no program, and every record is as it was written."""
+    with zipfile.ZipFile(path) as archive:
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            raise CheckpointError(f"{path}: refused: a TorchScript archive is a program; save the state_dict instead")
+        folders = (entry.filename for entry in archive.infolist() if entry.external_attr & 0x10)
+        damaged = next(folders, None) or archive.testzip()  # torch.load reads garbage for either, and says nothing
+    if damaged:
+        raise CheckpointError(f"{path}: damaged, record {_show(damaged)} is not as written; copy or download it again")
+
+
+def _read_torch(path: Path) -> object:
+    """Read what `torch.save` wrote, without running any code of it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on pickle protocols; what is refused is said below
@@ -176,21 +184,20 @@ def _read_torch(path: Path, is_zip: bool) -> object:
 
 
 def _first_global(path: Path) -> str | None:
-    """The first function or class named by a pickle of a protocol that torch.load cannot read; nothing is run."""
+    """Return the first function or class that a pickle of any protocol names; nothing is run."""
     strings: list[str] = []
     with open(path, "rb") as file:
         for opcode, argument, _ in pickletools.genops(file):
-            if opcode.name == "STACK_GLOBAL":
-                return _show(".".join(strings[-2:]))
-            if opcode.name in ("GLOBAL", "INST"):
-                return _show(str(argument).replace(" ", "."))
+            if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL"):  # the last takes its two words from the stack
+                return _show(str(argument).replace(" ", ".") if argument else ".".join(strings[-2:]))
             if isinstance(argument, str):
                 strings.append(argument)
     return None
 
 
-def _state(path: Path, content: object) -> dict[str, Tensor]:
-    """The tensors by plain name, out of whatever nests them."""
+def _state_in(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file by plain name, out of whatever nests them. Raises CheckpointError."""
+    content = _content(path)
     for _ in range(3):  # bounded: a pickled dict may hold itself
         if isinstance(content, Mapping):
             content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
@@ -201,11 +208,11 @@ def _state(path: Path, content: object) -> dict[str, Tensor]:
     others = [str(key) for key, value in content.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if others:
         raise CheckpointError(f"{path}: entries that are not tensors: {_few(others)}; save model.state_dict() alone")
-    return {_plain(name): value for name, value in content.items()}
+    return {plain_name(name): value for name, value in content.items()}
 
 
 def _misfit(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> str | None:
-    """Why the tensors do not fit the model's, or None."""
+    """Return why the tensors do not fit the model's, or None if they do."""
     missing = [name for name in target if name not in state and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in state if name not in target]
     if missing or unexpected:
@@ -226,7 +233,7 @@ def _misfit(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> str | 
 
 
 def _copies(value: Tensor, target: Tensor) -> bool:
-    """Whether `copy_` carries every value over: dense, with data, and floating point iff the target is."""
+    """Return whether `copy_` carries every value over: dense, with data, and floating point iff the target is."""
     dense = value.layout == torch.strided and not value.is_quantized and not value.is_meta
     return dense and value.is_floating_point() == target.is_floating_point()
 
@@ -237,15 +244,5 @@ def _few(names: Iterable[str], separator: str = ", ") -> str:
 
 
 def _show(name: str) -> str:
-    """A name from a file, fit for one line of a terminal."""
+    """Return a name from a file, fit for one line of a terminal."""
     return name.encode("unicode_escape").decode()[:100]
-
-
-def _tensor_digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        value = state[name].contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

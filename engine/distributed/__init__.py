@@ -1,1 +1,1 @@
-"""Several processes that train and evaluate as one."""
+"""One run on several processes: the process group, how a process joins it, and the gradients that it sums."""

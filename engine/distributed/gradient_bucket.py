@@ -1,6 +1,6 @@
-"""A network's gradients, and the loss, in one tensor: what processes add up in every step, in one call.
+"""One tensor for all gradients of a network and the loss, which the processes of a group sum in one call per step.
 
-No wrapper around the network: two forwards before one backward are then no trouble (PyTorch issue 175024), the attack
+The network has no wrapper: two forwards before one backward are then no trouble (PyTorch issue 175024), the attack
 sees the network itself, and a CUDA graph may hold the call.
 """
 
@@ -15,10 +15,14 @@ ALIGNED = 32  # values: every gradient begins at a multiple of 128 bytes, as fre
 
 
 class GradientBucket:
-    """Each weight's gradient is a view of `flat` with the weight's own strides, written in place and never replaced.
+    """The gradients of a network as views of one vector; backward passes write them in place.
 
     Args:
-        network: where it is to be trained; its weights have one dtype.
+        network: on the device that it is trained on; its weights have one dtype.
+        ranks: the process group.
+
+    Attributes:
+        flat: (N,), the gradients, each with the strides of its weight, and the loss as its last value.
     """
 
     def __init__(self, network: nn.Module, ranks: Ranks) -> None:
@@ -30,11 +34,11 @@ class GradientBucket:
             weight.grad = self.flat.as_strided(weight.shape, weight.stride(), first)
 
     def all_reduce(self, loss: Tensor) -> Tensor:
-        """Add the gradients of all processes, and their shares of the loss: the sum of those, 0-dim."""
+        """Sum the gradients over all processes, and return the sum of `loss`, this process's share of it; 0-dim."""
         self.flat[-1] = loss
         self.ranks.all_reduce_(self.flat)
         return self.flat[-1].clone()
 
     def clear(self) -> None:
-        """Before the next step."""
+        """Set all gradients to zero."""
         self.flat.zero_()

@@ -1,7 +1,7 @@
-"""Several processes of one command meet, as torchrun starts them, or any launcher that sets the same variables.
+"""Join the process group of a command that torchrun, or any launcher that sets the same variables, has started.
 
-RANK and WORLD_SIZE say which process of how many this is, LOCAL_RANK which of its machine, MASTER_ADDR and MASTER_PORT
-where they meet. On a CPU every method of `Ranks` goes by gloo; on GPUs, one a process, tensors there go by NCCL.
+RANK and WORLD_SIZE say which process of how many this is, LOCAL_RANK which one on its machine, MASTER_ADDR and
+MASTER_PORT where the processes meet. On CPUs the group goes by gloo; on GPUs, one for each process, by NCCL and gloo.
 """
 
 import os
@@ -17,38 +17,40 @@ from retemper.engine.device import pick_device
 from retemper.engine.distributed.ranks import ALONE, Ranks
 from retemper.errors import UsageError
 
-TIME_LIMIT_S = 180.0  # RETEMPER_RANK_TIMEOUT has another; a step waits so long for the slowest, compilation included
+TIME_LIMIT_S = 180.0  # of a collective operation, unless RETEMPER_RANK_TIMEOUT is set; a first step may compile kernels
 PATIENCE = timedelta(days=30)
-PLACES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def several() -> bool:
-    """Whether a launcher has started this process as one of several."""
+    """Return whether a launcher has started this process as one of several."""
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def is_first() -> bool:
-    """Whether this process is to speak where several have the same to say."""
+    """Return whether this process has rank 0, so that it prints what all have to say; true for one on its own."""
     return not several() or os.environ.get("RANK") == "0"
 
 
 def speaker() -> str:
-    """Who an error is of, for its line: nobody in particular where there is one process."""
+    """Return how an error message names this process; it is empty for one on its own."""
     return f"process {os.environ.get('RANK', 'without RANK')} of {os.environ['WORLD_SIZE']}: " if several() else ""
 
 
 @contextmanager
 def joined(device_name: str | None) -> Iterator[tuple[Ranks, torch.device]]:
-    """Join the processes that the launcher has started; the device that this one is to use.
+    """Join the process group, and leave it at the end; yield it and the device of this process.
 
+    Args:
+        device_name: as in `pick_device`; of several processes each takes the GPU of its local rank.
     Raises:
-        UsageError: no such device here, or a launcher that does not say where the others are.
-        RankLost: the others do not come.
+        UsageError: there is no such device here, or a variable of the launcher is missing.
+        RankLost: the other processes do not come.
     """
     if not several():
         yield ALONE, pick_device(device_name)
         return
-    missing = [name for name in PLACES if name not in os.environ]
+    missing = [name for name in VARIABLES if name not in os.environ]
     if missing:
         raise UsageError(f"WORLD_SIZE is set and {', '.join(missing)} not: start the processes with torchrun")
     device = _own_device(device_name)
@@ -64,19 +66,19 @@ def joined(device_name: str | None) -> Iterator[tuple[Ranks, torch.device]]:
 
 
 def join(device: torch.device) -> Ranks:
-    """The processes, met: by the launcher's variables, even if there is one alone."""
+    """Make the process group, of one process too, and wait for all to come. Raises RankLost as `joined` does."""
     limit = timedelta(seconds=float(os.environ.get("RETEMPER_RANK_TIMEOUT", TIME_LIMIT_S)))
     on_gpu = device.type == "cuda"
-    ranks = Ranks(_number("RANK", 0), _number("WORLD_SIZE", 1))
-    with ranks.checked():
+    rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    with Ranks(rank, world_size).checked():
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=limit, device_id=device if on_gpu else None)
-        words = dist.new_group(backend="gloo", timeout=limit) if on_gpu else dist.group.WORLD
+        host = dist.new_group(backend="gloo", timeout=limit) if on_gpu else dist.group.WORLD
         patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-    return Ranks(ranks.rank, ranks.world_size, True, words, patient)
+    return Ranks(rank, world_size, True, host, patient)
 
 
 def _own_device(name: str | None) -> torch.device:
-    """cuda:LOCAL_RANK where there are GPUs, or the CPU."""
+    """Return cuda:LOCAL_RANK where there are GPUs, or the CPU."""
     if name not in (None, "cpu", "cuda"):
         raise UsageError(f"--device {name}: every process takes the GPU of its number; say cuda or cpu")
     if name == "cpu" or (name is None and not torch.cuda.is_available()):
@@ -90,6 +92,7 @@ def _own_device(name: str | None) -> torch.device:
 
 
 def _number(name: str, default: int) -> int:
+    """Return the number in an environment variable. Raises UsageError if it holds none."""
     text = os.environ.get(name, str(default))
     if not text.isdecimal():
         raise UsageError(f"{name}={text}: a launcher sets it to a number")

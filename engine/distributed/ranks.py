@@ -1,11 +1,11 @@
-"""One run on several processes, one a GPU: which of them this is, and what they say to one another.
+"""The process group of one run: which rank this process has, and the collective operations on tensors and values.
 
-Tensors on a GPU go by NCCL, those on the host by gloo. A process on its own is one of one: nothing is set up then, and
-every method gives back what it was given. launcher.py has the processes meet.
+Tensors on a GPU go by NCCL, those on the host by gloo. A process on its own is rank 0 of 1: there is no group then, and
+every method returns what it was given. join.py makes the group.
 
-A process that is gone is noticed at once where gloo speaks, a stalled one after a time limit; either ends the others
-with one line. Where one process may have work for long and the others have none (what comes before the first step, an
-attack's last batch, a share of AutoAttack), they wait patiently, without that limit.
+A process that is gone is noticed at once where gloo connects it, and one that stalls after a time limit; either ends
+the others with one line. Some calls wait without that limit, because one process may work for long before them while
+the others have nothing to do: before the first step, for the last batch of an attack, for a share of AutoAttack.
 """
 
 import io
@@ -18,48 +18,59 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from retemper.engine.device import is_out_of_memory
 from retemper.errors import DataError
 
 
 class RankLost(DataError):
-    """Another process is gone, or says nothing."""
+    """Another process of the group is gone, or did not answer within the time limit."""
 
 
 @dataclass(frozen=True, eq=False)
 class Ranks:
-    """This process among those that run the same command.
+    """The process group that runs one command, as this process sees it.
+
+    Every method but `checked` is a collective operation: all processes must call it, in the same order. Each raises
+    RankLost if another process does not answer.
 
     Attributes:
-        rank: 0 is the first, which writes every file.
-        joined: whether there is a process group; with one of a single process all is done as if there were more.
-        words, patient: gloo groups for tensors on the host, with and without a time limit.
+        rank: of this process; rank 0 is the first, which writes every file.
+        world_size: how many processes there are.
+        joined: whether there is a process group. A group of one process works as a larger one does.
+        host_group, patient_group: gloo groups for tensors on the host, with and without a time limit.
     """
 
     rank: int = 0
     world_size: int = 1
     joined: bool = False
-    words: Any = None
-    patient: Any = None
+    host_group: Any = None
+    patient_group: Any = None
 
     @property
     def is_first(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
     @property
     def rows(self) -> tuple[int, int]:
-        """The first row of a batch that is this process's, and how far apart its rows are."""
+        """The first row of a batch that is this process's, and the distance of its rows."""
         return self.rank, self.world_size
 
     def all_reduce_(self, tensor: Tensor, largest: bool = False) -> Tensor:
-        """In place, over all processes: the sum, or the largest. On a GPU a captured graph may hold it."""
+        """Replace `tensor` by its sum over all processes, or by its largest value, and return it.
+
+        Args:
+            tensor: any shape, the same in all processes; any dtype that NCCL or gloo sums. A captured CUDA graph may
+                hold the call if it is on a GPU.
+        """
         if self.joined:
             with self.checked():
                 how = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
-                dist.all_reduce(tensor, how, group=None if tensor.is_cuda else self.words)
+                dist.all_reduce(tensor, how, group=None if tensor.is_cuda else self.host_group)
         return tensor
 
     def all_reduced(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The sums of tensors of one dtype, in one call."""
+        """Return the sums of tensors of one dtype and device, of any shapes, over all processes, in one call."""
         if not self.joined:
             return list(tensors)
         flat = self.all_reduce_(torch.cat([tensor.reshape(-1) for tensor in tensors]))
@@ -68,53 +79,60 @@ class Ranks:
 
     @torch.no_grad()
     def all_reduce_each_(self, tensors: Sequence[Tensor], mean: bool = False) -> None:
-        """In place, tensors of any dtypes: their sums, or means, taken in float64; integers up to 2^53 are exact."""
+        """Replace tensors of any dtypes and shapes by their sums, or means, over all processes.
+
+        The sums are taken in float64, so that integers up to 2^53 are exact.
+        """
         if self.joined and tensors:
             sums = self.all_reduced([tensor.double() for tensor in tensors])
             for tensor, total in zip(tensors, sums, strict=True):
                 tensor.copy_(total / self.world_size if mean else total)
 
     def any(self, *flags: bool) -> list[bool]:
-        """Of each flag, whether it is set on any process: all then do the same."""
+        """Return for each flag whether it is set in any process, so that all do the same."""
         if not self.joined:
             return list(flags)
         return self.all_reduce_(torch.tensor(flags, dtype=torch.int32), largest=True).bool().tolist()
 
     def broadcast(self, value: dict[str, Any]) -> dict[str, Any]:
-        """What the first process holds, however long it takes: tensors, numbers, words and containers of them."""
+        """Return the value of rank 0, without a time limit.
+
+        Args:
+            value: tensors, numbers, strings and containers of them; only that of rank 0 is read.
+        """
         if not self.joined:
             return value
         data = _packed(value) if self.is_first else torch.empty(0, dtype=torch.uint8)
         size = torch.tensor([len(data)])
         with self.checked():
-            dist.broadcast(size, 0, group=self.patient)
+            dist.broadcast(size, 0, group=self.patient_group)
             data = data if self.is_first else data.resize_(int(size))
-            dist.broadcast(data, 0, group=self.patient)
+            dist.broadcast(data, 0, group=self.patient_group)
         return value if self.is_first else _unpacked(data)
 
     def gather(self, value: dict[str, Any]) -> list[dict[str, Any]]:
-        """What each process holds, in order, on the first; nothing on the others."""
+        """Return the values of all processes, by rank, in rank 0; an empty list in the others. See `broadcast`."""
         if not self.joined:
             return [value]
         data = _packed(value)
         sizes = torch.zeros(self.world_size, dtype=torch.int64)
         sizes[self.rank] = len(data)
         with self.checked():
-            dist.all_reduce(sizes, group=self.words)
+            dist.all_reduce(sizes, group=self.host_group)
             padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
             padded[: len(data)] = data
             found = [torch.empty_like(padded) for _ in range(self.world_size)] if self.is_first else None
-            dist.gather(padded, found, 0, group=self.words)
+            dist.gather(padded, found, 0, group=self.host_group)
         return [_unpacked(one[:size]) for one, size in zip(found or [], sizes.tolist(), strict=False)]
 
     def barrier(self, patiently: bool = False) -> None:
-        """Until all have come here; `patiently`: however long it takes."""
+        """Wait until all processes have come here; `patiently` waits without a time limit."""
         if self.joined:
             with self.checked():
-                dist.barrier(group=self.patient if patiently else self.words)
+                dist.barrier(group=self.patient_group if patiently else self.host_group)
 
     def hold_same_bits(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether all processes hold the same bits."""
+        """Return whether float32 tensors have the same bits in all processes, as far as a sum of them tells."""
         if not self.joined:
             return True
         words = [tensor.detach().reshape(-1).view(torch.int32).long() for tensor in tensors]
@@ -124,11 +142,11 @@ class Ranks:
 
     @contextmanager
     def checked(self) -> Iterator[None]:
-        """Raises RankLost: the others did not answer."""
+        """Turn what torch raises inside when another process does not answer into RankLost."""
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or _is_capturing():
+            if is_out_of_memory(error) or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
                 raise
             reason = str(error).strip().splitlines()[0].rpartition("] ")[2]
             raise RankLost(
@@ -142,11 +160,11 @@ ALONE = Ranks()
 
 @dataclass(eq=False)
 class Part:
-    """This process's rows of a batch that all processes have together.
+    """The rows of a global batch that this process has.
 
     Attributes:
-        weight: 0-dim float64 on the device, the share of the batch's rows that they are; None: all of them.
-        idle: there is none; the process goes along with an image that counts for nothing.
+        weight: 0-dim float64 on the device, the share of the batch's rows that are here; None if all are.
+        idle: whether there are none. The process then computes with a stand-in image that counts for nothing.
     """
 
     ranks: Ranks = ALONE
@@ -155,28 +173,28 @@ class Part:
 
     @classmethod
     def begin(cls, ranks: Ranks, device: torch.device) -> "Part":
-        """All rows of a batch, until `take` says otherwise."""
+        """Return the part that is the whole batch, until `take` says otherwise."""
         return cls(ranks, torch.ones((), dtype=torch.float64, device=device) if ranks.joined else None)
 
     def take(self, rows: int, whole: int) -> None:
-        """So many rows of a batch of `whole` are this process's in the step to come."""
+        """Set how many of the `whole` rows of the next batch are here."""
         if self.weight is not None:
             self.weight.fill_(rows / whole)
 
     def weigh(self, mean: Tensor) -> Tensor:
-        """A mean over these rows as its share of the batch's mean, which is the sum over the processes."""
+        """Turn a mean over these rows into their share of the batch's mean: the sum of it over all processes."""
         return mean if self.weight is None else (mean * self.weight).to(mean.dtype)
 
     def mean(self, mean: Tensor) -> Tensor:
-        """Of a mean over these rows, without gradient, that over the whole batch."""
+        """Return the mean over the batch, given that over these rows: any shape, without gradient."""
         return self.ranks.all_reduce_(self.weigh(mean).clone()) if self.ranks.joined else mean
 
     def sum(self, total: Tensor) -> Tensor:
-        """Of a sum over these rows, without gradient, that over the whole batch."""
+        """Return the sum over the batch, given that over these rows: any shape, without gradient."""
         return self.ranks.all_reduce_(total * (not self.idle)) if self.ranks.joined else total
 
     def largest(self, value: Tensor) -> Tensor:
-        """Of the largest in these rows, without gradient, that in the whole batch."""
+        """Return the largest value in the batch, given that in these rows: any shape, without gradient."""
         if not self.ranks.joined:
             return value
         return self.ranks.all_reduce_(torch.full_like(value, -torch.inf) if self.idle else value.clone(), largest=True)
@@ -185,11 +203,8 @@ class Part:
 WHOLE = Part()
 
 
-def _is_capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
 def _packed(value: dict[str, Any]) -> Tensor:
+    """Return the value as (N,) uint8 on the host."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8)

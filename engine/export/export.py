@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from retemper.console import say
-from retemper.engine.checkpoints.header import facts_of, is_run, load_trained, weights_of
+from retemper.engine.checkpoints.header import find_weights, is_run, load_network, read_facts
 from retemper.engine.export.model_card import Subject, model_card, model_info, submission_card
 from retemper.engine.models import MODELS
 from retemper.engine.run.run_folder import RunFolder
@@ -55,9 +55,9 @@ def export(run: Path, out: Path, form: str, which: str = "best", name: str | Non
 def _subject(run: Path, which: str, name: str | None) -> Subject:
     if not is_run(run):
         raise DataError(f"{run} is no run's folder: name one that retemper train has made")
-    weights = weights_of(run, which)
-    config, facts = RunFolder(run).read_config(), facts_of(weights)
-    load_trained(weights, facts, torch.device("cpu"))  # nothing damaged goes out
+    weights = find_weights(run, which)
+    config, facts = RunFolder(run).read_config(), read_facts(weights)
+    load_network(weights, facts, torch.device("cpu"))  # nothing damaged goes out
     assert facts.model is not None and facts.channels is not None
     builder = MODELS[facts.model]
     words = [str(facts.num_classes), f"channels={facts.channels}"]
@@ -123,7 +123,7 @@ def _safetensors(subject: Subject) -> dict[str, bytes]:
 
 
 def _robustbench(subject: Subject) -> dict[str, bytes]:
-    model = load_trained(subject.weights, subject.facts, torch.device("cpu"))
+    model = load_network(subject.weights, subject.facts, torch.device("cpu"))
     buffer, where = io.BytesIO(), f"{subject.facts.dataset}/Linf/{subject.name}"
     torch.save({name: value.contiguous() for name, value in model.state_dict().items()}, buffer)
     return {

@@ -1,4 +1,7 @@
-"""The networks of the literature, by name; parameters and their names are exactly those of the released code."""
+"""The networks of the literature, by name; their parameters have the shapes and names of the released code.
+
+Dimension key: B batch, C channels, H W image, K classes.
+"""
 
 import difflib
 from collections.abc import Callable
@@ -28,15 +31,15 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def create_model(name: str, num_classes: int, *, channels: int | None = None) -> nn.Module:
-    """A fresh network, in training mode, float32, on the CPU; it maps (B, C, H, W) pixels in [0, 1] to (B, K) logits.
-
-    No normalisation is built in, and H and W are free: 28, 32 and 64 pixels all work.
+    """Build a network with fresh weights: float32, on the CPU, in training mode.
 
     Args:
         name: a key of `MODELS`.
         num_classes: K.
-        channels: of the input; None: 1 (grey) for the tiny networks, 3 (colour) for all others.
-
+        channels: of the input; None means 1 (grey) for the tiny networks and 3 (colour) for all others.
+    Returns:
+        A network from (B, C, H, W) pixels in [0, 1] to (B, K) logits. It normalises nothing, and H and W are free: 28,
+        32 and 64 pixels all work.
     Raises:
         ValueError: no network has this name, or `num_classes` or `channels` is below 1.
     """
@@ -49,5 +52,5 @@ def create_model(name: str, num_classes: int, *, channels: int | None = None) ->
 
 
 def channels_last(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` on `device`, its convolutions laid out channels-last."""
+    """Move a network to `device`, and lay its convolutions out channels-last; return it."""
     return model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # absent in the stub

@@ -8,6 +8,8 @@ Dimension key: B batch, C channels, H W image, K classes.
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from retemper.engine.models.blocks import conv3x3, projection
+
 STAGES = (  # expansion, channels, blocks, stride of the first block
     (1, 16, 1, 1),
     (6, 24, 2, 1),
@@ -34,10 +36,10 @@ class InvertedResidual(nn.Module):
         self.stride = stride
         self.shortcut = nn.Sequential()
         if stride == 1 and inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
+            self.shortcut = projection(inputs, outputs, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, outputs, H / stride, W / stride)."""
+        """Map (B, C, H, W) to (B, outputs, H / stride, W / stride)."""
         out = F.relu(self.bn1(self.conv1(x)))
         out = F.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
@@ -54,7 +56,7 @@ class MobileNetV2(nn.Module):
 
     def __init__(self, num_classes: int, channels: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, 32, 3, padding=1, bias=False)
+        self.conv1 = conv3x3(channels, 32)
         self.bn1 = nn.BatchNorm2d(32)
         blocks, inputs = [], 32
         for expansion, outputs, depth, stride in STAGES:
@@ -67,12 +69,12 @@ class MobileNetV2(nn.Module):
         self.linear = nn.Linear(1280, num_classes)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        """(B, C, H, W) pixels -> (B, K) logits; any H and W."""
+        """Map (B, C, H, W) pixels of any H and W to (B, K) logits."""
         x = F.relu(self.bn1(self.conv1(image_BCHW)))
         x = F.relu(self.bn2(self.conv2(self.layers(x))))
         return self.linear(x.mean((2, 3)))
 
 
 def mobilenet_v2(num_classes: int, channels: int = 3) -> MobileNetV2:
-    """MobileNetV2: 2,296,922 parameters for 10 classes, 0.091 GMAC for a 32x32 image."""
+    """Return MobileNetV2: 2,296,922 parameters for 10 classes, 0.091 GMAC for a 32x32 image."""
     return MobileNetV2(num_classes, channels)

@@ -7,6 +7,8 @@ Dimension key: B batch, C channels, H W image, K classes.
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from retemper.engine.models.blocks import conv3x3, stage
+
 
 class PreActBlock(nn.Module):
     """bn-relu-conv twice; where the shape changes, the shortcut is a 1x1 convolution of relu(bn1 x)."""
@@ -14,15 +16,15 @@ class PreActBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(inputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.conv1 = conv3x3(inputs, outputs, stride)
         self.bn2 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.conv2 = conv3x3(outputs, outputs)
         self.shortcut = None
         if stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, outputs, H / stride, W / stride)."""
+        """Map (B, C, H, W) to (B, outputs, H / stride, W / stride)."""
         activated = F.relu(self.bn1(x))
         out = self.conv2(F.relu(self.bn2(self.conv1(activated))))
         return out + (x if self.shortcut is None else self.shortcut(activated))
@@ -39,31 +41,26 @@ class PreActResNet(nn.Module):
 
     def __init__(self, num_classes: int, channels: int, depths: tuple[int, int, int, int]) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
-        self.layer1 = _stage(64, 64, depths[0], stride=1)
-        self.layer2 = _stage(64, 128, depths[1], stride=2)
-        self.layer3 = _stage(128, 256, depths[2], stride=2)
-        self.layer4 = _stage(256, 512, depths[3], stride=2)
+        self.conv1 = conv3x3(channels, 64)
+        self.layer1 = stage(PreActBlock, 64, 64, depths[0], stride=1)
+        self.layer2 = stage(PreActBlock, 64, 128, depths[1], stride=2)
+        self.layer3 = stage(PreActBlock, 128, 256, depths[2], stride=2)
+        self.layer4 = stage(PreActBlock, 256, 512, depths[3], stride=2)
         self.bn = nn.BatchNorm2d(512)
         self.linear = nn.Linear(512, num_classes)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        """(B, C, H, W) pixels -> (B, K) logits; any H and W."""
+        """Map (B, C, H, W) pixels of any H and W to (B, K) logits."""
         x = self.layer2(self.layer1(self.conv1(image_BCHW)))
         x = self.layer4(self.layer3(x))
         return self.linear(F.relu(self.bn(x)).mean((2, 3)))
 
 
-def _stage(inputs: int, outputs: int, depth: int, stride: int) -> nn.Sequential:
-    rest = (PreActBlock(outputs, outputs, 1) for _ in range(depth - 1))
-    return nn.Sequential(PreActBlock(inputs, outputs, stride), *rest)
-
-
 def preact_resnet18(num_classes: int, channels: int = 3) -> PreActResNet:
-    """PreActResNet-18: 11,269,640 parameters for 200 classes."""
+    """Return PreActResNet-18: 11,269,640 parameters for 200 classes, 0.555 GMAC for a 32x32 image."""
     return PreActResNet(num_classes, channels, (2, 2, 2, 2))
 
 
 def preact_resnet34(num_classes: int, channels: int = 3) -> PreActResNet:
-    """PreActResNet-34: 21,377,800 parameters for 200 classes."""
+    """Return PreActResNet-34: 21,377,800 parameters for 200 classes, 1.160 GMAC for a 32x32 image."""
     return PreActResNet(num_classes, channels, (3, 4, 6, 3))

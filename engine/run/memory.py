@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 
+from retemper.engine.device import is_out_of_memory
 from retemper.engine.recipe import Recipe
 from retemper.errors import UsageError
-
-ON_A_CPU = "can't allocate memory", "could not create a primitive"  # torch's allocator; oneDNN, for a convolution
 
 
 @contextmanager
@@ -19,13 +18,10 @@ def memory_advice(recipe: Recipe, device: torch.device) -> Iterator[None]:
     """Turn an allocation that failed inside the block into a UsageError that says what to try."""
     try:
         yield
-    except MemoryError as error:
-        raise UsageError(_advice(recipe, device, str(error))) from None
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        words = str(error)
-        if not isinstance(error, torch.OutOfMemoryError) and not any(sign in words for sign in ON_A_CPU):
+    except Exception as error:
+        if not is_out_of_memory(error):
             raise
-        raise UsageError(_advice(recipe, device, words)) from None
+        raise UsageError(_advice(recipe, device, str(error))) from None
 
 
 def _advice(recipe: Recipe, device: torch.device, words: str) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 from retemper.console import say
 from retemper.engine.checkpoints.find import Network, Source, find_network
 from retemper.engine.checkpoints.header import Facts, require_same_images
-from retemper.engine.checkpoints.published import Released, clean_accuracy, margin, require_stated_accuracy
+from retemper.engine.checkpoints.published import Published, clean_accuracy, margin, require_stated_accuracy
 from retemper.engine.checkpoints.weights import load_checkpoint, load_state
 from retemper.engine.distributed.ranks import Ranks
 from retemper.engine.models import create_model
@@ -63,7 +63,7 @@ class NetworkLoader:
     dataset: str
     device: torch.device
     cache: Path
-    teachers: list[tuple[nn.Module, Released | None]] = field(default_factory=list)
+    teachers: list[tuple[nn.Module, Published | None]] = field(default_factory=list)
 
     def teacher(self, model: str | None, name: str | Path | None) -> tuple[nn.Module | None, Source | None]:
         """Return a frozen teacher and how config.json names it; None twice where the recipe has no such teacher.
@@ -79,7 +79,7 @@ class NetworkLoader:
         assert name is not None
         network, facts = self._found(name, model, "the teacher")
         teacher, source = self._loaded(network, facts)
-        self.teachers.append((teacher, network.released))
+        self.teachers.append((teacher, network.published))
         return teacher, source
 
     def start(self, student: nn.Module, model: str, name: str | Path | None) -> Source | None:
@@ -143,8 +143,8 @@ class NetworkLoader:
         network = find_network(name, dataset=self.dataset)
         facts, (size, _, channels), num_classes = network.facts, self.split.shape, len(self.split.classes)
         require_same_images(f"{whose} {name}", facts, num_classes, channels)
-        if network.released is not None:
-            say(f"{whose} {name} is {network.released.title}")
+        if network.published is not None:
+            say(f"{whose} {name} is {network.published.title}")
         if facts.image_size not in (None, size):
             say(f"note: {whose} saw images of {facts.image_size} px, the student's have {size}")
         if facts.dataset not in (None, self.dataset):

@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+from retemper.engine.device import is_out_of_memory
 from retemper.engine.distributed.ranks import Ranks
 from retemper.engine.recipe import Recipe
 from retemper.engine.run.diverged import LOWER
@@ -63,7 +64,9 @@ class Saver:
             )
         try:
             self._take_up(saved)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            if is_out_of_memory(error):
+                raise
             raise DataError(f"{self.folder.state} is not this run's: delete the folder to start it anew") from None
         self.best = Best(**found["best"])
         self.started = time.monotonic() - saved["seconds"]

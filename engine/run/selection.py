@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from retemper.engine.attack import pgd
-from retemper.engine.checkpoints.header import header_of
+from retemper.engine.checkpoints.header import read_header
 from retemper.engine.checkpoints.weights import CheckpointError, require_intact
 from retemper.engine.class_report import by_class
 from retemper.engine.device import exact_fp32
@@ -60,7 +60,7 @@ def newest_best(folder: RunFolder, saved: dict[str, Any]) -> Best:
         require_intact(folder.best)
     except CheckpointError as error:
         raise DataError(f"{error}, or delete it: a later epoch is then the best") from None
-    header = header_of(folder.best)
+    header = read_header(folder.best)
     epoch = int(header.get("epoch", 0))
     return Best(float(header["score"]), epoch) if epoch > saved["epoch"] else Best(**saved)
 

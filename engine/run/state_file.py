@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from retemper.engine.device import is_out_of_memory
 from retemper.errors import DataError
 from retemper.files import DAMAGED
 
@@ -48,6 +49,8 @@ def unpack(path: Path) -> dict[str, Any]:
     try:
         return dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
     except DAMAGED as error:
+        if is_out_of_memory(error):  # its digest is right
+            raise
         raise Damaged(f"{path} is damaged ({type(error).__name__})") from None
 
 

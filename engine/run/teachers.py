@@ -9,7 +9,7 @@ from pathlib import Path
 
 from retemper.console import say
 from retemper.engine.catalogue import find_setting
-from retemper.engine.checkpoints.header import header_of
+from retemper.engine.checkpoints.header import read_header
 from retemper.engine.recipe import Recipe, changed_options
 from retemper.engine.run.job import Job, default_out
 from retemper.engine.run.run_folder import RunFolder
@@ -65,4 +65,4 @@ def _is_done(folder: RunFolder, recipe: Recipe) -> bool:
     if not (folder.config.exists() and folder.best.exists()):
         return False
     other = changed_options(folder.read_config()["recipe"], json.loads(json.dumps(recipe.flat())))
-    return not other and header_of(folder.last).get("epoch") == str(recipe.optim.epochs)
+    return not other and read_header(folder.last).get("epoch") == str(recipe.optim.epochs)

@@ -14,7 +14,7 @@ from torch import nn
 
 from retemper.console import say
 from retemper.engine.attack import module_mode
-from retemper.engine.checkpoints.header import Facts, facts_of, is_run, load_trained, weights_of
+from retemper.engine.checkpoints.header import Facts, find_weights, is_run, load_network, read_facts
 from retemper.engine.device import exact_fp32
 from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.sanity.flags import (
@@ -114,12 +114,12 @@ def _teacher(subject: Subject, folder: Path) -> nn.Module | None:
     if named is None:
         return None
     try:
-        weights = weights_of(Path(named["path"]))
+        weights = find_weights(Path(named["path"]))
         if file_digest(weights) != named["sha256"]:
             raise DataError(f"{weights} is not the teacher any more that this run learned from")
         _, _, channels = subject.split.shape
         known = Facts(model=named["model"], num_classes=len(subject.split.classes), channels=channels)
-        return load_trained(weights, facts_of(weights).or_else(known), subject.device)
+        return load_network(weights, read_facts(weights).or_else(known), subject.device)
     except (DataError, UsageError) as error:
         say(f"checks: no attack on the teacher: {error}")
         return None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retemper.engine.device import is_out_of_memory
 from retemper.errors import UsageError
 
 Step = Callable[..., Tensor]
@@ -63,9 +64,9 @@ class CudaGraphs:
         try:
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # loaders have threads
                 result = work()
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             reason = str(error).strip().splitlines()[0]
             raise UsageError(f"the step cannot be recorded in a CUDA graph ({reason}): use --capture off") from error
         return graph.replay, result

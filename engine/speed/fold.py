@@ -1,10 +1,10 @@
-"""A network's twin for eval mode, its batch norm folded into the convolutions: what an attack and a teacher look at.
+"""Fold batch norm into the convolutions of a network: its twin for eval mode, which attacks and teachers run.
 
     bn(conv(x)) = conv'(x) + shift;   conv' = scale * conv,  scale = gamma / sqrt(var + eps),  shift = beta - scale mean
 
-Where a shortcut is added, or a ReLU taken, that is done with the shift in one go (kernels/epilogue.py). The twin's
-parameters are frozen, so that an attack pays for input gradients alone; under torch.compile too, which computes the
-gradient of every parameter that asks for one.
+The twin adds a shortcut and applies a ReLU in the pass that adds the shift (kernels/epilogue.py). Its parameters are
+frozen: an attack then pays for input gradients alone, under torch.compile too, which computes the gradient of every
+parameter that requires one. Dimension key: B batch, C channels, H, W, K classes.
 """
 
 import copy
@@ -15,31 +15,34 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from retemper.engine.device import is_out_of_memory
 from retemper.kernels import epilogue
 
-STEM_CHANNELS = 4  # what a padded stem has
-BATCH_NORM = nn.BatchNorm2d | nn.SyncBatchNorm  # which are the same in eval mode
+BATCH_NORM = nn.BatchNorm2d | nn.SyncBatchNorm  # the same function in eval mode
 
 
 class FoldedConv(nn.Module):
-    """y = act(conv'(x) + shift [+ residual]), for one convolution and the batch norm behind it."""
+    """One convolution and the batch norm behind it: y = act(conv'(x) + shift [+ residual]).
+
+    Attributes:
+        source: the convolution and the batch norm of the network; in a tuple, so that they are no submodules.
+        fused: whether one kernel adds the shift and the residual and applies the ReLU.
+        relu: whether act is a ReLU; otherwise it is the identity.
+        bare: whether the shift is left to another convolution, whose shortcut this one is.
+        shift: (C',), a view of the twin's vector of all shifts.
+    """
 
     weight: Tensor
 
-    def __init__(self, conv: nn.Conv2d, norm: BATCH_NORM, dtype: torch.dtype, fused: bool, pad_stem: bool) -> None:
+    def __init__(self, conv: nn.Conv2d, norm: BATCH_NORM, dtype: torch.dtype, fused: bool) -> None:
         super().__init__()
-        self.source = (conv, norm)  # in a tuple: not submodules
-        self.fused, self.relu = fused, False
-        self.bare = False  # its shift is added by the convolution that it is the shortcut of
-        inputs = conv.weight.shape[1]
-        self.pad = STEM_CHANNELS - inputs if pad_stem and conv.groups == 1 and inputs < STEM_CHANNELS else 0
-        self.register_buffer("weight", F.pad(conv.weight.detach(), (0, 0, 0, 0, 0, self.pad)).to(dtype, copy=True))
-        self.shift = torch.empty(0)  # a part of the twin's one vector of shifts
+        self.source = (conv, norm)
+        self.fused, self.relu, self.bare = fused, False, False
+        self.register_buffer("weight", conv.weight.detach().to(dtype, copy=True))
+        self.shift = torch.empty(0)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) to the convolution's output; `residual` is like that."""
-        if self.pad:
-            x = F.pad(x, (0, 0, 0, 0, 0, self.pad))
+        """Map (B, C, H, W) to (B, C', H', W'), the convolution's output; `residual` has the shape of that."""
         conv = self.source[0]
         shift = None if self.fused or self.bare else self.shift
         y = F.conv2d(x, self.weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
@@ -49,55 +52,51 @@ class FoldedConv(nn.Module):
         return y.relu_() if self.relu else y
 
     @torch.no_grad()
-    def take(self, scale: Tensor) -> None:
-        """Take over the convolution's weight, scaled."""
-        weight = self.source[0].weight
-        torch.mul(weight, scale[:, None, None, None], out=self.weight[:, : weight.shape[1]])
+    def refresh(self, scale: Tensor) -> None:
+        """Write the network's weight, times `scale` (C',), into this one's."""
+        torch.mul(self.source[0].weight, scale[:, None, None, None], out=self.weight)
 
 
 class FoldedNorm(nn.Module):
-    """y = act(scale * x + shift), for a batch norm that no convolution feeds."""
+    """A batch norm that no convolution feeds alone: y = act(scale * x + shift).
+
+    Attributes:
+        source: the batch norm of the network; in a tuple, so that it is no submodule.
+        relu: whether act is a ReLU; otherwise it is the identity.
+        scale, shift: (C,), views of the twin's vectors of all scales and shifts.
+    """
 
     def __init__(self, norm: BATCH_NORM) -> None:
         super().__init__()
         self.source = (norm,)
         self.relu = False
-        self.scale = self.shift = torch.empty(0)  # parts of the twin's vectors
+        self.scale = self.shift = torch.empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to its like."""
+        """Map (B, C, H, W) to the same shape."""
         return epilogue(x, self.shift, scale=self.scale, relu=self.relu)
 
 
 class Folded(nn.Module):
-    """The twin of `model`. `refresh()` takes over the weights and statistics that `model` holds now.
+    """The twin of a network: its function in eval mode, with batch norm folded.
 
     Args:
         model: traceable by torch.fx; what it adds to a folded convolution's output has the same shape. The twin is on
-            its device and in its memory format.
-        dtype: what the twin computes in; images are cast to it, logits come back in it.
-        epilogue: "plain", "fused" or "compiled".
-        pad_stem: see `Moves`.
+            its device and in its memory format, and shares no tensor with it.
+        dtype: what the twin computes in. Images are cast to it, and logits come back in it.
+        epilogue: how shift, shortcut and ReLU are computed: "plain" PyTorch, one "fused" kernel, or "compiled".
     Raises:
         ValueError: torch.fx cannot trace the model.
     """
 
-    def __init__(
-        self, model: nn.Module, dtype: torch.dtype = torch.float32, epilogue: str = "plain", pad_stem: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32, epilogue: str = "plain") -> None:
         super().__init__()
         self.dtype = dtype
-        try:
-            net = fx.symbolic_trace(copy.deepcopy(model).eval())
-        except Exception as error:  # whatever the model's own code raises on a symbolic value
-            raise ValueError(
-                f"{type(model).__name__} cannot be folded, torch.fx does not trace it ({error}): set fold=False"
-            ) from None
-        folded = _fold_norms(net, model, dtype, epilogue == "fused", pad_stem)
+        net = _traced(model)
+        self.folded = tuple(_fold_norms(net, model, dtype, epilogue == "fused"))  # a tuple: `net` has them already
         self.handed_over = _take_in_shortcuts_and_relus(net)
         net.delete_all_unused_submodules()
         net.recompile()
-        self.folded = tuple(folded)  # a tuple: they are submodules of `net` already
         self._copies(net, model)
         half = dtype in (torch.float16, torch.bfloat16)
         self._vectors(torch.float32 if half and epilogue == "fused" else dtype)  # PyTorch's own wants its inputs' dtype
@@ -106,11 +105,11 @@ class Folded(nn.Module):
         self.refresh()
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, C, H, W) pixels -> (B, K) logits."""
+        """Map (B, C, H, W) pixels to (B, K) logits."""
         return self.net(image.to(self.dtype))
 
     def _copies(self, net: fx.GraphModule, model: nn.Module) -> None:
-        """Cast what is not folded, such as the last layer; a batch norm among it keeps its float32 statistics."""
+        """Cast what is not folded, such as the last layer; a batch norm that stays keeps its float32 statistics."""
         for module in net.modules():
             if not isinstance(module, FoldedConv | FoldedNorm | BATCH_NORM):
                 for parameter in module.parameters(recurse=False):
@@ -119,7 +118,7 @@ class Folded(nn.Module):
         self.copied = [(value, source[name]) for name, value in _values(net) if name in source]
 
     def _vectors(self, dtype: torch.dtype) -> None:
-        """One vector for all shifts and one for all scales, so that folding takes a dozen launches, not hundreds."""
+        """Make one vector for all shifts and one for all scales: folding then takes a dozen launches, not hundreds."""
         norms = [folded.source[-1] for folded in self.folded]
         sizes = [norm.num_features for norm in norms]
         if not norms:
@@ -138,7 +137,10 @@ class Folded(nn.Module):
 
     @torch.no_grad()
     def refresh(self) -> "Folded":
-        """Fold anew, in place: no tensor changes its address, so that a captured step stays valid."""
+        """Fold the weights and statistics that the network holds now, and return the twin.
+
+        It is done in place: no tensor changes its address, so that a captured step stays valid.
+        """
         for value, source in self.copied:
             value.copy_(source)
         norms = [folded.source[-1] for folded in self.folded]
@@ -150,22 +152,34 @@ class Folded(nn.Module):
         self.shift.copy_(beta - self.scale * mean)
         for folded, scale in zip(self.folded, self.scales, strict=True):
             if isinstance(folded, FoldedConv):
-                folded.take(scale)
+                folded.refresh(scale)
         for shortcut, conv in self.handed_over:
             conv.shift += shortcut.shift
         return self
 
 
+def _traced(model: nn.Module) -> fx.GraphModule:
+    """Return the graph of a copy of `model` in eval mode. Raises ValueError if torch.fx cannot trace it."""
+    try:
+        return fx.symbolic_trace(copy.deepcopy(model).eval())
+    except Exception as error:  # the model's own code may raise anything, copied or called with a symbolic value
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"{type(model).__name__} cannot be folded, torch.fx does not trace it ({error}): set fold=False"
+        ) from None
+
+
 def _values(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters and statistics by name, each as the tensor that lives on; no counters."""
+    """Return parameters and statistics by name, without the counters of batches; they share memory with the module."""
     named = [*((name, parameter.data) for name, parameter in module.named_parameters()), *module.named_buffers()]
     return [(name, value) for name, value in named if value.is_floating_point()]
 
 
 def _fold_norms(
-    net: fx.GraphModule, model: nn.Module, dtype: torch.dtype, fused: bool, pad_stem: bool
+    net: fx.GraphModule, model: nn.Module, dtype: torch.dtype, fused: bool
 ) -> list[FoldedConv | FoldedNorm]:
-    """Put a folded module in the place of every batch norm, and of the convolution that feeds it and nothing else."""
+    """Replace every batch norm, with the convolution that feeds it and nothing else, by a folded module."""
     made: list[FoldedConv | FoldedNorm] = []
     for node in list(net.graph.nodes):
         norm, before = _called(node, model), node.args[0] if node.args else None
@@ -173,7 +187,7 @@ def _fold_norms(
             continue
         conv = _called(before, model)
         if _is_node(before) and len(before.users) == 1 and _is_plain(conv):
-            folded, inputs = FoldedConv(conv, norm, dtype, fused, pad_stem), before.args
+            folded, inputs = FoldedConv(conv, norm, dtype, fused), before.args
         elif fused:
             folded, inputs = FoldedNorm(norm), node.args
         else:
@@ -190,10 +204,10 @@ def _fold_norms(
 
 
 def _take_in_shortcuts_and_relus(net: fx.GraphModule) -> tuple[tuple[FoldedConv, FoldedConv], ...]:
-    """Give every folded module the addition and the ReLU that follow it.
+    """Move the addition and the ReLU that follow a folded module into it.
 
     Returns:
-        The shortcuts whose shift is left to another convolution, each with that one.
+        Pairs of a shortcut without a shift of its own and the convolution that adds that shift.
     """
     handed_over = []
     for node in list(net.graph.nodes):
@@ -221,6 +235,7 @@ def _take_in_shortcuts_and_relus(net: fx.GraphModule) -> tuple[tuple[FoldedConv,
 
 
 def _is_plain(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
+    """Return whether it is a convolution that can be folded."""
     return isinstance(conv, nn.Conv2d) and conv.bias is None and conv.padding_mode == "zeros"
 
 
@@ -234,7 +249,7 @@ def _is_node(node: object) -> TypeGuard[fx.Node]:
 
 
 def _called(node: object, model: nn.Module) -> nn.Module | None:
-    """The module of `model` that `node` calls; None where it calls none."""
+    """Return the module of `model` that `node` calls, or None if it calls none."""
     return model.get_submodule(str(node.target)) if _is_node(node) and node.op == "call_module" else None
 
 
@@ -249,7 +264,7 @@ def _is_add(node: fx.Node) -> bool:
 
 
 def _waiting_conv(node: object, net: fx.GraphModule) -> FoldedConv | None:
-    """The folded convolution that `node` calls, if its output goes to one place and nothing was done to it yet."""
+    """Return the folded convolution that `node` calls if it can take in an addition: one user, no residual, no ReLU."""
     folded = _called(node, net)
     free = _is_node(node) and len(node.users) == 1 and len(node.args) == 1
     return folded if isinstance(folded, FoldedConv) and free and not folded.relu else None

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from retemper.engine.checkpoints.header import facts_of, load_trained
+from retemper.engine.checkpoints.header import load_network, read_facts
 from retemper.engine.cli import run
 from retemper.engine.predict import balanced_order
 from retemper.engine.sanity import check as checks
@@ -74,7 +74,7 @@ def standard(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
 
 def network(folder: Path) -> nn.Module:
     weights = folder / "best.safetensors"
-    return load_trained(weights, facts_of(weights), CPU)
+    return load_network(weights, read_facts(weights), CPU)
 
 
 def subject(model: nn.Module, split: Split, images: int = 50) -> Subject:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from retemper.engine import create_model, save_weights
-from retemper.engine.checkpoints.header import facts_of, load_trained
+from retemper.engine.checkpoints.header import load_network, read_facts
 from retemper.engine.class_report import by_class
 from retemper.engine.cli import run
 from retemper.engine.predict import ATTACKS, Attack, balanced_order, survivors
@@ -73,7 +73,7 @@ def test_an_image_misclassified_when_clean_never_counts() -> None:
 
 def trained(run_folder: Path) -> nn.Module:
     weights = run_folder / "best.safetensors"
-    return load_trained(weights, facts_of(weights), CPU)
+    return load_network(weights, read_facts(weights), CPU)
 
 
 def test_an_answer_that_is_not_finite_is_no_answer(digits: Split) -> None:

@@ -111,23 +111,55 @@ def test_a_gradient_that_is_not_finite_holds_this_update_and_all_later_ones(fuse
 # memory
 
 
-def test_out_of_memory_is_told_in_numbers_with_what_to_try(start: Start, tmp_path: Path) -> None:
-    """Room for a part of the network, which takes 185 MB."""
+def ask_for_too_much(*_: object, **__: object) -> None:
+    """Ask torch's allocator for more than any machine has."""
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("place", ["torch.fx.symbolic_trace", "torch.nn.functional.conv2d", "torch.optim.SGD.step"])
+def test_out_of_memory_is_told_in_numbers_with_what_to_try(
+    place: str, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the network is folded, while it is called, and while it is trained."""
 
     def limit() -> None:
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (taken + (100 << 20), -1))
+        resource.setrlimit(resource.RLIMIT_AS, (taken + (8 << 30), -1))
+        monkeypatch.setattr(place, ask_for_too_much)  # in the process that is started
 
-    words = ["train", "sat:digits", "--out", tmp_path / "run", *SHORT, "--batch-size", 1024, "--student", "wrn34_10"]
+    student = "tiny_resnet" if place == "torch.optim.SGD.step" else "wrn34_10"
+    words = ["train", "sat:digits", "--out", tmp_path / "run", *SHORT, "--batch-size", 1024, "--student", student]
     code, said = start(*words, prepare=limit).wait()
     line = error_line(said)
-    assert code == 2 and "out of memory" in line, said
+    assert code == 2 and "out of memory for 1152921504606846976 bytes" in line, said
     assert (
-        "batch size 1024, digits, wrn34_10" in line
+        f"batch size 1024, digits, {student}" in line
         and "--batch-size 512" in line
         and "GiB" in line
         and "ulimit -v" in line
     )
+
+
+@pytest.mark.parametrize("place", ["torch.load", "torch.optim.Optimizer.load_state_dict"])
+def test_a_state_that_does_not_fit_into_memory_is_not_taken_for_a_damaged_one(
+    place: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["train", "sat:digits", "--out", str(tmp_path / "run"), *SHORT]
+    assert run(words) == 0
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(place, ask_for_too_much)
+        assert run(words) == 2
+    assert "out of memory for 1152921504606846976 bytes" in error_line(capsys.readouterr().err)
+    assert run(words) == 0, "the state is still there"
+
+
+def test_out_of_memory_of_any_other_verb_is_one_line(
+    teacher: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.nn.functional.conv2d", ask_for_too_much)
+    assert run(["evaluate", str(teacher), "--attacks", "clean", "--limit", "20", "--out", str(tmp_path)]) == 2
+    assert "out of memory" in error_line(capsys.readouterr().err)
 
 
 # disks

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retemper.engine import KlObjective, create_model, pgd
-from retemper.engine.device import exact_fp32
+from retemper.engine.device import exact_fp32, is_out_of_memory
 from retemper.engine.models import MODELS, channels_last
 from retemper.engine.speed.fold import Folded, FoldedConv
 
@@ -76,16 +76,6 @@ def test_no_batch_norm_addition_or_relu_is_left_where_it_can_be_taken_in(name: s
     assert FoldedConv in kinds and nn.BatchNorm2d not in kinds
     functions = [node.target for node in twin.net.graph.nodes if node.op == "call_function"]  # pyright: ignore
     assert F.relu not in functions
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_a_padded_stem_is_the_same_network(name: str, device: torch.device) -> None:
-    model, image = network(name, device)
-    model, image = model.double(), image.double()
-    twin = Folded(model, torch.float64, pad_stem=True)
-    stems = [m.weight.shape[1] for m in twin.modules() if isinstance(m, FoldedConv) and m.source[0].in_channels < 4]
-    assert set(stems) <= {4}
-    assert off(input_gradient(twin, image), input_gradient(model, image)) < 1e-12
 
 
 @pytest.mark.parametrize("epilogue", ["plain", "fused"])
@@ -195,6 +185,17 @@ def test_what_cannot_be_traced_is_refused_with_the_fix() -> None:
 
     with pytest.raises(ValueError, match="fold=False"):
         Folded(Branching())
+
+
+def test_too_little_memory_is_not_taken_for_a_network_that_cannot_be_traced() -> None:
+    class Large(nn.Module):
+        def __deepcopy__(self, memo: object) -> nn.Module:
+            torch.empty(1 << 60, dtype=torch.uint8)
+            raise AssertionError("no machine has so much")
+
+    with pytest.raises(RuntimeError) as error:
+        Folded(Large())
+    assert is_out_of_memory(error.value)
 
 
 def test_a_norm_that_cannot_be_folded_stays() -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from retemper.engine import create_model, load_checkpoint
-from retemper.engine.checkpoints.external import foreign, load_foreign
+from retemper.engine.checkpoints.external import external_network, load_external
 from retemper.engine.checkpoints.find import find_network
-from retemper.engine.checkpoints.published import RELEASED, Released
+from retemper.engine.checkpoints.published import PUBLISHED, Published
 from retemper.engine.cli import run
 from retemper.files import file_digest
 
@@ -175,10 +175,10 @@ def test_the_users_own_network_teaches_and_is_evaluated(
 def test_it_is_frozen_in_eval_mode_and_channels_last_where_it_can(shape: tuple[int, int, int], net: Path) -> None:
     (net.parent / "reshaped.py").write_text(NET.replace(".view(len(x), -1)", ".flatten(1)"))
     for name in (f"{net}:build", f"{net.parent}/reshaped.py:build"):
-        builder = foreign(name, None)
+        builder = external_network(name, None)
         assert builder is not None
         torch.manual_seed(0)
-        model, _ = load_foreign(builder, 10, shape, CPU, net.parent)
+        model, _ = load_external(builder, 10, shape, CPU, net.parent)
         assert not model.training and not any(weight.requires_grad for weight in model.parameters())
         image = torch.rand(3, shape[2], 8, 8).clone(memory_format=torch.channels_last)
         assert model(image).shape == (3, 10)
@@ -225,9 +225,9 @@ def build(num_classes, channels):
     load_checkpoint({str(teacher / "best.safetensors")!r}, model)
     return model
 """)
-    builder = foreign(f"{path}:build", None)
+    builder = external_network(f"{path}:build", None)
     assert builder is not None
-    model, _ = load_foreign(builder, 10, DIGITS, CPU, net.parent)
+    model, _ = load_external(builder, 10, DIGITS, CPU, net.parent)
     expected = state_of(teacher)
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     assert str(net.parent) not in sys.path
@@ -263,10 +263,10 @@ def test_a_released_teacher_is_named_and_held_to_its_accuracy(
     digest = file_digest(teacher / "best.safetensors")
 
     def stated(accuracy: float) -> None:
-        known = Released(
+        known = Published(
             known_by=digest, title="ours", model="tiny_resnet_wide", dataset="digits", clean_accuracy=accuracy
         )
-        monkeypatch.setattr("retemper.engine.checkpoints.published.RELEASED", (known,))
+        monkeypatch.setattr("retemper.engine.checkpoints.published.PUBLISHED", (known,))
 
     out = tmp_path / "run"
     stated(0.99)
@@ -284,13 +284,13 @@ def test_a_released_checkpoint_says_what_it_is(tmp_path: Path, monkeypatch: pyte
     path = tmp_path / "model.pt"
     torch.save(create_model("tiny_resnet", 10).state_dict(), path)
     monkeypatch.setattr(
-        "retemper.engine.checkpoints.published.RELEASED",
-        (Released(known_by=file_digest(path), title="t", model="resnet56", dataset="cifar10", clean_accuracy=0.9),),
+        "retemper.engine.checkpoints.published.PUBLISHED",
+        (Published(known_by=file_digest(path), title="t", model="resnet56", dataset="cifar10", clean_accuracy=0.9),),
     )
     facts = find_network(path, dataset=None).facts
     assert (facts.model, facts.dataset) == ("resnet56", "cifar10")
-    known = {one.known_by for one in RELEASED}
-    assert len(known) == len(RELEASED) and all(0.5 < one.clean_accuracy < 1 for one in RELEASED)
+    known = {one.known_by for one in PUBLISHED}
+    assert len(known) == len(PUBLISHED) and all(0.5 < one.clean_accuracy < 1 for one in PUBLISHED)
 
 
 def test_a_teacher_at_chance_is_warned_of(net: Path, train: Train, capsys: pytest.CaptureFixture[str]) -> None:

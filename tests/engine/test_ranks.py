@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from retemper.engine import State, create_model, train_step
 from retemper.engine.catalogue import find_setting
 from retemper.engine.cli import run
+from retemper.engine.device import is_out_of_memory
 from retemper.engine.distributed.join import join
-from retemper.engine.distributed.ranks import ALONE, Ranks
+from retemper.engine.distributed.ranks import ALONE, RankLost, Ranks
 from retemper.engine.run.state_file import unpack
 from retemper.engine.speed.capture import captured
 from retemper.engine.speed.fold import Folded
@@ -207,7 +208,16 @@ def test_a_rank_that_differs_is_told(tmp_path: Path) -> None:
     assert in_processes(2, differ, tmp_path) == [[True, False, True]] * 2
 
 
-def test_words_reach_all_processes(tmp_path: Path) -> None:
+def test_too_little_memory_is_not_taken_for_a_process_that_is_gone() -> None:
+    ranks = Ranks(0, 2, True)
+    with pytest.raises(RuntimeError) as error, ranks.checked():
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(error.value)
+    with pytest.raises(RankLost, match="another of the 2 processes is gone"), ranks.checked():
+        raise RuntimeError("[/gloo/pair.cc:589] Connection closed by peer")
+
+
+def test_values_reach_all_processes(tmp_path: Path) -> None:
     def talk(ranks: Ranks) -> list[Any]:
         own = {"rank": ranks.rank, "tensor": torch.full((ranks.rank + 1,), 0.1)}
         ranks.barrier()

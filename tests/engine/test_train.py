@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from retemper.engine import create_model, load_checkpoint, save_weights
-from retemper.engine.checkpoints.header import header_of
+from retemper.engine.checkpoints.header import read_header
 from retemper.engine.cli import run
 from retemper.engine.run.run_folder import RunFolder
 from retemper.recipes.absld import next_temperature
@@ -195,7 +195,7 @@ def test_a_best_saved_just_before_a_kill_is_known_after_it(train: Train, tmp_pat
     state = torch.load(out / "last.state", weights_only=True)
     state["epoch"], state["best"] = 2, {"score": -0.5, "epoch": 1}
     torch.save(state, out / "last.state")  # as it stood before epoch 3 was saved, but for the weights
-    header = dict(header_of(out / "best.safetensors"), epoch="3", score="1.9")
+    header = dict(read_header(out / "best.safetensors"), epoch="3", score="1.9")
     save_weights(out / "best.safetensors", load_file(out / "best.safetensors"), header)
     assert train("rslad:digits", out, *options) == 0
     best = torch.load(out / "last.state", weights_only=True)["best"]
