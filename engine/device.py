@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +78,9 @@ def repeatable() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-@contextmanager
-def exact_fp32() -> Iterator[None]:
-    """Switch TF32 off inside: convolutions on recent GPUs use it by default."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+def exact_fp32() -> AbstractContextManager[None]:
+    """Compute float32 without TF32 inside: convolutions on recent GPUs use it by default."""
+    return in_precision("fp32")
 
 
 @contextmanager

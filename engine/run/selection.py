@@ -12,8 +12,7 @@ from retemper.engine.checkpoints.weights import CheckpointError, require_intact
 from retemper.engine.device import exact_fp32
 from retemper.engine.distributed.ranks import ALONE, Ranks
 from retemper.engine.epoch_stats import ClassMeans, ClassSums, HeldOut
-from retemper.engine.losses import cross_entropy_objective
-from retemper.engine.predict import as_float
+from retemper.engine.predict import Attack, Perturb, attacked_batches
 from retemper.engine.recipe import Recipe, Targets
 from retemper.engine.run.run_folder import RunFolder
 from retemper.errors import DataError
@@ -64,7 +63,7 @@ def validate(
     batch_size: int = 256,
     ranks: Ranks = ALONE,
 ) -> HeldOut:
-    """`model`, left in eval mode, on the images of `split`, clean and attacked as `Recipe.validates_by` says.
+    """Measure `model`, which is left in eval mode, on the images of `split`, attacked as `Recipe.validates_by` says.
 
     "pgd" is `select_steps` steps of eps/4 on the cross-entropy. "training attack" is the method's own before its class
     state moves anything: its objective and start, at the recipe's eps and step. Several processes take turns at the
@@ -73,36 +72,17 @@ def validate(
     clean_sums, adv_sums = (ClassSums.zeros(num_classes, device) for _ in range(2))
     boundary = ClassMeans.zeros(num_classes, 1, device)
     ones_K = torch.ones(num_classes, device=device)
-    label_N = torch.from_numpy(split.labels)
-    model.eval()
+    if recipe.validates_by == "training attack":
+        perturb = _training_attack(model, recipe, ones_K)
+    else:
+        attack = Attack(loss="cross-entropy", steps=recipe.select_steps, step=1 / 4, start="uniform")
+        perturb = attack.on(model, recipe.eps)
     with exact_fp32():
-        for batch in torch.arange(len(split)).split(batch_size)[ranks.rank :: ranks.world_size]:
-            label_B, clean = label_N[batch].to(device), as_float(split, batch, device)
-            with torch.no_grad():
-                clean_BK: Tensor = model(clean)
-            objective = cross_entropy_objective(label_B)
-            steps, step, start, clip_start = recipe.select_steps, recipe.eps / 4, "uniform", True
-            if recipe.validates_by == "training attack":
-                objective = recipe.objective(Targets(label_B=label_B, own_BK=clean_BK, state={}, ones_K=ones_K))
-                steps, step = recipe.attack_steps, recipe.attack_step
-                start, clip_start = recipe.attack_start, recipe.clip_start
-            adv = pgd(
-                model,
-                clean,
-                objective=objective,
-                steps=steps,
-                step=step,
-                eps=recipe.eps,
-                start=start,
-                clip_start=clip_start,
-                seed=int(batch[0]),
-            )
-            with torch.no_grad():
-                adv_BK: Tensor = model(adv)
+        for batch in attacked_batches(model, split, perturb, device=device, batch_size=batch_size, ranks=ranks):
+            clean_BK, adv_BK, label_B = batch.clean_BK, batch.adv_BK, batch.label_B
             clean_sums.add(*class_sums(clean_BK, label_B, num_classes))
             adv_sums.add(*class_sums(adv_BK, label_B, num_classes))
             boundary.add(class_temperature_kl(adv_BK, clean_BK, label_B, ones_K, reduction="none"), label_B)
-    ranks.barrier(patiently=True)  # for a process with a batch more
     ranks.all_reduce_each_([value for sums in (clean_sums, adv_sums, boundary) for value in vars(sums).values()])
     return HeldOut(
         clean_accuracy_K=clean_sums.accuracy_K,
@@ -110,3 +90,22 @@ def validate(
         clean_loss_K=clean_sums.mean_loss_K,
         boundary_loss_K=boundary.mean_K,
     )
+
+
+def _training_attack(model: nn.Module, recipe: Recipe, ones_K: Tensor) -> Perturb:
+    """Return the method's own attack, as it is before the class state moves anything."""
+
+    def perturb(clean: Tensor, clean_BK: Tensor, label_B: Tensor, seed: int) -> Tensor:
+        return pgd(
+            model,
+            clean,
+            objective=recipe.objective(Targets(label_B=label_B, own_BK=clean_BK, state={}, ones_K=ones_K)),
+            steps=recipe.attack_steps,
+            step=recipe.attack_step,
+            eps=recipe.eps,
+            start=recipe.attack_start,
+            clip_start=recipe.clip_start,
+            seed=seed,
+        )
+
+    return perturb
