@@ -23,7 +23,10 @@ Pair = tuple[float, float]
 
 @dataclass(frozen=True)
 class ClassReport:
-    """Accuracies are fractions; a class without images has the accuracy NaN and is left out of every summary."""
+    """The accuracy of each class, and the summaries of the module's head.
+
+    Accuracies are fractions. A class without images has the accuracy NaN and is left out of every summary.
+    """
 
     accuracy: list[float]
     count: list[int]
@@ -39,10 +42,9 @@ def class_report(correct_K: Any, count_K: Any) -> ClassReport:
 
     Args:
         correct_K, count_K: (K,) whole numbers; a tensor on any device, an array or a list.
-
     Returns:
-        Of several worst classes the first; -1 where no class has an image. `nsd` is NaN when all accuracies are 0.
-
+        The report. Its worst class is the first of several, and -1 where no class has an image. `nsd` is NaN when all
+        accuracies are 0.
     Raises:
         ValueError: shapes differ or are not (K,); a number is negative, not whole, or above its count.
     """
@@ -61,18 +63,24 @@ def class_report(correct_K: Any, count_K: Any) -> ClassReport:
 
 
 def intervals(correct_K: Any, count_K: Any, level: float = 0.95, draws: int = 10_000, seed: int = 0) -> dict[str, Any]:
-    """How far chance in the choice of test images may have moved each number; chance in training is not in it.
+    """Return how far chance in the choice of test images may have moved each number; chance in training is not in it.
 
     "class" holds K Wilson score intervals (low, high). The summaries get bootstrap intervals: every draw resamples the
-    images of each class, which for verdicts of yes and no is a draw from Binomial(count, accuracy), so that counts say
+    images of each class. For verdicts of yes and no that is a draw from Binomial(count, accuracy), so that counts say
     as much as the verdicts would. An accuracy of 0 or 1 is first moved inwards by half an image, or it could not vary.
 
     A minimum and a spread are biased, the more so the fewer the images: noise lowers the one and widens the other, and
     resampling does it a second time. Percentiles alone would then miss the truth (NSD of ten equal classes with 60
-    images each: always). So `worst` and `worst_tenth` join the percentiles to their mirror image about the estimate,
-    and `nsd` mirrors on its square, where noise adds; a test holds both to their promise. Among many equally weak
-    classes `worst` stays too sure of itself: read `worst_tenth` there.
+    images each: always). So `worst` and `worst_tenth` join the percentiles to their mirror image about the estimate.
+    `nsd` mirrors on its square, where noise adds. Among many equally weak classes `worst` stays too sure of itself:
+    read `worst_tenth` there.
 
+    Args:
+        correct_K, count_K: as in `class_report`.
+        level: how often an interval should hold the truth.
+        draws, seed: of the bootstrap.
+    Returns:
+        (low, high) by the name of a summary, and a list of K such pairs under "class".
     Raises:
         ValueError: as `class_report`, or `level` outside (0, 1), or no draws.
     """
@@ -92,20 +100,20 @@ def intervals(correct_K: Any, count_K: Any, level: float = 0.95, draws: int = 10
 
 
 def percentiles(drawn_D: np.ndarray, level: float) -> Pair:
-    """The middle part of the draws that are numbers; NaN where none is."""
+    """Return the ends of the middle part of the (D,) draws that are numbers; NaN where none is."""
     known = drawn_D[np.isfinite(drawn_D)]
     low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2]) if len(known) else (math.nan, math.nan)
     return float(low), float(high)
 
 
 def both_ways(drawn_D: np.ndarray, estimate: float, level: float) -> Pair:
-    """The percentiles joined to their mirror image about the estimate: right whichever way the draws are biased."""
+    """Return the percentiles joined to their mirror image about the estimate, for draws that are biased either way."""
     low, high = percentiles(drawn_D, level)
     return min(low, 2 * estimate - high), max(high, 2 * estimate - low)
 
 
 def _ends(name: str, drawn_D: np.ndarray, estimate: float, level: float) -> Pair:
-    """One summary's interval, as `intervals` says; it always holds the estimate."""
+    """Return one summary's interval, as `intervals` says; it always holds the estimate."""
     if math.isnan(estimate):
         return math.nan, math.nan
     if name == "nsd":
@@ -119,17 +127,23 @@ def _ends(name: str, drawn_D: np.ndarray, estimate: float, level: float) -> Pair
 
 @dataclass(frozen=True)
 class Result:
-    """One attack's entry of an evaluation.json, made whole."""
+    """One attack's entry of an evaluation.json, made whole.
+
+    Attributes:
+        upper_bound: the attack was weakened or broken off: the true accuracies are at most these.
+        confusion: (K, K) counts, a row a true class, a column the class given; None where they are not known.
+    """
 
     report: ClassReport
     interval: dict[str, Any]
-    upper_bound: bool = False  # the attack was weakened or broken off: the true accuracies are at most these
-    confusion: np.ndarray | None = None  # (K, K) counts, a row a true class, a column the class given; None: unknown
+    upper_bound: bool = False
+    confusion: np.ndarray | None = None
 
 
 def read_result(entry: Mapping[str, Any]) -> Result:
-    """Read an entry back: missing or null accuracies count as classes without images. The summaries and the intervals
-    are computed anew, so that entries of different age can be compared.
+    """Read an entry back; missing or null accuracies count as classes without images.
+
+    The summaries and the intervals are computed anew, so that entries of different age can be compared.
 
     Raises:
         ValueError: there is no list of accuracies, or no list of counts as long.
@@ -148,7 +162,7 @@ def read_result(entry: Mapping[str, Any]) -> Result:
 
 
 def _confusion(rows: Any, classes: int) -> np.ndarray | None:
-    """The (K, K) counts, or None for whatever is none."""
+    """Return the (K, K) counts, or None for what is no such table."""
     try:
         counts_KK = np.array(rows, dtype=np.float64)
     except (ValueError, TypeError):
@@ -158,6 +172,7 @@ def _confusion(rows: Any, classes: int) -> np.ndarray | None:
 
 
 def _checked(correct_K: Any, count_K: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return both as (K,) float64. Raises ValueError as `class_report`."""
     arrays = [np.asarray(x.cpu() if hasattr(x, "cpu") else x, dtype=np.float64) for x in (correct_K, count_K)]
     shapes = [array.shape for array in arrays]
     if shapes[0] != shapes[1] or len(shapes[0]) != 1 or shapes[0] == (0,):
@@ -173,7 +188,12 @@ def _checked(correct_K: Any, count_K: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def summaries(accuracy_DK: np.ndarray, count_K: np.ndarray) -> dict[str, np.ndarray]:
-    """Each summary for every draw; all classes have images."""
+    """Return each summary for every draw, each (D,).
+
+    Args:
+        accuracy_DK: (D, K) fractions.
+        count_K: (K,) images of each class, above 0.
+    """
     tenth = -(-accuracy_DK.shape[1] // 10)
     mean_D, std_D = accuracy_DK.mean(axis=1), accuracy_DK.std(axis=1)
     return {
@@ -185,23 +205,25 @@ def summaries(accuracy_DK: np.ndarray, count_K: np.ndarray) -> dict[str, np.ndar
 
 
 def _wilson(correct_K: np.ndarray, count_K: np.ndarray, level: float) -> list[Pair]:
+    """Return Wilson's score interval of every class; NaN for a class without images."""
     z = NormalDist().inv_cdf((1 + level) / 2)
-    pairs = []
-    for correct, n in zip(correct_K.tolist(), count_K.tolist(), strict=True):
-        if n == 0:
-            pairs.append((math.nan, math.nan))
-            continue
-        p, shrink = correct / n, 1 + z * z / n
-        centre = (p + z * z / (2 * n)) / shrink
-        half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        pairs.append((0.0 if correct == 0 else centre - half, 1.0 if correct == n else centre + half))
-    return pairs
+    n = np.where(count_K > 0, count_K, math.nan)
+    p, shrink = correct_K / n, 1 + z * z / n
+    centre = (p + z * z / (2 * n)) / shrink
+    half = z / shrink * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = np.where(p == 0, 0.0, centre - half), np.where(p == 1, 1.0, centre + half)
+    return list(zip(low.tolist(), high.tolist(), strict=True))
 
 
 def by_class(predicted_N: np.ndarray, label_N: np.ndarray, num_classes: int) -> dict[str, Any]:
-    """The report of one attack, as evaluation.json holds it.
+    """Return the report of one attack, as evaluation.json holds it.
 
-    "confusion": (K, K) counts, a row a true class, a column a class given; images given none are in no column.
+    Args:
+        predicted_N: (N,) int64, the classes given; -1 for none.
+        label_N: (N,) int64.
+    Returns:
+        The fields of `ClassReport`, "interval", and "confusion": (K, K) counts, a row a true class, a column a class
+        given; images that are given none are in no column. Numbers that are not finite are null.
     """
     count = np.bincount(label_N, minlength=num_classes)
     given = predicted_N >= 0

@@ -1,14 +1,16 @@
-"""Robust accuracy by class: clean, FGSM, PGD-20 and CW-inf, always in fp32, with input gradients only.
+"""Which class a network gives each image of a split, clean and under attack; always in float32, without TF32.
 
     fgsm    one step of eps along the sign of the cross-entropy's gradient (Goodfellow et al., ICLR 2015)
     pgd20   20 steps of eps/4 on the cross-entropy, uniform start (2/255 at eps = 8/255; Madry et al., ICLR 2018)
     cw      30 steps of eps/4 on the margin with confidence 50, uniform start (Carlini & Wagner, S&P 2017)
 
-An image counts as robust when it is classified correctly before and after: the verdicts are the network's own, the
-gradients those of its twin with batch norm folded (speed/fold.py), the same function at less cost. Dimension key: B
-batch, K classes, N images.
+The network itself gives the answers. The gradients are those of its twin with batch norm folded (speed/fold.py), the
+same function at less cost. An image counts as robust when it is classified correctly before and after the attack.
+
+Dimension key: B batch, C H W image, K classes, N images.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,28 +22,46 @@ from retemper.console import Progress
 from retemper.engine.attack import pgd
 from retemper.engine.device import exact_fp32
 from retemper.engine.distributed.ranks import ALONE, Ranks
-from retemper.engine.losses import Objective, cross_entropy_objective, cw_objective
+from retemper.engine.losses import cross_entropy_objective, cw_objective
 from retemper.engine.speed.fold import BATCH_NORM, Folded
 from retemper.kernels import augment, identity_view
 from retemper.loaders import Split
 
+# From (B, C, H, W) clean images, (B, K) the network's logits on them, (B,) labels and a seed to the attacked images.
+Perturb = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Attack:
-    """An attack of the evaluation. `step` is in units of eps."""
+    """An attack by projected gradient descent, without the network and the radius that it is used on.
 
-    loss: str  # cross-entropy | margin
+    Attributes:
+        loss: what it raises, "cross-entropy" or "margin".
+        steps: how many steps; 0 leaves the images as they are.
+        step: the size of a step in units of eps.
+        start: "uniform" for a random start in the ball, "none" for the clean image.
+    """
+
+    loss: str
     steps: int
     step: float
     start: str
 
     def described(self, eps: float) -> dict[str, Any]:
-        """As evaluation.json holds it: the step in pixel units."""
+        """Return the attack as evaluation.json names it, the step in pixel units."""
         return asdict(self) | {"step": self.step * eps}
 
-    def objective(self, label_B: Tensor) -> Objective:
-        """What it raises on a batch."""
-        return cross_entropy_objective(label_B) if self.loss == "cross-entropy" else cw_objective(label_B)
+    def on(self, network: nn.Module, eps: float) -> Perturb:
+        """Return the function that attacks `network` within the radius `eps`, in pixel units."""
+        objective = cross_entropy_objective if self.loss == "cross-entropy" else cw_objective
+
+        def perturb(clean: Tensor, clean_BK: Tensor, label_B: Tensor, seed: int) -> Tensor:
+            step, raised = self.step * eps, objective(label_B)
+            return pgd(
+                network, clean, objective=raised, steps=self.steps, step=step, eps=eps, start=self.start, seed=seed
+            )
+
+        return perturb
 
 
 ATTACKS = {
@@ -53,9 +73,14 @@ ATTACKS = {
 
 
 def balanced_order(labels: np.ndarray, limit: int | None = None) -> np.ndarray:
-    """Indices that take the first image of every class, then the second, ...; (min(limit, N),) int64.
+    """Return indices that take the first image of every class, then the second, and so on.
 
-    A prefix of any length is as class-balanced as can be: what `--limit` evaluates.
+    A prefix of any length is as class-balanced as can be. This is what `--limit` evaluates.
+
+    Args:
+        labels: (N,) integers.
+    Returns:
+        (min(limit, N),) int64.
     """
     rank = np.empty(len(labels), dtype=np.int64)
     for label in np.unique(labels):
@@ -67,7 +92,10 @@ def balanced_order(labels: np.ndarray, limit: int | None = None) -> np.ndarray:
 def survivors(
     model: nn.Module, split: Split, attack: Attack, *, indices: np.ndarray | None = None, **options: Any
 ) -> Tensor:
-    """Which images are classified correctly, clean and attacked: (N,) bool on the host; as `predictions`."""
+    """Return which images are classified correctly, clean and attacked: (N,) bool on the host.
+
+    The arguments are those of `predictions`.
+    """
     label_N = torch.from_numpy(split.labels if indices is None else split.labels[indices])
     return predictions(model, split, attack, indices=indices, **options) == label_N
 
@@ -82,51 +110,121 @@ def predictions(
     indices: np.ndarray | None = None,
     batch_size: int = 256,
     seed: int = 0,
+    source: nn.Module | None = None,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
 ) -> Tensor:
-    """The class that each image is given under attack, or clean where it is misclassified without: (N,) int64 on the
-    host, as `indices` orders them; -1 where the logits are not finite. Several processes take turns at the batches,
-    and each gets all answers; those are what one process would give."""
-    chosen = np.arange(len(split)) if indices is None else indices
-    label_N = torch.from_numpy(split.labels)
-    given_N = torch.zeros(len(chosen), dtype=torch.int64, device=device)
+    """Return the class that each image is given under attack, or clean where that is wrong already.
+
+    Args:
+        model: (B, C, H, W) float32 pixels in [0, 1] to (B, K) logits, on `device`; it is put into eval mode.
+        eps: the radius in pixel units.
+        indices: (N,) which images of `split`; None for all of them.
+        seed: of the random starts; the batch that begins with image n of the N draws from `seed + n`.
+        source: the network that the attack looks at, in eval mode; None for `model`.
+        progress: is told of the images that are done.
+        ranks: the processes that take turns at the batches. Each gets all answers, and they are those of one process.
+    Returns:
+        (N,) int64 on the host; -1 where the logits are not finite.
+    """
+    images = len(split) if indices is None else len(indices)
+    given_N = torch.zeros(images, dtype=torch.int64, device=device)
     model.eval()
-    twin = folded_twin(model, device) if attack.steps else None
-    with exact_fp32():
-        for first in range(ranks.rank * batch_size, len(chosen), ranks.world_size * batch_size):
-            batch = torch.from_numpy(chosen[first : first + batch_size])
-            label_B = label_N[batch].to(device)
-            clean = as_float(split, batch, device)
-            with torch.no_grad():
-                given_B = predicted(model(clean))
-            if twin is not None:
-                adv = pgd(
-                    twin,
-                    clean,
-                    objective=attack.objective(label_B),
-                    steps=attack.steps,
-                    step=attack.step * eps,
-                    eps=eps,
-                    start=attack.start,
-                    seed=seed + first,
-                )
-                with torch.no_grad():
-                    given_B = torch.where(given_B == label_B, predicted(model(adv)), given_B)
-            given_N[first : first + batch_size] = given_B
-            if progress is not None:
-                progress.advance(min(len(batch) * ranks.world_size, len(chosen) - first))
-    ranks.barrier(patiently=True)  # for a process with a batch more
+    perturb = attack.on(folded_twin(model if source is None else source, device), eps) if attack.steps else None
+    options: dict[str, Any] = dict(indices=indices, batch_size=batch_size, seed=seed, ranks=ranks)
+    for batch in attacked_batches(model, split, perturb, device=device, **options):
+        size = len(batch.label_B)
+        given_N[batch.first : batch.first + size] = batch.predicted_B
+        if progress is not None:
+            progress.advance(min(size * ranks.world_size, images - batch.first))
     return ranks.all_reduce_(given_N.cpu())
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AttackedBatch:
+    """What a network answers to one batch, clean and attacked.
+
+    Attributes:
+        first: how many of the images come before the batch.
+        label_B: (B,) int64.
+        clean_BK, adv_BK: (B, K) logits; one and the same tensor where there is no attack.
+    """
+
+    first: int
+    label_B: Tensor
+    clean_BK: Tensor
+    adv_BK: Tensor
+
+    @property
+    def predicted_B(self) -> Tensor:
+        """(B,) int64: the class given under attack, or clean where that is wrong already; -1 for none."""
+        clean_B = predicted(self.clean_BK)
+        return torch.where(clean_B == self.label_B, predicted(self.adv_BK), clean_B)
+
+
+def attacked_batches(
+    model: nn.Module,
+    split: Split,
+    perturb: Perturb | None,
+    *,
+    device: torch.device,
+    indices: np.ndarray | None = None,
+    batch_size: int = 256,
+    seed: int = 0,
+    ranks: Ranks = ALONE,
+) -> Iterator[AttackedBatch]:
+    """Yield the answers of `model`, which is put into eval mode, to this process's batches, clean and attacked.
+
+    Take all of them: after the last batch the processes wait for one another.
+
+    Args:
+        perturb: the attack; it is given `seed` plus the number of images before the batch. None for no attack.
+        device, indices, batch_size, ranks: as in `predictions`.
+    """
+    model.eval()
+    for first, clean, label_B in labelled_batches(split, device, indices=indices, batch_size=batch_size, ranks=ranks):
+        with exact_fp32():
+            with torch.no_grad():
+                clean_BK: Tensor = model(clean)
+            adv_BK = clean_BK
+            if perturb is not None:
+                adv = perturb(clean, clean_BK, label_B, seed + first)
+                with torch.no_grad():
+                    adv_BK = model(adv)
+        yield AttackedBatch(first=first, label_B=label_B, clean_BK=clean_BK, adv_BK=adv_BK)
+    ranks.barrier(patiently=True)  # for a process with a batch more
+
+
+def labelled_batches(
+    split: Split,
+    device: torch.device,
+    *,
+    indices: np.ndarray | None = None,
+    batch_size: int = 256,
+    ranks: Ranks = ALONE,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield this process's batches of `split`.
+
+    Args:
+        indices: (N,) which images, in their order; None for all of them.
+        ranks: the processes that take turns at the batches.
+    Yields:
+        How many images come before the batch; (B, C, H, W) float32 pixels, channels-last; (B,) int64 labels.
+    """
+    chosen = np.arange(len(split)) if indices is None else indices
+    for first in range(ranks.rank * batch_size, len(chosen), ranks.world_size * batch_size):
+        batch = chosen[first : first + batch_size]
+        label_B = torch.from_numpy(split.labels[batch]).to(device)
+        yield first, as_float(split, torch.from_numpy(batch), device), label_B
+
+
 def predicted(logits_BK: Tensor) -> Tensor:
-    """(B,) int64: the class of each row's largest logit; -1 for a row that is not finite."""
+    """Return the class of each row's largest logit, -1 for a row that is not finite: (B, K) to (B,) int64."""
     return torch.where(logits_BK.isfinite().all(1), logits_BK.argmax(1), -1)
 
 
 def folded_twin(model: nn.Module, device: torch.device) -> nn.Module:
-    """The same function for the attack to look at, faster where the network can be folded."""
+    """Return the same function for an attack to look at, faster where the network can be folded, or `model` itself."""
     if not any(isinstance(module, BATCH_NORM) for module in model.modules()):
         return model
     try:
@@ -136,7 +234,13 @@ def folded_twin(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def as_float(split: Split, batch: Tensor, device: torch.device) -> Tensor:
-    """The images of `split` at the host indices `batch`: (B, C, H, W) fp32, channels-last, uncropped."""
+    """Return images of `split` as they are evaluated, uncropped and unflipped.
+
+    Args:
+        batch: (B,) int64 indices on the host.
+    Returns:
+        (B, C, H, W) float32 pixels in [0, 1] on `device`, channels-last.
+    """
     image = torch.from_numpy(split.images[batch.numpy()]).to(device)
     view = torch.full((len(batch),), identity_view(0), device=device)
     return augment(image, view, padding=0)

@@ -24,11 +24,10 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from retemper.engine.catalogue import nearest
 from retemper.engine.checkpoints.weights import plain_name
 from retemper.engine.device import is_out_of_memory
 from retemper.engine.models import channels_last
-from retemper.errors import DataError, UsageError
+from retemper.errors import DataError, UsageError, nearest
 
 INSTALL = (
     "pip install robustbench 'git+https://github.com/fra31/auto-attack'"  # robustbench imports it, and does not ask

@@ -3,8 +3,8 @@
     McNemar      exact: p = min(1, 2 P(X <= min(a, b))), X ~ Binomial(a + b, 1/2), where a images are right under A
                  alone and b under B alone (Psychometrika 1947). Classes also get Holm's correction for their number.
     images       paired bootstrap: every draw resamples the images of each class, the same ones for both sides and
-                 all seeds; for worst, worst_tenth and nsd both ways round (class_statistics.py says why). It covers
-                 the choice of test images for these very networks, not how others would come out.
+                 all seeds; for worst, worst_tenth and nsd both ways round (class_report.py says why). It covers the
+                 choice of test images for these very networks, not how others would come out.
     seeds        mean difference of the seeds -+ Student's t with S - 1 degrees of freedom times the standard error. It
                  covers chance in training for these very images; the seeds are taken as a sample of all.
 
@@ -17,7 +17,6 @@ Dimension key: N images, K classes, S seeds, D bootstrap draws, P patterns of ve
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -31,7 +30,14 @@ MOST_CLASSES = 20  # in a table
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one number between the sides; `a` and `b` are means over the seeds, each with its lowest and highest."""
+    """The difference of one number between the sides.
+
+    Attributes:
+        a, b: the means over the seeds; `a_range` and `b_range` are the lowest and the highest of the seeds.
+        images, seeds: the intervals of the module's head; no `seeds` with one seed.
+        p, p_holm: McNemar's, and after Holm's correction; None where they do not apply.
+        discordant: for every seed, how many images are right under A alone, and under B alone.
+    """
 
     a: float
     a_range: Pair
@@ -39,15 +45,25 @@ class Difference:
     b_range: Pair
     difference: float
     images: Pair
-    seeds: Pair | None = None  # None with one seed
-    p: float | None = None  # McNemar's; None where it does not apply
+    seeds: Pair | None = None
+    p: float | None = None
     p_holm: float | None = None
-    discordant: tuple[tuple[int, int], ...] = ()  # for every seed: images right under A alone, under B alone
+    discordant: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Accuracies and their differences are fractions; a class without images has NaNs and no p."""
+    """Two sides compared under one attack.
+
+    Accuracies and their differences are fractions. A class without images has NaNs and no p.
+
+    Attributes:
+        a, b: the names of the runs.
+        images: how many were compared.
+        eps: in pixel units.
+        upper_bound: the attack is a weaker stand-in: true accuracies are at most these.
+        level: of the intervals.
+    """
 
     attack: str
     a: list[str]
@@ -55,7 +71,7 @@ class Comparison:
     classes: list[str]
     images: int
     eps: float
-    upper_bound: bool  # a weaker stand-in for the attack: true accuracies are at most these
+    upper_bound: bool
     level: float
     summary: dict[str, Difference]
     by_class: list[Difference]
@@ -70,8 +86,13 @@ def compare(
     draws: int = 5_000,
     seed: int = 0,
 ) -> Comparison:
-    """Compare B with A under one attack; without a name, under the strongest that all were evaluated with.
+    """Compare B with A under one attack.
 
+    Args:
+        a, b: the seeds of either side; they are paired in order.
+        attack: None for the strongest that all were evaluated with.
+        level: of the intervals.
+        draws, seed: of the bootstrap.
     Raises:
         UsageError: the sides have not as many seeds, or were evaluated on other images or under other settings.
         DataError: verdicts are missing or damaged.
@@ -107,7 +128,7 @@ def compare(
 def differences(
     correct_RN: np.ndarray, label_N: np.ndarray, num_classes: int, *, level: float, draws: int, seed: int
 ) -> tuple[dict[str, Difference], list[Difference]]:
-    """Of the summaries and of every class.
+    """Return the differences of the summaries, by name, and of every class.
 
     Args:
         correct_RN: (R, N) bool, first the seeds of A, then those of B.
@@ -136,18 +157,20 @@ def differences(
     return of_summary, _holm(by_class)
 
 
-def mcnemar(only_a: Any, only_b: Any) -> np.ndarray:
-    """The exact two-sided p of each pair of counts; 1 where there is none to tell them apart."""
-    from scipy.special import bdtr  # comes with scikit-learn
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Return the exact two-sided p of two counts; 1 where there is no image to tell the sides apart."""
+    from scipy.stats import binomtest  # here, not above: it takes a second
 
-    only_a, only_b = np.asarray(only_a), np.asarray(only_b)
-    return np.minimum(1.0, 2 * bdtr(np.minimum(only_a, only_b), only_a + only_b, 0.5))
+    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def _draw(
     correct_RN: np.ndarray, label_N: np.ndarray, num_classes: int, draws: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Accuracies of resampled images, (D, R, K): as many of each pattern of verdicts as images with it are drawn."""
+    """Return the accuracies of resampled images, (D, R, K).
+
+    As many verdicts of each pattern are drawn as images with that pattern would be.
+    """
     drawn_DRK = np.full((draws, len(correct_RN), num_classes), math.nan)
     for k in np.unique(label_N):
         pattern_RP, count_P = np.unique(correct_RN[:, label_N == k], axis=1, return_counts=True)
@@ -157,7 +180,7 @@ def _draw(
 
 
 def _alone(correct_RN: np.ndarray, label_N: np.ndarray, num_classes: int) -> np.ndarray:
-    """(2, S, K): of every seed and class, how many images only A has right, and only B."""
+    """Return how many images of every seed and class only A has right, and only B: (2, S, K)."""
     a_SN, b_SN = np.split(correct_RN, 2)
     sides = (a_SN & ~b_SN, b_SN & ~a_SN)
     return np.array([[np.bincount(label_N[row], minlength=num_classes) for row in side] for side in sides])
@@ -166,14 +189,21 @@ def _alone(correct_RN: np.ndarray, label_N: np.ndarray, num_classes: int) -> np.
 def _difference(
     values: Sequence[float], drawn_DR: np.ndarray, level: float, alone_2S: np.ndarray | None, *, biased: bool = False
 ) -> Difference:
-    """values: of the R runs; drawn_DR: the same of every draw."""
+    """Return the difference of one number.
+
+    Args:
+        values: of the R runs.
+        drawn_DR: (D, R), the same of every draw.
+        alone_2S: (2, S), how many images only A has right, and only B; None where McNemar's test does not apply.
+        biased: whether the draws are biased, so that their interval is taken both ways round.
+    """
     a_S, b_S = np.split(np.array(values), 2)
     drawn_a_D, drawn_b_D = (half_DS.mean(axis=1) for half_DS in np.split(drawn_DR, 2, axis=1))
     difference, drawn_D = float((b_S - a_S).mean()), drawn_b_D - drawn_a_D
     p = None
     if alone_2S is not None:
         agreed = (alone_2S[0] >= alone_2S[1]).all() or (alone_2S[0] <= alone_2S[1]).all()
-        p = float(mcnemar(*alone_2S).max()) if agreed else 1.0
+        p = max(mcnemar(a, b) for a, b in alone_2S.T.tolist()) if agreed else 1.0
     return Difference(
         a=float(a_S.mean()),
         a_range=(float(a_S.min()), float(a_S.max())),
@@ -188,18 +218,18 @@ def _difference(
 
 
 def _student(difference_S: np.ndarray, level: float) -> Pair | None:
-    """The interval of the mean over seeds."""
-    from scipy.special import stdtrit  # comes with scikit-learn
+    """Return Student's interval of the mean over the seeds; None for one seed."""
+    from scipy.stats import t
 
     n = len(difference_S)
     if n < 2:
         return None
-    half = float(stdtrit(n - 1, (1 + level) / 2)) * float(difference_S.std(ddof=1)) / math.sqrt(n)
+    half = float(t.ppf((1 + level) / 2, n - 1)) * float(difference_S.std(ddof=1)) / math.sqrt(n)
     return float(difference_S.mean() - half), float(difference_S.mean() + half)
 
 
 def _holm(of_class: list[Difference]) -> list[Difference]:
-    """Holm's correction for looking at every class (Scand. J. Stat. 1979)."""
+    """Return the classes with Holm's correction for looking at every one of them (Scand. J. Stat. 1979)."""
     order = sorted((k for k, d in enumerate(of_class) if d.p is not None), key=lambda k: of_class[k].p or 0.0)
     corrected, least = list(of_class), 0.0
     for rank, k in enumerate(order):
@@ -209,7 +239,7 @@ def _holm(of_class: list[Difference]) -> list[Difference]:
 
 
 def as_text(found: Comparison) -> str:
-    """A table for the terminal: the summaries, and the classes (of many, A's weakest)."""
+    """Return a table for the terminal: the summaries, and the classes (of many, A's weakest)."""
     several = len(found.a) > 1
     known = [k for k, of_class in enumerate(found.by_class) if of_class.p is not None]
     shown = sorted(sorted(known, key=lambda k: found.by_class[k].a)[:MOST_CLASSES])
@@ -236,6 +266,7 @@ def as_text(found: Comparison) -> str:
 
 
 def _row(title: str, of: Difference, several: bool, percent: bool) -> list[str]:
+    """Return the cells of one line; `several` tells whether there are several seeds."""
     scale, digits = (100, 1) if percent else (1, 3)
 
     def pair(ends: Pair | None, sign: str = "") -> str:

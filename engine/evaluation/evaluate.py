@@ -1,11 +1,8 @@
 """Evaluates a run or a checkpoint and writes evaluation.json beside it, the protocol with the numbers."""
 
-import argparse
-import json
 import re
 import time
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +10,42 @@ import numpy as np
 import torch
 from torch import nn
 
-from retemper.console import Progress, say
-from retemper.engine.catalogue import parse_value
+from retemper.console import Progress
 from retemper.engine.checkpoints.find import Network, find_network
 from retemper.engine.checkpoints.header import Facts, is_run, require_same_images
-from retemper.engine.class_report import by_class
 from retemper.engine.distributed.ranks import ALONE, Ranks
 from retemper.engine.evaluation.autoattack import SuiteRequest, suite_entry
+from retemper.engine.evaluation.evaluation_file import EvaluationFile, Outcome
+from retemper.engine.evaluation.ledger import Ledger
 from retemper.engine.evaluation.shards import Shard, evaluate_suite
-from retemper.engine.evaluation.verdicts import Evaluated, write_verdicts
 from retemper.engine.predict import ATTACKS, balanced_order, predictions
 from retemper.engine.run.job import default_cache
 from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.sanity.check import IMAGES, check_evaluated, check_lines
-from retemper.engine.sanity.ladder import Subject
+from retemper.engine.sanity.ladder import CheckRequest
 from retemper.errors import DataError, UsageError
-from retemper.files import read_json, write_atomically
 from retemper.loaders import Split, load_split
 from retemper.provenance import versions
+
+IDENTIFYING = ("dataset", "split", "image_size", "weights_sha256")  # of the protocol: what a ledger's rows are of
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRequest:
-    """What to evaluate, and how. `facts` are the user's words about a bare checkpoint, `ranks` the processes that do it
-    together."""
+    """What to evaluate, and how.
+
+    Attributes:
+        target: a run's folder, a checkpoint, or another network by name (checkpoints/find.py).
+        out: the folder of the files; None for the folder of the weights.
+        attacks: names of `ATTACKS`, and "autoattack".
+        limit, autoattack_limit: how many images, balanced over the classes; None for all.
+        weights: which of a run's, "best" or "last".
+        seed: of the random starts.
+        ranks: the processes that evaluate together.
+        facts: what the user says about a bare checkpoint.
+        suite, fold, shard, budget_s: of AutoAttack, as `SuiteRequest` and `evaluate_suite` take them.
+        check: whether to look for masked gradients too.
+    """
 
     target: str | Path
     out: Path | None = None
@@ -49,59 +58,12 @@ class EvaluationRequest:
     device: torch.device
     ranks: Ranks = ALONE
     facts: Facts
-    suite: str = "standard"  # of AutoAttack, as are the following
+    suite: str = "standard"
     fold: bool = False
     autoattack_limit: int | None = None
     shard: Shard | None = None
     budget_s: float | None = None
     check: bool = False
-
-    @classmethod
-    def from_words(cls, words: argparse.Namespace, ranks: Ranks, device: torch.device) -> "EvaluationRequest":
-        """From the command line's options.
-
-        Raises:
-            UsageError: an unknown attack, a radius that is no number, a limit below 1.
-        """
-        attacks = tuple(name.strip() for name in words.attacks.split(",") if name.strip())
-        if not attacks:
-            raise UsageError(f"--attacks names none: choose of {', '.join(ATTACKS)}, autoattack")
-        for name in attacks:
-            if name not in (*ATTACKS, "autoattack"):
-                raise UsageError(f"there is no attack {name!r}: choose of {', '.join(ATTACKS)}, autoattack")
-        limits = ("limit", words.limit), ("batch-size", words.batch_size), ("autoattack-limit", words.autoattack_limit)
-        for name, number in limits:
-            if number is not None and number < 1:
-                raise UsageError(f"--{name} {number}: it must be at least 1")
-        try:
-            eps = None if words.eps is None else parse_value(float, words.eps)
-        except ValueError:
-            raise UsageError(f"--eps {words.eps}: write it as 8/255 or 0.031") from None
-        if eps is not None and not 0 <= eps <= 1:
-            raise UsageError(f"--eps {words.eps}: a radius in [0, 1] pixels, 8/255 not 8")
-        if words.shard and ranks.joined:
-            raise UsageError("--shard is for separate commands: torchrun shares the images out itself")
-        if words.check and words.shard:
-            raise UsageError("--check is not for a shard: give it once, in a run without --shard")
-        return cls(
-            target=words.target,
-            out=words.out,
-            attacks=attacks,
-            data_root=words.data_root,
-            limit=words.limit,
-            weights=words.weights,
-            batch_size=words.batch_size,
-            seed=words.seed,
-            device=device,
-            ranks=ranks,
-            facts=Facts(model=words.model, dataset=words.dataset, eps=eps),
-            suite=words.suite,
-            fold=words.fold,
-            autoattack_limit=words.autoattack_limit,
-            shard=_shard(words.shard, attacks),
-            budget_s=None if words.budget is None else 60 * _minutes(words.budget),
-            check=words.check,
-        )
 
 
 def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
@@ -115,64 +77,74 @@ def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
     Raises:
         DataError, UsageError: the target or the data cannot be used.
     """
+    ranks = request.ranks
     network = find_network(request.target, dataset=request.facts.dataset, which=request.weights)
-    facts, split, data_root = _subject(request, network)
+    facts, split, data_root = _test_images(network, request.facts, request.data_root)
     model, source = network.load(facts, split.shape, request.device, default_cache())
     order = balanced_order(split.labels, request.limit)
     eps = 8 / 255 if facts.eps is None else facts.eps
-    protocol = {
-        "dataset": split.name,
-        "split": split.split,
-        "images": len(order),
-        "subset": "all" if request.limit is None else "the first images of every class in turn",
-        "eps": eps,
-        "image_size": split.shape[0],
-        "norm": "linf",
-        "precision": "fp32",
-        "seed": request.seed,
-        "batch_size": request.batch_size,
-        "weights": network.name if network.weights is None else network.weights.name,
-        "weights_sha256": source["sha256"],
-        "classes": list(split.classes),
-        "versions": versions(),
-    }
+    protocol = _protocol(request, network, split, len(order), eps, source["sha256"])
     path = _destination(network, request.out)
-    writes = request.ranks.is_first
-    content = _previous(path, protocol) if writes else _empty(protocol)
-    content["protocol"]["data_root"] = None if data_root is None else str(data_root)
-    verdicts = _known_verdicts(path, content)
+    file = EvaluationFile.begin(path, protocol) if ranks.is_first else EvaluationFile(path, protocol)
+    file.content["protocol"]["data_root"] = None if data_root is None else str(data_root)
+    options: dict[str, Any] = dict(eps=eps, device=request.device, batch_size=request.batch_size, seed=request.seed)
     for name in request.attacks:
         started = time.monotonic()
         if name == "autoattack":
-            suite = _autoattack(model, split, order, eps, request, protocol, path)
-            if suite is None:  # a shard, and not the last one
+            suite = SuiteRequest(suite=request.suite, fold=request.fold, budget_s=request.budget_s, **options)
+            images, known = order[: request.autoattack_limit], {name: protocol[name] for name in IDENTIFYING}
+            pieces: dict[str, Any] = dict(path=_ledger_path(path), shard=request.shard, ranks=ranks)
+            ledger = evaluate_suite(model, split, images, suite, known=known, **pieces)
+            if ledger is None:  # a shard, and not the last one
                 continue
-            key, images, predicted_N, entry, described = suite
+            found = _autoattack(ledger, suite, images)
         else:
-            key, images, described = name, order, ATTACKS[name].described(eps)
-            predicted_N, entry = _predictions(name, model, split, order, eps, request), {}
-        labels = split.labels[images]
-        result = by_class(predicted_N, labels, len(split.classes)) | {"seconds": time.monotonic() - started} | entry
-        content["attacks"][key], content["protocol"]["attacks"][key] = result, described
-        verdicts[key] = dict(
-            zip(images.tolist(), zip(labels.tolist(), predicted_N == labels, strict=True), strict=True)
-        )
-        if writes:
-            write_verdicts(path.with_suffix(".csv"), verdicts)
-            write_atomically(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
-    if request.check and writes:
-        content["checks"] = _checks(model, split, order[:IMAGES], eps, request, network, content["attacks"])
-        write_atomically(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
-    return path, content
+            found = _attack(name, model, split, order, options, ranks)
+        file.add(found, split, time.monotonic() - started)
+        if ranks.is_first:
+            file.write()
+    if request.check and ranks.is_first:
+        checked = CheckRequest(model=model, split=split, indices=order[:IMAGES], **options)
+        folder = None if network.weights is None else network.weights.parent
+        file.content["checks"] = check_evaluated(checked, folder, file.content["attacks"])
+        file.write()
+    return path, file.content
 
 
-def _subject(request: EvaluationRequest, network: Network) -> tuple[Facts, Split, Path | None]:
-    """What the network is, the test images, and where those lie."""
+def _attack(
+    name: str, model: nn.Module, split: Split, image_N: np.ndarray, options: dict[str, Any], ranks: Ranks
+) -> Outcome:
+    """Run one attack of `ATTACKS`; `options` are those of `predictions`."""
+    attack = ATTACKS[name]
+    with Progress(name, len(image_N)) as progress:
+        given_N = predictions(model, split, attack, indices=image_N, progress=progress, ranks=ranks, **options)
+    return Outcome(name, attack.described(options["eps"]), image_N, given_N.numpy())
+
+
+def _autoattack(ledger: Ledger, suite: SuiteRequest, image_N: np.ndarray) -> Outcome:
+    """Read off the ledger what the suite came to."""
+    name = "autoattack" if suite.suite == "standard" else f"autoattack-{suite.suite}"
+    described = {fact: ledger.facts[fact] for fact in ("library", "seed", "batch_size", "fold", "eps")} | {
+        "suite": suite.suite,
+        "attacks": list(suite.attacks),
+        "images": len(image_N),
+        "shards": ledger.facts.get("shards", 1),
+    }
+    return Outcome(name, described, image_N, ledger.predicted_under(suite.attacks), suite_entry(ledger, suite.suite))
+
+
+def _test_images(network: Network, told: Facts, data_root: Path | None) -> tuple[Facts, Split, Path | None]:
+    """Return what the network is, the test images for it, and where those lie.
+
+    Args:
+        told: what the user says of the network; it comes before what the network and its run say.
+        data_root: where the user says that the images lie.
+    """
     folder = None if network.weights is None else network.weights.parent
     config = RunFolder(folder).read_config() if folder is not None and is_run(folder) else None
-    facts, data_root = request.facts.or_else(network.facts), request.data_root
-    if network.weights is None and request.facts.model is not None:
-        raise UsageError(f"--model {request.facts.model}: {network.name} brings its own architecture: leave it out")
+    if network.weights is None and told.model is not None:
+        raise UsageError(f"--model {told.model}: {network.name} brings its own architecture: leave it out")
+    facts = told.or_else(network.facts)
     if config is not None:
         recipe = config["recipe"]
         known = Facts(model=recipe["student"], dataset=recipe["dataset"], eps=recipe["eps"])
@@ -188,128 +160,39 @@ def _subject(request: EvaluationRequest, network: Network) -> tuple[Facts, Split
     return facts.or_else(known), split, data_root
 
 
-def _predictions(
-    name: str, model: nn.Module, split: Split, order: np.ndarray, eps: float, request: EvaluationRequest
-) -> np.ndarray:
-    """The classes given under one attack, (N,) int64 in the order of `order`."""
-    with Progress(name, len(order)) as progress:
-        return predictions(
-            model,
-            split,
-            ATTACKS[name],
-            eps=eps,
-            device=request.device,
-            indices=order,
-            batch_size=request.batch_size,
-            seed=request.seed,
-            progress=progress,
-            ranks=request.ranks,
-        ).numpy()
-
-
-def _autoattack(
-    model: nn.Module,
-    split: Split,
-    order: np.ndarray,
-    eps: float,
-    request: EvaluationRequest,
-    protocol: dict[str, Any],
-    path: Path,
-) -> tuple[str, np.ndarray, np.ndarray, dict[str, Any], dict[str, Any]] | None:
-    """The suite's name, its images, the classes given, what evaluation.json adds, and the description; None while
-    other shards are missing."""
-    order = order[: request.autoattack_limit]
-    suite = SuiteRequest(
-        suite=request.suite,
-        eps=eps,
-        device=request.device,
-        batch_size=request.batch_size,
-        seed=request.seed,
-        fold=request.fold,
-        budget_s=request.budget_s,
-    )
-    known = {name: protocol[name] for name in ("dataset", "split", "image_size", "weights_sha256")}
-    ledger_path = path.with_name(path.name.replace("evaluation", "autoattack")).with_suffix(".csv")
-    pieces: dict[str, Any] = dict(shard=request.shard, ranks=request.ranks)
-    ledger = evaluate_suite(model, split, order, suite, known=known, path=ledger_path, **pieces)
-    if ledger is None:
-        return None
-    described = {name: ledger.facts[name] for name in ("library", "seed", "batch_size", "fold", "eps")} | {
-        "suite": request.suite,
-        "attacks": list(suite.attacks),
-        "images": len(order),
-        "shards": ledger.facts.get("shards", 1),
-    }
-    name = "autoattack" if request.suite == "standard" else f"autoattack-{request.suite}"
-    return name, order, ledger.predicted_under(suite.attacks), suite_entry(ledger, request.suite), described
-
-
-def _checks(
-    model: nn.Module,
-    split: Split,
-    order: np.ndarray,
-    eps: float,
-    request: EvaluationRequest,
-    network: Network,
-    attacks: dict[str, Any],
+def _protocol(
+    request: EvaluationRequest, network: Network, split: Split, images: int, eps: float, sha256: str
 ) -> dict[str, Any]:
-    """Whether the numbers can be trusted."""
-    subject = Subject(
-        model=model,
-        split=split,
-        indices=order,
-        eps=eps,
-        device=request.device,
-        batch_size=request.batch_size,
-        seed=request.seed,
-    )
-    return check_evaluated(subject, None if network.weights is None else network.weights.parent, attacks)
-
-
-def _known_verdicts(path: Path, content: dict[str, Any]) -> dict[str, dict[int, tuple[int, bool]]]:
-    """Of the attacks that `content` keeps from before; those whose verdicts are lost are left out."""
-    if not content["attacks"]:
-        return {}
-    try:
-        known = Evaluated(path, path.stem, content).verdicts
-    except DataError as error:
-        say(f"the verdicts of {', '.join(content['attacks'])} are lost for comparisons: {error}")
-        return {}
-    return {name: of_image for name, of_image in known.items() if name in content["attacks"]}
-
-
-def _shard(words: str | None, attacks: tuple[str, ...]) -> Shard | None:
-    """ "2/4" as numbers."""
-    if words is None:
-        return None
-    found = re.fullmatch(r"([0-9]+)/([0-9]+)", words)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise UsageError(f"--shard {words}: write it as 1/4 to 4/4")
-    if attacks != ("autoattack",):
-        raise UsageError("--shard is for AutoAttack: give it with --attacks autoattack, the others in a run without it")
-    return int(found[1]), int(found[2])
-
-
-def _minutes(words: str) -> float:
-    try:
-        minutes = float(words)
-    except ValueError:
-        minutes = -1.0
-    if not minutes > 0:
-        raise UsageError(f"--budget {words}: write it in minutes, as 90")
-    return minutes
+    """Return what the numbers depend on beside the attacks: under another protocol a new file is begun."""
+    return {
+        "dataset": split.name,
+        "split": split.split,
+        "images": images,
+        "subset": "all" if request.limit is None else "the first images of every class in turn",
+        "eps": eps,
+        "image_size": split.shape[0],
+        "norm": "linf",
+        "precision": "fp32",
+        "seed": request.seed,
+        "batch_size": request.batch_size,
+        "weights": network.name if network.weights is None else network.weights.name,
+        "weights_sha256": sha256,
+        "classes": list(split.classes),
+        "versions": versions(),
+    }
 
 
 def _destination(network: Network, out: Path | None) -> Path:
-    """evaluation.json in `out`, or else beside the weights; another name for weights that are not a run's best.
+    """Return evaluation.json in `out`, or else beside the weights; another name for weights that are not a run's best.
 
     Raises:
         UsageError: no such folder can be made.
     """
-    weights = network.weights
-    plain = weights is None or weights.name == "best.safetensors" or not is_run(weights.parent)
-    name = "evaluation.json" if plain else f"evaluation-{weights.stem}.json"
-    folder = out or (default_evaluation_out(network.name) if weights is None else weights.parent)
+    name, folder = "evaluation.json", out or _default_out(network.name)
+    if network.weights is not None:
+        folder = out or network.weights.parent
+        if network.weights.name != "best.safetensors" and is_run(network.weights.parent):
+            name = f"evaluation-{network.weights.stem}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -317,46 +200,23 @@ def _destination(network: Network, out: Path | None) -> Path:
     return folder / name
 
 
-def default_evaluation_out(name: str) -> Path:
-    """Where the evaluation of a network goes that has no folder: runs/robustbench-NAME, runs/net-factory."""
+def _ledger_path(path: Path) -> Path:
+    """Return where AutoAttack's ledger lies: autoattack.csv beside evaluation.json, autoattack-last.csv, ..."""
+    return path.with_name(path.name.replace("evaluation", "autoattack")).with_suffix(".csv")
+
+
+def _default_out(name: str) -> Path:
+    """Return where the evaluation of a network goes that has no folder: runs/robustbench-NAME, runs/net-factory."""
     plain = re.sub(r"[^\w.-]+", "-", re.sub(r"^.*/(?=[^/]*\.py:)|\.py(?=:)", "", name))
     return Path("runs") / plain
 
 
-def _empty(protocol: dict[str, Any]) -> dict[str, Any]:
-    return {"protocol": protocol | {"attacks": {}}, "attacks": {}}
-
-
-def _previous(path: Path, protocol: dict[str, Any]) -> dict[str, Any]:
-    """The evaluation to add to: the one at `path` if it was made under `protocol`, else an empty one.
-
-    One under another protocol is kept under a name of its own.
-    """
-    if not path.exists():
-        return _empty(protocol)
-    try:
-        old = read_json(path)
-        was, attacks = old.get("protocol"), old.get("attacks")
-        if isinstance(was, dict) and isinstance(attacks, dict) and isinstance(was.get("attacks"), dict):
-            if {name: was.get(name) for name in protocol} == protocol:
-                return old
-    except DataError:
-        pass  # kept as it is, under the other name
-    kept = next(name for n in count(1) if not (name := path.with_name(f"{path.stem}.{n}.json")).exists())
-    path.replace(kept)
-    if path.with_suffix(".csv").exists():
-        path.with_suffix(".csv").replace(kept.with_suffix(".csv"))
-    say(f"{path} was made under another protocol and is now {kept}")
-    return _empty(protocol)
-
-
 def summary(content: dict[str, Any]) -> str:
-    """A line an attack, for the terminal; upper bounds are marked as such."""
-    classes = content["protocol"]["classes"]
-    lines = [f"{'':16}{'average':>10}{'worst':>10}  {'class':16}{'worst tenth':>12}{'NSD':>8}"]
-    notes = []
+    """Return evaluation.json for the terminal, a line an attack; upper bounds are marked as such."""
+    protocol = content["protocol"]
+    lines, notes = [f"{'':16}{'average':>10}{'worst':>10}  {'class':16}{'worst tenth':>12}{'NSD':>8}"], []
     for name, result in content["attacks"].items():
-        worst = classes[result["worst_class"]]
+        worst, images = protocol["classes"][result["worst_class"]], sum(result["count"])
         nsd = "-" if result["nsd"] is None else f"{result['nsd']:.3f}"
         bound = "<= " if result.get("upper_bound") else ""
         average, least, tenth = (f"{bound}{result[key]:.1%}" for key in ("average", "worst", "worst_tenth"))
@@ -366,8 +226,7 @@ def summary(content: dict[str, Any]) -> str:
         elif bound:
             notes.append(f"{name} leaves out attacks of the standard suite: these are upper bounds")
         notes += [f"{name}: {flag}" for flag in result.get("flags", [])]
-        if sum(result["count"]) != content["protocol"]["images"]:
-            notes.append(f"{name}: on the first {sum(result['count'])} of the images, balanced over the classes")
-    protocol = content["protocol"]
+        if images != protocol["images"]:
+            notes.append(f"{name}: on the first {images} of the images, balanced over the classes")
     lines.append(f"{protocol['images']} {protocol['split']} images, L-inf eps {protocol['eps']:.4g}, fp32")
     return "\n".join(lines + notes + (check_lines(content["checks"]) if "checks" in content else []))

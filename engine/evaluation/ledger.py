@@ -1,6 +1,7 @@
-"""AutoAttack's ledger: what became of every image, in a CSV file that is whole at any moment and can be gone on with.
+"""AutoAttack's ledger: what became of every image, in a CSV file that is whole at any moment, to be gone on with.
 
-The first line, behind a #, is a JSON object with what the rows were made under and their digest; then one row an image:
+The first line, behind a #, is a JSON object with what the rows were made under and their digest. Then comes one row an
+image:
 
     image, label   its index in the split, its class
     clean          1: classified correctly without an attack
@@ -29,6 +30,7 @@ from retemper.errors import DataError, UsageError
 from retemper.files import write_atomically
 
 COLUMNS = ("image", "label", "clean", "tried", "broken_by", "predicted", "margin", "seed")
+WHOLE_NUMBERS = ("image", "label", "clean", "tried", "predicted")
 UNTRIED = -1  # `clean` of an image that the network has not been shown yet
 
 
@@ -36,10 +38,11 @@ class Ledger:
     """Rows of images, in the order in which they are attacked.
 
     Attributes:
+        path: of the file.
         facts: what must be the same for the rows to be gone on with: weights, images, radius, seed, batch size, ...
         notes: what was noticed on the way: "flags", "seconds", "perturbation".
         image_N, label_N, clean_N, tried_N, predicted_N: (N,) int64; margin_N: (N,) float64.
-        broken_by: the name of an attack or "", by row.
+        broken_by: (N,) str, the name of an attack or "".
     """
 
     def __init__(self, path: Path, facts: Mapping[str, Any], image_N: np.ndarray, label_N: np.ndarray) -> None:
@@ -51,25 +54,22 @@ class Ledger:
         self.tried_N, self.predicted_N = np.zeros(rows, dtype=np.int64), np.full(rows, -1, dtype=np.int64)
         self.margin_N, self.broken_by = np.full(rows, np.nan), np.full(rows, "", dtype=object)
 
-    def alive_before(self, attacks: Sequence[str]) -> np.ndarray:
-        """The rows that are classified correctly and broken by none of `attacks`: what the next attack is given."""
-        return np.nonzero((self.clean_N == 1) & ~np.isin(self.broken_by, list(attacks)))[0]
-
     def holds(self, attacks: Sequence[str]) -> np.ndarray:
-        """(N,) bool: the verdict of a suite; an image that an attack is still owed holds so far."""
+        """Return which images are classified correctly and broken by none of `attacks` so far: (N,) bool."""
         return (self.clean_N == 1) & ~np.isin(self.broken_by, list(attacks))
 
     def predicted_under(self, attacks: Sequence[str]) -> np.ndarray:
-        """(N,) int64: the class given under a suite; -1 for none."""
-        return np.where(self.holds(attacks), self.label_N, np.where(self._counts(attacks), self.predicted_N, -1))
+        """Return the class given under `attacks`: (N,) int64, -1 for none."""
+        fell = (self.clean_N == 0) | np.isin(self.broken_by, list(attacks))  # else a later attack broke it
+        return np.where(self.holds(attacks), self.label_N, np.where(fell, self.predicted_N, -1))
 
     def is_complete(self, attacks: Sequence[str]) -> bool:
-        """Whether every attack of a suite is done with every image that it is owed."""
+        """Return whether every attack of a suite is done with every image that it is owed."""
         done_N = (self.clean_N == 0) | (self.broken_by != "") | (self.tried_N >= len(attacks))
         return bool((self.clean_N != UNTRIED).all() and done_N.all())
 
     def write(self) -> None:
-        """Put the file in the place of the old one."""
+        """Replace the file by what the rows are now, atomically."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(COLUMNS)
@@ -83,7 +83,7 @@ class Ledger:
 
     @classmethod
     def read(cls, path: Path) -> "Ledger":
-        """The ledger at `path`.
+        """Return the ledger at `path`.
 
         Raises:
             DataError: it cannot be read, or is not what was written.
@@ -94,11 +94,10 @@ class Ledger:
             if head["sha256"] != hashlib.sha256(body).hexdigest():
                 raise ValueError("its rows do not match their digest")
             rows = list(csv.DictReader(io.StringIO(body.decode())))
-            whole = {name: np.array([int(row[name]) for row in rows], dtype=np.int64) for name in COLUMNS[:4]}
+            whole = {name: np.array([int(row[name]) for row in rows], dtype=np.int64) for name in WHOLE_NUMBERS}
             ledger = cls(path, head["facts"], whole["image"], whole["label"])
             ledger.notes |= head["notes"]
-            ledger.clean_N, ledger.tried_N = whole["clean"], whole["tried"]
-            ledger.predicted_N = np.array([int(row["predicted"]) for row in rows], dtype=np.int64)
+            ledger.clean_N, ledger.tried_N, ledger.predicted_N = whole["clean"], whole["tried"], whole["predicted"]
             ledger.margin_N = np.array([float(row["margin"] or "nan") for row in rows])
             ledger.broken_by = np.array([row["broken_by"] for row in rows], dtype=object)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -107,7 +106,9 @@ class Ledger:
 
     @classmethod
     def begin(cls, path: Path, facts: Mapping[str, Any], image_N: np.ndarray, label_N: np.ndarray) -> "Ledger":
-        """The ledger at `path` if it was made under `facts`, else a fresh one: another's is kept under another name.
+        """Return the ledger at `path` if it was made under `facts`, else a fresh one.
+
+        A ledger of another protocol is kept under another name.
 
         Raises:
             DataError: there is one, and it is damaged.
@@ -127,7 +128,7 @@ class Ledger:
 
     @classmethod
     def merged(cls, path: Path, parts: Sequence["Ledger"]) -> "Ledger":
-        """The shards' ledgers as one, the rows in the order of the unsharded one.
+        """Return the shards' ledgers as one, the rows in the order of the unsharded one.
 
         Raises:
             DataError: they were not made under one protocol.
@@ -135,13 +136,8 @@ class Ledger:
         facts = [{key: value for key, value in part.facts.items() if key != "shard"} for part in parts]
         if any(one != facts[0] for one in facts):
             raise DataError(f"the shards of {path.name} were made under different protocols: run them anew")
-        shards = {"shards": len(parts)} if len(parts) > 1 else {}
-        whole = cls(
-            path,
-            facts[0] | shards,
-            np.concatenate([part.image_N for part in parts]),
-            np.concatenate([part.label_N for part in parts]),
-        )
+        image_N, label_N = (np.concatenate([getattr(part, name) for part in parts]) for name in ("image_N", "label_N"))
+        whole = cls(path, facts[0] | {"shards": len(parts)}, image_N, label_N)
         for name in ("clean_N", "tried_N", "predicted_N", "margin_N", "broken_by"):
             setattr(whole, name, np.concatenate([getattr(part, name) for part in parts]))
         whole.notes = {
@@ -153,7 +149,7 @@ class Ledger:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the file for this process; the kernel lets go of it however the process ends.
+        """Hold the file for this process; the lock is let go of however the process ends.
 
         Raises:
             UsageError: another process goes on with it.
@@ -164,7 +160,3 @@ class Ledger:
             except BlockingIOError:
                 raise UsageError(f"another process is writing {self.path}: wait for it") from None
             yield
-
-    def _counts(self, attacks: Sequence[str]) -> np.ndarray:
-        """(N,) bool: whether what the row says in the end was so under these attacks already."""
-        return (self.clean_N == 0) | np.isin(self.broken_by, list(attacks))

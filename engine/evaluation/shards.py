@@ -10,7 +10,7 @@ from torch import nn
 
 from retemper.console import say
 from retemper.engine.distributed.ranks import ALONE, Ranks
-from retemper.engine.evaluation.autoattack import SuiteRequest, run_suite, suite_facts
+from retemper.engine.evaluation.autoattack import SuiteRequest, library_version, run_suite
 from retemper.engine.evaluation.ledger import Ledger
 from retemper.errors import UsageError
 from retemper.loaders import Split
@@ -32,7 +32,7 @@ def evaluate_suite(
     """Go on with the ledger at `path`, or with one shard's beside it.
 
     A shard is a suite on its own images, batched among themselves: its random draws are those of a run on them alone.
-    The shard that finishes last writes the whole ledger; where several processes have a shard each, they wait for one
+    The shard that finishes last writes the whole ledger. Where several processes have a shard each, they wait for one
     another, and the first of them writes it.
 
     Args:
@@ -46,9 +46,17 @@ def evaluate_suite(
     number, shards = shard or (ranks.rank + 1, ranks.world_size)
     if shards > max(1, len(order)):
         raise UsageError(f"--shard {number}/{shards}: there are only {len(order)} images")
-    images = hashlib.sha256(np.ascontiguousarray(order, dtype=np.int64).tobytes()).hexdigest()
     part = np.array_split(order, shards)[number - 1]
-    facts = suite_facts(request, {**known, "images": images}, (number, shards) if shards > 1 else shard)
+    facts = {
+        **known,
+        "images": hashlib.sha256(np.ascontiguousarray(order, dtype=np.int64).tobytes()).hexdigest(),
+        "eps": request.eps,
+        "seed": request.seed,
+        "batch_size": request.batch_size,
+        "fold": request.fold,
+        "library": library_version(),
+        **({"shard": [number, shards]} if shard or shards > 1 else {}),
+    }
     ledger = Ledger.begin(_shard_path(path, number, shards), facts, part, split.labels[part])
     with ledger.locked():
         complete = run_suite(model, split, request, ledger)
@@ -68,4 +76,5 @@ def evaluate_suite(
 
 
 def _shard_path(path: Path, number: int, shards: int) -> Path:
+    """Return where the ledger of one shard lies."""
     return path if shards == 1 else path.with_name(f"{path.stem}-{number}-of-{shards}{path.suffix}")

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +13,18 @@ from retemper.files import read_json, write_atomically
 
 STRONGEST = ("autoattack", "autoattack-fast", "pgd20", "cw", "fgsm", "clean")
 MUST_AGREE = ("dataset", "split", "image_size", "eps", "norm", "precision", "classes")
+Verdicts = dict[str, dict[int, tuple[int, bool]]]  # attack -> image -> (label, correct), only where it was attacked
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """An evaluation.json and, where it lies beside it, evaluation.csv: which images withstood which attack."""
+    """An evaluation that was read back.
+
+    Attributes:
+        path: of evaluation.json; which images withstood which attack stands in evaluation.csv beside it.
+        name: what the user calls it.
+        content: what evaluation.json holds.
+    """
 
     path: Path
     name: str
@@ -25,11 +32,12 @@ class Evaluated:
 
     @property
     def protocol(self) -> dict[str, Any]:
+        """What the evaluation was made under."""
         return self.content["protocol"]
 
     @cached_property
-    def verdicts(self) -> dict[str, dict[int, tuple[int, bool]]]:
-        """attack -> image -> (label, correct), only where the attack was run.
+    def verdicts(self) -> Verdicts:
+        """What evaluation.csv holds.
 
         Raises:
             DataError: there is no such file, or it is damaged.
@@ -37,17 +45,16 @@ class Evaluated:
         path = self.path.with_suffix(".csv")
         try:
             with open(path, newline="") as file:
-                return _verdicts(csv.DictReader(file, strict=True))
+                return _read_verdicts(csv.DictReader(file, strict=True))
         except FileNotFoundError:
             raise DataError(f"{path} does not exist: run `retemper evaluate` again, it writes one") from None
         except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
             raise DataError(f"{path} is damaged ({error}): run `retemper evaluate` again") from None
 
 
-def _verdicts(rows: "csv.DictReader[str]") -> dict[str, dict[int, tuple[int, bool]]]:
-    found: dict[str, dict[int, tuple[int, bool]]] = {
-        name: {} for name in rows.fieldnames or () if name not in ("image", "label")
-    }
+def _read_verdicts(rows: "csv.DictReader[str]") -> Verdicts:
+    """Return the rows by attack. Raises ValueError, TypeError or KeyError for a row that was never written so."""
+    found: Verdicts = {name: {} for name in rows.fieldnames or () if name not in ("image", "label")}
     for row in rows:
         image, label = int(row["image"]), int(row["label"])
         for name, of_image in found.items():
@@ -59,8 +66,8 @@ def _verdicts(rows: "csv.DictReader[str]") -> dict[str, dict[int, tuple[int, boo
     return found
 
 
-def write_verdicts(path: Path, verdicts: Mapping[str, Mapping[int, tuple[int, bool]]]) -> None:
-    """Write `Evaluated.verdicts` as evaluation.csv: a row an image, a column an attack, empty where it was not run."""
+def write_verdicts(path: Path, verdicts: Verdicts) -> None:
+    """Write evaluation.csv: a row an image, a column an attack, empty where the image was not attacked."""
     labels = {image: label for of_image in verdicts.values() for image, (label, _) in of_image.items()}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -72,8 +79,11 @@ def write_verdicts(path: Path, verdicts: Mapping[str, Mapping[int, tuple[int, bo
 
 
 def read_evaluated(target: Path, name: str | None = None) -> Evaluated:
-    """A run's folder, or an evaluation.json.
+    """Read an evaluation back.
 
+    Args:
+        target: a run's folder, or an evaluation.json.
+        name: what to call it; None for the name of its folder.
     Raises:
         DataError: it was not evaluated, or what is there is damaged.
     """
@@ -87,6 +97,7 @@ def read_evaluated(target: Path, name: str | None = None) -> Evaluated:
 
 
 def strongest(runs: Sequence[Evaluated]) -> str:
+    """Return the strongest attack that all evaluations hold. Raises UsageError where they share none."""
     shared = [name for name in runs[0].verdicts if all(name in run.verdicts for run in runs)]
     chosen = [name for name in STRONGEST if name in shared] + shared
     if not chosen:
@@ -95,6 +106,7 @@ def strongest(runs: Sequence[Evaluated]) -> str:
 
 
 def require_attack(run: Evaluated, attack: str) -> None:
+    """Raise UsageError unless the evaluation has every verdict under `attack`."""
     again = f"run `retemper evaluate {run.path.parent} --attacks {attack}`"
     if not run.verdicts.get(attack) or attack not in run.content["attacks"]:
         raise UsageError(f"{run.name} has no verdicts under {attack}: {again}")
@@ -103,7 +115,7 @@ def require_attack(run: Evaluated, attack: str) -> None:
 
 
 def require_same(first: Evaluated, run: Evaluated, attack: str) -> None:
-    """That two evaluations differ in nothing but the network."""
+    """Raise UsageError unless two evaluations differ in nothing but the network: protocol, attack, images, labels."""
     pairs = [(name, first.protocol.get(name), run.protocol.get(name)) for name in MUST_AGREE]
     was, now = (one.protocol.get("attacks", {}).get(attack, {}) for one in (first, run))
     pairs += [(f"{attack}'s {name}", was.get(name), now.get(name)) for name in dict.fromkeys([*was, *now])]

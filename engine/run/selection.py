@@ -16,8 +16,7 @@ from retemper.engine.class_report import by_class
 from retemper.engine.device import exact_fp32
 from retemper.engine.distributed.ranks import ALONE, Ranks
 from retemper.engine.epoch_stats import ClassMeans, ClassSums, HeldOut
-from retemper.engine.losses import cross_entropy_objective
-from retemper.engine.predict import Attack, as_float, predictions
+from retemper.engine.predict import Attack, Perturb, attacked_batches, predictions
 from retemper.engine.recipe import Recipe, Targets
 from retemper.engine.run.run_folder import RunFolder
 from retemper.errors import DataError
@@ -97,35 +96,17 @@ def validate(
     """
     clean_sums, adv_sums = (ClassSums.zeros(num_classes, device) for _ in range(2))
     boundary = ClassMeans.zeros(num_classes, 1, device)
-    attack, label_N = recipe.attack, torch.from_numpy(split.labels)
-    model.eval()
+    if recipe.method.validates_by == "training attack":
+        perturb = _training_attack(model, recipe)
+    else:
+        attack = Attack(loss="cross-entropy", steps=recipe.selection.select_steps, step=1 / 4, start="uniform")
+        perturb = attack.on(model, recipe.attack.eps)
     with exact_fp32():
-        for batch in torch.arange(len(split)).split(batch_size)[ranks.rank :: ranks.world_size]:
-            label_B, clean = label_N[batch].to(device), as_float(split, batch, device)
-            with torch.no_grad():
-                clean_BK: Tensor = model(clean)
-            objective = cross_entropy_objective(label_B)
-            steps, step, start, clip_start = recipe.selection.select_steps, attack.eps / 4, "uniform", True
-            if recipe.method.validates_by == "training attack":
-                objective = recipe.method.objective(Targets(label_B=label_B, own_BK=clean_BK, state={}))
-                steps, step, start, clip_start = attack.steps, attack.step, attack.start, attack.clip_start
-            adv = pgd(
-                model,
-                clean,
-                objective=objective,
-                steps=steps,
-                step=step,
-                eps=attack.eps,
-                start=start,
-                clip_start=clip_start,
-                seed=int(batch[0]),
-            )
-            with torch.no_grad():
-                adv_BK: Tensor = model(adv)
-            clean_sums.add(*class_sums(clean_BK, label_B, num_classes))
-            adv_sums.add(*class_sums(adv_BK, label_B, num_classes))
-            boundary.add(class_temperature_kl(adv_BK, clean_BK, label_B, reduction="none"), label_B)
-    ranks.barrier(patiently=True)  # for a process with a batch more
+        for batch in attacked_batches(model, split, perturb, device=device, batch_size=batch_size, ranks=ranks):
+            clean_sums.add(*class_sums(batch.clean_BK, batch.label_B, num_classes))
+            adv_sums.add(*class_sums(batch.adv_BK, batch.label_B, num_classes))
+            boundary_B = class_temperature_kl(batch.adv_BK, batch.clean_BK, batch.label_B, reduction="none")
+            boundary.add(boundary_B, batch.label_B)
     ranks.all_reduce_each_([value for sums in (clean_sums, adv_sums, boundary) for value in vars(sums).values()])
     return HeldOut(
         clean_accuracy_K=clean_sums.accuracy_K,
@@ -133,3 +114,22 @@ def validate(
         clean_loss_K=clean_sums.mean_loss_K,
         boundary_loss_K=boundary.mean_K,
     )
+
+
+def _training_attack(model: nn.Module, recipe: Recipe) -> Perturb:
+    """Return the method's own attack, as it is before the class state moves anything."""
+
+    def perturb(clean: Tensor, clean_BK: Tensor, label_B: Tensor, seed: int) -> Tensor:
+        return pgd(
+            model,
+            clean,
+            objective=recipe.method.objective(Targets(label_B=label_B, own_BK=clean_BK, state={})),
+            steps=recipe.attack.steps,
+            step=recipe.attack.step,
+            eps=recipe.attack.eps,
+            start=recipe.attack.start,
+            clip_start=recipe.attack.clip_start,
+            seed=seed,
+        )
+
+    return perturb

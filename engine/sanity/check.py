@@ -17,90 +17,70 @@ from retemper.engine.attack import module_mode
 from retemper.engine.checkpoints.header import Facts, find_weights, is_run, load_network, read_facts
 from retemper.engine.device import exact_fp32
 from retemper.engine.run.run_folder import RunFolder
-from retemper.engine.sanity.flags import (
-    Flag,
-    black_box,
-    few_classes,
-    logit_scale,
-    more_starts,
-    more_steps,
-    noise,
-    not_finite_gradients,
-    not_finite_weights,
-    off_slope,
-    probabilities,
-    radius_end,
-    radius_rises,
-    random_outputs,
-    single_step,
-    square_helps,
-    training_mode,
-    transfer,
-    underflow,
-    zero_gradients,
-    zero_radius,
-)
+from retemper.engine.sanity import flags
+from retemper.engine.sanity.flags import Flag
 from retemper.engine.sanity.gradients import probe_gradients
-from retemper.engine.sanity.ladder import Subject, climb, fraction
+from retemper.engine.sanity.ladder import CheckRequest, Ladder, climb, fraction
 from retemper.errors import DataError, UsageError
 from retemper.files import file_digest, finite
 
 IMAGES = 300  # of the evaluated ones, balanced over the classes, are checked: masking shows on many, and this is quick
-OF_GRADIENTS = (zero_gradients, not_finite_gradients, underflow, off_slope)
-OF_LADDER = (zero_radius, radius_rises, radius_end, more_steps, more_starts, single_step, noise, transfer, black_box)
-ADVICE = ("few_classes",)  # says which attacks make sense, and nothing against the network
 
 
-def check(subject: Subject, teacher: nn.Module | None = None, more: tuple[Flag, ...] = ()) -> dict[str, Any]:
-    """Every flag, the numbers behind them, and the verdict: "suspect" where one is raised that is no mere advice.
+def check(request: CheckRequest, teacher: nn.Module | None = None, more: tuple[Flag, ...] = ()) -> dict[str, Any]:
+    """Look for masked gradients. The verdict is "suspect" where a flag is raised that is no mere advice, else "ok".
 
     Args:
-        subject: its network is put into eval mode for the time; whether it was there before is a flag.
+        request: its network is put into eval mode for the time; whether it was there before is a flag.
         teacher: what the network learned from: the attack on it should transfer badly.
         more: flags found elsewhere, for the verdict.
     Returns:
         What evaluation.json holds under "checks": verdict, flags, ladder, images, seconds.
     """
-    started, model = time.monotonic(), subject.model
-    flags = [training_mode(model), not_finite_weights(model)]
+    started, model = time.monotonic(), request.model
+    found = [flags.training_mode(model), flags.not_finite_weights(model)]
     with module_mode(model, "eval"), exact_fp32():
-        batches = [image for _, image, _ in subject.batches()]
+        batches = [image for _, image, _ in request.batches()]
         with torch.no_grad():
             logits_NK = torch.cat([model(image).float() for image in batches])
-        flags += [random_outputs(model, batches[0])]
-        probes, ladder = probe_gradients(subject), climb(subject, teacher)
-    flags += [probabilities(logits_NK), few_classes(logits_NK.shape[1]), logit_scale(logits_NK)]
-    flags += [flag(probes) for flag in OF_GRADIENTS] + [flag(ladder) for flag in OF_LADDER] + [*more]
+        found += [flags.random_outputs(model, batches[0])]
+        probes, ladder = probe_gradients(request), climb(request, teacher)
+    found += [flags.probabilities(logits_NK), flags.few_classes(logits_NK.shape[1]), flags.logit_scale(logits_NK)]
+    found += [flag(probes) for flag in flags.OF_GRADIENTS] + [flag(ladder) for flag in flags.OF_LADDER] + [*more]
     checks = {
-        "verdict": "suspect" if any(flag.raised and flag.name not in ADVICE for flag in flags) else "ok",
-        "flags": [asdict(flag) for flag in flags],
-        "ladder": {
-            "radius": [{"eps": eps, "accuracy": fraction(left_N)} for eps, left_N in ladder.radius.items()],
-            "attack": {name: fraction(left_N) for name, left_N in ladder.attack.items()},
-            "white_box": fraction(ladder.white_box),
-            "gradients": probes,
-        },
-        "images": len(subject.indices),
+        "verdict": "suspect" if any(flag.raised and flag.name not in flags.ADVICE for flag in found) else "ok",
+        "flags": [asdict(flag) for flag in found],
+        "ladder": _accuracies(ladder) | {"gradients": probes},
+        "images": len(request.indices),
         "seconds": time.monotonic() - started,
     }
     return finite(checks)
 
 
-def check_evaluated(subject: Subject, folder: Path | None, attacks: Mapping[str, Any]) -> dict[str, Any]:
-    """`check`, with the teacher that the run in `folder` names, and Square's part in AutoAttack.
+def _accuracies(ladder: Ladder) -> dict[str, Any]:
+    """Return the fraction of images that stayed correct on every rung, as evaluation.json holds it."""
+    return {
+        "radius": [{"eps": eps, "accuracy": fraction(left_N)} for eps, left_N in ladder.radius.items()],
+        "attack": {name: fraction(left_N) for name, left_N in ladder.attack.items()},
+        "white_box": fraction(ladder.white_box),
+    }
+
+
+def check_evaluated(request: CheckRequest, folder: Path | None, attacks: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `check`, with the teacher that the run in `folder` names, and Square's part in AutoAttack.
 
     Args:
-        folder: None, or no run's, where there is no teacher to ask for.
-        attacks: of evaluation.json.
+        folder: a run's; with None or any other folder there is no teacher to ask for.
+        attacks: the results of evaluation.json.
     """
     suite = attacks.get("autoattack", {})
     broken = suite.get("broken_by", {}).get("square")
-    more = () if broken is None else (square_helps(broken, sum(suite["count"])),)
-    return check(subject, None if folder is None else _teacher(subject, folder), more)
+    more = () if broken is None else (flags.square_helps(broken, sum(suite["count"])),)
+    return check(request, None if folder is None else _teacher(request, folder), more)
 
 
 def check_lines(checks: Mapping[str, Any]) -> list[str]:
-    """For the terminal: the verdict, and a line for every raised flag."""
+    """Return lines for the terminal: the verdict, and one for every raised flag."""
     seen = f"{len(checks['flags'])} checks on {checks['images']} images"
     head = f"{seen}: none speaks against these numbers"
     if checks["verdict"] != "ok":
@@ -108,8 +88,8 @@ def check_lines(checks: Mapping[str, Any]) -> list[str]:
     return [head, *(f"  {flag['name']}: {flag['text']}" for flag in checks["flags"] if flag["raised"])]
 
 
-def _teacher(subject: Subject, folder: Path) -> nn.Module | None:
-    """The very network that the run learned from; None where it had none, or its file is gone or another by now."""
+def _teacher(request: CheckRequest, folder: Path) -> nn.Module | None:
+    """Return the very network that the run learned from; None if it had none, or its file is gone or has changed."""
     named = RunFolder(folder).read_config()["teacher"] if is_run(folder) else None
     if named is None:
         return None
@@ -117,9 +97,9 @@ def _teacher(subject: Subject, folder: Path) -> nn.Module | None:
         weights = find_weights(Path(named["path"]))
         if file_digest(weights) != named["sha256"]:
             raise DataError(f"{weights} is not the teacher any more that this run learned from")
-        _, _, channels = subject.split.shape
-        known = Facts(model=named["model"], num_classes=len(subject.split.classes), channels=channels)
-        return load_network(weights, read_facts(weights).or_else(known), subject.device)
+        _, _, channels = request.split.shape
+        known = Facts(model=named["model"], num_classes=len(request.split.classes), channels=channels)
+        return load_network(weights, read_facts(weights).or_else(known), request.device)
     except (DataError, UsageError) as error:
         say(f"checks: no attack on the teacher: {error}")
         return None

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,19 @@ def test_square_helping_is_flagged(digits: Split, tmp_path: Path) -> None:
     ledger.clean_N[:], ledger.tried_N[:], ledger.broken_by[:3] = 1, 4, "square"
     flags = suite_entry(ledger, "standard")["flags"]
     assert len(flags) == 1 and "Square broke 3 images" in flags[0]
+
+
+def test_a_missing_library_is_told_in_a_line(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(autoattack, "version", missing)
+    words = ["--attacks", "autoattack", "--limit", "8", "--out", str(tmp_path)]
+    assert run(["evaluate", str(teacher), *words]) == 2
+    error = capsys.readouterr().err
+    assert "pip install 'retemper[eval]'" in error and error.count("\n") == 1
 
 
 def test_fewer_than_four_classes_are_refused(model: Linear) -> None:

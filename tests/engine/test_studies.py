@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import runs as contest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import runs as contest
 from retemper.engine.catalogue import find_setting
 from retemper.engine.evaluation.autoattack import SuiteRequest
 from retemper.engine.evaluation.evaluate import EvaluationRequest

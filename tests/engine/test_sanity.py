@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from retemper.engine.checkpoints.header import load_network, read_facts
 from retemper.engine.cli import run
 from retemper.engine.predict import balanced_order
-from retemper.engine.sanity import check as checks
-from retemper.engine.sanity.check import Subject, check, check_lines
+from retemper.engine.sanity import flags
+from retemper.engine.sanity.check import check, check_lines
 from retemper.engine.sanity.gradients import input_gradient, margin_rows, probe_gradients
 from retemper.engine.sanity.gradients import off_slope as off_slope_rows
-from retemper.engine.sanity.ladder import Ladder, square_survivors, transfer_survivors
+from retemper.engine.sanity.ladder import CheckRequest, Ladder, square_survivors
 from retemper.loaders import Split, load_split
 
 CPU = torch.device("cpu")
@@ -77,9 +77,9 @@ def network(folder: Path) -> nn.Module:
     return load_network(weights, read_facts(weights), CPU)
 
 
-def subject(model: nn.Module, split: Split, images: int = 50) -> Subject:
+def request(model: nn.Module, split: Split, images: int = 50) -> CheckRequest:
     indices = balanced_order(split.labels, images)
-    return Subject(model=model.eval(), split=split, indices=indices, eps=EPS, device=CPU, batch_size=64)
+    return CheckRequest(model=model.eval(), split=split, indices=indices, eps=EPS, device=CPU, batch_size=64)
 
 
 def raised(found: dict[str, Any]) -> set[str]:
@@ -88,7 +88,7 @@ def raised(found: dict[str, Any]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def honest(robust: Path, digits: Split) -> dict[str, Any]:
-    return check(subject(network(robust), digits, 150))
+    return check(request(network(robust), digits, 150))
 
 
 def test_an_honestly_robust_network_is_not_suspected(honest: dict[str, Any]) -> None:
@@ -105,7 +105,7 @@ def test_radius_zero_is_clean_and_radius_one_leaves_nothing(honest: dict[str, An
 
 
 def test_a_standard_network_falls_to_nothing_and_hides_nothing(standard: nn.Module, digits: Split) -> None:
-    found = check(subject(standard, digits))
+    found = check(request(standard, digits))
     assert found["ladder"]["attack"]["clean"] > 0.9 and found["ladder"]["radius"][3]["accuracy"] <= 0.02
     assert found["verdict"] == "ok", raised(found)
 
@@ -125,7 +125,7 @@ def test_a_network_that_hides_its_gradients_is_suspected(
 ) -> None:
     net = network(robust)
     torch.manual_seed(0)
-    found = check(subject(Defended(net, before, after), digits), teacher=net)
+    found = check(request(Defended(net, before, after), digits), teacher=net)
     assert found["verdict"] == "suspect" and expected <= raised(found)
     lines = check_lines(found)
     assert lines[0].startswith("SUSPECT") and "not to be trusted" in lines[0] and "masked" in lines[0]
@@ -135,7 +135,7 @@ def test_a_network_that_hides_its_gradients_is_suspected(
 def test_the_checks_are_repeatable_and_leave_the_network_as_it_was(robust: Path, digits: Split) -> None:
     net = network(robust)
     net.train()
-    of = Subject(model=net, split=digits, indices=np.arange(20), eps=EPS, device=CPU)
+    of = CheckRequest(model=net, split=digits, indices=np.arange(20), eps=EPS, device=CPU)
     torch.manual_seed(1)
     before = torch.get_rng_state()
     found, again = check(of), check(of)
@@ -147,18 +147,18 @@ def test_the_checks_are_repeatable_and_leave_the_network_as_it_was(robust: Path,
 
 def test_what_can_be_seen_in_the_outputs_alone() -> None:
     logits = torch.tensor([[3.0, 1.0, 0.0], [20.0, -5.0, 1.0], [0.5, 0.2, 0.1]])
-    assert not checks.probabilities(logits).raised and checks.probabilities(logits.softmax(1)).raised
-    assert checks.logit_scale(logits).value == 2 and not checks.logit_scale(logits).raised
-    assert checks.logit_scale(logits * 9).raised  # a gap of 18: 1 - softmax is 0 in float32
-    assert checks.few_classes(3).raised and not checks.few_classes(4).raised
+    assert not flags.probabilities(logits).raised and flags.probabilities(logits.softmax(1)).raised
+    assert flags.logit_scale(logits).value == 2 and not flags.logit_scale(logits).raised
+    assert flags.logit_scale(logits * 9).raised  # a gap of 18: 1 - softmax is 0 in float32
+    assert flags.few_classes(3).raised and not flags.few_classes(4).raised
     broken = nn.Linear(2, 2)
-    assert not checks.not_finite_weights(broken).raised
+    assert not flags.not_finite_weights(broken).raised
     nn.init.constant_(broken.bias, float("nan"))
-    assert checks.not_finite_weights(broken).value == 1
+    assert flags.not_finite_weights(broken).value == 1
 
 
 def test_a_gap_called_saturated_has_no_digits_left_in_float32() -> None:
-    gap = torch.tensor([[checks.logit_scale(torch.zeros(1, 2)).threshold, 0.0]])
+    gap = torch.tensor([[flags.logit_scale(torch.zeros(1, 2)).threshold, 0.0]])
     assert (gap * 1.01).softmax(1)[0, 0] == 1 and (gap * 0.9).softmax(1)[0, 0] < 1
 
 
@@ -188,11 +188,11 @@ def test_pixels_that_the_network_ignores_have_not_underflown(robust: Path, digit
     net = network(robust)
     border = torch.zeros(8, 8)
     border[2:6, 2:6] = 1
-    ignoring = probe_gradients(subject(Defended(net, lambda image: image * border), digits))
-    assert ignoring["cross_entropy, clean"]["zero_pixels"] == 0.75 and not checks.underflow(ignoring).raised
+    ignoring = probe_gradients(request(Defended(net, lambda image: image * border), digits))
+    assert ignoring["cross_entropy, clean"]["zero_pixels"] == 0.75 and not flags.underflow(ignoring).raised
     assert "kl, clean" not in ignoring and ignoring["kl, random start"]["zero"] == 0
-    scaled = probe_gradients(subject(Defended(net, after=lambda logits: logits * 1e4), digits))
-    assert scaled["margin, clean"]["zero_pixels"] == 0 and checks.underflow(scaled).raised
+    scaled = probe_gradients(request(Defended(net, after=lambda logits: logits * 1e4), digits))
+    assert scaled["margin, clean"]["zero_pixels"] == 0 and flags.underflow(scaled).raised
 
 
 def ladder(**accuracies: float) -> Ladder:
@@ -203,31 +203,30 @@ def ladder(**accuracies: float) -> Ladder:
 
 def test_rungs_out_of_order_are_flagged() -> None:
     good = ladder(clean=0.9, noise=0.9, fgsm=0.6, pgd1=0.7, pgd10=0.5, pgd50=0.5, transfer=0.8)
-    for flag in (checks.more_steps, checks.single_step, checks.noise, checks.transfer, checks.zero_radius):
+    for flag in (flags.more_steps, flags.single_step, flags.noise, flags.transfer, flags.zero_radius):
         assert not flag(good).raised
     bad = ladder(clean=0.9, noise=0.5, fgsm=0.5, pgd1=0.4, pgd10=0.6, pgd50=0.6, transfer=0.5)
-    for flag in (checks.more_steps, checks.single_step, checks.noise, checks.transfer, checks.radius_end):
+    for flag in (flags.more_steps, flags.single_step, flags.noise, flags.transfer, flags.radius_end):
         assert flag(bad).raised and (flag(bad).value or 0) > flag(bad).threshold
     bad.radius[0.1], bad.radius[0.0] = bad.attack["clean"], bad.attack["pgd50"]
-    assert checks.radius_rises(bad).raised and checks.zero_radius(bad).raised
-    assert checks.transfer(ladder(clean=0.9, pgd50=0.5)).value is None  # no teacher: nothing is known
-    assert checks.square_helps(3, 1000).raised and not checks.square_helps(2, 1000).raised
+    assert flags.radius_rises(bad).raised and flags.zero_radius(bad).raised
+    assert flags.transfer(ladder(clean=0.9, pgd50=0.5)).value is None  # no teacher: nothing is known
+    assert flags.square_helps(3, 1000).raised and not flags.square_helps(2, 1000).raised
 
 
 def test_starts_that_find_different_images_are_flagged() -> None:
     starts = {"pgd10": 0.5, "pgd10, 2nd start": 0.5, "pgd10, 3rd start": 0.5}
     same = Ladder({name: torch.arange(100) < 50 for name in ("clean", *starts)})
     apart = Ladder({name: torch.roll(same.attack["clean"], 10 * n) for n, name in enumerate(("clean", *starts))})
-    assert not checks.more_starts(same).raised and checks.more_starts(apart).raised
-    assert checks.more_starts(apart).value == pytest.approx(0.2)
+    assert not flags.more_starts(same).raised and flags.more_starts(apart).raised
+    assert flags.more_starts(apart).value == pytest.approx(0.2)
 
 
-def test_square_and_transfer_break_only_what_is_left(robust: Path, digits: Split) -> None:
-    of = subject(network(robust), digits, 40)
+def test_square_breaks_only_what_is_left(robust: Path, digits: Split) -> None:
+    of = request(network(robust), digits, 40)
     left = torch.arange(40) % 2 == 0
     after = square_survivors(of, left, queries=20)
     assert after is not None and not (after & ~left).any() and left.sum() == 20
-    assert torch.equal(transfer_survivors(of, of.model), transfer_survivors(of, of.model))
 
 
 def test_evaluate_writes_the_checks_and_says_the_verdict(

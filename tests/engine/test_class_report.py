@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 
-from retemper.engine.class_report import class_report, intervals, read_result, summaries
+from retemper.engine.class_report import by_class, class_report, intervals, read_result, summaries
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/class_report.json").read_text())
 NAN = math.nan
@@ -55,6 +56,17 @@ def test_says_nan_where_there_is_nothing_to_say() -> None:
     assert empty.worst_class == -1 and all(map(math.isnan, (empty.average, empty.worst, empty.worst_tenth, empty.nsd)))
 
 
+def test_the_report_counts_by_class() -> None:
+    label = np.array([0, 0, 0, 0, 1, 1])
+    report = by_class(np.array([0, 0, 0, 2, -1, 1]), label, 3)  # -1: the logits were not finite
+    assert report["accuracy"] == [0.75, 0.5, None]  # nobody has class 2: null, not a number
+    assert (report["worst"], report["worst_class"], report["count"]) == (0.5, 1, [4, 2, 0])
+    low, high = report["interval"]["class"][0]
+    assert low < 0.75 < high
+    assert report["confusion"] == [[3, 0, 1], [0, 1, 0], [0, 0, 0]]
+    json.dumps(report, allow_nan=False)
+
+
 @pytest.mark.parametrize(
     ("correct", "count", "message"),
     [
@@ -80,6 +92,11 @@ def test_class_intervals_are_wilsons() -> None:
     assert pairs[1] == pytest.approx((0.0, 0.277533), abs=1e-6) and pairs[1][0] == 0
     assert pairs[2] == pytest.approx((0.722467, 1.0), abs=1e-6) and pairs[2][1] == 1
     assert all(map(math.isnan, pairs[3]))
+    for level, count in ((0.95, 1), (0.9, 60), (0.99, 1000)):
+        correct = [0, count // 3, count]
+        expected = [binomtest(k, count).proportion_ci(level, method="wilson") for k in correct]
+        found = np.array(intervals(correct, [count] * 3, level=level, draws=10)["class"])
+        assert found == pytest.approx(np.array(expected), rel=0, abs=1e-12)
 
 
 def test_summary_intervals_hold_the_estimate_and_shrink_with_images_and_level() -> None:
