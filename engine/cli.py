@@ -1,7 +1,6 @@
 """The command line: `retemper VERB`. A user's mistake is one line on stderr and an exit code (engine/errors.py)."""
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -262,12 +261,12 @@ def compare(arguments: argparse.Namespace) -> None:
     from retemper.engine.evaluation.compare import as_text
     from retemper.engine.evaluation.compare import compare as compare_runs
     from retemper.engine.evaluation.verdicts import read_evaluated
-    from retemper.files import finite, write_atomically
+    from retemper.files import finite, write_json
 
     sides = [[read_evaluated(Path(name), name) for name in side.split(",")] for side in (arguments.a, arguments.b)]
     found = compare_runs(*sides, arguments.attack)
     if arguments.json:
-        write_atomically(arguments.json, json.dumps(finite(asdict(found)), indent=1).encode() + b"\n")
+        write_json(arguments.json, finite(asdict(found)))
     print(as_text(found))
 
 

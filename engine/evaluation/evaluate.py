@@ -1,7 +1,6 @@
 """Evaluates a run or a checkpoint and writes evaluation.json beside it, the protocol with the numbers."""
 
 import argparse
-import json
 import re
 import time
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.sanity.check import IMAGES, check_evaluated, check_lines
 from retemper.engine.sanity.ladder import Subject
 from retemper.errors import DataError, UsageError
-from retemper.files import read_json, write_atomically
+from retemper.files import read_json, write_json
 from retemper.loaders import Split, load_split
 from retemper.provenance import versions
 
@@ -159,10 +158,10 @@ def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
         )
         if writes:
             write_verdicts(path.with_suffix(".csv"), verdicts)
-            write_atomically(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
+            write_json(path, content)
     if request.check and writes:
         content["checks"] = _checks(model, split, order[:IMAGES], eps, request, network, content["attacks"])
-        write_atomically(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
+        write_json(path, content)
     return path, content
 
 

@@ -12,12 +12,11 @@ The first line, behind a #, is a JSON object with what the rows were made under 
 """
 
 import csv
-import fcntl
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from retemper.console import say
-from retemper.errors import DataError, UsageError
-from retemper.files import write_atomically
+from retemper.errors import DataError
+from retemper.files import locked, write_atomically
 
 COLUMNS = ("image", "label", "clean", "tried", "broken_by", "predicted", "margin", "seed")
 UNTRIED = -1  # `clean` of an image that the network has not been shown yet
@@ -151,19 +150,14 @@ class Ledger:
         }
         return whole
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the file for this process; the kernel lets go of it however the process ends.
+    def locked(self) -> AbstractContextManager[None]:
+        """Hold the file for this process; see `files.locked`.
 
         Raises:
             UsageError: another process goes on with it.
         """
-        with open(self.path.with_name(f".{self.path.name}.lock"), "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(f"another process is writing {self.path}: wait for it") from None
-            yield
+        busy = f"another process is writing {self.path}: wait for it"
+        return locked(self.path.with_name(f".{self.path.name}.lock"), busy)
 
     def _counts(self, attacks: Sequence[str]) -> np.ndarray:
         """(N,) bool: whether what the row says in the end was so under these attacks already."""

@@ -1,21 +1,21 @@
-"""How a run ends badly: each error is one clear line for the user, and the exit code that scripts act on."""
+"""The errors that end a command with one line for the user, and the exit codes that scripts act on."""
 
 
 class DataError(Exception):
-    """The data is missing, damaged or not what it should be; the message names the path and the fix."""
+    """Data is missing, damaged or not what it should be. The message names the path and the fix."""
 
 
 class UsageError(Exception):
-    """What was asked for cannot be: a wrong option, or a backend that is not installed."""
+    """The command asks for what cannot be done: a wrong option, or a backend that is not installed."""
 
 
 class Diverged(Exception):
-    """Training left the finite numbers."""
+    """Training reached a loss or a weight that is not finite."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the run; the message says what was saved."""
+    """A signal ended the run. The message says what was saved."""
 
 
 EXIT_CODES: dict[type[BaseException], int] = {UsageError: 2, DataError: 3, Diverged: 4}
-PREEMPTED = 75  # EX_TEMPFAIL: run the same command again
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
