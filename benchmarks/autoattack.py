@@ -9,7 +9,6 @@ random, and its ledger compared with that of an evaluation left alone.
 """
 
 import argparse
-import json
 import random
 import signal
 import statistics
@@ -32,7 +31,7 @@ from retemper.engine.evaluation.autoattack import SuiteRequest, run_suite
 from retemper.engine.evaluation.ledger import Ledger
 from retemper.engine.predict import as_float, balanced_order, predicted
 from retemper.engine.run.run_folder import RunFolder
-from retemper.files import write_atomically
+from retemper.files import write_json
 from retemper.loaders import Split, load_split
 from retemper.provenance import commit, versions
 
@@ -177,7 +176,7 @@ def main() -> None:
     content |= {"versions": versions(), "commit": commit(), "device": device_name(device)}
     if words.json:
         words.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(words.json, json.dumps(content, indent=1).encode() + b"\n")
+        write_json(words.json, content)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from retemper.engine.demo import run_demo
-from retemper.files import write_atomically
+from retemper.files import write_json
 from retemper.provenance import commit, versions
 
 RUNS = ("teacher", "rslad", "absld")
@@ -66,7 +66,7 @@ def main() -> None:
             "device": config["device"],
         }
         words.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(words.json, json.dumps(content, indent=1).encode() + b"\n")
+        write_json(words.json, content)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ evaluation.csv, and of all the tables, the plot, and the paired differences, of 
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from retemper.engine.cli import reported
 from retemper.engine.device import device_name
 from retemper.engine.evaluation.compare import Comparison, Difference, compare
 from retemper.engine.evaluation.verdicts import read_evaluated
-from retemper.files import finite, write_atomically
+from retemper.files import finite, write_atomically, write_json
 from retemper.provenance import commit, versions
 
 METHODS = "sat,trades,rslad,absld,fair_rslad,cfa,dafa,label_trust"
@@ -201,7 +200,7 @@ def main() -> None:
     every = [folder for folders in runs.values() for folder in folders]
     content |= {"versions": versions(), "commit": commit(), "trained_at": commits(every)}
     content |= {"device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))}
-    write_atomically(results / "fairness.json", json.dumps(content, indent=1).encode() + b"\n")
+    write_json(results / "fairness.json", content)
     draw(rows | taught_by, shown, results / "fairness.png")
 
 

@@ -9,7 +9,6 @@ are from the fault to the end of the process, or of one check. Root mounts a sma
 
 import argparse
 import io
-import json
 import os
 import random
 import resource
@@ -36,7 +35,7 @@ from retemper.engine.device import device_name
 from retemper.engine.run import interrupts
 from retemper.engine.run.state_file import unpack
 from retemper.engine.run.teacher_table import TeacherTable
-from retemper.files import write_atomically
+from retemper.files import write_json
 from retemper.loaders import DataError, ViewSpace, convert, load_split, verify
 from retemper.loaders.ffcv_backend import FfcvLoader, _pump_class
 from retemper.loaders.loader import Plan
@@ -433,7 +432,7 @@ def main() -> None:
     }
     print(table(content["rows"]))
     if words.json:
-        write_atomically(words.json, json.dumps(content, indent=1).encode() + b"\n")
+        write_json(words.json, content)
 
 
 if __name__ == "__main__":

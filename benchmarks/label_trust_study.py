@@ -38,7 +38,7 @@ from retemper.engine.predict import balanced_order
 from retemper.engine.run.job import Job, default_cache
 from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.run.train import train
-from retemper.files import write_atomically
+from retemper.files import write_atomically, write_json
 from retemper.loaders import holdout_split, load_split
 from retemper.provenance import commit, versions
 
@@ -214,7 +214,7 @@ def main() -> None:
         "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     }
     write_atomically(results / "study.md", text.encode())
-    write_atomically(results / "study.json", json.dumps(content, indent=1).encode() + b"\n")
+    write_json(results / "study.json", content)
 
 
 if __name__ == "__main__":

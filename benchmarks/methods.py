@@ -8,7 +8,6 @@ the seeds, and the range for the worst class.
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from runs import Protocol, contestants, trained_and_evaluated
 
 from retemper.console import Progress, say
 from retemper.engine.device import device_name
-from retemper.files import write_atomically
+from retemper.files import write_json
 from retemper.provenance import commit, versions
 
 ATTACKS = ("clean", "pgd20")
@@ -83,7 +82,7 @@ def main() -> None:
             "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         }
         words.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(words.json, json.dumps(content, indent=1).encode() + b"\n")
+        write_json(words.json, content)
 
 
 if __name__ == "__main__":

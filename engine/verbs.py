@@ -1,6 +1,5 @@
 """The verbs of the command line: what each does with the words that the user gave."""
 
-import json
 import re
 from argparse import Namespace
 from pathlib import Path
@@ -153,12 +152,12 @@ def compare(arguments: Namespace) -> None:
     from retemper.engine.evaluation.compare import as_text
     from retemper.engine.evaluation.compare import compare as compare_runs
     from retemper.engine.evaluation.verdicts import read_evaluated
-    from retemper.files import finite, write_atomically
+    from retemper.files import finite, write_json
 
     sides = [[read_evaluated(Path(name), name) for name in side.split(",")] for side in (arguments.a, arguments.b)]
     found = compare_runs(*sides, arguments.attack)
     if arguments.json:
-        write_atomically(arguments.json, json.dumps(finite(asdict(found)), indent=1).encode() + b"\n")
+        write_json(arguments.json, finite(asdict(found)))
     print(as_text(found))
 
 

@@ -1,6 +1,5 @@
 """evaluation.json, and evaluation.csv with the verdicts image by image beside it, while attacks are added to them."""
 
-import json
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -12,7 +11,7 @@ from retemper.console import say
 from retemper.engine.class_report import by_class
 from retemper.engine.evaluation.verdicts import Evaluated, Verdicts, write_verdicts
 from retemper.errors import DataError
-from retemper.files import read_json, write_atomically
+from retemper.files import read_json, write_json
 from retemper.loaders import Split
 
 
@@ -77,7 +76,7 @@ class EvaluationFile:
     def write(self) -> None:
         """Write both files, each atomically."""
         write_verdicts(self.path.with_suffix(".csv"), self.verdicts)
-        write_atomically(self.path, json.dumps(self.content, indent=1, allow_nan=False).encode() + b"\n")
+        write_json(self.path, self.content)
 
     def _keep_the_other(self) -> None:
         """Rename the evaluation that lies at the path, and its verdicts."""

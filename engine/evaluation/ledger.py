@@ -13,12 +13,11 @@ image:
 """
 
 import csv
-import fcntl
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from retemper.console import say
-from retemper.errors import DataError, UsageError
-from retemper.files import write_atomically
+from retemper.errors import DataError
+from retemper.files import locked, write_atomically
 
 COLUMNS = ("image", "label", "clean", "tried", "broken_by", "predicted", "margin", "seed")
 WHOLE_NUMBERS = ("image", "label", "clean", "tried", "predicted")
@@ -147,16 +146,11 @@ class Ledger:
         }
         return whole
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the file for this process; the lock is let go of however the process ends.
+    def locked(self) -> AbstractContextManager[None]:
+        """Hold the file for this process; see `files.locked`.
 
         Raises:
             UsageError: another process goes on with it.
         """
-        with open(self.path.with_name(f".{self.path.name}.lock"), "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(f"another process is writing {self.path}: wait for it") from None
-            yield
+        busy = f"another process is writing {self.path}: wait for it"
+        return locked(self.path.with_name(f".{self.path.name}.lock"), busy)

@@ -6,7 +6,6 @@ said of the network is read from config.json and from an evaluation.json of thes
 
 import inspect
 import io
-import json
 import re
 from hashlib import sha256
 from pathlib import Path
@@ -20,7 +19,7 @@ from retemper.engine.export.model_card import Subject, model_card, model_info, s
 from retemper.engine.models import MODELS
 from retemper.engine.run.run_folder import RunFolder
 from retemper.errors import DataError, UsageError
-from retemper.files import file_digest, read_json, write_atomically
+from retemper.files import file_digest, json_bytes, read_json, write_atomically
 
 FORMATS = ("safetensors", "robustbench")
 
@@ -117,9 +116,9 @@ def _safetensors(subject: Subject) -> dict[str, bytes]:
     files = {
         "README.md": model_card(subject).encode(),
         "model.safetensors": subject.weights.read_bytes(),
-        "config.json": _as_json(subject.config),
+        "config.json": json_bytes(subject.config),
     }
-    return files | ({} if subject.evaluation is None else {"evaluation.json": _as_json(subject.evaluation)})
+    return files | ({} if subject.evaluation is None else {"evaluation.json": json_bytes(subject.evaluation)})
 
 
 def _robustbench(subject: Subject) -> dict[str, bytes]:
@@ -129,9 +128,5 @@ def _robustbench(subject: Subject) -> dict[str, bytes]:
     return {
         "README.md": submission_card(subject).encode(),
         f"models/{where}.pt": buffer.getvalue(),
-        f"model_info/{where}.json": _as_json(model_info(subject)),
+        f"model_info/{where}.json": json_bytes(model_info(subject)),
     }
-
-
-def _as_json(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, indent=2, allow_nan=False).encode() + b"\n"

@@ -5,11 +5,10 @@ an epoch and a step whose weights, class state and score are whole, and lines of
 on resume. The state before it stays as `last.1.state`, for the day that the disk damages the newest.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from retemper.engine.checkpoints.weights import save_weights
 from retemper.engine.recipe import changed_options, flat_options
 from retemper.engine.run.state_file import Damaged, pack, unpack
 from retemper.errors import DataError, UsageError
-from retemper.files import atomic_write, read_json, write_atomically
+from retemper.files import atomic_write, locked, read_json, sweep, sync, write_atomically, write_json
 
 STATE = {"epoch", "step", "student", "optimizer", "scaler", "class_state", "generators", "best"}
 CONFIG = {"method": str, "setting": str, "recipe": dict, "seed": int, "classes": list, "teacher": dict | None}
@@ -41,24 +40,21 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder, made if need be, for this process; the kernel lets go of it however the process ends."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path / ".lock", "w")
-        except OSError as error:
-            raise UsageError(
-                f"cannot write to {self.path} ({error.strerror}): name another folder with --out"
-            ) from None
-        with lock:
+        """Hold the folder for this process, and make it if it does not exist.
+
+        Raises:
+            UsageError: another process holds it, or it cannot be written to.
+        """
+        with ExitStack() as held:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                busy = f"another process is writing to {self.path}: wait for it or name another --out"
+                held.enter_context(locked(self.path / ".lock", busy))
+            except OSError as error:
                 raise UsageError(
-                    f"another process is writing to {self.path}: wait for it or name another --out"
+                    f"cannot write to {self.path} ({error.strerror}): name another folder with --out"
                 ) from None
             for file in (self.config, self.metrics, self.last, self.best, self.state, self.older, self.diverged):
-                for left in self.path.glob(f".{file.name}.*.tmp"):  # by a killed process, half written
-                    left.unlink(missing_ok=True)
+                sweep(file)
             yield
 
     def read_config(self) -> dict[str, Any]:
@@ -88,7 +84,7 @@ class RunFolder:
             if self.state.exists():
                 raise DataError(f"{self.path} holds a run without its config.json: name another folder with --out")
             with _telling(self.config):
-                write_atomically(self.config, json.dumps(config, indent=2).encode() + b"\n")
+                write_json(self.config, config)
             return
         differing = _differences(self.read_config(), config)
         if differing:
@@ -118,8 +114,7 @@ class RunFolder:
         """Write the state that resuming reads, of an epoch or of a step within one. Raises as `save_epoch`."""
         with _telling(self.state), atomic_write(self.state) as file:
             file.write(pack(state))
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
             self._keep_the_one_before()  # only now that the new one is on the disk
 
     def _keep_the_one_before(self) -> None:

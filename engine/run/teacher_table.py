@@ -8,7 +8,6 @@ Beside each row stands its checksum, which also says that it is known. A row tha
 bad disk has left otherwise than it was written does not fit it, is told of, and is asked for again.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from retemper.console import say
 from retemper.errors import DataError
+from retemper.files import locked
 from retemper.loaders import Loader
 
 Ask = Callable[[Tensor, Tensor, Tensor], Tensor]  # image (N, H, W, C) uint8, view (B,), index (B,) to (B, K) logits
@@ -48,9 +48,7 @@ class TeacherTable:
         facts = facts | {"format": FORMAT, "images": images, "views": views, "classes": classes}
         text = json.dumps(facts, indent=1, sort_keys=True)
         self.folder = cache / "teacher_logits" / sha256(text.encode()).hexdigest()[:16]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # two runs may begin at once
+        with locked(self.folder / ".lock"):  # two runs may begin at once
             files = [self.folder / name for name in ("logits.f32", "checksums.u32")]
             taken = sum(512 * file.stat().st_blocks for file in files if file.exists())
             require_room(self.folder, table_bytes(images, views, classes) - taken)

@@ -1,4 +1,4 @@
-"""How far long work is: a bar on a terminal, a plain line now and then elsewhere, so that a log stays readable."""
+"""Lines for the user on stderr, and the progress of long work: a bar on a terminal, elsewhere a line now and then."""
 
 import sys
 import time
@@ -11,13 +11,13 @@ _quiet = False
 
 
 def only_errors(quiet: bool) -> None:
-    """Say nothing more in this process, which is not the first of several; or do so again."""
+    """Silence this process, because it is not the first of several; `quiet` False lets it speak again."""
     global _quiet
     _quiet = quiet
 
 
 class Progress:
-    """Counts up to `total` on stderr. Use as a context manager."""
+    """A count up to `total`, shown on stderr. Use it as a context manager."""
 
     def __init__(self, what: str, total: int) -> None:
         self.what, self.total, self.done, self.note = what, total, 0, ""
@@ -33,7 +33,7 @@ class Progress:
             self.bar.close()
 
     def advance(self, units: int, note: str | None = None) -> None:
-        """Count `units` more; `note` stands behind the count until the next one."""
+        """Count `units` more, and show `note` behind the count until another replaces it."""
         self.done += units
         self.note = self.note if note is None else note
         if self.bar is not None:
@@ -48,10 +48,11 @@ class Progress:
 
 
 def progress(items: Iterable[T], total: int, label: str, *, show: bool = True) -> Iterator[T]:
-    """Yield `items`, telling stderr how far it is.
+    """Yield `items` and show on stderr how many of them are done.
 
     Args:
         total: how many items there are.
+        label: what is done with them.
         show: False yields in silence.
     """
     if not show:
@@ -66,7 +67,7 @@ def progress(items: Iterable[T], total: int, label: str, *, show: bool = True) -
 
 
 def say(line: str) -> None:
-    """One line for the user, on stderr: stdout is for results."""
+    """Print a line for the user on stderr; stdout is for results."""
     if _quiet:
         return
     tqdm = _tqdm()
@@ -77,7 +78,7 @@ def say(line: str) -> None:
 
 
 def _tqdm() -> Any:
-    """The class, or None: a machine for benchmarks alone may lack it, and gets plain lines."""
+    """Return the class, or None where it is not installed, as on a machine for benchmarks alone."""
     try:
         from tqdm import tqdm
     except ImportError:

@@ -1,11 +1,11 @@
-"""How a run ends badly: each error is one clear line for the user, and the exit code that scripts act on."""
+"""The errors that end a command with one line for the user, and the exit codes that scripts act on."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class DataError(Exception):
-    """The data is missing, damaged or not what it should be; the message names the path and the fix."""
+    """Data is missing, damaged or not what it should be. The message names the path and the fix."""
 
 
 class UsageError(Exception):
@@ -21,7 +21,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 EXIT_CODES: dict[type[BaseException], int] = {UsageError: 2, DataError: 3, Diverged: 4}
-PREEMPTED = 75  # EX_TEMPFAIL: run the same command again
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -1,7 +1,8 @@
-"""Files: written whole or not at all, locked, digested, and JSON that is read with one line where it is damaged."""
+"""Files: written whole or not at all, locked, digested; and JSON, written strictly and refused in one line."""
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import secrets
@@ -10,23 +11,27 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
+from retemper.console import progress
+from retemper.errors import DataError, UsageError
 
-from retemper.errors import DataError
-
-DAMAGED = (  # what the readers of zip and pickle raise on bytes that are not theirs
+DAMAGED = (  # what the readers of zip and pickle raise when the bytes are not a file of theirs
     *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error),
     *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, EOFError, OverflowError),
     *(OSError, MemoryError),
 )
+BLOCK = 1 << 23  # bytes read at a time
+SHOW_FROM = 1 << 30  # bytes; the digest of a smaller file takes a second or two
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A binary file that takes the place of `path` when the block ends without an error, and vanishes otherwise.
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a binary file that replaces `path` when the block ends without an error, and is removed otherwise.
+
+    The file's `name` is its temporary path, for a library that must open the file itself.
 
     Raises:
         OSError: the folder is missing, read-only or full; the old file is intact.
@@ -36,40 +41,89 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     try:
         with open(temporary, "xb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # or the rename itself may be lost when the machine stops
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)  # or the rename itself may be lost when the machine stops
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Replace the file by `data`: whoever reads it, whenever, finds the old content or the new. Raises OSError."""
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Replace the file by `data`. Any reader finds the old content or the new. Raises OSError as `atomic_write`."""
     with atomic_write(path) as file:
         file.write(data)
 
 
-def file_digest(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file's bytes, 64 hexadecimal digits. Raises OSError."""
-    digest = hashlib.sha256()
+def sync(file: BinaryIO) -> None:
+    """Wait until what was written to `file` is on the disk. Raises OSError."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Wait until the names of the files in `folder` are on the disk. Raises OSError."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sweep(path: str | Path) -> None:
+    """Remove the temporary files of `path` that killed processes left. Hold the lock on `path`, or a live one goes."""
+    path = Path(path)
+    for left in path.parent.glob(f".{escape(path.name)}.*.tmp"):
+        left.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: str | Path, busy: str | None = None) -> Iterator[None]:
+    """Hold the lock file `path` while the block runs.
+
+    The kernel releases the lock however the process ends. The empty file stays.
+
+    Args:
+        path: the lock file; it and its folder are made if they do not exist.
+        busy: the error's message when another process holds the lock; None waits until that one releases it.
+
+    Raises:
+        UsageError: another process holds the lock, and `busy` is given.
+        OSError: the folder cannot be made or written to.
+    """
+    from filelock import FileLock, Timeout  # here: a machine for benchmarks may lack it
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=-1 if busy is None else 0)
+    except Timeout:
+        raise UsageError(busy) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def file_digest(path: str | Path) -> str:
+    """Return the SHA-256 of a file's bytes, 64 hexadecimal digits. A large file shows its progress. Raises OSError."""
+    path = Path(path)
+    digest, size = hashlib.sha256(), path.stat().st_size
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        blocks = iter(lambda: file.read(BLOCK), b"")
+        for block in progress(blocks, -(-size // BLOCK), f"checking {path.name}", show=size >= SHOW_FROM):
             digest.update(block)
     return digest.hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
 
     Raises:
-        DataError: no such file, or not one JSON object.
+        DataError: the file does not exist, or does not hold one JSON object.
     """
+    path = Path(path)
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
@@ -81,10 +135,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def json_bytes(content: Any) -> bytes:
+    """Return `content` as strict JSON, indented, with a newline at the end. Raises ValueError for a NaN (`finite`)."""
+    return json.dumps(content, indent=1, allow_nan=False).encode() + b"\n"
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Replace the file by `content` as JSON, atomically.
+
+    Raises:
+        ValueError: a number is not finite; the old file is intact.
+        OSError: the folder is missing, read-only or full; the old file is intact.
+    """
+    write_atomically(path, json_bytes(content))
+
+
 def finite(value: Any) -> Any:
-    """`value` as strict JSON: numbers that are not finite become null."""
+    """Return `value` with every number that is not finite replaced by None, which JSON can hold."""
     if isinstance(value, dict):
         return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

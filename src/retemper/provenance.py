@@ -1,16 +1,15 @@
-"""What a result was made with: versions, commit, driver."""
+"""What a result was made with: the versions, the commit of the source, the driver of the GPU."""
 
 import shutil
 import subprocess
 from pathlib import Path
 
-import torch
-
 
 def versions() -> dict[str, str]:
-    """Of retemper, torch, triton and Python."""
+    """Return the versions of retemper, torch, triton and Python."""
     import platform
 
+    import torch
     import triton
 
     from retemper import __version__
@@ -24,28 +23,30 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit that this module's source is checked out at; None where git does not track it."""
-
-    def git(*words: str) -> str:
-        answer = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True)
-        return answer.stdout.strip() if answer.returncode == 0 else ""
-
-    here = Path(__file__).resolve().parent
-    return git("rev-parse", "HEAD") or None if shutil.which("git") and git("ls-files", Path(__file__).name) else None
-
-
-def driver() -> str | None:
-    """The version of the NVIDIA driver, if there is one to ask."""
-    if not shutil.which("nvidia-smi"):
-        return None
-    words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    answer = subprocess.run(words, capture_output=True, text=True)
-    return answer.stdout.split()[0] if answer.returncode == 0 and answer.stdout.split() else None
+    """Return the commit that the running source is checked out at; None for an installed package, or without git."""
+    is_tracked = _git("ls-files", Path(__file__).name)
+    return _git("rev-parse", "HEAD") or None if is_tracked else None
 
 
 def uncommitted_changes() -> bool | None:
-    """Whether the source differs from its commit; None where git does not track it."""
-    if commit() is None:
-        return None
-    words = ["git", "status", "--porcelain", "--untracked-files=no"]
-    return bool(subprocess.run(words, cwd=Path(__file__).resolve().parent, capture_output=True).stdout.strip())
+    """Return whether tracked files of the checkout differ from its commit; None where `commit` is None."""
+    return None if commit() is None else bool(_git("status", "--porcelain", "--untracked-files=no"))
+
+
+def driver() -> str | None:
+    """Return the version of the NVIDIA driver; None without one."""
+    words = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split()
+    return words[0] if words else None
+
+
+def _git(*words: str) -> str:
+    """What git says of the folder that this module lies in; "" where it fails."""
+    return _output("git", "-C", str(Path(__file__).resolve().parent), *words)
+
+
+def _output(program: str, *words: str) -> str:
+    """What a program prints, stripped; "" where it is not installed or fails."""
+    if not shutil.which(program):
+        return ""
+    answer = subprocess.run([program, *words], capture_output=True, text=True)
+    return answer.stdout.strip() if answer.returncode == 0 else ""

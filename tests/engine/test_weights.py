@@ -3,7 +3,6 @@
 import os
 import pickle
 import re
-import stat
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,6 @@ from retemper.engine.checkpoints.weights import CheckpointError, load_checkpoint
 from retemper.engine.models import create_model
 from retemper.engine.models.wide_resnet import WideResNet
 from retemper.errors import DataError
-from retemper.files import atomic_write, file_digest, write_atomically
 
 State = dict[str, Any]
 
@@ -297,65 +295,3 @@ def test_saved_weights_carry_metadata_and_plain_names(tmp_path: Path) -> None:
         loaded: Tensor = file.get_tensor("layer1.0.conv1.weight")
     assert torch.equal(loaded, source.state_dict()["layer1.0.conv1.weight"])
     assert os.listdir(tmp_path) == ["w.safetensors"]
-
-
-@pytest.mark.parametrize("moment", ["write", "fsync", "replace"])
-def test_a_failure_while_writing_leaves_the_old_file(
-    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "last.safetensors"
-    save_weights(path, network(1))
-    before = file_digest(path)
-
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    if moment == "write":
-        with pytest.raises(KeyboardInterrupt), atomic_write(path) as file:
-            file.write(b"half")
-            file.flush()
-            assert file_digest(path) == before
-            raise KeyboardInterrupt
-    else:
-        monkeypatch.setattr(os, moment, fail)
-        with pytest.raises(OSError, match="No space left"):
-            save_weights(path, network(2))
-        monkeypatch.undo()
-    assert file_digest(path) == before
-    assert os.listdir(tmp_path) == [path.name]
-
-
-def test_content_reaches_the_disk_before_the_name_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, order = tmp_path / "config.json", []
-    fsync, replace = os.fsync, os.replace
-
-    def watched_fsync(descriptor: int) -> None:
-        order.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else os.fstat(descriptor).st_size)
-        fsync(descriptor)
-
-    def watched_replace(source: Path, target: Path) -> None:
-        assert Path(source).parent == path.parent
-        order.append("rename")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "fsync", watched_fsync)
-    monkeypatch.setattr(os, "replace", watched_replace)
-    write_atomically(path, b"new content")
-    assert order == [len(b"new content"), "rename", "folder"]
-    assert path.read_bytes() == b"new content"
-
-
-def test_a_new_file_has_the_usual_permissions(tmp_path: Path) -> None:
-    (tmp_path / "plain").touch()
-    write_atomically(tmp_path / "atomic", b"")
-    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
-def test_a_missing_folder_is_an_os_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        write_atomically(tmp_path / "gone" / "file", b"x")
-
-
-def test_the_digest_is_sha256(tmp_path: Path) -> None:
-    (tmp_path / "abc").write_bytes(b"abc")
-    assert file_digest(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
