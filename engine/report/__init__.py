@@ -1,7 +1,6 @@
-"""The page that compares runs by class: what it says (words), shows (plots) and looks like (page)."""
+"""The report page that compares runs class by class."""
 
-from retemper.engine.report.build import Report, write_report
+from retemper.engine.report.build import write_report
 from retemper.engine.report.plot_style import require_plots
-from retemper.engine.report.read import read_run
 
-__all__ = ["Report", "read_run", "require_plots", "write_report"]
+__all__ = ["require_plots", "write_report"]

@@ -1,8 +1,8 @@
-"""How figures look: one style, one look a run, names at the end of lines, and how a figure becomes bytes.
+"""The style of all figures, the look of each run, axes and labels that figures share, and the files of a figure.
 
-Every figure comes wide (10 in, for a page) or narrow (4 in, for a phone), at font sizes meant to be read unscaled.
-Runs keep one look in all figures: Okabe and Ito's colours (safe for the colour-blind), in an order whose lightness
-steps survive a grey printer, hatched from the third on; a teacher is light grey, being the yardstick.
+A figure is drawn wide (10 inches, for a page) and narrow (4 inches, for a phone), in fonts to be read at that size.
+A run looks the same in all figures. The colours are those of Okabe and Ito, which the colour-blind can tell apart, in
+an order whose steps of lightness survive a grey printer; from the third on they are hatched. Teachers are light grey.
 """
 
 import importlib.util
@@ -25,8 +25,9 @@ INK, MUTED, FAINT, ALERT = "#1b1f24", "#5b6470", "#c3c9d0", "#b0330f"
 BARS_UP_TO = 20  # classes; beyond it bars, and names, are too many to read
 LINE_HEIGHT = 1.25  # of a label, in font sizes
 SOLID, DASH, DOT = "-", (0, (5, 2)), (0, (1.2, 1.4))
+HALO = {"facecolor": "white", "alpha": 0.85, "linewidth": 0, "pad": 0.8}  # behind a label that lies on lines
 STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",  # ships with matplotlib, so that a figure is the same everywhere
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so that a figure is the same everywhere
     "font.size": 10,
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
@@ -57,7 +58,7 @@ EndLabel = tuple[float, str, str, bool]  # value, text, colour, bold
 
 @dataclass(frozen=True)
 class Look:
-    """How one run is drawn: `colour` fills, `line` is strong enough for a line, `ink` for text on white."""
+    """How a run is drawn: `colour` fills areas, `line` is strong enough for a line, `ink` for text on white."""
 
     colour: str
     line: str
@@ -81,29 +82,29 @@ TEACHER = Look("#c9ced4", "#8a929c", "#5b6470", "", DOT, "h")
 
 
 def looks(teachers: Sequence[bool]) -> list[Look]:
-    """One look a run, in order; True where the run is a teacher."""
+    """Return the look of each run, in order; True stands for a teacher."""
     students = iter(range(len(teachers)))
     return [TEACHER if teacher else LOOKS[next(students) % len(LOOKS)] for teacher in teachers]
 
 
 def as_plot(stem: str, caption: str, said: Iterable[str], draw: Callable[[bool], "Figure"]) -> Plot:
-    """The block of a page; `said` are the figure's messages in words."""
-    wide, narrow, png = render(draw)
-    return Plot(stem, caption, ". ".join(said) + ".", wide, narrow, png)
+    """Make the block of a figure.
 
-
-def render(draw: Callable[[bool], "Figure"]) -> tuple[bytes, bytes, bytes]:
-    """The wide SVG, the narrow SVG and the PNG of a figure; `draw(narrow)` makes it."""
+    Args:
+        said: what the figure shows, in words.
+        draw: makes the figure, narrow or not.
+    """
     with _style():
         wide, narrow = draw(False), draw(True)
         for figure in (wide, narrow):
             figure.get_layout_engine().execute(figure)  # type: ignore[union-attr]
             figure.set_layout_engine("none")  # or each file would have it done again
-        return _saved(wide, "svg"), _saved(narrow, "svg"), _saved(wide, "png")
+        files = _saved(wide, "svg"), _saved(narrow, "svg"), _saved(wide, "png")
+    return Plot(stem, caption, ". ".join(said) + ".", *files)
 
 
 def shorten(text: str, length: int) -> str:
-    """One line of at most `length` characters, all of them printable: an SVG with a NUL in it is none."""
+    """Return one line of at most `length` printable characters: an SVG with a NUL in it is damaged."""
     text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split())) or "(no name)"
     if len(text) <= length:
         return text
@@ -112,6 +113,7 @@ def shorten(text: str, length: int) -> str:
 
 
 def new_figure(narrow: bool, height: float, width: float | None = None) -> "Figure":
+    """Make a figure of that height, in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width or (4.0 if narrow else 10.0), height), layout="constrained")
@@ -119,40 +121,24 @@ def new_figure(narrow: bool, height: float, width: float | None = None) -> "Figu
     return figure
 
 
-def end_labels(figure: "Figure", panels: Sequence[tuple["Axes", list[EndLabel]]], size: float) -> None:
-    """Name the lines of finished panels at their right end, moved apart where names would overlap."""
-    for axes, _ in panels:
-        axes.set_ylim(*axes.get_ylim())
-    figure.get_layout_engine().execute(figure)  # type: ignore[union-attr]  # so that heights are known
-    for axes, labels in panels:
-        labels = sorted((label for label in labels if math.isfinite(label[0])), key=lambda label: label[0])
-        points = 72 / figure.dpi
-        at = [points * axes.transData.transform((0, value))[1] for value, *_ in labels]
-        for (value, text, colour, bold), here, there in zip(labels, at, _spread(at, LINE_HEIGHT * size), strict=True):
-            leader = {
-                "arrowstyle": "-",
-                "color": FAINT,
-                "linewidth": 0.7,
-                "shrinkA": 0,
-                "shrinkB": 1,
-                "relpos": (0, 0.5),
-            }
-            axes.annotate(
-                text,
-                (1, value),
-                (8, there - here),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                va="center",
-                fontsize=size,
-                color=colour,
-                weight="bold" if bold else "normal",
-                arrowprops=leader if abs(there - here) > 2 else None,
-                annotation_clip=False,
-            )
+def panels(figure: "Figure", number: int, columns: int) -> list["Axes"]:
+    """Add `number` axes to the figure, row by row."""
+    grid = list(figure.subplots(-(-number // columns), columns, squeeze=False).flat)
+    for axes in grid[number:]:
+        axes.set_axis_off()
+    return grid[:number]
+
+
+def class_rows(axes: "Axes", classes: Sequence[str]) -> None:
+    """Make the vertical axis one of classes, from the top down."""
+    axes.set_yticks(range(len(classes)), [shorten(name, 14) for name in classes])
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.set_ylim(len(classes) - 0.5, -0.5)
+    axes.xaxis.grid(True)
 
 
 def epoch_axis(axes: "Axes", epoch: Sequence[int]) -> None:
+    """Make the horizontal axis one of epochs."""
     from matplotlib.ticker import MaxNLocator
 
     first, last = min(epoch, default=0), max(epoch, default=1)
@@ -161,8 +147,29 @@ def epoch_axis(axes: "Axes", epoch: Sequence[int]) -> None:
     axes.set_xlabel("epoch")
 
 
+def end_labels(figure: "Figure", panels: Sequence[tuple["Axes", list[EndLabel]]], size: float) -> None:
+    """Name the lines of finished panels at their right end, moved apart where names would overlap."""
+    for axes, _ in panels:
+        axes.set_ylim(*axes.get_ylim())
+    figure.get_layout_engine().execute(figure)  # type: ignore[union-attr]  # so that heights are known
+    leader = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 1, "relpos": (0, 0.5)}
+    where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
+    for axes, labels in panels:
+        labels = sorted((label for label in labels if math.isfinite(label[0])), key=lambda label: label[0])
+        at = [72 / figure.dpi * axes.transData.transform((0, value))[1] for value, *_ in labels]
+        for (value, text, colour, bold), here, there in zip(labels, at, _spread(at, LINE_HEIGHT * size), strict=True):
+            style = {"fontsize": size, "color": colour, "weight": "bold" if bold else "normal"}
+            arrow = leader if abs(there - here) > 2 else None
+            offset = (8, there - here)
+            axes.annotate(text, (1, value), offset, **where, **style, arrowprops=arrow, annotation_clip=False)
+
+
 def require_plots() -> None:
-    """Raises UsageError where matplotlib, the extra `plots`, is not installed."""
+    """Check that matplotlib, the extra `plots`, is installed.
+
+    Raises:
+        UsageError: it is not.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("the figures need matplotlib: pip install 'retemper[plots]'")
 
@@ -185,7 +192,10 @@ def _saved(figure: "Figure", kind: str) -> bytes:
 
 
 def _spread(at: Sequence[float], gap: float) -> list[float]:
-    """The sorted positions nearest to `at` that are `gap` apart (isotonic regression, pool adjacent violators)."""
+    """Return the sorted positions nearest to `at` that are at least `gap` apart.
+
+    This is an isotonic regression by the pool-adjacent-violators algorithm.
+    """
     blocks: list[list[float]] = []  # sum, number
     for i, position in enumerate(at):
         blocks.append([position - i * gap, 1])
