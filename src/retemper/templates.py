@@ -1,11 +1,11 @@
 """Jinja2 templates: text files that lie beside the module that fills them in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 
-def render(folder: Path, name: str, filters: dict[str, Callable[..., Any]], **values: Any) -> str:
+def render(folder: Path, name: str, filters: Mapping[str, Callable[..., Any]] | None = None, **values: Any) -> str:
     """Fill in the template `name` of `folder`; what stands in an HTML template is escaped, an unknown name is an error.
 
     Args:
@@ -21,5 +21,5 @@ def render(folder: Path, name: str, filters: dict[str, Callable[..., Any]], **va
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= filters
+    environment.filters.update(filters or {})
     return environment.get_template(name).render(values)
