@@ -28,20 +28,8 @@ FOOTER = (
 )
 
 
-def write_report(folders: Sequence[Path], out: Path, title: str | None = None) -> Path:
-    """Write report.html, report.md and the figures of the runs into the folder `out`.
-
-    Args:
-        folders: of runs, or of evaluations.
-        title: of the page; None: made of the data sets' names.
-
-    Returns:
-        The path of report.html.
-
-    Raises:
-        DataError: a folder holds no run.
-        UsageError: no folder is given, `out` cannot be made, or matplotlib is missing.
-    """
+def build_report(folders: Sequence[Path], out: Path) -> Path:
+    """Do what `write_report` says."""
     if not folders:
         raise UsageError("a report needs at least one run folder")
     runs = RunSet([read_run(Path(folder)) for folder in folders])
@@ -50,7 +38,7 @@ def write_report(folders: Sequence[Path], out: Path, title: str | None = None) -
     except OSError as error:
         raise UsageError(f"{out}: cannot be made a folder ({error.strerror})") from error
     sections = [section for section in _sections(runs) if section.blocks]
-    page = Page(title or _title(runs), headline(runs), subline(runs), warnings(runs), sections, FOOTER)
+    page = Page(_title(runs), headline(runs), subline(runs), warnings(runs), sections, FOOTER)
     for plot in (block for section in sections for block in section.blocks if isinstance(block, Plot)):
         write_atomically(out / f"{plot.stem}.png", plot.png)
     write_atomically(out / "report.md", to_markdown(page).encode("utf-8", "replace"))

@@ -2,15 +2,18 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from retemper.engine.class_report import Result
-from retemper.engine.report.page import Cell, Table
-from retemper.engine.report.plot_style import (
+from retemper.engine.report.figures import (
     BARS_UP_TO,
     HALO,
     INK,
@@ -20,15 +23,11 @@ from retemper.engine.report.plot_style import (
     class_rows,
     end_labels,
     new_figure,
-    shorten,
 )
+from retemper.engine.report.page import Cell, Table
 from retemper.engine.report.read import attack_title, weakest_first
 from retemper.engine.report.run_set import RunSet
-from retemper.engine.report.words import PERCENT, at_most, percent
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from retemper.engine.report.words import PERCENT, at_most, percent, shorten
 
 THIN = 0.065  # inches: upright bars below it lie down instead
 
@@ -41,7 +40,7 @@ def classwise_blocks(runs: RunSet) -> list[Any]:
     blocks = []
     for attack in sorted(runs.attacks, key=lambda attack: attack != runs.reference):
         stem = "classwise_" + (re.sub(r"[^a-z0-9]+", "_", attack.lower()).strip("_") or "attack")
-        draw = partial(classwise, runs.results(attack), runs.classes, runs.look)
+        draw = partial(classwise, runs, attack)
         blocks.append(as_plot(stem, f"{attack_title(attack)}: {caption}", runs.said(attack), draw))
         blocks.append(_table(runs, attack))
     return blocks
@@ -65,37 +64,35 @@ def _table(runs: RunSet, attack: str) -> Table:
     return Table(caption, head, [("", rows)], title, attack == runs.reference)
 
 
-def classwise(
-    results: Mapping[str, Result], classes: Sequence[str], look: Mapping[str, Look], narrow: bool
-) -> "Figure":
-    """Draw every class under one attack: bars, upright or lying, or sorted steps for many. Weakest classes are marked."""
-    bars = len(classes) <= BARS_UP_TO
-    lying = bars and _inches(0.82 / len(results), classes, narrow) < THIN
+def classwise(runs: RunSet, attack: str, narrow: bool) -> Figure:
+    """Draw every class under one attack: bars, upright or lying, or steps where they are many; weakest are marked."""
+    results, bars = runs.results(attack), len(runs.classes) <= BARS_UP_TO
+    lying = bars and _inches(runs, 0.82 / len(results), narrow) < THIN
     columns = 2 if len(results) > 3 and not narrow else 1
-    height = 0.8 + len(classes) * (0.12 * len(results) + 0.1) if lying else 3.6 if narrow else 3.9
+    height = 0.8 + len(runs.classes) * (0.12 * len(results) + 0.1) if lying else 3.6 if narrow else 3.9
     figure = new_figure(narrow, height + 0.2 * -(-len(results) // columns))
     axes = figure.add_subplot()
     averages = {name: 100 * result.report.average for name, result in results.items()}
     for name, average in averages.items():
         line = axes.axvline if lying else axes.axhline
-        line(average, color=look[name].line, linestyle=look[name].dash, linewidth=1.2, zorder=3.5)
-    keys = [_key(shorten(name, 12 if narrow else 16), r, classes, look[name], bars) for name, r in results.items()]
+        line(average, color=runs.look[name].line, linestyle=runs.look[name].dash, linewidth=1.2, zorder=3.5)
+    keys = [_key(shorten(name, 12 if narrow else 16), r, runs, runs.look[name]) for name, r in results.items()]
     figure.legend(handles=keys, loc="outside upper left", ncols=columns, handlelength=1.6, labelspacing=0.35)
     if lying:
-        _lying_bars(axes, results, classes, look)
+        _lying_bars(axes, runs, results)
         return figure
-    (_bars if bars else _steps)(axes, results, classes, look, narrow)
+    (_bars if bars else _steps)(axes, runs, results, narrow)
     axes.set_ylabel("correct, %")
     axes.set_ylim(0, _ceiling(results))
     axes.yaxis.grid(True)
-    labels = [(v, f"{'≤' * results[n].upper_bound}{v:.0f}", look[n].ink, True) for n, v in averages.items()]
+    labels = [(v, f"{'≤' * results[n].upper_bound}{v:.0f}", runs.look[n].ink, True) for n, v in averages.items()]
     end_labels(figure, [(axes, labels)], 9.5)
     return figure
 
 
-def _inches(width: float, classes: Sequence[str], narrow: bool) -> float:
+def _inches(runs: RunSet, width: float, narrow: bool) -> float:
     """Return the width in inches of an upright bar, given in parts of the room for a class."""
-    return width * (2.9 if narrow else 8.9) / len(classes)
+    return width * (2.9 if narrow else 8.9) / len(runs.classes)
 
 
 def _heights(result: Result) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -104,12 +101,12 @@ def _heights(result: Result) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return height_K, ends_K2, np.isfinite(height_K) & np.isfinite(ends_K2).all(axis=1)
 
 
-def _lying_bars(axes: "Axes", results: Mapping[str, Result], classes: Sequence[str], look: Mapping[str, Look]) -> None:
+def _lying_bars(axes: Axes, runs: RunSet, results: Mapping[str, Result]) -> None:
     """Draw a group of bars for each class, from the top down: for when upright ones would be hairlines."""
     width = 0.86 / len(results)
     for i, (name, result) in enumerate(results.items()):
-        style, k = look[name], result.report.worst_class
-        at = np.arange(len(classes)) + (i - (len(results) - 1) / 2) * width
+        style, k = runs.look[name], result.report.worst_class
+        at = np.arange(len(runs.classes)) + (i - (len(results) - 1) / 2) * width
         length, ends_K2, known = _heights(result)
         axes.barh(at, length, width, color=style.colour, hatch=style.hatch, edgecolor="white", linewidth=0.6)
         axes.hlines(at[known], *ends_K2[known].T, color=INK, linewidth=0.9, alpha=0.75, zorder=5)
@@ -118,20 +115,18 @@ def _lying_bars(axes: "Axes", results: Mapping[str, Result], classes: Sequence[s
             text = f"◀ {'≤' * result.upper_bound}{length[k]:.0f}"
             where = {"textcoords": "offset points", "va": "center", "zorder": 6, "fontsize": 8.5, "weight": "bold"}
             axes.annotate(text, (ends_K2[k, 1], at[k]), (3, 0), color=style.ink, **where)
-    class_rows(axes, classes)
+    class_rows(axes, runs.classes)
     axes.set_xlim(0, 100 if _ceiling(results) > 90 else _ceiling(results) + 8)
     axes.set_xlabel("correct, %")
 
 
-def _bars(
-    axes: "Axes", results: Mapping[str, Result], classes: Sequence[str], look: Mapping[str, Look], narrow: bool
-) -> None:
+def _bars(axes: Axes, runs: RunSet, results: Mapping[str, Result], narrow: bool) -> None:
     width = 0.82 / len(results)
-    x, inches = np.arange(len(classes)), _inches(width, classes, narrow)
+    x, inches = np.arange(len(runs.classes)), _inches(runs, width, narrow)
     levels = math.ceil(0.27 / inches)  # a number is nearly that wide
     shared = [result.report.worst_class for result in results.values()]
     for i, (name, result) in enumerate(results.items()):
-        style, k = look[name], result.report.worst_class
+        style, k = runs.look[name], result.report.worst_class
         at = x + (i - (len(results) - 1) / 2) * width
         height, ends_K2, known = _heights(result)
         axes.bar(at, height, width, color=style.colour, hatch=style.hatch, edgecolor="white", linewidth=0.7)
@@ -145,23 +140,21 @@ def _bars(
             style = {"color": style.ink, "weight": "bold", "linespacing": 1.0, "zorder": 6, "bbox": HALO}
             where = {"textcoords": "offset points", "ha": "center", "va": "bottom"}
             axes.annotate(text, (at[k], top), (0, 3 + 25 * above), **where, **style)
-    names = [shorten(name, 14) for name in classes]
+    names = [shorten(name, 14) for name in runs.classes]
     slanted = max(map(len, names)) * len(names) > (34 if narrow else 110)
     axes.set_xticks(x, names, rotation=90 if slanted else 0)
     axes.tick_params(axis="x", length=0, labelcolor=INK)
-    axes.set_xlim(-0.55, len(classes) - 0.45)
+    axes.set_xlim(-0.55, len(runs.classes) - 0.45)
 
 
-def _steps(
-    axes: "Axes", results: Mapping[str, Result], classes: Sequence[str], look: Mapping[str, Look], narrow: bool
-) -> None:
+def _steps(axes: Axes, runs: RunSet, results: Mapping[str, Result], narrow: bool) -> None:
     """Draw a falling line of steps for each run, over its own order of the classes."""
-    n = len(classes)
+    n = len(runs.classes)
     tenth = -(-n // 10)
     axes.axvspan(0, tenth, color="#eef0f3", zorder=0)
     axes.text(tenth + n / 100, 0.02, "worst tenth", transform=axes.get_xaxis_transform(), color=MUTED, fontsize=9)
     for name, result in results.items():
-        style, order = look[name], weakest_first(result.report.accuracy)
+        style, order = runs.look[name], weakest_first(result.report.accuracy)
         height, ends_K2, _ = (of_K[order] for of_K in _heights(result))
         axes.stairs(height, np.arange(n + 1), color=style.line, linestyle=style.dash, linewidth=2, baseline=None)
         if len(results) <= 3:
@@ -178,16 +171,14 @@ def _ceiling(results: Mapping[str, Result]) -> float:
     return 100 * min(1.03, 1.08 * max([top for top in tops if math.isfinite(top)], default=1.0) + 0.01)
 
 
-def _key(name: str, result: Result, classes: Sequence[str], style: Look, bars: bool) -> Any:
+def _key(name: str, result: Result, runs: RunSet, style: Look) -> Patch | Line2D:
     """Return the run's line of the legend."""
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
 
     report, most = result.report, at_most(result)
     label = f"{name}: average {most}{percent(report.average)}"
-    if not bars:
+    if len(runs.classes) > BARS_UP_TO:
         label += f"; worst tenth {most}{percent(report.worst_tenth)}"
         return Line2D([], [], color=style.line, linestyle=style.dash, label=label)
     if report.worst_class >= 0:
-        label += f"; weakest {shorten(classes[report.worst_class], 12)} at {most}{percent(report.worst)}"
+        label += f"; weakest {shorten(runs.classes[report.worst_class], 12)} at {most}{percent(report.worst)}"
     return Patch(facecolor=style.colour, hatch=style.hatch, edgecolor="white", label=label)

@@ -5,17 +5,17 @@ Dimension key: K classes. `share_KK` holds a row for each true class: the parts 
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
+from retemper.engine.report.figures import BARS_UP_TO, INK, MUTED, as_plot, new_figure, panels
 from retemper.engine.report.page import Cell, Table
-from retemper.engine.report.plot_style import BARS_UP_TO, INK, MUTED, as_plot, new_figure, panels, shorten
 from retemper.engine.report.read import RunRecord, attack_title
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from retemper.engine.report.words import shorten
 
 NUMBERS_UP_TO = 10  # classes; beyond it a cell is too small for its number
 MOST_ROWS, MOST_NAMES = 15, 3  # of the table: classes, and what each is taken for
@@ -43,7 +43,7 @@ def _mistakes(share_KK: np.ndarray) -> np.ndarray:
     return share_KK - np.diag(share_KK.diagonal())
 
 
-def heat_maps(share: Mapping[str, np.ndarray], classes: Sequence[str], narrow: bool) -> "Figure":
+def heat_maps(share: Mapping[str, np.ndarray], classes: Sequence[str], narrow: bool) -> Figure:
     """Draw one panel for each run, all on one scale."""
     names = [shorten(name, 10) for name in classes]
     longest = max(map(len, names))
@@ -57,8 +57,7 @@ def heat_maps(share: Mapping[str, np.ndarray], classes: Sequence[str], narrow: b
     return figure
 
 
-def _heat_map(axes: "Axes", share_KK: np.ndarray, names: Sequence[str], top: float, size: float) -> None:
-    from matplotlib.patches import Rectangle
+def _heat_map(axes: Axes, share_KK: np.ndarray, names: Sequence[str], top: float, size: float) -> None:
 
     # The map Blues runs from white to dark in even steps of lightness: it reads the same in grey.
     axes.imshow(_mistakes(share_KK), cmap="Blues", vmin=0, vmax=top, interpolation="nearest")
@@ -67,9 +66,11 @@ def _heat_map(axes: "Axes", share_KK: np.ndarray, names: Sequence[str], top: flo
         for predicted, value in enumerate(share_K) if len(names) <= NUMBERS_UP_TO else ():
             if predicted == k or value >= 0.045:
                 dark = predicted != k and value > 0.55 * top
-                style = {"color": "white" if dark else INK, "weight": "bold" if predicted == k else "normal"}
-                where = {"ha": "center", "va": "center", "fontsize": size}
-                cell = axes.text(predicted, k, f"{100 * value:.0f}", **where, **style)
+                style: dict[str, Any] = {
+                    "color": "white" if dark else INK,
+                    "weight": "bold" if predicted == k else "normal",
+                }
+                cell = axes.text(predicted, k, f"{100 * value:.0f}", ha="center", va="center", fontsize=size, **style)
                 cell.set_in_layout(False)  # hundreds of numbers, none of which reaches out of the axes
     upright = max(map(len, names)) * len(names) > 34
     axes.set_xticks(range(len(names)), names, rotation=90 if upright else 0)

@@ -18,7 +18,7 @@ def protocol_blocks(runs: Sequence[RunRecord]) -> list[Any]:
 def run_blocks(runs: Sequence[RunRecord]) -> list[Any]:
     """Return the table of what was trained, and every run's config.json."""
     configs = [
-        Listing(f"{run.label}: config.json", (run.folder / "config.json").read_text().strip())
+        Listing(f"{run.label}: config.json", (run.folder / "config.json").read_text().strip(), folded=True)
         for run in runs
         if not run.is_foreign
     ]

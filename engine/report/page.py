@@ -45,17 +45,11 @@ class Text(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """A file's content, folded away; the page alone shows it."""
-
-    title: str
-    text: str
-
-
-class Copy(NamedTuple):
-    """Lines to be copied as they are; a click selects them all."""
+    """Lines shown as they are, to be copied; those that are `folded` away are on the HTML page alone."""
 
     caption: str
     text: str
+    folded: bool = False
 
 
 class Section(NamedTuple):

@@ -2,20 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from retemper.engine.evaluation.compare import Comparison, Difference, compare
 from retemper.engine.evaluation.verdicts import read_evaluated
+from retemper.engine.report.figures import BARS_UP_TO, INK, Look, as_plot, class_rows, new_figure
 from retemper.engine.report.page import Cell, Plot, Table, Text
-from retemper.engine.report.plot_style import BARS_UP_TO, INK, Look, as_plot, class_rows, new_figure, shorten
 from retemper.engine.report.read import RunRecord, attack_title
-from retemper.engine.report.words import columns
+from retemper.engine.report.words import columns, shorten
 from retemper.errors import DataError, UsageError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SURE = 0.05  # a smaller p is taken for a difference
 
@@ -85,9 +84,8 @@ def _by_class(found: Mapping[str, Comparison], title: str, versus: str, look: Ma
     return [as_plot("paired", f"{caption} Filled marks: p below {SURE}.", said, partial(dots, found, look))]
 
 
-def dots(found: Mapping[str, Comparison], look: Mapping[str, Look], narrow: bool) -> "Figure":
+def dots(found: Mapping[str, Comparison], look: Mapping[str, Look], narrow: bool) -> Figure:
     """Draw the differences: a row for each class, in it a mark for each run."""
-    from matplotlib.lines import Line2D
 
     classes = next(iter(found.values())).classes
     pitch = 0.16 if len(found) > 1 else 0.3  # inches between two marks
@@ -98,11 +96,14 @@ def dots(found: Mapping[str, Comparison], look: Mapping[str, Look], narrow: bool
     keys = []
     for i, (name, of) in enumerate(found.items()):
         style, at = look[name], np.arange(len(classes)) + 0.76 * ((i + 0.5) / len(found) - 0.5)
-        line = {"color": style.line, "linestyle": style.dash}
+        line: dict[str, Any] = {"color": style.line, "linestyle": style.dash}
         keys.append(Line2D([], [], **line, marker=style.marker, markeredgecolor=style.ink, label=shorten(name, 24)))
         for y, difference in zip(at, of.by_class, strict=True):
             axes.plot([100 * end for end in difference.images], [y, y], **line, linewidth=1.4)
-            mark = {"color": style.colour if _sure(difference) else "white", "markeredgecolor": style.ink}
+            mark: dict[str, Any] = {
+                "color": style.colour if _sure(difference) else "white",
+                "markeredgecolor": style.ink,
+            }
             axes.plot(100 * difference.difference, y, style.marker, **mark, markersize=6)
     figure.legend(handles=keys, loc="outside upper left", ncols=in_row, handlelength=2.6)
     axes.axvline(0, color=INK, linewidth=1)

@@ -5,12 +5,10 @@ import math
 import re
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
 
-from retemper.engine.report.page import Cell, Copy, Table
-from retemper.engine.report.plot_style import shorten
+from retemper.engine.report.page import Cell, Listing, Table
 from retemper.engine.report.read import RunRecord, attack_title
-from retemper.engine.report.words import Column, at_most, columns, pixels
+from retemper.engine.report.words import Column, at_most, columns, pixels, shorten
 
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"} | {char: f"\\{char}" for char in "&%$#_{}"}
@@ -35,7 +33,7 @@ def seed_blocks(runs: Sequence[RunRecord], attacks: Sequence[str]) -> list[Table
     return [Table(caption, ["recipe", *(column.title for column in shown.values())], sections)]
 
 
-def paper_blocks(runs: Sequence[RunRecord], attacks: Sequence[str]) -> list[Copy]:
+def paper_blocks(runs: Sequence[RunRecord], attacks: Sequence[str]) -> list[Listing]:
     """Return the lines, with a comment that says what they hold; numbers are %, except for NSD."""
     if not attacks:
         return []
@@ -53,8 +51,8 @@ def paper_blocks(runs: Sequence[RunRecord], attacks: Sequence[str]) -> list[Copy
     lines = [head, ["---", *["---:"] * len(shown)], *([_markdown(name), *numbers] for name, numbers in rows)]
     note = " A range: lowest to highest of the seeds." if groups else ""
     return [
-        Copy(f"LaTeX ({facts}).{note} A click selects all.", "\n".join(latex)),
-        Copy("The same in Markdown.", "\n".join("| " + " | ".join(line) + " |" for line in lines)),
+        Listing(f"LaTeX ({facts}).{note} A click selects all.", "\n".join(latex)),
+        Listing("The same in Markdown.", "\n".join("| " + " | ".join(line) + " |" for line in lines)),
     ]
 
 

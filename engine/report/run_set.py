@@ -6,9 +6,9 @@ from pathlib import Path
 from retemper.engine.class_report import Result
 from retemper.engine.evaluation.verdicts import STRONGEST
 from retemper.engine.report.facts import protocol_facts
-from retemper.engine.report.plot_style import looks, shorten
+from retemper.engine.report.figures import looks
 from retemper.engine.report.read import ATTACKS, RunRecord, as_dict, attack_title
-from retemper.engine.report.words import at_most, percent
+from retemper.engine.report.words import at_most, percent, shorten
 
 COMPARED = ("dataset", "split", "images", "subset", "eps", "norm", "precision", "seed", "classes")  # of a protocol
 

@@ -3,19 +3,17 @@
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from retemper.engine.class_report import Result
+from retemper.engine.report.figures import HALO, INK, Look, as_plot, new_figure
 from retemper.engine.report.page import Cell, Table
-from retemper.engine.report.plot_style import HALO, INK, Look, as_plot, new_figure, shorten
 from retemper.engine.report.read import attack_title
 from retemper.engine.report.run_set import RunSet
-from retemper.engine.report.words import at_most, columns
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from retemper.engine.report.words import at_most, columns, shorten
 
 LABEL_SIZE = np.array((0.16, 0.07))  # about a label's width and height, in parts of the axes
 
@@ -68,7 +66,7 @@ def _rows(runs: RunSet, attack: str) -> list[list[Cell]]:
     return rows
 
 
-def scatter(results: Mapping[str, Result], look: Mapping[str, Look], narrow: bool) -> "Figure":
+def scatter(results: Mapping[str, Result], look: Mapping[str, Look], narrow: bool) -> Figure:
     """Draw the average against the weakest class, with 95 % lines: right is stronger, up is fairer."""
     figure = new_figure(narrow, 4.0 if narrow else 4.6, 4.0 if narrow else 6.8)
     axes = figure.add_subplot()

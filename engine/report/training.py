@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from retemper.engine.report.page import Plot
-from retemper.engine.report.plot_style import (
+from retemper.engine.report.figures import (
     ALERT,
     BARS_UP_TO,
     DASH,
@@ -29,14 +30,11 @@ from retemper.engine.report.plot_style import (
     epoch_axis,
     new_figure,
     panels,
-    shorten,
 )
+from retemper.engine.report.page import Plot
 from retemper.engine.report.read import RunRecord, as_dict, as_number, attack_title, weakest_first
 from retemper.engine.report.run_set import RunSet
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from retemper.engine.report.words import shorten
 
 LR_DROP = 0.6  # a rate below this part of the epoch before is a drop, not a smooth decay
 
@@ -95,7 +93,7 @@ def _range(value_K: np.ndarray) -> str:
     return f"{known.min():.2f}..{known.max():.2f}" if len(known) else "nothing"
 
 
-def class_state(states: Sequence[ClassState], classes: Sequence[str], narrow: bool) -> "Figure":
+def class_state(states: Sequence[ClassState], classes: Sequence[str], narrow: bool) -> Figure:
     """Draw one panel for each run and name, a line for each class, the weakest classes on top."""
     columns = 1 if narrow or len(states) == 1 else 2
     rows = -(-len(states) // columns)
@@ -108,7 +106,7 @@ def class_state(states: Sequence[ClassState], classes: Sequence[str], narrow: bo
     return figure
 
 
-def _state_panel(axes: "Axes", state: ClassState, classes: Sequence[str]) -> list[EndLabel]:
+def _state_panel(axes: Axes, state: ClassState, classes: Sequence[str]) -> list[EndLabel]:
     labels = []
     for k in [k for k in range(len(classes)) if k not in state.weakest] + state.weakest[::-1]:
         rank = state.weakest.index(k) if k in state.weakest else -1
@@ -131,42 +129,29 @@ def _limits(values: Sequence[np.ndarray]) -> tuple[float, float]:
     return float(low - pad), float(high + pad)
 
 
+Line = tuple[list[int], list[float]]  # epochs, values
+
+
 def training_blocks(runs: RunSet) -> list[Plot]:
     """Return the figure of the losses, and of the robust accuracies that were measured while training."""
     trained = [run for run in runs.runs if run.metrics]
     held_out = any("holdout" in row for run in trained for row in run.metrics)
     curves = {run.label: _curves(run.metrics, held_out) for run in trained}
-    if not any(curve.loss[0] or curve.average[0] for curve in curves.values()):
+    if not any(of_run["loss"][0] or of_run["average"][0] for of_run in curves.values()):
         return []
-    losses = {name: curve.loss[1] for name, curve in curves.items() if curve.loss[1]}
+    losses = {name: of_run["loss"][1] for name, of_run in curves.items() if of_run["loss"][1]}
     said = [f"{name}: loss {values[0]:.3g} to {values[-1]:.3g}" for name, values in losses.items()]
-    caption = (
-        f"{_selected_on(runs.runs)} images, by which the best epoch is chosen" if held_out else "the training batches"
-    )
-    caption = f"Losses of different methods have different scales. Robust accuracies are those of {caption}."
-    caption += " Dotted: the learning rate drops."
-    draw = partial(training, curves, runs.look, "held out" if held_out else "training")
-    return [as_plot("training", caption, said, draw)]
+    on_test = [run.recipe.get("select_on") == "test" for run in runs.runs]
+    which = "test" if all(on_test) else "held-out or test" if any(on_test) else "held-out training"
+    which = f"{which} images, by which the best epoch is chosen" if held_out else "the training batches"
+    caption = f"Losses of different methods have different scales. Robust accuracies are those of {which}."
+    drops = {run.label: _rate_drops(run.metrics) for run in trained}
+    draw = partial(training, curves, drops, runs.look, "held out" if held_out else "training")
+    return [as_plot("training", f"{caption} Dotted: the learning rate drops.", said, draw)]
 
 
-def _selected_on(runs: Sequence[RunRecord]) -> str:
-    on_test = [run for run in runs if run.recipe.get("select_on") == "test"]
-    return "test" if len(on_test) == len(runs) else "held-out or test" if on_test else "held-out training"
-
-
-Line = tuple[list[int], list[float]]  # epochs, values
-
-
-@dataclass(frozen=True)
-class Curves:
-    loss: Line
-    average: Line
-    worst: Line
-    drops: list[int]  # epochs that begin at a lower rate
-
-
-def _curves(metrics: list[dict[str, Any]], held_out: bool) -> Curves:
-    """Read the curves off the metrics: the accuracies of held-out images, or else those of the training batches."""
+def _curves(metrics: list[dict[str, Any]], held_out: bool) -> dict[str, Line]:
+    """Return the loss, and the accuracies of held-out images or else of the training batches."""
     lines: dict[str, Line] = {"loss": ([], []), "average": ([], []), "worst": ([], [])}
     for row in metrics:
         scores = as_dict(row.get("holdout"))
@@ -178,34 +163,43 @@ def _curves(metrics: list[dict[str, Any]], held_out: bool) -> Curves:
             if math.isfinite(value):
                 epochs.append(int(row["epoch"]))
                 values.append(value)
+    return lines
+
+
+def _rate_drops(metrics: list[dict[str, Any]]) -> list[int]:
+    """Return the epochs that begin at a lower learning rate."""
     rates = [(int(row["epoch"]), as_number(row.get("lr"))) for row in metrics]
-    return Curves(**lines, drops=[epoch for (_, was), (epoch, now) in pairwise(rates) if now < LR_DROP * was])
+    return [epoch for (_, before), (epoch, after) in pairwise(rates) if after < LR_DROP * before]
 
 
-def training(curves: Mapping[str, Curves], look: Mapping[str, Look], where: str, narrow: bool) -> "Figure":
+def training(
+    curves: Mapping[str, Mapping[str, Line]],
+    drops: Mapping[str, Sequence[int]],
+    look: Mapping[str, Look],
+    where: str,
+    narrow: bool,
+) -> Figure:
     """Draw the loss, and the average and weakest-class robust accuracy on the images of `where`, for each epoch."""
     titles = {"loss": "Loss", "average": f"Average, {where}", "worst": f"Weakest class, {where}"}
-    titles = {name: title for name, title in titles.items() if any(getattr(c, name)[0] for c in curves.values())}
+    titles = {name: title for name, title in titles.items() if any(of_run[name][0] for of_run in curves.values())}
     figure = new_figure(narrow, 2.5 * len(titles) if narrow else 3.3)
     labels = []
     grid = panels(figure, len(titles), 1 if narrow else len(titles))
     for axes, (name, title) in zip(grid, titles.items(), strict=True):
-        lines: dict[str, Line] = {run: getattr(of_run, name) for run, of_run in curves.items()}
+        lines = {run: of_run[name] for run, of_run in curves.items() if of_run[name][0]}
         epochs = sorted({epoch for line in lines.values() for epoch in line[0]})
         scale = 1 if name == "loss" else 100
-        labels.append(
-            (axes, [_curve(axes, run, line, scale, look[run], epochs) for run, line in lines.items() if line[0]])
-        )
+        labels.append((axes, [_curve(axes, run, line, scale, look[run], epochs) for run, line in lines.items()]))
         axes.set_title(title)
         axes.set_ylabel("" if name == "loss" else "correct, %")
         axes.yaxis.grid(True)
         epoch_axis(axes, epochs)
-        _mark_rate_drops(axes, {run: of_run.drops for run, of_run in curves.items()}, look, named=name == "loss")
+        _mark_rate_drops(axes, drops, look, named=name == "loss")
     end_labels(figure, labels, 9)
     return figure
 
 
-def _curve(axes: "Axes", run: str, line: Line, scale: int, style: Look, epochs: Sequence[int]) -> EndLabel:
+def _curve(axes: Axes, run: str, line: Line, scale: int, style: Look, epochs: Sequence[int]) -> EndLabel:
     epoch, value = line[0], [scale * v for v in line[1]]
     mark = style.marker if len(epochs) < 16 else ""
     dash, width = (style.dash, 2) if len(epochs) < 60 else (SOLID, 1.3)  # on a jagged line dashes are noise
@@ -215,7 +209,7 @@ def _curve(axes: "Axes", run: str, line: Line, scale: int, style: Look, epochs: 
     return value[-1], shorten(run, 14), style.ink, True
 
 
-def _mark_rate_drops(axes: "Axes", drops: Mapping[str, Sequence[int]], look: Mapping[str, Look], named: bool) -> None:
+def _mark_rate_drops(axes: Axes, drops: Mapping[str, Sequence[int]], look: Mapping[str, Look], named: bool) -> None:
     """Draw a dotted line where an epoch begins at a lower rate: in the run's colour, or grey if several runs do."""
     found = sorted({epoch for of_run in drops.values() for epoch in of_run})
     for epoch in found:

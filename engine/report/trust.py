@@ -3,15 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from matplotlib.figure import Figure
+
+from retemper.engine.report.figures import Look, as_plot, end_labels, new_figure
 from retemper.engine.report.page import Cell, Plot, Table, Text
-from retemper.engine.report.plot_style import Look, as_plot, end_labels, new_figure, shorten
 from retemper.engine.report.read import RunRecord, as_dict, as_number
-from retemper.engine.report.words import pixels
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from retemper.engine.report.words import pixels, shorten
 
 Curve = list[tuple[float, float]]  # radius in pixel units, accuracy
 
@@ -80,7 +79,7 @@ def _radius_plot(runs: Sequence[RunRecord], look: Mapping[str, Look]) -> list[Pl
     return [as_plot("ladder", caption, said, partial(radius_curves, curves, look))] if curves else []
 
 
-def radius_curves(curves: Mapping[str, Curve], look: Mapping[str, Look], narrow: bool) -> "Figure":
+def radius_curves(curves: Mapping[str, Curve], look: Mapping[str, Look], narrow: bool) -> Figure:
     """Draw accuracy over the radius; the axis is that of its square root, to spread the small radii."""
     figure = new_figure(narrow, 3.2, 4.0 if narrow else 6.8)
     axes = figure.add_subplot()

@@ -37,6 +37,15 @@ def columns(num_classes: int) -> dict[str, Column]:
     return {name: column for name, column in COLUMNS.items() if name != "worst_tenth" or num_classes > 10}
 
 
+def shorten(text: str, length: int) -> str:
+    """Return one line of at most `length` printable characters: an SVG with a NUL in it is damaged."""
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split())) or "(no name)"
+    if len(text) <= length:
+        return text
+    tail = (length - 1) // 3  # names often differ at their end
+    return f"{text[: length - 1 - tail]}…{text[-tail:] if tail else ''}"
+
+
 def percent(value: float) -> str:
     return f"{100 * value:.0f} %" if math.isfinite(value) else "none"
 

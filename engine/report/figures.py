@@ -5,21 +5,23 @@ A run looks the same in all figures. The colours are those of Okabe and Ito, whi
 an order whose steps of lightness survive a grey printer; from the third on they are hatched. Teachers are light grey.
 """
 
-import importlib.util
 import io
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from scipy.optimize import isotonic_regression
 
 from retemper.engine.report.page import Plot
-from retemper.errors import UsageError
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from retemper.engine.report.words import shorten
 
 INK, MUTED, FAINT, ALERT = "#1b1f24", "#5b6470", "#c3c9d0", "#b0330f"
 BARS_UP_TO = 20  # classes; beyond it bars, and names, are too many to read
@@ -87,7 +89,7 @@ def looks(teachers: Sequence[bool]) -> list[Look]:
     return [TEACHER if teacher else LOOKS[next(students) % len(LOOKS)] for teacher in teachers]
 
 
-def as_plot(stem: str, caption: str, said: Iterable[str], draw: Callable[[bool], "Figure"]) -> Plot:
+def as_plot(stem: str, caption: str, said: Iterable[str], draw: Callable[[bool], Figure]) -> Plot:
     """Make the block of a figure.
 
     Args:
@@ -103,25 +105,15 @@ def as_plot(stem: str, caption: str, said: Iterable[str], draw: Callable[[bool],
     return Plot(stem, caption, ". ".join(said) + ".", *files)
 
 
-def shorten(text: str, length: int) -> str:
-    """Return one line of at most `length` printable characters: an SVG with a NUL in it is damaged."""
-    text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split())) or "(no name)"
-    if len(text) <= length:
-        return text
-    tail = (length - 1) // 3  # names often differ at their end
-    return f"{text[: length - 1 - tail]}…{text[-tail:] if tail else ''}"
-
-
-def new_figure(narrow: bool, height: float, width: float | None = None) -> "Figure":
+def new_figure(narrow: bool, height: float, width: float | None = None) -> Figure:
     """Make a figure of that height, in inches."""
-    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width or (4.0 if narrow else 10.0), height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08, wspace=0.04, hspace=0.04)  # type: ignore[union-attr]
     return figure
 
 
-def panels(figure: "Figure", number: int, columns: int) -> list["Axes"]:
+def panels(figure: Figure, number: int, columns: int) -> list[Axes]:
     """Add `number` axes to the figure, row by row."""
     grid = list(figure.subplots(-(-number // columns), columns, squeeze=False).flat)
     for axes in grid[number:]:
@@ -129,7 +121,7 @@ def panels(figure: "Figure", number: int, columns: int) -> list["Axes"]:
     return grid[:number]
 
 
-def class_rows(axes: "Axes", classes: Sequence[str]) -> None:
+def class_rows(axes: Axes, classes: Sequence[str]) -> None:
     """Make the vertical axis one of classes, from the top down."""
     axes.set_yticks(range(len(classes)), [shorten(name, 14) for name in classes])
     axes.tick_params(axis="y", length=0, labelcolor=INK)
@@ -137,9 +129,8 @@ def class_rows(axes: "Axes", classes: Sequence[str]) -> None:
     axes.xaxis.grid(True)
 
 
-def epoch_axis(axes: "Axes", epoch: Sequence[int]) -> None:
+def epoch_axis(axes: Axes, epoch: Sequence[int]) -> None:
     """Make the horizontal axis one of epochs."""
-    from matplotlib.ticker import MaxNLocator
 
     first, last = min(epoch, default=0), max(epoch, default=1)
     axes.set_xlim(first - (first == last), last + (first == last))
@@ -147,7 +138,7 @@ def epoch_axis(axes: "Axes", epoch: Sequence[int]) -> None:
     axes.set_xlabel("epoch")
 
 
-def end_labels(figure: "Figure", panels: Sequence[tuple["Axes", list[EndLabel]]], size: float) -> None:
+def end_labels(figure: Figure, panels: Sequence[tuple[Axes, list[EndLabel]]], size: float) -> None:
     """Name the lines of finished panels at their right end, moved apart where names would overlap."""
     for axes, _ in panels:
         axes.set_ylim(*axes.get_ylim())
@@ -164,27 +155,15 @@ def end_labels(figure: "Figure", panels: Sequence[tuple["Axes", list[EndLabel]]]
             axes.annotate(text, (1, value), offset, **where, **style, arrowprops=arrow, annotation_clip=False)
 
 
-def require_plots() -> None:
-    """Check that matplotlib, the extra `plots`, is installed.
-
-    Raises:
-        UsageError: it is not.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("the figures need matplotlib: pip install 'retemper[plots]'")
-
-
 @contextmanager
 def _style() -> Iterator[None]:
-    require_plots()
-    from matplotlib import rc_context
 
     with rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands in for it
         yield
 
 
-def _saved(figure: "Figure", kind: str) -> bytes:
+def _saved(figure: Figure, kind: str) -> bytes:
     buffer = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
     figure.savefig(buffer, format=kind, dpi=160, metadata=metadata)
@@ -192,15 +171,6 @@ def _saved(figure: "Figure", kind: str) -> bytes:
 
 
 def _spread(at: Sequence[float], gap: float) -> list[float]:
-    """Return the sorted positions nearest to `at` that are at least `gap` apart.
-
-    This is an isotonic regression by the pool-adjacent-violators algorithm.
-    """
-    blocks: list[list[float]] = []  # sum, number
-    for i, position in enumerate(at):
-        blocks.append([position - i * gap, 1])
-        while len(blocks) > 1 and blocks[-2][0] * blocks[-1][1] > blocks[-1][0] * blocks[-2][1]:
-            total, number = blocks.pop()
-            blocks[-1] = [blocks[-1][0] + total, blocks[-1][1] + number]
-    means = [total / number for total, number in blocks for _ in range(int(number))]
-    return [mean + i * gap for i, mean in enumerate(means)]
+    """Return the positions nearest to the sorted `at` that are at least `gap` apart."""
+    steps = gap * np.arange(len(at))
+    return (isotonic_regression(np.array(at) - steps).x + steps).tolist() if len(at) else []
