@@ -12,7 +12,13 @@ MAY_IMPORT = {
     "engine": {"kernels", "loaders"},
     "recipes": {"engine", "kernels"},  # a recipe's loss is made of kernels
 }
-GROUND = {"errors", "console", "files", "provenance"}  # modules of src/retemper, which know of nothing above them
+GROUND = {
+    "errors",
+    "console",
+    "files",
+    "provenance",
+    "templates",
+}  # modules of src/retemper, which know of nothing above them
 BUILDS_ON = {
     "adaiad": {"adaad", "iad"},
     "b_mtard": {"mtard"},

@@ -68,7 +68,7 @@ def test_holds_every_module_under_one_name(wheel: Path) -> None:
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"retemper"}
     for part in ("engine", "kernels", "loaders", "recipes"):
-        for source in (ROOT / part).rglob("*.py"):
+        for source in [*(ROOT / part).rglob("*.py"), *(ROOT / part).rglob("*.jinja"), *(ROOT / part).rglob("*.css")]:
             assert f"retemper/{source.relative_to(ROOT)}" in names, source
     assert "retemper/py.typed" in names
 

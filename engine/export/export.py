@@ -1,7 +1,7 @@
-"""A run's network for others: safetensors with a model card, or what RobustBench asks of a submission.
+"""A run's network for others: safetensors with a model card, or the files of a RobustBench submission.
 
 Either folder holds the architecture as one file of plain PyTorch, so that nobody needs retemper to load it. What is
-said of the network is read from config.json and from an evaluation.json of these very weights.
+said of the network comes from config.json, and from an evaluation.json of these very weights.
 """
 
 import inspect
@@ -15,32 +15,35 @@ import torch
 
 from retemper.console import say
 from retemper.engine.checkpoints.header import find_weights, is_run, load_network, read_facts
-from retemper.engine.export.model_card import Subject, model_card, model_info, submission_card
+from retemper.engine.export.model_card import ExportedNetwork, model_card, model_info
 from retemper.engine.models import MODELS
 from retemper.engine.run.run_folder import RunFolder
 from retemper.errors import DataError, UsageError
 from retemper.files import file_digest, json_bytes, read_json, write_atomically
 
-FORMATS = ("safetensors", "robustbench")
-
 
 def export(run: Path, out: Path, form: str, which: str = "best", name: str | None = None) -> Path:
-    """Write the folder `out`, atomically file by file.
+    """Write the folder `out`, each file atomically.
 
     Args:
-        form: of FORMATS.
+        form: "safetensors" or "robustbench".
         which: the run's "best" or "last" weights.
-        name: of the network; None: the run's folder.
+        name: of the network; None: that of the run's folder.
+
     Returns:
-        The README.
+        The path of README.md.
+
     Raises:
-        UsageError, DataError: it is no run, its weights cannot be used, or `out` is the run or cannot be written.
+        DataError: `run` is no run, or its weights cannot be used.
+        UsageError: `out` is the run itself, or cannot be written.
     """
     if out.resolve() == run.resolve():
         raise UsageError(f"--out {out} is the run itself: name another folder")
-    subject = _subject(run, which, name)
-    files = _safetensors(subject) if form == "safetensors" else _robustbench(subject)
-    files["model.py"] = _architecture(subject).encode()
+    network = _read_network(run, which, name)
+    files = _safetensors(network) if form == "safetensors" else _robustbench(network)
+    source = inspect.getsourcefile(_function(str(network.facts.model)))  # a module that needs torch alone
+    assert source is not None
+    files["model.py"] = Path(source).read_bytes()
     sums = "".join(f"{sha256(data).hexdigest()}  {path}\n" for path, data in sorted(files.items()))
     for path, data in (files | {"SHA256SUMS": sums.encode()}).items():
         try:
@@ -51,20 +54,19 @@ def export(run: Path, out: Path, form: str, which: str = "best", name: str | Non
     return out / "README.md"
 
 
-def _subject(run: Path, which: str, name: str | None) -> Subject:
+def _read_network(run: Path, which: str, name: str | None) -> ExportedNetwork:
     if not is_run(run):
         raise DataError(f"{run} is no run's folder: name one that retemper train has made")
     weights = find_weights(run, which)
     config, facts = RunFolder(run).read_config(), read_facts(weights)
-    load_network(weights, facts, torch.device("cpu"))  # nothing damaged goes out
+    load_network(weights, facts, torch.device("cpu"))  # so that nothing damaged goes out
     assert facts.model is not None and facts.channels is not None
-    builder = MODELS[facts.model]
-    words = [str(facts.num_classes), f"channels={facts.channels}"]
-    words += [f"{word}={value}" for word, value in getattr(builder, "keywords", {}).items()]
+    keywords = {"channels": facts.channels} | getattr(MODELS[facts.model], "keywords", {})
+    words = [str(facts.num_classes), *(f"{word}={value}" for word, value in keywords.items())]
     digest = file_digest(weights)
-    evaluation = _evaluation(run, which, digest)
-    side = facts.image_size or (evaluation or {"protocol": {}})["protocol"].get("image_size", 32)
-    return Subject(
+    evaluation = _read_evaluation(run, which, digest)
+    side = facts.image_size or evaluation.get("protocol", {}).get("image_size", 32)
+    return ExportedNetwork(
         name=re.sub(r"[^\w.-]+", "-", name or run.resolve().name),
         weights=weights,
         sha256=digest,
@@ -77,12 +79,12 @@ def _subject(run: Path, which: str, name: str | None) -> Subject:
 
 
 def _function(model: str) -> Any:
-    """The function of engine/models that makes it."""
+    """Return the function of retemper.engine.models that makes the network."""
     return getattr(MODELS[model], "func", MODELS[model])
 
 
 def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
-    """The config as others may see it: which networks were used, and not where on this machine they lay."""
+    """Return the config as others may see it: with the names of the networks that were used, not their folders."""
     config = config | {"out": None, "data_root": None}
     for whose in ("teacher", "clean_teacher", "start"):
         if config.get(whose):
@@ -90,43 +92,34 @@ def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _evaluation(run: Path, which: str, digest: str) -> dict[str, Any] | None:
-    """The run's evaluation of these weights, if there is one."""
+def _read_evaluation(run: Path, which: str, digest: str) -> dict[str, Any]:
+    """Return the run's evaluation of these weights, empty if there is none."""
     path = run / ("evaluation.json" if which == "best" else f"evaluation-{which}.json")
-    content = read_json(path) if path.exists() else None
-    if content is None:
+    if not path.exists():
         say(f"note: {run} is not evaluated, the card will say so; first: retemper evaluate {run}")
-    elif content["protocol"].get("weights_sha256") != digest:
+        return {}
+    content = read_json(path)
+    if content["protocol"].get("weights_sha256") != digest:
         say(f"note: {path} is of other weights and is left out; again: retemper evaluate {run}")
-        return None
-    else:
-        content["protocol"] = content["protocol"] | {"data_root": None}
-    return content
+        return {}
+    return content | {"protocol": content["protocol"] | {"data_root": None}}
 
 
-def _architecture(subject: Subject) -> str:
-    """The source of its module of engine/models, which needs torch alone."""
-    assert subject.facts.model is not None
-    source = inspect.getsourcefile(_function(subject.facts.model))
-    assert source is not None
-    return Path(source).read_text()
-
-
-def _safetensors(subject: Subject) -> dict[str, bytes]:
+def _safetensors(network: ExportedNetwork) -> dict[str, bytes]:
     files = {
-        "README.md": model_card(subject).encode(),
-        "model.safetensors": subject.weights.read_bytes(),
-        "config.json": json_bytes(subject.config),
+        "README.md": model_card(network).encode(),
+        "model.safetensors": network.weights.read_bytes(),
+        "config.json": json_bytes(network.config),
     }
-    return files | ({} if subject.evaluation is None else {"evaluation.json": json_bytes(subject.evaluation)})
+    return files | ({"evaluation.json": json_bytes(network.evaluation)} if network.evaluation else {})
 
 
-def _robustbench(subject: Subject) -> dict[str, bytes]:
-    model = load_network(subject.weights, subject.facts, torch.device("cpu"))
-    buffer, where = io.BytesIO(), f"{subject.facts.dataset}/Linf/{subject.name}"
+def _robustbench(network: ExportedNetwork) -> dict[str, bytes]:
+    model = load_network(network.weights, network.facts, torch.device("cpu"))
+    buffer = io.BytesIO()
     torch.save({name: value.contiguous() for name, value in model.state_dict().items()}, buffer)
     return {
-        "README.md": submission_card(subject).encode(),
-        f"models/{where}.pt": buffer.getvalue(),
-        f"model_info/{where}.json": json_bytes(model_info(subject)),
+        "README.md": model_card(network, robustbench=True).encode(),
+        f"models/{network.path}.pt": buffer.getvalue(),
+        f"model_info/{network.path}.json": json_bytes(model_info(network)),
     }

@@ -1,7 +1,38 @@
-"""The page that compares runs by class: what it says (words), shows (plots) and looks like (page)."""
+"""The report page that compares runs class by class. Its figures need matplotlib, which is an extra."""
 
-from retemper.engine.report.build import Report, write_report
-from retemper.engine.report.plot_style import require_plots
-from retemper.engine.report.read import read_run
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
 
-__all__ = ["Report", "read_run", "require_plots", "write_report"]
+from retemper.errors import UsageError
+
+__all__ = ["require_plots", "write_report"]
+
+
+def require_plots() -> None:
+    """Check that matplotlib, the extra `plots`, is installed.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("the figures need matplotlib: pip install 'retemper[plots]'")
+
+
+def write_report(folders: Sequence[Path], out: Path) -> Path:
+    """Write report.html, report.md and the figures of the runs into the folder `out`.
+
+    Args:
+        folders: of runs, or of evaluations.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        DataError: a folder holds no run.
+        UsageError: no folder is given, `out` cannot be made, or matplotlib is missing.
+    """
+    require_plots()
+    from retemper.engine.report.build import build_report
+
+    return build_report(folders, out)

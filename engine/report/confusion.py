@@ -1,28 +1,28 @@
-"""Which class an attacked image is taken for: heat maps, or a table where the classes are too many for one.
+"""The section of what attacked images are taken for: heat maps, or a table for many classes.
 
-Dimension key: K classes.
+Dimension key: K classes. `share_KK` holds a row for each true class: the parts of its images taken for each class.
 """
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
+from retemper.engine.report.figures import BARS_UP_TO, INK, MUTED, as_plot, new_figure, panels
 from retemper.engine.report.page import Cell, Table
-from retemper.engine.report.plot_style import BARS_UP_TO, INK, MUTED, as_plot, new_figure, shorten
-from retemper.engine.report.read import Run, attack_title
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from retemper.engine.report.read import RunRecord, attack_title
+from retemper.engine.report.words import shorten
 
 NUMBERS_UP_TO = 10  # classes; beyond it a cell is too small for its number
 MOST_ROWS, MOST_NAMES = 15, 3  # of the table: classes, and what each is taken for
 
 
-def confusion_blocks(runs: Sequence[Run], attack: str) -> list[Any]:
-    """Of the runs whose evaluation holds it; an image whose logits are NaN is in no cell."""
+def confusion_blocks(runs: Sequence[RunRecord], attack: str) -> list[Any]:
+    """Return the block of the runs whose evaluation counted it; images whose logits are NaN count nowhere."""
     share = {}
     for run in runs:
         counts_KK = run.results[attack].confusion if attack in run.results else None
@@ -39,50 +39,49 @@ def confusion_blocks(runs: Sequence[Run], attack: str) -> list[Any]:
     return [as_plot("confusion", caption, said, partial(heat_maps, share, classes))]
 
 
-def heat_maps(share: Mapping[str, np.ndarray], classes: Sequence[str], narrow: bool) -> "Figure":
-    """One panel a run, all on one scale."""
-    roomy = len(classes) > NUMBERS_UP_TO or max(map(len, classes)) > 4
-    columns = 1 if narrow else min(len(share), 2 if roomy else 3)
-    rows = -(-len(share) // columns)
+def _mistakes(share_KK: np.ndarray) -> np.ndarray:
+    return share_KK - np.diag(share_KK.diagonal())
+
+
+def heat_maps(share: Mapping[str, np.ndarray], classes: Sequence[str], narrow: bool) -> Figure:
+    """Draw one panel for each run, all on one scale."""
     names = [shorten(name, 10) for name in classes]
+    longest = max(map(len, names))
+    columns = 1 if narrow else min(len(share), 2 if len(classes) > NUMBERS_UP_TO or longest > 4 else 3)
     width = (3.6 if narrow else 9.6) / columns
-    figure = new_figure(narrow, rows * (min(width, 5.2) + 0.35 + 0.05 * max(map(len, names))))
-    top = max(float((share_KK - np.diag(share_KK.diagonal())).max()) for share_KK in share.values()) or 1.0
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes, (name, share_KK) in zip(grid.flat, share.items(), strict=False):
+    figure = new_figure(narrow, -(-len(share) // columns) * (min(width, 5.2) + 0.35 + 0.05 * longest))
+    top = max(float(_mistakes(share_KK).max()) for share_KK in share.values()) or 1.0
+    for axes, (name, share_KK) in zip(panels(figure, len(share), columns), share.items(), strict=True):
         _heat_map(axes, share_KK, names, top, 7 if width < 3.5 else 8.5)
         axes.set_title(shorten(name, 24))
-    for axes in grid.flat[len(share) :]:
-        axes.set_axis_off()
     return figure
 
 
-def _heat_map(axes: "Axes", share_KK: np.ndarray, names: Sequence[str], top: float, size: float) -> None:
-    from matplotlib.patches import Rectangle
+def _heat_map(axes: Axes, share_KK: np.ndarray, names: Sequence[str], top: float, size: float) -> None:
 
-    mistakes_KK = share_KK - np.diag(share_KK.diagonal())
-    # Blues runs from white to dark with even steps of lightness: it reads the same in grey.
-    axes.imshow(mistakes_KK, cmap="Blues", vmin=0, vmax=top, interpolation="nearest")
+    # The map Blues runs from white to dark in even steps of lightness: it reads the same in grey.
+    axes.imshow(_mistakes(share_KK), cmap="Blues", vmin=0, vmax=top, interpolation="nearest")
     for k, share_K in enumerate(share_KK):
         axes.add_patch(Rectangle((k - 0.5, k - 0.5), 1, 1, fill=False, edgecolor=MUTED, linewidth=0.8))
         for predicted, value in enumerate(share_K) if len(names) <= NUMBERS_UP_TO else ():
             if predicted == k or value >= 0.045:
                 dark = predicted != k and value > 0.55 * top
-                weight = "bold" if predicted == k else "normal"
-                text = {"color": "white" if dark else INK, "weight": weight, "fontsize": size}
-                cell = axes.text(predicted, k, f"{100 * value:.0f}", ha="center", va="center", **text)
+                style: dict[str, Any] = {
+                    "color": "white" if dark else INK,
+                    "weight": "bold" if predicted == k else "normal",
+                }
+                cell = axes.text(predicted, k, f"{100 * value:.0f}", ha="center", va="center", fontsize=size, **style)
                 cell.set_in_layout(False)  # hundreds of numbers, none of which reaches out of the axes
     upright = max(map(len, names)) * len(names) > 34
     axes.set_xticks(range(len(names)), names, rotation=90 if upright else 0)
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(length=0, labelsize=8, labelcolor=INK)
     axes.set_xlabel("taken for", fontsize=8.5)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
 
 
 def _worst_pair(share_KK: np.ndarray, classes: Sequence[str]) -> str:
-    mistakes_KK = share_KK - np.diag(share_KK.diagonal())
+    mistakes_KK = _mistakes(share_KK)
     k, predicted = divmod(int(mistakes_KK.argmax()), len(classes))
     return f"{shorten(classes[k], 40)} is taken for {shorten(classes[predicted], 40)}, {100 * mistakes_KK.max():.0f} %"
 
@@ -93,12 +92,10 @@ def _table(share: Mapping[str, np.ndarray], classes: Sequence[str], title: str) 
     for k in map(int, np.argsort(right_K, kind="stable")[:MOST_ROWS]):
         cells = [Cell(shorten(classes[k], 40))]
         for share_KK in share.values():
-            mistakes_K = np.where(np.arange(len(classes)) == k, 0, share_KK[k])
+            mistakes_K = _mistakes(share_KK)[k]
             most = [int(p) for p in np.argsort(-mistakes_K, kind="stable")[:MOST_NAMES] if mistakes_K[p] > 0]
             names = ", ".join(f"{shorten(classes[p], 20)} {100 * mistakes_K[p]:.0f}" for p in most)
             cells.append(Cell(names or "none", detail=f"right: {100 * share_KK[k, k]:.0f}"))
         rows.append(cells)
-    caption = (
-        f"{title}: the {len(rows)} classes that are right least often, and what they are taken for, % of the class."
-    )
-    return Table(caption, ["class", *share], [("", rows)])
+    which = f"the {len(rows)} classes that are right least often, and what they are taken for, % of the class."
+    return Table(f"{title}: {which}", ["class", *share], [("", rows)])

@@ -1,8 +1,6 @@
-"""A run's folder read for a report: what is there and makes sense, and a note with a command for what is missing.
+"""The folder of one run, read for a report: what is there and makes sense, and what is missing with the command for it.
 
-A folder that holds an evaluation alone, as networks from elsewhere have, is read too.
-
-Dimension key: K classes.
+A folder that holds only an evaluation, as networks trained elsewhere have, is read too.
 """
 
 import json
@@ -10,15 +8,15 @@ import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from retemper.engine.class_report import Result, read_result
-from retemper.engine.report.plot_style import shorten
-from retemper.engine.report.plots import StatePanel
+from retemper.engine.report.page import Text
+from retemper.engine.report.words import shorten
+from retemper.engine.run.run_folder import RunFolder
 from retemper.errors import DataError
 from retemper.files import read_json
 
@@ -30,36 +28,36 @@ ATTACKS = {
     "autoattack-fast": "AutoAttack, fast suite",
     "autoattack": "AutoAttack",
 }
-LR_DROP = 0.6  # a rate below this part of the epoch before is a drop, not a smooth decay
 
 
 @dataclass
-class Run:
-    """One run's folder as far as it could be read; `notes` say what is missing and how to make it."""
+class RunRecord:
+    """What the folder of one run says of it."""
 
     folder: Path
     name: str
-    config: dict[str, Any]
-    metrics: list[dict[str, Any]]
+    config: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
     protocol: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Result] = field(default_factory=dict)
     checks: dict[str, Any] = field(default_factory=dict)  # of the evaluation; empty where they were not run
-    flags: list[str] = field(default_factory=list)  # what the attacks themselves complained about
+    flags: list[str] = field(default_factory=list)  # warnings of the attacks themselves
     classes: list[str] = field(default_factory=list)
-    notes: list[tuple[str, str]] = field(default_factory=list)  # what is missing, the command for it
+    notes: list[Text] = field(default_factory=list)  # what is missing, and the command that makes it
     taught: list[str] = field(default_factory=list)  # runs of this report that it was the teacher of
 
     @property
     def is_foreign(self) -> bool:
-        """Whether the network was not trained by us: all that is known of it is its evaluation."""
+        """Whether the network was trained elsewhere: then only its evaluation is known."""
         return not self.config
 
     @property
-    def target(self) -> str:
-        """What `retemper evaluate` is told to evaluate it again, as a shell takes it."""
+    def evaluate(self) -> str:
+        """The shell command that evaluates it again."""
+        folder = shlex.quote(str(self.folder))
         if not self.is_foreign:
-            return shlex.quote(str(self.folder))
-        return f"{shlex.quote(str(self.protocol.get('weights', 'NETWORK')))} --out {shlex.quote(str(self.folder))}"
+            return f"retemper evaluate {folder}"
+        return f"retemper evaluate {shlex.quote(str(self.protocol.get('weights', 'NETWORK')))} --out {folder}"
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -74,51 +72,69 @@ class Run:
         return self.name if not self.is_teacher or "teacher" in self.name.lower() else f"{self.name} (teacher)"
 
 
-def read_run(folder: Path) -> Run:
-    """Read config.json, and of metrics.jsonl and evaluation.json what is there and makes sense.
+def read_run(folder: Path) -> RunRecord:
+    """Read config.json, metrics.jsonl and evaluation.json, as far as they are there and make sense.
 
     Raises:
-        DataError: neither a run nor an evaluation is in `folder`.
+        DataError: `folder` holds neither a run nor an evaluation, or its config.json is damaged.
     """
+    run = RunRecord(folder, folder.resolve().name)
     trained, evaluated = ((folder / name).is_file() for name in ("config.json", "evaluation.json"))
     if not trained and not evaluated:
         raise DataError(f"{folder}: neither a run's folder nor an evaluation's (no config.json, no evaluation.json)")
-    config = read_json(folder / "config.json") if trained else {}
-    run = Run(folder, folder.resolve().name, config, [])
     if trained:
-        train = f"retemper train {config.get('method')}:{config.get('setting')} --out {shlex.quote(str(folder))}"
-        run.metrics, broken = _read_metrics(folder / "metrics.jsonl")
-        if broken:
-            run.notes.append((f"{broken} unreadable lines of metrics.jsonl were left out.", ""))
-        if not run.metrics:
-            run.notes.append(("No epoch has been recorded yet. To train:", train))
-    evaluation = {}
+        run.config = RunFolder(folder).read_config()
+        _read_metrics(run)
     if evaluated:
-        try:
-            evaluation = read_json(folder / "evaluation.json")
-        except DataError:
-            pass  # told below
-    run.protocol, run.checks = as_dict(evaluation.get("protocol")), as_dict(evaluation.get("checks"))
-    evaluate = f"retemper evaluate {run.target}"
-    if not evaluated:
-        run.notes.append(("Not evaluated yet. To evaluate:", evaluate))
-    elif not as_dict(evaluation.get("attacks")):
-        run.notes.append(("evaluation.json is damaged. To evaluate again:", evaluate))
-    for attack, entry in as_dict(evaluation.get("attacks")).items():
-        try:
-            run.results[attack] = read_result(as_dict(entry))
-            flags = as_dict(entry).get("flags")
-            run.flags += [f"{attack_title(attack)}: {flag}" for flag in flags] if isinstance(flags, list) else []
-            if as_dict(entry).get("complete") is False:
-                finish = f"{evaluate} --attacks {shlex.quote(attack)}"
-                run.notes.append((f"{attack_title(attack)} was interrupted: upper bounds (≤). To finish it:", finish))
-        except (ValueError, OverflowError) as error:
-            run.notes.append((f"{attack_title(attack)} was left out ({error}). To evaluate again:", evaluate))
+        _read_evaluation(run)
+    else:
+        run.notes.append(Text("Not evaluated yet. To evaluate:", run.evaluate))
     _name_classes(run)
     return run
 
 
-def _name_classes(run: Run) -> None:
+def _read_metrics(run: RunRecord) -> None:
+    """Read the epochs in order; of an epoch that a resumed run wrote twice, the later line counts."""
+    path, epochs, broken = run.folder / "metrics.jsonl", {}, 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+            epochs[int(row["epoch"])] = row
+        except (ValueError, KeyError, TypeError, OverflowError):
+            broken += bool(line.strip())
+    run.metrics = [epochs[epoch] for epoch in sorted(epochs)]
+    if broken:
+        run.notes.append(Text(f"{broken} unreadable lines of metrics.jsonl were left out."))
+    if not run.metrics:
+        what = f"{run.config['method']}:{run.config['setting']} --out {shlex.quote(str(run.folder))}"
+        run.notes.append(Text("No epoch has been recorded yet. To train:", f"retemper train {what}"))
+
+
+def _read_evaluation(run: RunRecord) -> None:
+    try:
+        evaluation = read_json(run.folder / "evaluation.json")
+    except DataError:
+        evaluation = {}
+    run.protocol, run.checks = as_dict(evaluation.get("protocol")), as_dict(evaluation.get("checks"))
+    attacks = as_dict(evaluation.get("attacks"))
+    if not attacks:
+        run.notes.append(Text("evaluation.json is damaged. To evaluate again:", run.evaluate))
+    for attack, entry in attacks.items():
+        title, entry = attack_title(attack), as_dict(entry)
+        try:
+            run.results[attack] = read_result(entry)
+        except (ValueError, OverflowError) as error:
+            run.notes.append(Text(f"{title} was left out ({error}). To evaluate again:", run.evaluate))
+            continue
+        flags = entry.get("flags")
+        run.flags += [f"{title}: {flag}" for flag in flags] if isinstance(flags, list) else []
+        if entry.get("complete") is False:
+            finish = f"{run.evaluate} --attacks {shlex.quote(attack)}"
+            run.notes.append(Text(f"{title} was interrupted: upper bounds (≤). To finish it:", finish))
+
+
+def _name_classes(run: RunRecord) -> None:
+    """Name the classes, by numbers where no list of names fits, and drop results of another number of classes."""
     names = run.protocol.get("classes") or run.config.get("classes")
     names = [str(name) for name in names] if isinstance(names, list) else []
     sizes = {len(result.report.count) for result in run.results.values()} or {len(names)}
@@ -126,91 +142,22 @@ def _name_classes(run: Run) -> None:
     for attack, result in list(run.results.items()):
         if len(result.report.count) != len(run.classes):
             del run.results[attack]
-            run.notes.append((f"{attack_title(attack)} was left out: it has another number of classes.", ""))
-
-
-def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The epochs in order, the last line of each where a resumed run wrote it twice; and the unreadable lines."""
-    epochs, broken = {}, 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-            epochs[int(row["epoch"])] = row
-        except (ValueError, KeyError, TypeError, OverflowError):
-            broken += bool(line.strip())
-    return [epochs[epoch] for epoch in sorted(epochs)], broken
-
-
-def find_teachers(runs: Sequence[Run]) -> None:
-    """A run whose folder another run's teacher came from taught that run; a moved folder is known by its name."""
-    for student in runs:
-        path = as_dict(student.config.get("teacher")).get("path")
-        if not isinstance(path, str):
-            continue
-        homes = {Path(path).name, Path(path).parent.name}
-        for run in runs:
-            if run is not student and run.name in homes:
-                run.taught.append(student.name)
-
-
-def tell_apart(runs: Sequence[Run]) -> None:
-    for rename in (
-        lambda run, i: f"{run.folder.resolve().parent.name}/{run.name}",
-        lambda run, i: f"{run.name} ({i + 1})",
-    ):
-        labels = [run.label for run in runs]
-        for i, run in enumerate(runs):
-            if labels.count(labels[i]) > 1:
-                run.name = rename(run, i)
-
-
-def state_panels(run: Run, attack: str) -> list[StatePanel]:
-    """The lists of K numbers in a run's metrics that are neither its losses nor its accuracies."""
-    size = len(run.classes)
-    keys = dict.fromkeys(
-        key
-        for row in run.metrics
-        for key, value in row.items()
-        if not key.startswith(("class_loss", "class_accuracy")) and isinstance(value, list) and len(value) == size
-    )
-    weakest = []
-    if attack in run.results:
-        order = np.argsort(np.nan_to_num(run.results[attack].report.accuracy, nan=math.inf), kind="stable")
-        weakest = [int(k) for k in order[: min(3, -(-size // 3))]]
-    panels = []
-    for key in keys:
-        rows = [row for row in run.metrics if isinstance(row.get(key), list) and len(row[key]) == size]
-        values = np.array([[finite(v) for v in row[key]] for row in rows])
-        if np.isfinite(values).any():
-            panels.append(StatePanel(run.label, key, [int(row["epoch"]) for row in rows], values, weakest))
-    return panels
-
-
-def curves_of(metrics: list[dict[str, Any]], held_out: bool) -> dict[str, Any]:
-    """(epochs, values) of the three curves, and the epochs that begin at a lower rate."""
-    points: dict[str, list[tuple[int, float]]] = {"loss": [], "average": [], "worst": []}
-    for row in metrics:
-        scores = as_dict(row.get("holdout"))
-        if not held_out and isinstance(row.get("class_accuracy"), list):
-            known = [v for v in map(finite, row["class_accuracy"]) if math.isfinite(v)]
-            scores = {"average": sum(known) / len(known), "worst": min(known)} if known else {}
-        for name in points:
-            value = finite((row if name == "loss" else scores).get(name))
-            if math.isfinite(value):
-                points[name].append((int(row["epoch"]), value))
-    rates = [(int(row["epoch"]), finite(row.get("lr"))) for row in metrics]
-    drops = [e for (_, before), (e, after) in pairwise(rates) if after < LR_DROP * before]
-    return {name: tuple(map(list, zip(*p, strict=True))) or ([], []) for name, p in points.items()} | {"drops": drops}
+            run.notes.append(Text(f"{attack_title(attack)} was left out: it has another number of classes."))
 
 
 def as_dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def finite(value: Any) -> float:
-    """The number, or NaN for whatever is none."""
+def as_number(value: Any) -> float:
+    """Return the number as a float, and NaN for anything that is not a finite number."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
 
 
 def attack_title(attack: str) -> str:
     return ATTACKS.get(attack, shorten(attack, 40))
+
+
+def weakest_first(accuracy_K: Sequence[float]) -> list[int]:
+    """Return the classes sorted by accuracy; those without images come last."""
+    return np.argsort(np.nan_to_num(accuracy_K, nan=math.inf), kind="stable").tolist()

@@ -15,10 +15,12 @@ import pytest
 from PIL import Image
 
 from retemper.engine.class_report import class_report, intervals, read_result
-from retemper.engine.report import Report, read_run, write_report
+from retemper.engine.report import write_report
 from retemper.engine.report.confusion import confusion_blocks
+from retemper.engine.report.headline import headline, subline, warnings
 from retemper.engine.report.paired import paired_blocks
-from retemper.engine.report.read import Run
+from retemper.engine.report.read import RunRecord, read_run
+from retemper.engine.report.run_set import RunSet
 from retemper.errors import DataError, UsageError
 
 made = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("made_runs.py"))))  # the tests are no package
@@ -51,8 +53,8 @@ class Balance(HTMLParser):
 
 
 def text_of(page: str) -> str:
-    """The page's text, tags and data URIs taken out."""
-    return re.sub(r"<[^>]*>", " ", page)
+    """The page's words, tags and data URIs taken out."""
+    return " ".join(re.sub(r"<[^>]*>", " ", page).split())
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +110,7 @@ def test_the_headline_says_what_the_numbers_say(page: str, markdown: str) -> Non
     nsd = [class_report([round(100 * a) for a in run], [100] * 10).nsd for run in (RSLAD, ABSLD)]
     said = "Under PGD-20, rslad's weakest class is 8 at 43 %; absld's is 3 at 61 %."
     said += f" NSD falls from {nsd[0]:.2f} to {nsd[1]:.2f}."
-    assert said.replace("'", "&#x27;") in page
+    assert said.replace("'", "&#39;") in page
     assert said in markdown
     assert "Averages over all images: rslad 70 %, absld 73 %." in page
 
@@ -148,7 +150,10 @@ def test_text_from_runs_stays_text(tmp_path: Path) -> None:
     run = make_run(tmp_path / "<b>&'", RSLAD, names, attacks=("pgd20", "<i>"), epochs=2)
     with open(run / "metrics.jsonl", "a") as metrics:
         metrics.write("cut sho")  # so that there is a note with the run's name
-    page = write_report([run], tmp_path / "out", title="</title><script>").read_text()
+    config = json.loads((run / "config.json").read_text())
+    config["recipe"]["dataset"] = "</title><script>"
+    (run / "config.json").write_text(json.dumps(config))
+    page = write_report([run], tmp_path / "out").read_text()
     balance = Balance(page)
     assert balance.wrong == [] and balance.stack == []
     assert "<script" not in page and "<b>&'" not in page and "<i>" not in page and ' onload="' not in page
@@ -162,17 +167,17 @@ def test_a_run_that_was_not_evaluated_is_shown_with_the_command(tmp_path: Path) 
     run = make_run(tmp_path / "my run", ABSLD, attacks=(), epochs=2)
     page = write_report([run], tmp_path / "out").read_text()
     assert "None of these runs has been evaluated yet." in page
-    assert f"retemper evaluate &#x27;{run}&#x27;" in page
+    assert f"retemper evaluate &#39;{run}&#39;" in page
     assert len(Balance(page).images) == 2  # class state and training
 
 
 def test_a_run_that_was_not_trained_is_shown_with_the_command(tmp_path: Path) -> None:
     run = make_run(tmp_path / "absld", ABSLD, attacks=("pgd20",))
     (run / "metrics.jsonl").unlink()
-    report = Report([read_run(run)])
-    assert [note.code for note in report.warnings()] == [f"retemper train absld:digits --out {run}"]
-    assert report.headline().startswith("Under PGD-20, absld's weakest class is 3 at 61 %. NSD is 0.")
-    assert report.subline() == "Its average over all images is 73 %."
+    report = RunSet([read_run(run)])
+    assert [note.code for note in warnings(report)] == [f"retemper train absld:digits --out {run}"]
+    assert headline(report).startswith("Under PGD-20, absld's weakest class is 3 at 61 %. NSD is 0.")
+    assert subline(report) == "Its average over all images is 73 %."
 
 
 @pytest.mark.parametrize(
@@ -189,9 +194,9 @@ def test_a_run_that_was_not_trained_is_shown_with_the_command(tmp_path: Path) ->
 def test_a_damaged_evaluation_does_not_stop_the_report(tmp_path: Path, content: str) -> None:
     run = make_run(tmp_path / "absld", ABSLD, epochs=2)
     (run / "evaluation.json").write_text(content)
-    report = Report([read_run(run)])
-    assert report.headline() == "None of these runs has been evaluated yet."
-    assert report.warnings()[0].code == f"retemper evaluate {run}"
+    report = RunSet([read_run(run)])
+    assert headline(report) == "None of these runs has been evaluated yet."
+    assert warnings(report)[0].code == f"retemper evaluate {run}"
 
 
 def test_holes_in_the_numbers_are_left_blank(tmp_path: Path) -> None:
@@ -205,9 +210,9 @@ def test_holes_in_the_numbers_are_left_blank(tmp_path: Path) -> None:
             '{"epoch": 5, "loss": null, "temperature_adv": [null, 1, 1, 1, 1, 1, 1, 1, 1, 1]}\n{"epoch": 6, "lo'
         )
     page = write_report([run], tmp_path / "out").read_text()
-    assert "absld&#x27;s weakest class is 8 at 64 %" in page
+    assert "absld&#39;s weakest class is 8 at 64 %" in page
     assert "1 unreadable lines of metrics.jsonl" in page
-    assert re.search(r"\b3 +none", text_of(page))
+    assert re.search(r"\b3 none", text_of(page))
 
 
 def test_different_protocols_are_pointed_out(tmp_path: Path) -> None:
@@ -225,12 +230,12 @@ def test_different_protocols_are_pointed_out(tmp_path: Path) -> None:
 def test_a_recipe_that_selects_on_the_test_images_is_pointed_out(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "absld", ABSLD, epochs=1))
     run.recipe["select_on"] = "test"
-    assert "absld chose its best epoch on the test images" in Report([run]).warnings()[0].text
+    assert "absld chose its best epoch on the test images" in warnings(RunSet([run]))[0].text
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / part / "absld", ABSLD, epochs=1) for part in ("x", "y")]
-    report = Report([read_run(run) for run in (*runs, runs[0])])
+    report = RunSet([read_run(run) for run in (*runs, runs[0])])
     assert [run.label for run in report.runs] == ["x/absld (1)", "y/absld", "x/absld (3)"]
 
 
@@ -239,14 +244,14 @@ def test_only_runs_that_taught_are_called_teachers(tmp_path: Path) -> None:
     teacher = {"path": str(base / "best.safetensors"), "model": "tiny_resnet", "sha256": "0"}
     student = make_run(tmp_path / "absld", ABSLD, epochs=1, teacher=teacher)
     other = make_run(tmp_path / "trades", RSLAD, epochs=1)
-    report = Report([read_run(run) for run in (base, student, other)])
+    report = RunSet([read_run(run) for run in (base, student, other)])
     assert [run.label for run in report.runs] == ["robust (teacher)", "absld", "trades"]
-    assert "absld's weakest class is 3 at 61 %; trades's is 8 at 43 %. NSD rises" in report.headline()
+    assert "absld's weakest class is 3 at 61 %; trades's is 8 at 43 %. NSD rises" in headline(report)
 
 
 def test_many_runs_share_one_sentence(tmp_path: Path) -> None:
     runs = [read_run(make_run(tmp_path / f"run{i}", RSLAD, epochs=1)) for i in range(9)]
-    text = Report(runs).headline()
+    text = headline(RunSet(runs))
     assert "the weakest class of 9 runs lies between 43 % (run0, 8) and 43 % (run0, 8)" in text
 
 
@@ -257,7 +262,7 @@ def test_a_hundred_classes(tmp_path: Path) -> None:
     page = write_report([run], tmp_path / "out").read_text()
     assert "worst tenth" in text_of(page) and "class 99" in text_of(page)
     weakest = int(np.argmin([round(90 * a) for a in accuracy]))
-    assert f"Under AutoAttack, absld&#x27;s weakest class is class {weakest} at " in page
+    assert f"Under AutoAttack, absld&#39;s weakest class is class {weakest} at " in page
     assert len(Balance(page).images) == 3
 
 
@@ -312,7 +317,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 def test_upper_bounds_are_marked(full: tuple[str, str]) -> None:
     page, markdown = full
-    assert "Under AutoAttack, fast suite, r_0&#x27;s weakest class is 8 at ≤ 40 %" in page
+    assert "Under AutoAttack, fast suite, r_0&#39;s weakest class is 8 at ≤ 40 %" in page
     assert "| r\\_0 | ≤ 64.8 (" in markdown and "≤ 40.0 ▼" in markdown
     assert "≤: an upper bound" in page
 
@@ -373,18 +378,16 @@ def test_an_interrupted_attack_comes_with_the_command(tmp_path: Path) -> None:
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     found = read_run(run)
     assert found.results["autoattack"].upper_bound and found.results["autoattack"].confusion is None
-    assert (found.notes[0][0].split()[2], found.notes[0][1]) == (
-        "interrupted:",
-        f"retemper evaluate {run} --attacks autoattack",
-    )
-    assert "AutoAttack: outputs are random" in Report([found]).warnings()[0].text
+    assert found.notes[0].text.split()[2] == "interrupted:"
+    assert found.notes[0].code == f"retemper evaluate {run} --attacks autoattack"
+    assert "AutoAttack: outputs are random" in warnings(RunSet([found]))[0].text
 
 
 def test_many_classes_are_listed_where_they_cannot_be_drawn() -> None:
     share, names = np.eye(30) * 0.5, [f"class {k}" for k in range(30)]
     share[3] = 0.9 * np.eye(30)[4] + 0.1 * np.eye(30)[3]
     entry = {"accuracy": share.diagonal().tolist(), "count": [100] * 30, "confusion": (100 * share).tolist()}
-    run = Run(Path("x"), "x", {}, [], results={"pgd20": read_result(entry)}, classes=names)
+    run = RunRecord(Path("x"), "x", results={"pgd20": read_result(entry)}, classes=names)
     (table,) = confusion_blocks([run], "pgd20")
     first = table.groups[0][1][0]
     assert (first[0].text, first[1].text, first[1].detail) == ("class 3", "class 4 90", "right: 10")

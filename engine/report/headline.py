@@ -1,0 +1,96 @@
+"""The head of a report: what its numbers say in two sentences, and what must be known before believing them."""
+
+import math
+from collections.abc import Sequence
+
+from retemper.engine.class_report import Result
+from retemper.engine.report.page import Text
+from retemper.engine.report.read import attack_title
+from retemper.engine.report.run_set import RunSet
+from retemper.engine.report.trust import check_warnings
+from retemper.engine.report.words import at_most, percent
+
+FEW_IMAGES = 100  # in a class: the 95 % interval at 50 % is then 19 points wide
+Subjects = Sequence[tuple[str, Result]]
+
+
+def headline(runs: RunSet) -> str:
+    """Return the weakest class of every run, and whose accuracies are spread least over the classes."""
+    subjects = _subjects(runs)
+    if not subjects:
+        return "None of these runs has been evaluated yet."
+    where = "On clean images" if runs.reference == "clean" else f"Under {attack_title(runs.reference)}"
+    weakest = [
+        (name, runs.class_name(r.report.worst_class), r.report.worst, at_most(r) + percent(r.report.worst))
+        for name, r in subjects
+    ]
+    if len(subjects) > 4:
+        low, high = (pick(weakest, key=lambda w: w[2]) for pick in (min, max))
+        text = f"the weakest class of {len(subjects)} runs lies between {low[3]} ({low[0]}, {low[1]})"
+        text += f" and {high[3]} ({high[0]}, {high[1]})"
+    else:
+        said = ["'s weakest class is"] + ["'s is"] * (len(subjects) - 1)
+        text = "; ".join(f"{w[0]}{verb} {w[1]} at {w[3]}" for verb, w in zip(said, weakest, strict=True))
+    return f"{where}, {text}. {_nsd_sentence(subjects)}"
+
+
+def subline(runs: RunSet) -> str:
+    """Return the averages, and whether the intervals of the weakest classes tell the runs apart."""
+    subjects = _subjects(runs)
+    if not subjects:
+        return ""
+    averages = [(name, at_most(r) + percent(r.report.average)) for name, r in subjects]
+    if len(subjects) == 1:
+        return f"Its average over all images is {averages[0][1]}."
+    low, high = (pick(subjects, key=lambda s: s[1].report.worst)[1] for pick in (min, max))
+    overlap = "overlap: only more test images can settle it"
+    if low.interval["worst"][1] < high.interval["worst"][0]:
+        overlap = "do not overlap"
+    whose = "their" if len(subjects) == 2 else "the lowest and highest"
+    text = f"Averages over all images: {', '.join(map(' '.join, averages))}."
+    return f"{text} The 95 % intervals of {whose} weakest classes {overlap}."
+
+
+def warnings(runs: RunSet) -> list[Text]:
+    """Return what keeps numbers from being compared or believed, and what is missing in the runs' folders."""
+    out = []
+    if runs.differing:
+        what = "; ".join(f"{name} ({', '.join(values)})" for name, values in runs.differing.items())
+        out.append(Text(f"These runs were evaluated under different protocols, do not compare them: {what}."))
+    for run in runs.evaluated:
+        if run not in runs.comparable:
+            out.append(Text(f"{run.label} has other classes: it is left out of the tables and figures by class."))
+    counts = [n for run in runs.comparable for r in run.results.values() for n in r.report.count if n]
+    if counts and min(counts) < FEW_IMAGES:
+        width = 196 / math.sqrt(min(counts) + 1.96**2)  # of Wilson's interval at 50 %, in points
+        text = f"Few test images: {min(counts)} in the smallest class."
+        out.append(Text(f"{text} At 50 % a class's 95 % interval is {width:.0f} points wide."))
+    for run in runs.runs:
+        if run.recipe.get("select_on") == "test":
+            out.append(Text(f"{run.label} chose its best epoch on the test images: its numbers flatter it."))
+        out += [*check_warnings(run), *(Text(f"{run.label}: {note.text}", note.code) for note in run.notes)]
+    return out
+
+
+def _subjects(runs: RunSet) -> Subjects:
+    """Return the students' results under the reference attack, or those of all runs where there is no student."""
+    results = runs.results(runs.reference)
+    students = [run.label for run in runs.comparable if not run.is_teacher]
+    return [(name, r) for name, r in results.items() if name in students] or list(results.items())
+
+
+def _nsd_sentence(subjects: Subjects) -> str:
+    values = [(name, f"{r.report.nsd:.2f}", r.report.nsd) for name, r in subjects if math.isfinite(r.report.nsd)]
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"NSD is {values[0][1]}."
+    if len(values) == 2:
+        (_, before, a), (_, after, b) = values
+        return (
+            f"NSD {'falls' if b < a else 'rises'} from {before} to {after}."
+            if before != after
+            else f"NSD stays at {before}."
+        )
+    low, high = (pick(values, key=lambda v: v[2]) for pick in (min, max))
+    return f"NSD is lowest for {low[0]} ({low[1]}), highest for {high[0]} ({high[1]})."

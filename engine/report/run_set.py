@@ -1,0 +1,81 @@
+"""The runs of one report, and what holds for them together."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from retemper.engine.class_report import Result
+from retemper.engine.evaluation.verdicts import STRONGEST
+from retemper.engine.report.facts import protocol_facts
+from retemper.engine.report.figures import looks
+from retemper.engine.report.read import ATTACKS, RunRecord, as_dict, attack_title
+from retemper.engine.report.words import at_most, percent, shorten
+
+COMPARED = ("dataset", "split", "images", "subset", "eps", "norm", "precision", "seed", "classes")  # of a protocol
+
+
+class RunSet:
+    """The runs side by side.
+
+    Attributes:
+        look: how each run is drawn, by its label.
+        evaluated: the runs that have results.
+        comparable: the evaluated runs with the classes of the first; tables and figures by class are of these.
+        attacks: all that a comparable run was evaluated under, the known ones first.
+        reference: the strongest attack that all comparable runs share, or else that any has; the headline is about it.
+        differing: the protocol's fields that differ between comparable runs, with their values.
+    """
+
+    def __init__(self, runs: Sequence[RunRecord]) -> None:
+        self.runs = list(runs)
+        _find_teachers(self.runs)
+        _tell_apart(self.runs)
+        self.look = dict(zip([r.label for r in runs], looks([r.is_teacher for r in runs]), strict=True))
+        self.evaluated = [run for run in self.runs if run.results]
+        self.classes = (self.evaluated or self.runs)[0].classes
+        self.comparable = [run for run in self.evaluated if run.classes == self.classes]
+        found = {attack for run in self.comparable for attack in run.results}
+        self.attacks = [a for a in ATTACKS if a in found] + sorted(found - set(ATTACKS))
+        shared = [a for a in self.attacks if len(self.results(a)) == len(self.comparable)]
+        candidates = [a for of in (shared, self.attacks) for a in STRONGEST if a in of] + self.attacks
+        self.reference = (candidates or ["pgd20"])[0]
+        self.differing = self._differing(shared)
+
+    def results(self, attack: str) -> dict[str, Result]:
+        """Return the results under `attack`, by the label of the run."""
+        return {run.label: run.results[attack] for run in self.comparable if attack in run.results}
+
+    def class_name(self, k: int) -> str:
+        return shorten(self.classes[k], 40) if k >= 0 else "none"
+
+    def said(self, attack: str) -> list[str]:
+        """Return the average and the weakest class of each run in words."""
+        return [
+            f"{name}: average {at_most(r)}{percent(r.report.average)}, "
+            f"weakest class {self.class_name(r.report.worst_class)} at {at_most(r)}{percent(r.report.worst)}"
+            for name, r in self.results(attack).items()
+        ]
+
+    def _differing(self, shared: Sequence[str]) -> dict[str, list[str]]:
+        facts = [protocol_facts(run) for run in self.comparable]
+        names = [*COMPARED, *map(attack_title, shared)]
+        values = {name: list(dict.fromkeys(fact.get(name, "?") for fact in facts)) for name in names}
+        return {name: found for name, found in values.items() if len(found) > 1}
+
+
+def _find_teachers(runs: Sequence[RunRecord]) -> None:
+    """Note which runs taught which: a student's config names its teacher's folder, which may have moved since."""
+    for student in runs:
+        path = as_dict(student.config.get("teacher")).get("path")
+        homes = {Path(path).name, Path(path).parent.name} if isinstance(path, str) else set()
+        for run in runs:
+            if run is not student and run.name in homes:
+                run.taught.append(student.name)
+
+
+def _tell_apart(runs: Sequence[RunRecord]) -> None:
+    """Give runs of one name the name of the folder above too, and a number where that is the same."""
+    for number in (False, True):
+        labels = [run.label for run in runs]
+        for i, run in enumerate(runs):
+            if labels.count(labels[i]) > 1:
+                run.name = f"{run.name} ({i + 1})" if number else f"{run.folder.resolve().parent.name}/{run.name}"
