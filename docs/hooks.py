@@ -1,7 +1,7 @@
 """What mkdocs needs beyond docs/: the pictures that lie beside the results which they show.
 
-A page names such a picture by its place in the repository, `../benchmarks/results/.../fairness.png`, so that the page can
-be read there too. The site gets a copy of it under `results/`.
+A page names such a picture by its place in the repository, `../benchmarks/results/FOLDER/fairness.png`, so that the
+page can be read there too. The site gets a copy of it under `results/`.
 """
 
 import re

@@ -4,8 +4,8 @@
     python docs/layers.py --check    say whether they are up to date: exit status 1 if not
 
 The parts and their order are those of the import contract in pyproject.toml, the arrows are the imports of the code. An
-import that a path of other arrows implies is left out of the picture, and so are those of the ground, which everything may
-import; one that runs upwards is drawn in red. Needs import-linter, which the extra `dev` brings.
+import that a path of other arrows implies is left out of the picture, and so is one of the common ground, which
+everything may import; one that runs upwards is drawn in red. Needs import-linter, which the extra `dev` brings.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def picture(house: House) -> str:
     place = {part: box for depth, row in enumerate(house.layers) for part, box in _row(row, depth)}
     height = ROW * len(house.layers)
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" font-size="14">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif">',
         "<title>The layers of retemper: each part imports only what stands below it</title>",
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M0 0L8 4L0 8z" fill="context-stroke"/></marker></defs>',
@@ -132,7 +132,7 @@ def _box(part: str, left: float, top: float, width: float) -> str:
     return (
         f'<rect x="{left:.0f}" y="{top:.0f}" width="{width:.0f}" height="{BOX_HEIGHT}" rx="5" fill="{colour}" '
         f'stroke="#334155"/><text x="{left + width / 2:.0f}" y="{top + BOX_HEIGHT / 2 + 5:.0f}" '
-        f'text-anchor="middle">{_label(part)}</text>'
+        f'text-anchor="middle" font-size="14">{_label(part)}</text>'
     )
 
 
