@@ -263,4 +263,3 @@ def test_a_data_set_takes_the_files_that_the_architecture_says(house: Path) -> N
     edit(datasets, r"^(def _load\(.*\) -> Split:\n(?:    \"\"\".*\"\"\"\n)?)", rf"\1{indented}")
     short = "--epochs 1 --attack-steps 1 --select-steps 1 --batch-size 64".split()
     in_house(house, "-m", "retemper.engine", "train", "sat:digits", "--dataset", "stripes", "--out", "run", *short)
-    in_house(house, "-m", "retemper.engine", "evaluate", "run", "--attacks", "clean,fgsm")
