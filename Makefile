@@ -4,8 +4,9 @@ BIN := .venv/bin
 SYSTEM := python3-venv python3-dev g++ pkg-config libturbojpeg0-dev libopencv-dev dataset-fashion-mnist chromium
 SYSTEM_LOG := $(shell mktemp)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+DOCS_BIN := .venv-docs/bin
 
-.PHONY: setup system demo test check bench wheel lock clean
+.PHONY: setup system demo test check docs bench wheel lock clean
 
 setup: .venv/installed
 
@@ -31,13 +32,24 @@ system:
 demo: setup
 	$(BIN)/retemper demo
 
-test: setup
+# The site comes first: it takes seconds, and a broken link or docstring is as much a fault as a broken test.
+test: setup docs
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports --no-cache --no-logo
+
+# An environment of its own: torchattacks pins an old requests. It needs no torch, since the sources are read, not imported.
+.venv-docs/installed: docs/requirements.txt | system
+	$(PYTHON) -m venv .venv-docs
+	$(DOCS_BIN)/python -m pip --disable-pip-version-check install --quiet --requirement docs/requirements.txt
+	touch $@
+
+docs: .venv-docs/installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS_BIN)/mkdocs build --strict --quiet
 
 bench: setup
 	$(BIN)/retemper bench step
@@ -50,4 +62,4 @@ lock: setup
 	$(BIN)/python .ci/lock.py
 
 clean:
-	rm -rf .venv build dist src/*.egg-info
+	rm -rf .venv .venv-docs build dist site src/*.egg-info

@@ -154,8 +154,8 @@ def compare(arguments: Namespace) -> None:
     from retemper.engine.evaluation.verdicts import read_evaluated
     from retemper.files import finite, write_json
 
-    sides = [[read_evaluated(Path(name), name) for name in side.split(",")] for side in (arguments.a, arguments.b)]
-    found = compare_runs(*sides, arguments.attack)
+    a, b = ([read_evaluated(Path(name), name) for name in side.split(",")] for side in (arguments.a, arguments.b))
+    found = compare_runs(a, b, arguments.attack)
     if arguments.json:
         write_json(arguments.json, finite(asdict(found)))
     print(as_text(found))

@@ -1,4 +1,4 @@
-"""The wheel: one top-level name, kernels that pull in nothing but torch and triton, and the README's drop-ins."""
+"""The wheel: one top-level name, kernels that pull in nothing but torch and triton, and the code of docs/kernels.md."""
 
 import os
 import re
@@ -31,9 +31,8 @@ IMPORT_SECONDS = 0.5  # beyond torch, on one core; about 0.3 when this was writt
 
 
 def drop_ins() -> list[str]:
-    """The Python in the README's section about the kernels."""
-    _, _, section = (ROOT / "README.md").read_text().partition("\n## The kernels in your own code\n")
-    return re.findall(r"^```python\n(.*?)^```", section.partition("\n## ")[0], flags=re.DOTALL | re.MULTILINE)
+    """The Python in docs/kernels.md."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/kernels.md").read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -91,13 +90,11 @@ def ran(site: Path) -> list[subprocess.CompletedProcess[str]]:
 
 
 @pytest.mark.parametrize("number", range(len(drop_ins())))
-def test_a_drop_in_of_the_readme_does_what_plain_pytorch_does(
-    number: int, ran: list[subprocess.CompletedProcess[str]]
-) -> None:
+def test_a_drop_in_does_what_plain_pytorch_does(number: int, ran: list[subprocess.CompletedProcess[str]]) -> None:
     code = drop_ins()[number]
     assert "from retemper.kernels import" in code and "assert" in code, "it compares nothing of ours"
     assert ran[number].returncode == 0, ran[number].stderr
 
 
-def test_the_readme_has_drop_ins() -> None:
+def test_there_are_drop_ins() -> None:
     assert drop_ins()

@@ -96,7 +96,7 @@ def save_weights(
     data = safetensors.torch.save(tensors, header)
     blank = f'"{DIGEST}":"{WHOLE}{BLANK}"'.encode()
     digest = blank.replace(BLANK.encode(), hashlib.sha256(data).hexdigest().encode())
-    write_atomically(path, data.replace(blank, digest, 1))
+    write_atomically(Path(path), data.replace(blank, digest, 1))
 
 
 def _content(path: Path) -> object:

@@ -1,1 +1,1 @@
-"""A trained network in the forms that others take: safetensors with a model card, and RobustBench's."""
+"""A network for others to load: weights in a known form, with a model card."""
