@@ -185,6 +185,9 @@ def parser(recipe: str | None = None) -> Parser:
     bench_.add_argument(
         "--sweep", action="store_true", help="kernels: try block sizes instead, on a GPU, and name the best"
     )
+    bench_.add_argument(
+        "--profile", type=Path, metavar="DIR", help="step: where its time goes instead, a table and a trace into DIR"
+    )
 
     verb("doctor", doctor, "Say what is installed, what works, and the command for what is missing.")
     return top
@@ -304,6 +307,7 @@ def ls(arguments: argparse.Namespace) -> None:
 def bench(arguments: argparse.Namespace) -> None:
     from retemper.engine.bench import Request, as_table, as_text, save
     from retemper.engine.bench import bench as measure
+    from retemper.engine.bench.step import profile_step
     from retemper.engine.device import pick_device
 
     for name in ("rounds", "batch"):
@@ -312,6 +316,8 @@ def bench(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--{name} {value}: it must be at least 1")
     if arguments.sweep and arguments.what != "kernels":
         raise UsageError("--sweep: only bench kernels has block sizes to try")
+    if arguments.profile and arguments.what != "step":
+        raise UsageError("--profile: only bench step has phases to tell apart")
     path = arguments.json
     if path and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise UsageError(f"--json {path}: name a file in a folder that exists")
@@ -322,7 +328,11 @@ def bench(arguments: argparse.Namespace) -> None:
             save(path, result)
 
     words = {name: getattr(arguments, name) for name in ("what", "rounds", "batch", "quick", "sweep")}
-    result = measure(Request(**words, device=pick_device(arguments.device), only=tuple(arguments.only)), show)
+    request = Request(**words, device=pick_device(arguments.device), only=tuple(arguments.only))
+    if arguments.profile:
+        profile_step(request, arguments.profile)
+        return
+    result = measure(request, show)
     if path:
         save(path, result)
     print(as_text(result))
