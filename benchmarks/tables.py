@@ -1,13 +1,17 @@
-"""The README's tables, made from the committed results by this command and never by hand.
+"""The tables of results in README.md and docs/, written by this command and never by hand.
 
-    python benchmarks/readme_table.py            rewrite it from benchmarks/results/**/*.json
-    python benchmarks/readme_table.py --check    say whether it is up to date: exit status 1 if not
+    python benchmarks/tables.py            rewrite the documents from benchmarks/results
+    python benchmarks/tables.py --check    say whether they are up to date: exit status 1 if not
 
-A file of results is named in the README between the markers <!-- benchmarks/results/FILE.md --> and <!-- / -->, and
-stands there whole. What stands in the table of speeds is decided in `HEADLINES`, whatever the results are. Where
-several files have measured the same thing on the same device, the last by name is shown; those of --quick runs are
-passed over. "times as fast" is theirs over ours, round by round: the median and, in brackets, the 10th and 90th
-percentile.
+A document names a file of results between two markers, and holds the whole file there:
+
+    <!-- benchmarks/results/FILE.md -->
+    <!-- / -->
+
+Studies write such files themselves. This command writes one more, benchmarks/results/speed.md, from the JSON files of
+`retemper bench`. What stands in it is decided in `HEADLINES`, whatever the results are. Where several files have
+measured the same thing on the same device, the last by name is shown; those of --quick runs are passed over. "times as
+fast" is theirs over ours, round by round: the median and, in brackets, the 10th and 90th percentile.
 """
 
 import argparse
@@ -22,8 +26,8 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- speed: python benchmarks/readme_table.py -->", "<!-- /speed -->"
-FILE_BEGIN, FILE_END = r"<!-- benchmarks/results/([\w./-]+\.md) -->", "<!-- / -->"
+RESULTS, SPEED = "benchmarks/results", "speed.md"
+BEGIN, END = rf"<!-- {RESULTS}/([\w./-]+\.md) -->", "<!-- / -->"
 HEAD = ["| what | device | ours | against | theirs | times as fast | command |", "|---|---|---|---|---|---|---|"]
 NO_GPU = "not measured on a GPU yet"
 
@@ -84,36 +88,42 @@ HEADLINES = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The README's tables.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the checkout")
     words = parser.parse_args()
-    old = words.readme.read_text()
     try:
-        new = with_files(with_table(old, table(read_results(words.results))), words.results)
+        stale = {path: text for path, text in written(words.root) if not path.exists() or path.read_text() != text}
     except ValueError as error:
-        sys.exit(f"{words.readme}: {error}")
-    if words.check and new != old:
-        sys.exit(f"{words.readme} is not what benchmarks/results say: run python benchmarks/readme_table.py")
-    if new != old:
-        words.readme.write_text(new)
+        sys.exit(str(error))
+    if words.check and stale:
+        names = ", ".join(str(path.relative_to(words.root)) for path in stale)
+        sys.exit(f"{names}: not what {RESULTS} says: run python benchmarks/tables.py")
+    for path, text in stale.items():
+        path.write_text(text)
 
 
-def with_table(text: str, lines: list[str]) -> str:
-    """The document with those lines between the two markers.
+def written(root: Path) -> Iterator[tuple[Path, str]]:
+    """The table of speeds and every document, with what it should hold.
 
     Raises:
-        ValueError: there is not one of each.
+        ValueError: a document names a file that is missing, or a marker that ends one is missing.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
-        raise ValueError(f"it needs one line {BEGIN} and, below it, one line {END}")
-    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    return "\n".join([before, *lines, after])
+    results = root / RESULTS
+    speed = "\n".join([*table(read_results(results)), ""])
+    yield results / SPEED, speed
+    for document in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
+        try:
+            yield document, with_files(document.read_text(), results, {SPEED: speed})
+        except ValueError as error:
+            raise ValueError(f"{document}: {error}") from None
 
 
-def with_files(text: str, results: Path) -> str:
+def with_files(text: str, results: Path, made: dict[str, str]) -> str:
     """The document with each file that it names between its two markers.
+
+    Args:
+        made: the text of files that are about to be written, by name.
 
     Raises:
         ValueError: a file that it names is missing, or a marker that ends one.
@@ -121,13 +131,13 @@ def with_files(text: str, results: Path) -> str:
 
     def with_file(found: re.Match[str]) -> str:
         path = results / found[2]
-        if not path.is_file():
+        if found[2] not in made and not path.is_file():
             raise ValueError(f"it names {path}, which does not exist")
-        return f"{found[1]}\n{path.read_text()}{FILE_END}"
+        return f"{found[1]}\n{made.get(found[2]) or path.read_text()}{END}"
 
-    if len(re.findall(FILE_BEGIN, text)) != text.count(FILE_END):
-        raise ValueError(f"every file that it names needs a line {FILE_END} below")
-    return re.sub(f"({FILE_BEGIN}).*?{FILE_END}", with_file, text, flags=re.DOTALL)
+    if len(re.findall(BEGIN, text)) != text.count(END):
+        raise ValueError(f"every file that it names needs a line {END} below")
+    return re.sub(f"({BEGIN}).*?{END}", with_file, text, flags=re.DOTALL)
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -143,7 +153,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:
-    """The whole table, a GPU's rows before a CPU's."""
+    """The table of speeds, a GPU's rows before a CPU's."""
     lines = []
     for headline in HEADLINES:
         devices = {}
@@ -157,17 +167,8 @@ def table(results: list[dict[str, Any]]) -> list[str]:
         for device, (label, rows) in on_gpu.items():
             lines += shown(headline, label, device, rows)
         if not on_gpu and headline.gpu:
-            lines.append(
-                line(
-                    headline.label.format(headline.usual),
-                    NO_GPU,
-                    "",
-                    "; ".join(headline.others),
-                    "",
-                    "",
-                    f"`{headline.command}`",
-                )
-            )
+            label, others = headline.label.format(headline.usual), "; ".join(headline.others)
+            lines.append(line(label, NO_GPU, "", others, "", "", f"`{headline.command}`"))
         for device, (label, rows) in devices.items() if headline.cpu else ():
             if device not in on_gpu:
                 lines += shown(headline, label, device, rows)
