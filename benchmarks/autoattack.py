@@ -5,10 +5,9 @@
 Piece by piece of a run's test images, in turns that rotate: the library's runner on the network as PyTorch makes it,
 our runner on the network (the same verdicts, image by image), and on its folded twin (--fold). Without a GPU, seconds
 are CPU time. Then, unless --kills is 0, the first run is evaluated by the command line while being killed with -9 at
-random, and its ledger compared with that of an evaluation left alone.
+random, and its ledger compared with that of an evaluation left alone. Prints a table; writes all figures to --json.
 """
 
-import argparse
 import random
 import signal
 import statistics
@@ -21,19 +20,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from runs import DEVICE
+from summary import markdown, words_of, write_summary
 from torch import nn
 
 from retemper.console import say
 from retemper.engine import create_model, load_checkpoint
 from retemper.engine.checkpoints.header import load_network, read_facts
-from retemper.engine.device import device_name, exact_fp32
+from retemper.engine.device import exact_fp32
 from retemper.engine.evaluation.autoattack import SuiteRequest, run_suite
 from retemper.engine.evaluation.ledger import Ledger
 from retemper.engine.predict import as_float, balanced_order, predicted
 from retemper.engine.run.run_folder import RunFolder
-from retemper.files import write_json
 from retemper.loaders import Split, load_split
-from retemper.provenance import commit, versions
 
 CLI = [sys.executable, "-c", "from retemper.engine.cli import main; main()"]
 
@@ -134,25 +133,22 @@ def killed(run: Path, images: int, batch_size: int, kills: int, seed: int = 0) -
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A line a network and path."""
-    lines = [
-        "| network | images | runner | robust | other verdicts | times as fast (by piece) |",
-        "|---|---|---|---|---|---|",
-    ]
+    """A line a network and runner."""
+    head = ["network", "images", "runner", "robust", "other verdicts", "times as fast (by piece)"]
+    lines = []
     for one in results:
-        lines.append(f"| {one['run']} | {one['images']} | the library's | {one['robust']['stock']:.1%} | | 1 |")
+        lines.append([one["run"], one["images"], "the library's", f"{one['robust']['stock']:.1%}", "", 1])
         for name in ("plain", "folded"):
             ratios = one["times_as_fast"][name]
             whole = sum(one["seconds"]["stock"]) / sum(one["seconds"][name])
-            lines.append(
-                f"| {one['run']} | {one['images']} | ours, {name} | {one['robust'][name]:.1%} | "
-                f"{one['disagreements'][name]} | {whole:.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
-            )
-    return "\n".join(lines)
+            speed = f"{whole:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            robust, others = f"{one['robust'][name]:.1%}", one["disagreements"][name]
+            lines.append([one["run"], one["images"], f"ours, {name}", robust, others, speed])
+    return markdown(head, lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = words_of(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--piece", type=int, default=100, help="images a turn")
@@ -162,8 +158,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     words = parser.parse_args()
     torch.set_num_threads(words.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results = [compared(run, words.images, words.piece, words.batch_size, device) for run in words.runs]
+    results = [compared(run, words.images, words.piece, words.batch_size, DEVICE) for run in words.runs]
     print(table(results))
     content = {"results": results, "piece": words.piece, "batch_size": words.batch_size}
     content["median_times_as_fast"] = {
@@ -173,10 +168,7 @@ def main() -> None:
     if words.kills:
         content["killed"] = killed(words.runs[0], min(60, words.images), 8, words.kills)
         print(f"killed {content['killed']['kills']} times: same ledger: {content['killed']['same_ledger']}")
-    content |= {"versions": versions(), "commit": commit(), "device": device_name(device)}
-    if words.json:
-        words.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(words.json, content)
+    write_summary(words.json, content, DEVICE)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
     python benchmarks/fairness.py --data fashion_mnist_small --seeds 3
     python benchmarks/fairness.py --data digits --seeds 3 --autoattack-images 600 --methods rslad,dafa --results runs/x
+    python benchmarks/fairness.py --data digits --from-records --results runs/x     the tables anew, from kept records
 
-Trains what is not trained yet under --out, evaluates it (clean and PGD-20 on all test images, AutoAttack on a
-class-balanced subset, through the folded twin; --suite fast: its first two attacks; our own students are checked for
-masked gradients too), and writes to --results: of every run its config.json, metrics.jsonl, evaluation.json and
-evaluation.csv, and of all the tables, the plot, and the paired differences, of each from RSLAD and of ours from each.
+Trains what is not trained yet under --out and evaluates it: clean and PGD-20 on all test images, AutoAttack on a
+class-balanced subset, through the folded network (--suite fast: its first two attacks), and for masked gradients where
+the method is ours. Writes to --results the tables (ATTACK.md, and ATTACK-ours.md with the paired differences of ours
+from each), the plot fairness.png, all figures with their intervals as fairness.json, and the runs' config.json,
+metrics.jsonl, evaluation.json and evaluation.csv as records.json.xz.
 """
 
 import argparse
@@ -15,18 +17,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from runs import Protocol, commits, contestants, copy_records, folder_of, trained_and_evaluated
+from records import RECORDS, pack, unpack
+from runs import DEVICE, Protocol, commits, folder_of, settings_on, trained_and_evaluated
+from summary import markdown, mean_and_range, words_of, write_summary
 
 from retemper.console import Progress, say
 from retemper.engine.cli import reported
-from retemper.engine.device import device_name
 from retemper.engine.evaluation.compare import Comparison, Difference, compare
 from retemper.engine.evaluation.verdicts import read_evaluated
-from retemper.files import finite, write_atomically, write_json
-from retemper.provenance import commit, versions
+from retemper.files import finite, read_json, write_atomically
 
 METHODS = "sat,trades,rslad,absld,fair_rslad,cfa,dafa,label_trust"
 BASELINE, OURS = "rslad", "label_trust"
@@ -46,16 +49,14 @@ NAMES = {
     TEACHER: "their teacher (SAT, twice as wide)",
 }
 TITLES = {"pgd20": "PGD-20", "autoattack": "AutoAttack", "autoattack-fast": "APGD-CE, APGD-T (upper bounds)"}
+RESULTS = Path("benchmarks/results/fairness")
+
+Runs = dict[str, list[Path]]  # of each method, the folders of its seeds; of the teacher, one
+Evaluations = dict[str, list[dict[str, Any]]]  # their evaluation.json
 
 
-def write_records(runs: dict[str, list[Path]], results: Path) -> None:
-    """Copy what a reader needs to check the figures, without the folders of the machine."""
-    for folder in {folder for folders in runs.values() for folder in folders}:
-        copy_records(folder, results / folder.name, KEPT)
-
-
-def compared(runs: dict[str, list[Path]], attack: str) -> tuple[dict[str, Comparison], dict[str, Comparison]]:
-    """Every method against the baseline, and ours against every method, seed by seed."""
+def compared(runs: Runs, attack: str) -> tuple[dict[str, Comparison], dict[str, Comparison]]:
+    """Compare every method with the baseline, and ours with every method, seed by seed."""
     sides = {name: [read_evaluated(folder) for folder in folders] for name, folders in runs.items()}
     from_baseline = {name: compare(sides[BASELINE], side, attack) for name, side in sides.items() if name != BASELINE}
     ours = sides.get(OURS)
@@ -63,41 +64,32 @@ def compared(runs: dict[str, list[Path]], attack: str) -> tuple[dict[str, Compar
     return from_baseline, from_each
 
 
-def table(rows: dict[str, list[dict[str, Any]]], differences: dict[str, Comparison], attack: str, data: str) -> str:
+def table(found: Evaluations, differences: dict[str, Comparison], attack: str, data: str) -> str:
     """A line a method, the best worst class first: means and ranges over the seeds, and the difference from RSLAD."""
-    settings = contestants(data) | {TEACHER: f"sat:{data}"}
-    lines = [
-        f"| {TITLES[attack]} | clean | average | worst class | NSD | worst class less RSLAD's, points | command |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name in sorted(rows, key=lambda name: -_mean(rows[name], attack, "worst")):
-        cells = [
+    settings = settings_on(data) | {TEACHER: f"sat:{data}"}
+    columns = "clean|average|worst class|NSD|worst class less RSLAD's, points|command".split("|")
+    rows = [
+        [
             NAMES.get(name, name),
-            f"{_mean(rows[name], 'clean', 'average'):.1%}",
-            _spread(rows[name], attack, "average", ".1%"),
-            _spread(rows[name], attack, "worst", ".1%"),
-            _spread(rows[name], attack, "nsd", ".3f"),
+            f"{_mean(found[name], 'clean', 'average'):.1%}",
+            mean_and_range(_values(found[name], attack, "average")),
+            mean_and_range(_values(found[name], attack, "worst")),
+            mean_and_range(_values(found[name], attack, "nsd"), ".3f"),
             _told(differences[name].summary["worst"]) if name in differences else "",
             f"`retemper train {settings[name]}`",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        for name in sorted(found, key=lambda name: -_mean(found[name], attack, "worst"))
+    ]
+    return markdown([TITLES[attack], *columns], rows)
 
 
 def ours_table(differences: dict[str, Comparison], attack: str) -> str:
     """A line a method: what ours has more than it."""
-    head = f"{NAMES[OURS]} less, {TITLES[attack]}"
-    lines = [f"| {head} | average, points | worst class, points | NSD, hundredths |", "|---|---|---|---|"]
-    for name, found in differences.items():
-        cells = [_told(found.summary[key]) for key in ("average", "worst", "nsd")]
-        lines.append(f"| {NAMES.get(name, name)} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _spread(runs: list[dict[str, Any]], attack: str, key: str, form: str) -> str:
-    values = [run["attacks"][attack][key] for run in runs]
-    mean = format(statistics.mean(values), form)
-    return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
+    head = [f"{NAMES[OURS]} less, {TITLES[attack]}", "average, points", "worst class, points", "NSD, hundredths"]
+    keys = ("average", "worst", "nsd")
+    return markdown(
+        head, [[NAMES.get(name, name), *(_told(of.summary[key]) for key in keys)] for name, of in differences.items()]
+    )
 
 
 def _told(of: Difference) -> str:
@@ -110,26 +102,31 @@ def _told(of: Difference) -> str:
     return f"{100 * of.difference:+.1f} (images {points(of.images)}{seeds})"
 
 
-def _mean(runs: list[dict[str, Any]], attack: str, key: str) -> float:
-    return statistics.mean(run["attacks"][attack][key] for run in runs)
+def _values(found: list[dict[str, Any]], attack: str, key: str) -> list[float]:
+    """One number of each seed's evaluation."""
+    return [one["attacks"][attack][key] for one in found]
 
 
-def draw(rows: dict[str, list[dict[str, Any]]], attacks: Sequence[str], path: Path) -> None:
-    """Average and worst class of every method under each attack, a mark a seed."""
+def _mean(found: list[dict[str, Any]], attack: str, key: str) -> float:
+    """Its mean over the seeds."""
+    return statistics.mean(_values(found, attack, key))
+
+
+def draw(found: Evaluations, attacks: Sequence[str], path: Path) -> None:
+    """Plot average and worst class of every method under each attack, a mark a seed."""
     from matplotlib.figure import Figure
 
-    names = sorted(rows, key=lambda name: _mean(rows[name], "pgd20", "worst"))
+    names = sorted(found, key=lambda name: _mean(found[name], "pgd20", "worst"))
     figure = Figure(figsize=(9, 0.5 * len(names) + 1.4), layout="constrained")
     panels = figure.subplots(1, len(attacks), sharey=True)
     for axes, attack in zip(panels, attacks, strict=True):
         for place, name in enumerate(names):
-            average, worst = _mean(rows[name], attack, "average"), _mean(rows[name], attack, "worst")
-            axes.plot([100 * worst, 100 * average], [place, place], color="#c3c9d0", lw=3, zorder=1)
-            for key, marker, colour in (("average", "o", "#5b6470"), ("worst", "D", "#b0330f")):
-                seeds = [100 * run["attacks"][attack][key] for run in rows[name]]
+            ends = [100 * _mean(found[name], attack, key) for key in ("average", "worst")]
+            axes.plot(ends, [place, place], color="#c3c9d0", lw=3, zorder=1)
+            for mean, key, marker, colour in zip(ends, ("average", "worst"), "oD", ("#5b6470", "#b0330f"), strict=True):
+                seeds = [100 * value for value in _values(found[name], attack, key)]
                 axes.plot(seeds, [place] * len(seeds), marker, color=colour, ms=4, alpha=0.45, zorder=2)
                 label = {"average": "average of the classes", "worst": "worst class"}[key] if place == 0 else None
-                mean = 100 * _mean(rows[name], attack, key)
                 axes.plot([mean], [place], marker, color=colour, ms=8, zorder=3, label=label)
         axes.set_title(TITLES[attack], loc="left", fontweight="bold")
         axes.set_yticks(range(len(names)), [NAMES.get(name, name) for name in names])
@@ -142,22 +139,76 @@ def draw(rows: dict[str, list[dict[str, Any]]], attacks: Sequence[str], path: Pa
     figure.savefig(path, dpi=130)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def trained(words: argparse.Namespace, chosen: dict[str, str]) -> Runs:
+    """The runs of the chosen methods and of their teacher, trained and evaluated where that is not done."""
+    protocol = Protocol(
+        out=words.out, attacks=ATTACKS, autoattack_limit=words.autoattack_images, fold=True, suite=words.suite
+    )
+    runs: Runs = {name: [] for name in chosen}
+    with Progress("fairness", len(chosen) * words.seeds) as progress:
+        for seed in range(words.seeds):
+            for name, setting in chosen.items():
+                say(f"{setting}, seed {seed}")
+                trained_and_evaluated(setting, seed, replace(protocol, check=name == OURS))
+                runs[name].append(folder_of(setting, seed, words.out))
+                progress.advance(1)
+    teacher = f"sat:{words.data}"
+    trained_and_evaluated(teacher, 0, protocol)
+    return runs | {TEACHER: [folder_of(teacher, 0, words.out)]}
+
+
+def recorded(data: str, to: Path) -> Runs:
+    """The runs of the kept records, as folders below `to`."""
+    folders = unpack(RESULTS / data / RECORDS, to)
+    known = settings_on(data)
+    names = {name: known[name] for name in METHODS.split(",")}
+    seeds = range(read_json(RESULTS / data / "fairness.json")["seeds"])
+    found = {name: [folder_of(setting, seed, to) for seed in seeds] for name, setting in names.items()}
+    runs = {name: paths for name, paths in found.items() if all(path.name in folders for path in paths)}
+    return runs | {TEACHER: [folder_of(f"sat:{data}", 0, to)]}
+
+
+def write_results(runs: Runs, data: str, suite: str, results: Path) -> None:
+    """Write the tables, the figures with their intervals, the plot and the records of `runs`."""
+    results.mkdir(parents=True, exist_ok=True)
+    pack((folder for folders in runs.values() for folder in folders), KEPT, results / RECORDS)
+    found = {name: [read_json(folder / "evaluation.json") for folder in folders] for name, folders in runs.items()}
+    students = {name: folders for name, folders in runs.items() if name != TEACHER}
+    content: dict[str, Any] = {"setting": data, "seeds": len(runs[BASELINE]), "baseline": BASELINE, "attacks": {}}
+    shown = ("pgd20", SUITES[suite])
+    for attack in shown:
+        differences, of_ours = compared(students, attack)
+        texts = {f"{attack}.md": table(found, differences, attack, data)}
+        texts |= {f"{attack}-ours.md": ours_table(of_ours, attack)} if of_ours else {}
+        for name, text in texts.items():
+            print(f"{text}\n")
+            write_atomically(results / name, text.encode())
+        content["attacks"][attack] = {
+            "images": sum(found[BASELINE][0]["attacks"][attack]["count"]),
+            "against": {name: finite(asdict(one)) for name, one in differences.items()},
+            "ours": {name: finite(asdict(one)) for name, one in of_ours.items()},
+        }
+    checks = {name: [run["checks"]["verdict"] for run in found[name] if "checks" in run] for name in students}
+    content["checks"] = {name: verdicts for name, verdicts in checks.items() if verdicts}
+    print(f"masked gradients: {content['checks']}")
+    content["trained_at"] = commits(folder for folders in students.values() for folder in folders)
+    write_summary(results / "fairness.json", content, DEVICE)
+    draw(found, shown, results / "fairness.png")
+
+
+def arguments() -> argparse.Namespace:
+    """What was asked, or an error in one line."""
+    parser = words_of(__doc__)
     parser.add_argument("--data", default="fashion_mnist_small", help="the setting that all methods are trained under")
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--suite", choices=tuple(SUITES), default="standard")
     parser.add_argument("--autoattack-images", type=int, default=500)
+    parser.add_argument("--from-records", action="store_true", help=f"of {RESULTS}/DATA; train and evaluate nothing")
     parser.add_argument("--out", type=Path, default=Path("runs/fairness"))
-    parser.add_argument("--results", type=Path, help="default: benchmarks/results/fairness/DATA")
+    parser.add_argument("--results", type=Path, help=f"default: {RESULTS}/DATA")
     words = parser.parse_args()
-    results = words.results or Path("benchmarks/results/fairness") / words.data
-    torch.set_num_threads(1)  # the same bits on every machine
-    protocol = Protocol(
-        out=words.out, attacks=ATTACKS, autoattack_limit=words.autoattack_images, fold=True, suite=words.suite
-    )
-    known, names = contestants(words.data), words.methods.split(",")
+    known, names = settings_on(words.data), words.methods.split(",")
     if unknown := [name for name in names if name not in known]:
         parser.error(f"--methods {','.join(unknown)}: on {words.data} there are {', '.join(known) or 'none'}")
     if words.seeds < 1:
@@ -166,42 +217,20 @@ def main() -> None:
         parser.error("--methods: name --results too, so that the whole comparison stays as it is")
     if BASELINE not in names:
         parser.error(f"--methods {words.methods}: {BASELINE} must be among them, the others are compared with it")
-    chosen = {name: known[name] for name in names}
-    teacher = f"sat:{words.data}"
-    rows: dict[str, list[dict[str, Any]]] = {}
-    runs: dict[str, list[Path]] = {}
-    with Progress("fairness", len(chosen) * words.seeds) as progress:
-        for seed in range(words.seeds):
-            for name, setting in chosen.items():
-                say(f"{setting}, seed {seed}")
-                one = replace(protocol, check=name == OURS)
-                rows.setdefault(name, []).append(trained_and_evaluated(setting, seed, one))
-                runs.setdefault(name, []).append(folder_of(setting, seed, words.out))
-                progress.advance(1)
-    taught_by = {TEACHER: [trained_and_evaluated(teacher, 0, protocol)]}
-    write_records(runs | {TEACHER: [folder_of(teacher, 0, words.out)]}, results)
-    content: dict[str, Any] = {"setting": words.data, "seeds": words.seeds, "baseline": BASELINE, "attacks": {}}
-    shown = ("pgd20", SUITES[words.suite])
-    for attack in shown:
-        differences, of_ours = compared(runs, attack)
-        tables = [table(rows | taught_by, differences, attack, words.data)]
-        tables += [ours_table(of_ours, attack)] if of_ours else []
-        for name, text in zip((f"{attack}.md", f"{attack}-ours.md"), tables, strict=False):
-            print(f"{text}\n")
-            write_atomically(results / name, text.encode())
-        content["attacks"][attack] = {
-            "images": sum(rows[BASELINE][0]["attacks"][attack]["count"]),
-            "against": {name: finite(asdict(found)) for name, found in differences.items()},
-            "ours": {name: finite(asdict(found)) for name, found in of_ours.items()},
-        }
-    checks = {name: [run["checks"]["verdict"] for run in found if "checks" in run] for name, found in rows.items()}
-    content["checks"] = {name: verdicts for name, verdicts in checks.items() if verdicts}
-    print(f"masked gradients: {content['checks']}")
-    every = [folder for folders in runs.values() for folder in folders]
-    content |= {"versions": versions(), "commit": commit(), "trained_at": commits(every)}
-    content |= {"device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))}
-    write_json(results / "fairness.json", content)
-    draw(rows | taught_by, shown, results / "fairness.png")
+    words.results = words.results or RESULTS / words.data
+    return words
+
+
+def main() -> None:
+    words = arguments()
+    torch.set_num_threads(1)  # the same bits on every machine
+    if words.from_records:
+        with TemporaryDirectory() as folder:
+            write_results(recorded(words.data, Path(folder)), words.data, words.suite, words.results)
+        return
+    known = settings_on(words.data)
+    runs = trained(words, {name: known[name] for name in words.methods.split(",")})
+    write_results(runs, words.data, words.suite, words.results)
 
 
 if __name__ == "__main__":

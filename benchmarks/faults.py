@@ -4,10 +4,10 @@
 
 Runs are forks of this process on digits, a few seconds each. "held" counts the tries that ended as they must: for kills
 and signals every file whole and the finished run bit for bit that of an undisturbed one, for damage a refusal. Seconds
-are from the fault to the end of the process, or of one check. Root mounts a small disk for the disk faults.
+are from the fault to the end of the process, or of one check. Root mounts a small disk for the disk faults. Prints a
+table; writes it to --json with a note on each try that did not end as it must.
 """
 
-import argparse
 import io
 import os
 import random
@@ -28,18 +28,16 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from summary import markdown, words_of, write_summary
 
 from retemper.engine import create_model, load_checkpoint
 from retemper.engine.cli import run
-from retemper.engine.device import device_name
 from retemper.engine.run import interrupts
 from retemper.engine.run.state_file import unpack
 from retemper.engine.run.teacher_table import TeacherTable
-from retemper.files import write_json
 from retemper.loaders import DataError, ViewSpace, convert, load_split, verify
 from retemper.loaders.ffcv_backend import FfcvLoader, _pump_class
 from retemper.loaders.loader import Plan
-from retemper.provenance import commit, versions
 
 SHORT = "--device cpu --attack-steps 2 --holdout-per-class 5 --select-steps 2 --batch-size 128 --select-every 1".split()
 EPOCHS = 6
@@ -387,13 +385,13 @@ def little_memory() -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
-    lines = ["| fault | tried | held | lost | seconds: median | most |", "|---|---|---|---|---|---|"]
+    """A line a fault."""
+    lines = []
     for row in rows:
         times = row["seconds"]
         shown = ("", "") if times is None else tuple(f"{times[name]:.3g}" for name in ("p50", "max"))
-        lines.append(f"| {row['fault']} | {row['tried']:,} | {row['held']:,} | {row['lost']} | {' | '.join(shown)} |")
-    return "\n".join(lines)
+        lines.append([row["fault"], f"{row['tried']:,}", f"{row['held']:,}", row["lost"], *shown])
+    return markdown(["fault", "tried", "held", "lost", "seconds: median", "most"], lines)
 
 
 @contextmanager
@@ -404,7 +402,7 @@ def scratch() -> Iterator[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What a run survives.")
+    parser = words_of(__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--damages", type=int, default=2500, help="of each of four kinds of file")
     parser.add_argument("--signals", type=int, default=10, help="of each of three")
@@ -426,13 +424,9 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "rows": [row.as_json() for row in campaign.rows],
         "seconds": time.monotonic() - began,
-        "device": device_name(CPU),
-        "versions": versions(),
-        "commit": commit(),
     }
     print(table(content["rows"]))
-    if words.json:
-        write_json(words.json, content)
+    write_summary(words.json, content, CPU)
 
 
 if __name__ == "__main__":

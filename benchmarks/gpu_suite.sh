@@ -105,9 +105,7 @@ else
         bench step_mobilenet_v2_$batch step --only mobilenet_v2 --batch $batch
     done
 fi
-if grep -q -- --profile benchmarks/step.py; then
-    part profile - $PY benchmarks/step.py --profile "$OUT" ${SUITE_QUICK:+--quick}
-fi
+part profile - $PY -m retemper.engine bench step --profile "$OUT" ${SUITE_QUICK:+--quick}
 
 bench attack_tiny_resnet attack --only tiny_resnet
 if [ -z "${SUITE_QUICK:-}" ]; then
@@ -131,5 +129,5 @@ for folder in "${FASHION_MNIST:-}" /usr/share/datasets/fashion-mnist /usr/share/
 done
 
 if [ -n "${SUITE_LIST:-}" ]; then exit 0; fi
-echo "results in $OUT; python benchmarks/readme_table.py puts those of benchmarks/results into the README"
+echo "results in $OUT; python benchmarks/tables.py puts those of benchmarks/results into the documents"
 [ ${#failed[@]} = 0 ] || { echo "failed: ${failed[*]}"; exit 1; }

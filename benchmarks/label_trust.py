@@ -4,22 +4,25 @@
 
 `ratio` is a row's time in RSLAD's, round by round, with its 10th and 90th percentile; the interval below the table is
 that of the median. "RSLAD once more" says what the machine alone does. Teachers' answers are known, as they are after a
-run's first epochs: nothing else hides what a loss costs. The networks are random, their sizes real.
+run's first epochs: nothing else hides what a loss costs. The networks are random, their sizes real. Prints a table;
+writes all figures to --json.
 """
 
-import argparse
-from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from runs import DEVICE
+from summary import words_of
 
 from retemper.engine import Recipe, State, create_model, train_step
-from retemper.engine.bench.machine import Rates, Work
-from retemper.engine.bench.record import as_table, header, save
-from retemper.engine.bench.timing import Contestant, Race, run_race
+from retemper.engine.bench import Request, as_table, save
+from retemper.engine.bench.case import Case, Contender, Work
+from retemper.engine.bench.machine import Rates
+from retemper.engine.bench.result import header
+from retemper.engine.bench.timing import measure
 from retemper.engine.catalogue import find_setting
 from retemper.engine.speed.capture import captured
 
@@ -40,11 +43,13 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 INPUTS = 8  # batches that take turns
 
 
-def contestant(name: str, recipe: Recipe, device: torch.device) -> Contestant:
+def contender(name: str, recipe: Recipe, device: torch.device) -> Contender:
     """Steps of `recipe` on the same random batches."""
     torch.manual_seed(0)
-    state = State.begin(recipe, create_model(recipe.student, 10), create_model("tiny_resnet_wide", 10), 10, device)
-    shape = recipe.batch_size, 1, 8, 8
+    state = State.begin(
+        recipe, create_model(recipe.networks.student, 10), create_model("tiny_resnet_wide", 10), 10, device
+    )
+    shape = recipe.optim.batch_size, 1, 8, 8
     batches = cycle(
         [
             (
@@ -59,37 +64,36 @@ def contestant(name: str, recipe: Recipe, device: torch.device) -> Contestant:
     def step(*batch: torch.Tensor) -> torch.Tensor:
         return train_step(state, recipe, *batch)
 
-    one = captured(step) if recipe.captures_on(device) else step
-    return Contestant(name=name, run=lambda: one(*next(batches)), exactness="different algorithm")
+    one = captured(step) if recipe.execution.captures_on(device) else step
+    return Contender(name=name, call=lambda: one(*next(batches)), exactness="different algorithm")
 
 
 def median_interval(ratios: np.ndarray, draws: int = 2_000) -> tuple[float, float]:
-    """95 %, by resampling rounds."""
+    """The interval of the median that holds 95 % of its values over resampled rounds."""
     drawn = np.random.default_rng(0).choice(ratios, (draws, len(ratios)))
     low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975)).tolist()
     return low, high
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The cost of label trust's step beside RSLAD's.")
+    parser = words_of(__doc__)
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--json", type=Path)
     words = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     rows = {
-        name: replace(find_setting(f"{method}:digits")[2].recipe, batch_size=words.batch, **fields)
+        name: find_setting(f"{method}:digits")[2].recipe.replace(batch_size=words.batch, **fields)
         for name, (method, fields) in ROWS.items()
     }
-    race = Race(
+    case = Case(
         name=f"step on digits, batch {words.batch}",
-        contestants=[contestant(name, recipe, device) for name, recipe in rows.items()],
+        contenders=[contender(name, recipe, DEVICE) for name, recipe in rows.items()],
         work=Work(images=words.batch),
     )
     command = f"python benchmarks/label_trust.py --rounds {words.rounds} --batch {words.batch}"
-    result = header("step", device, command, words.rounds)
-    result["rows"] = run_race(race, device, words.rounds, Rates(device))
+    result = header(Request(what="step", device=DEVICE, rounds=words.rounds)) | {"command": command}
+    result["rows"] = measure(case, DEVICE, words.rounds, Rates(DEVICE))
     print(as_table(result["rows"]))
     base = np.array(result["rows"][0]["round_ms"])
     for row in result["rows"][1:]:

@@ -2,27 +2,30 @@
 
     python benchmarks/label_trust_study.py --data digits --seeds 3
     python benchmarks/label_trust_study.py --data fashion_mnist_small --seeds 1
+    python benchmarks/label_trust_study.py --data digits --from-records --results runs/x    the table anew, from records
 
 The test images are not looked at: 30 (digits) or 400 images a class of the training set are held out, from the teacher
 too. PGD-20 on all of them chooses the epoch that is kept; AutoAttack's first two attacks on 30 or 100 of each class
 (upper bounds of the whole suite) order the table. Fashion-MNIST takes minutes a run, and gets the rows that decide.
-Trains and attacks what is not done yet under --out; writes to --results, of every run its config.json, metrics.jsonl
-and ledger, and the table.
+Trains and attacks what is not done yet under --out; writes to --results/DATA the table study.md, all figures as
+study.json, and of every run its config.json, metrics.jsonl and ledger as records.json.xz.
 """
 
-import argparse
 import json
 import re
 import statistics
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-from runs import commits, copy_records
+from records import RECORDS, pack, unpack
+from runs import DEVICE, commits
+from summary import markdown, mean_and_range, words_of, write_summary
 
 from retemper.console import Progress, say
 from retemper.engine.catalogue import find_setting
@@ -30,17 +33,16 @@ from retemper.engine.checkpoints.external import state_digest
 from retemper.engine.checkpoints.weights import load_checkpoint
 from retemper.engine.class_report import class_report
 from retemper.engine.cli import reported
-from retemper.engine.device import device_name
-from retemper.engine.evaluation.autoattack import SuiteRequest
+from retemper.engine.evaluation.autoattack import SUITES, SuiteRequest
+from retemper.engine.evaluation.ledger import Ledger
 from retemper.engine.evaluation.shards import evaluate_suite
 from retemper.engine.models import create_model
 from retemper.engine.predict import balanced_order
 from retemper.engine.run.job import Job, default_cache
 from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.run.train import train
-from retemper.files import write_atomically, write_json
+from retemper.files import read_json, write_atomically
 from retemper.loaders import holdout_split, load_split
-from retemper.provenance import commit, versions
 
 HELD_OUT: dict[str, dict[str, Any]] = {
     "digits": dict(holdout_per_class=30),
@@ -56,21 +58,31 @@ OFF = dict(trust_rate=0.0, weight_rate=0.0)
 LABELS = dict(trust_start=1.0, trust_upper=1.0, trust_rate=0.0)
 WIDE = dict(student="tiny_resnet_wide")
 TEACHER, FAIRER = "teacher (SAT, twice as wide)", "fairer teacher"
+RESULTS = Path("benchmarks/results/label_trust")
+
+Scores = dict[str, dict[str, Any]]  # under "apgd" and "pgd20"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A student of the study."""
+    """A student of the study.
+
+    Attributes:
+        fields: of the recipe, that differ from the setting's own.
+        teacher: the row that taught it, where its method has a teacher.
+        on: the data sets on which it is trained.
+    """
 
     name: str
-    fields: dict[str, Any] = field(default_factory=dict)  # that differ from the setting's own
+    fields: dict[str, Any] = field(default_factory=dict)
     method: str = "label_trust"
-    teacher: str = TEACHER  # the row that taught it, where its method has one
+    teacher: str = TEACHER
     on: tuple[str, ...] = ("digits",)
 
-    @property
-    def folder(self) -> str:
-        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+    def folder(self, data: str, seed: int) -> str:
+        """The name of a run's folder."""
+        name = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        return f"{name}-{data}-seed{seed}"
 
 
 ROWS = (
@@ -103,17 +115,17 @@ ROWS = (
 def trained(row: Row, data: str, seed: int, out: Path) -> Path:
     """The folder of `row`'s run, trained where that is not done."""
     method, setting, found = find_setting(f"{row.method}:{data}")
-    folder = out / f"{row.folder}-{data}-seed{seed}"
+    folder = out / row.folder(data, seed)
     teacher = next(other for other in ROWS if other.name == row.teacher)
     job = Job(
         method=method,
         setting=setting,
-        recipe=replace(found.recipe, **HELD_OUT[data], **row.fields),
+        recipe=found.recipe.replace(**HELD_OUT[data], **row.fields),
         out=folder,
         seed=seed,
-        teacher=trained(teacher, data, 0, out) if found.recipe.teacher_model else None,
+        teacher=trained(teacher, data, 0, out) if found.recipe.networks.teacher_model else None,
         cache=default_cache(),
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        device=DEVICE,
     )
     train(job)
     return folder
@@ -127,8 +139,8 @@ def chosen(folder: Path) -> dict[str, Any]:
     return max(scores, key=lambda score: score["average"] + score["worst"])
 
 
-def attacked(folder: Path, data: str) -> dict[str, Any]:
-    """What AutoAttack's first two attacks leave, by class, of the first held-out images of every class."""
+def attacked(folder: Path, data: str) -> Ledger:
+    """What became of the first held-out images of every class under AutoAttack's first two attacks."""
     recipe = json.loads((folder / "config.json").read_text())["recipe"]
     split = load_split(recipe["dataset"], "train", None, recipe["image_size"])
     _, held_out = holdout_split(split.labels, recipe["holdout_per_class"])
@@ -139,30 +151,59 @@ def attacked(folder: Path, data: str) -> dict[str, Any]:
     known = {"dataset": recipe["dataset"], "split": "train", "weights_sha256": state_digest(model)}
     ledger = evaluate_suite(model, split, order, request, known=known, path=folder / LEDGER)
     assert ledger is not None  # it is where there are shards
-    count_K = np.bincount(ledger.label_N, minlength=len(split.classes))
-    correct_K = np.bincount(ledger.label_N[ledger.holds(request.attacks)], minlength=len(split.classes))
+    return ledger
+
+
+def by_class(ledger: Ledger) -> dict[str, Any]:
+    """The report by class of the images that held."""
+    count_K = np.bincount(ledger.label_N)
+    correct_K = np.bincount(ledger.label_N[ledger.holds(SUITES["fast"])], minlength=len(count_K))
     return asdict(class_report(correct_K, count_K))
 
 
-def table(found: dict[str, list[dict[str, dict[str, Any]]]]) -> Iterator[str]:
+def table(found: dict[str, list[Scores]]) -> str:
     """A line a row, the best worst class first: means over the seeds, and ranges."""
 
-    def mean(name: str, attack: str, key: str) -> float:
-        return statistics.mean(seed[attack][key] for seed in found[name])
+    def cells(name: str, attack: str) -> list[str]:
+        average, worst, nsd = ([seed[attack][key] for seed in found[name]] for key in ("average", "worst", "nsd"))
+        return [mean_and_range(average), mean_and_range(worst), f"{statistics.mean(nsd):.3f}"]
 
-    def shown(name: str, attack: str, key: str) -> str:
-        values = [seed[attack][key] for seed in found[name]]
-        spread = f" ({min(values):.1%} to {max(values):.1%})" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.1%}{spread}"
+    head = ["student", "APGD average", "worst class", "NSD", "PGD-20 average", "worst class", "NSD"]
+    order = sorted(found, key=lambda name: -statistics.mean(seed["apgd"]["worst"] for seed in found[name]))
+    return markdown(head, [[name, *cells(name, "apgd"), *cells(name, "pgd20")] for name in order])
 
-    yield "| student | APGD average | worst class | NSD | PGD-20 average | worst class | NSD |"
-    yield "|---|---|---|---|---|---|---|"
-    for name in sorted(found, key=lambda name: -mean(name, "apgd", "worst")):
-        cells = [name]
-        for attack in ("apgd", "pgd20"):
-            cells += [shown(name, attack, key) for key in ("average", "worst")]
-            cells += [f"{mean(name, attack, 'nsd'):.3f}"]
-        yield f"| {' | '.join(cells)} |"
+
+def write_results(
+    data: str, rows: Sequence[Row], found: dict[str, list[Scores]], folders: list[Path], to: Path
+) -> None:
+    """Write the table, all figures and the records of the runs."""
+    to.mkdir(parents=True, exist_ok=True)
+    pack(folders, KEPT, to / RECORDS)
+    write_atomically(to / "study.md", table(found).encode())
+    content = {
+        "data": data,
+        "held_out": HELD_OUT[data] | {"attacked": ATTACKED[data]},
+        "rows": [asdict(row) | {"seeds": found[row.name]} for row in rows],
+        "trained_at": commits(folders),
+    }
+    write_summary(to / "study.json", content, DEVICE)
+
+
+def from_records(data: str, results: Path) -> str:
+    """The table made anew from the kept records, written to `results`; no network is trained or attacked."""
+    kept = read_json(RESULTS / data / "study.json")["rows"]
+    rows = [Row(**{one.name: row[one.name] for one in fields(Row)}) for row in kept]
+    with TemporaryDirectory() as to:
+        runs = unpack(RESULTS / data / RECORDS, Path(to))
+        found = {
+            row.name: [
+                {"apgd": by_class(Ledger.read(runs[folder] / LEDGER)), "pgd20": chosen(runs[folder])}
+                for folder in (row.folder(data, seed) for seed in range(len(old["seeds"])))
+            ]
+            for row, old in zip(rows, kept, strict=True)
+        }
+        write_results(data, rows, found, list(runs.values()), results)
+    return table(found)
 
 
 def pattern(text: str) -> re.Pattern[str]:
@@ -174,47 +215,36 @@ def pattern(text: str) -> re.Pattern[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = words_of(__doc__)
     parser.add_argument("--data", choices=tuple(HELD_OUT), default="digits")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--only", type=pattern, metavar="REGEX", help="the rows whose names match; nothing is written to --results"
     )
+    parser.add_argument("--from-records", action="store_true", help=f"of {RESULTS}/DATA; train and attack nothing")
     parser.add_argument("--out", type=Path, default=Path("runs/label_trust_study"))
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/label_trust"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
     words = parser.parse_args()
     torch.set_num_threads(1)  # the same bits on every machine
+    if words.from_records:
+        print(from_records(words.data, words.results / words.data))
+        return
     rows = [row for row in ROWS if words.data in row.on and (not words.only or words.only.search(row.name))]
     if not rows or words.seeds < 1:
         parser.error(f"--only and --seeds {words.seeds} leave no run of: {'; '.join(row.name for row in ROWS)}")
-    found: dict[str, list[dict[str, dict[str, Any]]]] = {}
+    found: dict[str, list[Scores]] = {}
     folders: list[Path] = []
     with Progress("study", len(rows) * words.seeds) as progress:
         for row in rows:
             for seed in range(words.seeds):
                 say(f"{row.name}, seed {seed}")
                 folders.append(trained(row, words.data, seed, words.out))
-                scores = {"apgd": attacked(folders[-1], words.data), "pgd20": chosen(folders[-1])}
-                found.setdefault(row.name, []).append(scores)
+                apgd = by_class(attacked(folders[-1], words.data))
+                found.setdefault(row.name, []).append({"apgd": apgd, "pgd20": chosen(folders[-1])})
                 progress.advance(1)
-    text = "\n".join(table(found)) + "\n"
-    print(text)
-    if words.only:  # the whole table stays
-        return
-    results = words.results / words.data
-    for folder in folders:
-        copy_records(folder, results / folder.name, KEPT)
-    content = {
-        "data": words.data,
-        "held_out": HELD_OUT[words.data] | {"attacked": ATTACKED[words.data]},
-        "rows": [asdict(row) | {"seeds": found[row.name]} for row in rows],
-        "versions": versions(),
-        "commit": commit(),
-        "trained_at": commits(folders),
-        "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-    }
-    write_atomically(results / "study.md", text.encode())
-    write_json(results / "study.json", content)
+    print(table(found))
+    if not words.only:  # with it the whole table stays
+        write_results(words.data, rows, found, folders, words.results / words.data)
 
 
 if __name__ == "__main__":

@@ -4,21 +4,17 @@
 
 All students are the same small ResNet; the distillation methods share one robust teacher (and one clean one), the
 fine-tuning ones begin with one SAT student. What is finished under --out is not repeated. Prints a table: means over
-the seeds, and the range for the worst class.
+the seeds, and the range for the worst class; writes all figures to --json.
 """
 
-import argparse
 import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
-from runs import Protocol, contestants, trained_and_evaluated
+from runs import DEVICE, Protocol, settings_on, trained_and_evaluated
+from summary import markdown, mean_and_range, words_of, write_summary
 
 from retemper.console import Progress, say
-from retemper.engine.device import device_name
-from retemper.files import write_json
-from retemper.provenance import commit, versions
 
 ATTACKS = ("clean", "pgd20")
 
@@ -37,30 +33,30 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     def mean(name: str, attack: str, key: str) -> float:
         return statistics.mean(one[attack][key] for one in rows[name])
 
+    head = ["method", "clean", "PGD-20 average", "worst class", "NSD", "seconds"]
     lines = [
-        "| method | clean | PGD-20 average | worst class | NSD | seconds |",
-        "|---|---|---|---|---|---|",
+        [
+            name,
+            f"{mean(name, 'clean', 'average'):.1%}",
+            f"{mean(name, 'pgd20', 'average'):.1%}",
+            mean_and_range([one["pgd20"]["worst"] for one in rows[name]]),
+            f"{mean(name, 'pgd20', 'nsd'):.3f}",
+            f"{statistics.mean(one['seconds'] for one in rows[name]):.0f}",
+        ]
+        for name in sorted(rows, key=lambda name: -mean(name, "pgd20", "worst"))
     ]
-    for name in sorted(rows, key=lambda name: -mean(name, "pgd20", "worst")):
-        worst = [one["pgd20"]["worst"] for one in rows[name]]
-        spread = f"{statistics.mean(worst):.1%} ({min(worst):.1%} to {max(worst):.1%})"
-        seconds = statistics.mean(one["seconds"] for one in rows[name])
-        lines.append(
-            f"| {name} | {mean(name, 'clean', 'average'):.1%} | {mean(name, 'pgd20', 'average'):.1%} | {spread} "
-            f"| {mean(name, 'pgd20', 'nsd'):.3f} | {seconds:.0f} |"
-        )
-    return "\n".join(lines)
+    return markdown(head, lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Every method under one protocol.")
+    parser = words_of(__doc__)
     parser.add_argument("--data", default="digits", choices=("digits",))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/methods"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", help="methods, separated by commas")
     words = parser.parse_args()
-    chosen = contestants(words.data)
+    chosen = settings_on(words.data)
     if words.only:
         chosen = {name: chosen[name] for name in words.only.split(",")}
     rows: dict[str, list[dict[str, Any]]] = {}
@@ -72,17 +68,7 @@ def main() -> None:
                 progress.advance(1)
     teacher = measured(f"sat:{words.data}", words.out, 0)
     print(table({"the teacher (SAT, twice as wide)": [teacher], **rows}))
-    if words.json:
-        content = {
-            "seeds": words.seeds,
-            "rows": rows,
-            "teacher": teacher,
-            "versions": versions(),
-            "commit": commit(),
-            "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-        }
-        words.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(words.json, content)
+    write_summary(words.json, {"seeds": words.seeds, "rows": rows, "teacher": teacher}, DEVICE)
 
 
 if __name__ == "__main__":

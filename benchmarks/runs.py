@@ -1,7 +1,6 @@
 """Methods trained and evaluated under one protocol, run by run; what is finished is not repeated."""
 
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,23 +15,37 @@ from retemper.engine.run.job import Job, default_cache, default_out
 from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.run.teachers import with_teacher
 from retemper.engine.run.train import train
-from retemper.files import write_atomically
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How each run is evaluated, and under which folder the runs lie."""
+    """How each run is evaluated.
+
+    Attributes:
+        out: the folder in which the runs' folders lie.
+        attacks: "clean", "pgd20", "autoattack".
+        autoattack_limit: how many test images AutoAttack is given; None for all.
+        fold: attack the folded network, which computes the same with fewer operations.
+        suite: of AutoAttack's attacks, "standard" or "fast".
+        check: look for masked gradients, too.
+    """
 
     out: Path
     attacks: tuple[str, ...]
     autoattack_limit: int | None = None
     fold: bool = False
     suite: str = "standard"
-    check: bool = False  # for masked gradients
+    check: bool = False
 
 
-def contestants(data: str) -> dict[str, str]:
-    """Every method on `data`, by the name it has in a table; SAT and TRADES with the students' architecture."""
+def settings_on(data: str) -> dict[str, str]:
+    """METHOD:SETTING of every method on `data`, by its name in a table.
+
+    SAT and TRADES are taken in the setting of the students' architecture. A setting DATA_VARIANT stands beside DATA as
+    "METHOD, VARIANT".
+    """
     found = {}
     for method in methods():
         settings = method_module(method).SETTINGS
@@ -46,43 +59,26 @@ def contestants(data: str) -> dict[str, str]:
 
 
 def folder_of(name: str, seed: int, out: Path) -> Path:
-    """Where the run of METHOD:SETTING lies."""
+    """The folder of the run of METHOD:SETTING."""
     method, setting, _ = find_setting(name)
     return out / default_out(method, setting, seed).name
 
 
-def copy_records(run: Path, to: Path, names: Iterable[str]) -> None:
-    """Copy the text files `names` of a run's folder, without the machine's folders in them."""
-    to.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        text = re.sub(r'("(?:out|path)": ")[^"]*/', r"\1", (run / name).read_text())
-        text = re.sub(r"(?<![\w.-])/(?:[\w.-]+/)+", "", text)
-        write_atomically(to / name, text.encode())
-
-
 def commits(runs: Iterable[Path]) -> list[str]:
-    """Of which code the runs are, each commit once."""
+    """The commits of the code that trained the runs, each once."""
     return sorted({str(RunFolder(run).read_config()["commit"]) for run in runs})
 
 
 def trained_and_evaluated(name: str, seed: int, protocol: Protocol) -> dict[str, Any]:
-    """Train and evaluate METHOD:SETTING where that is not done; its evaluation.json, and the seconds it trained."""
+    """Train and evaluate METHOD:SETTING where that is not done.
+
+    Returns:
+        What evaluation.json holds, and "seconds" of training.
+    """
     method, setting, found = find_setting(name)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    out = folder_of(name, seed, protocol.out)
-    train(
-        with_teacher(
-            Job(
-                method=method,
-                setting=setting,
-                recipe=found.recipe,
-                out=out,
-                seed=seed,
-                cache=default_cache(),
-                device=device,
-            )
-        )
-    )
+    out, cache = folder_of(name, seed, protocol.out), default_cache()
+    job = Job(method=method, setting=setting, recipe=found.recipe, out=out, seed=seed, cache=cache, device=DEVICE)
+    train(with_teacher(job))
     folder = RunFolder(out)
     content = json.loads(folder.evaluation.read_text()) if folder.evaluation.exists() else {"attacks": {}}
     # AutoAttack's ledger knows whether it was run under this protocol, and then has nothing left to do
@@ -93,7 +89,7 @@ def trained_and_evaluated(name: str, seed: int, protocol: Protocol) -> dict[str,
         request = EvaluationRequest(
             target=out,
             attacks=missing,
-            device=device,
+            device=DEVICE,
             facts=Facts(),
             autoattack_limit=protocol.autoattack_limit,
             fold=protocol.fold,
@@ -107,9 +103,10 @@ def trained_and_evaluated(name: str, seed: int, protocol: Protocol) -> dict[str,
 
 
 def _done(content: dict[str, Any]) -> set[str]:
+    """The attacks of an evaluation that were finished."""
     return {attack for attack, entry in content["attacks"].items() if entry.get("complete", True)}
 
 
 def _entry(attack: str, protocol: Protocol) -> str:
-    """Its name in evaluation.json."""
+    """The name of an attack in evaluation.json."""
     return "autoattack-fast" if (attack, protocol.suite) == ("autoattack", "fast") else attack

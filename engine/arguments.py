@@ -208,6 +208,7 @@ def _bench_options(parser: Parser) -> None:
     parser.add_argument("--batch", type=int, metavar="N", help="this batch size in place of the usual ones")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="tables whose name holds one of these")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and nothing compiled: to try it out")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="step: a table and a trace of its phases into DIR")
     parser.add_argument("--sweep", action="store_true", help="kernels: try block sizes on a GPU, and name the best")
     _device_option(parser)
 

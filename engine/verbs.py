@@ -203,6 +203,7 @@ def bench(arguments: Namespace) -> None:
     """Time the step, the kernels, the loaders or the attack beside what else there is."""
     from retemper.engine.bench import Request, as_table, as_text, save
     from retemper.engine.bench import bench as measure
+    from retemper.engine.bench.step import profile_step
     from retemper.engine.device import pick_device
 
     for name in ("rounds", "batch"):
@@ -211,6 +212,8 @@ def bench(arguments: Namespace) -> None:
             raise UsageError(f"--{name} {value}: it must be at least 1")
     if arguments.sweep and arguments.what != "kernels":
         raise UsageError("--sweep: only bench kernels has block sizes to try")
+    if arguments.profile and arguments.what != "step":
+        raise UsageError("--profile: only bench step has phases to tell apart")
     path = arguments.json
     if path and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise UsageError(f"--json {path}: name a file in a folder that exists")
@@ -221,7 +224,11 @@ def bench(arguments: Namespace) -> None:
             save(path, result)
 
     words = {name: getattr(arguments, name) for name in ("what", "rounds", "batch", "quick", "sweep")}
-    result = measure(Request(**words, device=pick_device(arguments.device), only=tuple(arguments.only)), show)
+    request = Request(**words, device=pick_device(arguments.device), only=tuple(arguments.only))
+    if arguments.profile:
+        profile_step(request, arguments.profile)
+        return
+    result = measure(request, show)
     if path:
         save(path, result)
     print(as_text(result))

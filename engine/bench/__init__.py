@@ -1,10 +1,11 @@
 """How long the kernels, the loaders, the attack and the step take here, beside what a user would take instead.
 
-`timing.py` is the protocol; a module each says what is raced; `record.py` is what comes out.
+case.py says what a case is, timing.py how it is measured, result.py what comes out; kernels.py, loaders.py, attack.py
+and step.py hold the cases.
 """
 
-from retemper.engine.bench.plan import Request
-from retemper.engine.bench.record import as_table, as_text, save
-from retemper.engine.bench.run import bench
+from retemper.engine.bench.benchmark import bench
+from retemper.engine.bench.case import Request
+from retemper.engine.bench.result import as_table, as_text, save
 
 __all__ = ["Request", "as_table", "as_text", "bench", "save"]

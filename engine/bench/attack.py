@@ -1,9 +1,12 @@
 """PGD: ours, a loop as anyone would write it, torchattacks, and foolbox, on the same network, images and objective.
 
-Every contestant starts from the clean images, because not every library takes a given start, and gets a copy of the
+One table a network, objective, number of steps and precision. `ratio` is a row's time in ours: above 1 ours is faster.
+`of bound` is the time of the arithmetic alone, a forward and a data gradient a step, at this machine's matrix rate.
+
+Every contender starts from the clean images, because not every library takes a given start, and gets a copy of the
 network in eval mode, channels-last, whose parameters ask for gradients, as those of a student in training do. Before
 anything is timed its examples must lie in the ball and in the range of pixels, and reach a loss within 0.1% of the
-plain loop's. The bound is that of the arithmetic alone: a forward and a data gradient a step.
+plain loop's.
 
 "ce" is the cross-entropy. "kl" is the objective of adversarial distillation at a temperature of each class. The
 libraries' own loss is overridden as they provide for: torchattacks takes labels that are probabilities (its loss is
@@ -24,9 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from retemper.engine.attack import pgd
 from retemper.engine.bench import peers
-from retemper.engine.bench.machine import Work
-from retemper.engine.bench.plan import Plan, Request
-from retemper.engine.bench.timing import Contestant, Race, Run, failure
+from retemper.engine.bench.case import Call, Case, Check, Contender, PlannedCase, Request, Work
+from retemper.engine.bench.timing import failure
 from retemper.engine.device import DTYPES
 from retemper.engine.losses import KlObjective, Objective, cross_entropy_objective
 from retemper.engine.models import channels_last, create_model
@@ -39,11 +41,29 @@ CPU_BATCH = {"tiny_resnet": 128, "mobilenet_v2": 4, "resnet18": 2}
 CPU_ROUNDS = {"tiny_resnet": 20, "mobilenet_v2": 5, "resnet18": 5}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """What is attacked. `teacher_BK` is there for the KL, else the objective is the cross-entropy."""
+class InPrecision(nn.Module):
+    """A network under autocast, for whoever calls it; logits in float32."""
 
-    model: "InPrecision"
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, K)."""
+        mixed = self.dtype != torch.float32
+        with torch.autocast(image_BCHW.device.type, dtype=self.dtype) if mixed else nullcontext():
+            return self.model(image_BCHW).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackProblem:
+    """What is attacked.
+
+    Attributes:
+        teacher_BK: logits that the KL is taken against; None for the cross-entropy.
+    """
+
+    model: InPrecision
     clean_BCHW: Tensor
     label_B: Tensor
     steps: int
@@ -71,30 +91,41 @@ class Problem:
         return (self.teacher_BK / self.temperature_K[self.label_B][:, None]).softmax(1)
 
     def own_model(self) -> nn.Module:
-        """A copy, so that no contestant finds another's gradients."""
+        """A copy of the network, so that no contender finds another's gradients."""
         return copy.deepcopy(self.model)
 
+    @torch.no_grad()
+    def reached(self, adv_BCHW: Tensor) -> float:
+        """The objective on these images in float32, whatever precision they were made in."""
+        return float(self.plain_objective(self.model.model(adv_BCHW)))
 
-def plan(request: Request) -> Iterator[Plan]:
+    def flop_of_a_step(self) -> float:
+        """Counted by torch in the matrix products and convolutions of one forward and data gradient."""
+        model = self.own_model().requires_grad_(False)
+        with FlopCounterMode(display=False) as counter:
+            self.plain_objective(model(self.clean_BCHW.clone().requires_grad_())).backward()
+        return counter.get_total_flops()
+
+
+def cases(request: Request) -> Iterator[PlannedCase]:
     """Networks x precisions x objectives x steps; on a GPU the KL and full float32 at 10 steps only."""
-    precisions = ("tf32", "bf16", "fp32") if request.on_gpu else ("fp32",)
     for name in ("tiny_resnet",) if request.quick else SHAPES:
         (batch,) = request.batches((128 if request.on_gpu else CPU_BATCH[name],), 8)
-        for precision in precisions:
+        for precision in ("tf32", "bf16", "fp32") if request.on_gpu else ("fp32",):
             for objective, steps in (("ce", 10), ("ce", 20), ("kl", 10)):
                 if precision == "fp32" and request.on_gpu and (objective, steps) != ("ce", 10):
                     continue
                 title = f"{name} {objective} PGD-{steps} {precision} batch {batch}"
-                yield Plan(title, partial(race, title, request, name, precision, objective, steps, batch))
+                yield PlannedCase(title, partial(_case, title, request, name, precision, objective, steps, batch))
 
 
-def race(title: str, request: Request, name: str, precision: str, objective: str, steps: int, batch: int) -> Race:
+def _case(title: str, request: Request, name: str, precision: str, objective: str, steps: int, batch: int) -> Case:
     torch.manual_seed(0)
     clean = torch.rand(batch, *SHAPES[name], device=request.device).to(memory_format=torch.channels_last)
     model = settled(name, request.device, clean, precision)
     with torch.no_grad():
         label, other = model(clean).argmax(1), settled(name, request.device, clean, precision)(clean)
-    problem = Problem(
+    problem = AttackProblem(
         model=model,
         clean_BCHW=clean,
         label_B=label,
@@ -103,35 +134,14 @@ def race(title: str, request: Request, name: str, precision: str, objective: str
         temperature_K=torch.linspace(0.5, 5, CLASSES, device=request.device),
     )
     check = examples_check(problem)
-    contestants = [
-        Contestant(name=name, run=run, reason=reason, exactness=exactness, check=check)
-        for name, exactness, (run, reason) in (
-            (name, exactness, make(problem)) for name, exactness, make in CONTESTANTS
-        )
-    ]
-    flop = steps * flop_of_a_step(problem)
-    return Race(
+    return Case(
         name=title,
-        contestants=contestants,
-        work=Work(images=batch, flop=flop),
+        contenders=[contender(problem, check, *one) for one in CONTENDERS],
+        work=Work(images=batch, flop=steps * problem.flop_of_a_step()),
         precision=precision,
         rounds=None if request.on_gpu else CPU_ROUNDS[name],
         warm_up=1,
     )
-
-
-class InPrecision(nn.Module):
-    """A network under autocast, for whoever calls it; logits in float32."""
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.model, self.dtype = model, dtype
-
-    def forward(self, image_BCHW: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, K)."""
-        mixed = self.dtype != torch.float32
-        with torch.autocast(image_BCHW.device.type, dtype=self.dtype) if mixed else nullcontext():
-            return self.model(image_BCHW).float()
 
 
 def settled(name: str, device: torch.device, clean_BCHW: Tensor, precision: str) -> InPrecision:
@@ -144,9 +154,9 @@ def settled(name: str, device: torch.device, clean_BCHW: Tensor, precision: str)
     return model
 
 
-def examples_check(problem: Problem) -> Callable[[Any], str | None]:
-    """Whether examples keep to the rules and are as strong as those of the plain loop, in float32."""
-    expected = reached_loss(problem, plain_loop(problem)())
+def examples_check(problem: AttackProblem) -> Check:
+    """A check that examples keep to the rules and are as strong as those of the plain loop."""
+    expected = problem.reached(plain_loop(problem)())
 
     def check(adv_BCHW: Any) -> str | None:
         off = float((adv_BCHW.double() - problem.clean_BCHW.double()).abs().max())
@@ -154,7 +164,7 @@ def examples_check(problem: Problem) -> Callable[[Any], str | None]:
             return f"a pixel is {off:.6f} away from its own, {EPS:.6f} allowed"
         if float(adv_BCHW.min()) < 0 or float(adv_BCHW.max()) > 1:
             return "a pixel leaves [0, 1]"
-        found = reached_loss(problem, adv_BCHW)
+        found = problem.reached(adv_BCHW)
         if abs(found - expected) > LOSS_TOLERANCE * expected:
             return f"it reaches a loss of {found:.6g}, the plain loop {expected:.6g}"
         return None
@@ -162,53 +172,42 @@ def examples_check(problem: Problem) -> Callable[[Any], str | None]:
     return check
 
 
-@torch.no_grad()
-def reached_loss(problem: Problem, adv_BCHW: Tensor) -> float:
-    """In float32, whatever precision the examples were made in."""
-    return float(problem.plain_objective(problem.model.model(adv_BCHW)))
+def contender(
+    problem: AttackProblem, check: Check, name: str, make: Callable[[AttackProblem], Call], *packages: str
+) -> Contender:
+    """The contender whose call, which returns the examples, is made by `make` and needs these packages."""
+    exactness = "rounding" if name.startswith("retemper") else "peer"
+    reason, call = peers.missing(*packages), None
+    if reason is None:
+        try:
+            call = make(problem)
+        except Exception as error:  # a library that is broken here: the row says so, and the others go on
+            reason = failure(error)
+    return Contender(name=name, call=call, reason=reason, exactness=exactness, check=check)
 
 
-def flop_of_a_step(problem: Problem) -> float:
-    """Counted by torch in the matrix products and convolutions of one forward and data gradient."""
-    model = problem.own_model().requires_grad_(False)
-    adv = problem.clean_BCHW.clone().requires_grad_()
-    with FlopCounterMode(display=False) as counter:
-        problem.plain_objective(model(adv)).backward()
-    return counter.get_total_flops()
-
-
-# Contestants: a problem to a call that returns the examples, or the reason why there is none
-
-
-def folded(problem: Problem) -> Run:
-    """As training and evaluation do it: on the network's folded twin, folded anew for each attack."""
-    twin = Folded(problem.model.model, problem.model.dtype, "fused" if problem.clean_BCHW.is_cuda else "plain")
-
-    def run() -> Tensor:
-        return pgd(
-            twin.refresh(),
-            problem.clean_BCHW,
-            objective=problem.objective,
-            steps=problem.steps,
-            step=STEP,
-            eps=EPS,
-            start=None,
-        )
-
-    return run
-
-
-def unfolded(problem: Problem) -> Run:
-    model = problem.own_model()
-    return lambda: pgd(
-        model, problem.clean_BCHW, objective=problem.objective, steps=problem.steps, step=STEP, eps=EPS, start=None
+def our_pgd(problem: AttackProblem, model: nn.Module) -> Tensor:
+    return pgd(
+        model, problem.clean_BCHW, objective=problem.objective, steps=problem.steps, step=STEP, eps=EPS, start="none"
     )
 
 
-def plain_loop(problem: Problem) -> Run:
+def folded(problem: AttackProblem) -> Call:
+    """Ours as training and evaluation do it: on the network with its batch norm folded, anew for each attack."""
+    twin = Folded(problem.model.model, problem.model.dtype, "fused" if problem.clean_BCHW.is_cuda else "plain")
+    return lambda: our_pgd(problem, twin.refresh())
+
+
+def unfolded(problem: AttackProblem) -> Call:
+    """Ours on the network as it is."""
+    return partial(our_pgd, problem, problem.own_model())
+
+
+def plain_loop(problem: AttackProblem) -> Call:
+    """The attack as anyone would write it in PyTorch."""
     model, clean = problem.own_model(), problem.clean_BCHW
 
-    def run() -> Tensor:
+    def call() -> Tensor:
         adv = clean.clone()
         for _ in range(problem.steps):
             adv.requires_grad_()
@@ -217,18 +216,17 @@ def plain_loop(problem: Problem) -> Run:
             adv = torch.min(torch.max(adv, clean - EPS), clean + EPS).clamp(0, 1)
         return adv
 
-    return run
+    return call
 
 
-def torchattacks(problem: Problem) -> Run:
-    attack = peers.torchattacks().PGD(problem.own_model(), eps=EPS, alpha=STEP, steps=problem.steps, random_start=False)
-    target = problem.target
+def torchattacks(problem: AttackProblem) -> Call:
+    library, target = peers.library("torchattacks"), problem.target
+    attack = library.PGD(problem.own_model(), eps=EPS, alpha=STEP, steps=problem.steps, random_start=False)
     return lambda: attack(problem.clean_BCHW, target)
 
 
-def foolbox(problem: Problem) -> Run:
-    library, eagerpy = peers.foolbox(), peers.eagerpy()
-    target = problem.target
+def foolbox(problem: AttackProblem) -> Call:
+    library, eagerpy, target = peers.library("foolbox"), peers.library("eagerpy"), problem.target
 
     class Kl(library.attacks.LinfPGD):
         def get_loss_fn(self, model: Any, labels: Any) -> Callable[[Any], Any]:
@@ -236,31 +234,15 @@ def foolbox(problem: Problem) -> Run:
 
     kind = library.attacks.LinfPGD if problem.teacher_BK is None else Kl
     attack = kind(abs_stepsize=STEP, steps=problem.steps, random_start=False)
-    device = problem.clean_BCHW.device
-    model = library.PyTorchModel(problem.own_model(), bounds=(0, 1), device=device)
+    model = library.PyTorchModel(problem.own_model(), bounds=(0, 1), device=problem.clean_BCHW.device)
     criterion = library.criteria.Misclassification(problem.label_B)
     return lambda: attack(model, problem.clean_BCHW, criterion, epsilons=EPS)[1]
 
 
-def library(make: Callable[[Problem], Run], *packages: str) -> Callable[[Problem], tuple[Run | None, str | None]]:
-    """`make`, or why it cannot be."""
-
-    def made(problem: Problem) -> tuple[Run | None, str | None]:
-        reason = peers.missing(*packages)
-        if reason:
-            return None, reason
-        try:
-            return make(problem), None
-        except Exception as error:  # a library that is broken here: the row says so, and the others go on
-            return None, failure(error)
-
-    return made
-
-
-CONTESTANTS: list[tuple[str, str, Callable[[Problem], tuple[Run | None, str | None]]]] = [
-    ("retemper", "rounding", library(folded)),
-    ("retemper, not folded", "rounding", library(unfolded)),
-    ("plain loop", "peer", library(plain_loop)),
-    ("torchattacks.PGD", "peer", library(torchattacks, "torchattacks")),
-    ("foolbox.LinfPGD", "peer", library(foolbox, "foolbox", "eagerpy")),
-]
+CONTENDERS = (  # name, how it is made, packages that it needs
+    ("retemper", folded),
+    ("retemper, not folded", unfolded),
+    ("plain loop", plain_loop),
+    ("torchattacks.PGD", torchattacks, "torchattacks"),
+    ("foolbox.LinfPGD", foolbox, "foolbox", "eagerpy"),
+)

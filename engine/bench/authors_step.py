@@ -16,36 +16,32 @@ from torch.nn import functional as F
 EPS, STEP, STEPS = 8 / 255, 2 / 255, 10
 
 
-class ReleasedStep:
+def new_sgd(student: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-4)
+
+
+class AuthorsStep:
     """The step, on networks that stay contiguous.
 
     Args:
         student, teacher: on the images' device; the teacher in eval mode.
-        temperature_adv, temperature_clean: one for each class.
+        temperatures: one for each class, of both terms.
         deterministic: the flag that the script sets; without it the rest of the step is timed alone.
     """
 
     def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        temperature_adv: list[float],
-        temperature_clean: list[float],
-        deterministic: bool = True,
-        eps: float = EPS,
-        step: float = STEP,
+        self, student: nn.Module, teacher: nn.Module, temperatures: list[float], deterministic: bool = True
     ) -> None:
         self.student, self.teacher, self.deterministic = student, teacher, deterministic
-        self.temperature_adv, self.temperature_clean = temperature_adv, temperature_clean
-        self.loss_adv, self.loss_clean = [0.0] * len(temperature_adv), [0.0] * len(temperature_clean)
-        self.eps, self.step = eps, step
-        self.optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-4)
+        self.temperatures = temperatures
+        self.loss_adv, self.loss_clean = [0.0] * len(temperatures), [0.0] * len(temperatures)
+        self.optimizer = new_sgd(student)
 
     def __call__(self, clean: Tensor, label: Tensor) -> float:
-        """One step; the loss."""
+        """Do one step on images (B, C, H, W) and labels (B,); the loss."""
         with self._flags():
             target_adv, target_clean = self.targets(clean, label)
-            adv = self.attack(clean, target_adv, 0.001 * torch.randn_like(clean))
+            adv = attack(self.student, clean, target_adv, 0.001 * torch.randn_like(clean), again=True)
             self.student.train()
             self.optimizer.zero_grad()
             logits_adv, logits_clean = self.student(adv), self.student(clean)
@@ -62,27 +58,9 @@ class ReleasedStep:
             logits = self.teacher(clean)
         target_adv, target_clean = logits.detach(), logits.detach()
         for i in range(len(label)):
-            target_adv[i] = target_adv[i] / self.temperature_adv[label[i]]
-            target_clean[i] = target_clean[i] / self.temperature_clean[label[i]]
+            target_adv[i] = target_adv[i] / self.temperatures[label[i]]
+            target_clean[i] = target_clean[i] / self.temperatures[label[i]]
         return target_adv, target_clean
-
-    def soft(self, target: Tensor) -> Tensor:
-        """The attack's soft labels, computed anew in each of its steps."""
-        return target.softmax(1)
-
-    def attack(self, clean: Tensor, target: Tensor, noise: Tensor) -> Tensor:
-        """PGD on the KL divergence, from `clean` + `noise`."""
-        self.student.eval()
-        adv = clean.detach() + noise
-        for _ in range(STEPS):
-            adv.requires_grad_()
-            with torch.enable_grad():
-                loss = F.kl_div(F.log_softmax(self.student(adv), 1), self.soft(target), reduction="sum")
-            (grad,) = torch.autograd.grad(loss, [adv])
-            adv = adv.detach() + self.step * torch.sign(grad.detach())
-            adv = torch.min(torch.max(adv, clean - self.eps), clean + self.eps)
-            adv = torch.clamp(adv, 0.0, 1.0)
-        return adv.detach()
 
     def count(self, logits_adv: Tensor, logits_clean: Tensor, label: Tensor) -> None:
         """Add each sample's cross-entropy to its class's sum."""
@@ -103,36 +81,52 @@ class ReleasedStep:
             torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
 
 
+def attack(student: nn.Module, clean: Tensor, target: Tensor, noise: Tensor, again: bool) -> Tensor:
+    """PGD on the KL divergence, from `clean` + `noise`.
+
+    Args:
+        target: (B, K) logits, made probabilities in every step, if `again`; else probabilities.
+    """
+    student.eval()
+    adv = clean.detach() + noise
+    for _ in range(STEPS):
+        adv.requires_grad_()
+        with torch.enable_grad():
+            soft = target.softmax(1) if again else target
+            loss = F.kl_div(F.log_softmax(student(adv), 1), soft, reduction="sum")
+        (grad,) = torch.autograd.grad(loss, [adv])
+        adv = adv.detach() + STEP * torch.sign(grad.detach())
+        adv = torch.min(torch.max(adv, clean - EPS), clean + EPS)
+        adv = torch.clamp(adv, 0.0, 1.0)
+    return adv.detach()
+
+
 def soft_loss(logits: Tensor, target: Tensor) -> Tensor:
     """The script's KL: a mean over batch and classes, with 1e-5 in the target's logarithm."""
     return (-target * torch.log(F.softmax(logits, 1)) + target * torch.log(target + 1e-5)).mean()
 
 
-class CarefulStep(ReleasedStep):
+class CarefulStep:
     """The same step as a careful user writes it in PyTorch: no loop, nothing read out, targets computed once.
 
-    compile: run the student through torch.compile.
+    Args:
+        compile: run the student through torch.compile.
     """
 
     def __init__(
         self, student: nn.Module, teacher: nn.Module, temperatures: list[float], compile: bool = False
     ) -> None:
-        super().__init__(student, teacher, temperatures, temperatures, deterministic=False)
-        if compile:
-            self.student: nn.Module = torch.compile(student, dynamic=False)  # pyright: ignore[reportAttributeAccessIssue]
+        self.student = torch.compile(student, dynamic=False) if compile else student
+        self.teacher, self.optimizer = teacher, new_sgd(student)
         device = next(student.parameters()).device
         self.temperature_K = torch.tensor(temperatures, device=device)
         self.loss_adv_K, self.loss_clean_K = torch.zeros(2, len(temperatures), device=device)
 
-    def soft(self, target: Tensor) -> Tensor:
-        """They are already."""
-        return target
-
-    def __call__(self, clean: Tensor, label: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step; the loss, on the device."""
+    def __call__(self, clean: Tensor, label: Tensor) -> Tensor:
+        """Do one step on images (B, C, H, W) and labels (B,); the loss, on the device."""
         with torch.no_grad():
             target = (self.teacher(clean) / self.temperature_K[label][:, None] ** 2).softmax(1)
-        adv = self.attack(clean, target, 0.001 * torch.randn_like(clean))
+        adv = attack(self.student, clean, target, 0.001 * torch.randn_like(clean), again=False)
         self.student.train()
         self.optimizer.zero_grad(set_to_none=True)
         logits_adv, logits_clean = self.student(adv), self.student(clean)

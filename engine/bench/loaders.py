@@ -1,8 +1,10 @@
 """An epoch of random 32 x 32 images: padded by 4, cropped at random, flipped, as float pixels in [0, 1] on the device.
 
-Ours, from both backends, beside FFCV with its own random operations, and torchvision's transforms in a DataLoader. All
-give batches of the same images. The two of ours must agree to the bit; what the others give must be a crop of the right
-image, mirrored or not. A library's loader is used at its best: persistent workers, pinned memory on a GPU.
+Ours, from both backends, beside FFCV with its own random operations, and torchvision's transforms in a DataLoader. A
+call is an epoch; `images/s` is what a training step must not exceed, or it waits. The first row is the baseline: a
+`ratio` above 1 is slower than it. Ours draws the views itself, so that an epoch can be drawn again: its two backends
+must agree to the bit. What the others give must be a crop of the right image, mirrored or not. A library's loader is
+used at its best: persistent workers, pinned memory on a GPU.
 """
 
 import os
@@ -18,9 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from retemper.engine.bench import peers
-from retemper.engine.bench.machine import Work
-from retemper.engine.bench.plan import Plan, Request
-from retemper.engine.bench.timing import Contestant, Race
+from retemper.engine.bench.case import Case, Check, Contender, PlannedCase, Request, Work
 from retemper.kernels import augment, augment_reference, num_views
 from retemper.loaders import Split, ViewSpace, convert, ffcv_problem, make_loader, split_of_arrays
 from retemper.loaders.ffcv_library import ffcv_module
@@ -33,15 +33,15 @@ Batch = tuple[Tensor, Tensor]  # (B, C, H, W) float32 on the device; (B,) positi
 Epoch = Callable[[], Iterable[Batch]]
 
 
-def plan(request: Request) -> Iterator[Plan]:
-    """One race."""
+def cases(request: Request) -> Iterator[PlannedCase]:
+    """One case."""
     (batch,) = request.batches((128,), 64)
     images = 512 if request.quick else 50_000 if request.on_gpu else 10_000
     title = f"{images:,} images of {SIDE}x{SIDE}x3 batch {batch}"
-    yield Plan(title, partial(race, title, request, images, batch))
+    yield PlannedCase(title, partial(_case, title, request, images, batch))
 
 
-def race(title: str, request: Request, images: int, batch: int) -> Race:
+def _case(title: str, request: Request, images: int, batch: int) -> Case:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (images, SIDE, SIDE, 3), dtype=np.uint8)
     split = split_of_arrays("random", "train", pixels, np.arange(images) % 10, tuple("0123456789"), "random")
@@ -54,45 +54,43 @@ def race(title: str, request: Request, images: int, batch: int) -> Race:
     no_torchvision = peers.missing("torchvision", "PIL")
     first: list[Batch] = []  # of the resident backend, for the other to agree with
 
-    def ours(kind: str) -> Callable[[], Epoch]:
-        return lambda: our_epoch(kind, split, batch, request.device, beton)
-
     def valid(result: list[Batch]) -> str | None:
         return wrong_views(result, pixels)
 
     def agrees(result: list[Batch]) -> str | None:
-        if not first:
-            first.extend(result)
-        same = all(
-            torch.equal(a, b) for old, new in zip(first, result, strict=True) for a, b in zip(old, new, strict=True)
-        )
-        return wrong_views(result, pixels) if same else "its batches are not those of the resident backend"
+        first.extend([] if first else result)
+        pairs = ((a, b) for old, new in zip(first, result, strict=True) for a, b in zip(old, new, strict=True))
+        same = all(torch.equal(a, b) for a, b in pairs)
+        return valid(result) if same else "its batches are not those of the resident backend"
 
-    contestants = [
-        contestant("retemper, resident", None, ours("resident"), agrees, "bitwise"),
-        contestant("retemper, ffcv", no_ffcv, ours("ffcv"), agrees, "bitwise"),
-        contestant("FFCV's own operations", slow or no_ffcv, lambda: ffcv_epoch(beton, batch, request.device), valid),
-    ]
-    for workers in (WORKERS, 0):
-        name = f"torchvision, {workers} workers"
+    def ours(kind: str, reason: str | None) -> Contender:
+        make = partial(our_epoch, kind, split, batch, request.device, beton)
+        return contender(f"retemper, {kind}", reason, make, agrees, "bitwise")
+
+    def torchvision(workers: int) -> Contender:
         make = partial(torchvision_epoch, pixels, batch, request.device, workers)
-        contestants.append(contestant(name, no_torchvision, make, valid))
+        return contender(f"torchvision, {workers} workers", no_torchvision, make, valid)
+
+    ffcv = partial(ffcv_epoch, beton, batch, request.device)
+    contenders = [
+        ours("resident", None),
+        ours("ffcv", no_ffcv),
+        contender("FFCV's own operations", slow or no_ffcv, ffcv, valid),
+        torchvision(WORKERS),
+        torchvision(0),
+    ]
     rounds = max(3, request.rounds // 4)  # of whole epochs
     work = Work(images=images)
-    return Race(name=title, contestants=contestants, work=work, rounds=rounds, warm_up=1, close=folder.cleanup)
+    return Case(name=title, contenders=contenders, work=work, rounds=rounds, warm_up=1, close=folder.cleanup)
 
 
-def contestant(
-    name: str,
-    reason: str | None,
-    make: Callable[[], Epoch],
-    check: Callable[[Any], str | None],
-    exactness: str = "peer",
-) -> Contestant:
-    """Runs an epoch to its end. The loader is made in the first call, which keeps some batches for the check."""
+def contender(
+    name: str, reason: str | None, make: Callable[[], Epoch], check: Check, exactness: str = "peer"
+) -> Contender:
+    """A call is an epoch to its end. The loader is made in the first one, which keeps its batches for the check."""
     made: list[Epoch] = []
 
-    def run() -> list[Batch]:
+    def call() -> list[Batch]:
         if not made:
             made.append(make())
             return [(image.clone(), index.clone()) for image, index in made[0]()]
@@ -100,11 +98,15 @@ def contestant(
             pass
         return []
 
-    return Contestant(name=name, run=None if reason else run, reason=reason, check=check, exactness=exactness)
+    return Contender(name=name, call=None if reason else call, reason=reason, check=check, exactness=exactness)
 
 
 def wrong_views(batches: list[Batch], pixels: np.ndarray) -> str | None:
-    """Why these are not the images of an epoch, each in one of its views; the first of every batch are looked at."""
+    """Why these are not the images of an epoch, each in one of its views; the first of some batches are looked at.
+
+    Args:
+        pixels: (N, H, W, 3) uint8, the images as they are.
+    """
     seen = torch.cat([index.cpu() for _, index in batches])
     if not torch.equal(seen.sort().values, torch.arange(len(pixels))):
         return f"it gives {len(seen):,} images, {len(seen.unique()):,} different ones, of {len(pixels):,}"
@@ -119,15 +121,9 @@ def wrong_views(batches: list[Batch], pixels: np.ndarray) -> str | None:
 
 
 def our_epoch(kind: Any, split: Split, batch: int, device: torch.device, beton: Path) -> Epoch:
-    loader = make_loader(
-        kind,
-        split,
-        batch_size=batch,
-        seed=0,
-        views=ViewSpace(PADDING),
-        device=device,
-        beton=beton if kind == "ffcv" else None,
-    )
+    path = beton if kind == "ffcv" else None
+    views = ViewSpace(PADDING)
+    loader = make_loader(kind, split, batch_size=batch, seed=0, views=views, device=device, beton=path)
 
     def epoch() -> Iterator[Batch]:
         for given in loader.epoch(1):
@@ -158,12 +154,7 @@ def ffcv_epoch(beton: Path, batch: int, device: torch.device) -> Epoch:
         os_cache=True,
         pipelines={"image": image, "label": None, "index": index},
     )
-
-    def epoch() -> Iterator[Batch]:
-        for image_BCHW, index_B in loader:
-            yield image_BCHW.float().div_(255), index_B
-
-    return epoch
+    return lambda: ((image_BCHW.float().div_(255), index_B) for image_BCHW, index_B in loader)
 
 
 class Images(Dataset[tuple[Tensor, int]]):
@@ -193,9 +184,4 @@ def torchvision_epoch(pixels: np.ndarray, batch: int, device: torch.device, work
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
     )
-
-    def epoch() -> Iterator[Batch]:
-        for image_BCHW, index_B in loader:
-            yield image_BCHW.to(device, non_blocking=True), index_B
-
-    return epoch
+    return lambda: ((image_BCHW.to(device, non_blocking=True), index_B) for image_BCHW, index_B in loader)

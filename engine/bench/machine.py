@@ -2,42 +2,38 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from retemper.engine.bench.case import Call, Work
 from retemper.engine.device import DTYPES, in_precision
-
-if TYPE_CHECKING:
-    from retemper.engine.bench.machine import Work
 
 PROFILED_CALLS = 3
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all it was given."""
+    """Return when the device has done all it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class Rates:
-    """What this machine reaches in this run: a large copy, and a large matrix product in each precision asked for.
+    """What this machine reaches: bytes of a large copy, operations of a large matrix product in each precision.
 
-    Measured in every race anew, while the machine may be busy: the best so far counts.
+    Measured anew for every case that asks, since the machine may be busy: the best so far counts.
 
     Args:
-        quick: small ones, which say little; for trying a benchmark out.
+        quick: take small ones, which say little; for trying a benchmark out.
     """
 
     def __init__(self, device: torch.device, quick: bool = False) -> None:
         self.device, self.quick = device, quick
         self.best: dict[str, float] = {}
-        self.fresh: set[str] = set()  # measured in this race
+        self.fresh: set[str] = set()  # measured for this case
 
-    def next_race(self) -> None:
+    def next_case(self) -> None:
         """Measure anew what is asked for from here on."""
         self.fresh.clear()
 
@@ -53,7 +49,7 @@ class Rates:
         return self._best("copy", measured)
 
     def matmul_tflop_per_s(self, precision: str) -> float:
-        """Of the product of two square matrices of random numbers."""
+        """Operations of the product of two square matrices of random numbers."""
 
         def measured() -> float:
             side = 256 if self.quick else 8192 if self.device.type == "cuda" else 1024
@@ -63,13 +59,7 @@ class Rates:
 
         return self._best(precision, measured)
 
-    def _best(self, name: str, measured: Callable[[], float]) -> float:
-        if name not in self.fresh:
-            self.best[name] = max(self.best.get(name, 0), measured())
-            self.fresh.add(name)
-        return self.best[name]
-
-    def bound_ms(self, work: "Work", precision: str) -> float | None:
+    def bound_ms(self, work: Work, precision: str) -> float | None:
         """The least time the work can take at these rates; work that stays in a cache can beat it."""
         needed = []
         if work.bytes:
@@ -79,22 +69,31 @@ class Rates:
         return 1e3 * max(needed) if needed else None
 
     def as_json(self) -> dict[str, Any]:
+        """The rates measured so far."""
         matmul = {name: rate for name, rate in self.best.items() if name != "copy"}
         return {"copy_gb_per_s": self.best.get("copy"), "matmul_tflop_per_s": matmul}
 
-    def _seconds(self, work: Callable[[], Tensor]) -> float:
-        """Of one call: the best of 10, after 3 that do not count; what the machine can, not what it happens to do."""
+    def _best(self, name: str, measured: Callable[[], float]) -> float:
+        if name not in self.fresh:
+            self.best[name] = max(self.best.get(name, 0), measured())
+            self.fresh.add(name)
+        return self.best[name]
+
+    def _seconds(self, call: Call) -> float:
+        """The seconds of one call: the best of 10, after 3 that do not count."""
         taken = []
         for _ in range(13):
             wait(self.device)
             started = time.perf_counter()
-            work()
+            call()
             wait(self.device)
             taken.append(time.perf_counter() - started)
         return min(taken[3:])
 
 
 class _Counter(TorchDispatchMode):
+    """Counts the operations that torch dispatches inside."""
+
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
@@ -104,23 +103,22 @@ class _Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_launches(run: Callable[[], object], device: torch.device, calls: int = 1) -> dict[str, Any]:
+def count_launches(call: Call, device: torch.device, calls: int = 1) -> dict[str, Any]:
     """What one call starts: on a GPU kernels, copies and fills, and their time alone; on a CPU operations of torch.
 
-    Not for code that torch.compile takes part in, on a CPU: it refuses to run under a mode that counts.
-
     Args:
-        calls: how many a `run` stands for.
+        call: on a CPU, without torch.compile, which refuses to run under a mode that counts.
+        calls: how many calls a `call` stands for.
     """
     if device.type != "cuda":
         with _Counter() as counter:
-            run()
+            call()
         return {"launches": round(counter.count / calls), "launches_kind": "dispatched operations", "kernel_ms": None}
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         for _ in range(PROFILED_CALLS):
-            run()
+            call()
         wait(device)
     events = [
         event
@@ -135,23 +133,14 @@ def count_launches(run: Callable[[], object], device: torch.device, calls: int =
     }
 
 
-def added_memory(run: Callable[[], object], device: torch.device) -> dict[str, float | None]:
-    """Of one call on a GPU, in MB: the peak of all that is allocated, and how far that is above what was there."""
+def added_memory(call: Call, device: torch.device) -> dict[str, float | None]:
+    """The memory of one call on a GPU, in MB: the peak of all that is allocated, and its distance from before."""
     if device.type != "cuda":
         return {"peak_mb": None, "added_mb": None}
     wait(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    run()
+    call()
     wait(device)
     peak = torch.cuda.max_memory_allocated(device)
     return {"peak_mb": peak / 1e6, "added_mb": (peak - before) / 1e6}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What one call has to do at least: images it takes, floating-point operations, bytes it reads and writes."""
-
-    images: int = 0
-    flop: float = 0
-    bytes: float = 0

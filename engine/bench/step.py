@@ -1,68 +1,48 @@
-"""The training step, move by move: the authors' script, then each thing that makes ours faster, then all but one.
+"""The training step, option by option: the authors' script, then each thing that makes ours faster, then all but one.
 
 One ABSLD step (variant `released`, which is what the script computes): the teacher on the clean images, PGD-10 on the
 student in eval mode, two forwards in train mode, one backward, SGD. Every row starts from the same weights, images and
-noise (the script from that of the row's memory format), and is timed only if its attack stays in the ball, reaches the
-script's KL divergence within 0.1 %, measured in float64 by one network, and adds what the script's adds within 1 %; a
-step in a CUDA graph must also have the eager step's losses. The networks are random, their sizes real: no time depends
-on what they have learnt.
+noise (the script from that of the row's memory format) and is checked before it is timed, see step_problem.py; a step
+in a CUDA graph must also have the eager step's losses. `ratio` is a row's time in the first row's: below 1 is faster
+than the authors' script. Rows that do not ask the teacher in each step have less to do than the table's work; their
+TFLOP/s count what they do.
 
-FLOP are counted by torch on the two networks: forward of the teacher, 20 of the student for the attack (an input
-gradient costs a forward), 6 for the training. Rows that do not ask the teacher in each step have less to do than the
-table's work; their TFLOP/s count what they do.
+    retemper bench step --profile DIR       where the time goes: a table and a trace for each student
 """
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
 
-from retemper.engine.bench.authors_step import EPS, CarefulStep, ReleasedStep
-from retemper.engine.bench.machine import Work
-from retemper.engine.bench.plan import Plan, Request
-from retemper.engine.bench.timing import Contestant, Race
-from retemper.engine.catalogue import find_setting
+from retemper.engine.bench.authors_step import CarefulStep
+from retemper.engine.bench.case import Call, Case, Contender, PlannedCase, Request, Work
+from retemper.engine.bench.step_problem import AGREEMENT, TEACHERS, StepProblem
 from retemper.engine.device import in_precision, tuned_convolutions
-from retemper.engine.models import channels_last, create_model
 from retemper.engine.recipe import Recipe
 from retemper.engine.speed.capture import captured
-from retemper.engine.state import State
 from retemper.engine.step import attack, descend, observe, train_step
-from retemper.kernels import random_start_
 
-STUDENTS = {"tiny_resnet": "tiny_resnet_wide", "mobilenet_v2": "wrn34_10", "resnet18": "wrn34_10"}  # their teachers
 CPU_BATCH = {"tiny_resnet": 128, "mobilenet_v2": 8, "resnet18": 4}
-INPUTS = 8  # batches that take turns
 AHEAD = 8  # batches that the teacher is asked about at once
-REACTION = 50  # times the student's last layer, since an untrained network hardly reacts to its input
-AGREEMENT = 1e-3  # of the KL reached, and ten times as much of what the attack added to it
-LOSS_AGREEMENT = {"fp32": 1e-2, "bf16": 5e-2}  # of the first loss: batch statistics of few images enlarge rounding
-
-BARE: dict[str, Any] = dict(
-    precision="fp32",
-    channels_last=False,
-    fold=False,
-    epilogue="plain",
-    capture="off",
-    teacher_ahead=0,
-    teacher_table="off",
-    fused_sgd=False,
-)
+PROFILED_STEPS = 3
+NO_GRAPH = "CUDA graphs need a GPU"
 
 
 @dataclass(frozen=True)
-class Rung:
-    """A row of the ladder: what it adds to the one before.
+class Variant:
+    """Our step with something changed.
 
     Attributes:
-        exactness: of the addition.
+        changes: fields of the recipe.
+        exactness: of the change.
         gpu: why it is left out on a CPU; None where it is not.
         logits: who gives the teacher's logits: the "step", the teacher for AHEAD batches at once ("ahead"), or a
             "table".
@@ -75,260 +55,165 @@ class Rung:
     logits: str = "step"
 
 
-NO_GRAPH = "CUDA graphs need a GPU"
-LADDER = (
-    Rung("vectorised", {}, "rounding"),
-    Rung("+ channels-last", dict(channels_last=True), "rounding"),
-    Rung("+ bf16", dict(precision="bf16"), "lower precision", "bf16 is slower than fp32 on a CPU without matrix units"),
-    Rung("+ fused SGD", dict(fused_sgd=True), "rounding"),
-    Rung("+ folded batch norm", dict(fold=True), "rounding"),
-    Rung("+ fused epilogues", dict(epilogue="fused"), "rounding", "on a CPU convolutions add their bias themselves"),
-    Rung("+ CUDA graph", dict(capture="on"), "bitwise", NO_GRAPH),
-    Rung(f"+ teacher for {AHEAD} batches at once", {}, "rounding", logits="ahead"),
-    Rung("+ table, every view known", {}, "rounding", logits="table"),
+ADDITIONS = (  # each to the one before
+    Variant("vectorised", {}, "rounding"),
+    Variant("+ channels-last", dict(channels_last=True), "rounding"),
+    Variant(
+        "+ bf16", dict(precision="bf16"), "lower precision", "bf16 is slower than fp32 on a CPU without matrix units"
+    ),
+    Variant("+ fused SGD", dict(fused_sgd=True), "rounding"),
+    Variant("+ folded batch norm", dict(fold=True), "rounding"),
+    Variant("+ fused epilogues", dict(epilogue="fused"), "rounding", "on a CPU convolutions add their bias themselves"),
+    Variant("+ CUDA graph", dict(capture="on"), "bitwise", NO_GRAPH),
+    Variant(f"+ teacher for {AHEAD} batches at once", {}, "rounding", logits="ahead"),
+    Variant("+ table, every view known", {}, "rounding", logits="table"),
 )
-OTHERWISE = (  # the whole ladder but for one thing, asking the teacher in each step
-    Rung("all but channels-last", dict(channels_last=False), "rounding"),
-    Rung("all but bf16", dict(precision="fp32"), "rounding", "not used on a CPU"),
-    Rung("all but fused SGD", dict(fused_sgd=False), "rounding"),
-    Rung("all but folded batch norm", dict(fold=False, epilogue="plain"), "rounding"),
-    Rung("all but fused epilogues", dict(epilogue="plain"), "rounding", "not used on a CPU"),
-    Rung("all but the graph", dict(capture="off"), "bitwise", "not used on a CPU"),
-    Rung("twin compiled instead of fused", dict(epilogue="compiled"), "rounding"),
+OTHERWISE = (  # all additions but for one thing, asking the teacher in each step
+    Variant("all but channels-last", dict(channels_last=False), "rounding"),
+    Variant("all but bf16", dict(precision="fp32"), "rounding", "not used on a CPU"),
+    Variant("all but fused SGD", dict(fused_sgd=False), "rounding"),
+    Variant("all but folded batch norm", dict(fold=False, epilogue="plain"), "rounding"),
+    Variant("all but fused epilogues", dict(epilogue="plain"), "rounding", "not used on a CPU"),
+    Variant("all but the graph", dict(capture="off"), "bitwise", "not used on a CPU"),
+    Variant("twin compiled instead of fused", dict(epilogue="compiled"), "rounding"),
+    Variant("and a padded stem", dict(pad_stem=True), "rounding"),
 )
 
 
-def plan(request: Request) -> Iterator[Plan]:
-    """Per student and batch: the ladder (with convolutions in TF32 on a GPU, as the script has them), all but one, and
-    the phases of the whole; on a GPU also the ladder in strict fp32."""
-    for student in ("tiny_resnet", "mobilenet_v2", "resnet18"):
+def cases(request: Request) -> Iterator[PlannedCase]:
+    """For each student and batch: addition by addition, with convolutions in TF32 on a GPU as the script has them (and
+    at batch 128 in strict fp32), all but one, and the phases of the whole."""
+    for student in TEACHERS:
         usual = (128, 1024) if request.on_gpu else (CPU_BATCH[student],)
         for batch in request.batches(usual, 2):
-            for name, build in (("ladder", ladder), ("all but one", otherwise), ("phases", phases)):
+            for name, rows in (("ladder", one_by_one), ("all but one", all_but_one), ("phases", phase_rows)):
                 title = f"{name}, {student} batch {batch}"
-                yield Plan(title, partial(build, title, request, student, batch))
+                yield PlannedCase(title, partial(_case, title, request, student, batch, rows))
             if request.on_gpu and batch == 128:
                 title = f"ladder in strict fp32, {student} batch {batch}"
-                yield Plan(title, partial(ladder, title, request, student, batch, strict=True))
+                rows = partial(one_by_one, strict=True)
+                yield PlannedCase(title, partial(_case, title, request, student, batch, rows, "fp32"))
 
 
-class Scene:
-    """What all rows of a race share: two networks, INPUTS batches, one noise, and what the script reaches with them."""
-
-    def __init__(self, request: Request, student: str, batch: int) -> None:
-        torch.manual_seed(0)
-        self.request, self.name, self.batch = request, student, batch
-        self.device, size, channels = request.device, *((8, 1) if student == "tiny_resnet" else (32, 3))
-        self.student = create_model(student, 10).to(self.device)
-        self.teacher = create_model(STUDENTS[student], 10).to(self.device).eval().requires_grad_(False)
-        with torch.no_grad():
-            for network, times in ((self.student, REACTION), (self.teacher, 10)):
-                last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
-                last.weight *= times  # and soft labels that differ from class to class
-        shape = (batch, channels, size, size)
-        self.batches = [
-            (torch.rand(shape, device=self.device), torch.randint(10, (batch,), device=self.device))
-            for _ in range(INPUTS)
-        ]
-        self.references: dict[bool, tuple[float, float]] = {}
-        self.temperatures = [0.5 + 0.15 * k for k in range(10)]
-        self.recipe: Recipe = replace(
-            find_setting("absld:cifar10_resnet18")[2].recipe, student=student, variant="released", **BARE
-        )
-
-    @property
-    def first(self) -> tuple[Tensor, Tensor]:
-        return self.batches[0]
-
-    def noise(self, recipe: Recipe) -> Tensor:
-        """The random start of the first batch, as our seed 0 draws it in the recipe's memory format."""
-        zeros = torch.zeros_like(self.layout(self.first[0], recipe))
-        seed = torch.zeros(1, dtype=torch.int64, device=self.device)
-        return random_start_(zeros.clone(), zeros, EPS, noise="normal", seed=seed, clip=False).contiguous()
-
-    def released(self, deterministic: bool = True) -> ReleasedStep:
-        student, t = copy.deepcopy(self.student), self.temperatures
-        return ReleasedStep(student, self.teacher, t, t, deterministic)
-
-    @cached_property
-    def judge(self) -> nn.Module:
-        return copy.deepcopy(self.student).double().eval()
-
-    @cached_property
-    def target(self) -> Tensor:
-        """The soft labels of the first batch, float64."""
-        clean, label = self.first
-        temperature = torch.tensor(self.temperatures, device=self.device, dtype=torch.float64)
-        with torch.no_grad():
-            return (self.teacher(clean).double() / temperature[label][:, None] ** 2).softmax(1)
-
-    @torch.no_grad()
-    def reached(self, adv: Tensor) -> float:
-        """The KL divergence at `adv`, summed over the first batch."""
-        parts = zip(adv.double().split(64), self.target.split(64), strict=True)
-        return sum(float(F.kl_div(self.judge(x).log_softmax(1), y, reduction="sum")) for x, y in parts)
-
-    def reference(self, recipe: Recipe) -> tuple[float, float]:
-        """The KL that the script's attack reaches on the first batch from the recipe's start, and its loss then."""
-        if recipe.channels_last not in self.references:
-            self.references[recipe.channels_last] = self._reference(self.noise(recipe))
-        return self.references[recipe.channels_last]
-
-    def _reference(self, noise: Tensor) -> tuple[float, float]:
-        clean, label = self.first
-        released = self.released()
-        target, _ = released.targets(clean, label)
-        adv = released.attack(clean, target, noise)
-        released.student.train()
-        target = self.target.float()
-        with torch.no_grad():
-            kl = [F.kl_div(released.student(x).log_softmax(1), target, reduction="batchmean") for x in (adv, clean)]
-        return self.reached(adv), float(5 / 6 * kl[0] + 1 / 6 * kl[1]) / target.shape[1]
-
-    def misses(self, adv: Tensor, recipe: Recipe) -> str | None:
-        """What is wrong with the images that an attack made of the first batch, if anything."""
-        clean, kl, expected = self.first[0], self.reached(adv), self.reference(recipe)[0]
-        if float((adv - clean).abs().max()) > EPS + 1e-6 or float(adv.min()) < 0 or float(adv.max()) > 1:
-            return "its images leave the ball or the range of pixels"
-        start = self.reached(clean)
-        if abs((kl - start) / (expected - start) - 1) > 10 * AGREEMENT:
-            return f"its attack adds {kl - start:.6g} to the KL, the script's {expected - start:.6g}"
-        return (
-            None if abs(kl / expected - 1) <= AGREEMENT else f"its attack reaches {kl:.6g}, the script's {expected:.6g}"
-        )
-
-    def misses_loss(self, loss: Any, recipe: Recipe) -> str | None:
-        """What is wrong with the first loss."""
-        expected = self.reference(recipe)[1]
-        precision = "bf16" if recipe.precision == "bf16" else "fp32"
-        close = abs(float(loss) / expected - 1) <= LOSS_AGREEMENT[precision]
-        return None if close else f"its first loss is {float(loss):.6g}, the script's {expected:.6g}"
-
-    def state(self, recipe: Recipe) -> State:
-        teacher = copy.deepcopy(self.teacher)
-        teacher = channels_last(teacher, self.device) if recipe.channels_last else teacher
-        state = State.begin(recipe, copy.deepcopy(self.student), teacher, 10, self.device)
-        temperature_K = torch.tensor(self.temperatures)
-        state.move_classes({"temperature_adv": temperature_K, "temperature_clean": temperature_K})
-        return state
-
-    def layout(self, images: Tensor, recipe: Recipe) -> Tensor:
-        return images.contiguous(memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format)
-
-    def flop(self, teacher: bool) -> float:
-        return self.batch * (26 * flop(self.student, self.first[0]) + teacher * flop(self.teacher, self.first[0]))
-
-    def work(self, teacher: bool = True) -> Work:
-        return Work(images=self.batch, flop=self.flop(teacher))
-
-
-def flop(model: nn.Module, images: Tensor) -> float:
-    """Of one forward on one image."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        copy.deepcopy(model).eval()(images[:1])
-    return counter.get_total_flops()
-
-
-def ladder(title: str, request: Request, student: str, batch: int, strict: bool = False) -> Race:
-    """The script, what a careful user writes, and ours, each row with one thing more."""
-    with in_precision("fp32" if strict else "tf32"):
-        return _ladder(title, Scene(request, student, batch), strict)
-
-
-def _ladder(title: str, scene: Scene, strict: bool) -> Race:
-    request = scene.request
-    rows = peers(scene)
-    recipe = scene.recipe
-    for rung in LADDER:
-        if strict and rung.changes.get("precision") == "bf16":
-            continue
-        if rung.gpu is None or request.on_gpu:
-            recipe = replace(recipe, **rung.changes)
-        rows.append(contestant(scene, recipe, rung))
-    return _race(title, scene, rows, "fp32" if strict else "tf32")
-
-
-def otherwise(title: str, request: Request, student: str, batch: int) -> Race:
-    """The whole, and the whole with one thing taken away or done otherwise."""
-    with in_precision("tf32"):
-        return _otherwise(title, Scene(request, student, batch))
-
-
-def _otherwise(title: str, scene: Scene) -> Race:
-    request = scene.request
-    recipe = whole(scene)
-    rows = [contestant(scene, recipe, Rung("all", {}, "rounding"))]
-    for rung in OTHERWISE:
-        possible = rung.gpu is None or request.on_gpu
-        rows.append(contestant(scene, replace(recipe, **rung.changes) if possible else recipe, rung))
-    return _race(title, scene, rows, "tf32")
-
-
-def whole(scene: Scene, captured: bool = True) -> Recipe:
-    """The recipe at the top of the ladder, asking the teacher in each step."""
-    recipe = scene.recipe
-    for rung in LADDER:
-        if (rung.gpu is None or scene.request.on_gpu) and (captured or "capture" not in rung.changes):
-            recipe = replace(recipe, **rung.changes)
-    return recipe
-
-
-def peers(scene: Scene) -> list[Contestant]:
-    """The script, the baseline of every ratio; and careful PyTorch."""
-    turns = [cycle(scene.batches) for _ in range(4)]
-    released, free = scene.released(), scene.released(deterministic=False)
-    careful = CarefulStep(copy.deepcopy(scene.student), scene.teacher, scene.temperatures)
-    rows = [Contestant(name="released script", run=lambda: released(*next(turns[0])))]
-    if scene.request.on_gpu:
-        rows.append(Contestant(name="released, any convolution", run=lambda: free(*next(turns[1]))))
-    rows.append(Contestant(name="careful PyTorch", run=tuned(lambda: careful(*next(turns[2])))))
-    name = "careful PyTorch, torch.compile"
-    if scene.request.quick or not scene.request.on_gpu:
-        reason = "left out by --quick" if scene.request.quick else "takes minutes to compile on a CPU: left out"
-        return [*rows, Contestant(name=name, run=None, reason=reason)]
-    fast = CarefulStep(copy.deepcopy(scene.student), scene.teacher, scene.temperatures, compile=True)
-    return [*rows, Contestant(name=name, run=tuned(lambda: fast(*next(turns[3]))), compiled=True)]
-
-
-def contestant(scene: Scene, recipe: Recipe, rung: Rung) -> Contestant:
-    """Our step under `recipe`, if its attack on the first batch is as strong as the script's."""
-    reason = rung.gpu if rung.gpu and not scene.request.on_gpu else None
-    if recipe.epilogue == "compiled" and (scene.request.quick or not scene.request.on_gpu):
-        reason = "compiling is left out by --quick and on a CPU"
-    if reason is None:
-        missed = scene.misses(attacked_images(scene, recipe), recipe) or replays_wrongly(scene, recipe)
-        reason = f"disagrees: {missed}" if missed else None
-    if reason is not None:
-        return Contestant(name=rung.name, run=None, exactness=rung.exactness, reason=reason)
-    return Contestant(
-        name=rung.name,
-        run=tuned(run(scene, recipe, rung.logits)),
-        exactness=rung.exactness,
-        check=None if rung.logits == "ahead" else partial(scene.misses_loss, recipe=recipe),
-        calls=AHEAD if rung.logits == "ahead" else 1,
-        work=scene.work(teacher=False) if rung.logits == "table" else None,
+def _case(
+    title: str,
+    request: Request,
+    student: str,
+    batch: int,
+    rows: Callable[[StepProblem], list[Contender]],
+    precision: str = "tf32",
+) -> Case:
+    """Convolutions in `precision`; the bound is that of bf16 where a row uses it."""
+    with in_precision(precision):
+        problem = StepProblem(request, student, batch)
+        contenders = rows(problem)
+    slow = student != "tiny_resnet" and not request.on_gpu
+    return Case(
+        name=title,
+        contenders=contenders,
+        work=Work() if rows is phase_rows else problem.work(),
+        precision=precision,
+        bound="bf16" if request.on_gpu and precision == "tf32" else "fp32",
+        rounds=5 if slow else None,
+        warm_up=1 if slow else 3,
     )
 
 
-def tuned(run: Callable[[], Any]) -> Callable[[], Any]:
-    """`run` as training runs it: with the fastest convolutions that cuDNN finds for its shapes."""
+def one_by_one(problem: StepProblem, strict: bool = False) -> list[Contender]:
+    """The script, what a careful user writes, and ours, each row with one thing more; if strict, without bf16."""
+    rows, recipe = peers(problem), problem.recipe
+    for variant in ADDITIONS:
+        if strict and variant.changes.get("precision") == "bf16":
+            continue
+        recipe = changed(problem, recipe, variant)
+        rows.append(ours(problem, recipe, variant))
+    return rows
 
-    def call() -> Any:
+
+def all_but_one(problem: StepProblem) -> list[Contender]:
+    """The whole, and the whole with one thing taken away or done otherwise."""
+    recipe = whole(problem)
+    variants = (Variant("all", {}, "rounding"), *OTHERWISE)
+    return [ours(problem, changed(problem, recipe, variant), variant) for variant in variants]
+
+
+def changed(problem: StepProblem, recipe: Recipe, variant: Variant) -> Recipe:
+    """The recipe with the variant's changes, if they are for this device."""
+    possible = variant.gpu is None or problem.request.on_gpu
+    return recipe.replace(**variant.changes) if possible else recipe
+
+
+def whole(problem: StepProblem, captured: bool = True) -> Recipe:
+    """The recipe with all additions, asking the teacher in each step."""
+    recipe = problem.recipe
+    for variant in ADDITIONS:
+        if captured or "capture" not in variant.changes:
+            recipe = changed(problem, recipe, variant)
+    return recipe
+
+
+def peers(problem: StepProblem) -> list[Contender]:
+    """The script, the baseline of every ratio; and careful PyTorch."""
+
+    def each_batch(step: Callable[[Tensor, Tensor], object]) -> Call:
+        turns = cycle(problem.batches)
+        return lambda: step(*next(turns))
+
+    def careful(compile: bool) -> Call:
+        student = copy.deepcopy(problem.student)
+        return tuned(each_batch(CarefulStep(student, problem.teacher, problem.temperatures, compile)))
+
+    rows = [Contender(name="released script", call=each_batch(problem.authors()))]
+    if problem.request.on_gpu:
+        free = each_batch(problem.authors(deterministic=False))
+        rows.append(Contender(name="released, any convolution", call=free))
+    rows.append(Contender(name="careful PyTorch", call=careful(compile=False)))
+    name = "careful PyTorch, torch.compile"
+    if problem.request.quick or not problem.request.on_gpu:
+        reason = "left out by --quick" if problem.request.quick else "takes minutes to compile on a CPU: left out"
+        return [*rows, Contender(name=name, reason=reason)]
+    return [*rows, Contender(name=name, call=careful(compile=True), compiled=True)]
+
+
+def ours(problem: StepProblem, recipe: Recipe, variant: Variant) -> Contender:
+    """Our step under `recipe`, if its attack on the first batch is as strong as the script's."""
+    reason = variant.gpu if variant.gpu and not problem.request.on_gpu else None
+    if recipe.execution.epilogue == "compiled" and (problem.request.quick or not problem.request.on_gpu):
+        reason = "compiling is left out by --quick and on a CPU"
+    if reason is None:
+        missed = problem.misses(phases(problem, recipe)[1]["adv"], recipe) or replays_wrongly(problem, recipe)
+        reason = f"disagrees: {missed}" if missed else None
+    if reason is not None:
+        return Contender(name=variant.name, exactness=variant.exactness, reason=reason)
+    return Contender(
+        name=variant.name,
+        call=tuned(our_step(problem, recipe, variant.logits)),
+        exactness=variant.exactness,
+        check=None if variant.logits == "ahead" else partial(problem.misses_loss, recipe=recipe),
+        calls=AHEAD if variant.logits == "ahead" else 1,
+        work=problem.work(teacher=False) if variant.logits == "table" else None,
+    )
+
+
+def tuned(call: Call) -> Call:
+    """`call` as training does it: with the fastest convolutions that cuDNN finds for its shapes."""
+
+    def tuned_call() -> Any:
         with tuned_convolutions():
-            return run()
+            return call()
 
-    return call
+    return tuned_call
 
 
-def replays_wrongly(scene: Scene, recipe: Recipe) -> str | None:
+def replays_wrongly(problem: StepProblem, recipe: Recipe) -> str | None:
     """What is wrong with the step from a CUDA graph, if it is one: its losses are those of the eager step."""
-    if not recipe.captures_on(scene.device):
+    if not recipe.execution.captures_on(problem.device):
         return None
     losses = []
     before, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
     try:
-        for one in (replace(recipe, capture="off"), recipe):
-            step = run(scene, one, "step")
+        for one in (recipe.replace(capture="off"), recipe):
+            step = our_step(problem, one, "step")
             losses.append([float(step()) for _ in range(6)])
     finally:
         torch.backends.cudnn.deterministic = before
@@ -336,66 +221,59 @@ def replays_wrongly(scene: Scene, recipe: Recipe) -> str | None:
     return None if same else f"replayed, its losses are {losses[1]}, eager {losses[0]}"
 
 
-def attacked_images(scene: Scene, recipe: Recipe) -> Tensor:
-    """What our attack makes of the first batch."""
-    state, (clean, label) = scene.state(recipe), scene.first
-    clean = scene.layout(clean, recipe)
-    attacked = state.attacked()
-    return attack(state, recipe, attacked, clean, observe(state, recipe, attacked, clean, label, None)).clone()
-
-
-def run(scene: Scene, recipe: Recipe, logits: str) -> Callable[[], Any]:
+def our_step(problem: StepProblem, recipe: Recipe, logits: str) -> Call:
     """One step on the next batch; with logits "ahead", AHEAD steps."""
-    state = scene.state(recipe)
+    state = problem.state(recipe)
 
     def step(clean: Tensor, label: Tensor, teacher_BK: Tensor | None = None) -> Tensor:
         return train_step(state, recipe, clean, label, teacher_BK)
 
-    step = captured(step) if recipe.captures_on(scene.device) else step
-    batches = [(scene.layout(clean, recipe), label) for clean, label in scene.batches]
+    step = captured(step) if recipe.execution.captures_on(problem.device) else step
+    batches = [(problem.layout(clean, recipe), label) for clean, label in problem.batches]
     if logits == "step":
         turns = cycle(batches)
         return lambda: step(*next(turns))
 
     @torch.no_grad()
-    def ask(images: list[Tensor]) -> list[Tensor]:
+    def with_answers() -> list[tuple[Tensor, Tensor, Tensor]]:
         assert state.teacher is not None
-        together = scene.layout(torch.cat(images), recipe)
-        if scene.device.type == "cpu":  # where one large batch is no faster than its parts
-            return [state.teacher(part).float() for part in images]
-        with state.autocast():
-            return list(state.teacher(together).float().split(scene.batch))
+        images = [clean for clean, _ in batches]
+        if problem.device.type == "cpu":  # where one large batch is no faster than its parts
+            answers = [state.teacher(part).float() for part in images]
+        else:
+            with state.autocast():
+                together = state.teacher(problem.layout(torch.cat(images), recipe))
+            answers = together.float().split(problem.batch)
+        return [(*given, teacher_BK) for given, teacher_BK in zip(batches, answers, strict=True)]
 
-    if logits == "ahead":
+    if logits == "table":
+        known = cycle(with_answers())
+        return lambda: step(*next(known))
 
-        def ahead() -> None:
-            for (clean, label), teacher_BK in zip(batches, ask([clean for clean, _ in batches]), strict=True):
-                step(clean, label, teacher_BK)
+    def ahead() -> None:
+        for given in with_answers():
+            step(*given)
 
-        return ahead
-    known = cycle([(*given, row) for given, row in zip(batches, ask([clean for clean, _ in batches]), strict=True)])
-    return lambda: step(*next(known))
+    return ahead
 
 
-def phases(title: str, request: Request, student: str, batch: int) -> Race:
-    """The parts of the whole step, each alone and eager: which one takes the time."""
-    scene = Scene(request, student, batch)
-    recipe = whole(scene, captured=False)
-    state, (clean, label) = scene.state(recipe), scene.first
-    clean = scene.layout(clean, recipe)
+def phases(problem: StepProblem, recipe: Recipe) -> tuple[dict[str, Call], dict[str, Tensor]]:
+    """The parts of a step on the first batch, each of which can be called alone; and its attacked and clean images."""
+    state, (clean, label) = problem.state(recipe), problem.first
+    clean = problem.layout(clean, recipe)
     attacked = state.attacked()
     targets = observe(state, recipe, attacked, clean, label, None)
-    images = {"adv": attack(state, recipe, attacked, clean, targets), "clean": clean}
+    images = {"adv": attack(state, recipe, attacked, clean, targets).clone(), "clean": clean}
 
     def forwards_and_backward() -> None:
         state.student.train()
         with state.autocast():
             logits = {name: state.student(image) for name, image in images.items()}
-            loss = recipe.loss(logits, targets)
+            loss = recipe.method.loss(logits, targets)
         loss.backward()
         state.optimizer.zero_grad(set_to_none=True)
 
-    parts: dict[str, Callable[[], Any]] = {
+    parts: dict[str, Call] = {
         "whole step": lambda: train_step(state, recipe, clean, label),
         "teacher": lambda: observe(state, recipe, attacked, clean, label, None),
         "folding": lambda: state.attacked(),
@@ -403,20 +281,41 @@ def phases(title: str, request: Request, student: str, batch: int) -> Race:
         "two forwards, backward": forwards_and_backward,
         "the same with SGD and class sums": lambda: descend(state, recipe, images, targets),
     }
-    rows = [Contestant(name=name, run=tuned(part), exactness="rounding") for name, part in parts.items()]
-    return replace(_race(title, scene, rows, "tf32"), work=Work())
+    return parts, images
 
 
-def _race(title: str, scene: Scene, rows: list[Contestant], precision: str) -> Race:
-    """Convolutions in `precision`; the bound is that of bf16 where a row uses it."""
-    fast = scene.request.on_gpu and precision == "tf32"
-    slow = scene.name != "tiny_resnet" and not scene.request.on_gpu
-    return Race(
-        name=title,
-        contestants=rows,
-        work=scene.work(),
-        precision=precision,
-        bound="bf16" if fast else "fp32",
-        rounds=5 if slow else None,
-        warm_up=1 if slow else 3,
-    )
+def phase_rows(problem: StepProblem) -> list[Contender]:
+    """The parts of the whole step, each alone and eager: which one takes the time."""
+    parts, _ = phases(problem, whole(problem, captured=False))
+    return [Contender(name=name, call=tuned(part), exactness="rounding") for name, part in parts.items()]
+
+
+def profile_step(request: Request, folder: Path) -> None:
+    """Print where the time of the whole step goes, from torch's profiler.
+
+    The step is run eager, not from a graph, so that a kernel can be told to a phase; the kernels are the same.
+
+    Args:
+        folder: profile_STUDENT.txt and profile_STUDENT.json.gz (for a trace viewer) are written into it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for student in ("resnet18", "mobilenet_v2") if request.on_gpu else ("tiny_resnet",):
+        (batch,) = request.batches((128 if request.on_gpu else CPU_BATCH[student],), 16)
+        problem = StepProblem(request, student, batch)
+        parts, _ = phases(problem, whole(problem, captured=False))
+
+        def steps(parts: dict[str, Call] = parts) -> None:
+            for _ in range(PROFILED_STEPS):
+                for name in ("folding", "teacher", "attack", "the same with SGD and class sums"):
+                    with record_function(f"phase: {name}"):
+                        parts[name]()
+
+        steps()
+        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if request.on_gpu else [])]
+        with profile(activities=kinds) as profiled:
+            steps()
+        order = "device_time_total" if request.on_gpu else "cpu_time_total"
+        table = profiled.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90)
+        (folder / f"profile_{student}.txt").write_text(f"{PROFILED_STEPS} steps, {student}, batch {batch}\n{table}\n")
+        profiled.export_chrome_trace(str(folder / f"profile_{student}.json.gz"))
+        print(table)

@@ -1,4 +1,4 @@
-"""Which constants of a kernel are best on this GPU: a race of one kernel against itself, a row for each setting.
+"""Which constants of a kernel are best on this GPU: one kernel against itself, a row for each setting.
 
 The constants are the capitals at the head of kernels/*.py that are named here. They are put in place around every
 call, and put back.
@@ -12,8 +12,7 @@ from itertools import product
 from types import ModuleType
 from typing import Any
 
-from retemper.engine.bench.plan import Plan, Request
-from retemper.engine.bench.timing import Contestant, Race, Run
+from retemper.engine.bench.case import Call, Case, PlannedCase, Request
 
 VALUES = {  # of each constant, wherever a module has it
     "BLOCK": (256, 512, 1024, 2048, 4096),
@@ -22,7 +21,7 @@ VALUES = {  # of each constant, wherever a module has it
     "WORDS": (64, 128, 256, 512, 1024),
     "WARPS": (1, 2, 4, 8),
 }
-MODULES = {  # the first word of a race's name -> the module with its constants
+MODULES = {  # the first word of a case's name -> the module with its constants
     "pgd_step_": "pgd_step",
     "random_start_": "random_start",
     "augment": "augment",
@@ -34,27 +33,26 @@ MODULES = {  # the first word of a race's name -> the module with its constants
 Setting = dict[str, int]
 
 
-def sweep(plan: Plan, request: Request) -> Plan:
-    """The race of its first contestant under all settings, the present one first."""
-    return Plan(f"sweep {plan.name}", lambda: _race(plan, request))
+def sweep(planned: PlannedCase, request: Request) -> PlannedCase:
+    """The case of its first contender under all settings, the present one first."""
+    return PlannedCase(f"sweep {planned.name}", lambda: _case(planned, request))
 
 
-def _race(plan: Plan, request: Request) -> Race:
-    race, module = plan.build(), import_module(f"retemper.kernels.{MODULES[plan.name.split()[0]]}")
-    ours, now = race.contestants[0], constants_of(module)
+def _case(planned: PlannedCase, request: Request) -> Case:
+    case, module = planned.build(), import_module(f"retemper.kernels.{MODULES[planned.name.split()[0]]}")
+    ours, now = case.contenders[0], constants_of(module)
     reason = None if request.on_gpu else "needs a GPU"
     if not now:
         reason = f"{module.__name__} has none of the constants {', '.join(VALUES)}"
-    rows = [replace(ours, name=f"as it is: {spelled(now)}", run=None if reason else ours.run, reason=reason)]
-    rows += [
-        replace(ours, name=spelled(setting), run=None if reason else _under(module, setting, ours), reason=reason)
-        for setting in settings(now)
-    ]
-    return replace(race, name=f"sweep {race.name}", contestants=rows, conclude=best)
+    assert ours.call is not None
+    calls = {f"as it is: {spelled(now)}": ours.call}
+    calls |= {spelled(setting): _under(module, setting, ours.call) for setting in settings(now)}
+    rows = [replace(ours, name=name, call=None if reason else call, reason=reason) for name, call in calls.items()]
+    return replace(case, name=f"sweep {case.name}", contenders=rows, conclude=best)
 
 
 def constants_of(module: ModuleType) -> Setting:
-    """Those of VALUES that the module has, as they are."""
+    """The constants of VALUES that the module has, as they are."""
     found = {name: getattr(module, name, None) for name in VALUES}
     return {name: value for name, value in found.items() if isinstance(value, int)}
 
@@ -71,30 +69,27 @@ def spelled(setting: Setting) -> str:
 
 @contextmanager
 def in_place(module: ModuleType, setting: Setting) -> Iterator[None]:
-    """The module's constants are `setting` inside."""
+    """Give the module's constants the values of `setting` inside."""
     before = {name: getattr(module, name) for name in setting}
     try:
-        for name, value in setting.items():
-            setattr(module, name, value)
+        vars(module).update(setting)
         yield
     finally:
-        for name, value in before.items():
-            setattr(module, name, value)
+        vars(module).update(before)
 
 
-def _under(module: ModuleType, setting: Setting, ours: Contestant) -> Run:
-    run = ours.run
-    assert run is not None
+def _under(module: ModuleType, setting: Setting, call: Call) -> Call:
+    """`call` under a setting."""
 
     def under() -> Any:
         with in_place(module, setting):
-            return run()
+            return call()
 
     return under
 
 
 def best(rows: list[dict[str, Any]]) -> str | None:
-    """The fastest row in a line; None where there is no time."""
+    """A line that names the fastest row; None where there is no time."""
     timed = [row for row in rows if row["ms"] and row["ratio"]]
     if not timed:
         return None

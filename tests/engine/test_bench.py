@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from retemper.engine.bench import record, timing
-from retemper.engine.bench.machine import Rates, Work, count_launches
-from retemper.engine.bench.timing import Contestant, Race, equal_to, near_to, run_race
+from retemper.engine.bench import result, timing
+from retemper.engine.bench.case import Case, Contender, Work, equal_to, near_to
+from retemper.engine.bench.machine import Rates, count_launches
+from retemper.engine.bench.timing import measure
 from retemper.engine.device import in_precision
 
 CPU = torch.device("cpu")
@@ -23,22 +24,22 @@ class Clock:
         monkeypatch.setattr(timing, "ROUND_S", 0)  # one call a turn
 
     def work(self, name: str, seconds: float, first: float = 0.0) -> Callable[[], str]:
-        def run() -> str:
+        def call() -> str:
             self.now += self.pace(len(self.calls)) * seconds + (0 if name in self.calls else first)
             self.calls.append(name)
             return name
 
-        return run
+        return call
 
 
-def rows_of(race: Race, rounds: int = 5) -> dict[str, dict]:
-    return {row["name"]: row for row in run_race(race, CPU, rounds, Rates(CPU, quick=True))}
+def rows_of(case: Case, rounds: int = 5) -> dict[str, dict]:
+    return {row["name"]: row for row in measure(case, CPU, rounds, Rates(CPU, quick=True))}
 
 
-def test_contestants_take_turns_and_drift_cancels_in_the_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contenders_take_turns_and_drift_cancels_in_the_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, pace=lambda call: 2.0 ** (call // 2))  # twice as slow every round
-    contestants = [Contestant(name="a", run=clock.work("a", 1)), Contestant(name="b", run=clock.work("b", 3))]
-    rows = rows_of(Race(name="race", contestants=contestants, warm_up=2))
+    contenders = [Contender(name="a", call=clock.work("a", 1)), Contender(name="b", call=clock.work("b", 3))]
+    rows = rows_of(Case(name="case", contenders=contenders, warm_up=2))
     assert clock.calls[:18] == ["a", "b"] * 9  # the start, a first turn and two more that do not count, five rounds
     assert rows["b"]["ratio"] == {"p10": 3, "median": 3, "p90": 3} and rows["b"]["ratio_to"] == "a"
     assert rows["a"]["ratio"]["median"] == 1 and rows["a"]["rounds"] == 5
@@ -48,7 +49,7 @@ def test_contestants_take_turns_and_drift_cancels_in_the_ratio(monkeypatch: pyte
 
 def test_the_start_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    rows = rows_of(Race(name="race", contestants=[Contestant(name="a", run=clock.work("a", 1, first=60))]))
+    rows = rows_of(Case(name="case", contenders=[Contender(name="a", call=clock.work("a", 1, first=60))]))
     assert rows["a"]["start_up_s"] == 61
     assert rows["a"]["ms"] == {"p10": 1000, "median": 1000, "p90": 1000}
 
@@ -57,11 +58,11 @@ def test_a_call_may_stand_for_several(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     work = Work(images=10)
     rows = rows_of(
-        Race(
-            name="race",
-            contestants=[
-                Contestant(name="one", run=clock.work("one", 1)),
-                Contestant(name="eight", run=clock.work("eight", 4), calls=8, work=Work(images=20)),
+        Case(
+            name="case",
+            contenders=[
+                Contender(name="one", call=clock.work("one", 1)),
+                Contender(name="eight", call=clock.work("eight", 4), calls=8, work=Work(images=20)),
             ],
             work=work,
         )
@@ -73,27 +74,27 @@ def test_a_call_may_stand_for_several(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_short_calls_are_repeated_until_they_can_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     monkeypatch.setattr(timing, "ROUND_S", 5.0)
-    rows = rows_of(Race(name="race", contestants=[Contestant(name="a", run=clock.work("a", 0.5))]), rounds=1)
+    rows = rows_of(Case(name="case", contenders=[Contender(name="a", call=clock.work("a", 0.5))]), rounds=1)
     assert rows["a"]["calls_a_round"] == 10 and rows["a"]["ms"]["median"] == 500
 
 
 def test_what_disagrees_gets_its_reason_and_no_time() -> None:
     right, wrong = torch.arange(4.0), torch.tensor([0.0, 1.0, 2.0, 4.0])
     check = equal_to(right)
-    contestants = [
-        Contestant(name="right", run=lambda: right, exactness="bitwise", check=check),
-        Contestant(name="wrong", run=lambda: wrong, check=check),
-        Contestant(name="absent", run=None, reason="needs a thing"),
-        Contestant(name="broken", run=lambda: 1 // 0, check=check),
+    contenders = [
+        Contender(name="right", call=lambda: right, exactness="bitwise", check=check),
+        Contender(name="wrong", call=lambda: wrong, check=check),
+        Contender(name="absent", call=None, reason="needs a thing"),
+        Contender(name="broken", call=lambda: 1 // 0, check=check),
     ]
-    rows = rows_of(Race(name="race", contestants=contestants, work=Work(images=1, bytes=1)))
+    rows = rows_of(Case(name="case", contenders=contenders, work=Work(images=1, bytes=1)))
     assert rows["right"]["reason"] is None and rows["right"]["ms"] is not None
     reasons = {
         "wrong": "disagrees: 1 of 4 values differ",
         "absent": "needs a thing",
         "broken": "fails: ZeroDivisionError: integer division or modulo by zero",
     }
-    table = record.as_table(list(rows.values()))
+    table = result.as_table(list(rows.values()))
     for name, reason in reasons.items():
         assert rows[name]["reason"] == reason and f"no time: {reason}" in table
         for column in (
@@ -107,31 +108,31 @@ def test_what_disagrees_gets_its_reason_and_no_time() -> None:
             "round_ms",
         ):
             assert rows[name][column] is None, column
-    assert all(set(row) == set(record.COLUMNS) for row in rows.values())
+    assert all(set(row) == set(result.COLUMNS) for row in rows.values())
 
 
 def test_without_a_baseline_there_is_no_ratio() -> None:
-    contestants = [
-        Contestant(name="ours", run=lambda: torch.ones(1), check=equal_to(torch.zeros(1))),
-        Contestant(name="theirs", run=lambda: torch.zeros(1), check=equal_to(torch.zeros(1))),
+    contenders = [
+        Contender(name="ours", call=lambda: torch.ones(1), check=equal_to(torch.zeros(1))),
+        Contender(name="theirs", call=lambda: torch.zeros(1), check=equal_to(torch.zeros(1))),
     ]
-    rows = rows_of(Race(name="race", contestants=contestants))
+    rows = rows_of(Case(name="case", contenders=contenders))
     assert rows["theirs"]["ms"] is not None and rows["theirs"]["ratio"] is None
 
 
 def test_what_fails_later_gets_no_time_either() -> None:
     calls = iter([1, 2])
-    rows = rows_of(Race(name="race", contestants=[Contestant(name="a", run=lambda: next(calls))]))
+    rows = rows_of(Case(name="case", contenders=[Contender(name="a", call=lambda: next(calls))]))
     assert rows["a"]["ms"] is None and "StopIteration" in rows["a"]["reason"]
 
 
 def test_what_works_in_place_is_checked_on_fresh_inputs() -> None:
     value = torch.zeros(1)
-    contestants = [
-        Contestant(name=name, run=lambda: value.add_(1), check=equal_to(torch.ones(1)), prepare=lambda: value.zero_())
+    contenders = [
+        Contender(name=name, call=lambda: value.add_(1), check=equal_to(torch.ones(1)), prepare=lambda: value.zero_())
         for name in "ab"
     ]
-    rows = rows_of(Race(name="race", contestants=contestants))
+    rows = rows_of(Case(name="case", contenders=contenders))
     assert all(row["reason"] is None for row in rows.values())
 
 
@@ -158,7 +159,7 @@ def test_the_bound_is_this_machines_own() -> None:
     assert multiplied == pytest.approx(1e3 / rates.matmul_tflop_per_s("fp32"))
     assert rates.bound_ms(Work(bytes=1e9, flop=1e12), "fp32") == max(copied, multiplied)
     before = rates.as_json()
-    rates.next_race()
+    rates.next_case()
     assert rates.copy_gb_per_s() >= before["copy_gb_per_s"] > 0, "the best so far counts"
 
 

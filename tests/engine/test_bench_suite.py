@@ -1,4 +1,4 @@
-"""The unattended GPU suite names things that exist, and the README's table is what the committed results say."""
+"""The unattended GPU suite names things that exist, and the documents' tables are what the committed results say."""
 
 import importlib.util
 import json
@@ -58,18 +58,21 @@ def test_a_part_runs_once_and_a_failure_is_noted(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def readme_table() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "benchmarks/readme_table.py")
+def tables() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks/tables.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["readme_table"] = module
+    sys.modules["tables"] = module
     spec.loader.exec_module(module)
     return module
 
 
-def test_the_readme_says_what_the_results_say() -> None:
-    words = [sys.executable, str(ROOT / "benchmarks/readme_table.py"), "--check"]
-    checked = subprocess.run(words, capture_output=True, text=True)
+def run_tables(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, ROOT / "benchmarks/tables.py", *words], capture_output=True, text=True)
+
+
+def test_the_documents_say_what_the_results_say() -> None:
+    checked = run_tables("--check")
     assert checked.returncode == 0, checked.stderr
 
 
@@ -82,7 +85,7 @@ def result(device: str, what: str, table: str, rows: dict[str, list[float]], com
     return {"what": what, "device": device, "command": command, "rows": made}
 
 
-def test_a_row_of_the_table_is_theirs_over_ours(readme_table: ModuleType, tmp_path: Path) -> None:
+def test_a_row_of_the_table_is_theirs_over_ours(tables: ModuleType, tmp_path: Path) -> None:
     kernel = {"retemper": [1.0, 2.0, 4.0], "eager chain": [3.0, 6.0, 12.0]}
     step = {"released script": [90.0, 100.0, 110.0], "+ CUDA graph": [30.0, 20.0, 11.0]}
     gpu = "cuda: NVIDIA H200"
@@ -90,34 +93,42 @@ def test_a_row_of_the_table_is_theirs_over_ours(readme_table: ModuleType, tmp_pa
     (tmp_path / "b.json").write_text(json.dumps(result(gpu, "step", "ladder, resnet18 batch 128", step)))
     (tmp_path / "c.json").write_text(json.dumps(result(gpu, "loaders", "9 images", kernel, "retemper bench --quick")))
     (tmp_path / "d.json").write_text(json.dumps({"digits": 1}))
-    lines = readme_table.table(readme_table.read_results(tmp_path))
+    lines = tables.table(tables.read_results(tmp_path))
     rows = [line for line in lines if "NVIDIA H200" in line]
     assert len(rows) == 2
     assert "| 20 ms | released script | 100 ms | 5.00 (3.40 to 9.00) |" in rows[0]
     assert "| 2 ms | eager chain | 6 ms | 3.00 (3.00 to 3.00) |" in rows[1]
     unmeasured = [line for line in lines if "not measured on a GPU yet" in line]
-    assert len(unmeasured) == sum(headline.gpu for headline in readme_table.HEADLINES) - 2
+    assert len(unmeasured) == sum(headline.gpu for headline in tables.HEADLINES) - 2
 
 
-def test_a_file_of_results_stands_between_its_markers(readme_table: ModuleType, tmp_path: Path) -> None:
+def test_a_file_of_results_stands_between_its_markers(tables: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "one.md").write_text("| new |\n")
-    begin, end = "<!-- benchmarks/results/one.md -->", readme_table.FILE_END
+    begin, end = "<!-- benchmarks/results/one.md -->", tables.END
     text = f"before\n{begin}\n| old |\n{end}\nafter\n{begin}\n{end}"
-    mended = readme_table.with_files(text, tmp_path)
+    mended = tables.with_files(text, tmp_path, {})
     assert mended == f"before\n{begin}\n| new |\n{end}\nafter\n{begin}\n| new |\n{end}"
-    assert readme_table.with_files(mended, tmp_path) == mended
+    assert tables.with_files(mended, tmp_path, {}) == mended
     with pytest.raises(ValueError, match="needs a line"):
-        readme_table.with_files(f"{begin}\nno end", tmp_path)
+        tables.with_files(f"{begin}\nno end", tmp_path, {})
     with pytest.raises(ValueError, match="does not exist"):
-        readme_table.with_files(text.replace("one", "two"), tmp_path)
+        tables.with_files(text.replace("one", "two"), tmp_path, {})
 
 
-def test_a_stale_table_is_found_and_mended(readme_table: ModuleType, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{readme_table.BEGIN}\nold\n{readme_table.END}\nafter\n")
-    words = [sys.executable, str(ROOT / "benchmarks/readme_table.py"), "--readme", str(readme)]
-    assert subprocess.run([*words, "--check"], capture_output=True).returncode == 1
-    assert subprocess.run(words).returncode == 0
-    assert subprocess.run([*words, "--check"], capture_output=True).returncode == 0
-    text = readme.read_text()
-    assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n") and "old" not in text
+def test_a_stale_table_is_found_and_mended(tmp_path: Path) -> None:
+    (tmp_path / "benchmarks/results/of").mkdir(parents=True)
+    (tmp_path / "docs/deep").mkdir(parents=True)
+    (tmp_path / "benchmarks/results/of/one.md").write_text("| new |\n")
+    (tmp_path / "README.md").write_text("before\n<!-- benchmarks/results/speed.md -->\nold\n<!-- / -->\nafter\n")
+    page = tmp_path / "docs/deep/page.md"
+    page.write_text("<!-- benchmarks/results/of/one.md -->\n| old |\n<!-- / -->\n")
+    stale = run_tables("--root", str(tmp_path), "--check")
+    assert stale.returncode == 1
+    assert all(name in stale.stderr for name in ("README.md", "docs/deep/page.md", "benchmarks/results/speed.md"))
+    assert "| old |" in page.read_text()
+    assert run_tables("--root", str(tmp_path)).returncode == 0
+    assert run_tables("--root", str(tmp_path), "--check").returncode == 0
+    assert page.read_text() == "<!-- benchmarks/results/of/one.md -->\n| new |\n<!-- / -->\n"
+    speed, text = (tmp_path / "benchmarks/results/speed.md").read_text(), (tmp_path / "README.md").read_text()
+    assert speed.startswith("| what | device |") and "not measured on a GPU yet" in speed
+    assert text == f"before\n<!-- benchmarks/results/speed.md -->\n{speed}<!-- / -->\nafter\n"

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from retemper.engine.bench import attack, image_kernels, kernels, loaders, logit_kernels, peers, sweep
+from retemper.engine.bench import attack, kernel_cases, kernels, loaders, peers, sweep
+from retemper.engine.bench.case import EXACTNESS, Case, Request
 from retemper.engine.bench.machine import Rates
-from retemper.engine.bench.plan import Request
-from retemper.engine.bench.record import COLUMNS
-from retemper.engine.bench.timing import EXACTNESS, run_race
+from retemper.engine.bench.result import COLUMNS
+from retemper.engine.bench.timing import measure
 from retemper.engine.cli import run
 from retemper.kernels import augment_reference
 
@@ -58,6 +58,7 @@ def test_a_verb_finishes_and_writes_its_result(what: str, tmp_path: Path, capsys
     [
         ("bench attack --batch 0", "--batch 0"),
         ("bench step --sweep", "--sweep"),
+        ("bench attack --profile x", "--profile"),
         ("bench loaders --only nothing", "--only nothing"),
         ("bench everything", "invalid choice"),
     ],
@@ -67,37 +68,37 @@ def test_wrong_usage_is_one_line(words: str, said: str, capsys: pytest.CaptureFi
     assert said in capsys.readouterr().err
 
 
-def refused(race, name: str) -> str:
+def refused(case: Case, name: str) -> str:
     """The reason that `name` has instead of a time, when the first and it run alone."""
-    chosen = [contestant for contestant in race.contestants if contestant.name == name]
-    rows = run_race(replace(race, contestants=chosen), CPU, 1, Rates(CPU, quick=True))
+    chosen = [contender for contender in case.contenders if contender.name == name]
+    rows = measure(replace(case, contenders=chosen), CPU, 1, Rates(CPU, quick=True))
     assert rows[0]["ms"] is None
     return str(rows[0]["reason"])
 
 
 def test_a_wrong_kernel_is_refused_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    step, views = image_kernels.pgd_step_, image_kernels.augment
-    gradient, sums = logit_kernels.class_temperature_kl_grad_, logit_kernels.class_sums
+    step, views = kernel_cases.pgd_step_, kernel_cases.augment
+    gradient, sums = kernel_cases.class_temperature_kl_grad_, kernel_cases.class_sums
     monkeypatch.setattr(
-        image_kernels, "pgd_step_", lambda adv, grad, clean, by, eps: step(adv, grad, clean, by, 2 * eps)
+        kernel_cases, "pgd_step_", lambda adv, grad, clean, by, eps: step(adv, grad, clean, by, 2 * eps)
     )
-    monkeypatch.setattr(image_kernels, "augment", lambda image, view, dtype: views(image, view ^ 1, dtype=dtype))
+    monkeypatch.setattr(kernel_cases, "augment", lambda image, view, dtype: views(image, view ^ 1, dtype=dtype))
     monkeypatch.setattr(
-        logit_kernels, "class_temperature_kl_grad_", lambda own, other, label, k: gradient(own, other, label, k.flip(0))
+        kernel_cases, "class_temperature_kl_grad_", lambda own, other, label, k: gradient(own, other, label, k.flip(0))
     )
-    monkeypatch.setattr(logit_kernels, "class_sums", lambda x, label, k: tuple(part + 1 for part in sums(x, label, k)))
+    monkeypatch.setattr(kernel_cases, "class_sums", lambda x, label, k: tuple(part + 1 for part in sums(x, label, k)))
     request = Request(what="kernels", device=CPU, quick=True)
-    plans = {plan.name.split()[0]: plan for plan in kernels.plan(request) if "fp32" in plan.name}
+    planned = {case.name.split()[0]: case for case in kernels.cases(request) if "fp32" in case.name}
     for name in ("pgd_step_", "class_temperature_kl_grad_", "class_sums", "augment"):
-        assert "disagrees" in refused(plans[name].build(), "retemper"), name
+        assert "disagrees" in refused(planned[name].build(), "retemper"), name
 
 
-def problem(steps: int = 3) -> attack.Problem:
+def problem(steps: int = 3) -> attack.AttackProblem:
     torch.manual_seed(0)
     clean = torch.rand(8, 1, 8, 8)
     model = attack.settled("tiny_resnet", CPU, clean, "fp32")
     label = model(clean).argmax(1)
-    return attack.Problem(
+    return attack.AttackProblem(
         model=model, clean_BCHW=clean, label_B=label, steps=steps, temperature_K=torch.linspace(0.5, 5, 10)
     )
 
@@ -109,7 +110,7 @@ def test_a_weak_or_wild_attack_is_refused_a_time() -> None:
     assert "reaches a loss" in str(check(attack.folded(replace(given, steps=2))()))
     assert "away from its own" in str(check(given.clean_BCHW + 2 * (adv - given.clean_BCHW)))
     assert "leaves [0, 1]" in str(check(torch.where(given.clean_BCHW < attack.EPS, -1e-7, adv)))
-    assert attack.flop_of_a_step(given) > 8 * 2 * 8 * 8 * 9  # the first convolution alone has 16 outputs
+    assert given.flop_of_a_step() > 8 * 2 * 8 * 8 * 9  # the first convolution alone has 16 outputs
 
 
 def test_a_loader_that_gives_other_images_is_refused_a_time() -> None:
@@ -177,13 +178,13 @@ def test_the_benchmarks_need_torch_triton_and_numpy_alone(tmp_path: Path) -> Non
     )  # foolbox
 
 
-def test_a_race_that_cannot_be_built_does_not_end_the_others(
+def test_a_case_that_cannot_be_built_does_not_end_the_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def out_of_memory(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setitem(kernels.IMAGE_RACES, "pgd_step_", out_of_memory)
+    monkeypatch.setitem(kernels.ON_IMAGES, "pgd_step_", out_of_memory)
     words = ["bench", "kernels", "--quick", "--rounds", "1", "--device", "cpu", "--json", str(tmp_path / "x.json")]
     assert run([*words, "--only", "pgd_step_ fp32", "random_start_ fp32"]) == 0
     rows = json.loads((tmp_path / "x.json").read_text())["rows"]

@@ -1,18 +1,17 @@
-"""What the two long benchmarks would print, before hours are spent on them."""
+"""What the two long benchmarks would print, before hours are spent on them, and what they keep of their runs."""
 
-import importlib.util
 import json
 import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import runs as contest
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -21,20 +20,22 @@ from retemper.engine.catalogue import find_setting
 from retemper.engine.evaluation.autoattack import SuiteRequest
 from retemper.engine.evaluation.evaluate import EvaluationRequest
 from retemper.engine.evaluation.ledger import Ledger
+from retemper.errors import DataError
 from retemper.loaders import Split, holdout_split, load_split
 
 made = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("made_runs.py"))))  # the tests are no package
 RSLAD, ABSLD = made.RSLAD, made.ABSLD
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks/results"
 
 
 def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where its dataclasses look for their types
-    spec.loader.exec_module(module)
-    return module
+    """A script of benchmarks/, which finds those beside it as it does when it is run."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        return import_module(name)
+    finally:
+        sys.path.pop(0)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,16 @@ def study() -> ModuleType:
 @pytest.fixture(scope="module")
 def fairness() -> ModuleType:
     return script("fairness")
+
+
+@pytest.fixture(scope="module")
+def records() -> ModuleType:
+    return script("records")
+
+
+@pytest.fixture(scope="module")
+def runs() -> ModuleType:
+    return script("runs")
 
 
 def test_every_row_of_the_study_is_a_recipe(study: ModuleType) -> None:
@@ -79,7 +90,7 @@ def test_the_study_attacks_what_was_kept_on_images_that_no_student_saw(
         return ledger
 
     monkeypatch.setattr(study, "evaluate_suite", suite)
-    report = study.attacked(run, "digits")
+    report = study.by_class(study.attacked(run, "digits"))
     assert report["accuracy"] == [0.0] + [1.0] * 9 and report["count"] == [30] * 10
     trained_on, _ = holdout_split(load_split("digits", "train").labels, 30)
     assert not set(given["order"]) & set(trained_on)
@@ -92,7 +103,7 @@ def test_the_study_puts_the_best_worst_class_first_and_gives_ranges(study: Modul
     def seed(worst: float) -> dict[str, dict[str, Any]]:
         return {attack: {"average": 0.75, "worst": worst, "nsd": 0.125} for attack in ("apgd", "pgd20")}
 
-    lines = list(study.table({"a": [seed(0.25), seed(0.5)], "b": [seed(0.5)]}))[2:]
+    lines = study.table({"a": [seed(0.25), seed(0.5)], "b": [seed(0.5)]}).splitlines()[2:]
     assert lines == [
         "| b | 75.0% | 50.0% | 0.125 | 75.0% | 50.0% | 0.125 |",
         "| a | 75.0% (75.0% to 75.0%) | 37.5% (25.0% to 50.0%) | 0.125 "
@@ -116,14 +127,16 @@ def test_the_comparison_pairs_ours_with_each_and_each_with_the_baseline(fairness
 
 
 @pytest.mark.parametrize("out", ["/home/someone/runs/a-run", "runs/deep/a-run"])
-def test_records_lose_the_machines_folders_alone(out: str, tmp_path: Path) -> None:
+def test_records_lose_the_machines_folders_alone(records: ModuleType, out: str, tmp_path: Path) -> None:
     text = (
         f'{{"out": "{out}", "teacher": {{"path": "{out}"}}, "classes": ["T-shirt/top"], '
         '"loader": "ffcv from /var/cache/x.beton (as asked)"}'
     )
-    (tmp_path / "config.json").write_text(text)
-    contest.copy_records(tmp_path, tmp_path / "to", ["config.json"])
-    assert json.loads((tmp_path / "to/config.json").read_text()) == {
+    run = tmp_path / "a-run"
+    run.mkdir()
+    (run / "config.json").write_text(text)
+    records.pack([run], ["config.json"], tmp_path / "packed")
+    assert json.loads((records.unpack(tmp_path / "packed", tmp_path / "to")["a-run"] / "config.json").read_text()) == {
         "out": "a-run",
         "teacher": {"path": "a-run"},
         "classes": ["T-shirt/top"],
@@ -131,10 +144,71 @@ def test_records_lose_the_machines_folders_alone(out: str, tmp_path: Path) -> No
     }
 
 
-def test_what_was_evaluated_under_other_versions_is_evaluated_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_records_come_back_to_the_byte_and_are_the_same_in_any_order(records: ModuleType, tmp_path: Path) -> None:
+    texts = {
+        "b": {"config.json": "{}\n", "ledger.csv": '# {"sha256": "\u00e9"}\r\n1,0\n'},
+        "a": {"config.json": '{"a": 1}', "ledger.csv": ""},
+    }
+    for run, files in texts.items():
+        (tmp_path / run).mkdir()
+        for name, text in files.items():
+            (tmp_path / run / name).write_bytes(text.encode())
+    names, folders = ("ledger.csv", "config.json"), [tmp_path / run for run in texts]
+    records.pack((folder for folder in folders), names, tmp_path / "one")
+    records.pack(folders[::-1], names[::-1], tmp_path / "two")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    back = records.unpack(tmp_path / "one", tmp_path / "to")
+    assert {
+        run: {path.name: path.read_bytes().decode() for path in folder.iterdir()} for run, folder in back.items()
+    } == texts
+
+
+def test_damaged_records_are_told_in_one_line(records: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "cut").write_bytes((RESULTS / "fairness/digits" / records.RECORDS).read_bytes()[:-100])
+    for name in ("cut", "absent"):
+        with pytest.raises(DataError, match=name):
+            records.unpack(tmp_path / name, tmp_path)
+
+
+def test_the_tables_of_the_comparison_are_made_again_from_its_records(
+    fairness: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = made.make_run(contest.folder_of("rslad:digits", 0, tmp_path), RSLAD)  # clean, pgd20 and the check are there
+    """Of tables, figures and records; the plot is drawn by whatever version of matplotlib there is."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["fairness.py", "--data", "digits", "--from-records", "--results", str(tmp_path)])
+    fairness.main()
+    kept = RESULTS / "fairness/digits"
+    tables = ("autoattack.md", "autoattack-ours.md", "pgd20.md", "pgd20-ours.md")
+    assert [(tmp_path / name).read_text() for name in tables] == [(kept / name).read_text() for name in tables]
+    assert (kept / "autoattack.md").read_text() in capsys.readouterr().out
+    new, old = (json.loads((folder / "fairness.json").read_text()) for folder in (tmp_path, kept))
+    assert new["trained_at"] == old["trained_at"] and new["checks"] == old["checks"]
+    assert new["seeds"] == old["seeds"] and new["attacks"].keys() == old["attacks"].keys()
+
+
+@pytest.mark.parametrize("data", ["digits", "fashion_mnist_small"])
+def test_the_table_of_the_study_is_made_again_from_its_records(
+    study: ModuleType, records: ModuleType, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    text = study.from_records(data, tmp_path)
+    assert text == (RESULTS / "label_trust" / data / "study.md").read_text()
+    new, old = (
+        json.loads((folder / "study.json").read_text()) for folder in (tmp_path, RESULTS / "label_trust" / data)
+    )
+    assert {key: new[key] for key in ("rows", "held_out", "trained_at")} == {
+        key: old[key] for key in ("rows", "held_out", "trained_at")
+    }
+    packed = (tmp_path / records.RECORDS, RESULTS / "label_trust" / data / records.RECORDS)
+    one, two = (records.unpack(path, tmp_path / str(n)) for n, path in enumerate(packed))
+    assert one.keys() == two.keys()
+    assert all((one[run] / "config.json").read_bytes() == (two[run] / "config.json").read_bytes() for run in one)
+
+
+def test_what_was_evaluated_under_other_versions_is_evaluated_again(
+    runs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made.make_run(runs.folder_of("rslad:digits", 0, tmp_path), RSLAD)  # clean, pgd20 and the check are there
     asked: list[tuple[tuple[str, ...], bool]] = []
 
     def evaluate(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
@@ -143,10 +217,10 @@ def test_what_was_evaluated_under_other_versions_is_evaluated_again(
             return run, {"attacks": {name: {} for name in request.attacks}}
         return run, {"attacks": {name: {} for name in ("clean", "pgd20", "autoattack")}, "checks": {}}
 
-    monkeypatch.setattr(contest, "train", lambda job: None)
-    monkeypatch.setattr(contest, "with_teacher", lambda job: job)
-    monkeypatch.setattr(contest, "evaluate_target", evaluate)
-    protocol = contest.Protocol(out=tmp_path, attacks=("clean", "pgd20", "autoattack"), check=True)
-    content = contest.trained_and_evaluated("rslad:digits", 0, protocol)
+    monkeypatch.setattr(runs, "train", lambda job: None)
+    monkeypatch.setattr(runs, "with_teacher", lambda job: job)
+    monkeypatch.setattr(runs, "evaluate_target", evaluate)
+    protocol = runs.Protocol(out=tmp_path, attacks=("clean", "pgd20", "autoattack"), check=True)
+    content = runs.trained_and_evaluated("rslad:digits", 0, protocol)
     assert asked == [(("autoattack",), False), (("clean", "pgd20"), True)]
     assert content["attacks"].keys() == {"clean", "pgd20", "autoattack"}

@@ -1,0 +1,217 @@
+"""The tables of results in README.md and docs/, written by this command and never by hand.
+
+    python benchmarks/tables.py            rewrite the documents from benchmarks/results
+    python benchmarks/tables.py --check    say whether they are up to date: exit status 1 if not
+
+A document names a file of results between two markers, and holds the whole file there:
+
+    <!-- benchmarks/results/FILE.md -->
+    <!-- / -->
+
+Studies write such files themselves. This command writes one more, benchmarks/results/speed.md, from the JSON files of
+`retemper bench`. What stands in it is decided in `HEADLINES`, whatever the results are. Where several files have
+measured the same thing on the same device, the last by name is shown; those of --quick runs are passed over. "times as
+fast" is theirs over ours, round by round: the median and, in brackets, the 10th and 90th percentile.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, SPEED = "benchmarks/results", "speed.md"
+BEGIN, END = rf"<!-- {RESULTS}/([\w./-]+\.md) -->", "<!-- / -->"
+HEAD = ["| what | device | ours | against | theirs | times as fast | command |", "|---|---|---|---|---|---|---|"]
+NO_GPU = "not measured on a GPU yet"
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A thing worth knowing: our row of the tables that match, beside those of others.
+
+    Attributes:
+        label: "{}" in it stands for what the group in `table` matches, and for `usual` where nothing was measured.
+        table: a pattern of the whole name of a table of `retemper bench` `what`.
+        cpu: whether a CPU's result says anything.
+        gpu: whether a GPU's is missed where there is none.
+    """
+
+    label: str
+    what: str
+    table: str
+    ours: str
+    others: tuple[str, ...]
+    command: str
+    cpu: bool = False
+    gpu: bool = True
+    usual: str = ""
+
+
+EAGER = ("eager chain", "torch.compile of it")
+SCRIPT = ("released script", "careful PyTorch, torch.compile")
+PEERS = ("torchattacks.PGD", "foolbox.LinfPGD")
+HEADLINES = (
+    *(
+        Headline(f"ABSLD step, {name}, batch 128", "step", f"ladder, {model} batch 128", "+ CUDA graph", SCRIPT,
+                 f"retemper bench step --only {model} --batch 128")
+        for name, model in (("ResNet-18", "resnet18"), ("MobileNetV2", "mobilenet_v2"))
+    ),
+    *(
+        Headline(f"ABSLD step, {name}{what}", "step", f"ladder, {model} batch (\\d+)", ours,
+                 ("released script", "careful PyTorch"), f"retemper bench step --only {model}",
+                 cpu=True, gpu=False, usual=usual)
+        for name, model, usual in (("tiny ResNet on 8 x 8, batch {}", "tiny_resnet", "128"),
+                                   ("MobileNetV2, batch {}", "mobilenet_v2", "8"),
+                                   ("ResNet-18, batch {}", "resnet18", "4"))
+        for what, ours in ((", first epoch", "+ teacher for 8 batches at once"),
+                           (", teacher's table full", "+ table, every view known"))
+    ),
+    Headline("PGD-10, ResNet-18, batch {}", "attack", r"resnet18 ce PGD-10 (?:tf32|fp32) batch (\d+)", "retemper",
+             PEERS, "retemper bench attack --only resnet18", cpu=True, usual="128"),
+    Headline("`pgd_step_`, 256 MB", "kernels", r"pgd_step_ fp32 21845x3x32x32", "retemper", EAGER,
+             "retemper bench kernels --only pgd_step_"),
+    Headline("KL with gradient, 128 x 10", "kernels", r"class_temperature_kl forward and backward fp32 128x10",
+             "retemper", (*EAGER, "Liger, teacher tempered beforehand"), "retemper bench kernels --only class_temp"),
+    Headline("crop and flip, 256 MB", "kernels", r"augment fp32 21845x3x32x32", "retemper", EAGER,
+             "retemper bench kernels --only augment"),
+    Headline("epoch of {} images, 32 x 32", "loaders", r"([\d,]+) images of 32x32x3 batch 128", "retemper, resident",
+             ("retemper, ffcv", "FFCV's own operations", "torchvision, 2 workers"), "retemper bench loaders",
+             cpu=True, usual="50,000"),
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the checkout")
+    words = parser.parse_args()
+    try:
+        stale = {path: text for path, text in written(words.root) if not path.exists() or path.read_text() != text}
+    except ValueError as error:
+        sys.exit(str(error))
+    if words.check and stale:
+        names = ", ".join(str(path.relative_to(words.root)) for path in stale)
+        sys.exit(f"{names}: not what {RESULTS} says: run python benchmarks/tables.py")
+    for path, text in stale.items():
+        path.write_text(text)
+
+
+def written(root: Path) -> Iterator[tuple[Path, str]]:
+    """The table of speeds and every document, with what it should hold.
+
+    Raises:
+        ValueError: a document names a file that is missing, or a marker that ends one is missing.
+    """
+    results = root / RESULTS
+    speed = "\n".join([*table(read_results(results)), ""])
+    yield results / SPEED, speed
+    for document in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
+        try:
+            yield document, with_files(document.read_text(), results, {SPEED: speed})
+        except ValueError as error:
+            raise ValueError(f"{document}: {error}") from None
+
+
+def with_files(text: str, results: Path, made: dict[str, str]) -> str:
+    """The document with each file that it names between its two markers.
+
+    Args:
+        made: the text of files that are about to be written, by name.
+
+    Raises:
+        ValueError: a file that it names is missing, or a marker that ends one.
+    """
+
+    def with_file(found: re.Match[str]) -> str:
+        path = results / found[2]
+        if found[2] not in made and not path.is_file():
+            raise ValueError(f"it names {path}, which does not exist")
+        return f"{found[1]}\n{made.get(found[2]) or path.read_text()}{END}"
+
+    if len(re.findall(BEGIN, text)) != text.count(END):
+        raise ValueError(f"every file that it names needs a line {END} below")
+    return re.sub(f"({BEGIN}).*?{END}", with_file, text, flags=re.DOTALL)
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The files of `retemper bench` in a folder and below it, sorted by path."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.rglob("*.json"))]
+    return [
+        one
+        for one in found
+        if isinstance(one, dict)
+        and {"what", "rows", "device", "command"} <= one.keys()
+        and "--quick" not in one["command"]
+    ]
+
+
+def table(results: list[dict[str, Any]]) -> list[str]:
+    """The table of speeds, a GPU's rows before a CPU's."""
+    lines = []
+    for headline in HEADLINES:
+        devices = {}
+        for result in results:
+            if result["what"] == headline.what:
+                for name in dict.fromkeys(row["table"] for row in result["rows"]):
+                    if found := re.fullmatch(headline.table, name):
+                        rows = [row for row in result["rows"] if row["table"] == name]
+                        devices[result["device"]] = headline.label.format(*found.groups()), rows
+        on_gpu = {device: rows for device, rows in devices.items() if device.startswith("cuda")}
+        for device, (label, rows) in on_gpu.items():
+            lines += shown(headline, label, device, rows)
+        if not on_gpu and headline.gpu:
+            label, others = headline.label.format(headline.usual), "; ".join(headline.others)
+            lines.append(line(label, NO_GPU, "", others, "", "", f"`{headline.command}`"))
+        for device, (label, rows) in devices.items() if headline.cpu else ():
+            if device not in on_gpu:
+                lines += shown(headline, label, device, rows)
+    return [*HEAD, *lines]
+
+
+def shown(headline: Headline, label: str, device: str, rows: list[dict[str, Any]]) -> Iterator[str]:
+    """A line for each of the others that has a row."""
+    by_name = {row["name"]: row for row in rows}
+    ours = by_name.get(headline.ours)
+    for name in headline.others:
+        theirs = by_name.get(name)
+        if ours is None or theirs is None:
+            continue
+        cells = (time(ours), name, time(theirs), times_as_fast(ours, theirs))
+        yield line(label, spoken(device), *cells, f"`{headline.command}`")
+
+
+def times_as_fast(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """Theirs over ours, round by round."""
+    if ours["ms"] is None or theirs["ms"] is None:
+        return "-"
+    ratios = [slow / fast for slow, fast in zip(theirs["round_ms"], ours["round_ms"], strict=True)]
+    p10, median, p90 = np.percentile(ratios, (10, 50, 90))
+    return f"{median:.2f} ({p10:.2f} to {p90:.2f})"
+
+
+def time(row: dict[str, Any]) -> str:
+    """The median, or why there is none."""
+    if row["ms"] is None:
+        return row["reason"].replace("|", "/")
+    ms = row["ms"]["median"]
+    return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.3g} ms"
+
+
+def spoken(device: str) -> str:
+    """ "cuda: NVIDIA H200" as "NVIDIA H200", "cpu: AMD EPYC, 1 threads" as "AMD EPYC, 1 thread"."""
+    return device.partition(": ")[2].replace(" 1 threads", " 1 thread") or device
+
+
+def line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()

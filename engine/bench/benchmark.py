@@ -1,0 +1,66 @@
+"""A benchmark from what was asked to its result, case after case."""
+
+import traceback
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from retemper.console import Progress
+from retemper.engine.bench.case import PlannedCase, Request
+from retemper.engine.bench.machine import Rates
+from retemper.engine.bench.result import COLUMNS, Row, header
+from retemper.engine.bench.timing import failure, measure
+from retemper.errors import UsageError
+
+
+def bench(request: Request, after_case: Callable[[dict[str, Any], list[Row]], None]) -> dict[str, Any]:
+    """Measure the cases of step.py, kernels.py, loaders.py or attack.py.
+
+    Args:
+        after_case: is given the result so far and the rows of the last case, to show and to save: a benchmark that is
+            cut short keeps what it has.
+
+    Returns:
+        The result, as result.py describes it.
+
+    Raises:
+        UsageError: no case has such a name.
+    """
+    module = import_module(f"retemper.engine.bench.{request.what}")
+    planned = [
+        one for one in module.cases(request) if not request.only or any(word in one.name for word in request.only)
+    ]
+    if not planned:
+        raise UsageError(f"--only {' '.join(request.only)}: bench {request.what} has no such table")
+    result, rates = header(request), Rates(request.device, request.quick)
+    result["notes"] += module.notes(request) if hasattr(module, "notes") else []
+    with Progress(f"bench {request.what}", len(planned)) as progress:
+        for one in planned:
+            progress.advance(0, one.name)
+            rows, conclusion = _measured(one, request, rates)
+            result["notes"] += [conclusion] if conclusion else []
+            if request.on_gpu:
+                torch.cuda.empty_cache()
+            result["rows"] += rows
+            result["rates"] = rates.as_json()
+            after_case(result, rows)
+            progress.advance(1)
+    result["complete"] = True
+    return result
+
+
+def _measured(planned: PlannedCase, request: Request, rates: Rates) -> tuple[list[Row], str | None]:
+    """The rows of a case, and what it comes to; one row with the reason where it cannot even be built."""
+    try:
+        case = planned.build()
+    except Exception as error:  # too large for this GPU, say: hours of other cases are not to be lost for it
+        traceback.print_exc()
+        row = dict.fromkeys(COLUMNS) | {"table": planned.name, "name": "the case", "exactness": "rounding"}
+        return [row | {"precision": "fp32", "reason": failure(error), "rounds": 0}], None
+    try:
+        rows = measure(case, request.device, request.rounds, rates)
+        return rows, case.conclude(rows)
+    finally:
+        case.close()
