@@ -97,10 +97,10 @@ def shown_value(value: Any) -> str:
     if isinstance(value, tuple | list):
         return ",".join(map(shown_value, value)) or "none"
     if isinstance(value, float):
-        for bottom in (1, 255, 6, 3):  # 5/6 is a common weight
-            top = round(value * bottom)
-            if value == top / bottom:
-                return f"{top}/{bottom}" if bottom > 1 else str(top)
+        if float(f"{value:g}") != value:  # no short decimal: a pixel value, or a weight such as 5/6
+            for bottom in (255, 6):
+                if value == round(value * bottom) / bottom:
+                    return f"{round(value * bottom)}/{bottom}"
         return f"{value:g}"
     return str(value)
 
