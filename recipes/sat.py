@@ -40,7 +40,9 @@ STUDENTS = adversarial_training(
     cifar100_resnet18=RICE,
     tiny_imagenet_preact_resnet18=OURS,
 )
-STATUS = dict(digits="3 seeds on a 2-core CPU: README", fashion_mnist_small="1 seed on a 2-core CPU: README")
+STATUS = dict(
+    digits="3 seeds on a 2-core CPU: docs/fairness.md", fashion_mnist_small="1 seed on a 2-core CPU: docs/fairness.md"
+)
 SETTINGS = {as_student(name): setting for name, setting in STUDENTS.items()} | teachers(Sat, STATUS, AUTHORS, **OURS)
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from typing import Any
 
 from retemper.engine.recipe import UNTRAINED, Method, Recipe, Setting
 
-ON_DIGITS = {"digits": "3 seeds on a 2-core CPU: README"}
-ON_BOTH = ON_DIGITS | {"fashion_mnist_small": "3 seeds on a 2-core CPU: README"}
+ON_DIGITS = {"digits": "3 seeds on a 2-core CPU: docs/fairness.md"}
+ON_BOTH = ON_DIGITS | {"fashion_mnist_small": "3 seeds on a 2-core CPU: docs/fairness.md"}
 
 
 DIGITS: dict[str, Any] = dict(

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 import retemper.recipes
+from retemper.engine.arguments import command_line
 from retemper.engine.catalogue import method_module, methods
-from retemper.engine.cli import parser, run
+from retemper.engine.cli import run
 from retemper.loaders import DATASETS
 
 ROOT = Path(__file__).parent.parent
@@ -123,7 +124,7 @@ def test_commands_parse(page: Path) -> None:
     for words in [*commands(page), *inline]:
         if words[0] == "retemper" and "plain_ard:digits" not in words:  # the example of CONTRIBUTING.md
             recipe = next((word for word in words if ":" in word), None) if words[1] == "train" else None
-            parser(recipe).parse_args(words[1:])
+            command_line(recipe)[0].parse_args(words[1:])
         elif words[0] == "make":
             assert words[1] in targets, words
         elif words[0] == "python" and words[1].endswith(".py"):
