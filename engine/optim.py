@@ -21,57 +21,6 @@ from torch.nn.utils import get_total_norm
 from retemper.engine.recipe import Recipe
 
 
-def sgd(recipe: Recipe, student: nn.Module, device: torch.device) -> torch.optim.SGD:
-    """Return the optimizer of `student` with the rate, momentum and weight decay of `recipe`.
-
-    On a GPU the rate of the fused optimizer is a 0-dim tensor there, so that a captured step follows the schedule.
-    """
-    return torch.optim.SGD(
-        student.parameters(),
-        lr=torch.tensor(recipe.lr, device=device) if device.type == "cuda" and recipe.fused_sgd else recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        nesterov=recipe.nesterov,
-        fused=recipe.fused_sgd or None,  # with a scaler the fused step alone does not wait for the device
-    )
-
-
-class Guard:
-    """Finds the first step whose loss or gradient is not finite, and stops its update and all later ones.
-
-    Every attribute is a tensor on the device that is written in place, so that no step waits for the device and a CUDA
-    graph may hold it.
-
-    Attributes:
-        seed: (1,) int64, the noise seed of that step, which identifies it; -1 before.
-        loss: 0-dim float32, that step's loss.
-        found_inf: 0-dim float32, 1 from that step on and 0 before; fused optimizers skip their update at 1.
-        poison: 0-dim float32, NaN from that step on and 0 before; added to a loss, it makes a gradient scaler skip the
-            update.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.seed = torch.full((1,), -1, dtype=torch.int64, device=device)
-        self.loss, self.found_inf, self.poison = torch.zeros(3, device=device)
-
-    def look(self, loss: Tensor, gradients: Sequence[Tensor], seed: Tensor) -> None:
-        """Check a step before its update.
-
-        Args:
-            loss: 0-dim.
-            gradients: of any shapes; one whose norm overflows is not finite either.
-            seed: (1,) int64, the step's noise seed.
-        """
-        finite = loss.isfinite()
-        if gradients:
-            finite = finite & get_total_norm(gradients).isfinite()
-        first = ~finite & (self.seed < 0).view(())
-        self.seed.copy_(torch.where(first, seed, self.seed))
-        self.loss.copy_(torch.where(first, loss, self.loss))
-        self.found_inf.copy_((self.seed >= 0).view(()))
-        self.poison.masked_fill_(self.found_inf > 0, torch.nan)
-
-
 class Average:
     """An average of the weights and batch-norm statistics of a network.
 
@@ -151,3 +100,51 @@ def perturb_weights(
             move = gamma * weight.norm() / (gradient.norm() + 1e-12) * gradient
             weight += torch.where(gradient.isfinite().all(), move, 0)  # an overflow moves nothing
     return before
+
+
+class Guard:
+    """Finds the first step whose loss or gradient is not finite, and stops its update and all later ones.
+
+    Every attribute is a tensor on the device that is written in place, so that no step waits for the device and a CUDA
+    graph may hold it.
+
+    Attributes:
+        seed: (1,) int64, the noise seed of that step, which identifies it; -1 before.
+        loss: 0-dim float32, that step's loss.
+        found_inf: 0-dim float32, 1 from that step on and 0 before; fused optimizers skip their update at 1.
+        poison: 0-dim float32, NaN from that step on and 0 before; added to a loss, it makes a gradient scaler skip the
+            update.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.seed = torch.full((1,), -1, dtype=torch.int64, device=device)
+        self.loss, self.found_inf, self.poison = torch.zeros(3, device=device)
+
+    def look(self, loss: Tensor, gradients: Sequence[Tensor], seed: Tensor) -> None:
+        """Check a step before its update.
+
+        Args:
+            loss: 0-dim.
+            gradients: of any shapes; one whose norm overflows is not finite either.
+            seed: (1,) int64, the step's noise seed.
+        """
+        finite = loss.isfinite()
+        if gradients:
+            finite = finite & get_total_norm(gradients).isfinite()
+        first = ~finite & (self.seed < 0).view(())
+        self.seed.copy_(torch.where(first, seed, self.seed))
+        self.loss.copy_(torch.where(first, loss, self.loss))
+        self.found_inf.copy_((self.seed >= 0).view(()))
+        self.poison.masked_fill_(self.found_inf > 0, torch.nan)
+
+
+def sgd(recipe: Recipe, student: nn.Module, device: torch.device) -> torch.optim.SGD:
+    """The optimizer; on a GPU its rate is a tensor there, so that a captured step follows the schedule."""
+    return torch.optim.SGD(
+        student.parameters(),
+        lr=torch.tensor(recipe.lr, device=device) if device.type == "cuda" and recipe.fused_sgd else recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov,
+        fused=recipe.fused_sgd or None,  # with a scaler the fused step alone does not wait for the device
+    )
