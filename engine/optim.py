@@ -1,9 +1,9 @@
-"""How the weights of the student move: SGD, the guard of its updates, averages of weights, adversarial perturbation.
+"""How the weights of a student move: averages of them, adversarial perturbation, the guard of updates, and SGD.
 
-    SGD     v <- momentum v + g + decay w;   w <- w - lr v        (Nesterov's momentum: Sutskever et al., ICML 2013)
     EMA     average <- decay average + (1 - decay) w              (Tarvainen and Valpola, NeurIPS 2017)
     SWA     average <- mean of w so far                           (Izmailov et al., UAI 2018)
     AWP     w <- w + gamma ||w|| g / ||g||, layer by layer        (Wu et al., NeurIPS 2020)
+    SGD     v <- momentum v + g + decay w;   w <- w - lr v        (Nesterov's momentum: Sutskever et al., ICML 2013)
 
 Averages take in batch-norm statistics as they do weights (as CFA does); the statistics are not measured again. AWP's
 gradient is taken at the perturbed weights and applied to the weights themselves, as is their decay (the authors' code
