@@ -10,7 +10,7 @@ from retemper.engine.device import cpu_threads, exact_fp32, in_precision, is_out
 from retemper.engine.device import tuned_convolutions as tuned
 
 
-def tf32() -> tuple[bool, bool]:
+def tf32() -> tuple[object, object]:
     return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
 
