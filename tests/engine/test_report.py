@@ -273,6 +273,15 @@ def test_a_folder_that_is_no_run_is_one_clear_line(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_damaged_config_is_one_clear_line(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "absld", ABSLD, epochs=1)
+    for content in ("{", '{"method": "absld"}'):
+        (run / "config.json").write_text(content)
+        with pytest.raises(DataError, match=r"config\.json") as error:
+            write_report([run], tmp_path / "out")
+        assert "\n" not in str(error.value)
+
+
 def test_an_evaluation_of_a_network_from_elsewhere_stands_beside_runs(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "absld", ABSLD, verdicts=True), make_run(tmp_path / "net-build", RSLAD, verdicts=True)]
     for name in ("config.json", "metrics.jsonl"):
