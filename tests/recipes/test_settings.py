@@ -1,6 +1,6 @@
 """Settings of full size start, take two steps and are evaluated, on files in their data set's own format.
 
-All those of four methods, and one of each other method: they share the fields of engine/settings.py.
+All those of four methods, and one of each other method: they share the fields of recipes/settings.py.
 """
 
 import json
@@ -53,6 +53,7 @@ def data_root(datafiles: ModuleType, tmp_path_factory: pytest.TempPathFactory) -
     return make
 
 
+@pytest.mark.own_process
 @pytest.mark.parametrize("name", [*large()])
 def test_starts_steps_and_is_evaluated(name: str, data_root: Callable[[str, bool], Path], tmp_path: Path) -> None:
     recipe = find_setting(name)[2].recipe
