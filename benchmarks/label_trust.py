@@ -8,7 +8,6 @@ run's first epochs: nothing else hides what a loss costs. The networks are rando
 """
 
 import argparse
-from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,6 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "trust and weights": ("label_trust", APART),
     "trust and weights, joint": ("label_trust", APART | dict(joint=True)),
     "label trust: trust and weights, joint, averaged": ("label_trust", {}),
-    "label trust, temperatures, margins": ("label_trust", dict(temperature_rate=0.1, margin_rate=0.1)),
     "ABSLD": ("absld", {}),
 }
 INPUTS = 8  # batches that take turns
@@ -43,8 +41,10 @@ INPUTS = 8  # batches that take turns
 def contestant(name: str, recipe: Recipe, device: torch.device) -> Contestant:
     """Steps of `recipe` on the same random batches."""
     torch.manual_seed(0)
-    state = State.begin(recipe, create_model(recipe.student, 10), create_model("tiny_resnet_wide", 10), 10, device)
-    shape = recipe.batch_size, 1, 8, 8
+    state = State.begin(
+        recipe, create_model(recipe.networks.student, 10), create_model("tiny_resnet_wide", 10), 10, device
+    )
+    shape = recipe.optim.batch_size, 1, 8, 8
     batches = cycle(
         [
             (
@@ -59,7 +59,7 @@ def contestant(name: str, recipe: Recipe, device: torch.device) -> Contestant:
     def step(*batch: torch.Tensor) -> torch.Tensor:
         return train_step(state, recipe, *batch)
 
-    one = captured(step) if recipe.captures_on(device) else step
+    one = captured(step) if recipe.execution.captures_on(device) else step
     return Contestant(name=name, run=lambda: one(*next(batches)), exactness="different algorithm")
 
 
@@ -79,7 +79,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     rows = {
-        name: replace(find_setting(f"{method}:digits")[2].recipe, batch_size=words.batch, **fields)
+        name: find_setting(f"{method}:digits")[2].recipe.replace(batch_size=words.batch, **fields)
         for name, (method, fields) in ROWS.items()
     }
     race = Race(

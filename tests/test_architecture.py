@@ -17,7 +17,7 @@ BUILDS_ON = {
     "adaiad": {"adaad", "iad"},
     "b_mtard": {"mtard"},
     "fair_ard": {"ard", "fair"},
-    "fair_iad": {"fair", "iad"},
+    "fair_iad": {"ard", "fair", "iad"},
     "fair_mtard": {"fair", "mtard"},
     "fair_rslad": {"fair", "rslad"},
     "iad": {"ard"},
@@ -57,22 +57,6 @@ def test_a_recipe_reads_alone_unless_its_paper_builds_on_another() -> None:
         assert others <= BUILDS_ON.get(source.stem, set()), source
 
 
-def test_a_recipe_over_80_lines_says_why() -> None:
-    for source in (ROOT / "recipes").glob("*.py"):
-        text = source.read_text()
-        long = len(text.splitlines()) > 80
-        assert long == ("\nOver 80 lines: " in (ast.get_docstring(ast.parse(text)) or "")), source
-
-
-def test_the_engine_names_no_method() -> None:
-    methods = {source.stem for source in (ROOT / "recipes").glob("*.py")} - {"__init__"}
-    for source in set((ROOT / "engine").rglob("*.py")) - {ROOT / "engine/demo.py"}:  # which names its three runs
-        for node in ast.walk(ast.parse(source.read_text())):
-            if isinstance(node, ast.Compare):
-                words = {item.value for item in ast.walk(node) if isinstance(item, ast.Constant)}
-                assert not words & methods, f"{source}:{node.lineno} branches on a method's name"
-
-
 def test_every_kernel_has_its_tests() -> None:
     for source in (ROOT / "kernels").glob("*.py"):
         if source.stem != "__init__":
@@ -107,7 +91,7 @@ def test_no_untrusted_code_runs() -> None:
 
 def test_the_engine_asks_for_no_method_by_name() -> None:
     """It offers abilities, which a recipe declares: nothing in it compares with, or looks up, a method's name."""
-    methods = {path.stem for path in (ROOT / "recipes").glob("*.py")} - {"__init__", "fair"}
+    methods = {path.stem for path in (ROOT / "recipes").glob("*.py")} - {"__init__"}
     for source in set((ROOT / "engine").rglob("*.py")) - {ROOT / "engine/demo.py"}:  # which names its three runs
         for node in ast.walk(ast.parse(source.read_text())):
             if isinstance(node, ast.Compare | ast.match_case | ast.Dict):

@@ -5,7 +5,6 @@ import json
 import runpy
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -52,7 +51,7 @@ def test_every_row_of_the_study_is_a_recipe(study: ModuleType) -> None:
     assert len({row.folder for row in study.ROWS}) == len(names)
     for row in study.ROWS:
         for data in row.on:
-            replace(find_setting(f"{row.method}:{data}")[2].recipe, **study.HELD_OUT[data], **row.fields)
+            find_setting(f"{row.method}:{data}")[2].recipe.replace(**study.HELD_OUT[data], **row.fields)
         assert row.teacher is None or row.teacher in names
 
 
