@@ -1,7 +1,7 @@
 """Pickles of others, read without running their code.
 
-A pickle is a program: it may name any function and have it called. CIFAR's "python version" needs a few names to rebuild
-numpy arrays. This reader knows those and refuses every other before it is looked up.
+A pickle is a program: it may name any function and have it called. CIFAR's "python version" needs a few names to
+rebuild numpy arrays. This reader knows those and refuses every other before it is looked up.
 """
 
 import io
