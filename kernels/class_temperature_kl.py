@@ -186,7 +186,8 @@ def _grad_of_number(
 def _temperatures(number: Any, student: Tensor, teacher: Tensor) -> tuple[Tensor | None, float]:
     """Return None and the number; or, of a symbol, (K,) temperatures and a number that is not read."""
     if isinstance(number, torch.SymFloat | torch.SymInt):
-        return student.new_ones(student.shape[1:], dtype=compute_dtype(student, teacher)) * number, 1.0
+        ones: Any = student.new_ones(student.shape[1:], dtype=compute_dtype(student, teacher))
+        return ones * number, 1.0
     return None, number
 
 
