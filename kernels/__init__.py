@@ -1,6 +1,7 @@
 """The fused operations: Triton on a GPU, plain PyTorch on a CPU, one contract for both.
 
-Each operation has a module of its name. What they share is in runtime.py, logit_rows.py and numerics.py.
+Each operation has a module of its name, and the arithmetic of class_temperature_kl is in kl_divergence.py. What the
+modules share is in runtime.py, logit_rows.py and numerics.py.
 """
 
 from retemper.kernels.augment import augment, augment_reference, identity_view, num_views
