@@ -307,7 +307,6 @@ def ls(arguments: argparse.Namespace) -> None:
 def bench(arguments: argparse.Namespace) -> None:
     from retemper.engine.bench import Request, as_table, as_text, save
     from retemper.engine.bench import bench as measure
-    from retemper.engine.bench.step import profile_step
     from retemper.engine.device import pick_device
 
     for name in ("rounds", "batch"):
@@ -330,6 +329,8 @@ def bench(arguments: argparse.Namespace) -> None:
     words = {name: getattr(arguments, name) for name in ("what", "rounds", "batch", "quick", "sweep")}
     request = Request(**words, device=pick_device(arguments.device), only=tuple(arguments.only))
     if arguments.profile:
+        from retemper.engine.bench.step import profile_step
+
         profile_step(request, arguments.profile)
         return
     result = measure(request, show)
