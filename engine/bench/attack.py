@@ -173,7 +173,7 @@ def examples_check(problem: AttackProblem) -> Check:
 
 
 def contender(
-    problem: AttackProblem, check: Check, name: str, make: Callable[[AttackProblem], Call], *packages: str
+    problem: AttackProblem, check: Check, name: str, make: Callable[[AttackProblem], Call], packages: tuple[str, ...]
 ) -> Contender:
     """The contender whose call, which returns the examples, is made by `make` and needs these packages."""
     exactness = "rounding" if name.startswith("retemper") else "peer"
@@ -239,10 +239,10 @@ def foolbox(problem: AttackProblem) -> Call:
     return lambda: attack(model, problem.clean_BCHW, criterion, epsilons=EPS)[1]
 
 
-CONTENDERS = (  # name, how it is made, packages that it needs
-    ("retemper", folded),
-    ("retemper, not folded", unfolded),
-    ("plain loop", plain_loop),
-    ("torchattacks.PGD", torchattacks, "torchattacks"),
-    ("foolbox.LinfPGD", foolbox, "foolbox", "eagerpy"),
+CONTENDERS: tuple[tuple[str, Callable[[AttackProblem], Call], tuple[str, ...]], ...] = (  # with packages they need
+    ("retemper", folded, ()),
+    ("retemper, not folded", unfolded, ()),
+    ("plain loop", plain_loop, ()),
+    ("torchattacks.PGD", torchattacks, ("torchattacks",)),
+    ("foolbox.LinfPGD", foolbox, ("foolbox", "eagerpy")),
 )

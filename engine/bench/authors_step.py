@@ -116,7 +116,9 @@ class CarefulStep:
     def __init__(
         self, student: nn.Module, teacher: nn.Module, temperatures: list[float], compile: bool = False
     ) -> None:
-        self.student = torch.compile(student, dynamic=False) if compile else student
+        self.student = student
+        if compile:
+            self.student: nn.Module = torch.compile(student, dynamic=False)  # pyright: ignore[reportAttributeAccessIssue]
         self.teacher, self.optimizer = teacher, new_sgd(student)
         device = next(student.parameters()).device
         self.temperature_K = torch.tensor(temperatures, device=device)
