@@ -76,7 +76,6 @@ OTHERWISE = (  # all additions but for one thing, asking the teacher in each ste
     Variant("all but fused epilogues", dict(epilogue="plain"), "rounding", "not used on a CPU"),
     Variant("all but the graph", dict(capture="off"), "bitwise", "not used on a CPU"),
     Variant("twin compiled instead of fused", dict(epilogue="compiled"), "rounding"),
-    Variant("and a padded stem", dict(pad_stem=True), "rounding"),
 )
 
 

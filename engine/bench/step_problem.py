@@ -34,7 +34,6 @@ BARE: dict[str, Any] = dict(
     channels_last=False,
     fold=False,
     epilogue="plain",
-    pad_stem=False,
     capture="off",
     teacher_ahead=0,
     teacher_table="off",
