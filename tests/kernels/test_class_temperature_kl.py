@@ -20,7 +20,8 @@ from retemper.kernels import (
 )
 
 # whole tiles, ragged ones, and rows in several passes (1501), where a program has one row and the interpreter is slow
-SHAPES = [(b, k) for b in (0, 1, 7, 128) for k in (1, 2, 3, 10, 100, 1000) if b * k < 20_000] + [(1, 1501), (2, 1501)]
+SHAPES = [(b, k) for b in (0, 1, 7, 128) for k in (1, 2, 3, 10, 100, 1000) if b * k < 12_000]
+SHAPES += [(64, 100), (1, 1501), (2, 1501)]  # 64 rows of 100 are two whole programs
 # Loss, of the row's own value or of 1: each log is a quotient and a difference, good to 2**-22 of itself.
 LOSS_TOLERANCE = {torch.float32: 2**-20, torch.float64: 1e-12}
 # Gradient at temperature 1, absolute: p = exp(-x) to x exp(-x) 2**-22, so p and q to 2**-23 each, weights up to 2.
