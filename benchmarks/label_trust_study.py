@@ -133,14 +133,14 @@ def trained(row: Row, data: str, seed: int, out: Path) -> Path:
 def chosen(folder: Path) -> dict[str, Any]:
     """What the kept epoch, the best in average + worst, came to on all held-out images under PGD-20."""
     lines = [json.loads(line) for line in RunFolder(folder).metrics.read_text().splitlines()]
-    first = json.loads((folder / "config.json").read_text())["recipe"]["select_from"]
+    first = RunFolder(folder).read_config()["recipe"]["select_from"]
     scores = [line["holdout"] for line in lines if "holdout" in line and line["epoch"] >= first]
     return max(scores, key=lambda score: score["average"] + score["worst"])
 
 
 def attacked(folder: Path, data: str) -> Ledger:
     """What became of the first held-out images of every class under AutoAttack's first two attacks."""
-    recipe = json.loads((folder / "config.json").read_text())["recipe"]
+    recipe = RunFolder(folder).read_config()["recipe"]
     split = load_split(recipe["dataset"], "train", None, recipe["image_size"])
     _, held_out = holdout_split(split.labels, recipe["holdout_per_class"])
     order = held_out[balanced_order(split.labels[held_out], ATTACKED[data])]
