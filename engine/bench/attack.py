@@ -187,6 +187,7 @@ def contender(
 
 
 def our_pgd(problem: AttackProblem, model: nn.Module) -> Tensor:
+    """The examples, (B, C, H, W), that our attack makes with `model`."""
     return pgd(
         model, problem.clean_BCHW, objective=problem.objective, steps=problem.steps, step=STEP, eps=EPS, start="none"
     )
@@ -220,12 +221,14 @@ def plain_loop(problem: AttackProblem) -> Call:
 
 
 def torchattacks(problem: AttackProblem) -> Call:
+    """The library's PGD; with the KL it is given probabilities as labels."""
     library, target = peers.library("torchattacks"), problem.target
     attack = library.PGD(problem.own_model(), eps=EPS, alpha=STEP, steps=problem.steps, random_start=False)
     return lambda: attack(problem.clean_BCHW, target)
 
 
 def foolbox(problem: AttackProblem) -> Call:
+    """The library's PGD; with the KL a class of it that overrides the loss."""
     library, eagerpy, target = peers.library("foolbox"), peers.library("eagerpy"), problem.target
 
     class Kl(library.attacks.LinfPGD):

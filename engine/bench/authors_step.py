@@ -17,6 +17,7 @@ EPS, STEP, STEPS = 8 / 255, 2 / 255, 10
 
 
 def new_sgd(student: nn.Module) -> torch.optim.SGD:
+    """The script's optimizer."""
     return torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-4)
 
 
