@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from retemper.bench import peers
+from retemper.bench.case import Call, Case, Check, Contender, PlannedCase, Request, Work
+from retemper.bench.timing import failure
 from retemper.engine.attack import pgd
-from retemper.engine.bench import peers
-from retemper.engine.bench.case import Call, Case, Check, Contender, PlannedCase, Request, Work
-from retemper.engine.bench.timing import failure
 from retemper.engine.device import DTYPES
 from retemper.engine.losses import KlObjective, Objective, cross_entropy_objective
 from retemper.engine.models import channels_last, create_model

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from retemper.engine.bench.case import Case, Check, Contender, Request, Work, equal_to, near_to
-from retemper.engine.bench.peers import library, missing
+from retemper.bench.case import Case, Check, Contender, Request, Work, equal_to, near_to
+from retemper.bench.peers import library, missing
 from retemper.engine.device import DTYPES
 from retemper.kernels import (
     augment,

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from retemper.engine.bench import attack, kernel_cases, kernels, loaders, peers, sweep
-from retemper.engine.bench.case import EXACTNESS, Case, Request
-from retemper.engine.bench.machine import Rates
-from retemper.engine.bench.result import COLUMNS
-from retemper.engine.bench.timing import measure
+from retemper.bench import attack, kernel_cases, kernels, loaders, peers, sweep
+from retemper.bench.case import EXACTNESS, Case, Request
+from retemper.bench.machine import Rates
+from retemper.bench.result import COLUMNS
+from retemper.bench.timing import measure
 from retemper.engine.cli import run
 from retemper.kernels import augment_reference
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from retemper.engine.bench import peers
-from retemper.engine.bench.case import Case, Check, Contender, PlannedCase, Request, Work
+from retemper.bench import peers
+from retemper.bench.case import Case, Check, Contender, PlannedCase, Request, Work
 from retemper.kernels import augment, augment_reference, num_views
 from retemper.loaders import Split, ViewSpace, convert, ffcv_problem, make_loader, split_of_arrays
 from retemper.loaders.ffcv_library import ffcv_module

@@ -22,7 +22,9 @@ from retemper.engine.evaluation.ledger import Ledger
 from retemper.errors import DataError
 from retemper.loaders import Split, holdout_split, load_split
 
-made = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("made_runs.py"))))  # the tests are no package
+made = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).parents[1] / "engine/made_runs.py"))
+)  # the tests are no package
 RSLAD, ABSLD = made.RSLAD, made.ABSLD
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results"

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from retemper.engine.bench.authors_step import CarefulStep
-from retemper.engine.bench.case import Call, Case, Contender, PlannedCase, Request, Work
-from retemper.engine.bench.step_problem import AGREEMENT, TEACHERS, StepProblem
+from retemper.bench.authors_step import CarefulStep
+from retemper.bench.case import Call, Case, Contender, PlannedCase, Request, Work
+from retemper.bench.step_problem import AGREEMENT, TEACHERS, StepProblem
 from retemper.engine.device import in_precision, tuned_convolutions
 from retemper.engine.recipe import Recipe
 from retemper.engine.speed.capture import captured
