@@ -51,8 +51,8 @@ class FfcvLoader(Loader):
         loaders = ffcv_module("loader.loader")
         if not verify(self.path).matches(split):
             raise DataError(f"{path} holds another data set than {split.name} {split.split}: convert that one")
-        # one worker: FFCV does not spread one copy an image over threads. The seed decides nothing, but without one FFCV
-        # draws from numpy's global generator.
+        # one worker: FFCV does not spread one copy an image over threads. The seed decides nothing, but without one
+        # FFCV draws from numpy's global generator.
         self._ffcv = loaders.Loader(
             str(path),
             batch_size=plan.local_size,

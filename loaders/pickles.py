@@ -1,7 +1,7 @@
 """Pickles of others, read without running their code.
 
-A pickle is a program: it may name any function and have it called. CIFAR's "python version" needs a few names to rebuild
-numpy arrays. This reader knows those and refuses every other before it is looked up.
+A pickle is a program: it may name any function and have it called. CIFAR's "python version" needs a few names to
+rebuild numpy arrays. This reader knows those and refuses every other before it is looked up.
 """
 
 import io
@@ -46,7 +46,7 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}") from None
 
 
-def read_pickle(path: Path) -> dict[bytes | str, Any]:
+def read_pickle(path: str | Path) -> dict[bytes | str, Any]:
     """Return the dictionary in a pickle of numpy arrays, lists, numbers and text, of Python 2 or 3.
 
     Raises:
@@ -55,7 +55,7 @@ def read_pickle(path: Path) -> dict[bytes | str, Any]:
     refusal = f"{path} is not a CIFAR batch and was not run"
     advice = "delete it and fetch the set again, best as its binary version"
     try:
-        content = _Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        content = _Unpickler(io.BytesIO(Path(path).read_bytes()), encoding="bytes").load()
     # a damaged pickle may ask its machine for anything: a missing stack entry, a huge length, a bad argument
     except (
         pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError, OverflowError, MemoryError
