@@ -46,7 +46,7 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}") from None
 
 
-def read_pickle(path: str | Path) -> dict[bytes | str, Any]:
+def read_pickle(path: Path) -> dict[bytes | str, Any]:
     """Return the dictionary in a pickle of numpy arrays, lists, numbers and text, of Python 2 or 3.
 
     Raises:
@@ -54,8 +54,9 @@ def read_pickle(path: str | Path) -> dict[bytes | str, Any]:
     """
     refusal = f"{path} is not a CIFAR batch and was not run"
     advice = "delete it and fetch the set again, best as its binary version"
+    data = path.read_bytes()
     try:
-        content = _Unpickler(io.BytesIO(Path(path).read_bytes()), encoding="bytes").load()
+        content = _Unpickler(io.BytesIO(data), encoding="bytes").load()
     # a damaged pickle may ask its machine for anything: a missing stack entry, a huge length, a bad argument
     except (
         pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError, OverflowError, MemoryError
