@@ -16,7 +16,7 @@ import torch
 from retemper.console import say
 from retemper.engine.checkpoints.header import find_weights, is_run, load_network, read_facts
 from retemper.engine.export.model_card import ExportedNetwork, model_card, model_info
-from retemper.engine.models import MODELS
+from retemper.engine.models import MODELS, blocks
 from retemper.engine.run.run_folder import RunFolder
 from retemper.errors import DataError, UsageError
 from retemper.files import file_digest, json_bytes, read_json, write_atomically
@@ -41,9 +41,7 @@ def export(run: Path, out: Path, form: str, which: str = "best", name: str | Non
         raise UsageError(f"--out {out} is the run itself: name another folder")
     network = _read_network(run, which, name)
     files = _safetensors(network) if form == "safetensors" else _robustbench(network)
-    source = inspect.getsourcefile(_function(str(network.facts.model)))  # a module that needs torch alone
-    assert source is not None
-    files["model.py"] = Path(source).read_bytes()
+    files["model.py"] = architecture_source(str(network.facts.model)).encode()
     sums = "".join(f"{sha256(data).hexdigest()}  {path}\n" for path, data in sorted(files.items()))
     for path, data in (files | {"SHA256SUMS": sums.encode()}).items():
         try:
@@ -103,6 +101,19 @@ def _read_evaluation(run: Path, which: str, digest: str) -> dict[str, Any]:
         say(f"note: {path} is of other weights and is left out; again: retemper evaluate {run}")
         return {}
     return content | {"protocol": content["protocol"] | {"data_root": None}}
+
+
+def architecture_source(model: str) -> str:
+    """Return the source of an architecture as one file that needs torch alone.
+
+    What it shares with other architectures takes the place of the import.
+    """
+    source, shared = inspect.getsourcefile(_function(model)), inspect.getsource(blocks)
+    assert source is not None
+    body = shared.partition('"""\n')[2].lstrip()  # without the module's docstring
+    return re.sub(
+        r"^from retemper\.engine\.models\.blocks import .*\n", lambda _: body, Path(source).read_text(), flags=re.M
+    )
 
 
 def _safetensors(network: ExportedNetwork) -> dict[str, bytes]:
