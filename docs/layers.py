@@ -21,7 +21,7 @@ from importlinter.api import read_configuration
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, PICTURE = ROOT / "docs/architecture.md", ROOT / "docs/images/layers.svg"
 BEGIN, END = "<!-- layers: python docs/layers.py -->", "<!-- /layers -->"
-COLOURS = {"engine": "#dbeafe", "recipes": "#fef3c7", "kernels": "#dcfce7", "loaders": "#dcfce7"}
+COLOURS = {"engine": "#dbeafe", "recipes": "#fef3c7", "kernels": "#dcfce7", "loaders": "#dcfce7", "bench": "#fae8ff"}
 GROUND_COLOUR = "#e5e7eb"
 WIDTH, ROW, BOX_HEIGHT, LETTER, GAP = 760, 58, 28, 8.2, 26  # pixels
 ASIDE = 80  # by so many pixels short rows stand left and right of the middle, so that an arrow passes beside them
