@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -66,18 +66,14 @@ class Job:
         Raises:
             UsageError: another process holds the folder; or memory ran out, and the message says what to try.
         """
-        recipe = self.recipe
-        with ExitStack() as stack:
-            if self.ranks.joined:  # no process leaves while the others wait for it
-                stack.enter_context(undisturbed())
-            if self.ranks.is_first:
-                stack.enter_context(folder.locked())
-            stack.enter_context(cpu_threads(recipe.execution.cpu_threads))
-            stack.enter_context(repeatable() if self.deterministic else tuned_convolutions())
-            if recipe.execution.precision == "fp32":
-                stack.enter_context(exact_fp32())
-            stack.enter_context(memory_advice(recipe, self.device))
-            yield
+        execution, ranks = self.recipe.execution, self.ranks
+        wait = undisturbed() if ranks.joined else nullcontext()  # no process leaves while the others wait for it
+        lock = folder.locked() if ranks.is_first else nullcontext()
+        convolutions = repeatable() if self.deterministic else tuned_convolutions()
+        products = exact_fp32() if execution.precision == "fp32" else nullcontext()
+        with wait, lock, cpu_threads(execution.cpu_threads), convolutions, products:
+            with memory_advice(self.recipe, self.device):
+                yield
 
     def place(self) -> str:
         """Say what it runs on."""

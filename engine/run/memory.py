@@ -12,6 +12,8 @@ from retemper.engine.device import is_out_of_memory
 from retemper.engine.recipe import Recipe
 from retemper.errors import UsageError
 
+GIB = 2**30
+
 
 @contextmanager
 def memory_advice(recipe: Recipe, device: torch.device) -> Iterator[None]:
@@ -38,18 +40,14 @@ def _advice(recipe: Recipe, device: torch.device, words: str) -> str:
 
 
 def _taken(device: torch.device) -> str:
-    """How full the memory is."""
+    """Say how full the memory is."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        ours = torch.cuda.memory_allocated(device)
-        return f"{_gib(ours)} of {_gib(total)} on {device} are this run's, {_gib(total - free)} taken in all"
+        ours, taken = torch.cuda.memory_allocated(device) / GIB, (total - free) / GIB
+        return f"{ours:.1f} GiB of {total / GIB:.1f} GiB on {device} are this run's, {taken:.1f} GiB taken in all"
     facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    total, free = (int(facts[name].split()[0]) << 10 for name in ("MemTotal", "MemAvailable"))
+    total, free = (int(facts[name].split()[0]) / 2**20 for name in ("MemTotal", "MemAvailable"))
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    limited = "" if limit == resource.RLIM_INFINITY else f", and this process may have {_gib(limit)} (ulimit -v)"
-    ours = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    return f"{_gib(ours)} are this run's at most, {_gib(free)} of {_gib(total)} are free{limited}"
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"
+    limited = f", and this process may have {limit / GIB:.1f} GiB (ulimit -v)" * (limit != resource.RLIM_INFINITY)
+    ours = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return f"{ours:.1f} GiB are this run's at most, {free:.1f} GiB of {total:.1f} GiB are free{limited}"

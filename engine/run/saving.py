@@ -1,15 +1,15 @@
 """Where a run stands, in memory and on the disk; how it is saved, and how it goes on from what was saved."""
 
 import time
+from dataclasses import asdict
 from typing import Any
 
 from retemper.engine.device import is_out_of_memory
-from retemper.engine.distributed.ranks import Ranks
 from retemper.engine.recipe import Recipe
 from retemper.engine.run.diverged import LOWER
 from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.run.selection import Best, newest_best
-from retemper.engine.run.snapshot import epoch_so_far, go_on, own_part, restore, snapshot, take_own_part
+from retemper.engine.run.snapshot import epoch_so_far, own_part, restore, snapshot
 from retemper.engine.state import State
 from retemper.errors import DataError, Diverged, UsageError
 
@@ -26,21 +26,12 @@ class Saver:
     """
 
     def __init__(
-        self,
-        folder: RunFolder,
-        recipe: Recipe,
-        state: State,
-        ranks: Ranks,
-        *,
-        seed: int,
-        save_every: float,
-        header: dict[str, str],
+        self, folder: RunFolder, recipe: Recipe, state: State, *, seed: int, save_every: float, header: dict[str, str]
     ) -> None:
         """`save_every` is in seconds of training; `header` is what every file of weights says of the network."""
-        self.folder, self.recipe, self.state, self.ranks = folder, recipe, state, ranks
+        self.folder, self.recipe, self.state, self.ranks = folder, recipe, state, state.part.ranks
         self.seed, self.save_every, self.header = seed, save_every, header
-        self.finished = self.done = 0
-        self.saved = (0, 0)
+        self.finished, self.done, self.saved = 0, 0, (0, 0)
         self.tail: dict[str, Any] | None = None
         self.started = time.monotonic()
         self.next_save = self.started + save_every
@@ -53,17 +44,27 @@ class Saver:
             UsageError: the folder is another run's, or was saved by another number of processes within an epoch.
             DataError: what was saved is damaged.
         """
-        found = self.ranks.broadcast(self._found(config) if self.ranks.is_first else {})
+        found: dict[str, Any] = {}
+        if self.ranks.is_first:
+            self.folder.begin(config)
+            found["state"] = self.folder.load_state()
+            found["best"] = asdict(newest_best(self.folder, found["state"]))
+        found = self.ranks.broadcast(found)
         saved = found["state"]
         if saved is None:
             return True
-        if saved["step"] and saved.get("world_size", 1) != self.ranks.world_size:
+        as_many = saved.get("world_size", 1) == self.ranks.world_size
+        if saved["step"] and not as_many:
             raise UsageError(
                 f"{self.folder.state} was saved within an epoch, on {saved.get('world_size', 1)} processes: start as "
                 "many again (between epochs the number may change)"
             )
         try:
-            self._take_up(saved)
+            self.finished, self.done = self.saved = saved["epoch"], saved["step"]
+            if self.done:
+                self.start_epoch(self.finished + 1)
+            parts = saved["processes"] if self.ranks.joined and as_many else []
+            restore(self.state, saved, parts[self.ranks.rank] if parts else saved, running=self.done > 0)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             if is_out_of_memory(error):
                 raise
@@ -71,23 +72,6 @@ class Saver:
         self.best = Best(**found["best"])
         self.started = time.monotonic() - saved["seconds"]
         return False
-
-    def _found(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return what the folder holds: the state, and the best epoch so far."""
-        self.folder.begin(config)
-        saved = self.folder.load_state()
-        best = Best() if saved is None else newest_best(self.folder, saved["best"])
-        return {"state": saved, "best": best.saved()}
-
-    def _take_up(self, saved: dict[str, Any]) -> None:
-        restore(self.state, saved)
-        self.finished, self.done = self.saved = saved["epoch"], saved["step"]
-        if self.done:
-            self.start_epoch(self.finished + 1)
-        if self.ranks.joined and saved.get("world_size") == self.ranks.world_size:
-            take_own_part(self.state, saved["processes"][self.ranks.rank], running=self.done > 0)
-        elif self.done:
-            go_on(self.state, saved["so_far"])
 
     def start_epoch(self, epoch: int) -> None:
         """Set the state to the start of `epoch`."""
@@ -116,13 +100,14 @@ class Saver:
         """Write the weights as the best so far."""
         self.best = Best(score, epoch)
         if self.ranks.is_first:
-            self.folder.save_weights(self.folder.best, self.state.kept, self._header(epoch) | self.best.metadata())
+            header = self.header | {"epoch": str(epoch), "score": repr(score)}
+            self.folder.save_weights(self.folder.best, self.state.kept, header)
 
     def save_epoch(self, epoch: int, line: dict[str, Any]) -> None:
         """Save the state after `epoch`, with its line of metrics.jsonl."""
         state = self._snapshot(epoch, 0)
         if self.ranks.is_first:
-            self.folder.save_epoch(line, self.state.kept, self._header(epoch), state)
+            self.folder.save_epoch(line, self.state.kept, self.header | {"epoch": str(epoch)}, state)
         self.finished, self.done, self.tail = epoch, 0, None
         self._was_saved()
 
@@ -167,13 +152,10 @@ class Saver:
             "step": done,
             "so_far": epoch_so_far(self.state) if done else {},
             "seconds": time.monotonic() - self.started if done else 0.0,
-            "best": self.best.saved(),
+            "best": asdict(self.best),
             "world_size": self.ranks.world_size,
             "processes": self.ranks.gather(own_part(self.state)) if self.ranks.joined else [],
         }
 
     def _was_saved(self) -> None:
         self.saved, self.next_save = (self.finished, self.done), time.monotonic() + self.save_every
-
-    def _header(self, epoch: int) -> dict[str, str]:
-        return self.header | {"epoch": str(epoch)}

@@ -15,22 +15,44 @@ from retemper.engine.state import State
 
 
 def snapshot(state: State) -> dict[str, Any]:
-    """A copy on the host of all that changes from step to step, for `restore`; the device is waited for."""
-    return _on_host(
+    """Return a copy on the host of all that changes from step to step, for `restore`; the device is waited for."""
+    average = {} if state.average is None else {"average": state.average.state()}
+    return on_host(
         {
             "student": state.student.state_dict(),
             "optimizer": state.optimizer.state_dict(),
             "scaler": state.scaler.state_dict(),
             "class_state": state.class_state,
             "generators": _generators(state.device),
-            **({} if state.average is None else {"average": state.average.state()}),
+            **average,
         }
     )
 
 
-def restore(state: State, saved: Mapping[str, Any]) -> None:
-    """Take over what `snapshot` gave.
+def epoch_so_far(state: State) -> dict[str, Any]:
+    """Return a copy on the host of what the steps of the running epoch have summed up."""
+    return on_host(
+        {
+            "sums": {name: vars(sums) for name, sums in state.sums.items()},
+            "measured": {name: vars(means) for name, means in state.measured.items()},
+            "loss_sum": state.loss_sum,
+            "noise_seed": state.noise_seed,
+        }
+    )
 
+
+def own_part(state: State) -> dict[str, Any]:
+    """Return a copy on the host of what each of several processes has of its own."""
+    own = {"statistics": _statistics(state), "generators": _generators(state.device)}
+    return on_host(own) | {"so_far": epoch_so_far(state)}
+
+
+def restore(state: State, saved: Mapping[str, Any], own: Mapping[str, Any], running: bool) -> None:
+    """Take over what was saved; within a `running` epoch its sums too, after `State.start_epoch`.
+
+    Args:
+        saved: what `snapshot` returned.
+        own: what `own_part` returned; or `saved`, with `epoch_so_far` under "so_far", for a process on its own.
     Raises:
         RuntimeError, ValueError, KeyError, TypeError, AttributeError: it is not of such a run.
     """
@@ -43,23 +65,15 @@ def restore(state: State, saved: Mapping[str, Any]) -> None:
     state.move_classes(saved["class_state"])
     if state.average is not None:
         state.average.load(saved["average"])
-    _set_generators(state, saved["generators"])
+    _copy(_statistics(state), own.get("statistics", {}))
+    torch.set_rng_state(own["generators"]["cpu"])
+    if "cuda" in own["generators"]:
+        torch.cuda.set_rng_state(own["generators"]["cuda"], state.device)
+    if running:
+        _take_sums(state, own["so_far"])
 
 
-def epoch_so_far(state: State) -> dict[str, Any]:
-    """Likewise what the steps of the running epoch have summed up, for `go_on`."""
-    return _on_host(
-        {
-            "sums": {name: vars(sums) for name, sums in state.sums.items()},
-            "measured": {name: vars(means) for name, means in state.measured.items()},
-            "loss_sum": state.loss_sum,
-            "noise_seed": state.noise_seed,
-        }
-    )
-
-
-def go_on(state: State, saved: Mapping[str, Any]) -> None:
-    """Take over what `epoch_so_far` gave, after `State.start_epoch`. Raises as `restore` does."""
+def _take_sums(state: State, saved: Mapping[str, Any]) -> None:
     for name, sums in state.sums.items():
         _copy(vars(sums), saved["sums"][name])
     for name, values in saved["measured"].items():
@@ -70,29 +84,14 @@ def go_on(state: State, saved: Mapping[str, Any]) -> None:
     _copy(vars(state), {name: saved[name] for name in ("loss_sum", "noise_seed")})
 
 
-def own_part(state: State) -> dict[str, Any]:
-    """A copy on the host of what each of several processes has of its own, for `take_own_part`: the statistics of its
-    batch norm, its sums of the running epoch and its generators."""
-    return _on_host({"statistics": _statistics(state), "generators": _generators(state.device)}) | {
-        "so_far": epoch_so_far(state)
-    }
-
-
-def take_own_part(state: State, saved: Mapping[str, Any], running: bool) -> None:
-    """Take over what `own_part` gave, after `restore`; its sums too within a `running` epoch. Raises likewise."""
-    _copy(_statistics(state), saved["statistics"])
-    _set_generators(state, saved["generators"])
-    if running:
-        go_on(state, saved["so_far"])
-
-
 def _statistics(state: State) -> dict[str, Tensor]:
+    """Return the statistics of batch norm, by network and name."""
     networks = {"student": state.student, "kept": state.kept}
     return {f"{which}.{name}": value for which, one in networks.items() for name, value in one.named_buffers()}
 
 
 def _copy(into: Mapping[str, Any], values: Mapping[str, Tensor]) -> None:
-    """In place: a captured step knows the tensors' addresses."""
+    """Copy in place: a captured step knows the tensors' addresses."""
     for name, value in values.items():
         into[name].copy_(value)
 
@@ -102,16 +101,10 @@ def _generators(device: torch.device) -> dict[str, Tensor]:
     return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
 
 
-def _set_generators(state: State, saved: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(saved["cpu"])
-    if "cuda" in saved:
-        torch.cuda.set_rng_state(saved["cuda"], state.device)
-
-
-def _on_host(value: Any) -> Any:
-    """`value` with each tensor in it copied to the host."""
+def on_host(value: Any) -> Any:
+    """Return `value` with each tensor in its mappings and lists copied to the host."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
-        return {name: _on_host(one) for name, one in value.items()}
-    return [_on_host(one) for one in value] if isinstance(value, list) else value
+        return {name: on_host(one) for name, one in value.items()}
+    return [on_host(one) for one in value] if isinstance(value, list) else value

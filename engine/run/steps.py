@@ -47,17 +47,10 @@ class Steps:
     """
 
     def __init__(
-        self,
-        step: Step,
-        recipe: Recipe,
-        state: State,
-        loader: Loader,
-        teacher: TeacherLogits | None,
-        saver: Saver,
-        watch: FiniteWatch,
+        self, step: Step, loader: Loader, teacher: TeacherLogits | None, saver: Saver, watch: FiniteWatch
     ) -> None:
-        self.step, self.recipe, self.state, self.loader = step, recipe, state, loader
-        self.teacher, self.saver, self.watch = teacher, saver, watch
+        self.step, self.loader, self.teacher, self.saver, self.watch = step, loader, teacher, saver, watch
+        self.optim, self.state = saver.recipe.optim, saver.state
 
     def run(self, epoch: int) -> None:
         """Train on every batch of `epoch` that is left.
@@ -67,12 +60,12 @@ class Steps:
             Diverged: a loss or a gradient is not finite.
         """
         self._leave_together()
-        saver, ranks, size = self.saver, self.saver.ranks, self.recipe.optim.batch_size
+        saver, ranks, size = self.saver, self.saver.ranks, self.optim.batch_size
         if not saver.done:
             saver.started = time.monotonic()
             saver.start_epoch(epoch)
         looks, total = STEPS_BETWEEN_READS[self.state.device.type], self.loader.num_images
-        progress = Progress(f"epoch {epoch}/{self.recipe.optim.epochs}", total)
+        progress = Progress(f"epoch {epoch}/{self.optim.epochs}", total)
         with progress, closing(self._batches(epoch, saver.done)) as batches:
             progress.advance(min(saver.done * size, total))
             for batch, teacher_BK in batches:

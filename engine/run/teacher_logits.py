@@ -48,26 +48,23 @@ class TeacherLogits:
         self.asked = self.kept = 0  # so many of the missing rows
 
     def epoch(self, batches: Iterator[Batch], index: np.ndarray, view: np.ndarray) -> Iterator[tuple[Batch, Tensor]]:
-        """Each batch with (B, K) float32 logits.
+        """Yield each batch with (B, K) float32 logits.
 
         Args:
             index, view: (M,) int64 on the host, what the batches hold, in their order.
         """
-        logits_MK = torch.empty(len(index), self.num_classes, device=self.device)
-        missing = np.arange(len(index))
+        self.index, self.view, self.missing, self.asked, self.kept = index, view, np.arange(len(index)), 0, 0
+        self.logits_MK = logits_MK = torch.empty(len(index), self.num_classes, device=self.device)
         if self.table is not None:
             known, found = self.table.look_up(index, view)
             logits_MK.copy_(torch.from_numpy(found))
-            missing = missing[~known]
-        self.known_share = 1 - len(missing) / max(1, len(index))
-        self.index, self.view, self.missing, self.logits_MK = index, view, missing, logits_MK
-        self.asked = self.kept = 0
-        on_missing = torch.from_numpy(missing).to(self.device)
-        row = 0
+            self.missing = np.flatnonzero(~known)
+        self.known_share = 1 - len(self.missing) / max(1, len(index))
+        on_missing, row = torch.from_numpy(self.missing).to(self.device), 0
         while group := list(islice(batches, self.ahead)):
             end = row + sum(len(batch.label) for batch in group)
-            first, last = np.searchsorted(missing, (row, end))
-            self._fill(group, row, on_missing[first:last], logits_MK)
+            first, last = np.searchsorted(self.missing, (row, end))
+            self._fill(group, row, on_missing[first:last])
             self.asked = int(last)
             for batch in group:
                 yield batch, logits_MK[row : row + len(batch.label)]
@@ -81,8 +78,8 @@ class TeacherLogits:
             logits = self.logits_MK[torch.from_numpy(rows).to(self.device)].cpu().numpy()
             self.table.keep(self.index[rows], self.view[rows], logits)
 
-    def _fill(self, group: list[Batch], row: int, missing: Tensor, logits_MK: Tensor) -> None:
-        """Ask for the rows `missing` of `logits_MK`; the first image of `group` is row `row`."""
+    def _fill(self, group: list[Batch], row: int, missing: Tensor) -> None:
+        """Ask for the rows `missing` of the epoch; the first image of `group` is row `row`."""
         if not len(missing):
             return
         image, view = torch.cat([batch.image for batch in group]), torch.cat([batch.view for batch in group])
@@ -90,7 +87,7 @@ class TeacherLogits:
             at = part - row
             padded = torch.cat([at, at[-1:].expand(-len(at) % self.rows)])
             logits_BK = self.ask(image, view.index_select(0, padded), padded)
-            logits_MK.index_copy_(0, part, logits_BK[: len(at)].float())
+            self.logits_MK.index_copy_(0, part, logits_BK[: len(at)].float())
 
 
 def teacher_logits(
@@ -116,7 +113,7 @@ def teacher_logits(
 
     return TeacherLogits(
         ask,
-        data.num_classes,
+        state.num_classes,
         state.device,
         ahead=ahead,
         rows=rows,
@@ -131,9 +128,9 @@ def _table(
 ) -> TeacherTable | None:
     """Return the table of this teacher's answers, checked; None where none is wanted or the disk has no room."""
     execution, device, split = recipe.execution, state.device, data.split
-    size = len(split), data.loader.plan.views.count, data.num_classes
-    wanted, needed = execution.teacher_table, table_bytes(*size)
-    if wanted == "off" or (wanted == "auto" and needed > AUTO_LIMIT):
+    size = len(split), data.loader.plan.views.count, state.num_classes
+    wanted = execution.teacher_table
+    if wanted == "off" or (wanted == "auto" and table_bytes(*size) > AUTO_LIMIT):
         return None
     facts = {
         "teacher": source["sha256"],
