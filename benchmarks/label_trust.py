@@ -37,7 +37,6 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "trust and weights": ("label_trust", APART),
     "trust and weights, joint": ("label_trust", APART | dict(joint=True)),
     "label trust: trust and weights, joint, averaged": ("label_trust", {}),
-    "label trust, temperatures, margins": ("label_trust", dict(temperature_rate=0.1, margin_rate=0.1)),
     "ABSLD": ("absld", {}),
 }
 INPUTS = 8  # batches that take turns

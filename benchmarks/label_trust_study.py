@@ -38,6 +38,7 @@ from retemper.engine.evaluation.ledger import Ledger
 from retemper.engine.evaluation.shards import evaluate_suite
 from retemper.engine.models import create_model
 from retemper.engine.predict import balanced_order
+from retemper.engine.recipe import flat_options
 from retemper.engine.run.job import Job, default_cache
 from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.run.train import train
@@ -54,7 +55,6 @@ KEPT = ("config.json", "metrics.jsonl", LEDGER)
 BOTH = ("digits", "fashion_mnist_small")
 JOINT, APART = dict(joint=True), dict(joint=False)
 AVERAGED, NOT_AVERAGED = dict(average="ema", ema_decay=0.99), dict(average="none")
-OFF = dict(trust_rate=0.0, weight_rate=0.0)
 LABELS = dict(trust_start=1.0, trust_upper=1.0, trust_rate=0.0)
 WIDE = dict(student="tiny_resnet_wide")
 TEACHER, FAIRER = "teacher (SAT, twice as wide)", "fairer teacher"
@@ -97,9 +97,6 @@ ROWS = (
     Row("trust alone", dict(weight_rate=0.0), on=BOTH),
     Row("weights alone", dict(trust_rate=0.0), on=BOTH),
     Row("labels instead of the teacher, weights", LABELS),
-    Row("temperatures alone", OFF | dict(temperature_rate=0.3)),
-    Row("margins alone", OFF | dict(margin_rate=0.2)),
-    Row("label trust, mean-gap weights", dict(rule="mean_gap", weight_rate=0.3)),
     Row("label trust, weight rate 0.2", dict(weight_rate=0.2)),
     Row("label trust, weight rate 0.8", dict(weight_rate=0.8)),
     Row("label trust, weights up to 2", dict(weight_upper=2.0)),
@@ -131,17 +128,22 @@ def trained(row: Row, data: str, seed: int, out: Path) -> Path:
     return folder
 
 
+def options_of(folder: Path) -> dict[str, Any]:
+    """The options of the run's recipe by name."""
+    return flat_options(json.loads((folder / "config.json").read_text())["recipe"])
+
+
 def chosen(folder: Path) -> dict[str, Any]:
     """What the kept epoch, the best in average + worst, came to on all held-out images under PGD-20."""
     lines = [json.loads(line) for line in RunFolder(folder).metrics.read_text().splitlines()]
-    first = json.loads((folder / "config.json").read_text())["recipe"]["select_from"]
+    first = options_of(folder)["select_from"]
     scores = [line["holdout"] for line in lines if "holdout" in line and line["epoch"] >= first]
     return max(scores, key=lambda score: score["average"] + score["worst"])
 
 
 def attacked(folder: Path, data: str) -> Ledger:
     """What became of the first held-out images of every class under AutoAttack's first two attacks."""
-    recipe = json.loads((folder / "config.json").read_text())["recipe"]
+    recipe = options_of(folder)
     split = load_split(recipe["dataset"], "train", None, recipe["image_size"])
     _, held_out = holdout_split(split.labels, recipe["holdout_per_class"])
     order = held_out[balanced_order(split.labels[held_out], ATTACKED[data])]

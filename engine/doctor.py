@@ -1,10 +1,8 @@
-"""What is installed, what works, and the exact command for what is missing."""
+"""Examine the installation: what is installed, what works, and the exact command for what is missing."""
 
 import importlib.metadata
 import importlib.util
 import platform
-
-import torch
 
 from retemper import __version__
 from retemper.engine.run.job import default_cache
@@ -12,28 +10,33 @@ from retemper.loaders import DATASETS, DataError, ffcv_problem, load_split
 from retemper.loaders.ffcv_library import INSTALL
 
 EXTRAS = {"matplotlib": "plots", "pyautoattack": "eval", "tensorboard": "tensorboard", "torchattacks": "bench"}
+Line = tuple[
+    str, str, str
+]  # a thing; "ok", "missing" or "broken"; its version, what works, or the command that mends it
 
 
 def examine() -> str:
-    """One line a thing: its name, "ok" or "missing", and the details or the fix."""
-    lines = [("python", "ok", platform.python_version())]
-    lines.append(("retemper", "ok", __version__))
-    for name in ("torch", "triton", "numpy", "safetensors"):
-        lines.append((name, "ok", importlib.metadata.version(name)))
-    for name, extra in EXTRAS.items():
-        found = importlib.util.find_spec(name) is not None
-        text = importlib.metadata.version(name) if found else f"pip install 'retemper[{extra}]'"
-        lines.append((name, "ok" if found else "missing", text))
+    """Return one line for each package, backend, cache and data set."""
+    lines: list[Line] = [("python", "ok", platform.python_version()), ("retemper", "ok", __version__)]
+    lines += [(name, "ok", importlib.metadata.version(name)) for name in ("torch", "triton", "numpy", "safetensors")]
+    lines += [_extra(name, extra) for name, extra in EXTRAS.items()]
     problem = ffcv_problem()
-    lines.append(("ffcv", "missing" if problem else "ok", f"{problem}: {INSTALL}" if problem else "loads"))
-    lines.append(_kernels())
-    lines.append(_cache())
-    lines += [_data(name) for name in DATASETS]
+    lines.append(("ffcv", "missing", f"{problem}: {INSTALL}") if problem else ("ffcv", "ok", "loads"))
+    lines += [_kernels(), _cache(), *map(_data, DATASETS)]
     return "\n".join(f"{name:16}{state:9}{text}" for name, state, text in lines)
 
 
-def _kernels() -> tuple[str, str, str]:
-    """Which path the kernels take, tried on one pixel."""
+def _extra(name: str, extra: str) -> Line:
+    """Return the line of an optional package, which `extra` installs."""
+    if importlib.util.find_spec(name) is None:
+        return name, "missing", f"pip install 'retemper[{extra}]'"
+    return name, "ok", importlib.metadata.version(name)
+
+
+def _kernels() -> Line:
+    """Return the line of the kernels: whether Triton runs one on a single pixel, if there is a GPU."""
+    import torch
+
     from retemper.kernels import pgd_step_
 
     if not torch.cuda.is_available():
@@ -41,29 +44,24 @@ def _kernels() -> tuple[str, str, str]:
     pixel = torch.zeros(1, 1, 1, 1, device="cuda")
     try:
         pgd_step_(pixel, torch.ones_like(pixel), torch.zeros_like(pixel), 0.5, 1.0)
-    except Exception as error:  # whatever the compiler or the driver says is what the user is asking for
-        return (
-            "kernels",
-            "broken",
-            f"Triton: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}",
-        )
+    except Exception as error:  # the line says what the compiler or the driver says
+        return "kernels", "broken", f"Triton: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
     works = pixel.item() == 0.5
     return "kernels", "ok" if works else "broken", f"Triton on {torch.cuda.get_device_name()}"
 
 
-def _cache() -> tuple[str, str, str]:
-    """What is kept between runs, and may be deleted: converted data and teachers' answers."""
+def _cache() -> Line:
+    """Return the line of the folder that holds converted data and teachers' answers between runs."""
     folder = default_cache()
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
     return "cache", "ok", f"{folder}, {size / 1e6:,.0f} MB; safe to delete"
 
 
-def _data(name: str) -> tuple[str, str, str]:
-    """Whether a data set is found without being told where."""
-    if name in ("digits", "fashion-mnist"):
-        try:
-            split = load_split(name, "test", None)
-            return name, "ok", f"{len(split.labels)} test images"
-        except DataError as error:
-            return name, "missing", str(error)
-    return name, "-", "is looked for under --data-root"
+def _data(name: str) -> Line:
+    """Return the line of a data set: whether it is found without --data-root."""
+    if name not in ("digits", "fashion-mnist"):
+        return name, "-", "is looked for under --data-root"
+    try:
+        return name, "ok", f"{len(load_split(name, 'test', None).labels)} test images"
+    except DataError as error:
+        return name, "missing", str(error)

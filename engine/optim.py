@@ -1,11 +1,13 @@
-"""What methods do to weights besides descending: averages of them (EMA, SWA), and adversarial perturbation (AWP).
+"""How the weights of a student move: averages of them, adversarial perturbation, the guard of updates, and SGD.
 
-    EMA     average <- decay average + (1 - decay) weights
-    SWA     average <- mean of the weights so far                        (Izmailov et al., UAI 2018)
-    AWP     weights <- weights + gamma ||w|| g / ||g||, layer by layer   (Wu et al., NeurIPS 2020)
+    EMA     average <- decay average + (1 - decay) w              (Tarvainen and Valpola, NeurIPS 2017)
+    SWA     average <- mean of w so far                           (Izmailov et al., UAI 2018)
+    AWP     w <- w + gamma ||w|| g / ||g||, layer by layer        (Wu et al., NeurIPS 2020)
+    SGD     v <- momentum v + g + decay w;   w <- w - lr v        (Nesterov's momentum: Sutskever et al., ICML 2013)
 
-Batch-norm statistics are averaged like weights (as CFA does), not measured again. AWP's gradient is taken at the
-perturbed weights and applied to the weights themselves, as is their decay (in the authors' code that of the perturbed).
+Averages take in batch-norm statistics as they do weights (as CFA does); the statistics are not measured again. AWP's
+gradient is taken at the perturbed weights and applied to the weights themselves, as is their decay (the authors' code
+decays the perturbed ones).
 """
 
 import copy
@@ -20,12 +22,17 @@ from retemper.engine.groups import Optimisation
 
 
 class Average:
-    """The average of a network's weights and statistics.
+    """An average of the weights and batch-norm statistics of a network.
+
+    Args:
+        student: the network; the average begins as a copy of it.
+        kind: "ema" or "swa".
+        decay: of EMA, a fraction of 1.
 
     Attributes:
-        network: it, in eval mode, frozen.
-        active: 0-dim; while it is 0 the average is the network itself.
-        count: 0-dim, how often it has followed since.
+        network: the average, in eval mode, frozen.
+        active: 0-dim float32; while it is 0, the average follows the student itself.
+        count: 0-dim float32, how many times the student was taken in since then.
     """
 
     def __init__(self, student: nn.Module, kind: str, decay: float) -> None:
@@ -39,7 +46,7 @@ class Average:
 
     @torch.no_grad()
     def follow(self, student: nn.Module) -> None:
-        """Take in the student as it is now."""
+        """Take in the student as it is now. Counts of batches are copied."""
         share = 1 / (self.count + 1)
         if self.kind == "ema":
             share = torch.where(self.count > 0, 1 - self.decay, share)
@@ -52,16 +59,16 @@ class Average:
         self.count += self.active
 
     def skip(self, student: nn.Module) -> None:
-        """Leave the student out as it is now; as long as none was taken in, the average is the network itself."""
+        """Leave the student out as it is now. While nothing was taken in, the average is the student itself."""
         if self.count == 0:
             self.network.load_state_dict(student.state_dict())
 
     def state(self) -> dict[str, Any]:
-        """For `load`."""
+        """Return what `load` takes: tensors, and dictionaries of them."""
         return {"network": self.network.state_dict(), "count": self.count}
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Go on from a saved state, in place."""
         self.network.load_state_dict(saved["network"])
         self.count.copy_(saved["count"])
 
@@ -72,14 +79,14 @@ def perturb_weights(
     loss: Callable[[], Tensor],
     whole: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list,
 ) -> dict[nn.Parameter, Tensor]:
-    """Move every weight of more than one dimension up the loss, by `gamma` times its norm.
-
-    The forward that `loss` makes leaves the student's statistics alone.
+    """Move every weight of two dimensions or more up the gradient of a loss, by `gamma` times its norm (AWP).
 
     Args:
-        whole: from the gradients of this process's part of a batch to those of the batch.
+        gamma: 0-dim, on the device of the student.
+        loss: runs the student and returns a 0-dim loss; what it does to batch-norm statistics is undone.
+        whole: turns the gradients of this process's rows into those of the whole batch.
     Returns:
-        What the weights were.
+        Each weight that moved, with a copy of its value before.
     """
     weights = [parameter for parameter in student.parameters() if parameter.dim() > 1]
     statistics = [(buffer, buffer.clone()) for buffer in student.buffers()]
@@ -91,18 +98,22 @@ def perturb_weights(
         for weight, gradient in zip(weights, gradients, strict=True):
             before[weight] = weight.clone()
             move = gamma * weight.norm() / (gradient.norm() + 1e-12) * gradient
-            weight += torch.where(gradient.isfinite().all(), move, 0)  # one that overflows is not followed
+            weight += torch.where(gradient.isfinite().all(), move, 0)  # an overflow moves nothing
     return before
 
 
 class Guard:
-    """All on the device, written in place.
+    """Finds the first step whose loss or gradient is not finite, and stops its update and all later ones.
+
+    Every attribute is a tensor on the device that is written in place, so that no step waits for the device and a CUDA
+    graph may hold it.
 
     Attributes:
-        seed: (1,) int64, the noise seed of the first step that was stopped, which tells the step; -1 before.
-        loss: 0-dim, that step's loss.
-        found_inf: 0-dim float, 1 from then on, as fused optimizers take it.
-        poison: 0-dim, NaN from then on, 0 before: added to a loss, it makes a gradient scaler skip the step.
+        seed: (1,) int64, the noise seed of that step, which identifies it; -1 before.
+        loss: 0-dim float32, that step's loss.
+        found_inf: 0-dim float32, 1 from that step on and 0 before; fused optimizers skip their update at 1.
+        poison: 0-dim float32, NaN from that step on and 0 before; added to a loss, it makes a gradient scaler skip the
+            update.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -110,7 +121,13 @@ class Guard:
         self.loss, self.found_inf, self.poison = torch.zeros(3, device=device)
 
     def look(self, loss: Tensor, gradients: Sequence[Tensor], seed: Tensor) -> None:
-        """At a step's loss and gradients before its update; a gradient whose norm overflows is not finite either."""
+        """Check a step before its update.
+
+        Args:
+            loss: 0-dim.
+            gradients: of any shapes; one whose norm overflows is not finite either.
+            seed: (1,) int64, the step's noise seed.
+        """
         finite = loss.isfinite()
         if gradients:
             finite = finite & get_total_norm(gradients).isfinite()

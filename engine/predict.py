@@ -27,7 +27,7 @@ from retemper.engine.speed.fold import BATCH_NORM, Folded
 from retemper.kernels import augment, identity_view
 from retemper.loaders import Split
 
-# From (B, C, H, W) clean images, (B, K) the network's logits on them, (B,) labels and a seed to the attacked images.
+# Takes (B, C, H, W) clean images, the network's (B, K) logits on them, (B,) labels and a seed; returns attacked images.
 Perturb = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
@@ -37,7 +37,7 @@ class Attack:
 
     Attributes:
         loss: what it raises, "cross-entropy" or "margin".
-        steps: how many steps; 0 leaves the images as they are.
+        steps: how many steps; an attack of none is left out by `predictions`.
         step: the size of a step in units of eps.
         start: "uniform" for a random start in the ball, "none" for the clean image.
     """

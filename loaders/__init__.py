@@ -1,4 +1,4 @@
-"""From disk to device: data sets as uint8, in batches that are the same bits whichever backend reads them."""
+"""Data sets from the disk to the device: uint8 batches, the same bits from either backend."""
 
 from retemper.errors import DataError, UsageError
 from retemper.loaders.beton import convert, verify

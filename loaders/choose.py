@@ -1,4 +1,4 @@
-"""Which backend serves a split."""
+"""The choice of the backend that serves a split."""
 
 from pathlib import Path
 from typing import Literal
@@ -27,20 +27,23 @@ def make_loader(
     views: ViewSpace,
     device: torch.device,
     indices: np.ndarray | None = None,
-    cache_dir: Path | None = None,
-    beton: Path | None = None,
+    cache_dir: str | Path | None = None,
+    beton: str | Path | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> Loader:
-    """A loader of `split`; its `description` is the line to show.
+    """Return a loader of `split`; its `description` is one line for the user.
 
     Args:
-        kind: `auto` takes FFCV where it is installed and a converted file is there or can be written, else resident.
-        batch_size: of all processes together.
-        indices: (M,) int64, the part to train on; None for all.
-        cache_dir: where converted files are kept and looked for.
-        beton: a converted file to read instead.
-        rank, world_size: which rows of each batch are this process's; see `Plan`.
+        kind: "auto" takes FFCV where it is installed and a converted file exists or can be written, else "resident".
+        batch_size: images in a batch of all processes together.
+        seed: decides the order of the images and their views.
+        views: the crops and flips to draw from.
+        device: where the batches are wanted.
+        indices: (M,) int64 positions in the split, the part to train on; None for all.
+        cache_dir: the folder of converted files; None for none.
+        beton: a converted file to read, whatever `cache_dir` holds.
+        rank, world_size: decide which rows of each batch this process takes; see `Plan`.
 
     Raises:
         UsageError: FFCV was asked for and is not installed, or a number is impossible.

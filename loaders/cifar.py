@@ -1,7 +1,7 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009), in their binary version, else in their python version.
+"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009), in their binary version or in their python version.
 
-A record of the binary version is the label (CIFAR-100: coarse label, then fine) and 3,072 bytes: planes of red,
-green and blue, 32 x 32 each. It is preferred because the python version is pickles (see `pickles.py`).
+A record of the binary version is the label (CIFAR-100: coarse label, then fine label) and 3,072 bytes: planes of red,
+green and blue, 32 x 32 each. It is preferred, because the python version is pickles (see `pickles.py`).
 """
 
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ PIXELS = 32 * 32 * 3
 
 @dataclass(frozen=True)
 class _Version:
-    """Where one version of the set keeps what."""
+    """The files of one version of a set."""
 
     folder: str
     files: dict[str, tuple[str, ...]]
     names: str  # the file that lists the classes
     archive: str
-    label: str | int  # key in a pickle; or the label's place among a record's first bytes
+    label: str | int  # the key in a pickle, or the place of the label in a record
     label_names: str = ""
 
     @property
@@ -72,7 +72,7 @@ VERSIONS = {
 
 
 def load_cifar(name: str, split: str, data_root: Path | None) -> Split:
-    """See `load_split`; `name` is cifar10 or cifar100."""
+    """Read one half of the set `name`, cifar10 or cifar100; see `load_split`."""
     version, folder = _find(name, split, data_root)
     files = [folder / file for file in version.files[split]]
     for path in [*files, folder / version.names]:
@@ -94,7 +94,7 @@ def load_cifar(name: str, split: str, data_root: Path | None) -> Split:
 
 
 def _find(name: str, split: str, data_root: Path | None) -> tuple[_Version, Path]:
-    """The version that is there, and its folder."""
+    """Return the version that is there, and its folder."""
     versions = VERSIONS[name]
     root = require_folder(data_root, name, f"{versions[0].folder} or {versions[1].folder}")
     for version in versions:
@@ -113,7 +113,7 @@ def _find(name: str, split: str, data_root: Path | None) -> tuple[_Version, Path
 
 
 def _read_binary(path: Path, version: _Version) -> tuple[np.ndarray, np.ndarray]:
-    """(N, 3072) uint8 pixels, plane by plane, and (N,) int64 labels; the pixels stay in the file until used."""
+    """Return (N, 3072) uint8 pixels, plane by plane, and (N,) int64 labels. The pixels are mapped, not read."""
     assert isinstance(version.label, int)
     record, size = version.label + 1 + PIXELS, path.stat().st_size
     if size == 0 or size % record:
@@ -125,6 +125,7 @@ def _read_binary(path: Path, version: _Version) -> tuple[np.ndarray, np.ndarray]
 
 
 def _read_pickled(path: Path, version: _Version) -> tuple[np.ndarray, np.ndarray]:
+    """Return the same two arrays as `_read_binary`."""
     batch = read_pickle(path)
     assert isinstance(version.label, str)
     pixels, labels = batch.get(b"data"), batch.get(version.label.encode())

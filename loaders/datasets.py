@@ -1,4 +1,4 @@
-"""The data sets by name: digits, Fashion-MNIST, CIFAR, Tiny-ImageNet, and folders of images."""
+"""The data sets by name: digits, Fashion-MNIST, CIFAR, Tiny-ImageNet and folders of images."""
 
 from pathlib import Path
 
@@ -13,18 +13,18 @@ from retemper.loaders.views import permutation
 
 DATASETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "folder")
 SPLITS = ("train", "test")
-DIGITS_SEED = 1797  # the split of digits is ours, and fixed: another seed is another data set
+DIGITS_SEED = 1797  # of our own split of digits: another seed would make another data set
 
 
-def load_split(dataset: str, split: str, data_root: Path | None = None, image_size: int | None = None) -> Split:
+def load_split(dataset: str, split: str, data_root: str | Path | None = None, image_size: int | None = None) -> Split:
     """Read one half of a data set.
 
     Args:
         dataset: one of `DATASETS`.
-        split: train or test.
-        data_root: the folder of the set, or the one it lies in; digits needs none.
-        image_size: for `folder`, the shorter side is resized to it and the middle taken; the other sets can be
-            halved (or thirded, ...), each pixel the mean of the ones it replaces.
+        split: "train" or "test".
+        data_root: the folder of the set, or the folder that it lies in; digits needs none.
+        image_size: the side in pixels; None keeps the set's own. For `folder` the shorter side of each image is resized
+            to it and the middle taken; for the other sets see `shrink`.
 
     Raises:
         UsageError: no such data set or half, or an image size where the set has its own.
@@ -36,6 +36,7 @@ def load_split(dataset: str, split: str, data_root: Path | None = None, image_si
         raise UsageError(f"no half {split!r} of a data set; there are {', '.join(SPLITS)}")
     if image_size is not None and image_size < 1:
         raise UsageError(f"--image-size {image_size}: it must be at least 1")
+    data_root = None if data_root is None else Path(data_root)
     try:
         found = _load(dataset, split, data_root, image_size)
         return found if image_size is None or dataset == "folder" else shrink(found, image_size)
@@ -56,10 +57,14 @@ def _load(dataset: str, split: str, data_root: Path | None, image_size: int | No
 
 
 def shrink(split: Split, side_px: int) -> Split:
-    """The same images at a fraction of their size: each pixel is the mean of the square it replaces, rounded.
+    """Return the split with smaller images: each pixel is the rounded mean of the square that it replaces.
+
+    Args:
+        split: square images.
+        side_px: the new side; it divides the old one.
 
     Raises:
-        UsageError: the side is no whole fraction of the images' own.
+        UsageError: the images are not square, or the side does not divide theirs.
     """
     height, width, channels = split.shape
     factor = height // side_px
@@ -78,8 +83,11 @@ def shrink(split: Split, side_px: int) -> Split:
 
 
 def load_digits_split(split: str) -> Split:
-    """Scikit-learn's 1,797 digits of 8 x 8 in 17 grey levels: of each class two thirds to train, one third to test."""
-    import sklearn  # here, not above: it takes about a second
+    """Return scikit-learn's digits, 1,797 images of 8 x 8: two thirds of each class to train, one third to test.
+
+    The 17 grey levels 0 ... 16 become 0 ... 255.
+    """
+    import sklearn  # here: the import takes about a second
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)

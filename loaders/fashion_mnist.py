@@ -1,6 +1,6 @@
-"""Fashion-MNIST: four IDX files, gzipped or not (Xiao et al., 2017).
+"""Fashion-MNIST (Xiao et al., 2017): four IDX files, gzipped or not.
 
-An IDX file is a big-endian magic number (0x803: three-dimensional bytes, 0x801: one-dimensional), one 32-bit length a
+An IDX file is a big-endian magic number (0x803 for three dimensions of bytes, 0x801 for one), a 32-bit length for each
 dimension, then the bytes.
 """
 
@@ -33,7 +33,7 @@ SIDE_PX = 28
 
 
 def load_fashion_mnist(split: str, data_root: Path | None) -> Split:
-    """See `load_split`."""
+    """Read one half of Fashion-MNIST; see `load_split`."""
     images, labels = _find(split, data_root)
     label_N = _read_idx(labels, 0x801).astype(np.int64)
 
@@ -45,6 +45,7 @@ def load_fashion_mnist(split: str, data_root: Path | None) -> Split:
 
 
 def _find(split: str, data_root: Path | None) -> tuple[Path, Path]:
+    """Return the files of images and labels."""
     folders = [DEBIAN]
     if data_root is not None:
         root = require_folder(data_root, "fashion-mnist", "the four files of the set")
@@ -61,7 +62,7 @@ def _find(split: str, data_root: Path | None) -> tuple[Path, Path]:
 
 
 def _read_idx(path: Path, magic: int) -> np.ndarray:
-    """The array in an IDX file of bytes; writable."""
+    """Return the array in an IDX file, uint8 and writable."""
     again = f"delete {path} and fetch it again"
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()

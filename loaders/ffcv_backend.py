@@ -1,8 +1,8 @@
-"""Batches from an FFCV file: FFCV decodes and reads ahead in a thread; order, views and everything random are ours.
+"""The backend that reads an FFCV file: FFCV reads ahead in a thread; the order and the views are ours.
 
-Its traps, each met here: it counts epochs itself (we hand every epoch its order); its buffers are used again (a batch
-is a copy); if its thread dies the training would wait for ever (a watchdog); it sets torch's thread count
-(`ffcv_library.py`).
+FFCV's traps and what is done about them: it counts epochs itself, so every epoch is handed its order; it uses its
+buffers again, so a batch is a copy; training would wait for ever if its thread died, so the wait has a limit; it sets
+torch's thread count, see `ffcv_library.py`.
 """
 
 import sys
@@ -23,13 +23,13 @@ from retemper.loaders.ffcv_library import ffcv_module
 from retemper.loaders.loader import Batch, Loader, Plan, upload
 from retemper.loaders.split import Split
 
-TIMEOUT_S = 120.0  # for one batch; the first has numba compile, which takes from 1 to 15 s
-POLL_S = 0.2  # how soon a dead thread is noticed
-STOP_S = 5.0  # for a thread to end when the rest of an epoch is not wanted
+TIMEOUT_S = 120.0  # for one batch; before the first, numba compiles for 1 to 15 s
+POLL_S = 0.2  # between two looks at whether the thread lives
+STOP_S = 5.0  # for the thread to end when the rest of an epoch is not wanted
 
 
 class FfcvLoader(Loader):
-    """Reads FILE.beton, whose digest is checked first.
+    """A loader that reads FILE.beton, after a check of its digest.
 
     Raises:
         DataError: the file is damaged, or holds another data set than `split`.
@@ -37,16 +37,22 @@ class FfcvLoader(Loader):
     """
 
     def __init__(
-        self, split: Split, path: Path, plan: Plan, device: torch.device, reason: str, timeout_s: float = TIMEOUT_S
+        self,
+        split: Split,
+        path: str | Path,
+        plan: Plan,
+        device: torch.device,
+        reason: str,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
         super().__init__(plan, len(split), device, f"loader: ffcv from {path} ({reason})")
-        self.path = path
+        self.path = Path(path)
         self._timeout_s = timeout_s
         loaders = ffcv_module("loader.loader")
-        if not verify(path).matches(split):
+        if not verify(self.path).matches(split):
             raise DataError(f"{path} holds another data set than {split.name} {split.split}: convert that one")
-        # one worker: decoding is one memcpy an image, and FFCV does not spread it over threads. The seed is unused, but
-        # without one FFCV draws from numpy's global generator.
+        # one worker: FFCV does not spread one copy an image over threads. The seed decides nothing, but without one
+        # FFCV draws from numpy's global generator.
         self._ffcv = loaders.Loader(
             str(path),
             batch_size=plan.local_size,
@@ -79,13 +85,18 @@ class FfcvLoader(Loader):
                 pump.stop()
 
     def _start(self, index: np.ndarray) -> Any:
+        """Start FFCV's thread on these (M,) positions."""
         if not self._compiled:
             print("FFCV is compiling its pipeline (some seconds, once a run)", file=sys.stderr, flush=True)
         self._pump = _pump_class()(self._ffcv, np.ascontiguousarray(index, dtype=np.int64))
         return self._pump
 
     def _next(self, pump: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """FFCV's next buffers, or an error within the time limit."""
+        """Return FFCV's next image, label and position; they are valid until the next call.
+
+        Raises:
+            DataError: the thread died, or gave nothing within the time limit.
+        """
         end = time.monotonic() + self._timeout_s
         fix = "use --loader resident, or convert the set again"
         while True:
@@ -106,8 +117,8 @@ class FfcvLoader(Loader):
             return item[1]
 
     def _copy(self, buffer: Tensor) -> Tensor:
-        """Out of FFCV's hands. It may fill the buffer again while a transfer from it is under way, so that a GPU gets
-        its copy from pinned memory of ours, which torch keeps until the transfer is done."""
+        """Return a copy on the device. FFCV may fill its buffer again while a transfer from it is under way, so that a
+        GPU gets the copy from pinned memory of ours, which torch keeps until the transfer is done."""
         if self.device.type != "cuda":
             return buffer.clone().to(self.device)
         return (
@@ -117,6 +128,7 @@ class FfcvLoader(Loader):
         )
 
     def _empty(self, view: Tensor) -> Batch:
+        """Return a batch of no images."""
         none = torch.empty(0, dtype=torch.int64, device=self.device)
         shape = self._ffcv.reader.handlers["image"].shape
         return Batch(torch.empty((0, *map(int, shape)), dtype=torch.uint8, device=self.device), none, none, view[:0])
@@ -128,7 +140,7 @@ class FfcvLoader(Loader):
 
 @cache
 def _pump_class() -> Any:
-    """FFCV's reading thread, with an end that can be seen and brought about."""
+    """Return the class of FFCV's reading thread, extended by `failure` and `stop`."""
     base: Any = ffcv_module("loader.epoch_iterator").EpochIterator
 
     class Pump(base):
@@ -137,7 +149,7 @@ def _pump_class() -> Any:
         def run(self) -> None:
             try:
                 super().run()
-            except BaseException as error:  # whatever it is: the training thread must hear of it
+            except BaseException as error:  # of any kind: the training thread must hear of it
                 self.failure = error
 
         def stop(self) -> None:
@@ -147,7 +159,7 @@ def _pump_class() -> Any:
             end = time.monotonic() + STOP_S
             while self.is_alive() and time.monotonic() < end:
                 try:
-                    self.output_queue.get(timeout=0.01)  # ... and room for the last word, which it waits to say
+                    self.output_queue.get(timeout=0.01)  # ... and room for the thread's last entry
                 except Empty:
                     continue
 

@@ -1,7 +1,7 @@
-"""The FFCV library, imported in the one place that knows its manners.
+"""The import of the FFCV library.
 
 On import, and again with every loader and every epoch, FFCV sets torch's thread count to its own (usually 1), which
-slows all CPU work that follows. Here the count is kept.
+slows all CPU work that follows. This module keeps torch's count as it is.
 """
 
 from importlib import import_module
@@ -16,7 +16,7 @@ INSTALL = "apt-get install pkg-config libturbojpeg0-dev libopencv-dev && pip ins
 
 
 def ffcv_problem() -> str | None:
-    """Why FFCV cannot be used here, in a few words; None if it can. Imports it: several seconds the first time."""
+    """Return why FFCV cannot be used here, in a few words; None if it can. The first call imports it, in seconds."""
     if find_spec("ffcv") is None:
         return "ffcv is not installed"
     threads = torch.get_num_threads()
@@ -24,7 +24,7 @@ def ffcv_problem() -> str | None:
         compiler = import_module("ffcv.pipeline.compiler")
         for name in ("loader.loader", "writer", "fields"):
             import_module(f"ffcv.{name}")
-    # a missing library, another version of numpy, numba or Python: each breaks it in a way of its own
+    # a missing library, another version of numpy, numba or Python: each breaks the import in a way of its own
     except (ImportError, OSError, AttributeError, TypeError, RuntimeError) as error:
         return f"ffcv is installed but does not load: {str(error).splitlines()[0] if str(error) else repr(error)}"
     finally:
@@ -34,7 +34,7 @@ def ffcv_problem() -> str | None:
 
 
 def ffcv_module(name: str) -> Any:
-    """The module ffcv.`name`, untyped.
+    """Return the module ffcv.`name`, untyped.
 
     Raises:
         UsageError: FFCV cannot be used here.
@@ -46,6 +46,6 @@ def ffcv_module(name: str) -> Any:
 
 
 def _set_num_threads(compiler: Any, count: int) -> None:
-    """What FFCV's own does, less `torch.set_num_threads`."""
+    """Do what FFCV's method of this name does, without `torch.set_num_threads`."""
     compiler.num_threads = count
     import_module("numba").set_num_threads(count)

@@ -1,6 +1,6 @@
-"""Sets that are folders of image files: Tiny-ImageNet (Le and Yang, 2015), and any folder of class folders.
+"""Data sets of image files: Tiny-ImageNet (Le and Yang, 2015), and any folder of class folders.
 
-Pixels are decoded to RGB by Pillow, when they are first asked for.
+Pillow decodes the pixels to RGB when they are first asked for.
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from retemper.errors import DataError
 from retemper.loaders.split import Split, fingerprint_of, require_folder
 
 if TYPE_CHECKING:
-    from PIL.Image import Image  # imported where it is needed: other sets, and the benchmarks, do without Pillow
+    from PIL.Image import Image  # imported where it is needed: other sets and the benchmarks do without Pillow
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 TINY_SHAPE = (64, 64, 3)
 
 
 def load_tiny_imagenet(split: str, data_root: Path | None) -> Split:
-    """See `load_split`. Classes are in the order of their ids, as class folders sort; `val` is the test half."""
+    """Read one half of Tiny-ImageNet; see `load_split`. Classes are sorted by their ids; `val` is the test half."""
     name = "tiny-imagenet"
     root = require_folder(data_root, name, "tiny-imagenet-200")
     root = next((r for r in (root / "tiny-imagenet-200", root) if (r / "wnids.txt").is_file()), root)
@@ -42,7 +42,7 @@ def load_tiny_imagenet(split: str, data_root: Path | None) -> Split:
 
 
 def load_folder(split: str, data_root: Path | None, image_size: int | None) -> Split:
-    """See `load_split`. Classes are the folders in train/, sorted by name."""
+    """Read one half of a folder of images; see `load_split`. Classes are the folders in train/, sorted by name."""
     name = "folder"
     root = require_folder(data_root, name, "train/CLASS/... and test/CLASS/... (or val/CLASS/...)")
     train = _subfolders(root / "train")
@@ -82,7 +82,7 @@ def _tiny_val(root: Path, wnids: Sequence[str]) -> tuple[list[Path], np.ndarray]
 
 
 def _tiny_class_names(root: Path, wnids: Sequence[str]) -> tuple[str, ...]:
-    """The first word for each class; its WordNet id where there is none, or where two classes share it."""
+    """Return each class's first name in words.txt; its id where it has none, or shares it with another class."""
     words = root / "words.txt"
     lines = words.read_text("utf-8", errors="replace").splitlines() if words.is_file() else []
     word = {wnid: names.split(",")[0].strip() for wnid, _, names in (line.partition("\t") for line in lines)}
@@ -98,7 +98,7 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _files_of(folders: Sequence[Path]) -> tuple[list[Path], np.ndarray]:
-    """The images of each class folder, sorted by name, and (N,) int64 labels."""
+    """Return the images of each class folder, sorted by name, and (N,) int64 labels."""
     files: list[Path] = []
     labels: list[int] = []
     for k, folder in enumerate(folders):
@@ -111,7 +111,7 @@ def _files_of(folders: Sequence[Path]) -> tuple[list[Path], np.ndarray]:
 
 
 def _size(path: Path) -> tuple[int, int]:
-    """(height, width) from the head of the file."""
+    """Return (height, width), read from the head of the file."""
     with _opened(path) as image:
         return image.height, image.width
 
@@ -126,7 +126,7 @@ def _opened(path: Path) -> "Image":
 
 
 def _decode(files: Sequence[Path], shape: tuple[int, int, int], side_px: int | None, label: str) -> np.ndarray:
-    """(N, H, W, 3) uint8; resized and cropped to `side_px` where that is given."""
+    """Return (N, H, W, 3) uint8, resized and cropped to `side_px` if that is given."""
     images = np.empty((len(files), *shape), dtype=np.uint8)
     for i, path in enumerate(progress(files, len(files), label)):
         with _opened(path) as image:
@@ -145,7 +145,7 @@ def _decode(files: Sequence[Path], shape: tuple[int, int, int], side_px: int | N
 
 
 def _fit(image: "Image", side_px: int) -> "Image":
-    """The shorter side scaled to `side_px` (bilinear over the whole area a pixel covers), then the middle."""
+    """Scale the shorter side to `side_px`, bilinear over the area that a pixel covers, and take the middle."""
     from PIL.Image import Resampling
 
     scale = side_px / min(image.size)

@@ -1,6 +1,7 @@
-"""What a loader is: batches of clean uint8 images on the device, in an order and in views that we draw ourselves.
+"""The loaders' common part: which images make up a batch, in what order and in which views.
 
-A backend only fetches images by position; so every backend gives the same bits, and any epoch can be drawn again.
+A backend only fetches images by their position in the split. So every backend gives the same bits, and any epoch can be
+drawn again.
 """
 
 from abc import ABC, abstractmethod
@@ -17,7 +18,7 @@ from retemper.loaders.views import ViewSpace, epoch_order
 
 @dataclass(frozen=True)
 class Batch:
-    """B images on the device; the crop and flip in `view` are still to be made."""
+    """B images on the device. The crop and the flip that `view` names are still to be made."""
 
     image: Tensor  # (B, H, W, C) uint8
     label: Tensor  # (B,) int64
@@ -27,12 +28,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which images an epoch visits and how, apart from how they are fetched.
+    """The images that an epoch visits, and how they are dealt into batches.
 
-    indices: (M,) int64, the part of the split to visit, as positions in it.
-    batch_size: of all processes together.
-    rank, world_size: this process takes rows rank, rank + world_size, ... of every batch, so its part of a last batch
-        of fewer than world_size images may be empty; all processes see equally many batches.
+    indices: (M,) int64 positions in the split, the part to visit.
+    batch_size: images in a batch of all processes together.
+    seed: decides the order of the images and their views.
+    views: the crops and flips to draw from.
+    rank, world_size: this process takes rows rank, rank + world_size, ... of every batch. All processes see equally
+        many batches; this one's part of a last batch of fewer than world_size images may be empty.
 
     Raises:
         UsageError: no images, or a batch that does not divide among the processes.
@@ -55,26 +58,31 @@ class Plan:
 
     @property
     def local_size(self) -> int:
-        """Rows of a whole batch that this process takes."""
+        """The number of rows of a whole batch that this process takes."""
         return self.batch_size // self.world_size
 
     def batches(self, images: int) -> int:
-        """How many batches hold so many images."""
+        """Return the number of batches that hold so many images."""
         return -(-images // self.batch_size)
 
     def part(self, rows: np.ndarray) -> np.ndarray:
-        """The rows of this process, batch after batch."""
+        """Return the rows of this process, batch after batch.
+
+        Args:
+            rows: (M,), those of all processes.
+        """
         whole = len(rows) // self.batch_size * self.batch_size
         shared = rows[:whole].reshape(-1, self.batch_size)[:, self.rank :: self.world_size].reshape(-1)
         return np.concatenate([shared, rows[whole:][self.rank :: self.world_size]])
 
 
 class Loader(ABC):
-    """Batches of one split. Use `make_loader`.
+    """The batches of one split. `make_loader` makes one.
 
-    plan: what is visited.
+    plan: the images to visit.
     num_total: images in the split, in and outside the plan.
-    description: one line: which backend, and why.
+    device: where the batches are.
+    description: one line for the user: which backend, and why.
     """
 
     def __init__(self, plan: Plan, num_total: int, device: torch.device, description: str) -> None:
@@ -85,16 +93,19 @@ class Loader(ABC):
         self.description = description
 
     def __len__(self) -> int:
-        """Batches an epoch, the last partial one included."""
+        """Return the number of batches of an epoch, a last partial one included."""
         return self.plan.batches(self.num_images)
 
     @property
     def num_images(self) -> int:
-        """Images an epoch, over all processes."""
+        """The number of images of an epoch, over all processes."""
         return len(self.plan.indices)
 
     def schedule(self, epoch: int, start_batch: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """What the batches of an epoch hold for this process, in their order: (M,) int64 indices and views.
+        """Draw what the batches of an epoch hold for this process.
+
+        Returns:
+            (M,) int64 positions in the split and (M,) int64 views, in the order of the batches from `start_batch` on.
 
         Raises:
             UsageError: there is no such batch.
@@ -107,7 +118,7 @@ class Loader(ABC):
         return plan.part(index[start_batch * plan.batch_size :]), plan.part(view[start_batch * plan.batch_size :])
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch, from `start_batch` on: the same ones whether or not those before were asked for.
+        """Yield the batches of an epoch from `start_batch` on: the same ones whether or not it began before them.
 
         Raises:
             UsageError: there is no such batch.
@@ -116,7 +127,7 @@ class Loader(ABC):
         return self._fetch(*self.schedule(epoch, start_batch), len(self) - start_batch)
 
     def walk(self, indices: np.ndarray) -> Iterator[Batch]:
-        """These images of the split in this order, as they are (the identity view), all of them in every process.
+        """Yield these images in this order and in the identity view, all of them in every process.
 
         Args:
             indices: (M,) int64 positions in the split.
@@ -135,14 +146,19 @@ class Loader(ABC):
 
     @abstractmethod
     def _fetch(self, index: np.ndarray, view: np.ndarray, batches: int) -> Iterator[Batch]:
-        """Yield so many batches of `plan.local_size` rows; the last may be shorter, or empty."""
+        """Yield so many batches of `plan.local_size` rows; the last may be shorter, or empty.
+
+        Args:
+            index, view: (M,) int64, as `schedule` returns them.
+            batches: how many to yield.
+        """
 
     @abstractmethod
     def close(self) -> None:
-        """Free what the loader holds, when no more batches are wanted."""
+        """Free what the loader holds; no batch can be asked for afterwards."""
 
 
 def upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """A copy on the device; nobody waits for it to arrive."""
+    """Return a copy of `array` on the device, without waiting for it to arrive there."""
     host = torch.from_numpy(array)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

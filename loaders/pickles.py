@@ -1,7 +1,7 @@
-"""Reading a pickle that others made without running what it says.
+"""Pickles of others, read without running their code.
 
-A pickle is a program: it may name any function and have it called. CIFAR's "python version" needs five names to rebuild
-numpy arrays; this reader knows those and refuses every other before anything of it is looked up.
+A pickle is a program: it may name any function and have it called. CIFAR's "python version" needs a few names to
+rebuild numpy arrays. This reader knows those and refuses every other before it is looked up.
 """
 
 import io
@@ -15,7 +15,7 @@ from retemper.errors import DataError
 
 
 def _latin1_bytes(text: str, encoding: str) -> bytes:
-    """What `_codecs.encode` does in the pickles of Python 3; other codecs may be programs of their own."""
+    """Stand in for `_codecs.encode`, which pickles of Python 3 call; other codecs may be programs of their own."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"it encodes text as {encoding}")
     return text.encode("latin1")
@@ -47,10 +47,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_pickle(path: Path) -> dict[bytes | str, Any]:
-    """The dictionary in a pickle of numpy arrays, lists, numbers and text, of Python 2 or 3.
+    """Return the dictionary in a pickle of numpy arrays, lists, numbers and text, of Python 2 or 3.
 
     Raises:
-        DataError: it is damaged, holds something else, or asks for code; in that case none of its code has run.
+        DataError: it is damaged, holds something else, or asks for code. None of its code has run.
     """
     refusal = f"{path} is not a CIFAR batch and was not run"
     advice = "delete it and fetch the set again, best as its binary version"

@@ -1,4 +1,4 @@
-"""The whole split on the device; a batch is a gather. The fastest way for sets that fit (CIFAR-10: 154 MB)."""
+"""The backend that holds the whole split on the device: the fastest for sets that fit there (CIFAR-10: 154 MB)."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,11 @@ from retemper.loaders.split import Split
 
 
 class ResidentLoader(Loader):
-    """Order and views go to the device once an epoch; a batch then needs no word from the host."""
+    """A loader whose batch is a gather on the device: order and views go there once an epoch.
+
+    Raises:
+        DataError: the split's pixels cannot be read.
+    """
 
     def __init__(self, split: Split, plan: Plan, device: torch.device, reason: str) -> None:
         super().__init__(plan, len(split), device, f"loader: resident on {device} ({reason})")

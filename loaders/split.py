@@ -1,4 +1,4 @@
-"""One half of a data set in memory: what every reader returns and every backend takes."""
+"""One half of a data set: the value that every reader returns and every backend takes."""
 
 import hashlib
 from collections.abc import Callable, Iterable
@@ -19,8 +19,11 @@ class Split:
     labels: (N,) int64, each in [0, K).
     classes: K names.
     shape: (H, W, C) of every image.
-    fingerprint: changes when a file behind the split does; names the converted file.
-    read: returns the images; called once.
+    fingerprint: hexadecimal digits that change when a file of the split does; they name the converted file.
+    read: returns the images, (N, H, W, C) uint8; called once.
+
+    Raises:
+        DataError: there is no image, or a label has no class.
     """
 
     name: str
@@ -66,7 +69,17 @@ class Split:
 def split_of_arrays(
     name: str, split: str, images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], fingerprint: str
 ) -> Split:
-    """A `Split` of what is in memory: (N, H, W, C) uint8 images, (N,) integer labels."""
+    """Return a `Split` of arrays in memory.
+
+    Args:
+        images: (N, H, W, C) uint8.
+        labels: (N,) integers in [0, K).
+        classes: K names.
+        name, split, fingerprint: as in `Split`.
+
+    Raises:
+        DataError: there is no image, or a label has no class.
+    """
     height, width, channels = images.shape[1:]
     return Split(
         name, split, labels.astype(np.int64), classes, (height, width, channels), fingerprint, read=lambda: images
@@ -74,7 +87,7 @@ def split_of_arrays(
 
 
 def fingerprint_of(files: Iterable[Path], root: Path, *facts: object) -> str:
-    """A digest of the names, sizes and times of `files` under `root`, and of whatever else decides the pixels."""
+    """Return a digest of the names, sizes and times of `files` under `root`, and of `facts` that decide the pixels."""
     digest = hashlib.sha256(repr(facts).encode())
     for path in sorted(files):
         stat = path.stat()
@@ -83,10 +96,10 @@ def fingerprint_of(files: Iterable[Path], root: Path, *facts: object) -> str:
 
 
 def require_folder(data_root: Path | None, name: str, holds: str) -> Path:
-    """The folder a user named for `name`, which `holds` such and such.
+    """Return `data_root`, the folder that the user named for the set `name`; `holds` tells what belongs in it.
 
     Raises:
-        DataError: none was named, or it is not there.
+        DataError: no folder was named, or it does not exist.
     """
     if data_root is None:
         raise DataError(f"{name} needs --data-root: the folder that holds {holds}")

@@ -1,12 +1,12 @@
-"""What is random in an epoch: the order of the images, and which view (crop and flip) each one is seen in.
+"""The random part of an epoch: the order of the images, and the view (crop and flip) that each one is seen in.
 
-Both are functions of (seed, epoch, position in the data set) alone, so that any epoch can be drawn again, whatever the
+Both are functions of (seed, epoch, position in the data set) alone. So any epoch can be drawn again, whatever the
 backend, the batch size or the number of processes. A view has an id:
 
     id = (dy * (2 p + 1) + dx) * 2 + flip        0 <= dy, dx <= 2 p;  p = padding;  0 <= id < 2 (2 p + 1)^2
 
-dy and dx are where the crop begins in the image padded by p on every side.
-Only the raw 64-bit words of PCG64 are used: numpy keeps those for ever, but not its permutations.
+(dy, dx) is where the crop begins in the image padded by p on every side.
+Only the raw 64-bit words of PCG64 are used: numpy promises not to change those, but not its permutations.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ import numpy as np
 
 from retemper.errors import UsageError
 
-# streams that must not repeat each other: the last word of each seed
+# the last word of each seed, so that no stream repeats another
 ORDER, VIEW, HOLDOUT = 1, 2, 3
 
 
 def random_words(n: int, *entropy: int) -> np.ndarray:
-    """(n,) uint64, uniform; the same words for the same `entropy`, and the first n of any longer draw.
+    """Draw (n,) uniform uint64: the same for the same `entropy`, and the first n of any longer draw.
 
     Raises:
         UsageError: a negative number in `entropy`.
@@ -31,18 +31,21 @@ def random_words(n: int, *entropy: int) -> np.ndarray:
 
 
 def permutation(n: int, *entropy: int) -> np.ndarray:
-    """(n,) int64: 0 ... n - 1 in random order."""
+    """Return 0 ... n - 1 in random order, (n,) int64. Raises UsageError as `random_words`."""
     return np.argsort(random_words(n, *entropy), kind="stable").astype(np.int64, copy=False)
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """(n,) int64: the order in which an epoch visits n images."""
+    """Return the order in which an epoch visits n images, (n,) int64. Raises UsageError as `random_words`."""
     return permutation(n, seed, epoch, ORDER)
 
 
 @dataclass(frozen=True)
 class ViewSpace:
-    """The views an image may be seen in: crops after padding, mirrored or not.
+    """The views that an image may be seen in: crops after padding, mirrored or not.
+
+    padding: pixels on every side.
+    flip: whether views may be mirrored.
 
     Raises:
         UsageError: negative padding.
@@ -57,7 +60,7 @@ class ViewSpace:
 
     @property
     def count(self) -> int:
-        """Ids lie in [0, count); without flips only the even ones are drawn."""
+        """The number of ids. They lie in [0, count); without flips only the even ones are drawn."""
         return 2 * (2 * self.padding + 1) ** 2
 
     @property
@@ -66,7 +69,11 @@ class ViewSpace:
         return (self.padding * (2 * self.padding + 1) + self.padding) * 2
 
     def draw(self, n: int, seed: int, epoch: int) -> np.ndarray:
-        """(n,) int64: the view of image i in this epoch; it depends on (seed, epoch, i) only."""
+        """Return the views of n images in an epoch, (n,) int64; the i-th depends on (seed, epoch, i) alone.
+
+        Raises:
+            UsageError: a negative seed or epoch.
+        """
         words = random_words(n, seed, epoch, VIEW)
         # the remainder favours small ids by less than count / 2**64
         ids = words % np.uint64(self.count) if self.flip else words % np.uint64(self.count // 2) * np.uint64(2)
@@ -74,13 +81,15 @@ class ViewSpace:
 
 
 def holdout_split(labels: np.ndarray, per_class: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Take `per_class` images of every class away from training.
+    """Hold `per_class` images of every class out of training.
 
     Args:
         labels: (N,) int64.
+        per_class: images of each class.
+        seed: decides which ones.
 
     Returns:
-        Positions to train on and positions held out, each sorted, int64; together they are 0 ... N - 1.
+        Positions to train on and positions held out, both sorted and int64; together they are 0 ... N - 1.
 
     Raises:
         UsageError: a class would be left with no image to train on.

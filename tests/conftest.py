@@ -1,10 +1,19 @@
-"""What every folder of tests may use."""
+"""What every folder of tests may use, and how the suite stays small in memory."""
 
+import ctypes
+import gc
 import importlib.util
+import inspect
+import os
+import resource
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +27,89 @@ with pytest.MonkeyPatch.context() as during_import:
     from retemper.kernels import runtime
 runtime.TRITON_ON_CPU = False
 torch.set_num_threads(1)  # the tests' tensors are too small to share, and a busy machine makes sharing slow
+
+
+GROWTH = 200 << 20  # bytes, after which a test's memory is given back at once
+RESIDENT = pytest.StashKey[int]()  # bytes, when memory was last given back
+PEAKS = pytest.StashKey[dict[str, str]]()  # what each process took
+
+
+def resident() -> int:
+    """The bytes of this process that lie in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def give_memory_back(config: pytest.Config) -> None:
+    """Free what is garbage, and return to the system what is free: glibc keeps it, gigabytes of networks otherwise."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    config.stash[RESIDENT] = resident()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
+    """Give memory back after every file, and after a test that took much."""
+    done = yield
+    last_of_file = nextitem is None or nextitem.path != item.path
+    if last_of_file or resident() > item.config.stash.get(RESIDENT, 0) + GROWTH:
+        give_memory_back(item.config)
+    return done
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test that is marked `own_process` in a fork of this process, which takes the test's memory with it."""
+    if (
+        pyfuncitem.get_closest_marker("own_process") is None or torch.cuda.is_available()
+    ):  # CUDA does not survive a fork
+        return None
+    given = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
+    with tempfile.TemporaryFile("w+") as failure:
+        pid = fork()
+        if not pid:
+            code = 1
+            try:
+                pyfuncitem.obj(**given)
+                code = 0
+            except BaseException:
+                traceback.print_exc(file=failure)
+                failure.flush()
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(pid, 0)
+        failure.seek(0)
+        if status:
+            pytest.fail(failure.read() or f"its process ended with {os.waitstatus_to_exitcode(status)}", pytrace=False)
+    return True
+
+
+def fork() -> int:
+    """`os.fork`, without the warning that Python 3.12 gives beside other threads."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return os.fork()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Note the peak of this process's memory, and of the largest process that it started and waited for."""
+    own, child = (resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    said = f"{own:.2f} GiB, its largest child {child:.2f} GiB"
+    getattr(session.config, "workeroutput", {})["peak"] = said
+    session.config.stash.setdefault(PEAKS, {})["this process"] = said
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Collect what a worker of pytest-xdist noted."""
+    node.config.stash.setdefault(PEAKS, {})[node.gateway.id] = getattr(node, "workeroutput", {}).get("peak", "unknown")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say how much memory the suite took; a worker should stay below 1.5 GiB."""
+    for name, peak in config.stash.get(PEAKS, {}).items():
+        terminalreporter.write_line(f"peak memory of {name}: {peak}")
 
 
 @pytest.fixture(scope="session")

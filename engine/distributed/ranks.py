@@ -132,7 +132,7 @@ class Ranks:
                 dist.barrier(group=self.patient_group if patiently else self.host_group)
 
     def hold_same_bits(self, tensors: Sequence[Tensor]) -> bool:
-        """Return whether float32 tensors have the same bits in all processes, as far as a sum of them tells."""
+        """Return whether all processes hold the same bits of `tensors`, of 4 or 8 bytes a value, by a weighted sum."""
         if not self.joined:
             return True
         words = [tensor.detach().reshape(-1).view(torch.int32).long() for tensor in tensors]

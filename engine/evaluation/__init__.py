@@ -1,1 +1,1 @@
-"""Robustness by class: the attacks, AutoAttack with a ledger, the checks of both, and the statistics."""
+"""Evaluation: a network attacked and reported by class, AutoAttack with a ledger, and comparisons of two networks."""

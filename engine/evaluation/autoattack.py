@@ -28,13 +28,13 @@ from retemper.console import Progress, say
 from retemper.engine.device import exact_fp32
 from retemper.engine.evaluation.ledger import UNTRIED, Ledger
 from retemper.engine.predict import as_float, folded_twin, predicted
+from retemper.engine.sanity.flags import SQUARE_HELPS
 from retemper.errors import UsageError
 from retemper.loaders import Split
 
 SUITES = {"standard": ("apgd-ce", "apgd-t", "fab-t", "square"), "fast": ("apgd-ce", "apgd-t")}
 FORWARDS = {"apgd-ce": 102, "apgd-t": 919, "fab-t": 1829, "square": 5000}  # of an image that holds to the end
 BACKWARDS = {"apgd-ce": 101, "apgd-t": 909, "fab-t": 900, "square": 0}
-SQUARE_HELPS = 0.002  # of the images: the library's own bound
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,20 +107,15 @@ def model_info(network: ExportedNetwork) -> dict[str, Any]:
 
     Accuracies are text, in percent, and null where the attack did not see the whole test set.
     """
-    return {
-        "link": None,
-        "name": None,
-        "authors": None,
-        "additional_data": False,
-        "number_forward_passes": 1,
+    to_fill_in = dict.fromkeys(("link", "name", "authors", "venue", "reported", "footnote"))
+    return to_fill_in | {
         "dataset": network.facts.dataset,
-        "venue": None,
         "architecture": network.title,
         "eps": network.eps,
         "clean_acc": _of_all(network, "clean"),
-        "reported": None,
         "autoattack_acc": _of_all(network, "autoattack"),
-        "footnote": None,
+        "additional_data": False,
+        "number_forward_passes": 1,
         "unreliable": network.checks.get("verdict") == "suspect",
     }
 

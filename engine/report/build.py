@@ -10,7 +10,7 @@ from retemper.engine.report.classwise import classwise_blocks
 from retemper.engine.report.confusion import confusion_blocks
 from retemper.engine.report.facts import protocol_blocks, run_blocks
 from retemper.engine.report.headline import headline, subline, warnings
-from retemper.engine.report.page import Page, Plot, Section, to_html, to_markdown
+from retemper.engine.report.page import Plot, Section, write_page
 from retemper.engine.report.paired import paired_blocks
 from retemper.engine.report.paper import paper_blocks, seed_blocks
 from retemper.engine.report.read import read_run
@@ -38,11 +38,12 @@ def build_report(folders: Sequence[Path], out: Path) -> Path:
     except OSError as error:
         raise UsageError(f"{out}: cannot be made a folder ({error.strerror})") from error
     sections = [section for section in _sections(runs) if section.blocks]
-    page = Page(_title(runs), headline(runs), subline(runs), warnings(runs), sections, FOOTER)
+    page = {"title": _title(runs), "headline": headline(runs), "subline": subline(runs), "notes": warnings(runs)}
     for plot in (block for section in sections for block in section.blocks if isinstance(block, Plot)):
         write_atomically(out / f"{plot.stem}.png", plot.png)
-    write_atomically(out / "report.md", to_markdown(page).encode("utf-8", "replace"))
-    write_atomically(out / "report.html", to_html(page).encode("utf-8", "replace"))
+    for name in ("report.md", "report.html"):
+        text = write_page(f"{name}.jinja", **page, sections=sections, footer=FOOTER)
+        write_atomically(out / name, text.encode("utf-8", "replace"))
     return out / "report.html"
 
 

@@ -173,7 +173,6 @@ def _ceiling(results: Mapping[str, Result]) -> float:
 
 def _key(name: str, result: Result, runs: RunSet, style: Look) -> Patch | Line2D:
     """Return the run's line of the legend."""
-
     report, most = result.report, at_most(result)
     label = f"{name}: average {most}{percent(report.average)}"
     if len(runs.classes) > BARS_UP_TO:

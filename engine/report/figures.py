@@ -8,8 +8,7 @@ an order whose steps of lightness survive a grey printer; from the third on they
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +95,8 @@ def as_plot(stem: str, caption: str, said: Iterable[str], draw: Callable[[bool],
         said: what the figure shows, in words.
         draw: makes the figure, narrow or not.
     """
-    with _style():
+    with rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands in for it
         wide, narrow = draw(False), draw(True)
         for figure in (wide, narrow):
             figure.get_layout_engine().execute(figure)  # type: ignore[union-attr]
@@ -153,14 +153,6 @@ def end_labels(figure: Figure, panels: Sequence[tuple[Axes, list[EndLabel]]], si
             arrow = leader if abs(there - here) > 2 else None
             offset = (8, there - here)
             axes.annotate(text, (1, value), offset, **where, **style, arrowprops=arrow, annotation_clip=False)
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-
-    with rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands in for it
-        yield
 
 
 def _saved(figure: Figure, kind: str) -> bytes:

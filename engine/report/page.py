@@ -58,28 +58,14 @@ class Section(NamedTuple):
     blocks: list[Any]
 
 
-class Page(NamedTuple):
-    title: str
-    headline: str
-    subline: str
-    notes: list[Text]
-    sections: list[Section]
-    footer: str
+def write_page(template: str, **page: Any) -> str:
+    """Fill in report.html.jinja, which loads nothing, or report.md.jinja, whose figures are the PNG files beside it.
 
-
-def to_html(page: Page) -> str:
-    """Return the page as one HTML file that loads nothing."""
-    return _render("page.html.jinja", page)
-
-
-def to_markdown(page: Page) -> str:
-    """Return the page as Markdown, whose figures are the PNG files beside it."""
-    return _render("page.md.jinja", page)
-
-
-def _render(template: str, page: Page) -> str:
+    Args:
+        page: title, headline, subline, notes, sections, footer.
+    """
     filters = {"kind": lambda block: type(block).__name__, "data_uri": _data_uri, "plain": _plain, "code": _code}
-    return render(Path(__file__).parent, template, filters | {"cell": _markdown_cell}, page=page)
+    return render(Path(__file__).parent, template, filters | {"cell": _markdown_cell}, **page)
 
 
 def _data_uri(svg: bytes) -> str:

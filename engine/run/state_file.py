@@ -30,7 +30,10 @@ def pack(state: Mapping[str, Any]) -> bytes:
     torch.save(state, buffer)
     buffer.seek(-2, io.SEEK_END)  # a zip archive ends in the length of its comment, which is 0 here
     buffer.write(COMMENT.to_bytes(2, "little"))
-    return buffer.getvalue() + _comment(buffer.getbuffer())
+    with buffer.getbuffer() as body:
+        comment = _comment(body)
+    buffer.write(comment)
+    return buffer.getvalue()  # which shares the buffer's memory: a large network's state is there once, not three times
 
 
 def unpack(path: Path, names: Collection[str] = ()) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""What makes a step fast and leaves the algorithm alone (moves.py has the list)."""
+"""What makes a step fast and leaves the algorithm alone; options.py has the list."""

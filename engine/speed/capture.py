@@ -1,7 +1,7 @@
-"""A training step recorded once in a CUDA graph and replayed: the host then says one word a step instead of a thousand.
+"""Record a training step in a CUDA graph and replay it: the host then makes one launch per step instead of thousands.
 
-What a graph may hold is a step that never waits for the device and whose tensors keep their addresses (`State`); its
-inputs are copied into tensors of its own. A replay runs the kernels of the eager step in their order: bitwise the same.
+A graph can hold a step that never waits for the device and whose tensors keep their addresses (`State`); its inputs are
+copied into tensors of the graph's own. A replay runs the kernels of the eager step in their order: bitwise the same.
 """
 
 from collections import Counter
@@ -15,26 +15,30 @@ from retemper.engine.device import is_out_of_memory
 from retemper.errors import UsageError
 
 Step = Callable[..., Tensor]
-WARM_UP = 3  # eager steps of a shape before it is recorded: optimizer state and workspaces are made in them
+Recorded = tuple[Callable[[], None], Tensor]  # replays a call; the tensor that each replay overwrites with its result
+Record = Callable[[Callable[[], Tensor]], Recorded]
+WARM_UP = 3  # eager steps of a shape before it is recorded: they make optimizer state and workspaces
 
 
 class Captured:
-    """`step` with the same arguments and results, from its fourth call on replayed.
+    """A step that is called as the original is, and is replayed from its fourth call on.
 
-    Every shape of the arguments has its own recording, so that the last, smaller batch of an epoch is replayed as well.
+    Each combination of shapes, strides and dtypes of the arguments has its own recording, so that the last, smaller
+    batch of an epoch is replayed as well.
 
     Args:
-        step: tensors (or None) to one tensor, on the current GPU.
-        record: how a call is recorded, for tests without a GPU; it gives back the replay and the recorded result.
+        step: takes tensors or None, and returns one tensor; on the current GPU.
+        record: records a call: `CudaGraphs`, or a stand-in for it in tests without a GPU.
     """
 
-    def __init__(self, step: Step, record: Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]) -> None:
+    def __init__(self, step: Step, record: Record) -> None:
         self.step, self.record = step, record
         self.calls: Counter[Any] = Counter()
         self.own: dict[Any, tuple[Tensor | None, ...]] = {}
-        self.recorded: dict[Any, tuple[Callable[[], None], Tensor]] = {}
+        self.recorded: dict[Any, Recorded] = {}
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
+        """Run or replay the step on copies of `inputs`, and return a copy of its result."""
         shape = tuple(None if given is None else (given.shape, given.stride(), given.dtype) for given in inputs)
         if shape not in self.own:
             self.own[shape] = tuple(None if given is None else given.clone() for given in inputs)
@@ -53,12 +57,17 @@ class Captured:
 
 
 class CudaGraphs:
-    """Records on a stream of its own, all graphs in one pool of memory: they never run at the same time."""
+    """Records calls in CUDA graphs. They share one pool of memory, since they never run at the same time."""
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def __call__(self, work: Callable[[], Tensor]) -> Recorded:
+        """Record one call of `work`.
+
+        Raises:
+            UsageError: it does what a graph cannot hold.
+        """
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         try:
@@ -73,11 +82,11 @@ class CudaGraphs:
 
 
 def captured(step: Step) -> Step:
-    """`step`, warmed up aside and then replayed from CUDA graphs on the current GPU."""
+    """Return `step` for the current GPU, warmed up on a stream of its own and then replayed from CUDA graphs."""
     stream = torch.cuda.Stream()
 
     def aside(*inputs: Tensor | None) -> Tensor:
-        """An eager step on the side: what it leaves behind must not belong to the default stream."""
+        """Run the step on the other stream: tensors that it keeps must not belong to the default one."""
         if torch.cuda.is_current_stream_capturing():
             return step(*inputs)
         stream.wait_stream(torch.cuda.current_stream())

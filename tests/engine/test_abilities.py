@@ -13,10 +13,12 @@ from torch.nn import functional as F
 from retemper.engine import (
     EpochStats,
     HeldOut,
+    Method,
     Objective,
     Recipe,
     State,
     Targets,
+    TrainingAttack,
     Watcher,
     create_model,
     cross_entropy_objective,
@@ -28,22 +30,23 @@ from retemper.engine.step import attack, descend, observe, observe_attacked
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plain(Recipe):
+class Plain(Method):
     """Cross-entropy on whatever it forwards."""
-
-    dataset: str = "digits"
-    student: str = "tiny_resnet"
-    eps: float = 0.2
-    attack_step: float = 0.1
-    attack_steps: int = 3
-    lr: float = 0.05
-    precision: Any = "fp32"
 
     def objective(self, targets: Targets) -> Objective:
         return cross_entropy_objective(targets.label_B)
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         return sum((F.cross_entropy(value, targets.label_B) for value in logits.values()), torch.zeros(()))
+
+
+SMALL: dict[str, Any] = dict(
+    dataset="digits", student="tiny_resnet", eps=0.2, attack_step=0.1, attack_steps=3, lr=0.05, precision="fp32"
+)
+
+
+def small(method: type[Method], **options: Any) -> Recipe:
+    return Recipe.of(method, **(SMALL | options))
 
 
 def network(device: torch.device, seed: int) -> nn.Module:
@@ -78,7 +81,8 @@ def test_its_own_prediction_is_the_students_before_the_attack(mode: str, device:
     class Own(Plain):
         needs_own_prediction: ClassVar[bool] = True
 
-    state, recipe = begin(Own(attack_bn=mode), device), Own(attack_bn=mode)
+    recipe = small(Own, attack_bn=mode)
+    state = begin(recipe, device)
     clean, label = batch(device)
     before = state.student.get_submodule("bn1").state_dict()["num_batches_tracked"].clone()
     targets = observe(state, recipe, state.attacked(), clean, label, None)
@@ -87,7 +91,7 @@ def test_its_own_prediction_is_the_students_before_the_attack(mode: str, device:
     assert not own.requires_grad and targets.teacher_BK is None
     state.student.train(mode == "train")
     torch.testing.assert_close(own, state.student(clean).detach(), rtol=1e-3, atol=1e-4)
-    assert observe(state, Plain(), state.attacked(), clean, label, None).own_BK is None
+    assert observe(state, small(Plain), state.attacked(), clean, label, None).own_BK is None
 
 
 @pytest.mark.parametrize("sees", [(), ("clean",), ("adv",), ("clean", "adv")])
@@ -100,7 +104,7 @@ def test_each_teacher_sees_what_the_method_asks_for(
         teacher_sees: ClassVar[tuple[str, ...]] = sees
         clean_teacher_sees: ClassVar[tuple[str, ...]] = clean_sees
 
-    recipe = Two(teacher_model="tiny_resnet", clean_teacher_model="tiny_resnet")
+    recipe = small(Two, teacher_model="tiny_resnet", clean_teacher_model="tiny_resnet")
     state = begin(recipe, device, teacher=True, clean_teacher=True)
     adv, targets = attacked(state, recipe, device)
     assert targets.teacher_adv_BK is None and targets.clean_teacher_adv_BK is None  # not known during the attack
@@ -116,7 +120,7 @@ def test_each_teacher_sees_what_the_method_asks_for(
 
 
 def test_a_teachers_known_answer_is_not_asked_again(device: torch.device) -> None:
-    recipe = Plain(teacher_model="tiny_resnet")
+    recipe = small(Plain, teacher_model="tiny_resnet")
     state = begin(recipe, device, teacher=True)
     known = torch.zeros(12, 10, device=device)
     clean, label = batch(device)
@@ -127,18 +131,16 @@ def test_an_attack_on_both_networks_gets_both_gradients(device: torch.device) ->
     @dataclass(frozen=True, kw_only=True)
     class Both(Plain):
         attacks_teacher: ClassVar[bool] = True
-        attack_start: str = "none"
-        attack_steps: int = 1
 
         def objective(self, targets: Targets) -> Objective:
             return lambda logits: (logits[:, :10].softmax(1) * logits[:, 10:].log_softmax(1)).sum()
 
-    recipe = Both(teacher_model="tiny_resnet")
+    recipe = small(Both, attack_start="none", attack_steps=1, teacher_model="tiny_resnet")
     state = begin(recipe, device, teacher=True)
     adv, _ = attacked(state, recipe, device)
     clean = batch(device)[0].requires_grad_()
     both = torch.cat([state.student.eval()(clean), network(device, 1)(clean)], 1)
-    (grad,) = torch.autograd.grad(recipe.objective(Targets(label_B=clean, state={}, ones_K=clean))(both), clean)
+    (grad,) = torch.autograd.grad(recipe.method.objective(Targets(label_B=clean, state={}))(both), clean)
     expected = (clean.detach() + 0.1 * grad.sign()).clamp(0, 1)
     assert ((adv - expected).abs() < 1e-6).float().mean() > 0.99  # but where rounding decides a sign
 
@@ -149,16 +151,14 @@ def test_an_attack_on_both_networks_gets_both_gradients(device: torch.device) ->
 def test_each_class_has_its_own_margin_and_step(device: torch.device) -> None:
     @dataclass(frozen=True, kw_only=True)
     class Margins(Plain):
-        attack_start: str = "none"
-
-        def class_state(self, num_classes: int) -> dict[str, Tensor]:
+        def class_state(self, num_classes: int, recipe: Recipe) -> dict[str, Tensor]:
             return {"margin": torch.arange(num_classes) / 20.0}
 
-        def margins(self, targets: Targets) -> tuple[Tensor, Tensor]:
+        def margins(self, targets: Targets, attack: TrainingAttack) -> tuple[Tensor, Tensor]:
             eps_B = targets.state["margin"][targets.label_B]
             return eps_B, eps_B / 2
 
-    recipe = Margins()
+    recipe = small(Margins, attack_start="none")
     adv, _ = attacked(begin(recipe, device), recipe, device)
     clean, label = batch(device)
     moved = (adv - clean).abs().amax((1, 2, 3))
@@ -170,17 +170,21 @@ def test_each_class_has_its_own_margin_and_step(device: torch.device) -> None:
 def test_a_watcher_sees_every_iterate_before_its_step(device: torch.device) -> None:
     iterates: list[tuple[Tensor, Tensor]] = []
 
+    class Recorder(Watcher):
+        def __call__(self, adv_BCHW: Tensor, logits_BK: Tensor) -> None:
+            iterates.append((adv_BCHW.clone(), logits_BK.clone()))
+
     @dataclass(frozen=True, kw_only=True)
     class Watched(Plain):
         def watcher(self, clean_BCHW: Tensor, targets: Targets) -> Watcher:
             assert targets.watched is None and len(clean_BCHW) == 12
-            return lambda adv, logits: iterates.append((adv.clone(), logits.clone()))
+            return Recorder()
 
-    recipe = Watched()
+    recipe = small(Watched)
     state = begin(recipe, device)
     state.student.eval()
     adv, targets = attacked(state, recipe, device)
-    assert targets.watched is not None and len(iterates) == recipe.attack_steps
+    assert targets.watched is not None and len(iterates) == recipe.attack.steps
     clean = batch(device)[0]
     for number, (iterate, logits) in enumerate(iterates):
         assert not iterate.requires_grad and not logits.requires_grad
@@ -188,11 +192,24 @@ def test_a_watcher_sees_every_iterate_before_its_step(device: torch.device) -> N
         step = ((iterates[number + 1][0] if number < 2 else adv) - iterate).abs().amax()
         assert 0.05 < step <= 0.1 + 1e-6
     assert (iterates[0][0] - clean).abs().amax() < 0.01  # the start
-    unwatched, _ = attacked(begin(Plain(), device), Plain(), device)
+    unwatched, _ = attacked(begin(small(Plain), device), small(Plain), device)
     assert torch.equal(adv, unwatched), "looking on changes nothing"
 
 
 # the loss
+
+
+class Middle(Watcher):
+    """Gives the images halfway between the clean and the attacked ones."""
+
+    def __init__(self, clean_BCHW: Tensor) -> None:
+        self.clean_BCHW = clean_BCHW
+
+    def __call__(self, adv_BCHW: Tensor, logits_BK: Tensor) -> None:
+        pass
+
+    def images(self, adv_BCHW: Tensor) -> dict[str, Tensor]:
+        return {"middle": (self.clean_BCHW + adv_BCHW) / 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,11 +218,11 @@ class Halfway(Plain):
 
     forwards: ClassVar[tuple[str, ...]] = ("middle", "clean")
 
-    def class_state(self, num_classes: int) -> dict[str, Tensor]:
+    def class_state(self, num_classes: int, recipe: Recipe) -> dict[str, Tensor]:
         return {"steps": torch.zeros(()), "confidence": torch.zeros(num_classes)}
 
-    def images(self, clean_BCHW: Tensor, adv_BCHW: Tensor, targets: Targets) -> dict[str, Tensor]:
-        return {"clean": clean_BCHW, "middle": (clean_BCHW + adv_BCHW) / 2}
+    def watcher(self, clean_BCHW: Tensor, targets: Targets) -> Middle:
+        return Middle(clean_BCHW)
 
     def measured(self, logits: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
         return {"probability": logits["middle"].softmax(1), "right": targets.label_B.float()}
@@ -216,14 +233,14 @@ class Halfway(Plain):
 
 
 def test_a_method_forwards_images_of_its_own_in_its_order(device: torch.device) -> None:
-    recipe = Halfway()
+    recipe = small(Halfway)
     state = begin(recipe, device)
     seen: list[Tensor] = []
     state.student.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
-    adv, targets = attacked(state, recipe, device)
-    clean = batch(device)[0]
+    adv, _ = attacked(state, recipe, device)
+    clean, label = batch(device)
     seen.clear()
-    descend(state, recipe, recipe.images(clean, adv, targets), targets)
+    train_step(state, recipe, clean, label)  # the attack looks at the student's folded twin
     assert len(seen) == 2
     torch.testing.assert_close(seen[0], (clean + adv) / 2)
     torch.testing.assert_close(seen[1], clean)
@@ -231,7 +248,7 @@ def test_a_method_forwards_images_of_its_own_in_its_order(device: torch.device) 
 
 
 def test_what_is_measured_is_averaged_by_class_until_the_epoch_ends(device: torch.device) -> None:
-    recipe = Halfway()
+    recipe = small(Halfway)
     state = begin(recipe, device)
     rows: list[Tensor] = []
     original = Halfway.measured
@@ -248,7 +265,7 @@ def test_what_is_measured_is_averaged_by_class_until_the_epoch_ends(device: torc
             train_step(state, recipe, *batch(device))
     label = batch(device)[1].repeat(2)
     expected = torch.stack([torch.cat(rows)[label == k].mean(0) for k in range(10)])
-    measured = state.seen().measured
+    measured = state.stats().measured
     torch.testing.assert_close(measured["probability"].mean_KD, expected)
     torch.testing.assert_close(measured["right"].mean_K, torch.arange(10.0, device=device))
     state.start_epoch(recipe, 2, 0)
@@ -256,7 +273,7 @@ def test_what_is_measured_is_averaged_by_class_until_the_epoch_ends(device: torc
 
 
 def test_a_state_that_moves_with_every_step_keeps_its_address(device: torch.device) -> None:
-    recipe = Halfway()
+    recipe = small(Halfway)
     state = begin(recipe, device)
     before = {name: value.data_ptr() for name, value in state.class_state.items()}
     for _ in range(3):
@@ -265,7 +282,9 @@ def test_a_state_that_moves_with_every_step_keeps_its_address(device: torch.devi
     count = torch.bincount(batch(device)[1], minlength=10)
     assert (state.class_state["confidence"] > 0.1 * 3 * count).all()
     state.move_classes(
-        recipe.next_class_state({"steps": torch.ones(()), "confidence": torch.zeros(10)}, EpochStats(), 1)
+        recipe.method.next_class_state(
+            {"steps": torch.ones(()), "confidence": torch.zeros(10)}, EpochStats(), 1, recipe
+        )
     )
     assert state.class_state["steps"] == 1
     assert {name: value.data_ptr() for name, value in state.class_state.items()} == before
@@ -279,7 +298,9 @@ def test_a_method_that_validates_is_asked_before_the_first_epoch_and_after_each(
 
     asked: list[tuple[int, bool, HeldOut | None]] = []
 
-    def next_class_state(self: Wat, state: Mapping[str, Tensor], stats: EpochStats, epoch: int) -> dict[str, Tensor]:
+    def next_class_state(
+        self: Wat, state: Mapping[str, Tensor], stats: EpochStats, epoch: int, recipe: Recipe
+    ) -> dict[str, Tensor]:
         asked.append((epoch, bool(stats.forwards), stats.held))
         return dict(state)
 
@@ -297,18 +318,19 @@ def test_a_variant_brings_its_constants_and_the_user_has_the_last_word() -> None
     @dataclass(frozen=True, kw_only=True)
     class Twofold(Plain):
         variants: ClassVar[tuple[str, ...]] = ("paper", "released")
-        variant_fields: ClassVar[Mapping[str, Mapping[str, Any]]] = {"released": dict(lr=0.3, epochs=7)}
+        variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {"released": dict(lr=0.3, epochs=7)}
 
-    assert (Twofold().lr, Twofold().as_variant("released").lr) == (0.05, 0.3)
-    recipe = override(Twofold(), {"variant": "released", "lr": "0.4"})
-    assert (recipe.variant, recipe.lr, recipe.epochs) == ("released", 0.4, 7)
+    paper = small(Twofold)
+    assert (paper.optim.lr, paper.as_variant("released").optim.lr) == (0.05, 0.3)
+    recipe = override(paper, {"variant": "released", "lr": "0.4"})
+    assert (recipe.method.variant, recipe.optim.lr, recipe.optim.epochs) == ("released", 0.4, 7)
     with pytest.raises(ValueError, match="variant"):
-        Twofold().as_variant("other")
+        paper.as_variant("other")
 
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_joint_forwards_are_one_batch_to_batch_norm(joint: bool, device: torch.device) -> None:
-    recipe = Plain(joint=joint, lr=1e-9)
+    recipe = small(Plain, joint=joint, lr=1e-9)
     state = begin(recipe, device)
     clean, label = batch(device)
     images = {"adv": 1 - clean, "clean": clean}  # as unlike as can be
@@ -317,10 +339,8 @@ def test_joint_forwards_are_one_batch_to_batch_norm(joint: bool, device: torch.d
         logits = dict(zip(images, by_hand(torch.cat([*images.values()])).split(12), strict=True))
     else:
         logits = {name: by_hand(image) for name, image in images.items()}
-    loss = descend(state, recipe, images, Targets(label_B=label, state={}, ones_K=state.ones_K))
-    torch.testing.assert_close(
-        loss, recipe.loss(logits, Targets(label_B=label, state={}, ones_K=state.ones_K)).detach()
-    )
+    loss = descend(state, recipe, images, Targets(label_B=label, state={}))
+    torch.testing.assert_close(loss, recipe.method.loss(logits, Targets(label_B=label, state={})).detach())
     for (name, value), expected in zip(state.student.named_buffers(), by_hand.buffers(), strict=True):
         torch.testing.assert_close(value, expected, msg=name)
     assert state.student.get_submodule("bn1").state_dict()["num_batches_tracked"] == (1 if joint else 2)

@@ -5,7 +5,6 @@ the recorded tensors, so that a step with a tensor that moves, or a number read 
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -84,11 +83,11 @@ def tensors(state: State) -> list[Tensor]:
 def make(name: str, device: torch.device) -> tuple[State, Recipe]:
     torch.manual_seed(0)
     method, _, _ = name.partition(",")
-    recipe = replace(find_setting(f"{method}:digits")[2].recipe, attack_steps=2, lr=0.05, precision="fp32")
-    recipe = replace(recipe, **OPTIONS.get(name, {}))
+    recipe = find_setting(f"{method}:digits")[2].recipe.replace(attack_steps=2, lr=0.05, precision="fp32")
+    recipe = recipe.replace(**OPTIONS.get(name, {}))
     teachers = [channels_last(create_model("tiny_resnet", 10), device).eval().requires_grad_(False) for _ in range(2)]
-    teacher = teachers[0] if recipe.teacher_model else None
-    clean_teacher = teachers[1] if recipe.clean_teacher_model else None
+    teacher = teachers[0] if recipe.networks.teacher_model else None
+    clean_teacher = teachers[1] if recipe.networks.clean_teacher_model else None
     state = State.begin(recipe, create_model("tiny_resnet", 10), teacher, 10, device, clean_teacher)
     if device.type == "cpu":  # there the rate is a number, as nothing is captured; here it is
         for group in state.optimizer.param_groups:
@@ -107,13 +106,13 @@ def run(name: str, device: torch.device, capture: bool) -> tuple[list[Tensor], l
         step = captured(step) if device.type == "cuda" else Captured(step, record(state))
     gen, losses = torch.Generator().manual_seed(1), []
     for epoch in range(2):
-        state.start_epoch(replace(recipe, lr=0.05 / (1 + epoch)), 1, 1000 * epoch)
+        state.start_epoch(recipe.replace(lr=0.05 / (1 + epoch)), 1, 1000 * epoch)
         for number in range(STEPS // 2):
             size = 8 if number in (4, 9) else 16
             image = torch.randint(256, (size, 8, 8, 1), dtype=torch.uint8, generator=gen)
-            view = torch.randint(num_views(recipe.padding), (size,), generator=gen)
+            view = torch.randint(num_views(recipe.data.padding), (size,), generator=gen)
             label = torch.randint(10, (size,), generator=gen)
-            known = torch.randn(size, 10, generator=gen) if recipe.teacher_sees == ("clean",) else None
+            known = torch.randn(size, 10, generator=gen) if recipe.method.teacher_sees == ("clean",) else None
             asked = known.to(device) if known is not None and state.teacher is not None else None
             losses.append(step(image.to(device), view.to(device), label.to(device), asked))
         moved = {}

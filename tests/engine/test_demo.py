@@ -16,7 +16,7 @@ def test_leaves_three_runs_and_a_page(
 ) -> None:
     def short(name: str) -> Any:
         method, setting, found = find_setting(name)
-        return method, setting, replace(found, recipe=replace(found.recipe, epochs=1, attack_steps=1, batch_size=256))
+        return method, setting, replace(found, recipe=found.recipe.replace(epochs=1, attack_steps=1, batch_size=256))
 
     monkeypatch.setattr("retemper.engine.demo.find_setting", short)
     assert run(["demo", "--out", str(tmp_path / "demo")]) == 0

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from retemper.engine import Recipe, State, create_model, save_weights
+from retemper.engine import Method, Recipe, State, create_model, save_weights
 from retemper.engine.checkpoints.weights import CheckpointError, load_checkpoint
 from retemper.engine.cli import run
 from retemper.engine.run.state_file import unpack
@@ -84,10 +84,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(options: list[str], t
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_gradient_that_is_not_finite_holds_this_update_and_all_later_ones(fused: bool, device: torch.device) -> None:
-    class Plain(Recipe):
-        pass
-
-    recipe = Plain(dataset="digits", student="tiny_resnet", fused_sgd=fused, fold=False, precision="fp32")
+    recipe = Recipe.of(Method, dataset="digits", student="tiny_resnet", fused_sgd=fused, fold=False, precision="fp32")
     state = State.begin(recipe, create_model("tiny_resnet", 10), None, 10, device)
     assert hasattr(state.optimizer, "found_inf") == fused, "the fused kernel looks at a flag; copies are for others"
     weights = list(state.student.parameters())

@@ -59,6 +59,7 @@ def off(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
+@pytest.mark.own_process
 @pytest.mark.parametrize("epilogue", ["plain", "fused"])
 @pytest.mark.parametrize("name", MODELS)
 def test_is_the_network_to_rounding(name: str, epilogue: str, device: torch.device) -> None:

@@ -141,16 +141,15 @@ def trained(ranks: Ranks) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     batches = [(torch.rand(n, 1, 8, 8, generator=generator).double(), torch.arange(n) * 7 % 10) for n in SIZES]
     for method, fields in METHODS.items():
-        recipe = find_setting(f"{method}:digits")[2].recipe
-        recipe = replace(recipe, attack_steps=2, fold=False, lr=0.3, **fields)
+        recipe = find_setting(f"{method}:digits")[2].recipe.replace(attack_steps=2, fold=False, lr=0.3, **fields)
         torch.manual_seed(1)
         student, *teachers = (Plain(width).double() for width in (6, 8, 8))
-        wanted = recipe.teacher_model, recipe.clean_teacher_model
+        wanted = recipe.networks.teacher_model, recipe.networks.clean_teacher_model
         teacher, clean_teacher = (one if name else None for one, name in zip(teachers, wanted, strict=True))
         state = State.begin(recipe, student, teacher, 10, CPU, clean_teacher, ranks)
         for name, value in state.class_state.items():
             state.class_state[name] = value.double()
-        state.ones_K, state.loss_sum = state.ones_K.double(), state.loss_sum.double()
+        state.loss_sum = state.loss_sum.double()
         state.sums = {name: replace(sums, loss_K=sums.loss_K.double()) for name, sums in state.sums.items()}
         losses = []
         for epoch in (1, 2):
@@ -159,10 +158,11 @@ def trained(ranks: Ranks) -> dict[str, Any]:
                 own = slice(ranks.rank, None, ranks.world_size)
                 state.part.take(len(label[own]), len(label))
                 losses.append(train_step(state, recipe, clean[own].contiguous(), label[own].contiguous()))
-            state.meet()
+            state.all_reduce()
             losses.append(state.loss_sum / sum(SIZES))
-            if not recipe.validates:
-                state.move_classes(recipe.next_class_state(state.class_state, state.stats(), epoch))
+            if not recipe.method.validates_by:
+                moved = recipe.method.next_class_state(state.class_state, state.stats(), epoch, recipe)
+                state.move_classes(moved)
         found[method] = {
             "losses": torch.stack(losses).double(),
             "weights": dict(student.named_parameters()),
@@ -445,7 +445,7 @@ def test_a_graph_holds_the_call_to_the_others(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setenv(name, value)
     ranks = join(device)
     assert ranks.joined
-    recipe = replace(find_setting("absld:cifar10_resnet18")[2].recipe, student="tiny_resnet", attack_steps=2)
+    recipe = find_setting("absld:cifar10_resnet18")[2].recipe.replace(student="tiny_resnet", attack_steps=2)
     image = torch.rand(32, 1, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
     label = torch.arange(32, device=device) % 10
 

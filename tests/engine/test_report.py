@@ -12,10 +12,12 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from retemper.engine.class_report import class_report, intervals, read_result
 from retemper.engine.report import write_report
+from retemper.engine.report.classwise import classwise
 from retemper.engine.report.confusion import confusion_blocks
 from retemper.engine.report.headline import headline, subline, warnings
 from retemper.engine.report.paired import paired_blocks
@@ -255,6 +257,17 @@ def test_many_runs_share_one_sentence(tmp_path: Path) -> None:
     assert "the weakest class of 9 runs lies between 43 % (run0, 8) and 43 % (run0, 8)" in text
 
 
+@pytest.mark.parametrize("number, narrow, lying", [(3, True, False), (4, True, True), (4, False, False)])
+def test_bars_lie_down_before_they_become_hairlines(number: int, narrow: bool, lying: bool, tmp_path: Path) -> None:
+    runs = RunSet([read_run(make_run(tmp_path / f"run{i}", RSLAD, epochs=1)) for i in range(number)])
+    (axes,) = classwise(runs, "pgd20", narrow).axes
+    labels = (axes.get_yticklabels() if lying else axes.get_xticklabels())[: len(runs.classes)]
+    assert [label.get_text() for label in labels] == runs.classes
+    bars = [bar for bar in axes.patches if isinstance(bar, Rectangle) and bar.get_fill()]
+    lengths = [round(bar.get_width() if lying else bar.get_height(), 6) for bar in bars]
+    assert lengths == [round(100 * a, 6) for a in RSLAD] * number
+
+
 def test_a_hundred_classes(tmp_path: Path) -> None:
     accuracy = np.random.default_rng(0).beta(2, 4, 100).round(2).tolist()
     names = [f"class {k}" for k in range(100)]
@@ -271,6 +284,15 @@ def test_a_folder_that_is_no_run_is_one_clear_line(tmp_path: Path) -> None:
         write_report([tmp_path], tmp_path / "out")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_config_is_one_clear_line(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "absld", ABSLD, epochs=1)
+    for content in ("{", '{"method": "absld"}'):
+        (run / "config.json").write_text(content)
+        with pytest.raises(DataError, match=r"config\.json") as error:
+            write_report([run], tmp_path / "out")
+        assert "\n" not in str(error.value)
 
 
 def test_an_evaluation_of_a_network_from_elsewhere_stands_beside_runs(tmp_path: Path) -> None:

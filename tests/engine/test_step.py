@@ -1,7 +1,5 @@
 """The training step: what it may not do (wait for the device, loop, lose a format), and that it learns."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -17,10 +15,10 @@ WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "uniqu
 
 def make(method: str, device: torch.device, precision: str = "fp32") -> tuple[State, Recipe]:
     torch.manual_seed(0)
-    recipe = replace(find_setting(f"{method}:digits")[2].recipe, attack_steps=2, lr=0.05, precision=precision)
+    recipe = find_setting(f"{method}:digits")[2].recipe.replace(attack_steps=2, lr=0.05, precision=precision)
     teacher = channels_last(create_model("tiny_resnet", 10), device).eval().requires_grad_(False)
     student = create_model("tiny_resnet", 10)
-    state = State.begin(recipe, student, teacher if recipe.teacher_model else None, 10, device)
+    state = State.begin(recipe, student, teacher if recipe.networks.teacher_model else None, 10, device)
     return state, recipe
 
 
@@ -45,7 +43,7 @@ def test_moves_the_statistics_once_a_forward(method: str, device: torch.device) 
     state.student.eval()  # as a selection leaves it
     for _ in range(3):
         train_step(state, recipe, *batch(device))
-    assert state.student.get_submodule("bn1").num_batches_tracked == 3 * len(recipe.forwards)
+    assert state.student.get_submodule("bn1").num_batches_tracked == 3 * len(recipe.method.forwards)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -147,8 +145,8 @@ def test_a_move_changes_rounding_alone(move: str, other: object, device: torch.d
     results = []
     for value in (None, other):
         torch.manual_seed(0)
-        recipe = replace(find_setting("absld:digits")[2].recipe, attack_steps=3, lr=0.02, precision="fp32")
-        recipe = recipe if value is None else replace(recipe, **{move: value})
+        recipe = find_setting("absld:digits")[2].recipe.replace(attack_steps=3, lr=0.02, precision="fp32")
+        recipe = recipe if value is None else recipe.replace(**{move: value})
         teacher = create_model("tiny_resnet", 10).to(device).eval().requires_grad_(False)
         state = State.begin(recipe, create_model("tiny_resnet", 10), teacher, 10, device)
         losses = [train_step(state, recipe, *batch(device)) for _ in range(3)]
@@ -160,7 +158,7 @@ def test_a_move_changes_rounding_alone(move: str, other: object, device: torch.d
 
 
 def test_a_train_mode_attack_is_never_folded(device: torch.device) -> None:
-    recipe = replace(find_setting("sat:digits")[2].recipe, attack_bn="train")
+    recipe = find_setting("sat:digits")[2].recipe.replace(attack_bn="train")
     state = State.begin(recipe, create_model("tiny_resnet", 10), None, 10, device)
     assert state.twin is None and state.attacked() is state.student
 

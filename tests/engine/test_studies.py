@@ -4,7 +4,6 @@ import json
 import runpy
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -63,7 +62,7 @@ def test_every_row_of_the_study_is_a_recipe(study: ModuleType) -> None:
     assert len({row.folder for row in study.ROWS}) == len(names)
     for row in study.ROWS:
         for data in row.on:
-            replace(find_setting(f"{row.method}:{data}")[2].recipe, **study.HELD_OUT[data], **row.fields)
+            find_setting(f"{row.method}:{data}")[2].recipe.replace(**study.HELD_OUT[data], **row.fields)
         assert row.teacher is None or row.teacher in names
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from retemper.engine import create_model, load_checkpoint, save_weights
 from retemper.engine.checkpoints.header import read_header
 from retemper.engine.cli import run
+from retemper.engine.recipe import flat_options
 from retemper.engine.run.run_folder import RunFolder
 from retemper.recipes.absld import next_temperature
 
@@ -44,7 +45,7 @@ def command(teacher: Path, out: Path) -> list[str]:
 def test_the_folder_holds_what_the_contract_says(whole: Path) -> None:
     config = json.loads((whole / "config.json").read_text())
     assert (config["method"], config["setting"], config["seed"]) == ("absld", "digits", 0)
-    assert config["recipe"]["epochs"] == 3 and config["recipe"]["eps"] == 0.15
+    assert config["recipe"]["optim"]["epochs"] == 3 and config["recipe"]["attack"]["eps"] == 0.15
     assert {"retemper", "torch", "triton"} <= config["versions"].keys() and "device" in config and "commit" in config
     for number, line in enumerate(lines(whole), 1):
         assert line["epoch"] == number
@@ -150,6 +151,7 @@ def test_a_folder_from_before_a_field_was_there_is_gone_on_with(
     older = tmp_path / "older"
     shutil.copytree(whole, older)
     config = json.loads((older / "config.json").read_text())
+    config["recipe"] = flat_options(config["recipe"])  # as it was before there were groups
     for name in ("batch_norm", "average"):
         del config["recipe"][name]
     (older / "config.json").write_text(json.dumps(config))
@@ -231,7 +233,7 @@ def short_teacher(name: str) -> Any:
     from retemper.engine.catalogue import find_setting
 
     method, setting, found = find_setting(name)
-    recipe = replace(found.recipe, epochs=1, attack_steps=1, holdout_per_class=0)
+    recipe = found.recipe.replace(epochs=1, attack_steps=1, holdout_per_class=0)
     return method, setting, replace(found, recipe=recipe)
 
 
@@ -253,7 +255,7 @@ def test_processes_that_cannot_meet_are_refused_not_ignored(
 def test_selection_on_the_test_images_is_an_option(train: Train, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert train("rslad:digits", out, "--epochs", "1", "--select-on", "test") == 0
-    assert json.loads((out / "config.json").read_text())["recipe"]["select_on"] == "test"
+    assert json.loads((out / "config.json").read_text())["recipe"]["selection"]["select_on"] == "test"
     assert "holdout" in lines(out)[0]
 
 

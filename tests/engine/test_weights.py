@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from retemper.engine.checkpoints.weights import CheckpointError, load_checkpoint, save_weights
+from retemper.engine.device import is_out_of_memory
 from retemper.engine.models import create_model
 from retemper.engine.models.wide_resnet import WideResNet
 from retemper.errors import DataError
@@ -274,6 +275,22 @@ def test_a_flipped_bit_is_found_or_harmless(kind: str, tmp_path: Path) -> None:
             assert same(model, source), spot
         except CheckpointError:
             assert same(model, network(5)), spot
+
+
+def test_too_little_memory_is_not_taken_for_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a safetensors file, whose lengths are checked first; a file of torch's may ask for any size, being damaged."""
+    for kind in ("safetensors", "zip"):
+        written(kind, tmp_path / kind)
+
+    def ask_for_too_much(*_: object, **__: object) -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr("safetensors.safe_open", ask_for_too_much)
+    monkeypatch.setattr("torch.load", ask_for_too_much)
+    with pytest.raises(RuntimeError) as error:
+        load_checkpoint(tmp_path / "safetensors", network(5))
+    assert is_out_of_memory(error.value)
+    assert "more memory than there is" in refusal(tmp_path / "zip")
 
 
 def test_refuses_a_record_that_claims_to_be_a_folder(tmp_path: Path) -> None:

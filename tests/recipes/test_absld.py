@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retemper.engine import ClassSums, EpochStats, Targets
+from retemper.engine import ClassSums, EpochStats, Recipe, Targets
 from retemper.engine.catalogue import override
 from retemper.errors import UsageError
 from retemper.recipes.absld import SETTINGS, Absld, next_temperature
@@ -18,8 +18,8 @@ GOLDEN = json.loads((Path(__file__).parents[1] / "golden/recipes.json").read_tex
 RELATIVE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
-def absld(**fields: Any) -> Absld:
-    return Absld(dataset="digits", student="tiny_resnet", kl_scale=1, **fields)
+def absld(**constants: Any) -> Absld:
+    return Absld(kl_scale=1, **constants)
 
 
 def targets(case: Mapping[str, Any], dtype: torch.dtype) -> Targets:
@@ -28,7 +28,6 @@ def targets(case: Mapping[str, Any], dtype: torch.dtype) -> Targets:
         label_B=torch.tensor(case["label"]),
         teacher_BK=torch.tensor(case["teacher"], dtype=dtype),
         state=state,
-        ones_K=torch.ones(len(case["teacher"][0])),
     )
 
 
@@ -51,8 +50,8 @@ def test_loss_and_gradients_are_the_known_ones(case: dict[str, Any], variant: st
 def test_the_loss_is_a_tenth_of_the_sum_for_any_number_of_classes(classes: int) -> None:
     case = next(case for case in GOLDEN["absld"] if len(case["teacher"][0]) == classes)
     logits = {name: torch.tensor(case[name], dtype=torch.float64) for name in ("adv", "clean")}
-    recipe = Absld(dataset="digits", student="tiny_resnet")
-    loss = recipe.loss(logits, targets(case, torch.float64))
+    method = Absld()
+    loss = method.loss(logits, targets(case, torch.float64))
     torch.testing.assert_close(loss.item(), case["paper"]["loss_batchmean"] / 10, rtol=1e-10, atol=0)
 
 
@@ -61,9 +60,9 @@ def test_the_attack_raises_the_adversarial_term() -> None:
     adv = torch.tensor(case["adv"], dtype=torch.float64)
     at = targets(case, torch.float64)
     paper, released = (absld(variant=variant, adv_weight=1) for variant in ("paper", "released"))
-    for recipe in (paper, released):
-        mean = recipe.loss({"adv": adv, "clean": adv}, at)
-        torch.testing.assert_close(recipe.objective(at)(adv), mean * len(adv))
+    for method in (paper, released):
+        mean = method.loss({"adv": adv, "clean": adv}, at)
+        torch.testing.assert_close(method.objective(at)(adv), mean * len(adv))
     assert paper.objective(at)(adv) != released.objective(at)(adv)
 
 
@@ -98,35 +97,37 @@ def test_an_epoch_moves_each_temperature_by_its_own_losses_at_the_schedules_rate
         count = torch.ones(len(loss), dtype=torch.int64)
         return ClassSums(loss_K=torch.tensor(loss, dtype=torch.float32), correct_K=count, count_K=count)
 
-    recipe = absld(lr_drops=(5,), temperature_rate=0.2)
-    ones: dict[str, Tensor] = recipe.class_state(2)
-    before = recipe.next_class_state(ones, EpochStats(forwards={"adv": sums(3, 1), "clean": sums(1, 3)}), epoch=4)
+    recipe = Recipe.of(Absld, dataset="digits", student="tiny_resnet", lr_drops=(5,), temperature_rate=0.2)
+    ones: dict[str, Tensor] = recipe.method.class_state(2, recipe)
+    stats = EpochStats(forwards={"adv": sums(3, 1), "clean": sums(1, 3)})
+    before = recipe.method.next_class_state(ones, stats, 4, recipe)
     torch.testing.assert_close(before["temperature_adv"], torch.tensor([0.8, 1.2]))
     torch.testing.assert_close(before["temperature_clean"], torch.tensor([1.2, 0.8]))
     # after the epoch that the learning rate drops on, the rate has dropped too
-    after = recipe.next_class_state(ones, EpochStats(forwards={"adv": sums(3, 1), "clean": sums(1, 3)}), epoch=5)
+    after = recipe.method.next_class_state(ones, stats, 5, recipe)
     torch.testing.assert_close(after["temperature_adv"], torch.tensor([0.98, 1.02]))
 
 
 def test_a_larger_class_is_not_taken_for_a_harder_one() -> None:
     count = torch.tensor([10, 30])
     sums = ClassSums(loss_K=torch.tensor([10.0, 30.0]), correct_K=count, count_K=count)
-    recipe = absld()
-    moved = recipe.next_class_state(recipe.class_state(2), EpochStats(forwards={"adv": sums, "clean": sums}), epoch=1)
+    recipe = Recipe.of(Absld, dataset="digits", student="tiny_resnet")
+    state = recipe.method.class_state(2, recipe)
+    moved = recipe.method.next_class_state(state, EpochStats(forwards={"adv": sums, "clean": sums}), 1, recipe)
     assert moved["temperature_adv"].tolist() == [1.0, 1.0]
 
 
 def test_manual_temperatures_stay_what_the_user_wrote() -> None:
     recipe = override(SETTINGS["digits"].recipe, {"manual_temperatures": "0.5,1,2,1,1,1,1,1,1,3"})
-    state = recipe.class_state(10)
+    state = recipe.method.class_state(10, recipe)
     for name in ("temperature_adv", "temperature_clean"):
         assert state[name].tolist() == [0.5, 1, 2, 1, 1, 1, 1, 1, 1, 3]
     count = torch.ones(10, dtype=torch.int64)
     sums = ClassSums(loss_K=torch.rand(10), correct_K=count, count_K=count)
-    after = recipe.next_class_state(state, EpochStats(forwards={"adv": sums, "clean": sums}), epoch=1)
+    after = recipe.method.next_class_state(state, EpochStats(forwards={"adv": sums, "clean": sums}), 1, recipe)
     assert all(torch.equal(after[name], state[name]) for name in state)
     with pytest.raises(ValueError, match="manual_temperatures"):
-        recipe.class_state(9)
+        recipe.method.class_state(9, recipe)
     with pytest.raises(UsageError, match="manual_temperatures"):
         override(recipe, {"manual_temperatures": "0,1"})
 
@@ -140,11 +141,13 @@ def test_a_wrong_number_of_manual_temperatures_is_told(
 
 def test_the_full_setting_is_the_authors() -> None:
     recipe = SETTINGS["cifar10_resnet18"].recipe
-    assert isinstance(recipe, Absld)
-    assert (recipe.epochs, recipe.lr_drops, recipe.batch_size) == (300, (215, 260, 285), 128)
-    assert (recipe.lr, recipe.momentum, recipe.weight_decay, recipe.nesterov) == (0.1, 0.9, 2e-4, False)
-    assert (recipe.eps, recipe.attack_step, recipe.attack_steps) == (8 / 255, 2 / 255, 10)
-    assert (recipe.attack_start, recipe.clip_start, recipe.attack_bn) == ("normal", False, "eval")
-    assert (recipe.temperature_rate, recipe.temperature_lower, recipe.temperature_upper) == (0.1, 0.5, 5)
-    assert (recipe.adv_weight, recipe.forwards) == (5 / 6, ("adv", "clean"))
-    assert [round(recipe.lr_at(epoch), 9) for epoch in (1, 215, 216, 261, 300)] == [0.1, 0.1, 0.01, 0.001, 0.0001]
+    method = recipe.method
+    assert isinstance(method, Absld)
+    assert (recipe.optim.epochs, recipe.optim.lr_drops, recipe.optim.batch_size) == (300, (215, 260, 285), 128)
+    assert (recipe.optim.lr, recipe.optim.momentum) == (0.1, 0.9)
+    assert (recipe.optim.weight_decay, recipe.optim.nesterov) == (2e-4, False)
+    assert (recipe.attack.eps, recipe.attack.step, recipe.attack.steps) == (8 / 255, 2 / 255, 10)
+    assert (recipe.attack.start, recipe.attack.clip_start, recipe.attack.bn_mode) == ("normal", False, "eval")
+    assert (method.temperature_rate, method.temperature_lower, method.temperature_upper) == (0.1, 0.5, 5)
+    assert (method.adv_weight, method.forwards) == (5 / 6, ("adv", "clean"))
+    assert [round(recipe.optim.lr_at(epoch), 9) for epoch in (1, 215, 216, 261, 300)] == [0.1, 0.1, 0.01, 0.001, 0.0001]

@@ -27,7 +27,6 @@ def targets(begun: float = 1.0) -> Targets:
         teacher_BK=TEACHER,
         teacher_adv_BK=TEACHER_ADV,
         state={"begun": torch.tensor([begun])},
-        ones_K=torch.ones(5),
     )
 
 
@@ -45,7 +44,7 @@ def test_the_attack_raises_the_difference_through_both_networks(method: type[Ada
     torch.manual_seed(0)
     nets = [nn.Sequential(nn.Flatten(), nn.Linear(6, 5)).double() for _ in range(2)]
     image = torch.rand(7, 1, 2, 3, dtype=torch.float64) * 0.5 + 0.25
-    objective = method(dataset="digits", student="tiny_resnet").objective(targets())
+    objective = method().objective(targets())
     at = image.clone().requires_grad_()
     value = objective(Beside(*nets)(at))
     torch.testing.assert_close(value, kl(nets[1](image), nets[0](image)).sum(), rtol=1e-10, atol=0)
@@ -65,9 +64,9 @@ def test_the_attack_raises_the_difference_through_both_networks(method: type[Ada
 def test_adaads_loss_is_the_formula() -> None:
     at = student()
     for weight in (1.0, 0.75):
-        recipe = AdaAd(dataset="digits", student="tiny_resnet", adv_weight=weight)
+        method = AdaAd(adv_weight=weight)
         expected = weight * kl(TEACHER_ADV, at["adv"]).sum() + (1 - weight) * kl(TEACHER, at["clean"]).sum()
-        torch.testing.assert_close(recipe.loss(at, targets()), expected / 7 / 10, rtol=1e-10, atol=0)
+        torch.testing.assert_close(method.loss(at, targets()), expected / 7 / 10, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("begun", [0.0, 1.0])
@@ -80,7 +79,7 @@ def test_adaiads_loss_and_gradients_are_the_formula(begun: float, weight: float)
         return (weight * (900 * kl(TEACHER_ADV / 30, at["adv"] / 30) + own) + (1 - weight) * hard).sum() / 7
 
     ours, theirs = student(), student()
-    loss = AdaIad(dataset="digits", student="tiny_resnet", adv_weight=weight).loss(ours, targets(begun))
+    loss = AdaIad(adv_weight=weight).loss(ours, targets(begun))
     expected = formula(theirs)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
     loss.backward()
@@ -92,13 +91,14 @@ def test_adaiads_loss_and_gradients_are_the_formula(begun: float, weight: float)
 def test_the_full_settings_are_the_authors() -> None:
     for module in (adaad, adaiad):
         recipe = module.SETTINGS["cifar10_resnet18"].recipe
-        assert (recipe.epochs, recipe.lr_drops, recipe.batch_size) == (200, (100, 150), 128)
-        assert (recipe.weight_decay, recipe.nesterov) == (5e-4, False)
-        assert [round(recipe.lr_at(epoch), 9) for epoch in (100, 101, 151)] == [0.1, 0.01, 0.001]
-        assert (recipe.eps, recipe.attack_step, recipe.attack_steps) == (8 / 255, 2 / 255, 10)
-        assert (recipe.attack_start, recipe.attack_bn, recipe.attacks_teacher) == ("normal", "eval", True)
-        assert recipe.forwards == ("clean", "adv")
-    assert adaiad.SETTINGS["cifar10_resnet18"].recipe.class_state(10)["begun"].tolist() == [0]
-    first, second = (adaad.SETTINGS[f"{name}_resnet18"].recipe for name in ("cifar10", "cifar100"))
+        assert (recipe.optim.epochs, recipe.optim.lr_drops, recipe.optim.batch_size) == (200, (100, 150), 128)
+        assert (recipe.optim.weight_decay, recipe.optim.nesterov) == (5e-4, False)
+        assert [round(recipe.optim.lr_at(epoch), 9) for epoch in (100, 101, 151)] == [0.1, 0.01, 0.001]
+        assert (recipe.attack.eps, recipe.attack.step, recipe.attack.steps) == (8 / 255, 2 / 255, 10)
+        assert (recipe.attack.start, recipe.attack.bn_mode, recipe.method.attacks_teacher) == ("normal", "eval", True)
+        assert recipe.method.forwards == ("clean", "adv")
+    recipe = adaiad.SETTINGS["cifar10_resnet18"].recipe
+    assert recipe.method.class_state(10, recipe)["begun"].tolist() == [0]
+    first, second = (adaad.SETTINGS[f"{name}_resnet18"].recipe.method for name in ("cifar10", "cifar100"))
     assert isinstance(first, AdaAd) and isinstance(second, AdaAd)
     assert (first.kl_scale, second.kl_scale) == (0.1, 1)  # the authors': a mean over ten classes, and a sum

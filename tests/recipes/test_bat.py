@@ -38,40 +38,41 @@ def test_every_walk_across_the_boundary_keeps_the_right_iterates(tau: int) -> No
         boundary(adv, torch.stack([right, torch.ones(len(WALKS))], 1))
         adv.fill_(-7)  # as the attack writes over its iterate
     adv.fill_(5)
-    last_clean, first_adv = boundary.sides(adv)
+    images = boundary.images(adv)
+    last_clean, first_adv = images["last_clean"], images["adv"]
     for row, walk in enumerate(WALKS):
         assert (int(last_clean[row, 0, 0, 0]), int(first_adv[row, 0, 0, 0])) == by_definition(walk, tau), walk
         assert last_clean[row].unique().numel() == first_adv[row].unique().numel() == 1
 
 
 def test_images_go_by_the_names_of_the_forwards() -> None:
-    recipe = Bat(dataset="digits", student="tiny_resnet")
+    method = Bat()
     clean = torch.rand(2, 1, 4, 4).to(memory_format=torch.channels_last)
-    targets = Targets(label_B=torch.tensor([0, 0]), state={}, ones_K=torch.ones(3))
-    watched = recipe.watcher(clean, targets)
+    targets = Targets(label_B=torch.tensor([0, 0]), state={})
+    watched = method.watcher(clean, targets)
     for number in range(3):  # the second is wrong from its second iterate on
         watched(clean + number, torch.tensor([[1.0, 0, 0], [1.0, number, 0]]) + torch.tensor([0.0, 0.0, 0.0]))
-    targets = Targets(label_B=targets.label_B, watched=watched, state={}, ones_K=targets.ones_K)
-    images = recipe.images(clean, clean + 3, targets)
-    assert tuple(images) == ("last_clean", "adv", "clean") == recipe.forwards
+    images = {"clean": clean, "adv": clean + 3} | watched.images(clean + 3)
+    assert images.keys() == {*method.forwards} and method.forwards == ("last_clean", "adv", "clean")
     shift = {name: (image - clean).mean((1, 2, 3)).round().tolist() for name, image in images.items()}
     assert shift == {"last_clean": [3, 1], "adv": [3, 3], "clean": [0, 0]}
 
 
 def test_loss_is_the_formula() -> None:
     gen = torch.Generator().manual_seed(0)
-    recipe = Bat(dataset="digits", student="tiny_resnet")
-    logits: dict[str, Tensor] = {n: torch.randn(8, 5, generator=gen, dtype=torch.float64) for n in recipe.forwards}
+    method = Bat()
+    logits: dict[str, Tensor] = {n: torch.randn(8, 5, generator=gen, dtype=torch.float64) for n in method.forwards}
     label = torch.arange(8) % 5
     p = {name: value.softmax(1) for name, value in logits.items()}
     ce = -p["last_clean"][torch.arange(8), label].log().mean()
     kl = (p["clean"] * (p["clean"] / p["adv"]).log()).sum(1).mean()
     uniform = sum(math.log(5) + (p[name] * p[name].log()).sum(1).mean() for name in ("last_clean", "adv"))
-    loss = recipe.loss(logits, Targets(label_B=label, state={}, ones_K=torch.ones(5)))
+    loss = method.loss(logits, Targets(label_B=label, state={}))
     torch.testing.assert_close(loss.double(), ce + 6 * kl + uniform, rtol=1e-6, atol=0)
 
 
 def test_the_full_setting_is_the_authors() -> None:
     recipe = SETTINGS["cifar10_resnet18"].recipe
-    assert (recipe.eps, recipe.attack_step, recipe.attack_steps, recipe.clip_start) == (0.031, 0.007, 10, True)
-    assert (recipe.epochs, recipe.lr_drops, recipe.weight_decay) == (200, (74, 89, 99), 2e-4)
+    assert (recipe.attack.eps, recipe.attack.step) == (0.031, 0.007)
+    assert (recipe.attack.steps, recipe.attack.clip_start) == (10, True)
+    assert (recipe.optim.epochs, recipe.optim.lr_drops, recipe.optim.weight_decay) == (200, (74, 89, 99), 2e-4)

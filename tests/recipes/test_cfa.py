@@ -8,15 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from retemper.engine import ClassSums, EpochStats, Targets
-from retemper.engine.recipe import describe
-from retemper.recipes.cfa import SETTINGS, Cfa, class_margin, loss_weights
+from retemper.engine import ClassSums, EpochStats, Recipe, Targets
+from retemper.recipes.cfa import AUTHORS, SETTINGS, Cfa, class_margin, loss_weights
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/recipes.json").read_text())["cfa_margin"]
 
 
-def cfa(**fields: Any) -> Cfa:
-    return Cfa(dataset="digits", student="tiny_resnet", **fields)
+def cfa(**options: Any) -> Recipe:
+    return Recipe.of(Cfa, **AUTHORS, dataset="digits", student="tiny_resnet", **options)
 
 
 def test_margins_and_weights_are_the_known_ones() -> None:
@@ -37,18 +36,18 @@ def random_logits() -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
 
 
 def targets(state: dict[str, Tensor], label: Tensor) -> Targets:
-    return Targets(label_B=label, own_BK=torch.zeros(len(label), 3), state=state, ones_K=torch.ones(3))
+    return Targets(label_B=label, own_BK=torch.zeros(len(label), 3), state=state)
 
 
 @pytest.mark.parametrize(("variant", "scale"), [("paper", 1), ("released", 7)])
 def test_the_first_epochs_are_trades_which_the_code_divides_by_seven(variant: str, scale: int) -> None:
     logits, label, ce, kl = random_logits()
     recipe = cfa(variant=variant)
-    state = recipe.class_state(3)
-    loss = recipe.loss(logits, targets(state, label))
+    state = recipe.method.class_state(3, recipe)
+    loss = recipe.method.loss(logits, targets(state, label))
     torch.testing.assert_close(loss.double(), (ce + 6 * kl).mean() / scale, rtol=1e-6, atol=0)
-    assert recipe.next_class_state(state, EpochStats(), 9) == state
-    eps, step = recipe.margins(targets(state, label))
+    assert recipe.method.next_class_state(state, EpochStats(), 9, recipe) == state
+    eps, step = recipe.method.margins(targets(state, label), recipe.attack)
     torch.testing.assert_close(eps, torch.full((7,), 8 / 255))
     assert step == 2 / 255
 
@@ -58,21 +57,23 @@ def test_from_then_on_each_class_has_its_own() -> None:
     count = torch.tensor([10, 20, 10])
     sums = ClassSums(loss_K=torch.zeros(3), correct_K=torch.tensor([1, 10, 9]), count_K=count)
     other = ClassSums(loss_K=torch.zeros(3), correct_K=count, count_K=count)
-    state = recipe.next_class_state(recipe.class_state(3), EpochStats(forwards={"adv": sums, "clean": other}), 10)
+    stats = EpochStats(forwards={"adv": sums, "clean": other})
+    state = recipe.method.next_class_state(recipe.method.class_state(3, recipe), stats, 10, recipe)
     robust = torch.tensor([0.1, 0.5, 0.9])
     logits, label, ce, kl = random_logits()
-    eps, step = recipe.margins(targets(state, label))
+    eps, step = recipe.method.margins(targets(state, label), recipe.attack)
     torch.testing.assert_close(eps, ((0.3 + robust) * 8 / 255)[label])
     assert step == 2 / 255
     beta = ((0.5 + robust) * 6).double()[label]
     expected = (ce / (1 + beta) + kl * beta / (1 + beta)).mean()
-    torch.testing.assert_close(recipe.loss(logits, targets(state, label)).double(), expected, rtol=1e-6, atol=0)
+    loss = recipe.method.loss(logits, targets(state, label))
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
 
 
 def test_variants_differ_as_stated() -> None:
     paper = SETTINGS["cifar10_preact_resnet18"].recipe
     released = paper.as_variant("released")
-    one, other = describe(paper), describe(released)
+    one, other = paper.flat(), released.flat()
     changed = {name: (one[name], other[name]) for name in one if one[name] != other[name]}
     assert changed == {
         "variant": ("paper", "released"),
@@ -81,10 +82,11 @@ def test_variants_differ_as_stated() -> None:
         "average_above": (0.2, 0.24),
         "average_from": (50, 1),
     }
-    assert (paper.average, paper.average_every, paper.nesterov) == ("ema", "epoch", False)
+    assert (paper.optim.average, paper.optim.average_every, paper.optim.nesterov) == ("ema", "epoch", False)
 
 
 def test_the_full_setting_is_the_authors() -> None:
     recipe = SETTINGS["cifar10_preact_resnet18"].recipe
-    assert (recipe.epochs, recipe.lr_drops, recipe.weight_decay, recipe.eps) == (200, (100, 150), 5e-4, 8 / 255)
-    assert (recipe.attack_steps, recipe.holdout_per_class, recipe.select_from) == (10, 100, 100)
+    assert (recipe.optim.epochs, recipe.optim.lr_drops, recipe.optim.weight_decay) == (200, (100, 150), 5e-4)
+    assert recipe.attack.eps == 8 / 255
+    assert (recipe.attack.steps, recipe.selection.holdout_per_class, recipe.selection.select_from) == (10, 100, 100)

@@ -2,19 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from retemper.engine import ClassMeans, EpochStats, Targets
-from retemper.engine.recipe import describe
-from retemper.recipes.dafa import SETTINGS, Dafa, class_weight
+from retemper.engine import ClassMeans, EpochStats, Recipe, Targets
+from retemper.recipes.dafa import AUTHORS, SETTINGS, Dafa, class_weight
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/recipes.json").read_text())["dafa_weight"]
 
 
-def dafa(**fields: Any) -> Dafa:
-    return Dafa(dataset="digits", student="tiny_resnet", **fields)
+def dafa() -> Recipe:
+    return Recipe.of(Dafa, **AUTHORS, dataset="digits", student="tiny_resnet")
 
 
 def test_weights_are_the_known_ones() -> None:
@@ -38,15 +36,15 @@ def test_loss_weighs_the_cross_entropy_and_not_the_kl() -> None:
     label, weight = torch.arange(7) % 3, torch.tensor([0.93, 1.35, 0.72])
     p, q = (logits[name].softmax(1) for name in ("clean", "adv"))
     ce, kl = -p[torch.arange(7), label].log(), (p * (p / q).log()).sum(1)
-    targets = Targets(label_B=label, own_BK=p, state={"class_weight": weight}, ones_K=torch.ones(3))
+    targets = Targets(label_B=label, own_BK=p, state={"class_weight": weight})
     recipe = dafa()
     expected = (weight.double()[label] * ce + 6 * kl).mean()
-    torch.testing.assert_close(recipe.loss(logits, targets).double(), expected, rtol=1e-6, atol=0)
-    eps, step = recipe.margins(targets)
+    torch.testing.assert_close(recipe.method.loss(logits, targets).double(), expected, rtol=1e-6, atol=0)
+    eps, step = recipe.method.margins(targets, recipe.attack)
     torch.testing.assert_close(eps, 0.031 * weight[label])
     torch.testing.assert_close(step, 0.007 * weight[label])
     assert not torch.allclose(q.float(), p.float())
-    torch.testing.assert_close(recipe.measured(logits, targets)["probability"], q.float())
+    torch.testing.assert_close(recipe.method.measured(logits, targets)["probability"], q.float())
 
 
 def seen(mean: torch.Tensor) -> EpochStats:
@@ -59,29 +57,37 @@ def seen(mean: torch.Tensor) -> EpochStats:
 def test_weights_are_set_once_after_the_warm_up() -> None:
     mean = torch.tensor([[0.6, 0.3, 0.1], [0.25, 0.5, 0.25], [0.1, 0.1, 0.8]])
     recipe = dafa()
-    ones = recipe.class_state(3)
+    ones = recipe.method.class_state(3, recipe)
     for epoch in (1, 69, 71, 110):
-        assert recipe.next_class_state(ones, seen(mean), epoch) == ones
-    after = recipe.next_class_state(ones, seen(mean), 70)
+        assert recipe.method.next_class_state(ones, seen(mean), epoch, recipe) == ones
+    after = recipe.method.next_class_state(ones, seen(mean), 70, recipe)
     torch.testing.assert_close(after["class_weight"], torch.tensor([0.93, 1.35, 0.72]))
 
 
 def test_no_weight_is_negative() -> None:
     one_answer = torch.tensor([[0.9, 0.05, 0.05], [0.89, 0.06, 0.05], [0.88, 0.06, 0.06]])
     assert class_weight(one_answer).min() < 0
-    moved = dafa().next_class_state(dafa().class_state(3), seen(one_answer), 70)
+    recipe = dafa()
+    moved = recipe.method.next_class_state(recipe.method.class_state(3, recipe), seen(one_answer), 70, recipe)
     assert moved["class_weight"].min() == 0
 
 
 def test_variants_differ_in_nesterov_alone() -> None:
     paper = SETTINGS["cifar10_resnet18"].recipe
-    one, other = describe(paper), describe(paper.as_variant("released"))
+    one, other = paper.flat(), paper.as_variant("released").flat()
     assert {name: other[name] for name in one if one[name] != other[name]} == {"variant": "released", "nesterov": True}
 
 
 def test_the_full_setting_is_the_authors() -> None:
     recipe = SETTINGS["cifar10_resnet18"].recipe
-    assert (recipe.eps, recipe.attack_step, recipe.attack_steps, recipe.weight_decay) == (0.031, 0.007, 10, 5e-4)
-    assert [round(recipe.lr_at(epoch), 9) for epoch in (99, 100, 104, 105, 110)] == [0.1, 0.01, 0.01, 0.001, 0.001]
-    cifar100 = SETTINGS["cifar100_resnet18"].recipe
+    assert (recipe.attack.eps, recipe.attack.step, recipe.attack.steps) == (0.031, 0.007, 10)
+    assert recipe.optim.weight_decay == 5e-4
+    assert [round(recipe.optim.lr_at(epoch), 9) for epoch in (99, 100, 104, 105, 110)] == [
+        0.1,
+        0.01,
+        0.01,
+        0.001,
+        0.001,
+    ]
+    cifar100 = SETTINGS["cifar100_resnet18"].recipe.method
     assert isinstance(cifar100, Dafa) and cifar100.scale == 1.5

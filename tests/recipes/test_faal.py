@@ -68,17 +68,17 @@ def test_margins_are_means_over_each_classs_images() -> None:
     assert count.tolist() == [2, 1, 0, 0]  # -0.5 and 0.5 of the first class
 
 
-def case(**fields: Any) -> tuple[Faal, torch.Tensor, Targets]:
+def case(**constants: Any) -> tuple[Faal, torch.Tensor, Targets]:
     gen = torch.Generator().manual_seed(0)
     logits = torch.randn(11, 4, generator=gen, dtype=torch.float64)
     label = torch.tensor([0, 0, 0, 0, 0, 1, 1, 2, 2, 3, 3])
-    recipe = Faal(dataset="digits", student="tiny_resnet", **fields)
-    return recipe, logits, Targets(label_B=label, state={}, ones_K=torch.ones(4))
+    method = Faal(**constants)
+    return method, logits, Targets(label_B=label, state={})
 
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
 def test_loss_is_the_formula_and_the_weights_are_constants_in_it(variant: str) -> None:
-    recipe, logits, targets = case(variant=variant)
+    method, logits, targets = case(variant=variant)
     prob, label = logits.softmax(1), targets.label_B
     worst = torch.stack([max(prob[i, k] for k in range(4) if k != y) - prob[i, y] for i, y in enumerate(label)])
     margin = torch.stack(
@@ -87,10 +87,10 @@ def test_loss_is_the_formula_and_the_weights_are_constants_in_it(variant: str) -
     weight = torch.tensor(solved(margin.numpy(), 0.5))
     ce = -prob.log()[torch.arange(11), label]
     expected = 4 * (weight[label] * ce).mean()
-    loss = recipe.loss({"adv": logits}, targets)
+    loss = method.loss({"adv": logits}, targets)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-3, atol=0)
     moving = logits.clone().requires_grad_()
-    recipe.loss({"adv": moving}, targets).backward()
+    method.loss({"adv": moving}, targets).backward()
     gradient = 4 / 11 * weight[label, None] * (prob - torch.nn.functional.one_hot(label, 4))
     assert moving.grad is not None
     torch.testing.assert_close(moving.grad, gradient, rtol=5e-3, atol=1e-5)
@@ -99,18 +99,18 @@ def test_loss_is_the_formula_and_the_weights_are_constants_in_it(variant: str) -
 def test_variants_differ_where_classes_differ_in_number() -> None:
     (paper, logits, targets), (released, *_) = case(), case(variant="released")
     assert paper.loss({"adv": logits}, targets) != released.loss({"adv": logits}, targets)
-    even = Targets(label_B=torch.arange(8) % 4, state={}, ones_K=torch.ones(4))
-    losses = [recipe.loss({"adv": logits[:8]}, even) for recipe in (paper, released)]
+    even = Targets(label_B=torch.arange(8) % 4, state={})
+    losses = [method.loss({"adv": logits[:8]}, even) for method in (paper, released)]
     torch.testing.assert_close(*losses)
 
 
 def test_the_full_setting_is_the_authors() -> None:
     recipe = SETTINGS["cifar10_preact_resnet18"].recipe
-    assert [recipe.lr_at(epoch) for epoch in (1, 2)] == [0.01, 0.001] and recipe.epochs == 2
-    assert (recipe.eps, recipe.attack_step, recipe.attack_steps, recipe.attack_start) == (
+    assert [recipe.optim.lr_at(epoch) for epoch in (1, 2)] == [0.01, 0.001] and recipe.optim.epochs == 2
+    assert (recipe.attack.eps, recipe.attack.step, recipe.attack.steps, recipe.attack.start) == (
         8 / 255,
         2 / 255,
         10,
         "uniform",
     )
-    assert (recipe.start_recipe, recipe.weight_decay) == ("sat:cifar10_preact_resnet18", 5e-4)
+    assert (recipe.networks.start_recipe, recipe.optim.weight_decay) == ("sat:cifar10_preact_resnet18", 5e-4)

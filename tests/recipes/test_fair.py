@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from retemper.engine import ClassMeans, EpochStats, Recipe, Targets, pgd
+from retemper.engine import ClassMeans, EpochStats, Method, Recipe, Targets, pgd
 from retemper.recipes import fair_ard, fair_iad, fair_mtard, fair_rslad
 from retemper.recipes.ard import Ard
 from retemper.recipes.fair import Fair, Kappa, class_weight
@@ -64,16 +64,15 @@ def batch(weight_K: Tensor, rows: slice = slice(None)) -> tuple[dict[str, Tensor
             "first_adv_loss": torch.ones(1),
             "first_clean_loss": torch.ones(1),
         },
-        ones_K=torch.ones(3),
     )
     return {"adv": adv, "clean": clean}, targets
 
 
 @pytest.mark.parametrize(("fair", "base"), PAIRS)
 def test_each_image_of_the_base_loss_is_weighed_and_the_sum_divided_by_the_batch(
-    fair: type[Recipe], base: type[Recipe]
+    fair: type[Method], base: type[Method]
 ) -> None:
-    method, plain = (kind(dataset="digits", student="tiny_resnet") for kind in (fair, base))
+    method, plain = fair(), base()
     each = [plain.loss(*batch(WEIGHT, slice(i, i + 1))) for i in range(8)]
     expected = (WEIGHT[LABEL] * torch.stack(each)).sum() / 8
     torch.testing.assert_close(method.loss(*batch(WEIGHT)), expected, rtol=1e-10, atol=0)
@@ -83,16 +82,16 @@ def test_each_image_of_the_base_loss_is_weighed_and_the_sum_divided_by_the_batch
 
 def test_the_attack_of_fair_rslad_is_not_weighed() -> None:
     logits, targets = batch(WEIGHT)
-    recipe = FairRslad(dataset="digits", student="tiny_resnet")
+    method = FairRslad()
     expected = F.kl_div(logits["adv"].log_softmax(1), targets.teacher.softmax(1), reduction="sum")
-    torch.testing.assert_close(recipe.objective(targets)(logits["adv"]), expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(method.objective(targets)(logits["adv"]), expected, rtol=1e-10, atol=0)
 
 
 def test_fair_mtards_released_code_asks_the_wrong_teacher() -> None:
     logits, targets = batch(WEIGHT)
     for variant, teacher in (("paper", targets.clean_teacher_BK), ("released", targets.teacher_adv_BK)):
-        recipe = FairMtard(dataset="digits", student="tiny_resnet", variant=variant)
-        adv, clean = recipe.task_losses(logits, targets)
+        method = FairMtard(variant=variant)
+        adv, clean = method.task_losses(logits, targets)
         for loss, name, taught in ((adv, "adv", targets.teacher_adv_BK), (clean, "clean", teacher)):
             assert taught is not None
             kl_BK = F.kl_div(logits[name].log_softmax(1), taught.softmax(1), reduction="none")
@@ -104,10 +103,10 @@ def test_kappa_counts_the_iterates_before_each_step_that_are_still_correct() -> 
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3, bias=False))
     clean = torch.rand(8, 1, 2, 2)
-    recipe = FairArd(dataset="digits", student="tiny_resnet")
-    targets = Targets(label_B=LABEL, state={}, ones_K=torch.ones(3))
-    watch = recipe.watcher(clean, targets)
-    common: dict[str, Any] = dict(objective=recipe.objective(targets), step=0.1, eps=0.3, start=clean.clone())
+    method = FairArd()
+    targets = Targets(label_B=LABEL, state={})
+    watch = method.watcher(clean, targets)
+    common: dict[str, Any] = dict(objective=method.objective(targets), step=0.1, eps=0.3, start=clean.clone())
     pgd(net, clean, steps=4, watch=watch, **common)
     iterates = [pgd(net, clean, steps=steps, **common) for steps in range(4)]  # the start, and not the last one
     with torch.no_grad():
@@ -117,15 +116,16 @@ def test_kappa_counts_the_iterates_before_each_step_that_are_still_correct() -> 
 
 
 def test_an_epoch_weighs_by_the_class_means_of_kappa() -> None:
-    targets = Targets(label_B=LABEL, state={}, ones_K=torch.ones(3), watched=Kappa(LABEL))
+    targets = Targets(label_B=LABEL, state={}, watched=Kappa(LABEL))
     targets.watched.count_B += torch.tensor([4.0, 1, 10, 6, 2, 9, 8, 10])
     for method in (FairArd, FairIad, FairRslad, FairMtard):
-        recipe = method(dataset="digits", student="tiny_resnet", beta=0.5, weight_lower=0.7, weight_upper=1.5)
-        state = recipe.class_state(3)
+        constants = dict(beta=0.5, weight_lower=0.7, weight_upper=1.5)
+        recipe = Recipe.of(method, dataset="digits", student="tiny_resnet", **constants)
+        state = recipe.method.class_state(3, recipe)
         assert state["class_weight"].tolist() == [1, 1, 1]
         means = ClassMeans.zeros(3, 1, torch.device("cpu"))
-        means.add(recipe.measured({}, targets)["kappa"], LABEL)
-        moved = recipe.next_class_state(state, EpochStats(measured={"kappa": means}), 1)
+        means.add(recipe.method.measured({}, targets)["kappa"], LABEL)
+        moved = recipe.method.next_class_state(state, EpochStats(measured={"kappa": means}), 1, recipe)
         assert moved.keys() == state.keys()
         expected = class_weight(torch.tensor([7.0, 1.5, 9.5]), 0.5, 0.7, 1.5)  # classes of four, two and two images
         torch.testing.assert_close(moved["class_weight"], expected)
@@ -135,11 +135,13 @@ def test_an_epoch_weighs_by_the_class_means_of_kappa() -> None:
 def test_the_full_settings_are_the_authors(module) -> None:
     paper: Recipe = module.SETTINGS["cifar10_resnet18"].recipe
     released = paper.as_variant("released")
-    assert isinstance(paper, Fair)
-    assert (paper.beta, paper.weight_lower, paper.weight_upper, paper.batch_size) == (2, 5 / 6, 5 / 2, 128)
-    assert (paper.weight_decay, paper.nesterov, released.nesterov) == (2e-4, False, True)
+    method = paper.method
+    assert isinstance(method, Fair)
+    assert (method.beta, method.weight_lower, method.weight_upper) == (2, 5 / 6, 5 / 2)
+    assert paper.optim.batch_size == 128
+    assert (paper.optim.weight_decay, paper.optim.nesterov, released.optim.nesterov) == (2e-4, False, True)
     by_ard = module in (fair_ard, fair_iad)
-    assert (paper.epochs, paper.lr_drops) == ((200, (100, 150)) if by_ard else (300, (215, 260, 285)))
-    assert (paper.attack_bn, paper.attack_start) == (("train", "uniform") if by_ard else ("eval", "normal"))
-    rates = [round(recipe.lr_at(recipe.epochs), 9) for recipe in (paper, released)]
+    assert (paper.optim.epochs, paper.optim.lr_drops) == ((200, (100, 150)) if by_ard else (300, (215, 260, 285)))
+    assert (paper.attack.bn_mode, paper.attack.start) == (("train", "uniform") if by_ard else ("eval", "normal"))
+    rates = [round(recipe.optim.lr_at(recipe.optim.epochs), 9) for recipe in (paper, released)]
     assert rates == ([0.001, 0.01] if by_ard else [0.0001, 0.0001])

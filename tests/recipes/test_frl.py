@@ -6,13 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from retemper.engine import EpochStats, HeldOut, Targets
-from retemper.engine.recipe import describe
-from retemper.recipes.frl import SETTINGS, Frl, class_weight, simplex
+from retemper.engine import EpochStats, HeldOut, Recipe, Targets, TrainingAttack
+from retemper.recipes.frl import AUTHORS, SETTINGS, Frl, class_weight, simplex
 
 
-def frl(**fields: Any) -> Frl:
-    return Frl(dataset="digits", student="tiny_resnet", **fields)
+def frl(**options: Any) -> Recipe:
+    return Recipe.of(Frl, **AUTHORS, dataset="digits", student="tiny_resnet", **options)
+
+
+def after(recipe: Recipe, state: dict[str, Tensor], stats: EpochStats, epoch: int) -> dict[str, Tensor]:
+    return recipe.method.next_class_state(state, stats, epoch, recipe)
 
 
 def held(clean: list[float], robust: list[float]) -> EpochStats:
@@ -33,7 +36,7 @@ def state(**known: list[float]) -> dict[str, Tensor]:
 
 
 def targets(moved: dict[str, Tensor], label: list[int]) -> Targets:
-    return Targets(label_B=torch.tensor(label), own_BK=torch.zeros(len(label), 4), state=moved, ones_K=torch.ones(4))
+    return Targets(label_B=torch.tensor(label), own_BK=torch.zeros(len(label), 4), state=moved)
 
 
 def test_loss_is_the_formula() -> None:
@@ -48,14 +51,14 @@ def test_loss_is_the_formula() -> None:
     ce = sum(weight["clean"][y] * -p[i, y].log() for i, y in enumerate(label))
     kl = sum(weight["boundary"][y] * (p[i] * (p[i] / q[i]).log()).sum() for i, y in enumerate(label))
     expected = ce / sum(weight["clean"][y] for y in label) + 1.5 * kl / sum(weight["boundary"][y] for y in label)
-    loss = frl().loss(logits, targets(state(clean=clean, boundary=boundary), label))
+    loss = Frl().loss(logits, targets(state(clean=clean, boundary=boundary), label))
     torch.testing.assert_close(loss.double(), torch.as_tensor(expected), rtol=1e-6, atol=0)
 
 
 def test_multipliers_move_by_what_exceeds_the_bound() -> None:
     # errors .1 .1 .3 .3, mean .2; boundary errors .2 .6 .4 .4, mean .4
     seen = held([0.9, 0.9, 0.7, 0.7], [0.7, 0.3, 0.3, 0.3])
-    moved = frl(delta=0.05).next_class_state(state(clean=[0.0, 0.1, 0.1, 0.0]), seen, epoch=0)
+    moved = after(frl(delta=0.05), state(clean=[0.0, 0.1, 0.1, 0.0]), seen, epoch=0)
     expected = [0, 0.1 + 0.05 * (-0.1 - 0.05), 0.1 + 0.05 * (0.1 - 0.05), 0.05 * (0.1 - 0.05)]
     torch.testing.assert_close(moved["multiplier_clean"], torch.tensor(expected))
     torch.testing.assert_close(moved["multiplier_boundary"], torch.tensor([0, 2 * 0.05 * (0.2 - 0.05), 0, 0]))
@@ -66,9 +69,9 @@ def test_multipliers_move_by_what_exceeds_the_bound() -> None:
 def test_the_rate_is_halved_for_the_fortieth_epoch() -> None:
     seen = held([0.9, 0.9, 0.9, 0.1], [0.5, 0.5, 0.5, 0.1])
     recipe = frl(delta=0.0)
-    before, after = (recipe.next_class_state(state(), seen, epoch)["multiplier_clean"] for epoch in (38, 39))
-    torch.testing.assert_close(after, before / 2)
-    assert before[3] > 0
+    full, halved = (after(recipe, state(), seen, epoch)["multiplier_clean"] for epoch in (38, 39))
+    torch.testing.assert_close(halved, full / 2)
+    assert full[3] > 0
 
 
 def test_multipliers_are_scaled_back_to_the_limit() -> None:
@@ -80,27 +83,29 @@ def test_multipliers_are_scaled_back_to_the_limit() -> None:
 
 def test_margins_are_the_classes_and_the_step_a_quarter_of_the_largest() -> None:
     moved = state(margin=[0.0, 0.1, -3.0, 5.0])
-    eps, step = frl(eps=0.1).margins(targets(moved, [0, 1, 2, 3]))
+    attack = TrainingAttack(eps=0.1)
+    eps, step = Frl().margins(targets(moved, [0, 1, 2, 3]), attack)
     torch.testing.assert_close(eps, 0.1 * torch.tensor([1.0, 1.2214, 0.98, 3.0]), rtol=1e-4, atol=0)
     torch.testing.assert_close(step, torch.full((4,), 0.3 / 4))
-    eps, step = frl(eps=0.1).margins(targets(moved, [0, 1]))  # of this batch
+    eps, step = Frl().margins(targets(moved, [0, 1]), attack)  # of this batch
     torch.testing.assert_close(step, torch.full((2,), 0.12214 / 4), rtol=1e-4, atol=0)
 
 
 def test_reweighting_alone_differs_in_two_constants_and_moves_no_margin() -> None:
     remargin, reweight = frl(), frl().as_variant("reweight")
-    one, other = describe(remargin), describe(reweight)
+    one, other = remargin.flat(), reweight.flat()
     assert {name for name in one if one[name] != other[name]} == {"variant", "delta", "margin_rate"}
-    assert (remargin.delta, remargin.margin_rate, reweight.delta) == (0.07, 0.2, 0.1)
-    moved = reweight.next_class_state(state(), held([0.9, 0.9, 0.7, 0.7], [0.7, 0.3, 0.3, 0.3]), 1)
+    assert (one["delta"], one["margin_rate"], other["delta"]) == (0.07, 0.2, 0.1)
+    moved = after(reweight, state(), held([0.9, 0.9, 0.7, 0.7], [0.7, 0.3, 0.3, 0.3]), 1)
     assert not moved["multiplier_margin"].any()
-    eps, step = reweight.margins(targets(moved, [0, 1]))
+    eps, step = reweight.method.margins(targets(moved, [0, 1]), reweight.attack)
     torch.testing.assert_close((eps, step), (torch.full((2,), 8 / 255), torch.full((2,), 2 / 255)))
 
 
 def test_the_full_setting_is_the_authors() -> None:
     recipe = SETTINGS["cifar10_preact_resnet18"].recipe
-    assert (recipe.lr, recipe.momentum, recipe.weight_decay, recipe.epochs) == (0.001, 0.9, 5e-4, 40)
-    assert (recipe.start_recipe, recipe.holdout_per_class) == ("sat:cifar10_preact_resnet18", 300)
-    assert (recipe.select_steps, recipe.attack_steps, recipe.eps) == (20, 10, 8 / 255)
-    assert SETTINGS["digits"].recipe.start_recipe == "sat:digits_student"
+    assert (recipe.optim.lr, recipe.optim.momentum) == (0.001, 0.9)
+    assert (recipe.optim.weight_decay, recipe.optim.epochs) == (5e-4, 40)
+    assert (recipe.networks.start_recipe, recipe.selection.holdout_per_class) == ("sat:cifar10_preact_resnet18", 300)
+    assert (recipe.selection.select_steps, recipe.attack.steps, recipe.attack.eps) == (20, 10, 8 / 255)
+    assert SETTINGS["digits"].recipe.networks.start_recipe == "sat:digits_student"

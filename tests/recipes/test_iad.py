@@ -1,14 +1,14 @@
 """IAD-I and IAD-II: losses and gradients by their formulas in float64, and when the student begins to trust itself."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from retemper.engine import EpochStats, Targets
+from retemper.engine import EpochStats, Recipe, Targets
+from retemper.recipes.ard import AUTHORS
 from retemper.recipes.iad import SETTINGS, Iad, Iad2
 
 LABEL = torch.arange(7) % 5
@@ -28,7 +28,6 @@ def targets(begun: float) -> Targets:
         teacher_adv_BK=given["ta"],
         clean_teacher_adv_BK=given["ca"],
         state={"begun": torch.tensor([begun])},
-        ones_K=torch.ones(5),
     )
 
 
@@ -56,7 +55,7 @@ def second(at: Mapping[str, Tensor], begun: float) -> Tensor:
 @pytest.mark.parametrize(("method", "formula"), [(Iad, first), (Iad2, second)])
 def test_losses_and_gradients_are_the_formulas(method: type[Iad], formula, begun: float) -> None:
     ours, theirs = logits_of("adv", "clean"), logits_of("adv", "clean")
-    loss, expected = method(dataset="digits", student="tiny_resnet").loss(ours, targets(begun)), formula(theirs, begun)
+    loss, expected = method().loss(ours, targets(begun)), formula(theirs, begun)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
     loss.backward()
     expected.backward()
@@ -69,32 +68,34 @@ def test_losses_and_gradients_are_the_formulas(method: type[Iad], formula, begun
 
 @pytest.mark.parametrize(("method", "begin"), [(Iad, 60), (Iad2, 40)])
 def test_the_teacher_is_trusted_in_full_until_the_authors_epoch(method: type[Iad], begin: int) -> None:
-    recipe = method(dataset="digits", student="tiny_resnet")
-    state = recipe.class_state(5)
+    recipe = Recipe.of(method, **AUTHORS, dataset="digits", student="tiny_resnet")
+    state = recipe.method.class_state(5, recipe)
     assert state["begun"].tolist() == [0]
     for epoch in range(1, begin + 2):
-        state = recipe.next_class_state(state, EpochStats(), epoch)
+        state = recipe.method.next_class_state(state, EpochStats(), epoch, recipe)
         assert state["begun"].tolist() == [epoch >= begin]  # it holds for the epoch after
-    short = replace(recipe, epochs=10)
-    assert [short.begun_after(epoch) for epoch in (begin // 20 - 1, begin // 20)] == [0, 1]
-    assert replace(recipe, begin=0.0).class_state(5)["begun"].tolist() == [1]
+    short, at_once = recipe.replace(epochs=10), recipe.replace(begin=0.0)
+    assert [method().begun_after(epoch, short) for epoch in (begin // 20 - 1, begin // 20)] == [0, 1]
+    assert at_once.method.class_state(5, at_once)["begun"].tolist() == [1]
     with pytest.raises(ValueError, match="share"):
-        replace(recipe, begin=60.0)
+        recipe.replace(begin=60.0)
 
 
 def test_variants_differ_in_the_schedule_alone() -> None:
     paper, released = SETTINGS["cifar10_resnet18"].recipe, SETTINGS["cifar10_resnet18"].recipe.as_variant("released")
-    assert [round(r.lr_at(200), 9) for r in (paper, released)] == [0.001, 0.01]
-    losses = [recipe.loss(logits_of("adv", "clean"), targets(1)) for recipe in (paper, released)]
+    assert [round(r.optim.lr_at(200), 9) for r in (paper, released)] == [0.001, 0.01]
+    losses = [recipe.method.loss(logits_of("adv", "clean"), targets(1)) for recipe in (paper, released)]
     assert torch.equal(*losses)
 
 
 def test_the_full_settings_are_the_authors() -> None:
     for name in ("cifar10_resnet18", "cifar10_resnet18_ii"):
         recipe = SETTINGS[name].recipe
-        assert isinstance(recipe, Iad)
-        assert (recipe.epochs, recipe.lr_drops, recipe.batch_size, recipe.weight_decay) == (200, (100, 150), 128, 2e-4)
-        assert (recipe.attack_bn, recipe.attack_start, recipe.nesterov) == ("train", "uniform", False)
-        assert (recipe.temperature, recipe.kl_scale, recipe.trust_power) == (1, 1, 0.1)
-    assert SETTINGS["cifar10_resnet18"].recipe.clean_teacher_model is None
-    assert SETTINGS["cifar10_resnet18_ii"].recipe.clean_teacher_model == "resnet56"
+        method = recipe.method
+        assert isinstance(method, Iad)
+        assert (recipe.optim.epochs, recipe.optim.lr_drops) == (200, (100, 150))
+        assert (recipe.optim.batch_size, recipe.optim.weight_decay) == (128, 2e-4)
+        assert (recipe.attack.bn_mode, recipe.attack.start, recipe.optim.nesterov) == ("train", "uniform", False)
+        assert (method.temperature, method.kl_scale, method.trust_power) == (1, 1, 0.1)
+    assert SETTINGS["cifar10_resnet18"].recipe.networks.clean_teacher_model is None
+    assert SETTINGS["cifar10_resnet18_ii"].recipe.networks.clean_teacher_model == "resnet56"

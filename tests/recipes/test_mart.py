@@ -14,8 +14,8 @@ def random_logits(rows: int = 9, classes: int = 6) -> tuple[dict[str, Tensor], T
     return logits, torch.arange(rows) % classes
 
 
-def targets(label: Tensor, classes: int = 6) -> Targets:
-    return Targets(label_B=label, state={}, ones_K=torch.ones(classes))
+def targets(label: Tensor) -> Targets:
+    return Targets(label_B=label, state={})
 
 
 def test_loss_is_the_formula_image_by_image() -> None:
@@ -26,14 +26,14 @@ def test_loss_is_the_formula_image_by_image() -> None:
         runner_up = max(float(q[i, k]) for k in range(6) if k != y)
         bce = -q[i, y].log() - torch.log(torch.tensor(1.0001 - runner_up))
         rows.append(bce + 5 * (1 - p[i, y]) * (p[i] * (p[i] / q[i]).log()).sum())
-    loss = Mart(dataset="digits", student="tiny_resnet").loss(logits, targets(label))
+    loss = Mart().loss(logits, targets(label))
     torch.testing.assert_close(loss.double(), torch.stack(rows).mean(), rtol=1e-5, atol=0)
 
 
 def test_gradient_reaches_both_predictions() -> None:
     logits, label = random_logits()
     ours = {name: value.clone().requires_grad_() for name, value in logits.items()}
-    Mart(dataset="digits", student="tiny_resnet").loss(ours, targets(label)).backward()
+    Mart().loss(ours, targets(label)).backward()
     assert all(value.grad is not None and value.grad.abs().sum() > 0 for value in ours.values())
 
 
@@ -44,13 +44,14 @@ def test_a_certain_runner_up_costs_much_and_finitely() -> None:
 
 def test_the_attack_raises_the_cross_entropy() -> None:
     logits, label = random_logits()
-    raised = Mart(dataset="digits", student="tiny_resnet").objective(targets(label))(logits["adv"])
+    raised = Mart().objective(targets(label))(logits["adv"])
     torch.testing.assert_close(raised, F.cross_entropy(logits["adv"], label, reduction="sum"))
 
 
 def test_the_full_setting_is_the_authors() -> None:
     recipe = SETTINGS["cifar10_resnet18"].recipe
-    assert (recipe.eps, recipe.attack_step, recipe.attack_steps, recipe.attack_start) == (0.031, 0.007, 10, "normal")
-    assert (recipe.lr, recipe.weight_decay, recipe.epochs) == (0.01, 3.5e-3, 120)
-    assert [round(recipe.lr_at(epoch), 9) for epoch in (74, 75, 90, 100, 120)] == [0.01, 1e-3, 1e-4, 1e-5, 1e-5]
-    assert recipe.forwards == ("clean", "adv")
+    assert (recipe.attack.eps, recipe.attack.step) == (0.031, 0.007)
+    assert (recipe.attack.steps, recipe.attack.start) == (10, "normal")
+    assert (recipe.optim.lr, recipe.optim.weight_decay, recipe.optim.epochs) == (0.01, 3.5e-3, 120)
+    assert [round(recipe.optim.lr_at(epoch), 9) for epoch in (74, 75, 90, 100, 120)] == [0.01, 1e-3, 1e-4, 1e-5, 1e-5]
+    assert recipe.method.forwards == ("clean", "adv")

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,14 @@ from retemper.engine import Recipe, State, create_model, save_weights, train_ste
 from retemper.engine.catalogue import find_setting, method_module, methods
 from retemper.engine.cli import run
 from retemper.engine.models import channels_last
-from retemper.engine.run.train import Run
+from retemper.engine.run.saving import Saver
 
 SHORT = "--epochs 2 --attack-steps 2 --holdout-per-class 5 --select-steps 2 --batch-size 256 --device cpu".split()
 NAMES = [
     f"{method}:{name}"
     for method in methods()
     for name, setting in method_module(method).SETTINGS.items()
-    if setting.recipe.dataset == "digits"
+    if setting.recipe.data.dataset == "digits"
 ]
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal"}
 
@@ -30,13 +29,13 @@ WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "uniqu
 def given_networks(recipe: Recipe, teacher: Path, start: Path) -> list[str]:
     """The options that keep a run from training its teachers and its start first."""
     words = []
-    if recipe.teacher_model:
+    if recipe.networks.teacher_model:
         words += ["--teacher", str(teacher)]
-    if recipe.clean_teacher_model:
+    if recipe.networks.clean_teacher_model:
         words += ["--clean-teacher", str(teacher)]
-    if recipe.start_recipe:
+    if recipe.networks.start_recipe:
         torch.manual_seed(1)
-        save_weights(start, create_model(recipe.student, 10))
+        save_weights(start, create_model(recipe.networks.student, 10))
         words += ["--start", str(start)]
     return words
 
@@ -53,22 +52,22 @@ def test_trains_and_goes_on_where_it_was(
 ) -> None:
     recipe = find_setting(name)[2].recipe
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    save = Run._save
+    save = Saver.save_epoch
 
-    def save_and_copy(self: Run, epoch: int, line: dict[str, Any]) -> None:
+    def save_and_copy(self: Saver, epoch: int, line: dict[str, Any]) -> None:
         """What a kill after the first epoch would leave."""
         save(self, epoch, line)
         if epoch == 1:
             shutil.copytree(whole, resumed)
 
-    monkeypatch.setattr(Run, "_save", save_and_copy)
+    monkeypatch.setattr(Saver, "save_epoch", save_and_copy)
     words = ["train", name, *SHORT, *given_networks(recipe, teacher, tmp_path / "start.safetensors")]
     assert run([*words, "--out", str(whole)]) == 0
     assert len(lines(resumed)) == 1
     assert run([*words, "--out", str(resumed)]) == 0
 
     saved, again = (torch.load(out / "last.state", weights_only=True) for out in (whole, resumed))
-    first = recipe.class_state(10)
+    first = recipe.method.class_state(10, recipe)
     assert saved["class_state"].keys() == again["class_state"].keys() == first.keys()
     for state, value in first.items():
         assert value.dtype is torch.float32
@@ -85,14 +84,14 @@ def test_trains_and_goes_on_where_it_was(
 def test_a_step_never_waits_for_the_device_and_keeps_its_state_in_place(name: str) -> None:
     """What a step must do to be captured in a CUDA graph; on a CPU, where every call of an operator can be seen."""
     torch.manual_seed(0)
-    recipe = replace(find_setting(name)[2].recipe, attack_steps=2, precision="fp32")
+    recipe = find_setting(name)[2].recipe.replace(attack_steps=2, precision="fp32")
     cpu = torch.device("cpu")
-    networks = [recipe.teacher_model, recipe.clean_teacher_model]
+    networks = [recipe.networks.teacher_model, recipe.networks.clean_teacher_model]
     teacher, clean_teacher = (
         channels_last(create_model(model, 10), cpu).eval().requires_grad_(False) if model else None
         for model in networks
     )
-    state = State.begin(recipe, create_model(recipe.student, 10), teacher, 10, cpu, clean_teacher)
+    state = State.begin(recipe, create_model(recipe.networks.student, 10), teacher, 10, cpu, clean_teacher)
     label = torch.arange(20) % 10
     clean = torch.rand(20, 1, 8, 8).to(memory_format=torch.channels_last)
     train_step(state, recipe, clean, label)  # the first one may allocate

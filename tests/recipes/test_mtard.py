@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from retemper.engine import EpochStats, Targets
+from retemper.engine import EpochStats, Recipe, Targets
 from retemper.engine.cli import run
 from retemper.recipes.b_mtard import SETTINGS as B_SETTINGS
 from retemper.recipes.b_mtard import BMtard
@@ -25,12 +25,16 @@ def drawn(step: int, scale: float = 1.0) -> tuple[dict[str, Tensor], Tensor, Ten
     return {"adv": adv, "clean": clean}, robust, scale * sure
 
 
+def start_of(method: Mtard) -> dict[str, Tensor]:
+    return method.class_state(5, Recipe.of(type(method), dataset="digits", student="tiny_resnet"))
+
+
 def double(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.double() for name, value in state.items()}
 
 
 def targets(robust: Tensor, sure: Tensor, state: dict[str, Tensor]) -> Targets:
-    return Targets(label_B=LABEL, teacher_adv_BK=robust, clean_teacher_BK=sure, state=state, ones_K=torch.ones(5))
+    return Targets(label_B=LABEL, teacher_adv_BK=robust, clean_teacher_BK=sure, state=state)
 
 
 def mean_kl(teacher: Tensor, logits: Tensor) -> float:
@@ -55,23 +59,23 @@ def test_steps_move_the_state_as_the_rule_says(case: dict) -> None:
         def task_losses(self, logits, targets):
             return logits["adv"], logits["clean"]
 
-    recipe = Known(dataset="digits", student="tiny_resnet", task_rate=case["rate"])
-    state = double(recipe.class_state(5))
+    method = Known(task_rate=case["rate"])
+    state = double(start_of(method))
     state["task_rate"].fill_(case["rate"])
     addresses = {name: value.data_ptr() for name, value in state.items()}
     for adv, clean, expected in zip(case["adv_loss"], case["clean_loss"], case["clean_weight"], strict=True):
         logits = {name: torch.tensor(loss, dtype=torch.float64) for name, loss in (("adv", adv), ("clean", clean))}
         at = targets(torch.zeros(7, 5), torch.zeros(7, 5), state)
-        loss = recipe.loss(logits, at)  # weighed by what this very step makes of the weights
+        loss = method.loss(logits, at)  # weighed by what this very step makes of the weights
         torch.testing.assert_close(loss.item(), (1 - expected) * adv + expected * clean, rtol=1e-10, atol=0)
-        recipe.after_step(state, logits, at)
+        method.after_step(state, logits, at)
         torch.testing.assert_close(state["clean_task_weight"].item(), expected, rtol=1e-10, atol=0)
     assert {name: value.data_ptr() for name, value in state.items()} == addresses
 
 
 def test_the_loss_is_the_formula() -> None:
-    recipe = Mtard(dataset="digits", student="tiny_resnet")
-    state = double(recipe.class_state(5))
+    method = Mtard()
+    state = double(start_of(method))
     weight, first = 0.5, None
     for step in range(4):
         logits, robust, sure = drawn(step)
@@ -79,39 +83,39 @@ def test_the_loss_is_the_formula() -> None:
         first = first or (adv, clean)
         ratios = adv / first[0], clean / first[1]
         weight -= state["task_rate"].item() * (weight - ratios[1] / sum(ratios))
-        loss = recipe.loss(logits, targets(robust, sure, state))
+        loss = method.loss(logits, targets(robust, sure, state))
         torch.testing.assert_close(loss.item(), (1 - weight) * adv + weight * clean, rtol=1e-10, atol=0)
-        recipe.after_step(state, logits, targets(robust, sure, state))
+        method.after_step(state, logits, targets(robust, sure, state))
 
 
 def test_the_weights_carry_no_gradient() -> None:
-    recipe = Mtard(dataset="digits", student="tiny_resnet")
-    state = double(recipe.class_state(5)) | {"first_adv_loss": torch.ones(1).double()}
+    method = Mtard()
+    state = double(start_of(method)) | {"first_adv_loss": torch.ones(1).double()}
     logits, robust, sure = drawn(0)
     adv = logits["adv"].requires_grad_()
-    loss = recipe.loss(logits, targets(robust, sure, state))
-    weight = recipe.balance(state, *recipe.task_losses(logits, targets(robust, sure, state)))["clean_task_weight"]
+    loss = method.loss(logits, targets(robust, sure, state))
+    weight = method.balance(state, *method.task_losses(logits, targets(robust, sure, state)))["clean_task_weight"]
     (grad,) = torch.autograd.grad(loss, adv)
     expected = (1 - weight) * (adv.softmax(1) - robust.softmax(1)) / 7 / 10
     torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-14)
 
 
 def test_a_student_that_is_the_teacher_stays_finite() -> None:
-    recipe = Mtard(dataset="digits", student="tiny_resnet")
-    state = recipe.class_state(5)
+    method = Mtard()
+    state = start_of(method)
     same = torch.randn(7, 5)
     for _ in range(2):
         at = targets(same, same, state)
-        assert recipe.loss({"adv": same, "clean": same}, at).isfinite()
-        recipe.after_step(state, {"adv": same, "clean": same}, at)
+        assert method.loss({"adv": same, "clean": same}, at).isfinite()
+        method.after_step(state, {"adv": same, "clean": same}, at)
     assert state["clean_task_weight"].tolist() == [0.5]
 
 
 def test_the_rates_fall_with_the_learning_rate() -> None:
-    recipe = BMtard(dataset="digits", student="tiny_resnet", lr_drops=(5,))
-    state = recipe.class_state(5)
+    recipe = Recipe.of(BMtard, dataset="digits", student="tiny_resnet", lr_drops=(5,))
+    state = start_of(BMtard())
     for epoch, share in ((4, 1.0), (5, 0.1)):
-        state = recipe.next_class_state(state, EpochStats(), epoch)
+        state = recipe.method.next_class_state(state, EpochStats(), epoch, recipe)
         torch.testing.assert_close(state["task_rate"], torch.tensor([0.025 * share]))
         torch.testing.assert_close(state["temperature_rate"], torch.tensor([0.001 * share]))
 
@@ -119,8 +123,8 @@ def test_the_rates_fall_with_the_learning_rate() -> None:
 @pytest.mark.parametrize("scale", [0.1, 10.0])
 def test_b_mtard_moves_temperatures_as_the_authors_code(scale: float) -> None:
     """The code's own steps, on the host: temperatures of this step in its loss, moved after it."""
-    recipe = BMtard(dataset="digits", student="tiny_resnet", temperature_rate=0.5)
-    state = double(recipe.class_state(5))
+    method = BMtard(temperature_rate=0.5)
+    state = double(start_of(method))
     t_adv = t_nat = 1.0
     weights, first = {"adv": 0.5, "nat": 0.5}, None
     for step in range(25):
@@ -140,8 +144,8 @@ def test_b_mtard_moves_temperatures_as_the_authors_code(scale: float) -> None:
 
         at = targets(robust, sure, state)
         expected = weights["adv"] * adv + weights["nat"] * nat
-        torch.testing.assert_close(recipe.loss(logits, at).item(), expected, rtol=1e-10, atol=0)
-        recipe.after_step(state, logits, at)
+        torch.testing.assert_close(method.loss(logits, at).item(), expected, rtol=1e-10, atol=0)
+        method.after_step(state, logits, at)
         assert (state["temperature_adv"].item(), state["temperature_clean"].item()) == (t_adv, t_nat)
     # the teacher that is less sure stays at 1, the surer one is softened
     assert (t_adv > 1, t_nat > 1) == (scale < 1, scale > 1)
@@ -150,12 +154,13 @@ def test_b_mtard_moves_temperatures_as_the_authors_code(scale: float) -> None:
 def test_the_full_settings_are_the_authors() -> None:
     for settings in (SETTINGS, B_SETTINGS):
         recipe = settings["cifar10_resnet18"].recipe
-        assert isinstance(recipe, Mtard)
-        assert (recipe.epochs, recipe.lr_drops, recipe.batch_size) == (300, (215, 260, 285), 128)
-        assert (recipe.weight_decay, recipe.nesterov, recipe.attack_bn) == (2e-4, False, "eval")
-        assert (recipe.attack_start, recipe.task_rate, recipe.kl_scale) == ("normal", 0.025, 0.1)
-        assert (recipe.teacher_model, recipe.clean_teacher_model) == ("wrn34_10", "resnet56")
-        assert (recipe.teacher_sees, recipe.clean_teacher_sees, recipe.forwards) == (
+        method = recipe.method
+        assert isinstance(method, Mtard)
+        assert (recipe.optim.epochs, recipe.optim.lr_drops, recipe.optim.batch_size) == (300, (215, 260, 285), 128)
+        assert (recipe.optim.weight_decay, recipe.optim.nesterov, recipe.attack.bn_mode) == (2e-4, False, "eval")
+        assert (recipe.attack.start, method.task_rate, method.kl_scale) == ("normal", 0.025, 0.1)
+        assert (recipe.networks.teacher_model, recipe.networks.clean_teacher_model) == ("wrn34_10", "resnet56")
+        assert (method.teacher_sees, method.clean_teacher_sees, method.forwards) == (
             ("adv",),
             ("clean",),
             ("adv", "clean"),

@@ -7,23 +7,24 @@ from retemper.recipes.sat import SETTINGS, Sat
 
 
 def test_losses_are_cross_entropies() -> None:
-    recipe = Sat(dataset="digits", student="tiny_resnet")
+    method = Sat()
     logits, label = torch.tensor([[0.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 0])
-    targets = Targets(label_B=label, state={}, ones_K=torch.ones(2))
+    targets = Targets(label_B=label, state={})
     each = torch.tensor([0.693147, 3.048587])  # log 2; log(1 + e^3)
-    torch.testing.assert_close(recipe.loss({"adv": logits}, targets), each.mean())
-    torch.testing.assert_close(recipe.objective(targets)(logits), each.sum())
+    torch.testing.assert_close(method.loss({"adv": logits}, targets), each.mean())
+    torch.testing.assert_close(method.objective(targets)(logits), each.sum())
 
 
 def test_sees_adversarial_images_alone() -> None:
-    assert all(setting.recipe.forwards == ("adv",) for setting in SETTINGS.values())
-    assert all(setting.recipe.teacher_model is None for setting in SETTINGS.values())
+    assert all(setting.recipe.method.forwards == ("adv",) for setting in SETTINGS.values())
+    assert all(setting.recipe.networks.teacher_model is None for setting in SETTINGS.values())
 
 
 def test_the_clean_teachers_are_trained_and_chosen_without_an_attack() -> None:
     found = [setting.recipe for name, setting in SETTINGS.items() if name.endswith("_clean")]
     assert len(found) == 6
-    assert {(recipe.attack_steps, recipe.attack_start, recipe.select_steps) for recipe in found} == {(0, "none", 0)}
+    seen = {(recipe.attack.steps, recipe.attack.start, recipe.selection.select_steps) for recipe in found}
+    assert seen == {(0, "none", 0)}
 
 
 def test_without_attack_steps_the_images_are_the_clean_ones() -> None:
@@ -33,4 +34,4 @@ def test_without_attack_steps_the_images_are_the_clean_ones() -> None:
     state.student.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     train_step(state, recipe, clean, torch.arange(4))
     assert len(seen) == 1 and torch.equal(seen[0], clean)
-    assert recipe.eps == SETTINGS["digits"].recipe.eps  # what an evaluation attacks it with
+    assert recipe.attack.eps == SETTINGS["digits"].recipe.attack.eps  # what an evaluation attacks it with

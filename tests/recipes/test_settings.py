@@ -1,6 +1,6 @@
 """Settings of full size start, take two steps and are evaluated, on files in their data set's own format.
 
-All those of four methods, and one of each other method: they share the fields of engine/settings.py.
+All those of four methods, and one of each other method: they share the options of recipes/settings.py.
 """
 
 import json
@@ -25,8 +25,8 @@ def large() -> Iterator[str]:
     """The names of the settings to run: the methods that have one run take turns over the settings."""
     turn = 0
     for method in methods():
-        found = {name: setting.recipe for name, setting in method_module(method).SETTINGS.items()}
-        names = [name for name, recipe in found.items() if recipe.dataset != "digits" and recipe.image_size is None]
+        images = {name: setting.recipe.data for name, setting in method_module(method).SETTINGS.items()}
+        names = [name for name, data in images.items() if data.dataset != "digits" and data.image_size is None]
         if method not in WHOLE:
             names = [names[turn % len(names)]]
             turn += 1
@@ -53,19 +53,20 @@ def data_root(datafiles: ModuleType, tmp_path_factory: pytest.TempPathFactory) -
     return make
 
 
+@pytest.mark.own_process
 @pytest.mark.parametrize("name", [*large()])
 def test_starts_steps_and_is_evaluated(name: str, data_root: Callable[[str, bool], Path], tmp_path: Path) -> None:
     recipe = find_setting(name)[2].recipe
-    learns_from_held_out = recipe.validates or recipe.average_above > 0
-    root = data_root(recipe.dataset, learns_from_held_out)
-    classes = len(load_split(recipe.dataset, "train", root).classes)
-    channels = 1 if recipe.dataset == "fashion-mnist" else 3
+    learns_from_held_out = bool(recipe.method.validates_by) or recipe.optim.average_above > 0
+    root = data_root(recipe.data.dataset, learns_from_held_out)
+    classes = len(load_split(recipe.data.dataset, "train", root).classes)
+    channels = 1 if recipe.data.dataset == "fashion-mnist" else 3
     words = ["train", name, "--data-root", str(root), "--out", str(tmp_path / "run"), "--loader", "resident", *SHORT]
     if learns_from_held_out:
         words += "--holdout-per-class 1 --select-steps 1 --batch-size 32".split()
-    start = recipe.student if recipe.start_recipe else None
-    networks = {"teacher": recipe.teacher_model, "clean-teacher": recipe.clean_teacher_model, "start": start}
-    for option, model in networks.items():
+    start = recipe.networks.student if recipe.networks.start_recipe else None
+    teachers = {"teacher": recipe.networks.teacher_model, "clean-teacher": recipe.networks.clean_teacher_model}
+    for option, model in (teachers | {"start": start}).items():
         if model:
             path = tmp_path / f"{option}.safetensors"
             save_weights(path, create_model(model, classes, channels=channels))
@@ -73,11 +74,11 @@ def test_starts_steps_and_is_evaluated(name: str, data_root: Callable[[str, bool
     assert run(words) == 0
     (line,) = (json.loads(text) for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
     assert len(line["class_loss"]) == classes and line["loss"] > 0
-    for state, value in recipe.class_state(classes).items():
+    for state, value in recipe.method.class_state(classes, recipe).items():
         assert torch.tensor(line[state]).shape == value.shape
     assert run(["evaluate", str(tmp_path / "run"), "--attacks", "clean,fgsm", "--limit", "2"]) == 0
     protocol = json.loads((tmp_path / "run/evaluation.json").read_text())["protocol"]
-    assert (protocol["dataset"], protocol["eps"]) == (recipe.dataset, recipe.eps)
+    assert (protocol["dataset"], protocol["eps"]) == (recipe.data.dataset, recipe.attack.eps)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -91,15 +92,15 @@ def test_says_what_it_is_and_what_was_measured(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_what_it_builds_on_is_trained_by_the_recipe_that_it_names(name: str) -> None:
     recipe = find_setting(name)[2].recipe
-    assert bool(recipe.clean_teacher_model) == bool(recipe.clean_teacher_sees)
+    assert bool(recipe.networks.clean_teacher_model) == bool(recipe.method.clean_teacher_sees)
     for model, trained_by, attacked in (
-        (recipe.teacher_model, recipe.teacher_recipe, True),
-        (recipe.clean_teacher_model, recipe.clean_teacher_recipe, False),
-        (recipe.student, recipe.start_recipe, True),
+        (recipe.networks.teacher_model, recipe.networks.teacher_recipe, True),
+        (recipe.networks.clean_teacher_model, recipe.networks.clean_teacher_recipe, False),
+        (recipe.networks.student, recipe.networks.start_recipe, True),
     ):
         if trained_by:
             found = find_setting(trained_by)[2].recipe
-            assert (found.student, found.dataset) == (model, recipe.dataset)
-            assert (found.image_size, found.teacher_model) == (recipe.image_size, None)
-            assert bool(found.attack_steps) is attacked and bool(found.select_steps) is attacked
-            assert attacked or found.eps == recipe.eps  # what it is evaluated at
+            assert (found.networks.student, found.data.dataset) == (model, recipe.data.dataset)
+            assert (found.data.image_size, found.networks.teacher_model) == (recipe.data.image_size, None)
+            assert bool(found.attack.steps) is attacked and bool(found.selection.select_steps) is attacked
+            assert attacked or found.attack.eps == recipe.attack.eps  # what it is evaluated at

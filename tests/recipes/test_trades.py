@@ -12,8 +12,8 @@ def test_loss_and_gradients_are_the_authors() -> None:
     ours = {name: torch.randn(6, 5, generator=gen, requires_grad=True) for name in ("adv", "clean")}
     theirs = {name: value.detach().clone().requires_grad_() for name, value in ours.items()}
     label = torch.arange(6) % 5
-    targets = Targets(label_B=label, own_BK=torch.zeros(6, 5), state={}, ones_K=torch.ones(5))
-    loss = Trades(dataset="digits", student="tiny_resnet").loss(ours, targets)
+    targets = Targets(label_B=label, own_BK=torch.zeros(6, 5), state={})
+    loss = Trades().loss(ours, targets)
     robust = kl(theirs["adv"], theirs["clean"])
     expected = F.cross_entropy(theirs["clean"], label) + 6.0 * robust / 6
     torch.testing.assert_close(loss, expected)
@@ -31,13 +31,14 @@ def kl(adv: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
 
 def test_the_attack_leaves_the_students_own_prediction() -> None:
     own, adv = torch.randn(4, 5), torch.randn(4, 5)
-    targets = Targets(label_B=torch.zeros(4, dtype=torch.int64), own_BK=own, state={}, ones_K=torch.ones(5))
-    recipe = Trades(dataset="digits", student="tiny_resnet")
-    torch.testing.assert_close(recipe.objective(targets)(adv), kl(adv, own), rtol=1e-5, atol=1e-6)
-    assert recipe.objective(targets)(own) < 1e-6
+    targets = Targets(label_B=torch.zeros(4, dtype=torch.int64), own_BK=own, state={})
+    method = Trades()
+    torch.testing.assert_close(method.objective(targets)(adv), kl(adv, own), rtol=1e-5, atol=1e-6)
+    assert method.objective(targets)(own) < 1e-6
 
 
 def test_the_full_setting_is_the_authors() -> None:
     recipe = SETTINGS["cifar10_wrn34_10"].recipe
-    assert (recipe.eps, recipe.attack_step, recipe.attack_steps, recipe.epochs) == (0.031, 0.007, 10, 76)
-    assert recipe.forwards == ("clean", "adv")
+    assert (recipe.attack.eps, recipe.attack.step, recipe.attack.steps) == (0.031, 0.007, 10)
+    assert recipe.optim.epochs == 76
+    assert recipe.method.forwards == ("clean", "adv")

@@ -5,10 +5,14 @@ from pathlib import Path
 
 import torch
 
-from retemper.engine import EpochStats, HeldOut, Targets
-from retemper.recipes.wat import SETTINGS, Wat, class_weight
+from retemper.engine import EpochStats, HeldOut, Recipe, Targets
+from retemper.recipes.wat import AUTHORS, SETTINGS, Wat, class_weight
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/recipes.json").read_text())["wat_weight"]
+
+
+def wat() -> Recipe:
+    return Recipe.of(Wat, **AUTHORS, dataset="digits", student="tiny_resnet")
 
 
 def test_weights_are_the_known_ones() -> None:
@@ -26,11 +30,11 @@ def test_loss_is_the_formula() -> None:
     label = torch.arange(7) % 3
     p, q = (logits[name].softmax(1) for name in ("clean", "adv"))
     each = -p[torch.arange(7), label].log() + 6 * (p * (p / q).log()).sum(1)
-    recipe = Wat(dataset="digits", student="tiny_resnet")
-    state = recipe.class_state(3)
+    recipe = wat()
+    state = recipe.method.class_state(3, recipe)
 
     def loss() -> torch.Tensor:
-        return recipe.loss(logits, Targets(label_B=label, state=state, ones_K=torch.ones(3))).double()
+        return recipe.method.loss(logits, Targets(label_B=label, state=state)).double()
 
     torch.testing.assert_close(loss(), 2 * each.mean(), rtol=1e-6, atol=0)  # of the first epoch: twice TRADES
     state = {"class_weight": torch.tensor([0.5, 1.5, 0.25]), "mean_weight": torch.tensor([0.75])}
@@ -39,14 +43,14 @@ def test_loss_is_the_formula() -> None:
 
 
 def test_costs_add_up_from_the_first_epoch_on() -> None:
-    recipe = Wat(dataset="digits", student="tiny_resnet")
-    state = recipe.class_state(3)
+    recipe = wat()
+    state = recipe.method.class_state(3, recipe)
     history = []
     for epoch in range(3):
         clean, boundary = torch.rand(3), torch.rand(3)
         held = HeldOut(clean_accuracy_K=clean, robust_accuracy_K=clean, clean_loss_K=clean, boundary_loss_K=boundary)
         before = state
-        state = recipe.next_class_state(state, EpochStats(held=held), epoch)
+        state = recipe.method.next_class_state(state, EpochStats(held=held), epoch, recipe)
         if epoch == 0:
             assert state == before
             continue
@@ -56,12 +60,13 @@ def test_costs_add_up_from_the_first_epoch_on() -> None:
         expected = 3 * factor / factor.sum()
         torch.testing.assert_close(torch.cat([state["class_weight"], state["mean_weight"]]), expected)
     assert {name: value.shape for name, value in state.items()} == {
-        name: value.shape for name, value in recipe.class_state(3).items()
+        name: value.shape for name, value in recipe.method.class_state(3, recipe).items()
     }
 
 
 def test_the_full_setting_is_the_authors() -> None:
     recipe = SETTINGS["cifar10_resnet18"].recipe
-    assert (recipe.eps, recipe.attack_step, recipe.attack_steps, recipe.weight_decay) == (0.031, 0.007, 10, 2e-4)
-    assert (recipe.epochs, recipe.lr_drops, recipe.holdout_per_class) == (100, (74, 89, 99), 300)
-    assert (recipe.validates, recipe.validates_by) == (True, "training attack")
+    assert (recipe.attack.eps, recipe.attack.step, recipe.attack.steps) == (0.031, 0.007, 10)
+    assert recipe.optim.weight_decay == 2e-4
+    assert (recipe.optim.epochs, recipe.optim.lr_drops, recipe.selection.holdout_per_class) == (100, (74, 89, 99), 300)
+    assert recipe.method.validates_by == "training attack"

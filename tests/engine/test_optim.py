@@ -1,8 +1,6 @@
 """Averages of weights and perturbed weights: by hand, where they take no part, and across a resumed run."""
 
-import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,8 @@ from retemper.engine import HeldOut, Recipe, State, create_model, train_step
 from retemper.engine.catalogue import find_setting
 from retemper.engine.cli import run
 from retemper.engine.optim import Average, perturb_weights
+from retemper.engine.run.run_folder import RunFolder
+from retemper.engine.run.steps import Steps
 from retemper.engine.step import descend, observe
 
 TINY: dict[str, Any] = dict(attack_steps=1, lr=0.05, precision="fp32")
@@ -22,7 +22,7 @@ TINY: dict[str, Any] = dict(attack_steps=1, lr=0.05, precision="fp32")
 
 def make(device: torch.device, **fields: Any) -> tuple[State, Recipe]:
     torch.manual_seed(0)
-    recipe = replace(find_setting("trades:digits_student")[2].recipe, **(TINY | fields))
+    recipe = find_setting("trades:digits_student")[2].recipe.replace(**(TINY | fields))
     return State.begin(recipe, create_model("tiny_resnet", 10), None, 10, device), recipe
 
 
@@ -121,7 +121,7 @@ def average_run(out: Path, epochs: int, *options: str) -> None:
 def test_a_resumed_average_is_bit_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     average_run(tmp_path / "whole", 2)
     with monkeypatch.context() as patch:
-        patch.setattr("retemper.engine.run.train.Run.epoch", stop_before(2))
+        patch.setattr(Steps, "run", stop_before(2))
         assert run(["train", "sat:digits_student", "--out", str(tmp_path / "cut"), "--epochs", "2", *SHORT,
                     "--average", "ema", "--ema-decay", "0.7"]) == 75  # fmt: skip
     average_run(tmp_path / "cut", 2)
@@ -135,14 +135,12 @@ def test_a_resumed_average_is_bit_identical(tmp_path: Path, monkeypatch: pytest.
 
 
 def stop_before(last: int) -> Callable[..., None]:
-    from retemper.engine.run.train import Run
+    steps = Steps.run
 
-    epoch = Run.epoch
-
-    def stopping(self: Run, number: int) -> None:
-        if number == last:
+    def stopping(self: Steps, epoch: int) -> None:
+        if epoch == last:
             raise KeyboardInterrupt
-        epoch(self, number)
+        steps(self, epoch)
 
     return stopping
 
@@ -158,7 +156,7 @@ def test_an_epoch_whose_worst_class_is_too_weak_is_left_out(tmp_path: Path, monk
     students: list[dict[str, Tensor]] = []
     monkeypatch.setattr("retemper.engine.run.train.validate", validate)
     monkeypatch.setattr(
-        "retemper.engine.run.train.Run._report", lambda self, _: students.append(values(self.state.student))
+        "retemper.engine.run.train._select", lambda job, state, *_: students.append(values(state.student))
     )
     average_run(tmp_path / "run", 5, "--average-every", "epoch", "--average-from", "2", "--average-above", "0.2")
     kept = load_file(tmp_path / "run/last.safetensors")
@@ -194,7 +192,7 @@ def prepared(device: torch.device, **fields: Any) -> tuple[State, Recipe, dict[s
 
 def loss_of(state: State, recipe: Recipe, images: dict[str, Tensor], targets: Any) -> Tensor:
     state.student.train()
-    return recipe.loss({name: state.student(images[name]) for name in recipe.forwards}, targets)
+    return recipe.method.loss({name: state.student(images[name]) for name in recipe.method.forwards}, targets)
 
 
 def test_the_perturbed_weights_are_the_formula_and_cost_more(device: torch.device) -> None:
@@ -237,7 +235,7 @@ def test_a_step_descends_by_the_gradient_at_the_perturbed_weights(device: torch.
         expected = start[name] - 0.05 * gradients[name] if name in gradients else statistics[name]
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6)
     moved = [value for name, value in student.state_dict().items() if "num_batches" in name]
-    assert all(int(value) == len(recipe.forwards) for value in moved), "the perturbing forward leaves no trace"
+    assert all(int(value) == len(recipe.method.forwards) for value in moved), "the perturbing forward leaves no trace"
 
 
 def test_a_perturbation_waits_for_its_epoch(device: torch.device) -> None:
@@ -260,4 +258,4 @@ def test_a_run_with_awp_and_a_mean_of_its_weights_is_evaluated(tmp_path: Path) -
         run(["train", "trades:digits_student", "--out", str(tmp_path / "run"), "--epochs", "2", *SHORT, *options]) == 0
     )
     assert run(["evaluate", str(tmp_path / "run"), "--attacks", "clean", "--limit", "20"]) == 0
-    assert json.loads((tmp_path / "run/config.json").read_text())["recipe"]["awp_gamma"] == 0.005
+    assert RunFolder(tmp_path / "run").read_config()["recipe"]["awp_gamma"] == 0.005

@@ -1,4 +1,4 @@
-"""Networks by name: RobustBench's, the user's own, released ones; refused in a line, recorded by what they are."""
+"""Networks of other people's code: RobustBench's and the user's own; refused in a line, recorded by what they are."""
 
 import json
 import os
@@ -12,10 +12,8 @@ import torch
 
 from retemper.engine import create_model, load_checkpoint
 from retemper.engine.checkpoints.external import external_network, load_external
-from retemper.engine.checkpoints.find import find_network
-from retemper.engine.checkpoints.published import PUBLISHED, Published
 from retemper.engine.cli import run
-from retemper.files import file_digest
+from retemper.engine.device import is_out_of_memory
 
 CPU = torch.device("cpu")
 DIGITS = (8, 8, 1)
@@ -257,42 +255,6 @@ def build():
     assert "another architecture" in fails(capsys, 3, *words, "--start", f"{mine}:build", "--out", tmp_path / "third")
 
 
-def test_a_released_teacher_is_named_and_held_to_its_accuracy(
-    teacher: Path, train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    digest = file_digest(teacher / "best.safetensors")
-
-    def stated(accuracy: float) -> None:
-        known = Published(
-            known_by=digest, title="ours", model="tiny_resnet_wide", dataset="digits", clean_accuracy=accuracy
-        )
-        monkeypatch.setattr("retemper.engine.checkpoints.published.PUBLISHED", (known,))
-
-    out = tmp_path / "run"
-    stated(0.99)
-    assert train("rslad:digits", out, "--epochs", "1") == 3
-    assert "should classify 99.00%" in capsys.readouterr().err and not (out / "config.json").exists()
-    assert run(["evaluate", str(teacher), "--attacks", "clean", "--out", str(tmp_path / "e")]) == 0
-    stated(evaluation(tmp_path / "e")["attacks"]["clean"]["average"])
-    assert train("rslad:digits", out, "--epochs", "1") == 0
-    assert "is ours" in capsys.readouterr().err and config(out)["teacher"]["released"] == "ours"
-    stated(0.99)
-    assert train("rslad:digits", out, "--epochs", "1") == 0  # a run that goes on is not held up again
-
-
-def test_a_released_checkpoint_says_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "model.pt"
-    torch.save(create_model("tiny_resnet", 10).state_dict(), path)
-    monkeypatch.setattr(
-        "retemper.engine.checkpoints.published.PUBLISHED",
-        (Published(known_by=file_digest(path), title="t", model="resnet56", dataset="cifar10", clean_accuracy=0.9),),
-    )
-    facts = find_network(path, dataset=None).facts
-    assert (facts.model, facts.dataset) == ("resnet56", "cifar10")
-    known = {one.known_by for one in PUBLISHED}
-    assert len(known) == len(PUBLISHED) and all(0.5 < one.clean_accuracy < 1 for one in PUBLISHED)
-
-
 def test_a_teacher_at_chance_is_warned_of(net: Path, train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     assert train("rslad:digits", net.parent / "run", "--epochs", "1", "--teacher", f"{net}:fixed") == 0
     assert "little better than chance" in capsys.readouterr().err
@@ -301,3 +263,21 @@ def test_a_teacher_at_chance_is_warned_of(net: Path, train: Train, capsys: pytes
 def test_a_teacher_that_cannot_be_traced_teaches_as_it_is(net: Path, train: Train) -> None:
     net.write_text(NET.replace("        x = ", "        if image.sum() < -1: raise ValueError\n        x = "))
     assert train("rslad:digits", net.parent / "run", "--epochs", "1", "--teacher", f"{net}:build") == 0
+
+
+@pytest.mark.parametrize("place", ["conv2d", "batch_norm"])
+def test_too_little_memory_is_not_taken_for_a_fault_of_the_network(
+    place: str, net: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the factory builds the network, and while the network is tried."""
+    net.write_text(
+        NET.replace("def fixed():", "def fixed():\n    Net(10, 1)(torch.zeros(1, 1, 8, 8))").replace(
+            "from torch", "import torch\nfrom torch", 1
+        )
+    )
+    monkeypatch.setattr(f"torch.nn.functional.{place}", lambda *_, **__: torch.empty(1 << 60, dtype=torch.uint8))
+    builder = external_network(f"{net}:{'fixed' if place == 'conv2d' else 'build'}", None)
+    assert builder is not None
+    with pytest.raises(RuntimeError) as error:
+        load_external(builder, 10, DIGITS, CPU, net.parent)
+    assert is_out_of_memory(error.value)
