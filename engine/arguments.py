@@ -1,20 +1,21 @@
 """The words of the command line: every verb and its options, and a recipe's options with their meaning."""
 
 import argparse
+import re
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from retemper.engine import verbs
-from retemper.engine.catalogue import find_setting, methods
+from retemper.engine.catalogue import find_setting, methods, parse_value
 from retemper.engine.options import Option
 from retemper.engine.recipe import Recipe
 from retemper.errors import UsageError
 
 NETWORK = "a run's folder, a checkpoint file, robustbench:NAME, or net.py:build (your own nn.Module)"
-
-
+FEW = 4  # choices; more stand behind the option's meaning, not before it
 GROUPS = {  # of the recipe's options, in the order of the help
     "method": "the method",
     "attack": "the inner maximisation",
@@ -24,9 +25,6 @@ GROUPS = {  # of the recipe's options, in the order of the help
     "selection": "which epoch is kept as the best",
     "execution": "how the step is executed (no option here changes the algorithm)",
 }
-
-
-FEW = 4  # choices; more stand behind the option's meaning, not before it
 
 
 class Parser(ArgumentParser):
@@ -105,11 +103,34 @@ def shown_value(value: Any) -> str:
     return str(value)
 
 
-def _seed(text: str) -> int:
-    seed = int(text)
-    if not 0 <= seed < 2**23:
-        raise argparse.ArgumentTypeError("a seed lies in 0 .. 2^23 - 1")
-    return seed
+def _kind(read: Callable[[str], Any], fits: Callable[[Any], bool], advice: str) -> Callable[[str], Any]:
+    """Return the type of an option: it reads a word, and answers one that does not fit with advice."""
+
+    def kind(text: str) -> Any:
+        try:
+            value = read(text)
+        except (ValueError, TypeError):
+            value = None
+        if value is None or not fits(value):
+            raise argparse.ArgumentTypeError(f"{text}: {advice}")
+        return value
+
+    return kind
+
+
+def _pair(text: str) -> tuple[int, int] | None:
+    """Read 2/4, the second of four."""
+    found = re.fullmatch("([0-9]+)/([0-9]+)", text)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+SEED = _kind(int, lambda seed: 0 <= seed < 2**23, "a seed lies in 0 .. 2^23 - 1")
+COUNT = _kind(int, lambda number: number >= 1, "it must be at least 1")
+RADIUS = _kind(
+    partial(parse_value, float), lambda eps: 0 <= eps <= 1, "write it in [0, 1] pixels: 8/255 or 0.031, not 8"
+)
+SHARD = _kind(_pair, lambda pair: 1 <= pair[0] <= pair[1], "write it as 1/4 to 4/4")
+MINUTES = _kind(float, lambda minutes: minutes > 0, "write it in minutes, as 90")
 
 
 def _train_options(parser: Parser) -> None:
@@ -121,7 +142,7 @@ def _train_options(parser: Parser) -> None:
     parser.add_argument("--clean-teacher", metavar="NETWORK", help="the second teacher, trained without attacks")
     parser.add_argument("--start", metavar="NETWORK", help="the weights that the student begins with")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (runs/METHOD-SETTING-seedN)")
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of weights, order, views and attacks (0)")
+    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="of weights, order, views and attacks (0)")
     _device_option(parser)
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", help="where converted data and teachers' answers go (~/.cache/retemper)"
@@ -144,10 +165,10 @@ def _evaluate_options(parser: Parser) -> None:
     )  # fmt: skip
     parser.add_argument("--data-root", type=Path, metavar="DIR", help="where the data set lies (as in training)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where evaluation.json goes (beside the weights)")
-    parser.add_argument("--limit", type=int, metavar="N", help="only N images, balanced over the classes")
+    parser.add_argument("--limit", type=COUNT, metavar="N", help="only N images, balanced over the classes")
     parser.add_argument("--weights", choices=("best", "last"), default="best", help="which of a run's weights (best)")
-    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="images at once (256)")
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the random starts (0)")
+    parser.add_argument("--batch-size", type=COUNT, default=256, metavar="N", help="images at once (256)")
+    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="of the random starts (0)")
     parser.add_argument("--check", action="store_true", help="also look for masked gradients, on 300 of the images")
     _device_option(parser)
     suite = parser.add_argument_group("AutoAttack")
@@ -155,14 +176,18 @@ def _evaluate_options(parser: Parser) -> None:
         "--suite", choices=("standard", "fast"), default="standard",
         help="the standard suite, or APGD-CE and APGD-T alone, an upper bound (standard)",
     )  # fmt: skip
-    suite.add_argument("--autoattack-limit", type=int, metavar="N", help="the suite on N of the images, balanced")
+    suite.add_argument("--autoattack-limit", type=COUNT, metavar="N", help="the suite on N of the images, balanced")
     suite.add_argument("--fold", action="store_true", help="let it look at the folded twin: faster, other rounding")
-    suite.add_argument("--shard", metavar="I/N", help="only the Ith of N pieces; the last one done puts them together")
-    suite.add_argument("--budget", metavar="MINUTES", help="begin nothing after that; the same command goes on")
+    suite.add_argument(
+        "--shard", type=SHARD, metavar="I/N", help="only the Ith of N pieces; the last one done puts them together"
+    )
+    suite.add_argument(
+        "--budget", type=MINUTES, metavar="MINUTES", help="begin nothing after that; the same command goes on"
+    )
     bare = parser.add_argument_group("what a bare checkpoint does not say")
     bare.add_argument("--model", metavar="NAME", help="its architecture")
     bare.add_argument("--dataset", metavar="NAME", help="its data set")
-    bare.add_argument("--eps", metavar="X", help="the radius, in [0, 1] pixels (8/255)")
+    bare.add_argument("--eps", type=RADIUS, metavar="X", help="the radius, in [0, 1] pixels (8/255)")
 
 
 def _report_options(parser: Parser) -> None:
@@ -204,8 +229,8 @@ def _ls_options(parser: Parser) -> None:
 def _bench_options(parser: Parser) -> None:
     parser.add_argument("what", choices=("step", "kernels", "loaders", "attack"), help="what is timed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="interleaved rounds that count (20)")
-    parser.add_argument("--batch", type=int, metavar="N", help="this batch size in place of the usual ones")
+    parser.add_argument("--rounds", type=COUNT, default=20, metavar="N", help="interleaved rounds that count (20)")
+    parser.add_argument("--batch", type=COUNT, metavar="N", help="this batch size in place of the usual ones")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="tables whose name holds one of these")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and nothing compiled: to try it out")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="step: a table and a trace of its phases into DIR")
@@ -215,7 +240,7 @@ def _bench_options(parser: Parser) -> None:
 
 def _demo_options(parser: Parser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="where it goes (runs/demo)")
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the three runs (0)")
+    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="of the three runs (0)")
 
 
 def _device_option(parser: Parser) -> None:

@@ -1,11 +1,10 @@
 """The verbs of the command line: what each does with the words that the user gave."""
 
-import re
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retemper.engine.catalogue import find_setting, method_module, methods, override, parse_value, source_of
+from retemper.engine.catalogue import find_setting, method_module, methods, override, source_of
 from retemper.errors import UsageError
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def evaluation_request(arguments: Namespace, ranks: "Ranks", device: "torch.devi
     """Return what the options of `evaluate` ask for.
 
     Raises:
-        UsageError: an unknown attack, a radius that is no number, a limit below 1, options that exclude one another.
+        UsageError: an unknown attack, or options that exclude one another.
     """
     from retemper.engine.checkpoints.header import Facts
     from retemper.engine.evaluation.evaluate import EvaluationRequest
@@ -81,61 +80,21 @@ def evaluation_request(arguments: Namespace, ranks: "Ranks", device: "torch.devi
     for name in attacks:
         if name not in known:
             raise UsageError(f"there is no attack {name!r}: choose of {', '.join(known)}")
-    for name in ("limit", "batch_size", "autoattack_limit"):
-        number = getattr(arguments, name)
-        if number is not None and number < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {number}: it must be at least 1")
     if arguments.shard and ranks.joined:
         raise UsageError("--shard is for separate commands: torchrun shares the images out itself")
     if arguments.check and arguments.shard:
         raise UsageError("--check is not for a shard: give it once, in a run without --shard")
-    shard = None if arguments.shard is None else _shard(arguments.shard)
-    if shard and attacks != ("autoattack",):
+    if arguments.shard and attacks != ("autoattack",):
         raise UsageError("--shard is for AutoAttack: give it with --attacks autoattack, the others in a run without it")
     same = ("target", "out", "data_root", "limit", "weights", "batch_size", "seed", "suite", "fold", "autoattack_limit")
     return EvaluationRequest(
-        **{name: getattr(arguments, name) for name in (*same, "check")},
+        **{name: getattr(arguments, name) for name in (*same, "check", "shard")},
         attacks=attacks,
         device=device,
         ranks=ranks,
-        facts=Facts(model=arguments.model, dataset=arguments.dataset, eps=_radius(arguments.eps)),
-        shard=shard,
-        budget_s=_budget(arguments.budget),
+        facts=Facts(model=arguments.model, dataset=arguments.dataset, eps=arguments.eps),
+        budget_s=arguments.budget and 60 * arguments.budget,
     )
-
-
-def _radius(text: str | None) -> float | None:
-    """Read --eps."""
-    if text is None:
-        return None
-    try:
-        eps = parse_value(float, text)
-    except ValueError:
-        raise UsageError(f"--eps {text}: write it as 8/255 or 0.031") from None
-    if not 0 <= eps <= 1:
-        raise UsageError(f"--eps {text}: a radius in [0, 1] pixels, 8/255 not 8")
-    return eps
-
-
-def _shard(text: str) -> tuple[int, int]:
-    """Read --shard: "2/4" is the second of four."""
-    found = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise UsageError(f"--shard {text}: write it as 1/4 to 4/4")
-    return int(found[1]), int(found[2])
-
-
-def _budget(text: str | None) -> float | None:
-    """Read --budget: minutes, returned in seconds."""
-    if text is None:
-        return None
-    try:
-        minutes = float(text)
-    except ValueError:
-        minutes = -1.0
-    if not minutes > 0:
-        raise UsageError(f"--budget {text}: write it in minutes, as 90")
-    return 60 * minutes
 
 
 def report(arguments: Namespace) -> None:
@@ -206,10 +165,6 @@ def bench(arguments: Namespace) -> None:
     from retemper.engine.bench.step import profile_step
     from retemper.engine.device import pick_device
 
-    for name in ("rounds", "batch"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} {value}: it must be at least 1")
     if arguments.sweep and arguments.what != "kernels":
         raise UsageError("--sweep: only bench kernels has block sizes to try")
     if arguments.profile and arguments.what != "step":

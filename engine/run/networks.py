@@ -39,7 +39,7 @@ def begin_state(
     clean, clean_source = networks.teacher(wanted.clean_teacher_model, names["clean_teacher"])
     start = networks.start(student, wanted.student, names["start"])
     try:
-        state = State.begin(recipe, student, robust, num_classes, networks.device, clean, ranks)
+        state = State(recipe, student, robust, num_classes, networks.device, clean, ranks)
     except ValueError as error:
         raise UsageError(str(error)) from None
     return state, {"teacher": robust_source, "clean_teacher": clean_source, "start": start}

@@ -80,7 +80,7 @@ class TeacherTable:
         self.checksums[index, view] = self._checksum(index, view, logits)
 
     def _checksum(self, index: np.ndarray, view: np.ndarray, logits: np.ndarray) -> np.ndarray:
-        """Return CRC-32 of each row and its place, (M,) uint32, never 0. It finds any damage of up to 32 bits in a row."""
+        """Return CRC-32 of each row and its place, (M,) uint32, never 0. It finds any damage of up to 32 bits."""
         data, size = np.ascontiguousarray(logits, dtype=np.float32).tobytes(), 4 * logits.shape[1]
         places = (index * self.checksums.shape[1] + view) & 0xFFFFFFFF
         sums = (crc32(data[at * size : (at + 1) * size], place) or 1 for at, place in enumerate(places.tolist()))
@@ -126,7 +126,7 @@ def require_room(cache: Path, needed: int) -> None:
 
 
 def _allocated(path: Path, kind: np.dtype, shape: tuple[int, ...]) -> np.memmap:
-    """Return the file as an array, of zeros where new; all its blocks are taken now, or a full disk would kill later."""
+    """Return the file as an array, of zeros where new. All blocks are taken now: a full disk would kill later."""
     size = kind.itemsize * int(np.prod(shape))
     with open(path, "ab") as file:
         if file.tell() > size:

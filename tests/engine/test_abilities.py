@@ -57,7 +57,7 @@ def network(device: torch.device, seed: int) -> nn.Module:
 def begin(recipe: Recipe, device: torch.device, teacher: bool = False, clean_teacher: bool = False) -> State:
     torch.manual_seed(0)
     networks = network(device, 1) if teacher else None, network(device, 2) if clean_teacher else None
-    return State.begin(recipe, create_model("tiny_resnet", 10), networks[0], 10, device, networks[1])
+    return State(recipe, create_model("tiny_resnet", 10), networks[0], 10, device, networks[1])
 
 
 def batch(device: torch.device) -> tuple[Tensor, Tensor]:

@@ -146,7 +146,7 @@ def trained(ranks: Ranks) -> dict[str, Any]:
         student, *teachers = (Plain(width).double() for width in (6, 8, 8))
         wanted = recipe.networks.teacher_model, recipe.networks.clean_teacher_model
         teacher, clean_teacher = (one if name else None for one, name in zip(teachers, wanted, strict=True))
-        state = State.begin(recipe, student, teacher, 10, CPU, clean_teacher, ranks)
+        state = State(recipe, student, teacher, 10, CPU, clean_teacher, ranks)
         for name, value in state.class_state.items():
             state.class_state[name] = value.double()
         state.loss_sum = state.loss_sum.double()
@@ -452,7 +452,7 @@ def test_a_graph_holds_the_call_to_the_others(monkeypatch: pytest.MonkeyPatch) -
     def losses(capture: bool, ranks: Ranks) -> list[Tensor]:
         torch.manual_seed(0)
         student, teacher = create_model("tiny_resnet", 10), create_model("tiny_resnet", 10).to(device).eval()
-        state = State.begin(recipe, student, teacher, 10, device, None, ranks)
+        state = State(recipe, student, teacher, 10, device, None, ranks)
         state.start_epoch(recipe, 1, 0)
 
         def step(clean: Tensor, label: Tensor) -> Tensor:
