@@ -27,24 +27,17 @@ def train(arguments: Namespace) -> None:
     if arguments.show:
         print("\n".join(f"{field:20} {value!r}" for field, value in recipe.flat().items()))
         return
+    given = "seed data_root teacher clean_teacher start beton tensorboard save_every deterministic".split()
     with joined(arguments.device) as (ranks, device):
         job = Job(
             method=method,
             setting=name,
             recipe=recipe,
             out=arguments.out or default_out(method, name, arguments.seed),
-            seed=arguments.seed,
-            data_root=arguments.data_root,
-            teacher=arguments.teacher,
-            clean_teacher=arguments.clean_teacher,
-            start=arguments.start,
             cache=arguments.cache or default_cache(),
-            beton=arguments.beton,
             device=device,
             ranks=ranks,
-            tensorboard=arguments.tensorboard,
-            save_every=arguments.save_every,
-            deterministic=arguments.deterministic,
+            **{name: getattr(arguments, name) for name in given},
         )
         out = train_job(with_teacher(job))
     if ranks.is_first:

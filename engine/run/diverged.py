@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from retemper.engine.run.run_folder import RunFolder
-from retemper.engine.run.snapshot import on_host
+from retemper.engine.run.state_file import on_host
 from retemper.engine.state import State
 from retemper.errors import Diverged
 from retemper.loaders import Batch

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from retemper.engine.device import is_out_of_memory
 from retemper.errors import DataError
@@ -62,3 +63,12 @@ def unpack(path: Path, names: Collection[str] = ()) -> dict[str, Any]:
 
 def _comment(body: memoryview) -> bytes:
     return MARK + hashlib.sha256(body).hexdigest().encode()
+
+
+def on_host(value: Any) -> Any:
+    """Return `value` with each tensor in its mappings and lists copied to the host."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {name: on_host(one) for name, one in value.items()}
+    return [on_host(one) for one in value] if isinstance(value, list) else value
