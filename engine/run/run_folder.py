@@ -101,7 +101,7 @@ class RunFolder:
         Raises:
             DataError: the disk is full, or does not let us; what was there is intact.
         """
-        self._write_metrics([*self._read_metrics(line["epoch"] - 1), line])
+        self._write_metrics(line["epoch"] - 1, line)
         self.save_weights(self.last, student, metadata)
         self.save_state(state)
 
@@ -144,15 +144,15 @@ class RunFolder:
                 damaged.append(str(error))
                 continue
             if damaged:
-                place = f"epoch {state['epoch']}, step {state['step']} of the next"
-                say(f"{damaged[0]}: going on from the one before it, {place}")
+                where = f"epoch {state['epoch']}, step {state['step']} of the next"
+                say(f"{damaged[0]}: going on from the one before it, {where}")
                 with _telling(self.damaged):
                     os.replace(self.state, self.damaged)
-            self._write_metrics(self._read_metrics(state["epoch"]))
+            self._write_metrics(state["epoch"])
             return state
         if damaged:
             raise DataError(f"{', and '.join(damaged)}: delete the folder to start the run anew")
-        self._write_metrics([])
+        self._write_metrics(0)
         return None
 
     def save_diverged(self, content: dict[str, Any]) -> None:
@@ -160,19 +160,17 @@ class RunFolder:
         with _telling(self.diverged), atomic_write(self.diverged) as file:
             torch.save(content, file)
 
-    def _read_metrics(self, last: int) -> list[dict[str, Any]]:
-        """Return the lines up to epoch `last`; one that cannot be read is left out."""
+    def _write_metrics(self, last: int, *more: dict[str, Any]) -> None:
+        """Leave the lines up to epoch `last`, but for those that cannot be read, and `more` behind them."""
         lines = []
         for text in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
             with suppress(ValueError, KeyError, TypeError):
                 line = json.loads(text)
                 if line["epoch"] <= last:
                     lines.append(line)
-        return lines
-
-    def _write_metrics(self, lines: list[dict[str, Any]]) -> None:
+        content = "".join(json.dumps(line, allow_nan=False) + "\n" for line in (*lines, *more))
         with _telling(self.metrics):
-            write_atomically(self.metrics, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode())
+            write_atomically(self.metrics, content.encode())
 
 
 @contextmanager

@@ -153,63 +153,55 @@ class Saver:
         Raises:
             Diverged: a weight or a statistic is not finite: the last update was made before anything was seen.
         """
-        state = snapshot(self.state)
-        if self.ranks.any(not all(value.isfinite().all() for value in state["student"].values())) == [True]:
-            when = f"epoch {finished + 1}, step {done}" if done else f"epoch {finished}"
-            raise Diverged(f"the weights are not finite after {when}; {self.kept()}. {LOWER}")
-        return state | {
+        state, own = self.state, own_part(self.state)
+        saved = {
+            "student": state.student.state_dict(),
+            "optimizer": state.optimizer.state_dict(),
+            "scaler": state.scaler.state_dict(),
+            "class_state": state.class_state,
+            "generators": own["generators"],
+            **({} if state.average is None else {"average": state.average.state()}),
             "epoch": finished,
             "step": done,
-            "so_far": epoch_so_far(self.state) if done else {},
+            "so_far": own["so_far"] if done else {},
             "seconds": time.monotonic() - self.started if done else 0.0,
             "best": asdict(self.best),
             "world_size": self.ranks.world_size,
-            "processes": self.ranks.gather(own_part(self.state)) if self.ranks.joined else [],
+            "processes": self.ranks.gather(own) if self.ranks.joined else [],
         }
+        saved = on_host(saved)
+        if self.ranks.any(not all(value.isfinite().all() for value in saved["student"].values())) == [True]:
+            when = f"epoch {finished + 1}, step {done}" if done else f"epoch {finished}"
+            raise Diverged(f"the weights are not finite after {when}; {self.kept()}. {LOWER}")
+        return saved
 
     def _was_saved(self) -> None:
         self.saved, self.next_save = (self.finished, self.done), time.monotonic() + self.save_every
 
 
-def snapshot(state: State) -> dict[str, Any]:
-    """Return a copy on the host of all that changes from step to step, for `restore`; the device is waited for."""
-    average = {} if state.average is None else {"average": state.average.state()}
-    return on_host(
-        {
-            "student": state.student.state_dict(),
-            "optimizer": state.optimizer.state_dict(),
-            "scaler": state.scaler.state_dict(),
-            "class_state": state.class_state,
-            "generators": _generators(state.device),
-            **average,
-        }
-    )
-
-
-def epoch_so_far(state: State) -> dict[str, Any]:
-    """Return a copy on the host of what the steps of the running epoch have summed up."""
-    return on_host(
-        {
-            "sums": {name: vars(sums) for name, sums in state.sums.items()},
-            "measured": {name: vars(means) for name, means in state.measured.items()},
-            "loss_sum": state.loss_sum,
-            "noise_seed": state.noise_seed,
-        }
-    )
-
-
 def own_part(state: State) -> dict[str, Any]:
-    """Return a copy on the host of what each of several processes has of its own."""
-    own = {"statistics": _statistics(state), "generators": _generators(state.device)}
-    return on_host(own) | {"so_far": epoch_so_far(state)}
+    """Return a copy on the host of what each of several processes has of its own.
+
+    That is the statistics of its batch norm, its random generators, and what its steps of the epoch have summed up.
+    """
+    generators = {"cpu": torch.get_rng_state()}
+    if state.device.type == "cuda":
+        generators["cuda"] = torch.cuda.get_rng_state(state.device)
+    so_far = {
+        "sums": {name: vars(sums) for name, sums in state.sums.items()},
+        "measured": {name: vars(means) for name, means in state.measured.items()},
+        "loss_sum": state.loss_sum,
+        "noise_seed": state.noise_seed,
+    }
+    return on_host({"statistics": _statistics(state), "generators": generators, "so_far": so_far})
 
 
 def restore(state: State, saved: Mapping[str, Any], own: Mapping[str, Any], running: bool) -> None:
     """Take over what was saved; within a `running` epoch its sums too, after `State.start_epoch`.
 
     Args:
-        saved: what `snapshot` returned.
-        own: what `own_part` returned; or `saved`, with `epoch_so_far` under "so_far", for a process on its own.
+        saved: what `Saver` saved.
+        own: what `own_part` returned there, in one of several processes; `saved` in a process on its own.
     Raises:
         RuntimeError, ValueError, KeyError, TypeError, AttributeError: it is not of such a run.
     """
@@ -251,8 +243,3 @@ def _copy(into: Mapping[str, Any], values: Mapping[str, Tensor]) -> None:
     """Copy in place: a captured step knows the tensors' addresses."""
     for name, value in values.items():
         into[name].copy_(value)
-
-
-def _generators(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states

@@ -43,9 +43,7 @@ class TeacherLogits:
         self.ask, self.num_classes, self.device = ask, num_classes, device
         self.ahead, self.rows, self.at_once, self.table = ahead, rows, at_once, table
         self.known_share = 0.0  # of the newest epoch
-        self.index = self.view = self.missing = np.arange(0)  # of that epoch's rows
-        self.logits_MK = torch.empty(0, num_classes, device=device)
-        self.asked = self.kept = 0  # so many of the missing rows
+        self.fresh: list[tuple[np.ndarray, np.ndarray, Tensor]] = []  # index, view and logits, not in the table yet
 
     def epoch(self, batches: Iterator[Batch], index: np.ndarray, view: np.ndarray) -> Iterator[tuple[Batch, Tensor]]:
         """Yield each batch with (B, K) float32 logits.
@@ -53,41 +51,40 @@ class TeacherLogits:
         Args:
             index, view: (M,) int64 on the host, what the batches hold, in their order.
         """
-        self.index, self.view, self.missing, self.asked, self.kept = index, view, np.arange(len(index)), 0, 0
-        self.logits_MK = logits_MK = torch.empty(len(index), self.num_classes, device=self.device)
+        logits_MK = torch.empty(len(index), self.num_classes, device=self.device)
+        missing = np.arange(len(index))
         if self.table is not None:
             known, found = self.table.look_up(index, view)
             logits_MK.copy_(torch.from_numpy(found))
-            self.missing = np.flatnonzero(~known)
-        self.known_share = 1 - len(self.missing) / max(1, len(index))
-        on_missing, row = torch.from_numpy(self.missing).to(self.device), 0
+            missing = missing[~known]
+        self.known_share = 1 - len(missing) / max(1, len(index))
+        on_missing, row = torch.from_numpy(missing).to(self.device), 0
         while group := list(islice(batches, self.ahead)):
             end = row + sum(len(batch.label) for batch in group)
-            first, last = np.searchsorted(self.missing, (row, end))
-            self._fill(group, row, on_missing[first:last])
-            self.asked = int(last)
+            asked = slice(*np.searchsorted(missing, (row, end)))
+            if len(missing[asked]):
+                self._fill(group, row, on_missing[asked], logits_MK)
+                self.fresh.append((index[missing[asked]], view[missing[asked]], logits_MK[on_missing[asked]]))
             for batch in group:
                 yield batch, logits_MK[row : row + len(batch.label)]
                 row += len(batch.label)
         self.keep()
 
     def keep(self) -> None:
-        """Add what this epoch has asked for so far to the table, if there is one; its end does so itself."""
-        rows, self.kept = self.missing[self.kept : self.asked], self.asked
-        if self.table is not None and len(rows):
-            logits = self.logits_MK[torch.from_numpy(rows).to(self.device)].cpu().numpy()
-            self.table.keep(self.index[rows], self.view[rows], logits)
+        """Add what was asked for so far to the table, if there is one; the end of an epoch does so itself."""
+        fresh, self.fresh = self.fresh, []
+        if self.table is not None:
+            for index, view, logits in fresh:
+                self.table.keep(index, view, logits.cpu().numpy())
 
-    def _fill(self, group: list[Batch], row: int, missing: Tensor) -> None:
-        """Ask for the rows `missing` of the epoch; the first image of `group` is row `row`."""
-        if not len(missing):
-            return
+    def _fill(self, group: list[Batch], row: int, missing: Tensor, logits_MK: Tensor) -> None:
+        """Ask for the rows `missing` of `logits_MK`; the first image of `group` is row `row`."""
         image, view = torch.cat([batch.image for batch in group]), torch.cat([batch.view for batch in group])
         for part in missing.split(self.at_once):
             at = part - row
             padded = torch.cat([at, at[-1:].expand(-len(at) % self.rows)])
             logits_BK = self.ask(image, view.index_select(0, padded), padded)
-            self.logits_MK.index_copy_(0, part, logits_BK[: len(at)].float())
+            logits_MK.index_copy_(0, part, logits_BK[: len(at)].float())
 
 
 def teacher_logits(
