@@ -2,16 +2,10 @@
 
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from retemper.engine.catalogue import find_setting, method_module, methods, override, source_of
 from retemper.errors import UsageError
-
-if TYPE_CHECKING:
-    import torch
-
-    from retemper.engine.distributed.ranks import Ranks
-    from retemper.engine.evaluation.evaluate import EvaluationRequest
 
 
 def train(arguments: Namespace) -> None:
@@ -46,24 +40,9 @@ def train(arguments: Namespace) -> None:
 
 def evaluate(arguments: Namespace) -> None:
     """Attack a trained network and report by class."""
-    from retemper.engine.distributed.join import joined
-    from retemper.engine.evaluation.evaluate import evaluate_target, summary
-
-    with joined(arguments.device) as (ranks, device):
-        path, content = evaluate_target(evaluation_request(arguments, ranks, device))
-    if ranks.is_first:
-        print(summary(content))
-        print(path)
-
-
-def evaluation_request(arguments: Namespace, ranks: "Ranks", device: "torch.device") -> "EvaluationRequest":
-    """Return what the options of `evaluate` ask for.
-
-    Raises:
-        UsageError: an unknown attack, or options that exclude one another.
-    """
     from retemper.engine.checkpoints.header import Facts
-    from retemper.engine.evaluation.evaluate import EvaluationRequest
+    from retemper.engine.distributed.join import joined
+    from retemper.engine.evaluation.evaluate import EvaluationRequest, evaluate_target, summary
     from retemper.engine.predict import ATTACKS
 
     attacks = tuple(name.strip() for name in arguments.attacks.split(",") if name.strip())
@@ -73,21 +52,26 @@ def evaluation_request(arguments: Namespace, ranks: "Ranks", device: "torch.devi
     for name in attacks:
         if name not in known:
             raise UsageError(f"there is no attack {name!r}: choose of {', '.join(known)}")
-    if arguments.shard and ranks.joined:
-        raise UsageError("--shard is for separate commands: torchrun shares the images out itself")
     if arguments.check and arguments.shard:
         raise UsageError("--check is not for a shard: give it once, in a run without --shard")
     if arguments.shard and attacks != ("autoattack",):
         raise UsageError("--shard is for AutoAttack: give it with --attacks autoattack, the others in a run without it")
-    same = ("target", "out", "data_root", "limit", "weights", "batch_size", "seed", "suite", "fold", "autoattack_limit")
-    return EvaluationRequest(
-        **{name: getattr(arguments, name) for name in (*same, "check", "shard")},
-        attacks=attacks,
-        device=device,
-        ranks=ranks,
-        facts=Facts(model=arguments.model, dataset=arguments.dataset, eps=arguments.eps),
-        budget_s=arguments.budget and 60 * arguments.budget,
-    )
+    same = "target out data_root limit weights batch_size seed suite fold autoattack_limit check shard".split()
+    with joined(arguments.device) as (ranks, device):
+        if arguments.shard and ranks.joined:
+            raise UsageError("--shard is for separate commands: torchrun shares the images out itself")
+        request = EvaluationRequest(
+            **{name: getattr(arguments, name) for name in same},
+            attacks=attacks,
+            device=device,
+            ranks=ranks,
+            facts=Facts(model=arguments.model, dataset=arguments.dataset, eps=arguments.eps),
+            budget_s=arguments.budget and 60 * arguments.budget,
+        )
+        path, content = evaluate_target(request)
+    if ranks.is_first:
+        print(summary(content))
+        print(path)
 
 
 def report(arguments: Namespace) -> None:

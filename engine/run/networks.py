@@ -39,6 +39,7 @@ def begin_state(
     clean, clean_source = networks.teacher(wanted.clean_teacher_model, names["clean_teacher"])
     start = networks.start(student, wanted.student, names["start"])
     try:
+        recipe.execution.captures_on(networks.device)  # asked before the data is read
         state = State(recipe, student, robust, num_classes, networks.device, clean, ranks)
     except ValueError as error:
         raise UsageError(str(error)) from None
@@ -48,6 +49,8 @@ def begin_state(
 @dataclass(kw_only=True)
 class NetworkLoader:
     """Loads networks for the images of `split`, and remembers the teachers among them.
+
+    Networks are named as `find_network` takes it. One that cannot be used raises DataError or UsageError.
 
     Attributes:
         data: the recipe's options of the images.
@@ -65,9 +68,6 @@ class NetworkLoader:
 
         Args:
             model: the architecture that the recipe wants.
-            name: what the user calls the network, as `find_network` takes it.
-        Raises:
-            DataError, UsageError: the network cannot be used.
         """
         if model is None:
             return None, None
@@ -78,11 +78,7 @@ class NetworkLoader:
         return teacher, source
 
     def start(self, student: nn.Module, model: str, name: str | Path | None) -> Source | None:
-        """Give the student, a `model`, the weights that it begins with; return how config.json names them.
-
-        Raises:
-            DataError, UsageError: the network cannot be used.
-        """
+        """Give the student, a `model`, the weights that it begins with; return how config.json names them."""
         if name is None:
             return None
         network, facts = self._found(name, model, "the start")

@@ -32,6 +32,7 @@ class Saver:
         saved: both, as they are on the disk.
         tail: the state at the end of an epoch's steps, while that epoch is being concluded.
         started: when the epoch would have begun, had it not been cut in two; monotonic seconds.
+        next_save: when the state is to be saved within the epoch; monotonic seconds.
         best: the best epoch so far.
     """
 
@@ -90,16 +91,6 @@ class Saver:
     def noise_seed(self, epoch: int) -> int:
         """Return the noise seed of the epoch's first step; each step adds one."""
         return (self.seed << 40) + (epoch << 24)
-
-    @property
-    def is_ahead(self) -> bool:
-        """Whether the state in memory is ahead of the one on the disk."""
-        return self.saved != (self.finished, self.done)
-
-    @property
-    def is_due(self) -> bool:
-        """Whether the state is to be saved within the epoch."""
-        return time.monotonic() >= self.next_save
 
     def hold_tail(self, epoch: int) -> None:
         """Keep the state at the end of the steps of `epoch`: a signal may come before the epoch is concluded."""

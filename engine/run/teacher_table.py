@@ -92,7 +92,10 @@ class TeacherTable:
         Raises:
             DataError: they differ by more than `tolerance`, in units of the largest logit.
         """
-        index, view = self.sample(CHECKED)
+        rng = np.random.default_rng()  # other entries each time, one of each image
+        index = np.sort(rng.permutation(np.flatnonzero(self.known.any(1)))[:CHECKED])
+        known = self.checksums[index] != 0
+        view = (known * rng.random(known.shape)).argmax(1)
         right, kept = self.look_up(index, view)
         index, view, kept = index[right], view[right], torch.from_numpy(kept[right])
         if not len(index):
@@ -102,14 +105,6 @@ class TeacherTable:
         asked = ask(image, torch.from_numpy(view).to(image.device), position).float().cpu()
         if not torch.allclose(asked, kept, rtol=0, atol=tolerance * float(asked.abs().max())):
             raise DataError(f"{self.folder} does not hold this teacher's answers: delete the folder")
-
-    def sample(self, images: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the index and the view of one known entry for each of up to so many images, drawn anew each time."""
-        rng = np.random.default_rng()
-        (index,) = np.nonzero(self.known.any(1))
-        index = np.sort(rng.permutation(index)[:images])
-        known = self.checksums[index] != 0
-        return index, (known * rng.random(known.shape)).argmax(1)
 
 
 def table_bytes(images: int, views: int, classes: int) -> int:

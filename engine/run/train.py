@@ -24,7 +24,7 @@ from retemper.engine.run.networks import NetworkLoader, begin_state
 from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.run.saving import Saver
 from retemper.engine.run.selection import judge, validate
-from retemper.engine.run.steps import Steps, step_of
+from retemper.engine.run.steps import Steps
 from retemper.engine.run.teacher_logits import teacher_logits
 from retemper.engine.state import State
 from retemper.errors import Diverged
@@ -48,13 +48,12 @@ def train(job: Job) -> Path:
         networks = NetworkLoader(split=split, data=recipe.data, device=job.device, cache=job.cache)
         names = {"teacher": job.teacher, "clean_teacher": job.clean_teacher, "start": job.start}
         state, sources = begin_state(recipe, networks, seed=job.seed, ranks=ranks, names=names)
-        step = step_of(recipe, state)
         data = load_data(
             split, recipe, ranks, job.device, seed=job.seed, data_root=job.data_root, cache=job.cache, beton=job.beton
         )
         teacher = teacher_logits(recipe, state, data, sources["teacher"], run=job.name, cache=job.cache)
         saver = Saver(folder, recipe, state, seed=job.seed, save_every=job.save_every, header=job.header(split))
-        steps = Steps(step, data.loader, teacher, saver, FiniteWatch(state, folder, split.classes))
+        steps = Steps(data.loader, teacher, saver, FiniteWatch(state, folder, split.classes))
 
         if ranks.is_first and not folder.state.exists():
             networks.check_teachers(data.held, run=job.name, data_root=job.data_root)
