@@ -74,25 +74,20 @@ def _add_recipe(train_: Parser, recipe: Recipe) -> None:
     options, values = recipe.options(), recipe.flat()
     for group, title in GROUPS.items():
         shown = train_.add_argument_group(title)
-        for name, (of, one) in options.items():
-            if of == group:
-                about = f"{_about(one)} (default {shown_value(values[name])})".strip().replace("%", "%%")
-                shown.add_argument(f"--{name.replace('_', '-')}", default=SUPPRESS, metavar=_metavar(one), help=about)
+        for name, one in ((name, one) for name, (of, one) in options.items() if of == group):
+            metavar, about = _values(one)
+            about = f"{one.help}{about} (default {shown_value(values[name])})".strip().replace("%", "%%")
+            shown.add_argument(f"--{name.replace('_', '-')}", default=SUPPRESS, metavar=metavar, help=about)
 
 
-def _about(one: Option) -> str:
-    """Return the option's meaning, with its choices where they are too many to stand before it."""
-    many = one.choices is not None and len(one.choices) > FEW
-    return f"{one.help}: {', '.join(map(str, one.choices or ()))}".replace("None", "none") if many else one.help
-
-
-def _metavar(one: Option) -> str:
-    """Return what stands behind the option in the help: its choices, or its type."""
-    if one.choices is not None and len(one.choices) <= FEW:
-        return "{" + ",".join("none" if choice is None else choice for choice in one.choices) + "}"
+def _values(one: Option) -> tuple[str, str]:
+    """Return what stands behind the option in its help, a type or few choices; and what follows its meaning."""
+    choices = [shown_value(choice) for choice in one.choices or ()]
+    if 0 < len(choices) <= FEW:
+        return f"{{{','.join(choices)}}}", ""
     kinds = [kind for kind in (get_args(one.kind) or (one.kind,)) if kind not in (type(None), Ellipsis)]
-    words = {bool: "{true,false}", int: "N", float: "X", str: "NAME"}
-    return f"{words[kinds[0]]},..." if Ellipsis in get_args(one.kind) else words[kinds[0]]
+    word = {bool: "{true,false}", int: "N", float: "X", str: "NAME"}[kinds[0]]
+    return word + ",..." * (Ellipsis in get_args(one.kind)), f": {', '.join(choices)}" if choices else ""
 
 
 def shown_value(value: Any) -> str:

@@ -117,12 +117,12 @@ def _start(
 ) -> Tensor:
     """Return the first iterate, a fresh tensor in the memory format of `clean`."""
     adv = torch.empty_like(clean)
+    if start is None or (isinstance(start, str) and start == "none"):
+        start = clean
     if isinstance(start, Tensor):
         if start.shape != clean.shape:
             raise ValueError(f"start has shape {tuple(start.shape)}, clean {tuple(clean.shape)}: they must agree")
         return adv.copy_(start)
-    if start is None or start == "none":
-        return adv.copy_(clean)
     if start not in ("normal", "uniform"):
         raise ValueError(f"start = {start!r}: it must be 'uniform', 'normal', 'none' or a tensor like clean")
     if seed is None:
