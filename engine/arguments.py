@@ -32,6 +32,7 @@ class Parser(ArgumentParser):
     """argparse that raises UsageError in place of printing its usage and leaving."""
 
     def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument (--[\w-]+): ", r"\1 ", message)
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
@@ -128,9 +129,7 @@ def _pair(text: str) -> tuple[int, int] | None:
 
 SEED = _kind(int, lambda seed: 0 <= seed < 2**23, "a seed lies in 0 .. 2^23 - 1")
 COUNT = _kind(int, lambda number: number >= 1, "it must be at least 1")
-RADIUS = _kind(
-    partial(parse_value, float), lambda eps: 0 <= eps <= 1, "write it in [0, 1] pixels: 8/255 or 0.031, not 8"
-)
+RADIUS = _kind(partial(parse_value, float), lambda eps: 0 <= eps <= 1, "write it in [0, 1] pixels, 8/255 not 8")
 SHARD = _kind(_pair, lambda pair: 1 <= pair[0] <= pair[1], "write it as 1/4 to 4/4")
 MINUTES = _kind(float, lambda minutes: minutes > 0, "write it in minutes, as 90")
 

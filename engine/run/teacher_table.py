@@ -55,7 +55,6 @@ class TeacherTable:
             (self.folder / "facts.json").write_text(text + "\n")
             self.logits = _allocated(files[0], np.dtype(np.float32), (images, views, classes))
             self.checksums = _allocated(files[1], np.dtype(np.uint32), (images, views))
-        self.damaged = 0  # rows that did not fit, so far
 
     @property
     def known(self) -> np.ndarray:
@@ -69,7 +68,6 @@ class TeacherTable:
         rows = np.flatnonzero(known)
         known[rows] = self._checksum(index[rows], view[rows], logits[rows]) == kept[rows]
         if damaged := len(rows) - int(known.sum()):
-            self.damaged += damaged
             what = f"{damaged:,} answers in {self.folder} are damaged (their checksums differ)"
             say(f"{what}: the teacher is asked again")
         return known, logits
