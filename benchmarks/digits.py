@@ -14,7 +14,7 @@ from runs import DEVICE
 from summary import markdown, mean_and_range, words_of, write_summary
 
 from retemper.engine.demo import run_demo
-from retemper.files import read_json
+from retemper.engine.run.run_folder import RunFolder
 
 RUNS = ("teacher", "rslad", "absld")
 MEASURES = ("average", "worst", "nsd")
@@ -55,7 +55,7 @@ def main() -> None:
         run_demo(words.out / f"seed{seed}", seed)
         seeds.append(measure(words.out / f"seed{seed}"))
     print(table(seeds))
-    recipe = read_json(words.out / "seed0/absld/config.json")["recipe"]
+    recipe = RunFolder(words.out / "seed0/absld").read_config()["recipe"]
     write_summary(words.json, {"seeds": seeds, "recipe": recipe}, DEVICE)
 
 

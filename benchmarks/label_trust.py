@@ -17,12 +17,12 @@ import torch
 from runs import DEVICE
 from summary import words_of
 
+from retemper.bench import Request, as_table, save
+from retemper.bench.case import Case, Contender, Work
+from retemper.bench.machine import Rates
+from retemper.bench.result import header
+from retemper.bench.timing import measure
 from retemper.engine import Recipe, State, create_model, train_step
-from retemper.engine.bench import Request, as_table, save
-from retemper.engine.bench.case import Case, Contender, Work
-from retemper.engine.bench.machine import Rates
-from retemper.engine.bench.result import header
-from retemper.engine.bench.timing import measure
 from retemper.engine.catalogue import find_setting
 from retemper.engine.speed.capture import captured
 

@@ -38,7 +38,6 @@ from retemper.engine.evaluation.ledger import Ledger
 from retemper.engine.evaluation.shards import evaluate_suite
 from retemper.engine.models import create_model
 from retemper.engine.predict import balanced_order
-from retemper.engine.recipe import flat_options
 from retemper.engine.run.job import Job, default_cache
 from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.run.train import train
@@ -128,22 +127,17 @@ def trained(row: Row, data: str, seed: int, out: Path) -> Path:
     return folder
 
 
-def options_of(folder: Path) -> dict[str, Any]:
-    """The options of the run's recipe by name."""
-    return flat_options(json.loads((folder / "config.json").read_text())["recipe"])
-
-
 def chosen(folder: Path) -> dict[str, Any]:
     """What the kept epoch, the best in average + worst, came to on all held-out images under PGD-20."""
     lines = [json.loads(line) for line in RunFolder(folder).metrics.read_text().splitlines()]
-    first = options_of(folder)["select_from"]
+    first = RunFolder(folder).read_config()["recipe"]["select_from"]
     scores = [line["holdout"] for line in lines if "holdout" in line and line["epoch"] >= first]
     return max(scores, key=lambda score: score["average"] + score["worst"])
 
 
 def attacked(folder: Path, data: str) -> Ledger:
     """What became of the first held-out images of every class under AutoAttack's first two attacks."""
-    recipe = options_of(folder)
+    recipe = RunFolder(folder).read_config()["recipe"]
     split = load_split(recipe["dataset"], "train", None, recipe["image_size"])
     _, held_out = holdout_split(split.labels, recipe["holdout_per_class"])
     order = held_out[balanced_order(split.labels[held_out], ATTACKED[data])]

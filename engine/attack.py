@@ -50,7 +50,7 @@ def pgd(
     steps: int,
     step: float | Tensor,
     eps: float | Tensor,
-    start: str | Tensor | None = "uniform",
+    start: str | Tensor = "uniform",
     bn_mode: str = "eval",
     seed: int | Tensor | None = None,
     clip_start: bool = True,
@@ -67,7 +67,7 @@ def pgd(
             has a method `gradient`, from logits to their gradient, is not differentiated (`KlObjective`).
         steps: how many steps are taken.
         step, eps: in pixel units (8/255, not 8); a float, or (B,) for a radius of each image.
-        start: "uniform" in the ball, "normal" (0.001 times a Gaussian, as TRADES), None or "none" (the clean image), or
+        start: "uniform" in the ball, "normal" (0.001 times a Gaussian, as TRADES), "none" (the clean image), or
             a tensor like `clean` to start from.
         bn_mode: "eval" (running statistics, left alone) or "train" (batch statistics; the running ones move).
         seed: the seed of the random start: an int, a one-element int64 tensor on the device, or None to draw one from
@@ -109,7 +109,7 @@ def _input_gradient(logits: Tensor, adv: Tensor, objective: Objective) -> tuple[
 
 def _start(
     clean: Tensor,
-    start: str | Tensor | None,
+    start: str | Tensor,
     eps: float | Tensor,
     seed: int | Tensor | None,
     clip: bool,
@@ -117,12 +117,12 @@ def _start(
 ) -> Tensor:
     """Return the first iterate, a fresh tensor in the memory format of `clean`."""
     adv = torch.empty_like(clean)
-    if start is None or (isinstance(start, str) and start == "none"):
-        start = clean
     if isinstance(start, Tensor):
         if start.shape != clean.shape:
             raise ValueError(f"start has shape {tuple(start.shape)}, clean {tuple(clean.shape)}: they must agree")
         return adv.copy_(start)
+    if start == "none":
+        return adv.copy_(clean)
     if start not in ("normal", "uniform"):
         raise ValueError(f"start = {start!r}: it must be 'uniform', 'normal', 'none' or a tensor like clean")
     if seed is None:

@@ -137,9 +137,8 @@ def ls(arguments: Namespace) -> None:
 
 def bench(arguments: Namespace) -> None:
     """Time the step, the kernels, the loaders or the attack beside what else there is."""
-    from retemper.engine.bench import Request, as_table, as_text, save
-    from retemper.engine.bench import bench as measure
-    from retemper.engine.bench.step import profile_step
+    from retemper.bench import Request, as_table, as_text, save
+    from retemper.bench import bench as measure
     from retemper.engine.device import pick_device
 
     if arguments.sweep and arguments.what != "kernels":
@@ -158,6 +157,8 @@ def bench(arguments: Namespace) -> None:
     words = {name: getattr(arguments, name) for name in ("what", "rounds", "batch", "quick", "sweep")}
     request = Request(**words, device=pick_device(arguments.device), only=tuple(arguments.only))
     if arguments.profile:
+        from retemper.bench.step import profile_step
+
         profile_step(request, arguments.profile)
         return
     result = measure(request, show)

@@ -1,11 +1,11 @@
-"""Random crop of the zero-padded image, then a random flip: the augmentation of every CIFAR recipe since He et al.,
-CVPR 2016. Gather, crop, flip, scaling and layout in one pass over uint8 images that stay on the device.
+"""A crop of the zero-padded image and a flip, the augmentation of CIFAR since He et al., CVPR 2016.
 
     out[b, c, y, x] = padded[index[b]][y + dy, (W - 1 - x if flip else x) + dx, c] / 255
     view            = (dy (2 p + 1) + dx) 2 + flip,   dy, dx in 0 ... 2 p
 
-The same numbers, to the bit, as torchvision's RandomCrop, RandomHorizontalFlip and ToTensor. Bound by memory: reads one
-byte and writes four for each value.
+p is the padding. One integer, the view, says which crop and whether to flip. One pass over uint8 images that stay on
+the device gathers, crops, flips, scales and writes channels-last. The numbers are those of torchvision's RandomCrop,
+RandomHorizontalFlip and ToTensor, to the bit. Bound by memory: one byte read and four written for each value.
 """
 
 from typing import Any
@@ -24,51 +24,60 @@ from retemper.kernels.runtime import (
     runs_triton,
 )
 
-# What one program takes, from the code for sm_90; not yet measured on a GPU. A thread of its one warp gathers 32 bytes:
-# finding out which takes some 140 instructions a thread and 7 a byte, so 11 a byte in all (14 to bf16), where a flat
-# index took 50, and the memory leaves time for 34 (21 to bf16). The narrowest COLS is one sector of bytes.
+# The values of a program's tile, its warps, and the widths that a tile may have. Chosen from the code for sm_90, not
+# yet measured on a GPU. Each thread of the one warp gathers 32 bytes. Their addresses take 140 instructions a thread
+# and 7 a byte, so 11 a byte in all (14 to bf16); a flat index takes 50. The memory leaves time for 34 (21 to bf16).
+# The smallest width is one sector of bytes.
 TILE = 1024
 WARPS = 1
 COLS = (128, 64, 32)
 
-# 1/255 in two parts: a byte times the first is exact, so one rounding is left, that of the sum, and every byte over 255
-# comes out as a division gives it, which would take 11 instructions more.
+# 1/255 in two parts. A byte times the first part is exact, so that the sum alone is rounded, and each byte gets the
+# bits of byte / 255. A division would take 11 instructions more.
 WHOLE = tl.constexpr(257 / 65536)
 REST = tl.constexpr(1 / 255 - 257 / 65536)
 
 
 def num_views(padding: int) -> int:
-    """How many views there are: ids run from 0 to one less."""
+    """Return how many views an image has with that padding, in pixels: their ids are 0 to one less."""
     return 2 * (2 * padding + 1) ** 2
 
 
 def identity_view(padding: int) -> int:
-    """The id of the view that leaves an image as it is."""
+    """Return the id of the view that leaves an image as it is."""
     return (padding * (2 * padding + 1) + padding) * 2
 
 
 def augment_reference(
     image: Tensor, view: Tensor, *, index: Tensor | None = None, padding: int = 4, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The views in plain PyTorch: the truth for the tests, and the path on a CPU."""
+    """Compute the views in plain PyTorch: the truth for the tests, and the path on a CPU.
+
+    Args and Returns: as for `augment`. Nothing is checked.
+    """
     if index is not None:
         image = image[index.clamp(0, image.shape[0] - 1)]
     batch, height, width, channels = image.shape
     view, side = view.clamp(0, num_views(padding) - 1), 2 * padding + 1
     padded = torch.nn.functional.pad(image, (0, 0, padding, padding, padding, padding))
     down, along = padded.stride(1), padded.stride(2)
-    crops = padded.as_strided(  # every crop there is, as a view
+    crops = padded.as_strided(  # all crops of all images, without a copy
         (batch, side, side, height, width * channels), (padded.stride(0), down, along, down, 1)
     )
     sample = torch.arange(batch, device=image.device)
     crop = crops[sample, view // 2 // side, view // 2 % side].view(batch, height, width, channels)
-    crop = torch.where((view % 2 == 1)[:, None, None, None], crop.flip(2), crop)  # bytes until here: moves a quarter
+    crop = torch.where((view % 2 == 1)[:, None, None, None], crop.flip(2), crop)  # still bytes: a quarter of the memory
     return crop.float().div_(255).to(dtype).permute(0, 3, 1, 2)
 
 
 def view_tile(height: int, row: int) -> dict[str, int]:
-    """A kernel's constants: the tile of one image, `height` rows of `row` values, that a program fills."""
-    wide = [cols for cols in COLS if 8 * (-row % cols) <= row]  # an eighth of padding is worth longer runs of bytes
+    """Return the constants of the kernel, ROWS, COLS and num_warps: a program fills a tile of one image.
+
+    Args:
+        height: rows of an image.
+        row: values of a row: width times channels.
+    """
+    wide = [cols for cols in COLS if 8 * (-row % cols) <= row]  # longer runs of bytes are worth an eighth of padding
     cols = wide[0] if wide else min(COLS, key=lambda cols: -row % cols)
     cols = min(cols, triton.next_power_of_2(row))
     return {"ROWS": min(TILE // cols, triton.next_power_of_2(height)), "COLS": cols, "num_warps": WARPS}
@@ -105,7 +114,7 @@ def _augment_kernel(
     y = tile // across * ROWS + tl.arange(0, ROWS)
     down = view // 2 // side - PADDING
     inside = ((y + down >= 0) & (y + down < HEIGHT))[:, None] & ((from_col >= 0) & (from_col < row))
-    # an address is a column's, once for all rows, and a constant: so the sum is in int64, which need not be extended
+    # a column's address, computed once for all rows, plus a row's constant: in int64, so that no sum needs widening
     column_ptr = image_ptr + source * (HEIGHT * row) + down * row + from_col.to(tl.int64)
     pixel = tl.load(column_ptr + (y.to(tl.int64) * row)[:, None], mask=inside, other=0).to(tl.float32)
     pixel = tl.fma(pixel, WHOLE, pixel * REST)
@@ -157,19 +166,19 @@ def _(image: Tensor, view: Tensor, index: Tensor | None, padding: int, dtype: to
 def augment(
     image: Tensor, view: Tensor, *, index: Tensor | None = None, padding: int = 4, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Crop, flip and scale: one view of each image, as pixels in [0, 1].
+    """Crop, flip and scale images: one view of each, as pixels in [0, 1]. The formula is in the module docstring.
 
     Args:
-        image: (N, H, W, C) uint8, contiguous.
+        image: (N, H, W, C) uint8, contiguous, H and W at least 1.
         view: (B,) int64, ids below `num_views(padding)`; others are clamped to the range.
-        index: (B,) int64, which image each view is of, clamped to the range; without it, B is N, in order.
-        padding: pixels of zeros on each side, so that the crop moves by at most that much.
+        index: (B,) int64, the image of each view, clamped to the range; without it, B is N and the order is kept.
+        padding: pixels of zeros on each side; a crop moves by at most that many.
         dtype: float32, float16 or bfloat16.
 
     Returns:
-        (B, C, H, W) in channels-last layout.
+        (B, C, H, W) of `dtype` in channels-last layout.
 
     Raises:
-        ValueError: a shape, dtype, device or stride does not fit.
+        ValueError: a shape, dtype, device or stride does not fit; a negative padding.
     """
     return _augment_op(image, view, index, padding, dtype)

@@ -1,12 +1,13 @@
-"""Sums by class of cross-entropy, of correct predictions and of samples: what class-wise methods feed on.
+"""The sums, by class, of cross-entropy, correct predictions and samples, from which class-wise methods adapt.
 
     loss_sum[k] = sum over y_i = k of log sum_j exp(logit_ij) - logit_ik
-    correct[k]  = how many of those have their first largest logit at k
-    count[k]    = how many those are
+    correct[k]  = number of i with y_i = k whose first largest logit is at k
+    count[k]    = number of i with y_i = k
 
-ABSLD's temperatures (Zhao et al., 2023) and the class weights of its relatives follow from them. Deterministic: each
-program writes the sums of its own rows, which are then added in one order; no atomics. Bound by memory: one pass over
-the logits, where eager takes a log-softmax, an argmax, two gathers and three scatters.
+The temperatures of ABSLD (Zhao et al., 2023) and the class weights of other methods follow from them.
+Deterministic: each program writes the sums of its own rows, which are then added in a fixed order, without atomics.
+Bound by memory: one pass over the logits, where eager PyTorch takes a log-softmax, an argmax, two gathers and three
+scatters.
 """
 
 from typing import Any
@@ -26,18 +27,21 @@ from retemper.kernels.runtime import (
     runs_triton,
 )
 
-TILE = 1024  # logits a program holds at a time: 8 per thread of 4 warps; twice as many spill registers on sm_90
-WIDEST = 128  # classes; a wider tile would have fewer rows, and so more partial sums than logits
+TILE = 1024  # logits that a program holds: 8 for each thread of 4 warps; twice as many spill registers on sm_90
+WIDEST = 128  # classes of a tile; a wider one has so few rows that there are more partial sums than logits
 
 
 def sum_tiles(classes: int) -> dict[str, int]:
-    """A kernel's constants."""
+    """Return the constants of the kernel for that many classes: K, ROWS and BLOCK."""
     block = min(triton.next_power_of_2(classes), WIDEST)
     return {"K": classes, "ROWS": TILE // block, "BLOCK": block}
 
 
 def class_sums_reference(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums in plain PyTorch: the truth for the tests, and the path on a CPU."""
+    """Compute the sums in plain PyTorch: the truth for the tests, and the path on a CPU.
+
+    Args and Returns: as for `class_sums`. Nothing is checked.
+    """
     wide = logits.to(compute_dtype(logits))
     member = label[:, None] == torch.arange(logits.shape[1], device=logits.device)
     cross_entropy = -wide.log_softmax(1).gather(1, label.clamp(0, logits.shape[1] - 1)[:, None])
@@ -53,17 +57,17 @@ def _class_sums_kernel(
     row = program * ROWS + tl.arange(0, ROWS)
     label = tl.load(label_ptr + row, mask=row < B, other=-1)
     known = (label >= 0) & (label < K)
-    row_ptr = logits_ptr + tl.minimum(row, B - 1) * stride  # rows past the end repeat the last one, under label -1
+    row_ptr = logits_ptr + tl.minimum(row, B - 1) * stride  # rows past the end: the last one, without a label
     own = tl.load(row_ptr + label, mask=known, other=0.0).to(tl.float32)
 
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    better = tl.zeros((ROWS,), tl.int32)  # logits that an argmax would prefer to the row's own
+    better = tl.zeros((ROWS,), tl.int32)  # how many logits an argmax would prefer to that of the label
     for start in range(0, K, BLOCK):
         cls = (start + tl.arange(0, BLOCK))[None, :]
         logit = tl.load(row_ptr[:, None] + cls, mask=cls < K, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(peak, tl.max(logit, 1))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)  # nothing but -inf so far: no -inf - -inf
+        shift = tl.where(higher == float("-inf"), 0.0, higher)  # while all are -inf: -inf - -inf is NaN
         total = total * tl.exp(peak - shift) + tl.sum(tl.exp(logit - shift[:, None]), 1)
         peak = higher
         first_among_equals = (logit == own[:, None]) & (cls < label[:, None])
@@ -109,13 +113,13 @@ def _(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def class_sums(logits: Tensor, label: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sum the cross-entropy, the correct predictions and the samples of each class. Not differentiable.
 
-    A row with NaN spoils the loss of its own class alone, and is not correct. A row whose label is no class adds
-    nothing. Of equal logits the first is the prediction.
+    A row with NaN makes the loss of its own class NaN, no other, and is not correct. A row whose label is no class
+    adds nothing. Of equal logits the first is the prediction. The formula is in the module docstring.
 
     Args:
-        logits: (B, K), any float dtype, the K of a row side by side.
+        logits: (B, K), any float dtype, the K of a row side by side in memory.
         label: (B,) int64.
-        num_classes: K, said again because a model with too many outputs is a mistake.
+        num_classes: K; a model with more outputs than the data has classes is refused.
 
     Returns:
         loss_sum: (K,) in nats, float32, or float64 for float64 logits.

@@ -1,10 +1,10 @@
-"""What follows a convolution whose batch norm was folded away (Jacob et al., CVPR 2018): bias, shortcut, activation.
+"""Scale, shift, shortcut and activation after a convolution whose batch norm was folded (Jacob et al., CVPR 2018).
 
-    y = act(scale[c] x + shift[c] + residual),   act = ReLU or nothing
-    d y / d residual = [y > 0],   d y / d x = scale[c] [y > 0]
+    y = act(scale[c] x + shift[c] + residual),   act = ReLU or identity
+    d y / d residual = [y > 0],   d y / d x = scale[c] [y > 0]   (with ReLU; without, [y > 0] is 1)
 
-The gradient reads y alone, so x need not be kept. Bound by memory: one launch reads x and the residual and writes y,
-where eager takes three; backwards it reads two tensors and writes one.
+c is the channel. The gradient needs y alone, so x is not kept. Bound by memory: one launch reads x and the residual and
+writes y, where eager PyTorch takes three launches. The gradient reads two tensors and writes one.
 """
 
 import math
@@ -26,17 +26,20 @@ from retemper.kernels.runtime import (
     runs_triton,
 )
 
-# Accesses of 16 bytes that a program makes to each tensor: two for each thread of 4 warps. From the code for sm_90: 11
-# instructions a value in fp32 and 8 in bf16, 13 and 11 with a residual, 6 and 5 backwards, and at most 40 registers; a
-# tile of pixels by channels takes 12, 8, 15 and 12, and wastes lanes wherever C is no power of two. The memory leaves
-# time for 55, 28, 83 and 41. Not yet measured on a GPU.
+# How many words of 16 bytes a program reads of each tensor: two for each thread of 4 warps. Chosen from the code for
+# sm_90, not yet measured on a GPU. It takes 11 instructions a value in fp32 and 8 in bf16, 13 and 11 with a residual, 6
+# and 5 for the gradient, and at most 40 registers. A tile of pixels by channels takes 12, 8, 15 and 12, and leaves
+# lanes idle where C is no power of two. The memory leaves time for 55, 28, 83 and 41.
 WORDS = 256
 
 
 def epilogue_reference(
     x: Tensor, shift: Tensor, *, scale: Tensor | None = None, residual: Tensor | None = None, relu: bool = True
 ) -> Tensor:
-    """The operation in plain PyTorch: the truth for the tests, and the path on a CPU."""
+    """Compute the operation in plain PyTorch: the truth for the tests, and the path on a CPU.
+
+    Args and Returns: as for `epilogue`. Nothing is checked.
+    """
     compute = compute_dtype(x)
     y = x.to(compute)
     if scale is not None:
@@ -48,20 +51,22 @@ def epilogue_reference(
 
 
 def _of_channel(vector: Tensor, like: Tensor) -> Tensor:
+    """Return the (C,) vector as (C, 1, 1) of the dtype of `like`."""
     return vector.to(like.dtype)[:, None, None]
 
 
 def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
+    """Return grad times the scale of its channel, rounded once."""
     wide = grad.to(compute_dtype(grad))
     return (wide * _of_channel(scale, wide)).to(grad.dtype)
 
 
 @triton.jit
 def _places(words, plane, channels, WORD: tl.constexpr, SPAN: tl.constexpr, WORDS: tl.constexpr, INDEX: tl.constexpr):
-    """Where a program's words lie, which channel each value has, and which words there are.
+    """Return the offsets of a program's values (WORDS, WORD), their channels (WORDS, SPAN), and a mask of real words.
 
-    A word is WORD values side by side: SPAN = WORD channels of a pixel, or one channel of WORD pixels. So a division
-    finds the channel of a whole word, and its scale and shift are loaded as one.
+    A word is WORD values side by side: either SPAN = WORD channels of one pixel, or one channel (SPAN = 1) of WORD
+    pixels. So one division finds the channels of a whole word, and one access loads its scale.
     """
     word = tl.program_id(0).to(INDEX) * WORDS + tl.arange(0, WORDS)
     channel = (word // plane % channels * SPAN)[:, None] + tl.arange(0, SPAN)[None, :]
@@ -114,7 +119,7 @@ def _epilogue_grad_kernel(
 ):
     place, channel, inside = _places(words, plane, channels, WORD, SPAN, WORDS, INDEX)
     grad = tl.load(grad_ptr + place, mask=inside, other=0.0)
-    grad = tl.where(tl.load(y_ptr + place, mask=inside, other=0.0) <= 0, 0.0, grad)  # so that NaN stays, as in PyTorch
+    grad = tl.where(tl.load(y_ptr + place, mask=inside, other=0.0) <= 0, 0.0, grad)  # <= 0, so that NaN stays
     if residual_grad_ptr is not None:
         tl.store(residual_grad_ptr + place, grad, mask=inside)
     if scale_ptr is not None:
@@ -123,7 +128,10 @@ def _epilogue_grad_kernel(
 
 
 def word_sizes(x: Tensor, other: Tensor | None) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """Of two tensors of one shape and layout: a kernel's (words, plane, channels), and its constants."""
+    """Return the arguments (words, plane, channels) of a kernel over x and `other`, and its constants.
+
+    x is (B, C, H, W), contiguous or channels-last; `other` has its shape and layout.
+    """
     _, channels, height, width = x.shape
     plane = height * width if x.is_contiguous() else 1  # from one channel to the next, in memory
     starts = [t.data_ptr() // t.element_size() for t in (x, other) if t is not None]  # a slice may start anywhere
@@ -151,7 +159,7 @@ def _epilogue_op(x: Tensor, shift: Tensor, scale: Tensor | None, residual: Tenso
 
 @torch.library.custom_op("retemper::epilogue_backward", mutates_args=())
 def _backward_op(grad: Tensor, y: Tensor, scale: Tensor | None, both: bool) -> list[Tensor]:
-    """The gradient of x; with `both`, that of the residual as well, which without a scale is the same."""
+    """Return the gradient of x and, with `both`, that of the residual. Without a scale the two are the same."""
     if grad.stride() != y.stride():
         grad = torch.empty_like(y).copy_(grad)
     if not runs_triton(y):
@@ -197,7 +205,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of x and of the residual; shift and scale are constants, as in every folded network."""
+    """Return the gradients of x and of the residual. Shift and scale are constants, as in every folded network."""
     y, scale = ctx.saved_tensors
     for_residual = ctx.needs_input_grad[3]
     if ctx.relu:
@@ -214,14 +222,16 @@ _epilogue_op.register_autograd(_backward, setup_context=_setup)
 def epilogue(
     x: Tensor, shift: Tensor, *, scale: Tensor | None = None, residual: Tensor | None = None, relu: bool = True
 ) -> Tensor:
-    """Scale and shift the channels of a convolution's output, add the shortcut, cut off what is negative; in one pass.
+    """Scale and shift the channels of a convolution's output, add the shortcut and apply the ReLU, in one pass.
 
-    Computed in float32 (float64 for float64), rounded once. NaN stays. Differentiable, once, in `x` and `residual`.
+    Computes in float32 (float64 for float64) and rounds once. NaN stays. Differentiable, once, in `x` and `residual`.
+    The formula and its source are in the module docstring.
 
     Args:
         x: (B, C, H, W), any float dtype, contiguous or channels-last.
-        shift, scale: (C,), float32 or of x's dtype; no scale means 1.
-        residual: of x's shape, dtype and layout; none means 0.
+        shift: (C,), float32 or of x's dtype.
+        scale: (C,), float32 or of x's dtype; 1 when left out.
+        residual: of x's shape, dtype and layout; 0 when left out.
         relu: whether to apply the ReLU.
 
     Returns:

@@ -4,8 +4,8 @@
     L2:     moved = adv + step grad / ||grad||;  delta = moved - clean
             adv <- clip(clean + delta min(1, eps / ||delta||), lower, upper)
 
-Both norms are per sample. Bound by memory: L-inf reads 3 tensors and writes 1 in one launch, where eager takes six
-launches, reads 9 and writes 6. L2 goes over each sample three times, mostly out of the cache.
+The L2 norms are those of a sample. Bound by memory: L-inf reads 3 tensors and writes 1 in one launch, where eager
+PyTorch takes six launches, reads 9 and writes 6. L2 passes over each sample four times, mostly in the cache.
 """
 
 from typing import Any
@@ -33,9 +33,9 @@ from retemper.kernels.runtime import (
 
 NORMS = ("linf", "l2")
 
-# Pixels a program takes: 8 for each thread of 4 warps, two 16-byte loads of every fp32 tensor in flight. From the code
-# for sm_90, not yet measured on a GPU: 17 instructions a pixel, where the memory leaves time for 110, and 32 registers,
-# so that 64 warps fit; 512 pixels take 20 instructions each, 2048 take 16.
+# The pixels of a program: 8 for each thread of 4 warps, so two loads of 16 bytes of each fp32 tensor. Chosen from the
+# code for sm_90, not yet measured on a GPU. It takes 17 instructions a pixel, where the memory leaves time for 110, and
+# 32 registers, so that 64 warps fit. With 512 pixels it takes 20 instructions a pixel, with 2048 it takes 16.
 BLOCK = 1024
 
 
@@ -50,14 +50,20 @@ def pgd_step_reference(
     lower: float = 0.0,
     upper: float = 1.0,
 ) -> Tensor:
-    """The step in plain PyTorch, into a new tensor: the truth for the tests, and the path on a CPU."""
+    """Compute the step in plain PyTorch: the truth for the tests, and the path on a CPU.
+
+    Args: as for `pgd_step_`, but nothing is checked.
+
+    Returns:
+        A new tensor of the shape and dtype of `adv`.
+    """
     compute = compute_dtype(adv)
     wide_adv, wide_grad, wide_clean = adv.to(compute), grad.to(compute), clean.to(compute)
     step = _column(step, wide_adv) if isinstance(step, Tensor) else step
     eps = _column(eps, wide_adv) if isinstance(eps, Tensor) else eps
     if norm == "linf":
-        moved = wide_grad.sign().mul_(step).add_(wide_adv)  # the sign of NaN is 0, so such a pixel stays
-        bound = wide_clean - eps  # one buffer for both bounds: on a CPU, fresh memory costs ten times the arithmetic
+        moved = wide_grad.sign().mul_(step).add_(wide_adv)  # the sign of NaN is 0: such a pixel stays
+        bound = wide_clean - eps  # reused below: on a CPU, new memory takes ten times as long as the arithmetic
         torch.maximum(moved, bound, out=moved)
         torch.minimum(moved, torch.add(wide_clean, eps, out=bound), out=moved)
     else:
@@ -69,20 +75,20 @@ def pgd_step_reference(
 
 
 def _column(value: Tensor, like: Tensor) -> Tensor:
-    """One number for each sample, shaped so that it broadcasts over the sample's pixels."""
+    """Return the (B,) numbers as (B, 1, ...) of the dtype of `like`."""
     return value.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
 def _length(x: Tensor) -> Tensor:
-    """The L2 norm of each sample, shaped to broadcast."""
+    """Return the L2 norm of each sample, as (B, 1, ...)."""
     return _column(x[..., None].flatten(1).square().sum(1).sqrt(), x)
 
 
 def _direction(grad: Tensor) -> Tensor:
-    """grad / ||grad|| over the finite entries; zeros where there is nothing to follow."""
+    """Return grad / ||grad||, entries that are not finite taken as 0; zeros for a sample without a gradient."""
     grad = torch.where(grad.isfinite(), grad, 0)
     peak = grad[..., None].flatten(1).abs().amax(1)
-    grad = grad / _column(torch.where(peak > 0, peak, 1), grad)  # 1e-30 and 1e30 have no square in float32
+    grad = grad / _column(torch.where(peak > 0, peak, 1), grad)  # float32 cannot hold the square of 1e-30 or 1e30
     length = _length(grad)
     return grad / torch.where(length > 0, length, 1)
 
@@ -106,6 +112,7 @@ def _linf_kernel(
 
 @triton.jit
 def _finite(grad_ptr, offset, inside):
+    """Load the gradient as float32, with 0 for entries that are not finite."""
     grad = tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     return tl.where(tl.abs(grad) < float("inf"), grad, 0.0)
 
@@ -135,7 +142,7 @@ def _l2_kernel(
     for start in range(0, PIXELS, BLOCK):
         pixel = start + tl.arange(0, BLOCK)
         peak = tl.maximum(peak, tl.abs(_finite(grad_ptr, base + pixel, pixel < PIXELS)))
-    unit = tl.max(peak, 0)  # the gradient is measured in it: 1e-30 and 1e30 have no square in float32
+    unit = tl.max(peak, 0)  # divides the gradient, since float32 cannot hold the square of 1e-30 or 1e30
     unit = tl.where(unit == 0, 1.0, unit)
 
     squares = tl.zeros((BLOCK,), tl.float32)
@@ -157,13 +164,14 @@ def _l2_kernel(
     for start in range(0, PIXELS, BLOCK):
         pixel = start + tl.arange(0, BLOCK)
         moved, clean = _moved(adv_ptr, grad_ptr, clean_ptr, base + pixel, pixel < PIXELS, unit, length, step)
-        moved = tl.where(distance > eps, clean + (moved - clean) * shrink, moved)  # inside the ball: to the bit
+        moved = tl.where(distance > eps, clean + (moved - clean) * shrink, moved)  # inside the ball nothing changes
         moved = clamp(moved, lower, upper)
         tl.store(adv_ptr + base + pixel, moved.to(adv_ptr.dtype.element_ty), mask=pixel < PIXELS)
 
 
 @triton.jit
 def _moved(adv_ptr, grad_ptr, clean_ptr, offset, inside, unit, length, step):
+    """Load pixels, and return them moved along the gradient but not projected, and the clean ones."""
     adv = tl.load(adv_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     clean = tl.load(clean_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     grad = tl.math.div_rn(tl.math.div_rn(_finite(grad_ptr, offset, inside), unit), length)
@@ -227,15 +235,15 @@ def pgd_step_(
     lower: float = 0.0,
     upper: float = 1.0,
 ) -> Tensor:
-    """Move `adv` one step along `grad`, in place, and project it back to the ball around `clean` and to the image.
+    """Move `adv` one step along `grad`, in place, and project it to the eps ball around `clean` and to valid pixels.
 
-    A pixel whose gradient is zero or NaN is not moved; L2 leaves infinite gradients out as well, and does not rescale
-    a sample that lies in the ball. In float16 and bfloat16 the result is rounded after the projection, so it may leave
-    the ball by half an ulp.
+    A pixel whose gradient is zero or NaN does not move. With L2, neither does one whose gradient is infinite, and a
+    sample inside the ball is not rescaled. In float16 and bfloat16 the result is rounded after the projection, so it
+    may leave the ball by half an ulp. The formula and its source are in the module docstring.
 
     Args:
-        adv, grad, clean: (B, ...); one float dtype; one dense layout, the batch outermost.
-        step, eps: in pixel units (8/255, not 8); a number, or floats (B,) for margins of each sample.
+        adv, grad, clean: (B, ...), one float dtype, one dense layout with the batch outermost.
+        step, eps: in pixel units (8/255, not 8); a number, or floats (B,) with one number for each sample; eps >= 0.
         norm: "linf" or "l2".
         lower, upper: the range of a valid pixel.
 
@@ -243,7 +251,8 @@ def pgd_step_(
         `adv` itself.
 
     Raises:
-        ValueError: the tensors differ in shape, dtype, device or strides; `adv` is tracked by autograd; unknown norm.
+        ValueError: the tensors differ in shape, dtype, device or strides; autograd is tracking `adv`; unknown norm; eps
+            is a negative number.
     """
     require_writable("adv", adv)
     batch = adv.shape[0] if adv.dim() else 0

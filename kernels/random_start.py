@@ -3,14 +3,17 @@
     uniform:  adv <- clean + u,  u ~ U(-eps, eps)
     normal:   adv <- clean + u,  u ~ scale N(0, 1), kept inside [-eps, eps]
 
-The numbers come from Philox-4x32-10 (Salmon et al., SC 2011): the counter is the pixel's place in memory, the key is
-the seed. So a draw depends on nothing else, and a CPU draws what a GPU draws: uniform to the bit, normal to rounding.
-Where a process has some rows of a larger batch, the counter is the place in that one: its rows get the same draws.
-The papers do not project the normal draw. With eps > 6 scale, as in all of them, that changes nothing: 24 bits make no
-draw longer than sqrt(-2 ln 2^-24) = 5.8. Where Box and Muller take the cosine of an angle from the whole circle, this
-takes the sine of one from the right half: the same distribution, and a short series is enough for it.
+The numbers come from Philox-4x32-10 (Salmon et al., SC 2011). The counter is the pixel's place in memory, the key is
+the seed. A draw depends on nothing else, so a CPU draws what a GPU draws: uniform noise to the bit, normal noise to
+rounding. A process that has some rows of a larger batch counts places in that batch, so its rows get the same draws.
 
-Bound by memory: reads 1 tensor and writes 1; the ten rounds hide behind that.
+Normal noise is made by the formula of Box and Muller, with one change. In place of the cosine of an angle from the
+whole circle it takes the sine of an angle from the right half. The distribution is the same, and a short series
+computes it.
+The papers do not project the normal noise to the ball. With eps > 6 scale, as in all of them, projecting changes
+nothing: draws of 24 bits are at most sqrt(-2 ln 2^-24) = 5.8 standard deviations.
+
+Bound by memory: 1 tensor read and 1 written. The ten rounds of Philox take less time than that.
 """
 
 import math
@@ -44,13 +47,20 @@ ROUNDS = 10
 LOW = 0xFFFFFFFF  # the lower 32 bits of an int64
 UNIT = tl.constexpr(2.0**-24)  # a draw has 24 bits, as many as a float32 holds
 HALF_TURN = tl.constexpr(math.pi * 2.0**-24)
-BLOCK = 1024  # pixels a program takes, as in pgd_step; not yet measured on a GPU
+BLOCK = 1024  # the pixels of a program, as in pgd_step.py; not yet measured on a GPU
 
 
 def philox_reference(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox-4x32-10 on 32-bit words held in int64 tensors."""
+    """Compute Philox-4x32-10 (Salmon et al., SC 2011), ten rounds on four words of 32 bits.
+
+    Args:
+        counter, key: int64 tensors of one shape, or of shapes that broadcast, each with words in [0, 2**32).
+
+    Returns:
+        Four int64 tensors of random words in [0, 2**32).
+    """
     word0, word1, word2, word3 = counter
     key0, key1 = key
     for _ in range(ROUNDS):
@@ -66,10 +76,10 @@ def philox_reference(
 
 
 def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """The upper and the lower 32 bits of a product of 64; int64 wraps around, and keeps the bits of an unsigned one."""
+    """Return the upper and the lower 32 bits of a 64-bit product. int64 wraps around to the bits of an unsigned one."""
     low = word * factor
     high = low >> 32
-    high &= LOW  # in place, here and above: twice as fast on a CPU, where this is the path
+    high &= LOW  # in place, here and in the rounds: twice as fast on a CPU
     low &= LOW
     return high, low
 
@@ -84,7 +94,13 @@ def random_start_reference(
     clip: bool = True,
     rows: tuple[int, int] = (0, 1),
 ) -> Tensor:
-    """The start in plain PyTorch, into a new tensor of `clean`'s layout: the truth for the tests, the path on a CPU."""
+    """Compute the start in plain PyTorch: the truth for the tests, and the path on a CPU.
+
+    Args: as for `random_start_`, but nothing is checked, and the seed is a tensor of one int64.
+
+    Returns:
+        A new tensor of the shape, dtype and layout of `clean`.
+    """
     offset = torch.arange(clean.numel(), device=clean.device)
     if rows != (0, 1):
         offset += (rows[0] + offset // clean[:1].numel() * (rows[1] - 1)) * clean[:1].numel()
@@ -108,7 +124,10 @@ def random_start_reference(
 
 @triton.jit
 def _sine(angle):
-    """Taylor's series, to 2**-22 within a quarter turn of 0; tl.sin may take stack memory for angles we never have."""
+    """Return sin(angle) for |angle| <= pi/2, to 2**-22, by its Taylor series.
+
+    tl.sin takes any angle, and may need stack memory for the large ones.
+    """
     square = angle * angle
     tail = 1 - square * (1 / 72) * (1 - square * (1 / 110) * (1 - square * (1 / 156)))
     return angle * (1 - square * (1 / 6) * (1 - square * (1 / 20) * (1 - square * (1 / 42) * tail)))
@@ -206,23 +225,26 @@ def random_start_(
     clip: bool = True,
     rows: tuple[int, int] = (0, 1),
 ) -> Tensor:
-    """Fill `adv`, in place, with `clean` plus noise inside the eps ball. What `adv` held before does not matter.
+    """Fill `adv`, in place, with `clean` plus random noise inside the eps ball. What `adv` held before is not read.
+
+    The formula and its sources are in the module docstring.
 
     Args:
-        adv, clean: (B, ...); one float dtype; one dense layout, the batch outermost.
-        eps: in pixel units (8/255, not 8); a number, or floats (B,) for margins of each sample.
-        noise: "uniform" in the ball, or "normal" with standard deviation `scale`, in pixel units.
-        seed: an int of 64 bits, or a tensor of one int64 on the device: a captured graph then draws anew at every
-            replay, if the graph also advances the seed.
-        clip: clamp to [0, 1]; the released TRADES, RSLAD and ABSLD do not (their first step does).
-        rows: where `adv` is rows `first, first + apart, ...` of a larger batch, (first, apart): it gets their draws.
+        adv, clean: (B, ...), one float dtype, one dense layout with the batch outermost.
+        eps: in pixel units (8/255, not 8); a number, or floats (B,) with one number for each sample; >= 0.
+        noise: "uniform" in the ball, or "normal" with standard deviation `scale`.
+        scale: the standard deviation of normal noise, in pixel units.
+        seed: an int of 64 bits, or a tensor of one int64 on the device. With a tensor that a captured CUDA graph also
+            advances, each replay of the graph draws anew.
+        clip: whether to clamp to [0, 1]. The released code of TRADES, RSLAD and ABSLD does not; its first step does.
+        rows: (first, apart), where `adv` is the rows first, first + apart, ... of a larger batch: it gets their draws.
 
     Returns:
         `adv` itself.
 
     Raises:
-        ValueError: the tensors differ in shape, dtype, device or strides; `adv` is tracked by autograd; unknown noise;
-            no such rows.
+        ValueError: the tensors differ in shape, dtype, device or strides; autograd is tracking `adv`; unknown noise;
+            the seed does not fit; rows that cannot be; eps is a negative number.
     """
     require_writable("adv", adv)
     eps_scalar, eps_per_sample = per_sample("eps", eps, adv.shape[0] if adv.dim() else 0)

@@ -1,7 +1,8 @@
-"""Where an op runs, and what it may assume of its tensors: everything the kernel modules share.
+"""What all kernel modules share: the choice between Triton and PyTorch, the launch, and the checks of the arguments.
 
-Triton runs tensors on a GPU (CUDA or ROCm), and tensors on a CPU when TRITON_INTERPRET=1 was set before the import;
-float64 always takes the plain PyTorch reference, which computes in float64.
+Tensors on a GPU (CUDA or ROCm) go through Triton. So do tensors on a CPU when TRITON_INTERPRET=1 was set before the
+import: Triton's interpreter runs the kernels then. Everything else takes the reference in plain PyTorch. float64 always
+takes it, since the kernels compute in float32.
 """
 
 import math
@@ -16,39 +17,50 @@ from triton import knobs
 
 TRITON_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 FLOATS = (*TRITON_FLOATS, torch.float64)
-TRITON_ON_CPU: bool = knobs.runtime.interpret  # what @triton.jit itself looks at
+TRITON_ON_CPU: bool = knobs.runtime.interpret  # @triton.jit decides by the same value
 
-# Multiplications and additions stay two roundings, as in PyTorch, so that draws and steps agree with the CPU's to the
-# bit. Said at every launch, because Triton 3.9 warns when nobody says it, and 3.10 changes the default.
+# The options of every launch. A multiplication and an addition keep their two roundings, as in PyTorch, so that random
+# starts and attack steps agree with those of a CPU to the bit. Triton 3.9 warns where a launch leaves the option out,
+# and 3.10 changes its default.
 EXACT = {"enable_fp_fusion": False}
 
 
 @triton.jit
 def clamp(x, lower, upper):
-    """Clamp that lets NaN through, as PyTorch's does: a diverged pixel must not turn into a valid one."""
+    """Clamp x to [lower, upper] and keep NaN, as PyTorch does: a diverged pixel must not turn into a valid one."""
     x = tl.maximum(x, lower, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(x, upper, propagate_nan=tl.PropagateNan.ALL)
 
 
 def runs_triton(*tensors: Tensor | None) -> bool:
-    """Whether the op on these tensors goes through Triton rather than the reference."""
+    """Return whether an operator on these tensors goes through Triton rather than the reference."""
     given = [tensor for tensor in tensors if tensor is not None]
     return (given[0].is_cuda or TRITON_ON_CPU) and all(tensor.dtype != torch.float64 for tensor in given)
 
 
 def launching(tensor: Tensor) -> AbstractContextManager[object]:
-    """What a launch needs around it: the tensor's GPU as the current one; or no NumPy warnings, under the interpreter.
+    """Return the context manager that a launch on this tensor needs.
 
-    The interpreter computes with NumPy, which warns of -inf - -inf and the like where a GPU does not.
+    On a GPU it makes the tensor's device the current one. On a CPU it silences NumPy, with which the interpreter
+    computes: NumPy warns of -inf - -inf and the like, a GPU does not.
     """
     return torch.cuda.device(tensor.device) if tensor.is_cuda else np.errstate(all="ignore")
 
 
 def pixel_runs(image: Tensor, block: int, by_sample: bool) -> tuple[int, int | None, int, int]:
-    """How an elementwise op is cut into programs: (pixels, blocks, BLOCK, programs), as `locate` takes them.
+    """Cut an elementwise operation into programs.
 
-    Sample by sample where a number differs between samples; else the batch is one run, which needs no sample's index,
-    and whose length is a multiple of 16 more often than an image's, which loads of 16 bytes rest on.
+    With `by_sample` each program stays within one sample: needed where a number, such as eps, differs between samples.
+    Otherwise the whole batch is one run. A batch's length is a multiple of 16 more often than an image's, and loads of
+    16 bytes need that.
+
+    Args:
+        image: (B, ...), dense.
+        block: the most pixels that a program may take.
+
+    Returns:
+        The pixels of a run, the programs of a run (None for a single run) and BLOCK, as `locate` takes them; and the
+        number of programs in all.
     """
     samples = image.shape[0] if by_sample else 1
     pixels = image.numel() // samples
@@ -59,7 +71,10 @@ def pixel_runs(image: Tensor, block: int, by_sample: bool) -> tuple[int, int | N
 
 @triton.jit
 def locate(pixels, blocks, BLOCK: tl.constexpr):
-    """A program's sample, the places of its pixels in memory, and which of them there are. int64: n may pass 2**31."""
+    """Return a program's sample, the offsets of its pixels, and a mask of those that exist.
+
+    Offsets are int64, since a batch may have more than 2**31 pixels.
+    """
     sample, block = 0, tl.program_id(0)
     if blocks is not None:
         sample, block = (block // blocks).to(tl.int64), block % blocks
@@ -68,17 +83,17 @@ def locate(pixels, blocks, BLOCK: tl.constexpr):
 
 
 def access_width(length: int, *tensors: Tensor) -> int:
-    """How many values of a run of `length` one access may take: 16 bytes of the widest dtype, or what divides a run."""
+    """Return how many values one memory access may take: 16 bytes of the widest dtype, or what divides `length`."""
     return math.gcd(length, 16 // max(tensor.element_size() for tensor in tensors))
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float32, or float64 as soon as one tensor is."""
+    """Return the dtype in which to compute: float32, or float64 as soon as one tensor is float64."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def require_one_layout(**tensors: Tensor) -> None:
-    """Images of one op: the same float dtype, device, shape and strides; dense; the batch dimension outermost."""
+    """Raise ValueError unless all images have one float dtype, device, shape and strides, dense and batch first."""
     first_name, first = next(iter(tensors.items()))
     require_float(**tensors)
     require_one_device(**tensors)
@@ -99,12 +114,14 @@ def require_one_layout(**tensors: Tensor) -> None:
 
 
 def require_float(**tensors: Tensor) -> None:
+    """Raise ValueError unless each tensor is float16, bfloat16, float32 or float64."""
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{name}: {tensor.dtype}; needs one of {', '.join(map(str, FLOATS))}")
 
 
 def require_one_device(**tensors: Tensor | None) -> None:
+    """Raise ValueError unless all tensors that are given are on one device."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     first_name, first = next(iter(given.items()))
     for name, tensor in given.items():
@@ -113,7 +130,7 @@ def require_one_device(**tensors: Tensor | None) -> None:
 
 
 def require_rows(**tensors: Tensor) -> None:
-    """Logits: (B, K) of one shape, float, K at least 1, the K values of a row side by side in memory."""
+    """Raise ValueError unless all are float logits (B, K) of one shape, K >= 1, a row's values side by side."""
     first_name, first = next(iter(tensors.items()))
     require_float(**tensors)
     for name, tensor in tensors.items():
@@ -126,7 +143,7 @@ def require_rows(**tensors: Tensor) -> None:
 
 
 def require_vector(name: str, vector: Tensor | None, length: int, *dtypes: torch.dtype) -> None:
-    """A 1-D tensor of that length and one of those dtypes, its values side by side; or None."""
+    """Raise ValueError unless it is None or (length,), of one of the dtypes, its values side by side in memory."""
     if vector is None:
         return
     if vector.shape != (length,):
@@ -138,13 +155,20 @@ def require_vector(name: str, vector: Tensor | None, length: int, *dtypes: torch
 
 
 def require_writable(name: str, tensor: Tensor) -> None:
-    """An op in place must not write into a tensor that autograd is tracking."""
+    """Raise ValueError if autograd is tracking the tensor, which an operator would overwrite."""
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: requires grad and would be overwritten; pass {name}.detach() or use torch.no_grad()")
 
 
 def per_sample(name: str, value: float | Tensor, batch: int) -> tuple[float, Tensor | None]:
-    """Split a number, or a (B,) tensor with one number for each sample, into what an op's schema can carry."""
+    """Split a number, or a tensor with one number for each sample, into what the schema of an operator can carry.
+
+    Returns:
+        The number and None; or 0.0 and the (B,) tensor, detached and contiguous.
+
+    Raises:
+        ValueError: a tensor is not (B,) or not of a float dtype.
+    """
     if not isinstance(value, Tensor):
         return float(value), None
     if value.shape != (batch,) or value.dtype not in FLOATS:
@@ -153,13 +177,14 @@ def per_sample(name: str, value: float | Tensor, batch: int) -> tuple[float, Ten
 
 
 def _strides(tensor: Tensor) -> list[int]:
-    """The strides that mean something: those of dimensions longer than 1, and none for an empty tensor."""
+    """Return the strides of dimensions longer than 1, or none for an empty tensor: no others mean anything."""
     if tensor.numel() == 0:
         return []
     return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
 def _is_dense_batch_first(tensor: Tensor) -> bool:
+    """Return whether the samples lie one after the other, without holes or overlaps, in any order of dimensions."""
     if tensor.numel() == 0:
         return True
     expected = 1

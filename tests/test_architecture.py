@@ -13,6 +13,7 @@ from importlinter.api import read_configuration
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("kernels", "loaders", "engine", "recipes")
+LINKS = {part: part for part in FOLDERS} | {"bench": "benchmarks/bench"}
 BUILDS_ON = {
     "adaiad": {"adaad", "iad"},
     "b_mtard": {"mtard"},
@@ -23,7 +24,7 @@ BUILDS_ON = {
     "iad": {"ard"},
     "label_trust": {"absld"},
 }
-SOURCES = [source for part in FOLDERS for source in sorted((ROOT / part).rglob("*.py"))]
+SOURCES = [source for part in LINKS.values() for source in sorted((ROOT / part).rglob("*.py"))]
 
 
 def imported(source: Path) -> set[str]:
@@ -88,10 +89,10 @@ def test_every_kernel_has_its_tests() -> None:
             assert (ROOT / f"tests/kernels/test_{source.stem}.py").is_file(), source
 
 
-def test_the_import_name_is_four_links() -> None:
-    for part in FOLDERS:
+def test_the_import_name_is_links() -> None:
+    for part, folder in LINKS.items():
         link = ROOT / "src/retemper" / part
-        assert link.is_symlink() and link.resolve() == ROOT / part
+        assert link.is_symlink() and link.resolve() == ROOT / folder
 
 
 def test_kernels_and_the_step_read_no_value_on_the_host() -> None:

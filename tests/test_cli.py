@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from retemper.engine import create_model, save_weights
+from retemper.engine.arguments import shown_value
+from retemper.engine.catalogue import find_setting, method_module, methods
 from retemper.engine.cli import run
 
 Capture = pytest.CaptureFixture[str]
@@ -119,7 +122,7 @@ def test_the_report_of_something_else_is_refused(tmp_path: Path, capsys: Capture
 
 
 def test_ls_shows_every_setting_of_the_contract(capsys: Capture) -> None:
-    assert run(["ls"]) == 0
+    assert run(["ls", "--all"]) == 0
     lines = capsys.readouterr().out.splitlines()
     settings = (
         "digits fashion_mnist_small fashion_mnist_resnet18 cifar10_resnet18 cifar10_mobilenet_v2 cifar100_resnet18"
@@ -130,7 +133,65 @@ def test_ls_shows_every_setting_of_the_contract(capsys: Capture) -> None:
     assert any("NeurIPS 2024" in line for line in lines)
     capsys.readouterr()
     assert run(["ls", "cifar100", "absld"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 1
+    head, *found = capsys.readouterr().out.splitlines()
+    assert head.startswith("recipe ") and len(found) == 1
+
+
+def test_ls_hides_settings_that_were_not_trained_unless_asked(capsys: Capture) -> None:
+    settings = {
+        f"{method}:{name}": setting.is_trained
+        for method in methods()
+        for name, setting in method_module(method).SETTINGS.items()
+    }
+    assert {*settings.values()} == {True, False}
+
+    def listed(*words: str) -> list[str]:
+        assert run(["ls", *words]) == 0
+        return [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+
+    head, *trained, rest = listed()
+    assert head == "recipe" and trained == [name for name, is_trained in settings.items() if is_trained]
+    assert rest == "and"
+    assert run(["ls"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"and {len(settings) - len(trained)} settings that were not trained yet: retemper ls --all"
+    )
+    head, *every = listed("--all")
+    assert head == "recipe" and sorted(every) == sorted(settings) and every[: len(trained)] == trained
+    assert listed("absld:cifar10_resnet18") == ["recipe", "absld:cifar10_resnet18"], "words find untrained ones too"
+    assert "no recipe's line holds absld and nowhere" in fails(capsys, 2, "ls", "absld", "nowhere")
+
+
+@pytest.mark.parametrize("name", ["absld:cifar10_resnet18", "label_trust:digits", "frl:digits"])
+def test_the_help_explains_every_option_of_the_recipe_with_its_default(name: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as left:
+        run(["train", name, "--help"])
+    assert left.value.code == 0
+    entries = [" ".join(entry.split()) for entry in re.split(r"\n(?=  -|\n)", capsys.readouterr().out)]
+    recipe = find_setting(name)[2].recipe
+    for option, value in recipe.flat().items():
+        (entry,) = (entry for entry in entries if entry.startswith(f"--{option.replace('_', '-')} "))
+        assert recipe.options()[option][1].help in entry and entry.endswith(f"(default {shown_value(value)})"), entry
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (8 / 255, "8/255"),
+        (0.15, "0.15"),
+        (5 / 6, "5/6"),
+        (300, "300"),
+        (1.0, "1"),
+        (2e-4, "0.0002"),
+        (True, "true"),
+        (None, "none"),
+        ((215, 260), "215,260"),
+        ((), "none"),
+        ("paper", "paper"),
+    ],
+)
+def test_a_default_is_shown_as_one_types_it(value: object, shown: str) -> None:
+    assert shown_value(value) == shown
 
 
 def test_doctor_tells_what_is_there(capsys: Capture) -> None:

@@ -12,10 +12,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 KERNELS_ALONE = """
-import sys, time, torch
+import sys, time
 start = time.process_time()
+import torch
+middle = time.process_time()
 import retemper.kernels
-print(time.process_time() - start)
+print((time.process_time() - middle) / (middle - start))
 from retemper.kernels import class_temperature_kl, pgd_step_
 x = torch.zeros(1, 1, 2, 2)
 pgd_step_(x, torch.ones_like(x), torch.zeros_like(x), 0.5, 1.0)
@@ -27,7 +29,7 @@ FROM_THE_WHEEL = """
 import pathlib, retemper
 assert pathlib.Path(retemper.__file__).is_relative_to({site!r}), retemper.__file__
 """
-IMPORT_SECONDS = 0.5  # beyond torch, on one core; about 0.3 when this was written, 0.2 of it Triton's
+IMPORT_SHARE = 0.5  # of the processor time that importing torch takes; most of it is Triton's
 
 
 def drop_ins() -> list[str]:
@@ -73,14 +75,14 @@ def test_holds_every_module_under_one_name(wheel: Path) -> None:
 
 
 def test_kernels_import_alone_from_it_and_quickly(site: Path) -> None:
-    seconds = []
-    while not seconds or (min(seconds) > IMPORT_SECONDS and len(seconds) < 5):  # a busy machine may slow down any one
+    shares = []
+    while not shares or (min(shares) > IMPORT_SHARE and len(shares) < 5):  # a busy machine may slow down any one
         ran = run_with(site, KERNELS_ALONE)
         assert ran.returncode == 0, ran.stderr
         cost, others = ran.stdout.splitlines()
         assert others == "", f"retemper.kernels imports {others}"
-        seconds.append(float(cost))
-    assert min(seconds) <= IMPORT_SECONDS, f"importing retemper.kernels after torch takes {min(seconds):.2f} s of CPU"
+        shares.append(float(cost))
+    assert min(shares) <= IMPORT_SHARE, f"importing retemper.kernels takes {min(shares):.0%} of what torch takes"
 
 
 @pytest.fixture(scope="module")

@@ -218,8 +218,9 @@ def kill_after_next_write(command: list[str], path: Path) -> None:
     def written() -> int:
         return path.stat().st_mtime_ns if path.exists() else 0
 
-    before, end = written(), time.monotonic() + 120
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    before, end = written(), time.monotonic() + 600
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as the tests' own process, whose rows are compared with
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one_thread)
     while written() == before and process.poll() is None:
         assert time.monotonic() < end
         time.sleep(0.01)

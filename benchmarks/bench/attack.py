@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from retemper.bench import peers
+from retemper.bench.case import Call, Case, Check, Contender, PlannedCase, Request, Work
+from retemper.bench.timing import failure
 from retemper.engine.attack import pgd
-from retemper.engine.bench import peers
-from retemper.engine.bench.case import Call, Case, Check, Contender, PlannedCase, Request, Work
-from retemper.engine.bench.timing import failure
 from retemper.engine.device import DTYPES
 from retemper.engine.losses import KlObjective, Objective, cross_entropy_objective
 from retemper.engine.models import channels_last, create_model
@@ -173,7 +173,7 @@ def examples_check(problem: AttackProblem) -> Check:
 
 
 def contender(
-    problem: AttackProblem, check: Check, name: str, make: Callable[[AttackProblem], Call], *packages: str
+    problem: AttackProblem, check: Check, name: str, make: Callable[[AttackProblem], Call], packages: tuple[str, ...]
 ) -> Contender:
     """The contender whose call, which returns the examples, is made by `make` and needs these packages."""
     exactness = "rounding" if name.startswith("retemper") else "peer"
@@ -187,6 +187,7 @@ def contender(
 
 
 def our_pgd(problem: AttackProblem, model: nn.Module) -> Tensor:
+    """The examples, (B, C, H, W), that our attack makes with `model`."""
     return pgd(
         model, problem.clean_BCHW, objective=problem.objective, steps=problem.steps, step=STEP, eps=EPS, start="none"
     )
@@ -220,12 +221,14 @@ def plain_loop(problem: AttackProblem) -> Call:
 
 
 def torchattacks(problem: AttackProblem) -> Call:
+    """The library's PGD; with the KL it is given probabilities as labels."""
     library, target = peers.library("torchattacks"), problem.target
     attack = library.PGD(problem.own_model(), eps=EPS, alpha=STEP, steps=problem.steps, random_start=False)
     return lambda: attack(problem.clean_BCHW, target)
 
 
 def foolbox(problem: AttackProblem) -> Call:
+    """The library's PGD; with the KL a class of it that overrides the loss."""
     library, eagerpy, target = peers.library("foolbox"), peers.library("eagerpy"), problem.target
 
     class Kl(library.attacks.LinfPGD):
@@ -239,10 +242,10 @@ def foolbox(problem: AttackProblem) -> Call:
     return lambda: attack(model, problem.clean_BCHW, criterion, epsilons=EPS)[1]
 
 
-CONTENDERS = (  # name, how it is made, packages that it needs
-    ("retemper", folded),
-    ("retemper, not folded", unfolded),
-    ("plain loop", plain_loop),
-    ("torchattacks.PGD", torchattacks, "torchattacks"),
-    ("foolbox.LinfPGD", foolbox, "foolbox", "eagerpy"),
+CONTENDERS: tuple[tuple[str, Callable[[AttackProblem], Call], tuple[str, ...]], ...] = (  # with packages they need
+    ("retemper", folded, ()),
+    ("retemper, not folded", unfolded, ()),
+    ("plain loop", plain_loop, ()),
+    ("torchattacks.PGD", torchattacks, ("torchattacks",)),
+    ("foolbox.LinfPGD", foolbox, ("foolbox", "eagerpy")),
 )

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from retemper.bench.case import PlannedCase, Request
+from retemper.bench.machine import Rates
+from retemper.bench.result import COLUMNS, Row, header
+from retemper.bench.timing import failure, measure
 from retemper.console import Progress
-from retemper.engine.bench.case import PlannedCase, Request
-from retemper.engine.bench.machine import Rates
-from retemper.engine.bench.result import COLUMNS, Row, header
-from retemper.engine.bench.timing import failure, measure
 from retemper.errors import UsageError
 
 
@@ -28,7 +28,7 @@ def bench(request: Request, after_case: Callable[[dict[str, Any], list[Row]], No
     Raises:
         UsageError: no case has such a name.
     """
-    module = import_module(f"retemper.engine.bench.{request.what}")
+    module = import_module(f"retemper.bench.{request.what}")
     planned = [
         one for one in module.cases(request) if not request.only or any(word in one.name for word in request.only)
     ]

@@ -1,4 +1,8 @@
-"""A case for each kernel: ours, the chain of eager operations that it stands for, and that chain compiled."""
+"""A case for each kernel: ours, the chain of eager operations that it stands for, and that chain compiled.
+
+A function `NAME_case` builds a case; the chain beside it, `eager_NAME`, is what a user would write in PyTorch. Images
+are (B, 3, 32, 32), of `augment` (B, 32, 32, 3) bytes; logits (B, K), labels and views (B,) int64, temperatures (K,).
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from retemper.engine.bench.case import Case, Check, Contender, Request, Work, equal_to, near_to
-from retemper.engine.bench.peers import library, missing
+from retemper.bench.case import Case, Check, Contender, Request, Work, equal_to, near_to
+from retemper.bench.peers import library, missing
 from retemper.engine.device import DTYPES
 from retemper.kernels import (
     augment,
@@ -101,6 +105,7 @@ class KernelSize:
 
 
 def bytes_of(tensor: Tensor) -> int:
+    """The bytes of its values."""
     return tensor.numel() * tensor.element_size()
 
 
@@ -110,6 +115,7 @@ def eager_pgd_step(adv: Tensor, grad: Tensor, clean: Tensor) -> Tensor:
 
 
 def pgd_case(size: KernelSize) -> Case:
+    """A step of PGD in the L-inf ball; ours works in place."""
     clean = size.images()
     adv, grad = (clean + 0.02 * torch.randn_like(clean)).clamp_(0, 1), torch.randn_like(clean)
     expected = pgd_step_reference(adv[:CHECKED].cpu(), grad[:CHECKED].cpu(), clean[:CHECKED].cpu(), STEP, EPS)
@@ -129,7 +135,7 @@ def eager_start(clean: Tensor) -> Tensor:
 
 
 def start_case(size: KernelSize) -> Case:
-    """The draws differ, so that the check is of what any of them must hold: range, ball, and mean size."""
+    """A uniform random start. The draws differ, so that the check is of what all have: range, ball, mean size."""
     clean = size.images().mul_(0.8).add_(0.1)
     adv, seed = torch.empty_like(clean), torch.zeros(1, dtype=torch.int64, device=size.device)
     most = EPS + 2**-8 * (size.precision != "fp32") + 1e-6
@@ -161,6 +167,7 @@ def eager_augment(image: Tensor, view: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def augment_case(size: KernelSize) -> Case:
+    """The random crop and flip of bytes, padded by 4, and their conversion to pixels in [0, 1]."""
     image = torch.randint(256, (size.batch, 32, 32, 3), dtype=torch.uint8, device=size.device)
     view = torch.randint(num_views(4), (size.batch,), device=size.device)
     expected = augment_reference(image[:CHECKED].cpu(), view[:CHECKED].cpu(), dtype=size.dtype)
@@ -180,7 +187,7 @@ def eager_epilogue(x: Tensor, shift: Tensor, scale: Tensor | None, residual: Ten
 
 
 def epilogue_case(size: KernelSize) -> Case:
-    """One of EPILOGUES. With its gradient, a call gives that of x."""
+    """What follows a convolution, one of EPILOGUES. With its gradient, a call gives that of x."""
 
     def fresh() -> Tensor:
         x = torch.randn(size.batch, 64, 32, 32, device=size.device, dtype=size.dtype)
@@ -260,7 +267,7 @@ def eager_kl_grad(student: Tensor, teacher: Tensor, label: Tensor, temperature: 
 
 
 def kl_grad_case(size: KernelSize) -> Case:
-    """Ours overwrites its logits, so that from the second call on it works on gradients: the same work."""
+    """The gradient of the KL. Ours overwrites its logits: from the second call on it works on gradients, as fast."""
     student, teacher, label, temperature = given = size.logits()
     own, check = student.clone(), size.near(kl_gradient_of_first(given))
     ours = Contender(
@@ -282,6 +289,7 @@ def eager_sums(student: Tensor, label: Tensor, classes: int) -> tuple[Tensor, Te
 
 
 def sums_case(size: KernelSize) -> Case:
+    """The sums by class: cross-entropies, hits, images."""
     student, _, label, _ = size.logits()
     loss_B = F.cross_entropy(student.double(), label, reduction="none")
     loss = torch.zeros(size.classes, dtype=torch.float64, device=size.device).index_add_(0, label, loss_B)

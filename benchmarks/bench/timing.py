@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from retemper.engine.bench.case import Call, Case, Contender
-from retemper.engine.bench.machine import Rates, added_memory, count_launches, wait
+from retemper.bench.case import Call, Case, Contender
+from retemper.bench.machine import Rates, added_memory, count_launches, wait
 from retemper.engine.device import in_precision
 
 ROUND_S = 0.005

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from retemper.engine.bench import attack, kernel_cases, kernels, loaders, peers, sweep
-from retemper.engine.bench.case import EXACTNESS, Case, Request
-from retemper.engine.bench.machine import Rates
-from retemper.engine.bench.result import COLUMNS
-from retemper.engine.bench.timing import measure
+from retemper.bench import attack, kernel_cases, kernels, loaders, peers, sweep
+from retemper.bench.case import EXACTNESS, Case, Request
+from retemper.bench.machine import Rates
+from retemper.bench.result import COLUMNS
+from retemper.bench.timing import measure
 from retemper.engine.cli import run
 from retemper.kernels import augment_reference
 
@@ -51,6 +51,19 @@ def test_a_verb_finishes_and_writes_its_result(what: str, tmp_path: Path, capsys
         assert row["ms"] is None or 0 < row["ms"]["p10"] <= row["ms"]["median"] <= row["ms"]["p90"]
         assert row["reason"] is None or not row["reason"].startswith(("disagrees", "fails"))
         assert row["table"] in printed and row["name"] in printed
+
+
+def test_the_profile_tells_the_phases_of_a_step_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "step", "--quick", "--batch", "2", "--device", "cpu", "--profile", str(tmp_path / "to")]
+    assert run(words) == 0
+    assert {path.name for path in (tmp_path / "to").iterdir()} == {
+        "profile_tiny_resnet.txt",
+        "profile_tiny_resnet.json.gz",
+    }
+    said, kept = capsys.readouterr().out, (tmp_path / "to/profile_tiny_resnet.txt").read_text()
+    assert said in kept and "3 steps, tiny_resnet, batch 2" in kept
+    for phase in ("folding", "teacher", "attack", "the same with SGD and class sums"):
+        assert f"phase: {phase}" in kept
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from retemper.engine.bench.case import Call, Work
+from retemper.bench.case import Call, Work
 from retemper.engine.device import DTYPES, in_precision
 
 PROFILED_CALLS = 3

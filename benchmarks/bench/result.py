@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from retemper.engine.bench.case import Request
+from retemper.bench.case import Request
 from retemper.engine.device import device_name
 from retemper.files import write_atomically
 from retemper.provenance import commit, driver, uncommitted_changes, versions

@@ -17,6 +17,7 @@ EPS, STEP, STEPS = 8 / 255, 2 / 255, 10
 
 
 def new_sgd(student: nn.Module) -> torch.optim.SGD:
+    """The script's optimizer."""
     return torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-4)
 
 
@@ -116,7 +117,9 @@ class CarefulStep:
     def __init__(
         self, student: nn.Module, teacher: nn.Module, temperatures: list[float], compile: bool = False
     ) -> None:
-        self.student = torch.compile(student, dynamic=False) if compile else student
+        self.student = student
+        if compile:
+            self.student: nn.Module = torch.compile(student, dynamic=False)  # pyright: ignore[reportAttributeAccessIssue]
         self.teacher, self.optimizer = teacher, new_sgd(student)
         device = next(student.parameters()).device
         self.temperature_K = torch.tensor(temperatures, device=device)

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from retemper.engine.bench import result, timing
-from retemper.engine.bench.case import Case, Contender, Work, equal_to, near_to
-from retemper.engine.bench.machine import Rates, count_launches
-from retemper.engine.bench.timing import measure
+from retemper.bench import result, timing
+from retemper.bench.case import Case, Contender, Work, equal_to, near_to
+from retemper.bench.machine import Rates, count_launches
+from retemper.bench.timing import measure
 from retemper.engine.device import in_precision
 
 CPU = torch.device("cpu")

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from retemper.engine.bench.authors_step import EPS, AuthorsStep
-from retemper.engine.bench.authors_step import attack as authors_attack
-from retemper.engine.bench.case import Request, Work
+from retemper.bench.authors_step import EPS, AuthorsStep
+from retemper.bench.authors_step import attack as authors_attack
+from retemper.bench.case import Request, Work
 from retemper.engine.catalogue import find_setting
 from retemper.engine.models import channels_last, create_model
 from retemper.engine.recipe import Recipe
@@ -34,7 +34,6 @@ BARE: dict[str, Any] = dict(
     channels_last=False,
     fold=False,
     epilogue="plain",
-    pad_stem=False,
     capture="off",
     teacher_ahead=0,
     teacher_table="off",

@@ -12,7 +12,7 @@ from itertools import product
 from types import ModuleType
 from typing import Any
 
-from retemper.engine.bench.case import Call, Case, PlannedCase, Request
+from retemper.bench.case import Call, Case, PlannedCase, Request
 
 VALUES = {  # of each constant, wherever a module has it
     "BLOCK": (256, 512, 1024, 2048, 4096),

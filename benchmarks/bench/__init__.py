@@ -4,8 +4,8 @@ case.py says what a case is, timing.py how it is measured, result.py what comes 
 and step.py hold the cases.
 """
 
-from retemper.engine.bench.benchmark import bench
-from retemper.engine.bench.case import Request
-from retemper.engine.bench.result import as_table, as_text, save
+from retemper.bench.benchmark import bench
+from retemper.bench.case import Request
+from retemper.bench.result import as_table, as_text, save
 
 __all__ = ["Request", "as_table", "as_text", "bench", "save"]

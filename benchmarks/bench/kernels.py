@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
-from retemper.engine.bench import kernel_cases
-from retemper.engine.bench.case import Case, PlannedCase, Request
-from retemper.engine.bench.kernel_cases import EPILOGUES, KernelSize
-from retemper.engine.bench.sweep import sweep
+from retemper.bench import kernel_cases
+from retemper.bench.case import Case, PlannedCase, Request
+from retemper.bench.kernel_cases import EPILOGUES, KernelSize
+from retemper.bench.sweep import sweep
 from retemper.engine.device import DTYPES
 
 LARGE_BYTES = {"cuda": 2**28, "cpu": 2**22}  # of one tensor; on a GPU far beyond its cache

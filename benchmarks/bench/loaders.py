@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from retemper.engine.bench import peers
-from retemper.engine.bench.case import Case, Check, Contender, PlannedCase, Request, Work
+from retemper.bench import peers
+from retemper.bench.case import Case, Check, Contender, PlannedCase, Request, Work
 from retemper.kernels import augment, augment_reference, num_views
 from retemper.loaders import Split, ViewSpace, convert, ffcv_problem, make_loader, split_of_arrays
 from retemper.loaders.ffcv_library import ffcv_module
@@ -121,6 +121,7 @@ def wrong_views(batches: list[Batch], pixels: np.ndarray) -> str | None:
 
 
 def our_epoch(kind: Any, split: Split, batch: int, device: torch.device, beton: Path) -> Epoch:
+    """The same epoch again and again, of our loader of that kind; `beton` is read by "ffcv" alone."""
     path = beton if kind == "ffcv" else None
     views = ViewSpace(PADDING)
     loader = make_loader(kind, split, batch_size=batch, seed=0, views=views, device=device, beton=path)
@@ -133,7 +134,7 @@ def our_epoch(kind: Any, split: Split, batch: int, device: torch.device, beton: 
 
 
 def ffcv_epoch(beton: Path, batch: int, device: torch.device) -> Epoch:
-    """The pipeline of FFCV's own CIFAR example, up to the pixels; labels are left out, positions kept."""
+    """Epochs of the pipeline of FFCV's own CIFAR example, up to the pixels; without labels, with positions."""
     loaders, transforms, decoders = (ffcv_module(name) for name in ("loader.loader", "transforms", "fields.decoders"))
     image = [
         decoders.NDArrayDecoder(),
@@ -158,7 +159,7 @@ def ffcv_epoch(beton: Path, batch: int, device: torch.device) -> Epoch:
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """As torchvision's CIFAR10: an array, a Pillow image each, transforms; the position in place of the label."""
+    """Images as torchvision's CIFAR10 gives them: an array, Pillow, transforms; a position in place of the label."""
 
     def __init__(self, pixels: np.ndarray, transform: Callable[[Any], Tensor]) -> None:
         self.pixels, self.transform = pixels, transform
@@ -173,7 +174,7 @@ class Images(Dataset[tuple[Tensor, int]]):
 
 
 def torchvision_epoch(pixels: np.ndarray, batch: int, device: torch.device, workers: int) -> Epoch:
-    """What most training scripts do."""
+    """Epochs of torchvision's transforms in a DataLoader, which is what most training scripts have."""
     transforms = peers.torchvision_transforms()
     steps = [transforms.RandomCrop(SIDE, padding=PADDING), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
     loader = DataLoader(

@@ -22,7 +22,9 @@ from retemper.engine.evaluation.ledger import Ledger
 from retemper.errors import DataError
 from retemper.loaders import Split, holdout_split, load_split
 
-made = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("made_runs.py"))))  # the tests are no package
+made = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).parents[1] / "engine/made_runs.py"))
+)  # the tests are no package
 RSLAD, ABSLD = made.RSLAD, made.ABSLD
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results"
@@ -67,11 +69,13 @@ def test_every_row_of_the_study_is_a_recipe(study: ModuleType) -> None:
 
 
 def test_the_kept_epoch_is_the_best_of_those_that_may_be_kept(study: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"recipe": {"select_from": 2}}))
+    run = made.make_run(tmp_path / "run", RSLAD)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"recipe": config["recipe"] | {"select_from": 2}}))
     scores = [(1, 0.9, 0.9), (2, 0.5, 0.25), (3, 0.5, 0.375), (4, 0.75, 0.0)]
     lines = [{"epoch": epoch, "holdout": {"average": average, "worst": worst}} for epoch, average, worst in scores]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"epoch": 5}]))
-    assert study.chosen(tmp_path) == {"average": 0.5, "worst": 0.375}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"epoch": 5}]))
+    assert study.chosen(run) == {"average": 0.5, "worst": 0.375}
 
 
 def test_the_study_attacks_what_was_kept_on_images_that_no_student_saw(

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from retemper.engine.bench.authors_step import CarefulStep
-from retemper.engine.bench.case import Call, Case, Contender, PlannedCase, Request, Work
-from retemper.engine.bench.step_problem import AGREEMENT, TEACHERS, StepProblem
+from retemper.bench.authors_step import CarefulStep
+from retemper.bench.case import Call, Case, Contender, PlannedCase, Request, Work
+from retemper.bench.step_problem import AGREEMENT, TEACHERS, StepProblem
 from retemper.engine.device import in_precision, tuned_convolutions
 from retemper.engine.recipe import Recipe
 from retemper.engine.speed.capture import captured
@@ -76,7 +76,6 @@ OTHERWISE = (  # all additions but for one thing, asking the teacher in each ste
     Variant("all but fused epilogues", dict(epilogue="plain"), "rounding", "not used on a CPU"),
     Variant("all but the graph", dict(capture="off"), "bitwise", "not used on a CPU"),
     Variant("twin compiled instead of fused", dict(epilogue="compiled"), "rounding"),
-    Variant("and a padded stem", dict(pad_stem=True), "rounding"),
 )
 
 
