@@ -265,7 +265,7 @@ def test_what_is_measured_is_averaged_by_class_until_the_epoch_ends(device: torc
             train_step(state, recipe, *batch(device))
     label = batch(device)[1].repeat(2)
     expected = torch.stack([torch.cat(rows)[label == k].mean(0) for k in range(10)])
-    measured = state.stats().measured
+    measured = state.measured
     torch.testing.assert_close(measured["probability"].mean_KD, expected)
     torch.testing.assert_close(measured["right"].mean_K, torch.arange(10.0, device=device))
     state.start_epoch(recipe, 2, 0)

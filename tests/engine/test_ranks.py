@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from retemper.engine import State, create_model, train_step
+from retemper.engine import EpochStats, State, create_model, train_step
 from retemper.engine.catalogue import find_setting
 from retemper.engine.cli import run
 from retemper.engine.device import is_out_of_memory
@@ -161,8 +161,8 @@ def trained(ranks: Ranks) -> dict[str, Any]:
             state.all_reduce()
             losses.append(state.loss_sum / sum(SIZES))
             if not recipe.method.validates_by:
-                moved = recipe.method.next_class_state(state.class_state, state.stats(), epoch, recipe)
-                state.move_classes(moved)
+                stats = EpochStats(forwards=state.sums, measured=state.measured)
+                state.move_classes(recipe.method.next_class_state(state.class_state, stats, epoch, recipe))
         found[method] = {
             "losses": torch.stack(losses).double(),
             "weights": dict(student.named_parameters()),
