@@ -133,7 +133,7 @@ class Method(Options):
     ) -> dict[str, Tensor]:
         """Return the class state after `epoch`, from what the epoch has shown.
 
-        A method with `validates_by` is asked after epoch 0 as well, with `stats.held` and sums of nothing.
+        A method with `validates_by` is asked after epoch 0 as well, with `stats.held` alone.
         """
         return dict(state)
 

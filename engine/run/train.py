@@ -100,7 +100,7 @@ def _move_classes(job: Job, state: State, data: TrainingData, epoch: int) -> Non
     if epoch == 0 and not method.validates_by:
         return
     held = _validated(job, state, data) if method.validates_by else None
-    stats = EpochStats(forwards=state.sums, measured=state.measured, held=held)
+    stats = EpochStats(forwards=state.sums, measured=state.measured, held=held) if epoch else EpochStats(held=held)
     state.move_classes(method.next_class_state(state.class_state, stats, epoch, job.recipe))
 
 
