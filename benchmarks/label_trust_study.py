@@ -9,6 +9,9 @@ too. PGD-20 on all of them chooses the epoch that is kept; AutoAttack's first tw
 (upper bounds of the whole suite) order the table. Fashion-MNIST takes minutes a run, and gets the rows that decide.
 Trains and attacks what is not done yet under --out; writes to --results/DATA the table study.md, all figures as
 study.json, and of every run its config.json, metrics.jsonl and ledger as records.json.xz.
+
+The committed table of the digits has three rows more, of options that label trust has no longer; --from-records keeps
+them, a study trained anew leaves them out.
 """
 
 import json

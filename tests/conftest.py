@@ -28,7 +28,6 @@ with pytest.MonkeyPatch.context() as during_import:
 runtime.TRITON_ON_CPU = False
 torch.set_num_threads(1)  # the tests' tensors are too small to share, and a busy machine makes sharing slow
 
-
 GROWTH = 200 << 20  # bytes, after which a test's memory is given back at once
 RESIDENT = pytest.StashKey[int]()  # bytes, when memory was last given back
 PEAKS = pytest.StashKey[dict[str, str]]()  # what each process took
@@ -59,9 +58,9 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """Run a test that is marked `own_process` in a fork of this process, which takes the test's memory with it."""
-    if (
-        pyfuncitem.get_closest_marker("own_process") is None or torch.cuda.is_available()
-    ):  # CUDA does not survive a fork
+    if pyfuncitem.get_closest_marker("own_process") is None:
+        return None
+    if torch.cuda.is_available():  # CUDA does not survive a fork
         return None
     given = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
     with tempfile.TemporaryFile("w+") as failure:

@@ -26,8 +26,8 @@ MODULES = {  # the first word of a case's name -> the module with its constants
     "random_start_": "random_start",
     "augment": "augment",
     "epilogue": "epilogue",
-    "class_temperature_kl": "class_temperature_kl",
-    "class_temperature_kl_grad_": "class_temperature_kl",
+    "class_temperature_kl": "logit_rows",
+    "class_temperature_kl_grad_": "logit_rows",
     "class_sums": "class_sums",
 }
 Setting = dict[str, int]

@@ -42,7 +42,7 @@ def test_with_ffcv_auto_converts_and_says_so(split: Split, tmp_path: Path) -> No
     assert isinstance(loader, FfcvLoader)
     (path,) = tmp_path.glob("*.beton")
     assert loader.description == f"loader: ffcv from {path} (it is installed and the set is converted)"
-    assert make("ffcv", split, cache_dir=tmp_path).description == f"loader: ffcv from {path} (as asked)"
+    assert make("ffcv", split, cache_dir=str(tmp_path)).description == f"loader: ffcv from {path} (as asked)"
 
 
 @pytest.mark.usefixtures("ffcv")
@@ -63,7 +63,7 @@ def test_a_file_that_was_named_is_taken_or_refused(split: Split, tmp_path: Path)
     path = tmp_path / "mine.beton"
     convert(split, path, progress=False)
     moved = split_of_arrays("toy", "train", split.images, split.labels, split.classes, "moved elsewhere")
-    assert isinstance(make("auto", moved, beton=path), FfcvLoader)
+    assert isinstance(make("auto", moved, beton=str(path)), FfcvLoader)
     os.truncate(path, 100)
     for kind in ("auto", "ffcv"):
         with pytest.raises(DataError, match="truncated"):

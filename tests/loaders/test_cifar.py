@@ -15,7 +15,7 @@ def test_reads_what_was_written(tmp_path: Path, datafiles: ModuleType, dataset: 
     truth = getattr(datafiles, f"make_{dataset}")(tmp_path, version=version)
     (folder,) = tmp_path.iterdir()
     for half, (images, labels) in truth.items():
-        for root in (tmp_path, folder):
+        for root in (tmp_path, str(folder)):
             split = load_split(dataset, half, root)
             np.testing.assert_array_equal(split.images, images)
             np.testing.assert_array_equal(split.labels, labels)
