@@ -45,9 +45,7 @@ INPUTS = 8  # batches that take turns
 def contender(name: str, recipe: Recipe, device: torch.device) -> Contender:
     """Steps of `recipe` on the same random batches."""
     torch.manual_seed(0)
-    state = State.begin(
-        recipe, create_model(recipe.networks.student, 10), create_model("tiny_resnet_wide", 10), 10, device
-    )
+    state = State(recipe, create_model(recipe.networks.student, 10), create_model("tiny_resnet_wide", 10), 10, device)
     shape = recipe.optim.batch_size, 1, 8, 8
     batches = cycle(
         [

@@ -40,15 +40,11 @@ def find_setting(name: str) -> tuple[str, str, Setting]:
     """
     method, _, setting = name.partition(":")
     settings: dict[str, Setting] = method_module(method).SETTINGS
-    if not setting:
-        raise UsageError(
-            f"{method} needs a setting, as in {method}:{next(iter(settings))}; it has {', '.join(settings)}"
-        )
-    if setting not in settings:
-        raise UsageError(
-            f"{method} has no setting {setting!r}{nearest(setting, settings)}; it has {', '.join(settings)}"
-        )
-    return method, setting, settings[setting]
+    if setting in settings:
+        return method, setting, settings[setting]
+    what = f"has no setting {setting!r}{nearest(setting, settings)}"
+    what = what if setting else f"needs a setting, as in {method}:{next(iter(settings))}"
+    raise UsageError(f"{method} {what}; it has {', '.join(settings)}")
 
 
 def override(recipe: Recipe, texts: dict[str, str]) -> Recipe:

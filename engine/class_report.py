@@ -66,14 +66,13 @@ def intervals(correct_K: Any, count_K: Any, level: float = 0.95, draws: int = 10
     """Return how far chance in the choice of test images may have moved each number; chance in training is not in it.
 
     "class" holds K Wilson score intervals (low, high). The summaries get bootstrap intervals: every draw resamples the
-    images of each class. For verdicts of yes and no that is a draw from Binomial(count, accuracy), so that counts say
-    as much as the verdicts would. An accuracy of 0 or 1 is first moved inwards by half an image, or it could not vary.
+    images of each class, which is a draw from Binomial(count, accuracy). An accuracy of 0 or 1 is first moved inwards
+    by half an image, or it could not vary.
 
-    A minimum and a spread are biased, the more so the fewer the images: noise lowers the one and widens the other, and
-    resampling does it a second time. Percentiles alone would then miss the truth (NSD of ten equal classes with 60
-    images each: always). So `worst` and `worst_tenth` join the percentiles to their mirror image about the estimate.
-    `nsd` mirrors on its square, where noise adds. Among many equally weak classes `worst` stays too sure of itself:
-    read `worst_tenth` there.
+    Noise lowers a minimum and widens a spread, and resampling does it a second time, so that percentiles alone would
+    miss the truth. So `worst` and `worst_tenth` join the percentiles to their mirror image about the estimate, and
+    `nsd` mirrors on its square, where noise adds. Among many equally weak classes `worst` stays too narrow: read
+    `worst_tenth` there.
 
     Args:
         correct_K, count_K: as in `class_report`.
@@ -177,12 +176,11 @@ def _checked(correct_K: Any, count_K: Any) -> tuple[np.ndarray, np.ndarray]:
     shapes = [array.shape for array in arrays]
     if shapes[0] != shapes[1] or len(shapes[0]) != 1 or shapes[0] == (0,):
         raise ValueError(f"correct and count must both be (K,), K >= 1, got {shapes[0]} and {shapes[1]}")
-    for name, array in zip(("correct", "count"), arrays, strict=True):
+    correct, count = arrays
+    for name, array in (("correct", correct), ("count", count)):
         if not (np.isfinite(array) & (array >= 0) & (array == np.floor(array))).all():
             raise ValueError(f"{name} must hold whole numbers >= 0, got {array.tolist()}")
-    correct, count = arrays
-    if (correct > count).any():
-        k = int(np.argmax(correct > count))
+    for k in np.flatnonzero(correct > count):
         raise ValueError(f"class {k} has {correct[k]:.0f} correct of only {count[k]:.0f}")
     return correct, count
 

@@ -5,8 +5,9 @@ Every switch of torch that is global is a context manager here, which puts it ba
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,32 +53,20 @@ def device_name(device: torch.device) -> str:
     return "cpu"
 
 
-@contextmanager
-def cpu_threads(number: int | None) -> Iterator[None]:
+def cpu_threads(number: int | None) -> AbstractContextManager[None]:
     """Compute with `number` CPU threads inside; None keeps the number that torch has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return _switched(number or torch.get_num_threads(), (torch.get_num_threads, torch.set_num_threads))
 
 
 def tuned_convolutions() -> AbstractContextManager[None]:
     """Let cuDNN time its convolutions on every new shape inside, and use the fastest."""
-    return _switched(True, (torch.backends.cudnn, "benchmark"))
+    return _switched(True, _attribute(torch.backends.cudnn, "benchmark"))
 
 
-@contextmanager
-def repeatable() -> Iterator[None]:
+def repeatable() -> AbstractContextManager[None]:
     """Get the same bits from the same work inside, on a GPU too: slower wherever two threads could race."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS may sum in another order
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
+    return _switched(True, (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms))
 
 
 def exact_fp32() -> AbstractContextManager[None]:
@@ -90,21 +79,26 @@ def in_precision(precision: str) -> AbstractContextManager[None]:
 
     "bf16" and "fp16" are dtypes of tensors (`DTYPES`), so that no switch belongs to them.
     """
-    switches = (torch.backends.cuda.matmul, "allow_tf32"), (torch.backends.cudnn, "allow_tf32")
-    return _switched(precision == "tf32", *switches)
+    owners = torch.backends.cuda.matmul, torch.backends.cudnn
+    return _switched(precision == "tf32", *(_attribute(owner, "allow_tf32") for owner in owners))
+
+
+def _attribute(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    """Return how an attribute is read and how it is set."""
+    return partial(getattr, owner, name), partial(setattr, owner, name)
 
 
 @contextmanager
-def _switched(value: bool, *switches: tuple[Any, str]) -> Iterator[None]:
-    """Set switches, each named by its owner and attribute, inside."""
-    before = [getattr(owner, name) for owner, name in switches]
+def _switched(value: Any, *switches: tuple[Callable[[], Any], Callable[[Any], None]]) -> Iterator[None]:
+    """Set switches inside; each is given by what reads it and what sets it."""
+    before = [read() for read, _ in switches]
     try:
-        for owner, name in switches:
-            setattr(owner, name, value)
+        for _, put in switches:
+            put(value)
         yield
     finally:
-        for (owner, name), was in zip(switches, before, strict=True):
-            setattr(owner, name, was)
+        for (_, put), was in zip(switches, before, strict=True):
+            put(was)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

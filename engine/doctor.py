@@ -10,9 +10,7 @@ from retemper.loaders import DATASETS, DataError, ffcv_problem, load_split
 from retemper.loaders.ffcv_library import INSTALL
 
 EXTRAS = {"matplotlib": "plots", "pyautoattack": "eval", "tensorboard": "tensorboard", "torchattacks": "bench"}
-Line = tuple[
-    str, str, str
-]  # a thing; "ok", "missing" or "broken"; its version, what works, or the command that mends it
+Line = tuple[str, str, str]  # a thing; "ok", "missing" or "broken"; its version, or the command that mends it
 
 
 def examine() -> str:

@@ -30,11 +30,6 @@ class ClassSums:
         self.correct_K.add_(correct_K)
         self.count_K.add_(count_K)
 
-    def clear(self) -> None:
-        """Set every sum to zero."""
-        for sum_K in (self.loss_K, self.correct_K, self.count_K):
-            sum_K.zero_()
-
     @property
     def mean_loss_K(self) -> Tensor:
         """The mean loss of each class's images, (K,); 0 where there were none."""
@@ -65,11 +60,6 @@ class ClassMeans:
         own_KB = (torch.arange(len(self.count_K), device=label_B.device)[:, None] == label_B).float()
         self.total_KD.add_(own_KB @ value_BD)  # not index_add_: on a GPU that adds in no fixed order
         self.count_K.add_(own_KB.sum(1))
-
-    def clear(self) -> None:
-        """Set every sum to zero."""
-        self.total_KD.zero_()
-        self.count_K.zero_()
 
     @property
     def mean_KD(self) -> Tensor:

@@ -53,7 +53,7 @@ class Average:
         share = torch.where(self.active > 0, share, 1.0)
         now = [*student.state_dict().values()]
         real = [value for value in now if value.is_floating_point()]
-        torch._foreach_lerp_(self.real, real, [share] * len(real))
+        torch._foreach_lerp_(self.real, real, [share] * len(real))  # pyright: ignore[reportPrivateImportUsage]
         for count, value in zip(self.whole, (v for v in now if not v.is_floating_point()), strict=True):
             count.copy_(value)
         self.count += self.active

@@ -34,16 +34,11 @@ def option(
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of one option.
+    """What is known of one option: what `option` was given, and the name and the annotated type of its field.
 
     Attributes:
         name: its flat name.
-        attribute: the field's name.
-        kind: the annotated type.
-        default: the field's default; `dataclasses.MISSING` where there is none.
-        help: one line.
-        choices: the values that it may have; None where any value of the type will do.
-        positive: whether a number must be above 0.
+        choices: None where any value of the type will do.
     """
 
     name: str
@@ -84,18 +79,13 @@ def options_of(group: type[Options]) -> Mapping[str, Option]:
     """Return the options of a group by flat name, in the order of the class."""
     kinds, found = get_type_hints(group), {}
     for one in fields(group):
-        kind, given = kinds[one.name], one.metadata.get("choices")
-        choices = getattr(group, given) if isinstance(given, str) else given
-        if choices is None and get_origin(kind) is Literal:
+        kind, given = kinds[one.name], dict(one.metadata)
+        choices = given.pop("choices")
+        if isinstance(choices, str):
+            choices = getattr(group, choices)
+        elif choices is None and get_origin(kind) is Literal:
             choices = get_args(kind)
-        name = one.metadata.get("name") or one.name
-        found[name] = Option(
-            name=name,
-            attribute=one.name,
-            kind=kind,
-            default=one.default,
-            help=one.metadata.get("help", ""),
-            choices=None if choices is None else tuple(choices),
-            positive=one.metadata.get("positive", False),
-        )
+        choices = None if choices is None else tuple(choices)
+        name = given.pop("name") or one.name
+        found[name] = Option(name, one.name, kind, one.default, choices=choices, **given)
     return found

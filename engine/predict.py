@@ -42,10 +42,10 @@ class Attack:
         start: "uniform" for a random start in the ball, "none" for the clean image.
     """
 
-    loss: str
+    loss: str = "cross-entropy"
     steps: int
-    step: float
-    start: str
+    step: float = 1 / 4
+    start: str = "uniform"
 
     def described(self, eps: float) -> dict[str, Any]:
         """Return the attack as evaluation.json names it, the step in pixel units."""
@@ -65,10 +65,10 @@ class Attack:
 
 
 ATTACKS = {
-    "clean": Attack(loss="cross-entropy", steps=0, step=0, start="none"),
-    "fgsm": Attack(loss="cross-entropy", steps=1, step=1, start="none"),
-    "pgd20": Attack(loss="cross-entropy", steps=20, step=1 / 4, start="uniform"),
-    "cw": Attack(loss="margin", steps=30, step=1 / 4, start="uniform"),
+    "clean": Attack(steps=0, step=0, start="none"),
+    "fgsm": Attack(steps=1, step=1, start="none"),
+    "pgd20": Attack(steps=20),
+    "cw": Attack(steps=30, loss="margin"),
 }
 
 

@@ -5,7 +5,7 @@ its name. Dimension key: B batch, C channels, H, W, K classes.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -201,7 +201,7 @@ class Recipe:
             ValueError: an option has a value that it may not have.
             TypeError: there is no such option, or one without a default is missing.
         """
-        groups: dict[str, type[Options]] = {"method": method, **GROUPS}
+        groups = {"method": method, **GROUPS}
         given: dict[str, dict[str, Any]] = {group: {} for group in groups}
         places = _places(method)
         for name, value in options.items():
@@ -214,7 +214,7 @@ class Recipe:
 
     def options(self) -> dict[str, tuple[str, Option]]:
         """Return each option's group and what is known of it, by flat name."""
-        return dict(_places(type(self.method)))
+        return _places(type(self.method))
 
     def replace(self, **options: Any) -> "Recipe":
         """Return this recipe with options, by their flat names, that have other values. Raises as `of` does."""
@@ -230,15 +230,13 @@ class Recipe:
 
     def grouped(self) -> dict[str, dict[str, Any]]:
         """Return the values as config.json shows them: by group, and within it by flat name."""
-        values = self.flat()
-        shown: dict[str, dict[str, Any]] = {field.name: {} for field in fields(self)}
-        for name, (group, _) in self.options().items():
-            shown[group][name] = values[name]
-        return shown
+        values, options = self.flat(), self.options()
+        groups = {group: [name for name, place in options.items() if place[0] == group] for group in vars(self)}
+        return {group: {name: values[name] for name in names} for group, names in groups.items()}
 
 
 def _places(method: type[Method]) -> dict[str, tuple[str, Option]]:
-    groups: dict[str, type[Options]] = {"method": method, **GROUPS}
+    groups = {"method": method, **GROUPS}
     return {name: (group, one) for group, kind in groups.items() for name, one in options_of(kind).items()}
 
 

@@ -5,14 +5,13 @@ Dimension key: B batch, C channels, H, W, K classes, D values.
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from retemper.engine.distributed.gradient_bucket import GradientBucket
-from retemper.engine.distributed.ranks import ALONE, WHOLE, Part, Ranks
-from retemper.engine.epoch_stats import ClassMeans, ClassSums, EpochStats, HeldOut
+from retemper.engine.distributed.ranks import ALONE, Part, Ranks
+from retemper.engine.epoch_stats import ClassMeans, ClassSums
 from retemper.engine.models import channels_last
 from retemper.engine.optim import Average, Guard, sgd
 from retemper.engine.recipe import Method, Recipe, Targets
@@ -20,7 +19,6 @@ from retemper.engine.speed.fold import Folded
 from retemper.kernels import augment, class_sums
 
 
-@dataclass
 class State:
     """The state of a run. No tensor in it changes its address, so that a step can be captured in a CUDA graph.
 
@@ -36,29 +34,8 @@ class State:
         bucket: the gradients, where several processes add them up; None in one on its own.
     """
 
-    student: nn.Module
-    teacher: nn.Module | None
-    clean_teacher: nn.Module | None
-    twin: Folded | None
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    guard: Guard
-    device: torch.device
-    precision: torch.dtype
-    num_classes: int
-    class_state: dict[str, Tensor]
-    noise_seed: Tensor
-    sums: dict[str, ClassSums]
-    loss_sum: Tensor
-    average: Average | None = None
-    awp_gamma: Tensor | None = None
-    part: Part = WHOLE
-    bucket: GradientBucket | None = None
-    measured: dict[str, ClassMeans] = field(default_factory=dict)
-
-    @classmethod
-    def begin(
-        cls,
+    def __init__(
+        self,
         recipe: Recipe,
         student: nn.Module,
         teacher: nn.Module | None,
@@ -66,45 +43,36 @@ class State:
         device: torch.device,
         clean_teacher: nn.Module | None = None,
         ranks: Ranks = ALONE,
-    ) -> "State":
-        """Return everything as it is before the first step; the student moves to `device`.
+    ) -> None:
+        """Make everything as it is before the first step; the student moves to `device`.
 
         Raises:
             ValueError: `fold` is set and torch.fx cannot trace the student; synced batch norm without a GPU.
         """
-        optim, execution = recipe.optim, recipe.execution
-        student = _placed(student, recipe, device, ranks)
-        precision, epilogue = execution.dtype_on(device), execution.epilogue_on(device)
-        twin = None
+        optim, execution, method = recipe.optim, recipe.execution, recipe.method
+        self.device, self.num_classes = device, num_classes
+        self.precision, epilogue = execution.dtype_on(device), execution.epilogue_on(device)
+        self.student = student = _placed(student, recipe, device, ranks)
+        self.teacher, self.clean_teacher, self.twin = teacher, clean_teacher, None
         if execution.fold:
-            teacher, clean_teacher = (one and _folded(one, precision, epilogue) for one in (teacher, clean_teacher))
+            self.teacher = teacher and _folded(teacher, self.precision, epilogue)
+            self.clean_teacher = clean_teacher and _folded(clean_teacher, self.precision, epilogue)
             if recipe.attack.bn_mode == "eval" and recipe.attack.steps:
-                twin = Folded(student, precision, epilogue)
-        guard, optimizer = Guard(device), sgd(optim, student, device, fused=execution.fused_sgd)
-        scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
-        if execution.fused_sgd and not scaler.is_enabled():
-            optimizer.found_inf = guard.found_inf  # pyright: ignore[reportAttributeAccessIssue]  # as a scaler sets it
-        class_state = recipe.method.class_state(num_classes, recipe)
-        return cls(
-            student=student,
-            teacher=teacher,
-            clean_teacher=clean_teacher,
-            twin=twin,
-            optimizer=optimizer,
-            scaler=scaler,
-            guard=guard,
-            device=device,
-            precision=precision,
-            num_classes=num_classes,
-            class_state={name: value.to(device) for name, value in class_state.items()},
-            noise_seed=torch.zeros(1, dtype=torch.int64, device=device),
-            sums={name: ClassSums.zeros(num_classes, device) for name in recipe.method.forwards},
-            loss_sum=torch.zeros((), device=device),
-            average=None if optim.average == "none" else Average(student, optim.average, optim.ema_decay),
-            awp_gamma=torch.zeros((), device=device) if optim.awp_gamma else None,
-            part=Part.begin(ranks, device),
-            bucket=GradientBucket(student, ranks) if ranks.joined else None,
-        )
+                self.twin = Folded(student, self.precision, epilogue)
+        self.guard, self.optimizer = Guard(device), sgd(optim, student, device, fused=execution.fused_sgd)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
+        if execution.fused_sgd and not self.scaler.is_enabled():  # as a scaler sets it
+            self.optimizer.found_inf = self.guard.found_inf  # pyright: ignore[reportAttributeAccessIssue]
+        class_state = method.class_state(num_classes, recipe)
+        self.class_state = {name: value.to(device) for name, value in class_state.items()}
+        self.noise_seed = torch.zeros(1, dtype=torch.int64, device=device)
+        self.sums = {name: ClassSums.zeros(num_classes, device) for name in method.forwards}
+        self.measured: dict[str, ClassMeans] = {}
+        self.loss_sum = torch.zeros((), device=device)
+        self.average = None if optim.average == "none" else Average(student, optim.average, optim.ema_decay)
+        self.awp_gamma = torch.zeros((), device=device) if optim.awp_gamma else None
+        self.part = Part.begin(ranks, device)
+        self.bucket = GradientBucket(student, ranks) if ranks.joined else None
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return mixed precision for one phase; a context for two would carry casts made without gradient along."""
@@ -118,13 +86,12 @@ class State:
     def start_epoch(self, recipe: Recipe, epoch: int, noise_seed: int) -> None:
         """Empty the sums, and set what depends on the epoch, and the seed of the first random start."""
         optim, lr = recipe.optim, recipe.optim.lr_at(epoch)
-        for sums in (*self.sums.values(), *self.measured.values()):
-            sums.clear()
+        for total in self.epoch_sums():
+            total.zero_()
         if self.awp_gamma is not None:
             self.awp_gamma.fill_(optim.awp_gamma if epoch >= optim.awp_from else 0.0)
         if self.average is not None:
             self.average.active.fill_(epoch >= optim.average_from)
-        self.loss_sum.zero_()
         self.noise_seed.fill_(noise_seed)
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
@@ -146,32 +113,32 @@ class State:
 
         A process without rows counts nothing, and moves the class state along with the others.
         """
-        counts = not targets.part.idle
+        counts, label_B = not targets.part.idle, targets.label_B
         logits = {name: logits_BK.detach() for name, logits_BK in logits.items()}
-        for name, logits_BK in logits.items():
-            if counts:
-                self.sums[name].add(*class_sums(logits_BK, targets.label_B, self.num_classes))
         if counts:
-            self.loss_sum += loss * targets.label_B.numel()
+            self.loss_sum += loss * label_B.numel()
+            for name, logits_BK in logits.items():
+                self.sums[name].add(*class_sums(logits_BK, label_B, self.num_classes))
         for name, value_BD in method.measured(logits, targets).items():
             if name not in self.measured:  # in the first step, which is not captured
                 values = value_BD.numel() // max(1, len(value_BD))
                 self.measured[name] = ClassMeans.zeros(self.num_classes, values, self.device)
             if counts:
-                self.measured[name].add(value_BD, targets.label_B)
+                self.measured[name].add(value_BD, label_B)
         method.after_step(self.class_state, logits, targets)
 
-    def stats(self, held: HeldOut | None = None) -> EpochStats:
-        """Return what the epoch has shown so far."""
-        return EpochStats(forwards=self.sums, measured=self.measured, held=held)
+    def epoch_sums(self) -> list[Tensor]:
+        """Return every tensor that the steps of an epoch add to."""
+        sums = (*self.sums.values(), *self.measured.values())
+        return [self.loss_sum, *(total for one in sums for total in vars(one).values())]
 
     def all_reduce(self) -> None:
         """Sum over the processes what their steps of the epoch have summed, and average their batch-norm statistics.
 
         Each process's statistics are of its own images; afterwards all hold the same networks.
         """
-        ranks, sums = self.part.ranks, (*self.sums.values(), *self.measured.values())
-        ranks.all_reduce_each_([self.loss_sum, *(value for one in sums for value in vars(one).values())])
+        ranks = self.part.ranks
+        ranks.all_reduce_each_(self.epoch_sums())
         networks = [self.student] if self.average is None else [self.student, self.kept]
         buffers = [value for network in networks for value in network.buffers()]
         ranks.all_reduce_each_([value for value in buffers if value.is_floating_point()], mean=True)

@@ -28,8 +28,9 @@ def train_step(
         The loss of the whole batch before the step, a scalar on the device.
     """
     state.part.idle = not len(label_B)
-    if state.part.idle:
-        clean_BCHW, label_B, teacher_BK = stand_in(clean_BCHW, label_B, teacher_BK)
+    if state.part.idle:  # one black image of class 0, so that this process takes part in every collective call
+        clean_BCHW, label_B = clean_BCHW.new_zeros(1, *clean_BCHW.shape[1:]), label_B.new_zeros(1)
+        teacher_BK = None if teacher_BK is None else teacher_BK.new_zeros(1, teacher_BK.shape[1])
         recipe = recipe.replace(attack_bn="eval")  # an image that counts for nothing must move no statistics
     attacked = state.attacked()
     targets = observe(state, recipe, attacked, clean_BCHW, label_B, teacher_BK)
@@ -47,23 +48,16 @@ def observe(
     state: State, recipe: Recipe, attacked: nn.Module, clean_BCHW: Tensor, label_B: Tensor, teacher_BK: Tensor | None
 ) -> Targets:
     """Return what the method asks for before the attack: the teachers' logits on clean images, the student's own."""
-    method, own_BK, clean_teacher_BK = recipe.method, None, None
+    method = recipe.method
+    targets = Targets(label_B=label_B, teacher_BK=teacher_BK, state=state.class_state, part=state.part)
     with torch.no_grad(), state.autocast():
         if state.teacher is not None and teacher_BK is None and "clean" in method.teacher_sees:
-            teacher_BK = state.teacher(clean_BCHW)
+            targets = replace(targets, teacher_BK=state.teacher(clean_BCHW))
         if state.clean_teacher is not None and "clean" in method.clean_teacher_sees:
-            clean_teacher_BK = state.clean_teacher(clean_BCHW)
+            targets = replace(targets, clean_teacher_BK=state.clean_teacher(clean_BCHW))
         if method.needs_own_prediction:
             with module_mode(attacked, recipe.attack.bn_mode):
-                own_BK = attacked(clean_BCHW)
-    targets = Targets(
-        label_B=label_B,
-        teacher_BK=teacher_BK,
-        own_BK=own_BK,
-        clean_teacher_BK=clean_teacher_BK,
-        state=state.class_state,
-        part=state.part,
-    )
+                targets = replace(targets, own_BK=attacked(clean_BCHW))
     return replace(targets, watched=method.watcher(clean_BCHW, targets))
 
 
@@ -102,16 +96,14 @@ def observe_attacked(state: State, recipe: Recipe, adv_BCHW: Tensor, targets: Ta
 
 def descend(state: State, recipe: Recipe, images: Mapping[str, Tensor], targets: Targets) -> Tensor:
     """Take one step of the optimizer on `images`, named as in `Method.forwards`; return the loss before it."""
-    part = state.part
+    part, before = state.part, {}
     state.student.train(not part.idle)
-    before = {}
     if state.awp_gamma is not None:
-        before = perturb_weights(
-            state.student,
-            state.awp_gamma,
-            lambda: state.scaler.scale(part.weigh(forward(state, recipe, images, targets)[1])),
-            part.ranks.all_reduced,
-        )
+
+        def scaled() -> Tensor:
+            return state.scaler.scale(part.weigh(forward(state, recipe, images, targets)[1]))
+
+        before = perturb_weights(state.student, state.awp_gamma, scaled, part.ranks.all_reduced)
     logits, loss = forward(state, recipe, images, targets)
     share = part.weigh(loss)
     share = share + state.guard.poison if state.scaler.is_enabled() else share
@@ -155,15 +147,6 @@ def update(state: State, loss: Tensor) -> None:
         for weight, value in zip(weights, before, strict=False):  # this optimizer looks at no flag: put it back
             weight.copy_(torch.where(state.guard.found_inf > 0, value, weight))
     state.bucket.clear() if state.bucket else state.optimizer.zero_grad(set_to_none=True)
-
-
-def stand_in(clean_BCHW: Tensor, label_B: Tensor, teacher_BK: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return one black image of class 0 for a process without rows, so that it takes part in every collective call."""
-    return (
-        clean_BCHW.new_zeros((1, *clean_BCHW.shape[1:])),
-        label_B.new_zeros(1),
-        None if teacher_BK is None else teacher_BK.new_zeros(1, teacher_BK.shape[1]),
-    )
 
 
 class Beside(nn.Module):

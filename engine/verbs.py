@@ -1,18 +1,11 @@
 """The verbs of the command line: what each does with the words that the user gave."""
 
-import re
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from retemper.engine.catalogue import find_setting, method_module, methods, override, parse_value, source_of
+from retemper.engine.catalogue import find_setting, method_module, methods, override, source_of
 from retemper.errors import UsageError
-
-if TYPE_CHECKING:
-    import torch
-
-    from retemper.engine.distributed.ranks import Ranks
-    from retemper.engine.evaluation.evaluate import EvaluationRequest
 
 
 def train(arguments: Namespace) -> None:
@@ -28,24 +21,17 @@ def train(arguments: Namespace) -> None:
     if arguments.show:
         print("\n".join(f"{field:20} {value!r}" for field, value in recipe.flat().items()))
         return
+    given = "seed data_root teacher clean_teacher start beton tensorboard save_every deterministic".split()
     with joined(arguments.device) as (ranks, device):
         job = Job(
             method=method,
             setting=name,
             recipe=recipe,
             out=arguments.out or default_out(method, name, arguments.seed),
-            seed=arguments.seed,
-            data_root=arguments.data_root,
-            teacher=arguments.teacher,
-            clean_teacher=arguments.clean_teacher,
-            start=arguments.start,
             cache=arguments.cache or default_cache(),
-            beton=arguments.beton,
             device=device,
             ranks=ranks,
-            tensorboard=arguments.tensorboard,
-            save_every=arguments.save_every,
-            deterministic=arguments.deterministic,
+            **{name: getattr(arguments, name) for name in given},
         )
         out = train_job(with_teacher(job))
     if ranks.is_first:
@@ -54,24 +40,9 @@ def train(arguments: Namespace) -> None:
 
 def evaluate(arguments: Namespace) -> None:
     """Attack a trained network and report by class."""
-    from retemper.engine.distributed.join import joined
-    from retemper.engine.evaluation.evaluate import evaluate_target, summary
-
-    with joined(arguments.device) as (ranks, device):
-        path, content = evaluate_target(evaluation_request(arguments, ranks, device))
-    if ranks.is_first:
-        print(summary(content))
-        print(path)
-
-
-def evaluation_request(arguments: Namespace, ranks: "Ranks", device: "torch.device") -> "EvaluationRequest":
-    """Return what the options of `evaluate` ask for.
-
-    Raises:
-        UsageError: an unknown attack, a radius that is no number, a limit below 1, options that exclude one another.
-    """
     from retemper.engine.checkpoints.header import Facts
-    from retemper.engine.evaluation.evaluate import EvaluationRequest
+    from retemper.engine.distributed.join import joined
+    from retemper.engine.evaluation.evaluate import EvaluationRequest, evaluate_target, summary
     from retemper.engine.predict import ATTACKS
 
     attacks = tuple(name.strip() for name in arguments.attacks.split(",") if name.strip())
@@ -81,61 +52,26 @@ def evaluation_request(arguments: Namespace, ranks: "Ranks", device: "torch.devi
     for name in attacks:
         if name not in known:
             raise UsageError(f"there is no attack {name!r}: choose of {', '.join(known)}")
-    for name in ("limit", "batch_size", "autoattack_limit"):
-        number = getattr(arguments, name)
-        if number is not None and number < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {number}: it must be at least 1")
-    if arguments.shard and ranks.joined:
-        raise UsageError("--shard is for separate commands: torchrun shares the images out itself")
     if arguments.check and arguments.shard:
         raise UsageError("--check is not for a shard: give it once, in a run without --shard")
-    shard = None if arguments.shard is None else _shard(arguments.shard)
-    if shard and attacks != ("autoattack",):
+    if arguments.shard and attacks != ("autoattack",):
         raise UsageError("--shard is for AutoAttack: give it with --attacks autoattack, the others in a run without it")
-    same = ("target", "out", "data_root", "limit", "weights", "batch_size", "seed", "suite", "fold", "autoattack_limit")
-    return EvaluationRequest(
-        **{name: getattr(arguments, name) for name in (*same, "check")},
-        attacks=attacks,
-        device=device,
-        ranks=ranks,
-        facts=Facts(model=arguments.model, dataset=arguments.dataset, eps=_radius(arguments.eps)),
-        shard=shard,
-        budget_s=_budget(arguments.budget),
-    )
-
-
-def _radius(text: str | None) -> float | None:
-    """Read --eps."""
-    if text is None:
-        return None
-    try:
-        eps = parse_value(float, text)
-    except ValueError:
-        raise UsageError(f"--eps {text}: write it as 8/255 or 0.031") from None
-    if not 0 <= eps <= 1:
-        raise UsageError(f"--eps {text}: a radius in [0, 1] pixels, 8/255 not 8")
-    return eps
-
-
-def _shard(text: str) -> tuple[int, int]:
-    """Read --shard: "2/4" is the second of four."""
-    found = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise UsageError(f"--shard {text}: write it as 1/4 to 4/4")
-    return int(found[1]), int(found[2])
-
-
-def _budget(text: str | None) -> float | None:
-    """Read --budget: minutes, returned in seconds."""
-    if text is None:
-        return None
-    try:
-        minutes = float(text)
-    except ValueError:
-        minutes = -1.0
-    if not minutes > 0:
-        raise UsageError(f"--budget {text}: write it in minutes, as 90")
-    return 60 * minutes
+    same = "target out data_root limit weights batch_size seed suite fold autoattack_limit check shard".split()
+    with joined(arguments.device) as (ranks, device):
+        if arguments.shard and ranks.joined:
+            raise UsageError("--shard is for separate commands: torchrun shares the images out itself")
+        request = EvaluationRequest(
+            **{name: getattr(arguments, name) for name in same},
+            attacks=attacks,
+            device=device,
+            ranks=ranks,
+            facts=Facts(model=arguments.model, dataset=arguments.dataset, eps=arguments.eps),
+            budget_s=arguments.budget and 60 * arguments.budget,
+        )
+        path, content = evaluate_target(request)
+    if ranks.is_first:
+        print(summary(content))
+        print(path)
 
 
 def report(arguments: Namespace) -> None:
@@ -205,10 +141,6 @@ def bench(arguments: Namespace) -> None:
     from retemper.bench import bench as measure
     from retemper.engine.device import pick_device
 
-    for name in ("rounds", "batch"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} {value}: it must be at least 1")
     if arguments.sweep and arguments.what != "kernels":
         raise UsageError("--sweep: only bench kernels has block sizes to try")
     if arguments.profile and arguments.what != "step":

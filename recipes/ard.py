@@ -48,12 +48,7 @@ AUTHORS: dict[str, Any] = dict(
 )
 SHORT = dict(kl_scale=1.0)  # one or two thousand steps are too few for a tenth of the loss
 SETTINGS = distillation(
-    Ard,
-    AUTHORS,
-    ON_DIGITS,
-    digits=SHORT,
-    fashion_mnist_small=SHORT,
-    cifar100_resnet18=dict(batch_size=256),
+    Ard, AUTHORS, ON_DIGITS, digits=SHORT, fashion_mnist_small=SHORT, cifar100_resnet18=dict(batch_size=256)
 )
 
 if __name__ == "__main__":

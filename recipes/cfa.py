@@ -47,7 +47,7 @@ class Cfa(OwnPredictionAttack):
     # first epoch that is good enough; the TRADES of the first epochs is divided by 1 + beta, like the loss after them.
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "released": dict(margin_offset=0.5, ema_decay=0.88, average_above=0.24, average_from=1),
+        "released": dict(margin_offset=0.5, ema_decay=0.88, average_above=0.24, average_from=1)
     }
     forwards: ClassVar[tuple[str, ...]] = ("clean", "adv")
     beta: float = option(6.0, "weight of the robust term")

@@ -60,10 +60,7 @@ DISTILLATION: dict[str, tuple[str, dict[str, Any]]] = {
         "8x8 digits, half a minute on one core once there is a teacher",
         DIGITS
         | dict(
-            student="tiny_resnet",
-            teacher_model="tiny_resnet_wide",
-            teacher_recipe="sat:digits",
-            train_teacher=True,
+            student="tiny_resnet", teacher_model="tiny_resnet_wide", teacher_recipe="sat:digits", train_teacher=True
         ),
     ),
     "fashion_mnist_small": (

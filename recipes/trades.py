@@ -31,8 +31,7 @@ WRN34_10: dict[str, Any] = dict(student="wrn34_10", epochs=76, lr_drops=(74,), s
 
 SETTINGS = {
     "digits": Setting(
-        note="8x8 digits, for a CPU",
-        recipe=Recipe.of(Trades, **AUTHORS | DIGITS, student="tiny_resnet_wide"),
+        note="8x8 digits, for a CPU", recipe=Recipe.of(Trades, **AUTHORS | DIGITS, student="tiny_resnet_wide")
     ),
     "cifar10_wrn34_10": Setting(
         note="CIFAR-10, WRN-34-10, as the authors trained it: the teacher of the distillation papers",
@@ -59,12 +58,7 @@ SETTINGS = {
 # the students alone, to compare other methods with at equal size
 RESNET18: dict[str, Any] = dict(epochs=100, lr_drops=(74, 89, 99), select_always_from=74)
 STUDENTS = adversarial_training(
-    Trades,
-    AUTHORS,
-    ON_BOTH,
-    cifar10_resnet18=RESNET18,
-    cifar10_preact_resnet18=RESNET18,
-    cifar100_resnet18=RESNET18,
+    Trades, AUTHORS, ON_BOTH, cifar10_resnet18=RESNET18, cifar10_preact_resnet18=RESNET18, cifar100_resnet18=RESNET18
 )
 SETTINGS = {as_student(name): setting for name, setting in STUDENTS.items()} | SETTINGS
 

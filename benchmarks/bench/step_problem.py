@@ -79,7 +79,7 @@ class StepProblem:
         """Our step's state before the first step."""
         teacher = copy.deepcopy(self.teacher)
         teacher = channels_last(teacher, self.device) if recipe.execution.channels_last else teacher
-        state = State.begin(recipe, copy.deepcopy(self.student), teacher, 10, self.device)
+        state = State(recipe, copy.deepcopy(self.student), teacher, 10, self.device)
         temperature_K = torch.tensor(self.temperatures)
         state.move_classes({"temperature_adv": temperature_K, "temperature_clean": temperature_K})
         return state

@@ -28,22 +28,17 @@ class TrainingData:
     loader: Loader
     held: Split | None
 
-    @property
-    def num_classes(self) -> int:
-        """How many classes there are."""
-        return len(self.split.classes)
-
 
 def load_data(
     split: Split,
     recipe: Recipe,
+    ranks: Ranks,
+    device: torch.device,
     *,
     seed: int,
-    device: torch.device,
     data_root: Path | None,
     cache: Path,
     beton: Path | None,
-    ranks: Ranks,
 ) -> TrainingData:
     """Return the images of a run on `split`, the training images of its data set.
 
@@ -78,8 +73,10 @@ def load_data(
     held = None
     if recipe.selection.select_on == "test":
         held = load_split(recipe.data.dataset, "test", data_root, recipe.data.image_size)
-    elif len(held_indices):
-        held = in_memory(split, loader, held_indices)
+    elif len(held_indices):  # read through the loader, as a split of their own
+        images = np.concatenate([batch.image.cpu().numpy() for batch in loader.walk(held_indices)])
+        labels = split.labels[held_indices]
+        held = split_of_arrays(split.name, "train", images, labels, split.classes, split.fingerprint)
     return TrainingData(split=split, loader=loader, held=held)
 
 
@@ -92,9 +89,3 @@ def chosen_indices(split: Split, recipe: Recipe) -> tuple[np.ndarray, np.ndarray
         order = balanced_order(split.labels[train], recipe.data.images_per_class * len(split.classes))
         train = np.sort(train[order])
     return train, held
-
-
-def in_memory(split: Split, loader: Loader, indices: np.ndarray) -> Split:
-    """Return the images of `split` at `indices` as a split of their own, read through the loader."""
-    images = np.concatenate([batch.image.cpu().numpy() for batch in loader.walk(indices)])
-    return split_of_arrays(split.name, "train", images, split.labels[indices], split.classes, split.fingerprint)

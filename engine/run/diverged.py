@@ -1,14 +1,13 @@
 """Training that leaves the finite numbers: how it is noticed, and what is kept of it to look at."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from retemper.engine.run.run_folder import RunFolder
+from retemper.engine.run.state_file import on_host
 from retemper.engine.state import State
 from retemper.errors import Diverged
 from retemper.loaders import Batch
@@ -49,80 +48,31 @@ class FiniteWatch:
         """
         if self.is_finite():
             return
-        guard, state = self.state.guard, self.state
-        step = int(guard.seed) - first_seed + 1
+        state, loss = self.state, float(self.state.guard.loss)
+        step = int(state.guard.seed) - first_seed + 1
         batch, teacher_BK = batch_at(step - 1)
-        found = PostMortem(
-            epoch=epoch,
-            step=step,
-            loss=float(guard.loss),
-            batch=batch,
-            teacher_BK=teacher_BK,
-            weights=state.student.state_dict() | self.statistics,
-            class_state=state.class_state,
-            classes=self.classes,
-        )
-        self.folder.save_diverged(found.content())
-        advice = found.advice(state.precision is not torch.float32)
-        held = f"the update was not made; {self.folder.diverged} holds the batch and the weights before it"
-        raise Diverged(f"{found.words()}; {held}; {kept()}. {advice}")
+        content = {"epoch": epoch, "step": step, "loss": loss, **vars(batch), "teacher": teacher_BK}
+        weights = state.student.state_dict() | self.statistics
+        self.folder.save_diverged(on_host(content | {"student": weights, "class_state": state.class_state}))
 
-
-@dataclass(frozen=True, kw_only=True)
-class PostMortem:
-    """The first step whose loss or gradient was not finite.
-
-    Attributes:
-        step: of the epoch, from 1.
-        teacher_BK: the teacher's logits, where they were asked for ahead.
-        weights: the student's, before the update; its statistics are of the last time that the host looked.
-    """
-
-    epoch: int
-    step: int
-    loss: float
-    batch: Batch
-    teacher_BK: Tensor | None
-    weights: Mapping[str, Tensor]
-    class_state: Mapping[str, Tensor]
-    classes: tuple[str, ...]
-
-    def words(self) -> str:
-        """Say what is not finite, when, and on which images."""
-        what = f"the loss is {self.loss:g}"
-        if math.isfinite(self.loss):
+        what = f"the loss is {loss:g}"
+        if math.isfinite(loss):
             what = f"a gradient is not finite ({what})"
-        what = f"{what} at epoch {self.epoch}, step {self.step}"
-        if rows := self._without_teacher():
-            return f"{what}: the teacher's answers to {self._images(rows)} are not finite"
-        return f"{what}, on {self._images(list(range(len(self.batch.label))))}"
+        what = f"{what} at epoch {epoch}, step {step}"
+        if rows := [] if teacher_BK is None else (~teacher_BK.isfinite().all(1)).nonzero()[:, 0].tolist():
+            what, advice = (
+                f"{what}: the teacher's answers to {self._images(batch, rows)} are not finite",
+                "Try another teacher",
+            )
+        else:
+            what, advice = f"{what}, on {self._images(batch, list(range(len(batch.label))))}", LOWER
+        advice += " or --precision fp32" * (state.precision is not torch.float32)
+        held = f"the update was not made; {self.folder.diverged} holds the batch and the weights before it"
+        raise Diverged(f"{what}; {held}; {kept()}. {advice}")
 
-    def advice(self, half: bool) -> str:
-        """Say what to try; `half`: the networks compute in half precision."""
-        if self._without_teacher():
-            return "Try another teacher" + " or --precision fp32" * half
-        return LOWER + " or --precision fp32" * half
-
-    def _without_teacher(self) -> list[int]:
-        """Return the rows of the batch for which the teacher's logits are not finite."""
-        return [] if self.teacher_BK is None else (~self.teacher_BK.isfinite().all(1)).nonzero()[:, 0].tolist()
-
-    def _images(self, rows: list[int]) -> str:
-        """Name some of the batch, by position in the data set and class."""
-        index, label = self.batch.index.tolist(), self.batch.label.tolist()
+    def _images(self, batch: Batch, rows: list[int]) -> str:
+        """Name some rows of the batch, by position in the data set and class."""
+        index, label = batch.index.tolist(), batch.label.tolist()
         named = ", ".join(f"{index[row]} ({self.classes[label[row]]})" for row in rows[:SHOWN])
         more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
         return f"image{'s' * (len(rows) > 1)} {named}{more}"
-
-    def content(self) -> dict[str, Any]:
-        """Return what is written to a file: numbers, and tensors on the host."""
-        batch = {name: value.cpu() for name, value in vars(self.batch).items()}
-        return {
-            "epoch": self.epoch,
-            "step": self.step,
-            "loss": self.loss,
-            **batch,
-            "teacher": None if self.teacher_BK is None else self.teacher_BK.cpu(),
-            "student": {name: value.cpu() for name, value in self.weights.items()},
-            "class_state": {name: value.cpu() for name, value in self.class_state.items()},
-        }

@@ -1,8 +1,10 @@
-"""A job: a recipe with its name, and where and on what it runs."""
+"""A job: a recipe with its name, where and on what it runs, and what to try where memory runs out."""
 
 import os
+import re
+import resource
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,15 +14,24 @@ import torch
 
 from retemper.engine.checkpoints.find import Source
 from retemper.engine.checkpoints.header import Facts
-from retemper.engine.device import cpu_threads, device_name, exact_fp32, repeatable, tuned_convolutions
+from retemper.engine.device import (
+    cpu_threads,
+    device_name,
+    exact_fp32,
+    is_out_of_memory,
+    repeatable,
+    tuned_convolutions,
+)
 from retemper.engine.distributed.ranks import ALONE, Ranks
 from retemper.engine.recipe import Recipe
 from retemper.engine.run.data import TrainingData
 from retemper.engine.run.interrupts import undisturbed
-from retemper.engine.run.memory import memory_advice
 from retemper.engine.run.run_folder import RunFolder
+from retemper.errors import UsageError
 from retemper.loaders import Split
 from retemper.provenance import commit, versions
+
+GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,18 +77,18 @@ class Job:
         Raises:
             UsageError: another process holds the folder; or memory ran out, and the message says what to try.
         """
-        recipe = self.recipe
-        with ExitStack() as stack:
-            if self.ranks.joined:  # no process leaves while the others wait for it
-                stack.enter_context(undisturbed())
-            if self.ranks.is_first:
-                stack.enter_context(folder.locked())
-            stack.enter_context(cpu_threads(recipe.execution.cpu_threads))
-            stack.enter_context(repeatable() if self.deterministic else tuned_convolutions())
-            if recipe.execution.precision == "fp32":
-                stack.enter_context(exact_fp32())
-            stack.enter_context(memory_advice(recipe, self.device))
-            yield
+        execution, ranks = self.recipe.execution, self.ranks
+        wait = undisturbed() if ranks.joined else nullcontext()  # no process leaves while the others wait for it
+        lock = folder.locked() if ranks.is_first else nullcontext()
+        convolutions = repeatable() if self.deterministic else tuned_convolutions()
+        products = exact_fp32() if execution.precision == "fp32" else nullcontext()
+        try:
+            with wait, lock, cpu_threads(execution.cpu_threads), convolutions, products:
+                yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UsageError(_advice(self.recipe, self.device, str(error))) from None
 
     def place(self) -> str:
         """Say what it runs on."""
@@ -126,3 +137,31 @@ def default_cache() -> Path:
     """Return the folder of converted data and teachers' answers where no --cache is given."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "retemper"
+
+
+def _advice(recipe: Recipe, device: torch.device, words: str) -> str:
+    """Say in numbers that memory ran out, and what to try, in place of an allocator's complaint, `words`."""
+    size, batch_size, execution = recipe.data.image_size, recipe.optim.batch_size, recipe.execution
+    wanted = re.search(r"(?:[Tt]ried to allocate|allocate) ([\d.]+ ?[KMGT]?i?[Bb]\w*)", words)
+    images = f"batch size {batch_size}" + (f", images of {size} px" if size else f", {recipe.data.dataset}")
+    tries = [f"--batch-size {max(1, batch_size // 2)}"]
+    if device.type == "cuda":
+        tries += ["--precision bf16"] * (execution.dtype_on(device) is torch.float32)
+        tries += ["--teacher-ahead 1"] * (execution.teacher_ahead > 1)
+    tries += ["--loader ffcv (resident keeps all images in memory)"] * (execution.loader != "ffcv")
+    asked = f" for {wanted.group(1)}" if wanted else ""
+    return f"out of memory{asked} at {images}, {recipe.networks.student}; {_taken(device)}: try {', '.join(tries)}"
+
+
+def _taken(device: torch.device) -> str:
+    """Say how full the memory is."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        ours, taken = torch.cuda.memory_allocated(device) / GIB, (total - free) / GIB
+        return f"{ours:.1f} GiB of {total / GIB:.1f} GiB on {device} are this run's, {taken:.1f} GiB taken in all"
+    facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    total, free = (int(facts[name].split()[0]) / 2**20 for name in ("MemTotal", "MemAvailable"))
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    limited = f", and this process may have {limit / GIB:.1f} GiB (ulimit -v)" * (limit != resource.RLIM_INFINITY)
+    ours = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return f"{ours:.1f} GiB are this run's at most, {free:.1f} GiB of {total:.1f} GiB are free{limited}"

@@ -1,5 +1,6 @@
 """The networks that a run builds on: its teachers, and the weights that the student begins with."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from retemper.engine.checkpoints.header import Facts, require_same_images
 from retemper.engine.checkpoints.published import Published, clean_accuracy, margin, require_stated_accuracy
 from retemper.engine.checkpoints.weights import load_checkpoint, load_state
 from retemper.engine.distributed.ranks import Ranks
+from retemper.engine.groups import Data
 from retemper.engine.models import create_model
 from retemper.engine.recipe import Recipe
 from retemper.engine.state import State
@@ -20,47 +22,43 @@ from retemper.loaders import Split
 
 
 def begin_state(
-    recipe: Recipe,
-    networks: "NetworkLoader",
-    *,
-    seed: int,
-    ranks: Ranks,
-    teacher: str | Path | None,
-    clean_teacher: str | Path | None,
-    start: str | Path | None,
+    recipe: Recipe, networks: "NetworkLoader", *, seed: int, ranks: Ranks, names: Mapping[str, str | Path | None]
 ) -> tuple[State, dict[str, Source | None]]:
     """Return a run's state before its first step, and how config.json names its teachers and its start.
 
     Args:
         seed: of the student's weights.
-        teacher, clean_teacher, start: what the user calls them, as `find_network` takes it.
+        names: what the user calls the "teacher", the "clean_teacher" and the "start", as `find_network` takes it.
     Raises:
         UsageError, DataError: a network cannot be used, or an option does not fit the device.
     """
     wanted, num_classes = recipe.networks, len(networks.split.classes)
     torch.manual_seed(seed)
     student = create_model(wanted.student, num_classes, channels=networks.split.shape[2])
-    robust, robust_source = networks.teacher(wanted.teacher_model, teacher)
-    clean, clean_source = networks.teacher(wanted.clean_teacher_model, clean_teacher)
-    sources = {"teacher": robust_source, "clean_teacher": clean_source}
-    sources["start"] = networks.start(student, wanted.student, start)
+    robust, robust_source = networks.teacher(wanted.teacher_model, names["teacher"])
+    clean, clean_source = networks.teacher(wanted.clean_teacher_model, names["clean_teacher"])
+    start = networks.start(student, wanted.student, names["start"])
     try:
-        return State.begin(recipe, student, robust, num_classes, networks.device, clean, ranks), sources
+        recipe.execution.captures_on(networks.device)  # asked before the data is read
+        state = State(recipe, student, robust, num_classes, networks.device, clean, ranks)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    return state, {"teacher": robust_source, "clean_teacher": clean_source, "start": start}
 
 
 @dataclass(kw_only=True)
 class NetworkLoader:
     """Loads networks for the images of `split`, and remembers the teachers among them.
 
+    Networks are named as `find_network` takes it. One that cannot be used raises DataError or UsageError.
+
     Attributes:
-        dataset: the recipe's name of the data set.
+        data: the recipe's options of the images.
         cache: the folder where downloads go.
     """
 
     split: Split
-    dataset: str
+    data: Data
     device: torch.device
     cache: Path
     teachers: list[tuple[nn.Module, Published | None]] = field(default_factory=list)
@@ -70,24 +68,17 @@ class NetworkLoader:
 
         Args:
             model: the architecture that the recipe wants.
-            name: what the user calls the network, as `find_network` takes it.
-        Raises:
-            DataError, UsageError: the network cannot be used.
         """
         if model is None:
             return None, None
         assert name is not None
         network, facts = self._found(name, model, "the teacher")
-        teacher, source = self._loaded(network, facts)
+        teacher, source = network.load(facts, self.split.shape, self.device, self.cache)
         self.teachers.append((teacher, network.published))
         return teacher, source
 
     def start(self, student: nn.Module, model: str, name: str | Path | None) -> Source | None:
-        """Give the student, a `model`, the weights that it begins with; return how config.json names them.
-
-        Raises:
-            DataError, UsageError: the network cannot be used.
-        """
+        """Give the student, a `model`, the weights that it begins with; return how config.json names them."""
         if name is None:
             return None
         network, facts = self._found(name, model, "the start")
@@ -98,20 +89,17 @@ class NetworkLoader:
         load_checkpoint(network.weights, student)
         return {"path": network.name, "model": model, "sha256": str(network.sha256)}
 
-    def check_teachers(self, held: Split | None, *, whole_images: bool, run: str, data_root: Path | None) -> None:
-        """Say how well the teachers know images that they have not learned from.
+    def check_teachers(self, held: Split | None, *, run: str, data_root: Path | None) -> None:
+        """Say how well the teachers of `run` know images that they have not learned from.
 
         A published teacher is held to its authors' accuracy on test images. Of another nothing is known but that chance
         is too little; it is told on the held-out images, where there are some.
 
-        Args:
-            whole_images: whether images have the size that the data set has.
-            run: the run's name, for messages.
         Raises:
             DataError: a published teacher falls short.
         """
         for teacher, known in self.teachers:
-            if known is not None and known.dataset == self.dataset and whole_images:
+            if known is not None and known.dataset == self.data.dataset and self.data.image_size is None:
                 require_stated_accuracy(teacher, known, data_root, self.device)
             elif held is not None:
                 accuracy, images = clean_accuracy(teacher, held, self.device)
@@ -122,7 +110,7 @@ class NetworkLoader:
 
     def _copied(self, network: Network, facts: Facts, student: nn.Module) -> Source:
         """Copy the weights of a start that is built by other code: the same weights must then give the same answers."""
-        model, source = self._loaded(network, facts)
+        model, source = network.load(facts, self.split.shape, self.device, self.cache)
         load_state(f"--start {network.name}", model.state_dict(), student)
         H, W, C = self.split.shape
         image = torch.linspace(0, 1, 2 * C * H * W).view(2, C, H, W)
@@ -135,19 +123,15 @@ class NetworkLoader:
             )
         return source
 
-    def _loaded(self, network: Network, facts: Facts) -> tuple[nn.Module, Source]:
-        return network.load(facts, self.split.shape, self.device, self.cache)
-
     def _found(self, name: str | Path, model: str, whose: str) -> tuple[Network, Facts]:
         """Return the network called `name` and what is known of it; `whose` it is, for messages."""
-        network = find_network(name, dataset=self.dataset)
+        network, dataset = find_network(name, dataset=self.data.dataset), self.data.dataset
         facts, (size, _, channels), num_classes = network.facts, self.split.shape, len(self.split.classes)
         require_same_images(f"{whose} {name}", facts, num_classes, channels)
         if network.published is not None:
             say(f"{whose} {name} is {network.published.title}")
         if facts.image_size not in (None, size):
             say(f"note: {whose} saw images of {facts.image_size} px, the student's have {size}")
-        if facts.dataset not in (None, self.dataset):
-            say(f"note: {whose} was trained on {facts.dataset}, the student is to learn {self.dataset}")
-        known = Facts(model=model, num_classes=num_classes, channels=channels, dataset=self.dataset)
-        return network, facts.or_else(known)
+        if facts.dataset not in (None, dataset):
+            say(f"note: {whose} was trained on {facts.dataset}, the student is to learn {dataset}")
+        return network, facts.or_else(Facts(model=model, num_classes=num_classes, channels=channels, dataset=dataset))

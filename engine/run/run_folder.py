@@ -8,7 +8,7 @@ on resume. The state before it stays as `last.1.state`, for the day that the dis
 import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ CONFIG = {"method": str, "setting": str, "recipe": dict, "seed": int, "classes":
 
 
 class RunFolder:
-    """The files of one run, under `path`. Of several processes the first writes them, and process `rank` one alone: its
-    part of the batch on which the run diverged."""
+    """The files of one run, under `path`.
+
+    Of several processes the first writes them, and process `rank` one alone: its part of the batch that diverged.
+    """
 
     def __init__(self, path: Path, rank: int = 0) -> None:
         self.path = path
@@ -50,9 +52,8 @@ class RunFolder:
                 busy = f"another process is writing to {self.path}: wait for it or name another --out"
                 held.enter_context(locked(self.path / ".lock", busy))
             except OSError as error:
-                raise UsageError(
-                    f"cannot write to {self.path} ({error.strerror}): name another folder with --out"
-                ) from None
+                why = f"cannot write to {self.path} ({error.strerror}): name another folder with --out"
+                raise UsageError(why) from None
             for file in (self.config, self.metrics, self.last, self.best, self.state, self.older, self.diverged):
                 sweep(file)
             yield
@@ -64,13 +65,12 @@ class RunFolder:
             DataError: it is not there, or is not what a run writes.
         """
         config = read_json(self.config)
-        for name, kind in CONFIG.items():
-            if not isinstance(config.get(name), kind):
-                raise DataError(f"{self.config} is damaged (no {name}): delete the folder to start the run anew")
-        config["recipe"] = flat_options(config["recipe"])
-        for name in ("student", "dataset", "eps"):
-            if name not in config["recipe"]:
-                raise DataError(f"{self.config} is damaged (no {name}): delete the folder to start the run anew")
+        lacking = [name for name, kind in CONFIG.items() if not isinstance(config.get(name), kind)]
+        if not lacking:
+            config["recipe"] = flat_options(config["recipe"])
+            lacking = [name for name in ("student", "dataset", "eps") if name not in config["recipe"]]
+        if lacking:
+            raise DataError(f"{self.config} is damaged (no {lacking[0]}): delete the folder to start the run anew")
         return config
 
     def begin(self, config: dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ class RunFolder:
         Raises:
             DataError: the disk is full, or does not let us; what was there is intact.
         """
-        self._write_metrics([*self._read_metrics(line["epoch"] - 1), line])
+        self._write_metrics(line["epoch"] - 1, line)
         self.save_weights(self.last, student, metadata)
         self.save_state(state)
 
@@ -115,12 +115,11 @@ class RunFolder:
         with _telling(self.state), atomic_write(self.state) as file:
             file.write(pack(state))
             sync(file)
-            self._keep_the_one_before()  # only now that the new one is on the disk
+            if self.state.exists():
+                self._keep_the_one_before()  # only now that the new one is on the disk
 
     def _keep_the_one_before(self) -> None:
-        """`last.state` as `last.1.state` too, so that at no moment there is none."""
-        if not self.state.exists():
-            return
+        """Name `last.state` `last.1.state` too, so that at no moment there is none."""
         spare = self.path / f".{self.older.name}.link.tmp"
         spare.unlink(missing_ok=True)
         try:
@@ -130,63 +129,48 @@ class RunFolder:
         os.replace(spare, self.older)
 
     def load_state(self) -> dict[str, Any] | None:
-        """What was last saved, or before that if the newest is damaged; the metrics are trimmed to its epoch. None for
-        a run not yet begun.
+        """Return what was last saved, or before that if the newest is damaged; None for a run not yet begun.
+
+        The metrics are trimmed to its epoch. The damaged newest is put aside, or it would come before the good one.
 
         Raises:
             DataError: no state can be read.
         """
-        found = [path for path in (self.state, self.older) if path.exists()]
-        if not found:
-            self._write_metrics([])
-            return None
-        try:
-            state = _read_state(found[0])
-        except Damaged as error:
-            if found[1:] == []:
-                raise DataError(f"{error}: delete the folder to start the run anew") from None
-            state = self._fall_back(error)
-        self._write_metrics(self._read_metrics(state["epoch"]))
-        return state
-
-    def _fall_back(self, error: Damaged) -> dict[str, Any]:
-        """The state before the damaged newest, which is put aside, or it would come before the good one again."""
-        try:
-            state = _read_state(self.older)
-        except Damaged as also:
-            raise DataError(f"{error}, and {also}: delete the folder to start the run anew") from None
-        say(f"{error}: going on from the one before it, epoch {state['epoch']}, step {state['step']} of the next")
-        with _telling(self.damaged):
-            os.replace(self.state, self.damaged)
-        return state
+        damaged: list[str] = []
+        for path in (path for path in (self.state, self.older) if path.exists()):
+            try:
+                state = unpack(path, STATE)
+            except Damaged as error:
+                damaged.append(str(error))
+                continue
+            if damaged:
+                where = f"epoch {state['epoch']}, step {state['step']} of the next"
+                say(f"{damaged[0]}: going on from the one before it, {where}")
+                with _telling(self.damaged):
+                    os.replace(self.state, self.damaged)
+            self._write_metrics(state["epoch"])
+            return state
+        if damaged:
+            raise DataError(f"{', and '.join(damaged)}: delete the folder to start the run anew")
+        self._write_metrics(0)
+        return None
 
     def save_diverged(self, content: dict[str, Any]) -> None:
         """Write what is to be looked at after a run left the finite numbers. Raises as `save_epoch`."""
         with _telling(self.diverged), atomic_write(self.diverged) as file:
             torch.save(content, file)
 
-    def _read_metrics(self, last: int) -> list[dict[str, Any]]:
-        """The lines up to epoch `last`; one that cannot be read is left out."""
+    def _write_metrics(self, last: int, *more: dict[str, Any]) -> None:
+        """Leave the lines up to epoch `last`, but for those that cannot be read, and `more` behind them."""
         lines = []
         for text in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
-            try:
+            with suppress(ValueError, KeyError, TypeError):
                 line = json.loads(text)
                 if line["epoch"] <= last:
                     lines.append(line)
-            except (ValueError, KeyError, TypeError):
-                continue
-        return lines
-
-    def _write_metrics(self, lines: list[dict[str, Any]]) -> None:
+        content = "".join(json.dumps(line, allow_nan=False) + "\n" for line in (*lines, *more))
         with _telling(self.metrics):
-            write_atomically(self.metrics, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode())
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    state = unpack(path)
-    if STATE - state.keys():
-        raise Damaged(f"{path} is damaged (it lacks {', '.join(sorted(STATE - state.keys()))})")
-    return state
+            write_atomically(self.metrics, content.encode())
 
 
 @contextmanager
@@ -195,14 +179,12 @@ def _telling(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(
-            f"cannot write {path} ({error.strerror or error}): mend that and run the same command again; "
-            "it goes on from what was saved before"
-        ) from None
+        advice = "mend that and run the same command again; it goes on from what was saved before"
+        raise DataError(f"cannot write {path} ({error.strerror or error}): {advice}") from None
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What makes `new` another run than `old`, as "field: old, now new"."""
+    """Say what makes `new` another run than `old`, as "field: old, now new"."""
     was, now = old["recipe"], flat_options(new["recipe"])
     changed = [(name, was.get(name), now[name]) for name in changed_options(was, now)]
     changed += [(name, old.get(name), new[name]) for name in ("method", "seed") if old.get(name) != new[name]]

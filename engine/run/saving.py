@@ -1,15 +1,25 @@
-"""Where a run stands, in memory and on the disk; how it is saved, and how it goes on from what was saved."""
+"""Where a run stands, in memory and on the disk; how it is saved, and how it goes on from what was saved.
+
+It goes on at the end of an epoch or between any two of its steps. The order of the images, their views and the random
+starts are functions of the seed, the epoch and the step: they need no memory. torch's own generators are kept for
+methods that draw from them.
+"""
 
 import time
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from retemper.engine.device import is_out_of_memory
-from retemper.engine.distributed.ranks import Ranks
+from retemper.engine.epoch_stats import ClassMeans
 from retemper.engine.recipe import Recipe
 from retemper.engine.run.diverged import LOWER
 from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.run.selection import Best, newest_best
-from retemper.engine.run.snapshot import epoch_so_far, go_on, own_part, restore, snapshot, take_own_part
+from retemper.engine.run.state_file import on_host
 from retemper.engine.state import State
 from retemper.errors import DataError, Diverged, UsageError
 
@@ -22,25 +32,17 @@ class Saver:
         saved: both, as they are on the disk.
         tail: the state at the end of an epoch's steps, while that epoch is being concluded.
         started: when the epoch would have begun, had it not been cut in two; monotonic seconds.
+        next_save: when the state is to be saved within the epoch; monotonic seconds.
         best: the best epoch so far.
     """
 
     def __init__(
-        self,
-        folder: RunFolder,
-        recipe: Recipe,
-        state: State,
-        ranks: Ranks,
-        *,
-        seed: int,
-        save_every: float,
-        header: dict[str, str],
+        self, folder: RunFolder, recipe: Recipe, state: State, *, seed: int, save_every: float, header: dict[str, str]
     ) -> None:
         """`save_every` is in seconds of training; `header` is what every file of weights says of the network."""
-        self.folder, self.recipe, self.state, self.ranks = folder, recipe, state, ranks
+        self.folder, self.recipe, self.state, self.ranks = folder, recipe, state, state.part.ranks
         self.seed, self.save_every, self.header = seed, save_every, header
-        self.finished = self.done = 0
-        self.saved = (0, 0)
+        self.finished, self.done, self.saved = 0, 0, (0, 0)
         self.tail: dict[str, Any] | None = None
         self.started = time.monotonic()
         self.next_save = self.started + save_every
@@ -53,17 +55,27 @@ class Saver:
             UsageError: the folder is another run's, or was saved by another number of processes within an epoch.
             DataError: what was saved is damaged.
         """
-        found = self.ranks.broadcast(self._found(config) if self.ranks.is_first else {})
+        found: dict[str, Any] = {}
+        if self.ranks.is_first:
+            self.folder.begin(config)
+            found["state"] = self.folder.load_state()
+            found["best"] = asdict(newest_best(self.folder, found["state"]))
+        found = self.ranks.broadcast(found)
         saved = found["state"]
         if saved is None:
             return True
-        if saved["step"] and saved.get("world_size", 1) != self.ranks.world_size:
+        as_many = saved.get("world_size", 1) == self.ranks.world_size
+        if saved["step"] and not as_many:
             raise UsageError(
                 f"{self.folder.state} was saved within an epoch, on {saved.get('world_size', 1)} processes: start as "
                 "many again (between epochs the number may change)"
             )
         try:
-            self._take_up(saved)
+            self.finished, self.done = self.saved = saved["epoch"], saved["step"]
+            if self.done:
+                self.start_epoch(self.finished + 1)
+            parts = saved["processes"] if self.ranks.joined and as_many else []
+            restore(self.state, saved, parts[self.ranks.rank] if parts else saved, running=self.done > 0)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             if is_out_of_memory(error):
                 raise
@@ -72,23 +84,6 @@ class Saver:
         self.started = time.monotonic() - saved["seconds"]
         return False
 
-    def _found(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return what the folder holds: the state, and the best epoch so far."""
-        self.folder.begin(config)
-        saved = self.folder.load_state()
-        best = Best() if saved is None else newest_best(self.folder, saved["best"])
-        return {"state": saved, "best": best.saved()}
-
-    def _take_up(self, saved: dict[str, Any]) -> None:
-        restore(self.state, saved)
-        self.finished, self.done = self.saved = saved["epoch"], saved["step"]
-        if self.done:
-            self.start_epoch(self.finished + 1)
-        if self.ranks.joined and saved.get("world_size") == self.ranks.world_size:
-            take_own_part(self.state, saved["processes"][self.ranks.rank], running=self.done > 0)
-        elif self.done:
-            go_on(self.state, saved["so_far"])
-
     def start_epoch(self, epoch: int) -> None:
         """Set the state to the start of `epoch`."""
         self.state.start_epoch(self.recipe, epoch, self.noise_seed(epoch))
@@ -96,16 +91,6 @@ class Saver:
     def noise_seed(self, epoch: int) -> int:
         """Return the noise seed of the epoch's first step; each step adds one."""
         return (self.seed << 40) + (epoch << 24)
-
-    @property
-    def is_ahead(self) -> bool:
-        """Whether the state in memory is ahead of the one on the disk."""
-        return self.saved != (self.finished, self.done)
-
-    @property
-    def is_due(self) -> bool:
-        """Whether the state is to be saved within the epoch."""
-        return time.monotonic() >= self.next_save
 
     def hold_tail(self, epoch: int) -> None:
         """Keep the state at the end of the steps of `epoch`: a signal may come before the epoch is concluded."""
@@ -116,13 +101,14 @@ class Saver:
         """Write the weights as the best so far."""
         self.best = Best(score, epoch)
         if self.ranks.is_first:
-            self.folder.save_weights(self.folder.best, self.state.kept, self._header(epoch) | self.best.metadata())
+            header = self.header | {"epoch": str(epoch), "score": repr(score)}
+            self.folder.save_weights(self.folder.best, self.state.kept, header)
 
     def save_epoch(self, epoch: int, line: dict[str, Any]) -> None:
         """Save the state after `epoch`, with its line of metrics.jsonl."""
         state = self._snapshot(epoch, 0)
         if self.ranks.is_first:
-            self.folder.save_epoch(line, self.state.kept, self._header(epoch), state)
+            self.folder.save_epoch(line, self.state.kept, self.header | {"epoch": str(epoch)}, state)
         self.finished, self.done, self.tail = epoch, 0, None
         self._was_saved()
 
@@ -158,22 +144,93 @@ class Saver:
         Raises:
             Diverged: a weight or a statistic is not finite: the last update was made before anything was seen.
         """
-        state = snapshot(self.state)
-        if self.ranks.any(not all(value.isfinite().all() for value in state["student"].values())) == [True]:
-            when = f"epoch {finished + 1}, step {done}" if done else f"epoch {finished}"
-            raise Diverged(f"the weights are not finite after {when}; {self.kept()}. {LOWER}")
-        return state | {
+        state, own = self.state, own_part(self.state)
+        saved = {
+            "student": state.student.state_dict(),
+            "optimizer": state.optimizer.state_dict(),
+            "scaler": state.scaler.state_dict(),
+            "class_state": state.class_state,
+            "generators": own["generators"],
+            **({} if state.average is None else {"average": state.average.state()}),
             "epoch": finished,
             "step": done,
-            "so_far": epoch_so_far(self.state) if done else {},
+            "so_far": own["so_far"] if done else {},
             "seconds": time.monotonic() - self.started if done else 0.0,
-            "best": self.best.saved(),
+            "best": asdict(self.best),
             "world_size": self.ranks.world_size,
-            "processes": self.ranks.gather(own_part(self.state)) if self.ranks.joined else [],
+            "processes": self.ranks.gather(own) if self.ranks.joined else [],
         }
+        saved = on_host(saved)
+        if self.ranks.any(not all(value.isfinite().all() for value in saved["student"].values())) == [True]:
+            when = f"epoch {finished + 1}, step {done}" if done else f"epoch {finished}"
+            raise Diverged(f"the weights are not finite after {when}; {self.kept()}. {LOWER}")
+        return saved
 
     def _was_saved(self) -> None:
         self.saved, self.next_save = (self.finished, self.done), time.monotonic() + self.save_every
 
-    def _header(self, epoch: int) -> dict[str, str]:
-        return self.header | {"epoch": str(epoch)}
+
+def own_part(state: State) -> dict[str, Any]:
+    """Return a copy on the host of what each of several processes has of its own.
+
+    That is the statistics of its batch norm, its random generators, and what its steps of the epoch have summed up.
+    """
+    generators = {"cpu": torch.get_rng_state()}
+    if state.device.type == "cuda":
+        generators["cuda"] = torch.cuda.get_rng_state(state.device)
+    so_far = {
+        "sums": {name: vars(sums) for name, sums in state.sums.items()},
+        "measured": {name: vars(means) for name, means in state.measured.items()},
+        "loss_sum": state.loss_sum,
+        "noise_seed": state.noise_seed,
+    }
+    return on_host({"statistics": _statistics(state), "generators": generators, "so_far": so_far})
+
+
+def restore(state: State, saved: Mapping[str, Any], own: Mapping[str, Any], running: bool) -> None:
+    """Take over what was saved; within a `running` epoch its sums too, after `State.start_epoch`.
+
+    Args:
+        saved: what `Saver` saved.
+        own: what `own_part` returned there, in one of several processes; `saved` in a process on its own.
+    Raises:
+        RuntimeError, ValueError, KeyError, TypeError, AttributeError: it is not of such a run.
+    """
+    state.student.load_state_dict(saved["student"])
+    rates = [group["lr"] for group in state.optimizer.param_groups]
+    state.optimizer.load_state_dict(saved["optimizer"])
+    for group, lr in zip(state.optimizer.param_groups, rates, strict=True):
+        group["lr"] = lr  # the tensor that a captured step reads, not the saved one's copy
+    state.scaler.load_state_dict(saved["scaler"])
+    state.move_classes(saved["class_state"])
+    if state.average is not None:
+        state.average.load(saved["average"])
+    _copy(_statistics(state), own.get("statistics", {}))
+    torch.set_rng_state(own["generators"]["cpu"])
+    if "cuda" in own["generators"]:
+        torch.cuda.set_rng_state(own["generators"]["cuda"], state.device)
+    if running:
+        _take_sums(state, own["so_far"])
+
+
+def _take_sums(state: State, saved: Mapping[str, Any]) -> None:
+    for name, sums in state.sums.items():
+        _copy(vars(sums), saved["sums"][name])
+    for name, values in saved["measured"].items():
+        if name not in state.measured:
+            classes, width = values["total_KD"].shape
+            state.measured[name] = ClassMeans.zeros(classes, width, state.device)
+        _copy(vars(state.measured[name]), values)
+    _copy(vars(state), {name: saved[name] for name in ("loss_sum", "noise_seed")})
+
+
+def _statistics(state: State) -> dict[str, Tensor]:
+    """Return the statistics of batch norm, by network and name."""
+    networks = {"student": state.student, "kept": state.kept}
+    return {f"{which}.{name}": value for which, one in networks.items() for name, value in one.named_buffers()}
+
+
+def _copy(into: Mapping[str, Any], values: Mapping[str, Tensor]) -> None:
+    """Copy in place: a captured step knows the tensors' addresses."""
+    for name, value in values.items():
+        into[name].copy_(value)

@@ -3,7 +3,7 @@
 Dimension key: B batch, K classes.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from retemper.engine.class_report import by_class
 from retemper.engine.device import exact_fp32
 from retemper.engine.distributed.ranks import ALONE, Ranks
 from retemper.engine.epoch_stats import ClassMeans, ClassSums, HeldOut
-from retemper.engine.predict import Attack, Perturb, attacked_batches, predictions
+from retemper.engine.predict import Attack, attacked_batches, predictions
 from retemper.engine.recipe import Recipe, Targets
 from retemper.engine.run.run_folder import RunFolder
 from retemper.errors import DataError
@@ -38,30 +38,22 @@ class Best:
     score: float = -1.0
     epoch: int = 0
 
-    def metadata(self) -> dict[str, str]:
-        """Return what the header of the weights holds of it."""
-        return {"score": repr(self.score)}
 
-    def saved(self) -> dict[str, Any]:
-        """Return what the state holds of it."""
-        return asdict(self)
-
-
-def newest_best(folder: RunFolder, saved: dict[str, Any]) -> Best:
-    """Return the best epoch: the state's, or that of weights that a killed process saved after the state.
+def newest_best(folder: RunFolder, state: dict[str, Any] | None) -> Best:
+    """Return the best epoch: that of the saved state, or of weights that a killed process wrote after it.
 
     Raises:
         DataError: the weights are damaged.
     """
-    if not folder.best.exists():
+    if state is None or not folder.best.exists():
         return Best()
     try:
         require_intact(folder.best)
     except CheckpointError as error:
         raise DataError(f"{error}, or delete it: a later epoch is then the best") from None
-    header = read_header(folder.best)
+    header, saved = read_header(folder.best), Best(**state["best"])
     epoch = int(header.get("epoch", 0))
-    return Best(float(header["score"]), epoch) if epoch > saved["epoch"] else Best(**saved)
+    return Best(float(header["score"]), epoch) if epoch > saved.epoch else saved
 
 
 def judge(
@@ -73,8 +65,7 @@ def judge(
         eps: the radius, in [0, 1] pixels.
         steps: how many steps of eps/4; 0 judges clean images.
     """
-    attack = Attack(loss="cross-entropy", steps=steps, step=1 / 4, start="uniform")
-    given = predictions(network, held, attack, eps=eps, device=device, ranks=ranks)
+    given = predictions(network, held, Attack(steps=steps), eps=eps, device=device, ranks=ranks)
     report = by_class(given.numpy(), held.labels, len(held.classes))
     return {name: value for name, value in report.items() if name not in ("count", "interval", "confusion")}
 
@@ -94,13 +85,17 @@ def validate(
     attack" is the method's own before its class state moves anything: its objective and start, at the recipe's eps and
     step. Several processes take turns at the batches.
     """
+    attack = recipe.attack
+
+    def trained(clean: Tensor, clean_BK: Tensor, label_B: Tensor, seed: int) -> Tensor:
+        objective = recipe.method.objective(Targets(label_B=label_B, own_BK=clean_BK, state={}))
+        options = {name: getattr(attack, name) for name in ("steps", "step", "eps", "start", "clip_start")}
+        return pgd(model, clean, objective=objective, seed=seed, **options)
+
+    judging = Attack(steps=recipe.selection.select_steps).on(model, attack.eps)
+    perturb = trained if recipe.method.validates_by == "training attack" else judging
     clean_sums, adv_sums = (ClassSums.zeros(num_classes, device) for _ in range(2))
     boundary = ClassMeans.zeros(num_classes, 1, device)
-    if recipe.method.validates_by == "training attack":
-        perturb = _training_attack(model, recipe)
-    else:
-        attack = Attack(loss="cross-entropy", steps=recipe.selection.select_steps, step=1 / 4, start="uniform")
-        perturb = attack.on(model, recipe.attack.eps)
     with exact_fp32():
         for batch in attacked_batches(model, split, perturb, device=device, batch_size=batch_size, ranks=ranks):
             clean_sums.add(*class_sums(batch.clean_BK, batch.label_B, num_classes))
@@ -114,22 +109,3 @@ def validate(
         clean_loss_K=clean_sums.mean_loss_K,
         boundary_loss_K=boundary.mean_K,
     )
-
-
-def _training_attack(model: nn.Module, recipe: Recipe) -> Perturb:
-    """Return the method's own attack, as it is before the class state moves anything."""
-
-    def perturb(clean: Tensor, clean_BK: Tensor, label_B: Tensor, seed: int) -> Tensor:
-        return pgd(
-            model,
-            clean,
-            objective=recipe.method.objective(Targets(label_B=label_B, own_BK=clean_BK, state={})),
-            steps=recipe.attack.steps,
-            step=recipe.attack.step,
-            eps=recipe.attack.eps,
-            start=recipe.attack.start,
-            clip_start=recipe.attack.clip_start,
-            seed=seed,
-        )
-
-    return perturb

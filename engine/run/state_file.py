@@ -6,11 +6,12 @@ a cut anywhere is found before anything is believed.
 
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from retemper.engine.device import is_out_of_memory
 from retemper.errors import DataError
@@ -25,7 +26,7 @@ class Damaged(DataError):
 
 
 def pack(state: Mapping[str, Any]) -> bytes:
-    """Tensors, numbers, words and containers of them, as a file's content."""
+    """Return tensors, numbers, words and containers of them as a file's content."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(-2, io.SEEK_END)  # a zip archive ends in the length of its comment, which is 0 here
@@ -36,8 +37,8 @@ def pack(state: Mapping[str, Any]) -> bytes:
     return buffer.getvalue()  # which shares the buffer's memory: a large network's state is there once, not three times
 
 
-def unpack(path: Path) -> dict[str, Any]:
-    """What `pack` was given, on the host.
+def unpack(path: Path, names: Collection[str] = ()) -> dict[str, Any]:
+    """Return what `pack` was given, on the host; it must have the `names`.
 
     Raises:
         Damaged: the digest is missing or another, or the file holds something else.
@@ -45,17 +46,29 @@ def unpack(path: Path) -> dict[str, Any]:
     """
     try:
         data = path.read_bytes()
-        if data[-COMMENT:] != _comment(memoryview(data)[:-COMMENT]):
-            raise Damaged(f"{path} is damaged (its digest differs)")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    if data[-COMMENT:] != _comment(memoryview(data)[:-COMMENT]):
+        raise Damaged(f"{path} is damaged (its digest differs)")
     try:
-        return dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
+        state = dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
     except DAMAGED as error:
         if is_out_of_memory(error):  # its digest is right
             raise
         raise Damaged(f"{path} is damaged ({type(error).__name__})") from None
+    if lacking := sorted(set(names) - state.keys()):
+        raise Damaged(f"{path} is damaged (it lacks {', '.join(lacking)})")
+    return state
 
 
 def _comment(body: memoryview) -> bytes:
     return MARK + hashlib.sha256(body).hexdigest().encode()
+
+
+def on_host(value: Any) -> Any:
+    """Return `value` with each tensor in its mappings and lists copied to the host."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {name: on_host(one) for name, one in value.items()}
+    return [on_host(one) for one in value] if isinstance(value, list) else value

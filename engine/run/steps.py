@@ -1,42 +1,24 @@
 """The steps of an epoch: every batch that is left of it, with one training step each."""
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from itertools import islice
 
 from torch import Tensor
 
 from retemper.console import Progress
-from retemper.engine.recipe import Recipe
 from retemper.engine.run.diverged import FiniteWatch
 from retemper.engine.run.interrupts import asked, undisturbed
 from retemper.engine.run.saving import Saver
 from retemper.engine.run.teacher_logits import TeacherLogits
 from retemper.engine.speed.capture import captured
-from retemper.engine.state import State, clean_images
+from retemper.engine.state import clean_images
 from retemper.engine.step import train_step
-from retemper.errors import DataError, Interrupted, UsageError
+from retemper.errors import DataError, Interrupted
 from retemper.loaders import Batch, Loader
 
 STEPS_BETWEEN_READS = {"cuda": 50, "cpu": 1}  # when the host looks at the loss: for the bar, and whether it is finite
-Step = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-
-
-def step_of(recipe: Recipe, state: State) -> Step:
-    """Return one training step, from a batch's image, view, label and the teacher's logits to the loss.
-
-    Raises:
-        UsageError: capture is asked for where it is not possible.
-    """
-
-    def step(image: Tensor, view: Tensor, label: Tensor, teacher_BK: Tensor | None) -> Tensor:
-        return train_step(state, recipe, clean_images(recipe, image, view), label, teacher_BK)
-
-    try:
-        return captured(step) if recipe.execution.captures_on(state.device) else step
-    except ValueError as error:
-        raise UsageError(str(error)) from None
 
 
 class Steps:
@@ -46,18 +28,11 @@ class Steps:
         teacher: where the teacher's logits come from; None where the step asks it.
     """
 
-    def __init__(
-        self,
-        step: Step,
-        recipe: Recipe,
-        state: State,
-        loader: Loader,
-        teacher: TeacherLogits | None,
-        saver: Saver,
-        watch: FiniteWatch,
-    ) -> None:
-        self.step, self.recipe, self.state, self.loader = step, recipe, state, loader
-        self.teacher, self.saver, self.watch = teacher, saver, watch
+    def __init__(self, loader: Loader, teacher: TeacherLogits | None, saver: Saver, watch: FiniteWatch) -> None:
+        self.loader, self.teacher, self.saver, self.watch = loader, teacher, saver, watch
+        self.recipe, self.state = saver.recipe, saver.state
+        captures = self.recipe.execution.captures_on(self.state.device)
+        self.step = captured(self._step) if captures else self._step
 
     def run(self, epoch: int) -> None:
         """Train on every batch of `epoch` that is left.
@@ -81,7 +56,7 @@ class Steps:
                 with undisturbed():
                     loss = self.step(batch.image, batch.view, batch.label, teacher_BK)
                     saver.done += 1
-                look, save = saver.done % looks == 0, saver.is_due
+                look, save = saver.done % looks == 0, time.monotonic() >= saver.next_save
                 if ranks.joined:  # all of them do the same, and ask one another only when the host waits anyway
                     save = look and ranks.any(save) == [True]
                 if (look or save) and not self.watch.is_finite():
@@ -111,6 +86,10 @@ class Steps:
                 self._save_here()
             raise
 
+    def _step(self, image: Tensor, view: Tensor, label: Tensor, teacher_BK: Tensor | None) -> Tensor:
+        """Train on one batch; return the loss."""
+        return train_step(self.state, self.recipe, clean_images(self.recipe, image, view), label, teacher_BK)
+
     def _leave_together(self) -> None:
         """Raise KeyboardInterrupt where a signal came to one of several processes: each does so at this place."""
         ranks = self.saver.ranks
@@ -119,7 +98,7 @@ class Steps:
 
     def _save_here(self) -> str:
         """Save the state after the newest step, where that is not done yet; say where that is."""
-        if self.saver.is_ahead:
+        if self.saver.saved != (self.saver.finished, self.saver.done):
             self._require_finite(self.saver.finished + 1)
             if self.teacher is not None:
                 self.teacher.keep()

@@ -43,12 +43,10 @@ class TeacherLogits:
         self.ask, self.num_classes, self.device = ask, num_classes, device
         self.ahead, self.rows, self.at_once, self.table = ahead, rows, at_once, table
         self.known_share = 0.0  # of the newest epoch
-        self.index = self.view = self.missing = np.arange(0)  # of that epoch's rows
-        self.logits_MK = torch.empty(0, num_classes, device=device)
-        self.asked = self.kept = 0  # so many of the missing rows
+        self.fresh: list[tuple[np.ndarray, np.ndarray, Tensor]] = []  # index, view and logits, not in the table yet
 
     def epoch(self, batches: Iterator[Batch], index: np.ndarray, view: np.ndarray) -> Iterator[tuple[Batch, Tensor]]:
-        """Each batch with (B, K) float32 logits.
+        """Yield each batch with (B, K) float32 logits.
 
         Args:
             index, view: (M,) int64 on the host, what the batches hold, in their order.
@@ -60,31 +58,27 @@ class TeacherLogits:
             logits_MK.copy_(torch.from_numpy(found))
             missing = missing[~known]
         self.known_share = 1 - len(missing) / max(1, len(index))
-        self.index, self.view, self.missing, self.logits_MK = index, view, missing, logits_MK
-        self.asked = self.kept = 0
-        on_missing = torch.from_numpy(missing).to(self.device)
-        row = 0
+        on_missing, row = torch.from_numpy(missing).to(self.device), 0
         while group := list(islice(batches, self.ahead)):
             end = row + sum(len(batch.label) for batch in group)
-            first, last = np.searchsorted(missing, (row, end))
-            self._fill(group, row, on_missing[first:last], logits_MK)
-            self.asked = int(last)
+            asked = slice(*np.searchsorted(missing, (row, end)))
+            if len(missing[asked]):
+                self._fill(group, row, on_missing[asked], logits_MK)
+                self.fresh.append((index[missing[asked]], view[missing[asked]], logits_MK[on_missing[asked]]))
             for batch in group:
                 yield batch, logits_MK[row : row + len(batch.label)]
                 row += len(batch.label)
         self.keep()
 
     def keep(self) -> None:
-        """Add what this epoch has asked for so far to the table, if there is one; its end does so itself."""
-        rows, self.kept = self.missing[self.kept : self.asked], self.asked
-        if self.table is not None and len(rows):
-            logits = self.logits_MK[torch.from_numpy(rows).to(self.device)].cpu().numpy()
-            self.table.keep(self.index[rows], self.view[rows], logits)
+        """Add what was asked for so far to the table, if there is one; the end of an epoch does so itself."""
+        fresh, self.fresh = self.fresh, []
+        if self.table is not None:
+            for index, view, logits in fresh:
+                self.table.keep(index, view, logits.cpu().numpy())
 
     def _fill(self, group: list[Batch], row: int, missing: Tensor, logits_MK: Tensor) -> None:
         """Ask for the rows `missing` of `logits_MK`; the first image of `group` is row `row`."""
-        if not len(missing):
-            return
         image, view = torch.cat([batch.image for batch in group]), torch.cat([batch.view for batch in group])
         for part in missing.split(self.at_once):
             at = part - row
@@ -116,7 +110,7 @@ def teacher_logits(
 
     return TeacherLogits(
         ask,
-        data.num_classes,
+        state.num_classes,
         state.device,
         ahead=ahead,
         rows=rows,
@@ -131,9 +125,9 @@ def _table(
 ) -> TeacherTable | None:
     """Return the table of this teacher's answers, checked; None where none is wanted or the disk has no room."""
     execution, device, split = recipe.execution, state.device, data.split
-    size = len(split), data.loader.plan.views.count, data.num_classes
-    wanted, needed = execution.teacher_table, table_bytes(*size)
-    if wanted == "off" or (wanted == "auto" and needed > AUTO_LIMIT):
+    size = len(split), data.loader.plan.views.count, state.num_classes
+    wanted = execution.teacher_table
+    if wanted == "off" or (wanted == "auto" and table_bytes(*size) > AUTO_LIMIT):
         return None
     facts = {
         "teacher": source["sha256"],

@@ -55,25 +55,21 @@ class TeacherTable:
             (self.folder / "facts.json").write_text(text + "\n")
             self.logits = _allocated(files[0], np.dtype(np.float32), (images, views, classes))
             self.checksums = _allocated(files[1], np.dtype(np.uint32), (images, views))
-        self.damaged = 0  # rows that did not fit, so far
 
     @property
     def known(self) -> np.ndarray:
-        """(N, V) bool, which views have an answer."""
+        """Which views have an answer, (N, V) bool."""
         return self.checksums != 0
 
     def look_up(self, index: np.ndarray, view: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(M,) bool, which of these views are known and undamaged, and (M, K) their logits; the others mean nothing."""
+        """Return which of these views are known and undamaged, (M,) bool, and the logits of those, (M, K)."""
         logits, kept = self.logits[index, view], self.checksums[index, view]
         known = kept != 0
         rows = np.flatnonzero(known)
         known[rows] = self._checksum(index[rows], view[rows], logits[rows]) == kept[rows]
-        damaged = len(rows) - int(known.sum())
-        if damaged:
-            self.damaged += damaged
-            say(
-                f"{damaged:,} answers in {self.folder} are damaged (their checksums differ): the teacher is asked again"
-            )
+        if damaged := len(rows) - int(known.sum()):
+            what = f"{damaged:,} answers in {self.folder} are damaged (their checksums differ)"
+            say(f"{what}: the teacher is asked again")
         return known, logits
 
     def keep(self, index: np.ndarray, view: np.ndarray, logits: np.ndarray) -> None:
@@ -82,7 +78,7 @@ class TeacherTable:
         self.checksums[index, view] = self._checksum(index, view, logits)
 
     def _checksum(self, index: np.ndarray, view: np.ndarray, logits: np.ndarray) -> np.ndarray:
-        """(M,) uint32, never 0: CRC-32 of each row and its place. It finds any damage of up to 32 bits in a row."""
+        """Return CRC-32 of each row and its place, (M,) uint32, never 0. It finds any damage of up to 32 bits."""
         data, size = np.ascontiguousarray(logits, dtype=np.float32).tobytes(), 4 * logits.shape[1]
         places = (index * self.checksums.shape[1] + view) & 0xFFFFFFFF
         sums = (crc32(data[at * size : (at + 1) * size], place) or 1 for at, place in enumerate(places.tolist()))
@@ -91,12 +87,13 @@ class TeacherTable:
     def check(self, loader: Loader, ask: Ask, tolerance: float) -> None:
         """Ask the teacher again for some of the answers.
 
-        Args:
-            tolerance: how far they may be off, in units of the largest logit.
         Raises:
-            DataError: it says something else.
+            DataError: they differ by more than `tolerance`, in units of the largest logit.
         """
-        index, view = self.sample(CHECKED)
+        rng = np.random.default_rng()  # other entries each time, one of each image
+        index = np.sort(rng.permutation(np.flatnonzero(self.known.any(1)))[:CHECKED])
+        known = self.checksums[index] != 0
+        view = (known * rng.random(known.shape)).argmax(1)
         right, kept = self.look_up(index, view)
         index, view, kept = index[right], view[right], torch.from_numpy(kept[right])
         if not len(index):
@@ -107,22 +104,14 @@ class TeacherTable:
         if not torch.allclose(asked, kept, rtol=0, atol=tolerance * float(asked.abs().max())):
             raise DataError(f"{self.folder} does not hold this teacher's answers: delete the folder")
 
-    def sample(self, images: int) -> tuple[np.ndarray, np.ndarray]:
-        """The index and the view of one known entry for each of up to so many images, drawn anew each time."""
-        rng = np.random.default_rng()
-        (index,) = np.nonzero(self.known.any(1))
-        index = np.sort(rng.permutation(index)[:images])
-        known = self.checksums[index] != 0
-        return index, (known * rng.random(known.shape)).argmax(1)
-
 
 def table_bytes(images: int, views: int, classes: int) -> int:
-    """What such a table takes on the disk."""
+    """Return how many bytes such a table takes on the disk."""
     return 4 * images * views * (classes + 1)
 
 
 def require_room(cache: Path, needed: int) -> None:
-    """Raises OSError: the disk of `cache` does not hold so many bytes more, and a tenth besides."""
+    """Raise OSError where the disk of `cache` does not hold so many bytes more, and a tenth besides."""
     while not cache.exists():
         cache = cache.parent
     if shutil.disk_usage(cache).free < 1.1 * needed:
@@ -130,7 +119,7 @@ def require_room(cache: Path, needed: int) -> None:
 
 
 def _allocated(path: Path, kind: np.dtype, shape: tuple[int, ...]) -> np.memmap:
-    """The file as an array, made of zeros if need be; all its blocks are taken now, or a full disk would kill later."""
+    """Return the file as an array, of zeros where new. All blocks are taken now: a full disk would kill later."""
     size = kind.itemsize * int(np.prod(shape))
     with open(path, "ab") as file:
         if file.tell() > size:

@@ -34,22 +34,20 @@ def with_teacher(job: Job) -> Job:
 
 
 def _with(job: Job, what: str, model: str | None, name: str | None) -> Job:
-    option = f"--{what.replace('_', '-')}"
+    option, called = f"--{what.replace('_', '-')}", what.replace("_", " ")
     given: str | Path | None = getattr(job, what)
-    if model is None:
-        if given is not None:
-            raise UsageError(f"{job.method} learns without a {what.replace('_', ' ')}: leave out {option}")
-        return job
-    if given is not None:
+    if model is None and given is not None:
+        raise UsageError(f"{job.method} learns without a {called}: leave out {option}")
+    if model is None or given is not None:
         return job
     if name is None:
-        raise UsageError(f"{job.name} needs a {what.replace('_', ' ')}: name a {model} checkpoint or run with {option}")
+        raise UsageError(f"{job.name} needs a {called}: name a {model} checkpoint or run with {option}")
     method, setting, found = find_setting(name)
     out = job.out.parent / default_out(method, setting, 0).name
     (done,) = job.ranks.any(job.ranks.is_first and _is_done(RunFolder(out), found.recipe))
     if not done and not job.recipe.networks.train_teacher:
         raise UsageError(
-            f"{job.name} needs a {what.replace('_', ' ')}: name a {model} checkpoint with {option}, "
+            f"{job.name} needs a {called}: name a {model} checkpoint with {option}, "
             f"or train one with: retemper train {name} --out {out}"
         )
     if not done:

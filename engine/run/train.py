@@ -24,7 +24,7 @@ from retemper.engine.run.networks import NetworkLoader, begin_state
 from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.run.saving import Saver
 from retemper.engine.run.selection import judge, validate
-from retemper.engine.run.steps import Steps, step_of
+from retemper.engine.run.steps import Steps
 from retemper.engine.run.teacher_logits import teacher_logits
 from retemper.engine.state import State
 from retemper.errors import Diverged
@@ -45,34 +45,18 @@ def train(job: Job) -> Path:
     with job.surroundings(folder):
         split = load_split(recipe.data.dataset, "train", job.data_root, recipe.data.image_size)
         board = Board(folder, split.classes) if job.tensorboard and ranks.is_first else None
-        networks = NetworkLoader(split=split, dataset=recipe.data.dataset, device=job.device, cache=job.cache)
-        state, sources = begin_state(
-            recipe,
-            networks,
-            seed=job.seed,
-            ranks=ranks,
-            teacher=job.teacher,
-            clean_teacher=job.clean_teacher,
-            start=job.start,
-        )
-        step = step_of(recipe, state)
+        networks = NetworkLoader(split=split, data=recipe.data, device=job.device, cache=job.cache)
+        names = {"teacher": job.teacher, "clean_teacher": job.clean_teacher, "start": job.start}
+        state, sources = begin_state(recipe, networks, seed=job.seed, ranks=ranks, names=names)
         data = load_data(
-            split,
-            recipe,
-            seed=job.seed,
-            device=job.device,
-            data_root=job.data_root,
-            cache=job.cache,
-            beton=job.beton,
-            ranks=ranks,
+            split, recipe, ranks, job.device, seed=job.seed, data_root=job.data_root, cache=job.cache, beton=job.beton
         )
         teacher = teacher_logits(recipe, state, data, sources["teacher"], run=job.name, cache=job.cache)
-        saver = Saver(folder, recipe, state, ranks, seed=job.seed, save_every=job.save_every, header=job.header(split))
-        steps = Steps(step, recipe, state, data.loader, teacher, saver, FiniteWatch(state, folder, split.classes))
+        saver = Saver(folder, recipe, state, seed=job.seed, save_every=job.save_every, header=job.header(split))
+        steps = Steps(data.loader, teacher, saver, FiniteWatch(state, folder, split.classes))
 
         if ranks.is_first and not folder.state.exists():
-            whole = recipe.data.image_size is None
-            networks.check_teachers(data.held, whole_images=whole, run=job.name, data_root=job.data_root)
+            networks.check_teachers(data.held, run=job.name, data_root=job.data_root)
         if saver.resume(job.config(data, sources)):
             _move_classes(job, state, data, epoch=0)
         if saver.finished >= recipe.optim.epochs:
@@ -116,7 +100,7 @@ def _move_classes(job: Job, state: State, data: TrainingData, epoch: int) -> Non
     if epoch == 0 and not method.validates_by:
         return
     held = _validated(job, state, data) if method.validates_by else None
-    stats = state.stats(held) if epoch else EpochStats(held=held)
+    stats = EpochStats(forwards=state.sums, measured=state.measured, held=held) if epoch else EpochStats(held=held)
     state.move_classes(method.next_class_state(state.class_state, stats, epoch, job.recipe))
 
 
@@ -138,10 +122,9 @@ def _select(job: Job, state: State, data: TrainingData, saver: Saver, line: dict
         if epoch == epochs:
             saver.keep_as_best(-1.0, epoch)
     elif selection.is_due(epoch, epochs):
-        eps, steps = job.recipe.attack.eps, selection.select_steps
-        line["holdout"] = report = judge(
-            state.kept, data.held, eps=eps, steps=steps, device=job.device, ranks=job.ranks
-        )
+        eps, steps, ranks = job.recipe.attack.eps, selection.select_steps, job.ranks
+        report = judge(state.kept, data.held, eps=eps, steps=steps, device=job.device, ranks=ranks)
+        line["holdout"] = report
         score = report["average"] + report["worst"]
         if score > saver.best.score and (epoch == epochs or epoch >= selection.select_from):
             saver.keep_as_best(score, epoch)
@@ -150,4 +133,4 @@ def _select(job: Job, state: State, data: TrainingData, saver: Saver, line: dict
 def _validated(job: Job, state: State, data: TrainingData) -> HeldOut:
     """Return how the student does on the held-out images."""
     assert data.held is not None
-    return validate(state.student, job.recipe, data.held, data.num_classes, job.device, ranks=job.ranks)
+    return validate(state.student, job.recipe, data.held, len(data.split.classes), job.device, ranks=job.ranks)

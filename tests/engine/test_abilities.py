@@ -57,7 +57,7 @@ def network(device: torch.device, seed: int) -> nn.Module:
 def begin(recipe: Recipe, device: torch.device, teacher: bool = False, clean_teacher: bool = False) -> State:
     torch.manual_seed(0)
     networks = network(device, 1) if teacher else None, network(device, 2) if clean_teacher else None
-    return State.begin(recipe, create_model("tiny_resnet", 10), networks[0], 10, device, networks[1])
+    return State(recipe, create_model("tiny_resnet", 10), networks[0], 10, device, networks[1])
 
 
 def batch(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -265,7 +265,7 @@ def test_what_is_measured_is_averaged_by_class_until_the_epoch_ends(device: torc
             train_step(state, recipe, *batch(device))
     label = batch(device)[1].repeat(2)
     expected = torch.stack([torch.cat(rows)[label == k].mean(0) for k in range(10)])
-    measured = state.stats().measured
+    measured = state.measured
     torch.testing.assert_close(measured["probability"].mean_KD, expected)
     torch.testing.assert_close(measured["right"].mean_K, torch.arange(10.0, device=device))
     state.start_epoch(recipe, 2, 0)

@@ -88,7 +88,7 @@ def make(name: str, device: torch.device) -> tuple[State, Recipe]:
     teachers = [channels_last(create_model("tiny_resnet", 10), device).eval().requires_grad_(False) for _ in range(2)]
     teacher = teachers[0] if recipe.networks.teacher_model else None
     clean_teacher = teachers[1] if recipe.networks.clean_teacher_model else None
-    state = State.begin(recipe, create_model("tiny_resnet", 10), teacher, 10, device, clean_teacher)
+    state = State(recipe, create_model("tiny_resnet", 10), teacher, 10, device, clean_teacher)
     if device.type == "cpu":  # there the rate is a number, as nothing is captured; here it is
         for group in state.optimizer.param_groups:
             group["lr"] = torch.tensor(group["lr"])

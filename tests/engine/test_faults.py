@@ -85,7 +85,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(options: list[str], t
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_gradient_that_is_not_finite_holds_this_update_and_all_later_ones(fused: bool, device: torch.device) -> None:
     recipe = Recipe.of(Method, dataset="digits", student="tiny_resnet", fused_sgd=fused, fold=False, precision="fp32")
-    state = State.begin(recipe, create_model("tiny_resnet", 10), None, 10, device)
+    state = State(recipe, create_model("tiny_resnet", 10), None, 10, device)
     assert hasattr(state.optimizer, "found_inf") == fused, "the fused kernel looks at a flag; copies are for others"
     weights = list(state.student.parameters())
 

@@ -23,7 +23,7 @@ TINY: dict[str, Any] = dict(attack_steps=1, lr=0.05, precision="fp32")
 def make(device: torch.device, **fields: Any) -> tuple[State, Recipe]:
     torch.manual_seed(0)
     recipe = find_setting("trades:digits_student")[2].recipe.replace(**(TINY | fields))
-    return State.begin(recipe, create_model("tiny_resnet", 10), None, 10, device), recipe
+    return State(recipe, create_model("tiny_resnet", 10), None, 10, device), recipe
 
 
 def batch(device: torch.device) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from retemper.engine import State, create_model, train_step
+from retemper.engine import EpochStats, State, create_model, train_step
 from retemper.engine.catalogue import find_setting
 from retemper.engine.cli import run
 from retemper.engine.device import is_out_of_memory
@@ -146,7 +146,7 @@ def trained(ranks: Ranks) -> dict[str, Any]:
         student, *teachers = (Plain(width).double() for width in (6, 8, 8))
         wanted = recipe.networks.teacher_model, recipe.networks.clean_teacher_model
         teacher, clean_teacher = (one if name else None for one, name in zip(teachers, wanted, strict=True))
-        state = State.begin(recipe, student, teacher, 10, CPU, clean_teacher, ranks)
+        state = State(recipe, student, teacher, 10, CPU, clean_teacher, ranks)
         for name, value in state.class_state.items():
             state.class_state[name] = value.double()
         state.loss_sum = state.loss_sum.double()
@@ -161,8 +161,8 @@ def trained(ranks: Ranks) -> dict[str, Any]:
             state.all_reduce()
             losses.append(state.loss_sum / sum(SIZES))
             if not recipe.method.validates_by:
-                moved = recipe.method.next_class_state(state.class_state, state.stats(), epoch, recipe)
-                state.move_classes(moved)
+                stats = EpochStats(forwards=state.sums, measured=state.measured)
+                state.move_classes(recipe.method.next_class_state(state.class_state, stats, epoch, recipe))
         found[method] = {
             "losses": torch.stack(losses).double(),
             "weights": dict(student.named_parameters()),
@@ -448,7 +448,7 @@ def test_a_graph_holds_the_call_to_the_others(monkeypatch: pytest.MonkeyPatch) -
     def losses(capture: bool, ranks: Ranks) -> list[Tensor]:
         torch.manual_seed(0)
         student, teacher = create_model("tiny_resnet", 10), create_model("tiny_resnet", 10).to(device).eval()
-        state = State.begin(recipe, student, teacher, 10, device, None, ranks)
+        state = State(recipe, student, teacher, 10, device, None, ranks)
         state.start_epoch(recipe, 1, 0)
 
         def step(clean: Tensor, label: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ def make(method: str, device: torch.device, precision: str = "fp32") -> tuple[St
     recipe = find_setting(f"{method}:digits")[2].recipe.replace(attack_steps=2, lr=0.05, precision=precision)
     teacher = channels_last(create_model("tiny_resnet", 10), device).eval().requires_grad_(False)
     student = create_model("tiny_resnet", 10)
-    state = State.begin(recipe, student, teacher if recipe.networks.teacher_model else None, 10, device)
+    state = State(recipe, student, teacher if recipe.networks.teacher_model else None, 10, device)
     return state, recipe
 
 
@@ -148,7 +148,7 @@ def test_a_move_changes_rounding_alone(move: str, other: object, device: torch.d
         recipe = find_setting("absld:digits")[2].recipe.replace(attack_steps=3, lr=0.02, precision="fp32")
         recipe = recipe if value is None else recipe.replace(**{move: value})
         teacher = create_model("tiny_resnet", 10).to(device).eval().requires_grad_(False)
-        state = State.begin(recipe, create_model("tiny_resnet", 10), teacher, 10, device)
+        state = State(recipe, create_model("tiny_resnet", 10), teacher, 10, device)
         losses = [train_step(state, recipe, *batch(device)) for _ in range(3)]
         results.append([torch.stack(losses), *state.student.state_dict().values()])
     for one, two in zip(*results, strict=True):
@@ -159,7 +159,7 @@ def test_a_move_changes_rounding_alone(move: str, other: object, device: torch.d
 
 def test_a_train_mode_attack_is_never_folded(device: torch.device) -> None:
     recipe = find_setting("sat:digits")[2].recipe.replace(attack_bn="train")
-    state = State.begin(recipe, create_model("tiny_resnet", 10), None, 10, device)
+    state = State(recipe, create_model("tiny_resnet", 10), None, 10, device)
     assert state.twin is None and state.attacked() is state.student
 
 

@@ -29,7 +29,7 @@ def test_the_clean_teachers_are_trained_and_chosen_without_an_attack() -> None:
 
 def test_without_attack_steps_the_images_are_the_clean_ones() -> None:
     recipe = SETTINGS["digits_clean"].recipe
-    state = State.begin(recipe, create_model("tiny_resnet_wide", 10), None, 10, torch.device("cpu"))
+    state = State(recipe, create_model("tiny_resnet_wide", 10), None, 10, torch.device("cpu"))
     clean, seen = torch.rand(4, 1, 8, 8), []
     state.student.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     train_step(state, recipe, clean, torch.arange(4))
