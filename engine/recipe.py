@@ -16,7 +16,7 @@ from retemper.engine.epoch_stats import EpochStats
 from retemper.engine.groups import Data, Networks, Optimisation, Selection, TrainingAttack
 from retemper.engine.losses import KlObjective, Objective, cross_entropy_objective
 from retemper.engine.options import Option, Options, option, options_of
-from retemper.engine.speed.options import EXACTNESS, Execution
+from retemper.engine.speed.execution import EXACTNESS, Execution
 from retemper.errors import nearest
 
 UNTRAINED = "starts, steps and evaluates in the tests; not trained yet"

@@ -30,7 +30,7 @@ from retemper.engine import (
 from retemper.recipes.settings import ON_BOTH, adversarial_training
 
 
-def class_margin(robust_accuracy_K: Tensor, eps: float, margin_offset: float) -> Tensor:
+def class_radius(robust_accuracy_K: Tensor, eps: float, margin_offset: float) -> Tensor:
     """Return the radius of each class, (K,), in units of `eps`: a class that withstands attacks gets stronger ones."""
     return (margin_offset + robust_accuracy_K) * eps
 
@@ -79,7 +79,7 @@ class Cfa(OwnPredictionAttack):
         robust_K = stats.forwards["adv"].accuracy_K
         ce_K, kl_K = loss_weights(robust_K, self.beta, self.beta_offset)
         return {
-            "margin": class_margin(robust_K, recipe.attack.eps, self.margin_offset),
+            "margin": class_radius(robust_K, recipe.attack.eps, self.margin_offset),
             "ce_weight": ce_K,
             "kl_weight": kl_K,
         }

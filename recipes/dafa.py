@@ -28,7 +28,7 @@ from retemper.engine import (
 from retemper.recipes.settings import ON_BOTH, adversarial_training
 
 
-def class_weight(mean_probability_KK: Tensor, scale: float = 1.0) -> Tensor:
+def traded_weight(mean_probability_KK: Tensor, scale: float = 1.0) -> Tensor:
     """Return the weight of each class, (K,); the weights sum to K.
 
     Args:
@@ -72,7 +72,7 @@ class Dafa(OwnPredictionAttack):
     ) -> dict[str, Tensor]:
         if epoch != self.warm_up:
             return dict(state)
-        weight_K = class_weight(stats.measured["probability"].mean_KD, self.scale)
+        weight_K = traded_weight(stats.measured["probability"].mean_KD, self.scale)
         return {"class_weight": weight_K.clamp(min=0)}  # only a network that gives one answer to all gets below
 
 

@@ -37,7 +37,7 @@ def simplex(multiplier_K: Tensor, limit: float) -> Tensor:
     return multiplier_K * (limit / multiplier_K.sum().clamp(min=limit))
 
 
-def class_weight(multiplier_K: Tensor) -> Tensor:
+def loss_weight(multiplier_K: Tensor) -> Tensor:
     """Return the weights of the classes in the loss, (K,), which sum to 1."""
     return 1 / multiplier_K.numel() + multiplier_K - multiplier_K.mean()
 
@@ -75,7 +75,7 @@ class Frl(OwnPredictionAttack):
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         clean_B, boundary_B = (
-            class_weight(targets.state[f"multiplier_{name}"])[targets.label_B] for name in ("clean", "boundary")
+            loss_weight(targets.state[f"multiplier_{name}"])[targets.label_B] for name in ("clean", "boundary")
         )
         clean = weighted_mean(cross_entropy_rows(logits["clean"], targets.label_B), clean_B, targets.part)
         boundary = weighted_mean(kl_rows(logits["clean"], logits["adv"]), boundary_B, targets.part)

@@ -27,7 +27,7 @@ from retemper.engine import (
 from retemper.recipes.settings import ON_DIGITS, adversarial_training
 
 
-def class_weight(loss_history: Tensor, eta: float = 0.1) -> Tensor:
+def hedge_weight(loss_history: Tensor, eta: float = 0.1) -> Tensor:
     """Return the weights of the classes and of their mean.
 
     Args:
@@ -66,7 +66,7 @@ class Wat(OwnPredictionAttack):
             return dict(state)
         assert stats.held is not None
         loss_K = state["loss_so_far"] + stats.held.clean_loss_K + self.beta * stats.held.boundary_loss_K
-        weight = class_weight(torch.cat([loss_K, loss_K.mean()[None]])[None], self.eta)
+        weight = hedge_weight(torch.cat([loss_K, loss_K.mean()[None]])[None], self.eta)
         return {"loss_so_far": loss_K, "class_weight": weight[:-1], "mean_weight": weight[-1:]}
 
 

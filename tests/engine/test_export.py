@@ -162,7 +162,12 @@ def test_something_else_is_refused_in_a_line(
 @pytest.mark.parametrize("name", MODELS)
 def test_every_architecture_is_one_file_of_plain_pytorch(name: str) -> None:
     source, function = architecture_source(name), getattr(MODELS[name], "func", MODELS[name])
-    assert set(re.findall(r"^(?:from|import) (\w+)", source, flags=re.MULTILINE)) <= {"torch", "math", "functools", "collections"}
+    assert set(re.findall(r"^(?:from|import) (\w+)", source, flags=re.MULTILINE)) <= {
+        "torch",
+        "math",
+        "functools",
+        "collections",
+    }
     written: dict[str, Any] = {}
     exec(source, written)  # what a user of the file imports
     keywords = getattr(MODELS[name], "keywords", {})

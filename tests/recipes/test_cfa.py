@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from retemper.engine import ClassSums, EpochStats, Recipe, Targets
-from retemper.recipes.cfa import AUTHORS, SETTINGS, Cfa, class_margin, loss_weights
+from retemper.recipes.cfa import AUTHORS, SETTINGS, Cfa, class_radius, loss_weights
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/recipes.json").read_text())["cfa_margin"]
 
@@ -21,7 +21,7 @@ def cfa(**options: Any) -> Recipe:
 def test_margins_and_weights_are_the_known_ones() -> None:
     for case in GOLDEN:
         robust = torch.tensor(case["train_robust_accuracy"], dtype=torch.float64)
-        margin = class_margin(robust, case["eps"], case["margin_offset"])
+        margin = class_radius(robust, case["eps"], case["margin_offset"])
         ce, kl = loss_weights(robust, case["beta"], case["beta_offset"])
         for ours, name in ((margin, "eps_class"), (ce, "ce_weight"), (kl, "kl_weight")):
             torch.testing.assert_close(ours.tolist(), case[name], rtol=1e-12, atol=0)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from retemper.engine import ClassMeans, EpochStats, Recipe, Targets
-from retemper.recipes.dafa import AUTHORS, SETTINGS, Dafa, class_weight
+from retemper.recipes.dafa import AUTHORS, SETTINGS, Dafa, traded_weight
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/recipes.json").read_text())["dafa_weight"]
 
@@ -17,9 +17,9 @@ def dafa() -> Recipe:
 
 def test_weights_are_the_known_ones() -> None:
     for case in GOLDEN:
-        weight = class_weight(torch.tensor(case["mean_probability"], dtype=torch.float64), case["lam"])
+        weight = traded_weight(torch.tensor(case["mean_probability"], dtype=torch.float64), case["lam"])
         torch.testing.assert_close(weight.tolist(), case["weight"], rtol=1e-12, atol=0)
-    by_hand = class_weight(torch.tensor([[0.6, 0.3, 0.1], [0.25, 0.5, 0.25], [0.1, 0.1, 0.8]]))
+    by_hand = traded_weight(torch.tensor([[0.6, 0.3, 0.1], [0.25, 0.5, 0.25], [0.1, 0.1, 0.8]]))
     torch.testing.assert_close(by_hand, torch.tensor([0.93, 1.35, 0.72]))
 
 
@@ -27,7 +27,7 @@ def test_what_one_class_gains_another_gives() -> None:
     gen = torch.Generator().manual_seed(0)
     for scale in (1.0, 1.5):
         mean = (2 * torch.randn(20, 20, generator=gen, dtype=torch.float64)).softmax(1)
-        torch.testing.assert_close(class_weight(mean, scale).sum().item(), 20.0)
+        torch.testing.assert_close(traded_weight(mean, scale).sum().item(), 20.0)
 
 
 def test_loss_weighs_the_cross_entropy_and_not_the_kl() -> None:
@@ -66,7 +66,7 @@ def test_weights_are_set_once_after_the_warm_up() -> None:
 
 def test_no_weight_is_negative() -> None:
     one_answer = torch.tensor([[0.9, 0.05, 0.05], [0.89, 0.06, 0.05], [0.88, 0.06, 0.06]])
-    assert class_weight(one_answer).min() < 0
+    assert traded_weight(one_answer).min() < 0
     recipe = dafa()
     moved = recipe.method.next_class_state(recipe.method.class_state(3, recipe), seen(one_answer), 70, recipe)
     assert moved["class_weight"].min() == 0

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from retemper.engine import EpochStats, HeldOut, Recipe, Targets, TrainingAttack
-from retemper.recipes.frl import AUTHORS, SETTINGS, Frl, class_weight, simplex
+from retemper.recipes.frl import AUTHORS, SETTINGS, Frl, loss_weight, simplex
 
 
 def frl(**options: Any) -> Recipe:
@@ -78,7 +78,7 @@ def test_multipliers_are_scaled_back_to_the_limit() -> None:
     torch.testing.assert_close(simplex(torch.tensor([0.6, -1.0, 0.4]), 0.5), torch.tensor([0.3, 0.0, 0.2]))
     torch.testing.assert_close(simplex(torch.tensor([0.2, -1.0, 0.1]), 0.5), torch.tensor([0.2, 0.0, 0.1]))
     assert simplex(torch.zeros(3), 0.5).tolist() == [0, 0, 0]
-    assert class_weight(torch.tensor([0.0, 0.5])).tolist() == [0.25, 0.75]
+    assert loss_weight(torch.tensor([0.0, 0.5])).tolist() == [0.25, 0.75]
 
 
 def test_margins_are_the_classes_and_the_step_a_quarter_of_the_largest() -> None:

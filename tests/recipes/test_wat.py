@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from retemper.engine import EpochStats, HeldOut, Recipe, Targets
-from retemper.recipes.wat import AUTHORS, SETTINGS, Wat, class_weight
+from retemper.recipes.wat import AUTHORS, SETTINGS, Wat, hedge_weight
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/recipes.json").read_text())["wat_weight"]
 
@@ -19,7 +19,7 @@ def test_weights_are_the_known_ones() -> None:
     for case in GOLDEN:
         history = torch.tensor(case["loss"], dtype=torch.float64)
         for rows in (history, history.sum(0, keepdim=True)):
-            weight = class_weight(rows, case["eta"])
+            weight = hedge_weight(rows, case["eta"])
             torch.testing.assert_close(weight.tolist(), case["weight"], rtol=1e-12, atol=0)
         assert len(case["weight"]) == history.shape[1] and abs(sum(case["weight"]) - history.shape[1] + 1) < 1e-9
 
