@@ -1,6 +1,6 @@
 """What a run is besides its method: the images, the networks, the attack, the optimiser, the choice of an epoch.
 
-How the step is executed is the sixth group (`retemper.engine.speed.execution`). Each is a small frozen value of options.
+How the step is executed is the sixth group (`retemper.engine.speed.execution`). Each is a frozen value of options.
 """
 
 from dataclasses import dataclass
