@@ -13,8 +13,17 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from retemper.engine.class_report import Result
-from retemper.engine.report.figures import BARS_UP_TO, HALO, INK, MUTED, Look, as_plot
-from retemper.engine.report.figures import class_rows, end_labels, new_figure
+from retemper.engine.report.figures import (
+    BARS_UP_TO,
+    HALO,
+    INK,
+    MUTED,
+    Look,
+    as_plot,
+    class_rows,
+    end_labels,
+    new_figure,
+)
 from retemper.engine.report.page import Cell, Table
 from retemper.engine.report.read import attack_title, weakest_first
 from retemper.engine.report.run_set import RunSet

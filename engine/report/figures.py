@@ -59,7 +59,7 @@ EndLabel = tuple[float, str, str, bool]  # value, text, colour, bold
 
 @dataclass(frozen=True)
 class Look:
-    """How a run is drawn: `colour` fills areas, `line` is strong enough for a line, `ink` for text on white."""
+    """The look of a run: `colour` fills areas, `line` is strong enough for a line, `ink` for text on white."""
 
     colour: str
     line: str
