@@ -32,7 +32,7 @@ def mean_and_range(values: Sequence[float], form: str = ".1%") -> str:
 
 
 def write_summary(path: Path | None, content: dict[str, Any], device: torch.device) -> None:
-    """Write the figures as JSON, with the versions, commit and device that they are from. None as path writes nothing."""
+    """Write the figures as JSON, with the versions, commit and device that they are from; nothing without a path."""
     if path is None:
         return
     content = content | {"versions": versions(), "commit": commit(), "device": device_name(device)}

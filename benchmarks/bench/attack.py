@@ -205,7 +205,7 @@ def unfolded(problem: AttackProblem) -> Call:
 
 
 def plain_loop(problem: AttackProblem) -> Call:
-    """The attack as anyone would write it in PyTorch."""
+    """Return the attack as anyone would write it in PyTorch."""
     model, clean = problem.own_model(), problem.clean_BCHW
 
     def call() -> Tensor:

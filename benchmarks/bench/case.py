@@ -93,7 +93,7 @@ class Contender:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Contenders for the same work. The first is the baseline: the others are timed in its time.
+    """The contenders for the same work. The first is the baseline of all ratios.
 
     Attributes:
         name: the title of the table.

@@ -154,7 +154,7 @@ def whole(problem: StepProblem, captured: bool = True) -> Recipe:
 
 
 def peers(problem: StepProblem) -> list[Contender]:
-    """The script, the baseline of every ratio; and careful PyTorch."""
+    """Return the script, the baseline of every ratio, and the step in careful PyTorch, eager and compiled."""
 
     def each_batch(step: Callable[[Tensor, Tensor], object]) -> Call:
         turns = cycle(problem.batches)
@@ -177,7 +177,7 @@ def peers(problem: StepProblem) -> list[Contender]:
 
 
 def ours(problem: StepProblem, recipe: Recipe, variant: Variant) -> Contender:
-    """Our step under `recipe`, if its attack on the first batch is as strong as the script's."""
+    """Return our step under `recipe`, timed only if its attack on the first batch is as strong as the script's."""
     reason = variant.gpu if variant.gpu and not problem.request.on_gpu else None
     if recipe.execution.epilogue == "compiled" and (problem.request.quick or not problem.request.on_gpu):
         reason = "compiling is left out by --quick and on a CPU"

@@ -23,7 +23,7 @@ from retemper.errors import DataError
 
 
 class RankLost(DataError):
-    """Another process of the group is gone, or did not answer within the time limit."""
+    """The error that another process of the group is gone, or did not answer within the time limit."""
 
 
 @dataclass(frozen=True, eq=False)

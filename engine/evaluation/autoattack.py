@@ -244,7 +244,7 @@ def _check(model: nn.Module, clean: Tensor, label_B: Tensor) -> None:
 
 @contextmanager
 def _flags(ledger: Ledger) -> Iterator[None]:
-    """Within the context, collect the library's warnings in the ledger, each once."""
+    """Collect the library's warnings in the ledger while the context lasts, each once."""
 
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
