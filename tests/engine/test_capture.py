@@ -96,7 +96,7 @@ def make(name: str, device: torch.device) -> tuple[State, Recipe]:
 
 
 def run(name: str, device: torch.device, capture: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Run STEPS steps in two epochs that differ in rate and class state, each with a smaller last batch; losses, state."""
+    """Run STEPS steps in two epochs that differ in rate and class state; return losses and state."""
     state, recipe = make(name, device)
 
     def step(image: Tensor, view: Tensor, label: Tensor, teacher_BK: Tensor | None) -> Tensor:
