@@ -38,7 +38,7 @@ CLI = [sys.executable, "-c", "from retemper.engine.cli import main; main()"]
 
 
 def stock(model: nn.Module, split: Split, rows: np.ndarray, request: SuiteRequest) -> np.ndarray:
-    """(N,) bool: the verdicts of the library's own runner."""
+    """Return the verdicts of the library's own runner, (N,) bool: whether each image held."""
     from pyautoattack import AutoAttack
 
     clean = as_float(split, torch.from_numpy(rows), request.device).contiguous()
@@ -50,14 +50,14 @@ def stock(model: nn.Module, split: Split, rows: np.ndarray, request: SuiteReques
 
 
 def ours(model: nn.Module, split: Split, rows: np.ndarray, request: SuiteRequest, folder: str) -> np.ndarray:
-    """(N,) bool: the verdicts of our runner."""
+    """Return the verdicts of our runner, (N,) bool: whether each image held."""
     ledger = Ledger(Path(folder) / "autoattack.csv", {"eps": request.eps}, rows, split.labels[rows])
     assert run_suite(model, split, request, ledger)
     return ledger.holds(request.attacks)
 
 
 def compared(run: Path, images: int, piece: int, batch_size: int, device: torch.device) -> dict[str, Any]:
-    """Seconds and verdicts of the three, on one run."""
+    """Return the seconds and verdicts of the three runners on one run, and how often ours disagree."""
     weights = RunFolder(run).best
     facts = read_facts(weights)
     assert facts.model and facts.num_classes and facts.dataset and facts.eps
@@ -100,7 +100,7 @@ def compared(run: Path, images: int, piece: int, batch_size: int, device: torch.
 
 
 def killed(run: Path, images: int, batch_size: int, kills: int, seed: int = 0) -> dict[str, Any]:
-    """Whether an evaluation that is killed again and again ends with the ledger of one that is not."""
+    """Kill an evaluation again and again, and say whether it ends with the ledger of one left alone."""
     draw = random.Random(seed)
     options = ["--attacks", "autoattack", "--limit", str(images), "--batch-size", str(batch_size)]
     rows, done = [], 0
@@ -133,7 +133,7 @@ def killed(run: Path, images: int, batch_size: int, kills: int, seed: int = 0) -
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A line a network and runner."""
+    """Return a Markdown table with a line for each network and runner."""
     head = ["network", "images", "runner", "robust", "other verdicts", "times as fast (by piece)"]
     lines = []
     for one in results:

@@ -1,4 +1,4 @@
-"""A campaign of faults: the processes that suffer them, the undisturbed run beside them, and what is counted."""
+"""A campaign of faults: the processes that suffer them, the undisturbed run beside them, and the counts."""
 
 import io
 import os
@@ -27,7 +27,7 @@ EPOCHS = 6
 
 @dataclass
 class Row:
-    """One line of the table."""
+    """A line of the table: the tries of one fault, and how they ended."""
 
     fault: str
     tried: int = 0
@@ -37,7 +37,7 @@ class Row:
     notes: list[str] = field(default_factory=list)  # what did not hold
 
     def count(self, held: bool, seconds: float, note: str = "") -> None:
-        """One more try."""
+        """Count one more try, which held or not, and the seconds it took."""
         self.tried, self.held = self.tried + 1, self.held + held
         self.seconds.append(seconds)
         if not held:
@@ -45,7 +45,7 @@ class Row:
             self.notes.append(note[-300:])
 
     def as_json(self) -> dict[str, Any]:
-        """With the median and the largest of the seconds in their place."""
+        """Return the row for JSON, with the median and the largest of the seconds in place of all."""
         times = {"p50": statistics.median(self.seconds), "max": max(self.seconds)} if self.seconds else None
         return {"fault": self.fault, "tried": self.tried, "held": self.held, "lost": self.lost} | {
             "seconds": times,
@@ -54,7 +54,7 @@ class Row:
 
 
 class Fork:
-    """`retemper WORDS` in a fork of this process."""
+    """A fork of this process that runs `retemper WORDS`."""
 
     def __init__(self, words: list[str], log: Path, prepare: Callable[[], object] = lambda: None) -> None:
         self.log = log
@@ -72,12 +72,12 @@ class Fork:
                 os._exit(code)
 
     def ended(self) -> int | None:
-        """Its exit code, minus the signal for a killed one; None while it runs."""
+        """Return the exit code of the fork, minus the signal for a killed one; None while it runs."""
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         return os.waitstatus_to_exitcode(status) if pid else None
 
     def wait(self, limit: float = 120.0) -> int:
-        """Its exit code; 124 after a limit, which counts as a hang."""
+        """Wait for the end of the fork and return its exit code; 124 after a limit, which counts as a hang."""
         end = time.monotonic() + limit
         while (code := self.ended()) is None:
             if time.monotonic() > end:
@@ -104,23 +104,23 @@ class Campaign:
         self.say(self.words(self.whole))
 
     def say(self, words: list[str]) -> None:
-        """Run the words here, in silence."""
+        """Run `retemper WORDS` in this process, in silence."""
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             assert run(words) == 0, words
 
     def words(self, out: Path, *more: str) -> list[str]:
-        """The command line of the run that everything happens to, with a table of teacher's answers of its own."""
+        """Return the command line of a run to disturb, with a cache of its own for the teacher's answers."""
         own = ["--teacher", str(self.root / "teacher"), "--out", str(out), "--cache", f"{out}.cache"]
         return ["train", "absld:digits", "--epochs", str(EPOCHS), *SHORT, *own, *more]
 
     def row(self, fault: str) -> Row:
-        """Begin a row."""
+        """Begin the row of a fault, and return it."""
         self.rows.append(Row(fault))
         print(f"{fault} ...", file=sys.stderr, flush=True)
         return self.rows[-1]
 
     def fresh(self) -> Path:
-        """A folder for one more run."""
+        """Return a folder for one more run."""
         self.runs += 1
         return self.root / f"run{self.runs}"
 
@@ -129,7 +129,7 @@ class Campaign:
         return Fork(self.words(out, *more), self.root / "log", prepare)
 
     def ends_as_undisturbed(self, out: Path) -> bool:
-        """Go on with the run to its end; whether its weights, the best's and the class state are the very same."""
+        """Resume the run to its end; say whether last weights, best weights and class state are those undisturbed."""
         if self.fork(out).wait() != 0:
             return False
         pairs = [
@@ -160,5 +160,5 @@ class Campaign:
 
 
 def process_runs(process: Fork) -> bool:
-    """Whether it has not ended; its end is left to `wait`."""
+    """Say whether the fork still runs; its exit code is left to `wait`."""
     return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None

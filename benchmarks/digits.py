@@ -21,7 +21,7 @@ MEASURES = ("average", "worst", "nsd")
 
 
 def measure(out: Path) -> dict[str, Any]:
-    """The numbers of one seed's three runs, by attack and measure, and their seconds of training."""
+    """Return the numbers of one seed's three runs, by attack and measure, and their seconds of training."""
     found = {}
     for name in RUNS:
         attacks = json.loads((out / name / "evaluation.json").read_text())["attacks"]
@@ -32,7 +32,7 @@ def measure(out: Path) -> dict[str, Any]:
 
 
 def table(seeds: list[dict[str, Any]]) -> str:
-    """Mean and range over the seeds, a row a run."""
+    """Return a Markdown table of means and ranges over the seeds, a row a run."""
 
     def cell(name: str, attack: str, key: str) -> str:
         return mean_and_range([seed[name][attack][key] for seed in seeds], ".3f" if key == "nsd" else ".1%")

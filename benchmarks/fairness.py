@@ -65,7 +65,10 @@ def compared(runs: Runs, attack: str) -> tuple[dict[str, Comparison], dict[str, 
 
 
 def table(found: Evaluations, differences: dict[str, Comparison], attack: str, data: str) -> str:
-    """A line a method, the best worst class first: means and ranges over the seeds, and the difference from RSLAD."""
+    """Return a Markdown table with a line a method, the best worst class first.
+
+    It has means and ranges over the seeds, and the difference from RSLAD.
+    """
     settings = settings_on(data) | {TEACHER: f"sat:{data}"}
     columns = "clean|average|worst class|NSD|worst class less RSLAD's, points|command".split("|")
     rows = [
@@ -84,7 +87,7 @@ def table(found: Evaluations, differences: dict[str, Comparison], attack: str, d
 
 
 def ours_table(differences: dict[str, Comparison], attack: str) -> str:
-    """A line a method: what ours has more than it."""
+    """Return a Markdown table with a line for each other method: the differences, ours less that method."""
     head = [f"{NAMES[OURS]} less, {TITLES[attack]}", "average, points", "worst class, points", "NSD, hundredths"]
     keys = ("average", "worst", "nsd")
     return markdown(
@@ -93,7 +96,7 @@ def ours_table(differences: dict[str, Comparison], attack: str) -> str:
 
 
 def _told(of: Difference) -> str:
-    """The difference in hundredths with its two intervals."""
+    """Return the difference in hundredths with its two intervals, in words."""
 
     def points(ends: Sequence[float]) -> str:
         return " to ".join(f"{100 * end:+.1f}" for end in ends)
@@ -103,12 +106,12 @@ def _told(of: Difference) -> str:
 
 
 def _values(found: list[dict[str, Any]], attack: str, key: str) -> list[float]:
-    """One number of each seed's evaluation."""
+    """Return the number `key` under `attack` of each seed's evaluation."""
     return [one["attacks"][attack][key] for one in found]
 
 
 def _mean(found: list[dict[str, Any]], attack: str, key: str) -> float:
-    """Its mean over the seeds."""
+    """Return the mean over the seeds of the number `key` under `attack`."""
     return statistics.mean(_values(found, attack, key))
 
 
@@ -140,7 +143,7 @@ def draw(found: Evaluations, attacks: Sequence[str], path: Path) -> None:
 
 
 def trained(words: argparse.Namespace, chosen: dict[str, str]) -> Runs:
-    """The runs of the chosen methods and of their teacher, trained and evaluated where that is not done."""
+    """Return the runs of the chosen methods and of their teacher, trained and evaluated where that is not done."""
     protocol = Protocol(
         out=words.out, attacks=ATTACKS, autoattack_limit=words.autoattack_images, fold=True, suite=words.suite
     )
@@ -158,7 +161,7 @@ def trained(words: argparse.Namespace, chosen: dict[str, str]) -> Runs:
 
 
 def recorded(data: str, to: Path) -> Runs:
-    """The runs of the kept records, as folders below `to`."""
+    """Return the runs of the kept records, unpacked to folders below `to`."""
     folders = unpack(RESULTS / data / RECORDS, to)
     known = settings_on(data)
     names = {name: known[name] for name in METHODS.split(",")}
@@ -197,7 +200,7 @@ def write_results(runs: Runs, data: str, suite: str, results: Path) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """What was asked, or an error in one line."""
+    """Return the arguments of the command line, or end with an error in one line."""
     parser = words_of(__doc__)
     parser.add_argument("--data", default="fashion_mnist_small", help="the setting that all methods are trained under")
     parser.add_argument("--methods", default=METHODS)

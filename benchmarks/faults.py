@@ -1,4 +1,4 @@
-"""What a run survives: kills, signals, damaged files, full disks, bad numbers, each injected for real, and counted.
+"""Does a run survive kills, signals, damaged files, full disks and bad numbers? Each is injected for real and counted.
 
     python benchmarks/faults.py --json benchmarks/results/cpu/faults.json
 
@@ -103,7 +103,7 @@ def signals(campaign: Campaign, number: int) -> None:
 
 
 def damage(campaign: Campaign, number: int) -> None:
-    """Change a byte of a file, or cut it, at a random place: all kinds of files that a run reads back."""
+    """Damage every kind of file that a run reads back: change a byte, or cut it, at a random place."""
     model = create_model("tiny_resnet", 10)
     beton = campaign.root / "digits.beton"
     convert(load_split("digits", "train", None), beton, progress=False)
@@ -254,7 +254,7 @@ def little_memory() -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line a fault."""
+    """Return a Markdown table with a line for each fault."""
     lines = []
     for row in rows:
         times = row["seconds"]
@@ -265,7 +265,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder that is deleted in the end, which also holds what the runs cache."""
+    """Yield a folder that is deleted in the end; the caches of the runs lie in it too."""
     with TemporaryDirectory(prefix="retemper-faults-") as folder:
         os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
         yield Path(folder)

@@ -43,7 +43,7 @@ INPUTS = 8  # batches that take turns
 
 
 def contender(name: str, recipe: Recipe, device: torch.device) -> Contender:
-    """Steps of `recipe` on the same random batches."""
+    """Return the contender that makes steps of `recipe` on the same random batches as all others."""
     torch.manual_seed(0)
     state = State(recipe, create_model(recipe.networks.student, 10), create_model("tiny_resnet_wide", 10), 10, device)
     shape = recipe.optim.batch_size, 1, 8, 8
@@ -66,7 +66,7 @@ def contender(name: str, recipe: Recipe, device: torch.device) -> Contender:
 
 
 def median_interval(ratios: np.ndarray, draws: int = 2_000) -> tuple[float, float]:
-    """The interval of the median that holds 95 % of its values over resampled rounds."""
+    """Return the bootstrap interval of the median at 95 %: the rounds are resampled."""
     drawn = np.random.default_rng(0).choice(ratios, (draws, len(ratios)))
     low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975)).tolist()
     return low, high

@@ -82,7 +82,7 @@ class Row:
     on: tuple[str, ...] = ("digits",)
 
     def folder(self, data: str, seed: int) -> str:
-        """The name of a run's folder."""
+        """Return the name of the folder of one of its runs."""
         name = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
         return f"{name}-{data}-seed{seed}"
 
@@ -112,7 +112,7 @@ ROWS = (
 
 
 def trained(row: Row, data: str, seed: int, out: Path) -> Path:
-    """The folder of `row`'s run, trained where that is not done."""
+    """Return the folder of `row`'s run, trained where that is not done."""
     method, setting, found = find_setting(f"{row.method}:{data}")
     folder = out / row.folder(data, seed)
     teacher = next(other for other in ROWS if other.name == row.teacher)
@@ -131,7 +131,7 @@ def trained(row: Row, data: str, seed: int, out: Path) -> Path:
 
 
 def chosen(folder: Path) -> dict[str, Any]:
-    """What the kept epoch, the best in average + worst, came to on all held-out images under PGD-20."""
+    """Return the scores of the kept epoch, the best in average + worst, on all held-out images under PGD-20."""
     lines = [json.loads(line) for line in RunFolder(folder).metrics.read_text().splitlines()]
     first = RunFolder(folder).read_config()["recipe"]["select_from"]
     scores = [line["holdout"] for line in lines if "holdout" in line and line["epoch"] >= first]
@@ -139,7 +139,7 @@ def chosen(folder: Path) -> dict[str, Any]:
 
 
 def attacked(folder: Path, data: str) -> Ledger:
-    """What became of the first held-out images of every class under AutoAttack's first two attacks."""
+    """Attack the first held-out images of every class with AutoAttack's first two attacks; return the ledger."""
     recipe = RunFolder(folder).read_config()["recipe"]
     split = load_split(recipe["dataset"], "train", None, recipe["image_size"])
     _, held_out = holdout_split(split.labels, recipe["holdout_per_class"])
@@ -154,14 +154,14 @@ def attacked(folder: Path, data: str) -> Ledger:
 
 
 def by_class(ledger: Ledger) -> dict[str, Any]:
-    """The report by class of the images that held."""
+    """Return the report by class of the images that held."""
     count_K = np.bincount(ledger.label_N)
     correct_K = np.bincount(ledger.label_N[ledger.holds(SUITES["fast"])], minlength=len(count_K))
     return asdict(class_report(correct_K, count_K))
 
 
 def table(found: dict[str, list[Scores]]) -> str:
-    """A line a row, the best worst class first: means over the seeds, and ranges."""
+    """Return a Markdown table with a line a row, the best worst class first: means over the seeds, and ranges."""
 
     def cells(name: str, attack: str) -> list[str]:
         average, worst, nsd = ([seed[attack][key] for seed in found[name]] for key in ("average", "worst", "nsd"))
@@ -189,7 +189,7 @@ def write_results(
 
 
 def from_records(data: str, results: Path) -> str:
-    """The table made anew from the kept records, written to `results`; no network is trained or attacked."""
+    """Return the table made anew from the kept records, and write it to `results`; nothing is trained or attacked."""
     kept = read_json(RESULTS / data / "study.json")["rows"]
     rows = [Row(**{one.name: row[one.name] for one in fields(Row)}) for row in kept]
     with TemporaryDirectory() as to:
@@ -206,7 +206,7 @@ def from_records(data: str, results: Path) -> str:
 
 
 def pattern(text: str) -> re.Pattern[str]:
-    """A regular expression; argparse tells a ValueError in one line."""
+    """Return the regular expression; a ValueError for a wrong one, which argparse tells in one line."""
     try:
         return re.compile(text)
     except re.error as error:

@@ -20,7 +20,7 @@ ATTACKS = ("clean", "pgd20")
 
 
 def measured(name: str, out: Path, seed: int) -> dict[str, Any]:
-    """The figures of METHOD:SETTING, trained and evaluated under `out` unless that is done."""
+    """Return the figures of METHOD:SETTING, trained and evaluated under `out` unless that is done."""
     content = trained_and_evaluated(name, seed, Protocol(out=out, attacks=ATTACKS))
     attacks = content["attacks"]
     figures = {attack: {key: attacks[attack][key] for key in ("average", "worst", "nsd")} for attack in ATTACKS}
@@ -28,7 +28,7 @@ def measured(name: str, out: Path, seed: int) -> dict[str, Any]:
 
 
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:
-    """A line a method, the fairest first."""
+    """Return a Markdown table with a line a method, the best worst class first."""
 
     def mean(name: str, attack: str, key: str) -> float:
         return statistics.mean(one[attack][key] for one in rows[name])

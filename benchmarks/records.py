@@ -52,6 +52,6 @@ def unpack(path: Path, to: Path) -> dict[str, Path]:
 
 
 def without_folders(text: str) -> str:
-    """The text with each absolute path in it, and the value of "out" and "path", cut down to its last name."""
+    """Return the text with each absolute path in it, and the value of "out" and "path", cut down to its last name."""
     text = re.sub(r'("(?:out|path)": ")[^"]*/', r"\1", text)
     return re.sub(r"(?<![\w.-])/(?:[\w.-]+/)+", "", text)

@@ -21,7 +21,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How each run is evaluated.
+    """The protocol under which each run is evaluated.
 
     Attributes:
         out: the folder in which the runs' folders lie.
@@ -41,7 +41,7 @@ class Protocol:
 
 
 def settings_on(data: str) -> dict[str, str]:
-    """METHOD:SETTING of every method on `data`, by its name in a table.
+    """Return METHOD:SETTING of every method on `data`, by its name in a table.
 
     SAT and TRADES are taken in the setting of the students' architecture. A setting DATA_VARIANT stands beside DATA as
     "METHOD, VARIANT".
@@ -59,13 +59,13 @@ def settings_on(data: str) -> dict[str, str]:
 
 
 def folder_of(name: str, seed: int, out: Path) -> Path:
-    """The folder of the run of METHOD:SETTING."""
+    """Return the folder of the run of METHOD:SETTING."""
     method, setting, _ = find_setting(name)
     return out / default_out(method, setting, seed).name
 
 
 def commits(runs: Iterable[Path]) -> list[str]:
-    """The commits of the code that trained the runs, each once."""
+    """Return the commits of the code that trained the runs, each once."""
     return sorted({str(RunFolder(run).read_config()["commit"]) for run in runs})
 
 
@@ -73,7 +73,7 @@ def trained_and_evaluated(name: str, seed: int, protocol: Protocol) -> dict[str,
     """Train and evaluate METHOD:SETTING where that is not done.
 
     Returns:
-        What evaluation.json holds, and "seconds" of training.
+        The content of evaluation.json, and "seconds" of training.
     """
     method, setting, found = find_setting(name)
     out, cache = folder_of(name, seed, protocol.out), default_cache()
@@ -103,10 +103,10 @@ def trained_and_evaluated(name: str, seed: int, protocol: Protocol) -> dict[str,
 
 
 def _done(content: dict[str, Any]) -> set[str]:
-    """The attacks of an evaluation that were finished."""
+    """Return the attacks of an evaluation that were finished."""
     return {attack for attack, entry in content["attacks"].items() if entry.get("complete", True)}
 
 
 def _entry(attack: str, protocol: Protocol) -> str:
-    """The name of an attack in evaluation.json."""
+    """Return the name of an attack in evaluation.json."""
     return "autoattack-fast" if (attack, protocol.suite) == ("autoattack", "fast") else attack

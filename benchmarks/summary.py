@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: their words, a table, a mean with its range, and the JSON that they leave."""
+"""Parts that the scripts of this folder share: argument parser, table, mean with range, and the JSON of results."""
 
 import argparse
 import json
@@ -15,24 +15,24 @@ from retemper.provenance import commit, versions
 
 
 def words_of(docstring: str | None) -> argparse.ArgumentParser:
-    """A parser whose help is the script's docstring."""
+    """Return a parser of arguments whose help is the script's docstring."""
     return argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table in Markdown, a line a row, with a line break at its end."""
+    """Return a table in Markdown, a line a row, with a line break at its end."""
     lines = [f"| {' | '.join(str(cell) for cell in line)} |" for line in (head, *rows)]
     return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:], ""])
 
 
 def mean_and_range(values: Sequence[float], form: str = ".1%") -> str:
-    """The mean over the seeds, and from several seeds the lowest and the highest, all in one format."""
+    """Return the mean over the seeds, and of several seeds the lowest and the highest, all in one format."""
     mean = format(statistics.mean(values), form)
     return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
 
 
 def write_summary(path: Path | None, content: dict[str, Any], device: torch.device) -> None:
-    """Write the figures with the versions, the commit and the device that they are from; no path writes nothing."""
+    """Write the figures as JSON, with the versions, commit and device that they are from; nothing without a path."""
     if path is None:
         return
     content = content | {"versions": versions(), "commit": commit(), "device": device_name(device)}

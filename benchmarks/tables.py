@@ -34,13 +34,13 @@ NO_GPU = "not measured on a GPU yet"
 
 @dataclass(frozen=True)
 class Headline:
-    """A thing worth knowing: our row of the tables that match, beside those of others.
+    """A result to show: our row of the benchmark tables that match, beside those of others.
 
     Attributes:
         label: "{}" in it stands for what the group in `table` matches, and for `usual` where nothing was measured.
         table: a pattern of the whole name of a table of `retemper bench` `what`.
-        cpu: whether a CPU's result says anything.
-        gpu: whether a GPU's is missed where there is none.
+        cpu: show results on CPUs too; of some a CPU says nothing.
+        gpu: say so where there is no result on a GPU.
     """
 
     label: str
@@ -104,7 +104,7 @@ def main() -> None:
 
 
 def written(root: Path) -> Iterator[tuple[Path, str]]:
-    """The table of speeds and every document, with what it should hold.
+    """Yield the path of the table of speeds and of every document, each with the text that it should hold.
 
     Raises:
         ValueError: a document names a file that is missing, or a marker that ends one is missing.
@@ -120,11 +120,10 @@ def written(root: Path) -> Iterator[tuple[Path, str]]:
 
 
 def with_files(text: str, results: Path, made: dict[str, str]) -> str:
-    """The document with each file that it names between its two markers.
+    """Return the document with each file that it names between its two markers.
 
     Args:
         made: the text of files that are about to be written, by name.
-
     Raises:
         ValueError: a file that it names is missing, or a marker that ends one.
     """
@@ -141,7 +140,7 @@ def with_files(text: str, results: Path, made: dict[str, str]) -> str:
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """The files of `retemper bench` in a folder and below it, sorted by path."""
+    """Return the results of `retemper bench` in a folder and below it, sorted by path, but for quick runs."""
     found = [json.loads(path.read_text()) for path in sorted(folder.rglob("*.json"))]
     return [
         one
@@ -153,7 +152,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:
-    """The table of speeds, a GPU's rows before a CPU's."""
+    """Return the lines of the table of speeds, a GPU's rows before a CPU's."""
     lines = []
     for headline in HEADLINES:
         devices = {}
@@ -176,7 +175,7 @@ def table(results: list[dict[str, Any]]) -> list[str]:
 
 
 def shown(headline: Headline, label: str, device: str, rows: list[dict[str, Any]]) -> Iterator[str]:
-    """A line for each of the others that has a row."""
+    """Yield a line for each of the headline's others that has a row."""
     by_name = {row["name"]: row for row in rows}
     ours = by_name.get(headline.ours)
     for name in headline.others:
@@ -188,7 +187,7 @@ def shown(headline: Headline, label: str, device: str, rows: list[dict[str, Any]
 
 
 def times_as_fast(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    """Theirs over ours, round by round."""
+    """Return their time over ours, round by round: median, 10th and 90th percentile."""
     if ours["ms"] is None or theirs["ms"] is None:
         return "-"
     ratios = [slow / fast for slow, fast in zip(theirs["round_ms"], ours["round_ms"], strict=True)]
@@ -197,7 +196,7 @@ def times_as_fast(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
 
 
 def time(row: dict[str, Any]) -> str:
-    """The median, or why there is none."""
+    """Return the median time of a row, or the reason why there is none."""
     if row["ms"] is None:
         return row["reason"].replace("|", "/")
     ms = row["ms"]["median"]
@@ -205,7 +204,7 @@ def time(row: dict[str, Any]) -> str:
 
 
 def spoken(device: str) -> str:
-    """ "cuda: NVIDIA H200" as "NVIDIA H200", "cpu: AMD EPYC, 1 threads" as "AMD EPYC, 1 thread"."""
+    """Return the name of a device without its kind: "cpu: AMD EPYC, 1 threads" becomes "AMD EPYC, 1 thread"."""
     return device.partition(": ")[2].replace(" 1 threads", " 1 thread") or device
 
 

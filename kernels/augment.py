@@ -39,7 +39,7 @@ REST = tl.constexpr(1 / 255 - 257 / 65536)
 
 
 def num_views(padding: int) -> int:
-    """Return how many views an image has with that padding, in pixels: their ids are 0 to one less."""
+    """Return the number of views of an image with that padding, in pixels: their ids are 0 to one less."""
     return 2 * (2 * padding + 1) ** 2
 
 

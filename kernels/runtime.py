@@ -33,7 +33,7 @@ def clamp(x, lower, upper):
 
 
 def runs_triton(*tensors: Tensor | None) -> bool:
-    """Return whether an operator on these tensors goes through Triton rather than the reference."""
+    """Say whether an operator on these tensors goes through Triton rather than the reference."""
     given = [tensor for tensor in tensors if tensor is not None]
     return (given[0].is_cuda or TRITON_ON_CPU) and all(tensor.dtype != torch.float64 for tensor in given)
 
@@ -83,7 +83,7 @@ def locate(pixels, blocks, BLOCK: tl.constexpr):
 
 
 def access_width(length: int, *tensors: Tensor) -> int:
-    """Return how many values one memory access may take: 16 bytes of the widest dtype, or what divides `length`."""
+    """Return the number of values of one memory access: at most 16 bytes of the widest dtype, a divisor of `length`."""
     return math.gcd(length, 16 // max(tensor.element_size() for tensor in tensors))
 
 
@@ -184,7 +184,7 @@ def _strides(tensor: Tensor) -> list[int]:
 
 
 def _is_dense_batch_first(tensor: Tensor) -> bool:
-    """Return whether the samples lie one after the other, without holes or overlaps, in any order of dimensions."""
+    """Say whether the samples lie one after the other, without holes or overlaps, in any order of dimensions."""
     if tensor.numel() == 0:
         return True
     expected = 1

@@ -41,7 +41,7 @@ class Sidecar:
     sha256: str
 
     def matches(self, split: Split) -> bool:
-        """Return whether the file holds as many images of the same shape and classes as `split`, under its name."""
+        """Say whether the file holds as many images of the same shape and classes as `split`, under its name."""
         mine = (self.dataset, self.split, self.images, self.shape, self.classes)
         return mine == (split.name, split.split, len(split), split.shape, split.classes)
 
@@ -138,7 +138,7 @@ def _write(split: Split, out: Path, progress: bool) -> None:
 
 
 def _write_samples(split: Split, path: Path, progress: bool) -> None:
-    """Do what FFCV's writer does, in this process: FFCV's own workers wait for ever when one of them fails."""
+    """Write the samples as FFCV's writer does, in this process: its workers wait for ever when one of them fails."""
     fields, writer_module = ffcv_module("fields"), ffcv_module("writer")
     page = max(MIN_PAGE, 1 << (math.prod(split.shape) * IMAGES_PER_PAGE - 1).bit_length())
     kinds = {

@@ -125,7 +125,7 @@ def _read_binary(path: Path, version: _Version) -> tuple[np.ndarray, np.ndarray]
 
 
 def _read_pickled(path: Path, version: _Version) -> tuple[np.ndarray, np.ndarray]:
-    """Return the same two arrays as `_read_binary`."""
+    """Return (N, 3072) uint8 pixels, plane by plane, and (N,) int64 labels, as `_read_binary` does."""
     batch = read_pickle(path)
     assert isinstance(version.label, str)
     pixels, labels = batch.get(b"data"), batch.get(version.label.encode())

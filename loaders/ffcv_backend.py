@@ -117,8 +117,11 @@ class FfcvLoader(Loader):
             return item[1]
 
     def _copy(self, buffer: Tensor) -> Tensor:
-        """Return a copy on the device. FFCV may fill its buffer again while a transfer from it is under way, so that a
-        GPU gets the copy from pinned memory of ours, which torch keeps until the transfer is done."""
+        """Return a copy on the device.
+
+        FFCV may fill its buffer again while a transfer from it is under way. So a GPU gets the copy from pinned memory
+        of ours, which torch keeps until the transfer is done.
+        """
         if self.device.type != "cuda":
             return buffer.clone().to(self.device)
         return (

@@ -16,7 +16,7 @@ INSTALL = "apt-get install pkg-config libturbojpeg0-dev libopencv-dev && pip ins
 
 
 def ffcv_problem() -> str | None:
-    """Return why FFCV cannot be used here, in a few words; None if it can. The first call imports it, in seconds."""
+    """Return the reason why FFCV cannot be used here; None if it can. The first call imports it, in seconds."""
     if find_spec("ffcv") is None:
         return "ffcv is not installed"
     threads = torch.get_num_threads()
@@ -46,6 +46,6 @@ def ffcv_module(name: str) -> Any:
 
 
 def _set_num_threads(compiler: Any, count: int) -> None:
-    """Do what FFCV's method of this name does, without `torch.set_num_threads`."""
+    """Set the threads of FFCV and Numba as FFCV's method of this name does, without `torch.set_num_threads`."""
     compiler.num_threads = count
     import_module("numba").set_num_threads(count)

@@ -58,7 +58,7 @@ class Plan:
 
     @property
     def local_size(self) -> int:
-        """The number of rows of a whole batch that this process takes."""
+        """Return the number of rows of a whole batch that this process takes."""
         return self.batch_size // self.world_size
 
     def batches(self, images: int) -> int:
@@ -98,7 +98,7 @@ class Loader(ABC):
 
     @property
     def num_images(self) -> int:
-        """The number of images of an epoch, over all processes."""
+        """Return the number of images of an epoch, over all processes."""
         return len(self.plan.indices)
 
     def schedule(self, epoch: int, start_batch: int = 0) -> tuple[np.ndarray, np.ndarray]:

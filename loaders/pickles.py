@@ -15,7 +15,7 @@ from retemper.errors import DataError
 
 
 def _latin1_bytes(text: str, encoding: str) -> bytes:
-    """Stand in for `_codecs.encode`, which pickles of Python 3 call; other codecs may be programs of their own."""
+    """Encode as latin-1, in place of `_codecs.encode`, which pickles of Python 3 call with any codec."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"it encodes text as {encoding}")
     return text.encode("latin1")

@@ -49,7 +49,7 @@ class Split:
 
     @cached_property
     def images(self) -> np.ndarray:
-        """(N, H, W, C) uint8, C-contiguous.
+        """Return the pixels, (N, H, W, C) uint8, C-contiguous; read from the disk once.
 
         Raises:
             DataError: a file is damaged, or not of this shape.

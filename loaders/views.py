@@ -60,12 +60,12 @@ class ViewSpace:
 
     @property
     def count(self) -> int:
-        """The number of ids. They lie in [0, count); without flips only the even ones are drawn."""
+        """Return the number of ids. They lie in [0, count); without flips only the even ones are drawn."""
         return 2 * (2 * self.padding + 1) ** 2
 
     @property
     def identity(self) -> int:
-        """The id of the image as it is."""
+        """Return the id of the view that leaves an image as it is."""
         return (self.padding * (2 * self.padding + 1) + self.padding) * 2
 
     def draw(self, n: int, seed: int, epoch: int) -> np.ndarray:

@@ -130,7 +130,7 @@ def datafiles() -> ModuleType:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where runs that name no --cache keep things, in place of the user's own."""
+    """Return the cache folder of runs that name no --cache, in place of the user's own."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))

@@ -20,7 +20,7 @@ WNIDS = ("n01443537", "n01629819", "n01641577")
 
 
 def pixels(seed: int, *shape: int) -> np.ndarray:
-    """Random uint8."""
+    """Return random uint8 pixels of a shape."""
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
@@ -135,7 +135,7 @@ def python2_pickle(content: Any) -> bytes:
 
 
 def _planes(images: np.ndarray) -> np.ndarray:
-    """(N, 3072): all red, all green, all blue."""
+    """Return pixels as (N, 3072): all red, all green, all blue."""
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(len(images), -1)
 
 

@@ -28,7 +28,7 @@ SOURCES = [source for part in LINKS.values() for source in sorted((ROOT / part).
 
 
 def imported(source: Path) -> set[str]:
-    """Every module that `source` names in an import, at its head or inside a function."""
+    """Return every module that `source` names in an import, at its head or inside a function."""
     names = set()
     for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -116,7 +116,7 @@ def test_no_untrusted_code_runs() -> None:
 
 
 def test_the_engine_asks_for_no_method_by_name() -> None:
-    """It offers abilities, which a recipe declares: nothing in it compares with, or looks up, a method's name."""
+    """The engine offers abilities, which a recipe declares: nothing in it compares with a method's name."""
     methods = {path.stem for path in (ROOT / "recipes").glob("*.py")} - {"__init__"}
     for source in set((ROOT / "engine").rglob("*.py")) - {ROOT / "engine/demo.py"}:  # which names its three runs
         for node in ast.walk(ast.parse(source.read_text())):

@@ -66,7 +66,7 @@ def test_missing_data_is_named_with_its_place(tmp_path: Path, capsys: Capture) -
 
 
 def bad_checkpoints(folder: Path) -> dict[str, Path]:
-    """Files that are no weights, by what is wrong with them."""
+    """Return files that are no weights, by what is wrong with them."""
 
     class Bomb:
         def __reduce__(self) -> tuple:

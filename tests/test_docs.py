@@ -42,7 +42,7 @@ def prose(page: Path) -> str:
 
 
 def inline_code(page: Path) -> list[str]:
-    """What stands between backticks, on one line each."""
+    """Return the texts between backticks, each on one line."""
     return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose(page))]
 
 
@@ -60,7 +60,7 @@ def table_rows(page: Path, heading: str) -> list[list[str]]:
 
 
 def named(cell: str) -> str:
-    """What a cell names between backticks."""
+    """Return the names between backticks in a cell."""
     return cell.strip("`")
 
 
@@ -196,7 +196,7 @@ def test_the_reference_documents_what_exists_and_what_the_kernels_offer() -> Non
 
 
 def test_documented_arguments_are_the_functions_own() -> None:
-    """Of what `Args:` describes, "step, eps: ..." included, each is a parameter."""
+    """Each name that `Args:` describes, as in "step, eps: ...", is a parameter."""
     for page in sorted((ROOT / "docs/reference").glob("*.md")):
         for name in re.findall(r"^::: ([\w.]+)$", page.read_text(), flags=re.MULTILINE):
             module, _, attribute = name.rpartition(".")

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def pins(name: str) -> dict[str, str]:
-    """Of every "package==version" line that holds for Python 3.11: the version by normalised name."""
+    """Return the version by normalised name, of every "package==version" line that holds for Python 3.11."""
     found = {}
     for line in (ROOT / name).read_text().splitlines():
         pin, _, marker = line.partition(";")

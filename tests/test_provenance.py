@@ -31,7 +31,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def asked(path: Path) -> list[str]:
-    """`commit` and `uncommitted_changes` of the package in `path`, by a process that stands elsewhere."""
+    """Return `commit` and `uncommitted_changes` of the package in `path`, by a process that stands elsewhere."""
     command = [sys.executable, "-c", ASK]
     found = subprocess.run(command, env={"PYTHONPATH": str(path)}, cwd="/", capture_output=True, text=True)
     assert found.returncode == 0, found.stderr

@@ -27,19 +27,19 @@ METHODS = {"eval", "compile"}  # as in model.eval(), torch.compile and re.compil
 
 
 def dotted(node: ast.expr) -> str:
-    """a.b.c of the names that it is made of; "" before the dot where that is another expression."""
+    """Return the dotted name of an expression, a.b.c; "" before the dot where that is no name."""
     if isinstance(node, ast.Attribute):
         return f"{dotted(node.value)}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else ""
 
 
 def has(call: ast.Call, name: str, value: object) -> bool:
-    """Whether a keyword is given as this very constant."""
+    """Say whether a call gives a keyword as this very constant."""
     return any(k.arg == name and isinstance(k.value, ast.Constant) and k.value.value is value for k in call.keywords)
 
 
 def offences(source: str, where: str) -> Iterator[str]:
-    """What a module does that it may not, as "line: what"."""
+    """Return the forbidden things that a module does, as "line: what"."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             imported = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]

@@ -39,7 +39,7 @@ def drop_ins() -> list[str]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built through the source distribution, as it is published."""
+    """Build the wheel through the source distribution, as it is published, and return its path."""
     out = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
     built = subprocess.run(build, capture_output=True, text=True)

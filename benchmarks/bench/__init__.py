@@ -1,4 +1,4 @@
-"""How long the kernels, the loaders, the attack and the step take here, beside what a user would take instead.
+"""The benchmarks of kernels, loaders, attack and step on this machine, beside what a user would take instead.
 
 case.py says what a case is, timing.py how it is measured, result.py what comes out; kernels.py, loaders.py, attack.py
 and step.py hold the cases.

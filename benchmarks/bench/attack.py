@@ -42,14 +42,14 @@ CPU_ROUNDS = {"tiny_resnet": 20, "mobilenet_v2": 5, "resnet18": 5}
 
 
 class InPrecision(nn.Module):
-    """A network under autocast, for whoever calls it; logits in float32."""
+    """A network that runs under autocast, whoever calls it, and returns logits in float32."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, K)."""
+        """Map (B, C, H, W) pixels to (B, K) float32 logits."""
         mixed = self.dtype != torch.float32
         with torch.autocast(image_BCHW.device.type, dtype=self.dtype) if mixed else nullcontext():
             return self.model(image_BCHW).float()
@@ -57,7 +57,7 @@ class InPrecision(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class AttackProblem:
-    """What is attacked.
+    """The network, the images and the objective of an attack.
 
     Attributes:
         teacher_BK: logits that the KL is taken against; None for the cross-entropy.
@@ -72,35 +72,35 @@ class AttackProblem:
 
     @property
     def objective(self) -> Objective:
-        """What is raised, summed over the batch, as ours computes it."""
+        """Return the objective that the attack raises, summed over the batch, as our library computes it."""
         if self.teacher_BK is None:
             return cross_entropy_objective(self.label_B)
         return KlObjective(self.teacher_BK, self.label_B, self.temperature_K)
 
     def plain_objective(self, logits_BK: Tensor) -> Tensor:
-        """The same in plain PyTorch."""
+        """Compute the objective in plain PyTorch: from (B, K) logits to 0-dim, summed over the batch."""
         if self.teacher_BK is None:
             return F.cross_entropy(logits_BK, self.label_B, reduction="sum")
         return F.kl_div(logits_BK.log_softmax(1), self.target, reduction="sum")
 
     @property
     def target(self) -> Tensor:
-        """What a cross-entropy is taken against: labels (B,), or the teacher's tempered probabilities (B, K)."""
+        """Return the target of a cross-entropy: labels (B,), or the teacher's tempered probabilities (B, K)."""
         if self.teacher_BK is None:
             return self.label_B
         return (self.teacher_BK / self.temperature_K[self.label_B][:, None]).softmax(1)
 
     def own_model(self) -> nn.Module:
-        """A copy of the network, so that no contender finds another's gradients."""
+        """Return a copy of the network, so that no contender finds another's gradients."""
         return copy.deepcopy(self.model)
 
     @torch.no_grad()
     def reached(self, adv_BCHW: Tensor) -> float:
-        """The objective on these images in float32, whatever precision they were made in."""
+        """Return the objective on (B, C, H, W) images in float32, whatever precision they were made in."""
         return float(self.plain_objective(self.model.model(adv_BCHW)))
 
     def flop_of_a_step(self) -> float:
-        """Counted by torch in the matrix products and convolutions of one forward and data gradient."""
+        """Return the operations of one forward and data gradient, as torch counts matrix products and convolutions."""
         model = self.own_model().requires_grad_(False)
         with FlopCounterMode(display=False) as counter:
             self.plain_objective(model(self.clean_BCHW.clone().requires_grad_())).backward()
@@ -108,7 +108,7 @@ class AttackProblem:
 
 
 def cases(request: Request) -> Iterator[PlannedCase]:
-    """Networks x precisions x objectives x steps; on a GPU the KL and full float32 at 10 steps only."""
+    """Yield a case for networks x precisions x objectives x steps; the KL, and on a GPU float32, at 10 steps only."""
     for name in ("tiny_resnet",) if request.quick else SHAPES:
         (batch,) = request.batches((128 if request.on_gpu else CPU_BATCH[name],), 8)
         for precision in ("tf32", "bf16", "fp32") if request.on_gpu else ("fp32",):
@@ -145,7 +145,7 @@ def _case(title: str, request: Request, name: str, precision: str, objective: st
 
 
 def settled(name: str, device: torch.device, clean_BCHW: Tensor, precision: str) -> InPrecision:
-    """A fresh network in eval mode; its batch norm has seen the images, or its logits would mean nothing."""
+    """Return a fresh network in eval mode; its batch norm has seen the images, or its logits would mean nothing."""
     model = InPrecision(channels_last(create_model(name, CLASSES), device), DTYPES[precision]).train()
     with torch.no_grad():
         for _ in range(20):
@@ -155,7 +155,7 @@ def settled(name: str, device: torch.device, clean_BCHW: Tensor, precision: str)
 
 
 def examples_check(problem: AttackProblem) -> Check:
-    """A check that examples keep to the rules and are as strong as those of the plain loop."""
+    """Return a check that examples keep to the rules and are as strong as those of the plain loop."""
     expected = problem.reached(plain_loop(problem)())
 
     def check(adv_BCHW: Any) -> str | None:
@@ -175,7 +175,7 @@ def examples_check(problem: AttackProblem) -> Check:
 def contender(
     problem: AttackProblem, check: Check, name: str, make: Callable[[AttackProblem], Call], packages: tuple[str, ...]
 ) -> Contender:
-    """The contender whose call, which returns the examples, is made by `make` and needs these packages."""
+    """Return the contender whose call, which returns the examples, is made by `make` and needs these packages."""
     exactness = "rounding" if name.startswith("retemper") else "peer"
     reason, call = peers.missing(*packages), None
     if reason is None:
@@ -187,25 +187,25 @@ def contender(
 
 
 def our_pgd(problem: AttackProblem, model: nn.Module) -> Tensor:
-    """The examples, (B, C, H, W), that our attack makes with `model`."""
+    """Return the examples, (B, C, H, W), that our attack makes with `model`."""
     return pgd(
         model, problem.clean_BCHW, objective=problem.objective, steps=problem.steps, step=STEP, eps=EPS, start="none"
     )
 
 
 def folded(problem: AttackProblem) -> Call:
-    """Ours as training and evaluation do it: on the network with its batch norm folded, anew for each attack."""
+    """Return our attack as training and evaluation run it: batch norm is folded, anew for each attack."""
     twin = Folded(problem.model.model, problem.model.dtype, "fused" if problem.clean_BCHW.is_cuda else "plain")
     return lambda: our_pgd(problem, twin.refresh())
 
 
 def unfolded(problem: AttackProblem) -> Call:
-    """Ours on the network as it is."""
+    """Return our attack on the network as it is."""
     return partial(our_pgd, problem, problem.own_model())
 
 
 def plain_loop(problem: AttackProblem) -> Call:
-    """The attack as anyone would write it in PyTorch."""
+    """Return the attack as anyone would write it in PyTorch."""
     model, clean = problem.own_model(), problem.clean_BCHW
 
     def call() -> Tensor:
@@ -221,14 +221,14 @@ def plain_loop(problem: AttackProblem) -> Call:
 
 
 def torchattacks(problem: AttackProblem) -> Call:
-    """The library's PGD; with the KL it is given probabilities as labels."""
+    """Return torchattacks' PGD; with the KL it is given probabilities as labels."""
     library, target = peers.library("torchattacks"), problem.target
     attack = library.PGD(problem.own_model(), eps=EPS, alpha=STEP, steps=problem.steps, random_start=False)
     return lambda: attack(problem.clean_BCHW, target)
 
 
 def foolbox(problem: AttackProblem) -> Call:
-    """The library's PGD; with the KL a class of it that overrides the loss."""
+    """Return foolbox' PGD; with the KL a class of it that overrides the loss."""
     library, eagerpy, target = peers.library("foolbox"), peers.library("eagerpy"), problem.target
 
     class Kl(library.attacks.LinfPGD):

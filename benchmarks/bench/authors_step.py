@@ -1,4 +1,4 @@
-"""The training step of the authors' ABSLD script (CIFAR-10, ResNet-18), as it runs: what users have without retemper.
+"""The training step of the authors' ABSLD script (CIFAR-10, ResNet-18), which users have without retemper.
 
 Written out from what the script does, not from its text. It computes what our `released` variant computes: both
 temperatures divide one storage. Its costs are kept: images in NCHW, float32 with whatever PyTorch allows it, loops over
@@ -17,12 +17,12 @@ EPS, STEP, STEPS = 8 / 255, 2 / 255, 10
 
 
 def new_sgd(student: nn.Module) -> torch.optim.SGD:
-    """The script's optimizer."""
+    """Return the script's optimizer."""
     return torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-4)
 
 
 class AuthorsStep:
-    """The step, on networks that stay contiguous.
+    """The authors' step, on networks that stay contiguous.
 
     Args:
         student, teacher: on the images' device; the teacher in eval mode.
@@ -39,7 +39,7 @@ class AuthorsStep:
         self.optimizer = new_sgd(student)
 
     def __call__(self, clean: Tensor, label: Tensor) -> float:
-        """Do one step on images (B, C, H, W) and labels (B,); the loss."""
+        """Do one step on images (B, C, H, W) and labels (B,), and return the loss."""
         with self._flags():
             target_adv, target_clean = self.targets(clean, label)
             adv = attack(self.student, clean, target_adv, 0.001 * torch.randn_like(clean), again=True)
@@ -54,7 +54,7 @@ class AuthorsStep:
             return loss.item()
 
     def targets(self, clean: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """The teacher's logits over the temperatures, sample by sample; two names for one storage."""
+        """Return the teacher's logits over the temperatures, (B, K), sample by sample: two names for one storage."""
         with torch.no_grad():
             logits = self.teacher(clean)
         target_adv, target_clean = logits.detach(), logits.detach()
@@ -83,7 +83,7 @@ class AuthorsStep:
 
 
 def attack(student: nn.Module, clean: Tensor, target: Tensor, noise: Tensor, again: bool) -> Tensor:
-    """PGD on the KL divergence, from `clean` + `noise`.
+    """Attack by PGD on the KL divergence, from `clean` + `noise`, all (B, C, H, W).
 
     Args:
         target: (B, K) logits, made probabilities in every step, if `again`; else probabilities.
@@ -103,7 +103,7 @@ def attack(student: nn.Module, clean: Tensor, target: Tensor, noise: Tensor, aga
 
 
 def soft_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """The script's KL: a mean over batch and classes, with 1e-5 in the target's logarithm."""
+    """Return the script's KL: a mean over batch and classes, with 1e-5 in the target's logarithm."""
     return (-target * torch.log(F.softmax(logits, 1)) + target * torch.log(target + 1e-5)).mean()
 
 
@@ -126,7 +126,7 @@ class CarefulStep:
         self.loss_adv_K, self.loss_clean_K = torch.zeros(2, len(temperatures), device=device)
 
     def __call__(self, clean: Tensor, label: Tensor) -> Tensor:
-        """Do one step on images (B, C, H, W) and labels (B,); the loss, on the device."""
+        """Do one step on images (B, C, H, W) and labels (B,), and return the loss, on the device."""
         with torch.no_grad():
             target = (self.teacher(clean) / self.temperature_K[label][:, None] ** 2).softmax(1)
         adv = attack(self.student, clean, target, 0.001 * torch.randn_like(clean), again=False)

@@ -1,4 +1,4 @@
-"""A benchmark from what was asked to its result, case after case."""
+"""A benchmark from its request to its result, case after case."""
 
 import traceback
 from collections.abc import Callable
@@ -21,10 +21,8 @@ def bench(request: Request, after_case: Callable[[dict[str, Any], list[Row]], No
     Args:
         after_case: is given the result so far and the rows of the last case, to show and to save: a benchmark that is
             cut short keeps what it has.
-
     Returns:
         The result, as result.py describes it.
-
     Raises:
         UsageError: no case has such a name.
     """
@@ -52,7 +50,7 @@ def bench(request: Request, after_case: Callable[[dict[str, Any], list[Row]], No
 
 
 def _measured(planned: PlannedCase, request: Request, rates: Rates) -> tuple[list[Row], str | None]:
-    """The rows of a case, and what it comes to; one row with the reason where it cannot even be built."""
+    """Return the rows of a case and its conclusion; one row with the reason where it cannot even be built."""
     try:
         case = planned.build()
     except Exception as error:  # too large for this GPU, say: hours of other cases are not to be lost for it

@@ -1,4 +1,4 @@
-"""What a benchmark compares: cases, the contenders in each, and the checks that their results must pass."""
+"""Cases of a benchmark, the contenders in each, and the checks that their results must pass."""
 
 import shlex
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ Check = Callable[[Any], str | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What was asked of `retemper bench`.
+    """The request of `retemper bench`.
 
     Attributes:
         batch: in place of the benchmark's own batch sizes.
@@ -39,14 +39,14 @@ class Request:
         return self.device.type == "cuda"
 
     def batches(self, usual: tuple[int, ...], quick: int) -> tuple[int, ...]:
-        """The batch sizes to measure: the one asked for, the `quick` one, or the usual ones."""
+        """Return the batch sizes to measure: the one asked for, the `quick` one, or the usual ones."""
         if self.batch is not None:
             return (self.batch,)
         return (quick,) if self.quick else usual
 
     @property
     def command(self) -> str:
-        """What to type to measure it again."""
+        """Return the command that measures it again."""
         words = ["retemper", "bench", self.what, "--device", str(self.device), "--rounds", str(self.rounds)]
         words += ["--batch", str(self.batch)] if self.batch is not None else []
         words += ["--only", *self.only] if self.only else []
@@ -55,7 +55,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What one call has to do at least: images it takes, floating-point operations, bytes it reads and writes."""
+    """The least work of one call: images it takes, floating-point operations, bytes it reads and writes."""
 
     images: int = 0
     flop: float = 0
@@ -74,7 +74,7 @@ class Contender:
         prepare: called before the first call, untimed: what works in place gets fresh inputs for the check.
         compiled: torch.compile takes part: on a CPU its operations cannot be counted.
         calls: how many times the work is done in one `call`; times are for one.
-        work: what it does, where that is not the case's.
+        work: its own work, where that is not the case's.
     """
 
     name: str
@@ -93,16 +93,16 @@ class Contender:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Contenders for the same work. The first is the baseline: the others are timed in its time.
+    """The contenders for the same work. The first is the baseline of all ratios.
 
     Attributes:
         name: the title of the table.
-        work: names what the times are set against; without it there are times alone.
+        work: the work that times are set against; without it there are times alone.
         precision: how matrix products are computed, see `in_precision`.
         bound: the precision whose matrix rate bounds the work, where it is another.
         rounds, warm_up: where a turn takes long, fewer than asked for.
         close: frees what the contenders share; called when the case is done.
-        conclude: makes a line of the result's notes of the rows, or None.
+        conclude: makes of the rows a line for the result's notes, or None.
     """
 
     name: str
@@ -129,7 +129,7 @@ class PlannedCase:
 
 
 def equal_to(expected: Tensor, part: Callable[[Any], Tensor] = lambda result: result) -> Check:
-    """A check that the result, or a part of it, is `expected` to the bit."""
+    """Return a check that the result, or a part of it, is `expected` to the bit."""
 
     def check(result: Any) -> str | None:
         found = part(result).to(expected.device)
@@ -142,7 +142,7 @@ def equal_to(expected: Tensor, part: Callable[[Any], Tensor] = lambda result: re
 
 
 def near_to(expected: Tensor, tolerance: float, part: Callable[[Any], Tensor] = lambda result: result) -> Check:
-    """A check that the result, or a part of it, is off by no more than `tolerance` times the largest of `expected`."""
+    """Return a check that the result, or a part of it, is off by at most `tolerance` of the largest of `expected`."""
 
     def check(result: Any) -> str | None:
         found = part(result).detach().to(expected.device).double()

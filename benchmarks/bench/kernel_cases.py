@@ -45,7 +45,7 @@ EPILOGUES = {  # what is done -> how many tensors are read and written
 
 @dataclass(frozen=True, kw_only=True)
 class KernelSize:
-    """The size, the precision and the form in which a kernel is measured."""
+    """The size, the precision and the form in which one kernel is measured."""
 
     title: str
     request: Request
@@ -63,16 +63,16 @@ class KernelSize:
         return DTYPES[self.precision]
 
     def near(self, expected: Tensor, rows: int = CHECKED) -> Check:
-        """A check that the first rows of a result are `expected` but for rounding."""
+        """Return a check that the first rows of a result are `expected` but for rounding."""
         return near_to(expected, TOLERANCE[self.precision], lambda result: result[:rows])
 
     def images(self) -> Tensor:
-        """Random ones, (B, 3, 32, 32), channels-last."""
+        """Return random images, (B, 3, 32, 32), channels-last."""
         image = torch.rand(self.batch, 3, 32, 32, device=self.device).to(self.dtype)
         return image.to(memory_format=torch.channels_last)
 
     def logits(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Student and teacher (B, K), labels (B,), temperatures (K,)."""
+        """Return random logits of student and teacher, (B, K) each, labels (B,) and temperatures (K,)."""
         shape = self.batch, self.classes
         student, teacher = (3 * torch.randn(*shape, device=self.device, dtype=self.dtype) for _ in range(2))
         label = torch.randint(self.classes, (self.batch,), device=self.device)
@@ -88,12 +88,12 @@ class KernelSize:
         *others: Contender,
         wrap: Callable[[Callable[[], Any]], Callable[[], Any]] = lambda call: call,
     ) -> Case:
-        """Ours beside `chain(*given)`, eager and under torch.compile for static shapes without graph breaks.
+        """Return the case of our kernel beside `chain(*given)`, eager and under torch.compile without graph breaks.
 
         Args:
-            check: of both of these.
+            check: of the chain's result, eager and compiled.
             must_move: bytes that the work reads and writes at least.
-            wrap: what is done around a call of the chain.
+            wrap: makes the call to time of a call of the chain.
         """
         eager = Contender(name=EAGER, call=wrap(lambda: chain(*given)), check=check)
         compiled = Contender(name=COMPILED, reason="left out by --quick")
@@ -105,7 +105,7 @@ class KernelSize:
 
 
 def bytes_of(tensor: Tensor) -> int:
-    """The bytes of its values."""
+    """Return the bytes of a tensor's values."""
     return tensor.numel() * tensor.element_size()
 
 
@@ -115,7 +115,7 @@ def eager_pgd_step(adv: Tensor, grad: Tensor, clean: Tensor) -> Tensor:
 
 
 def pgd_case(size: KernelSize) -> Case:
-    """A step of PGD in the L-inf ball; ours works in place."""
+    """Return the case of a step of PGD in the L-inf ball; our kernel works in place."""
     clean = size.images()
     adv, grad = (clean + 0.02 * torch.randn_like(clean)).clamp_(0, 1), torch.randn_like(clean)
     expected = pgd_step_reference(adv[:CHECKED].cpu(), grad[:CHECKED].cpu(), clean[:CHECKED].cpu(), STEP, EPS)
@@ -135,7 +135,7 @@ def eager_start(clean: Tensor) -> Tensor:
 
 
 def start_case(size: KernelSize) -> Case:
-    """A uniform random start. The draws differ, so that the check is of what all have: range, ball, mean size."""
+    """Return the case of a uniform random start. Draws differ: range, ball and mean size of the noise are checked."""
     clean = size.images().mul_(0.8).add_(0.1)
     adv, seed = torch.empty_like(clean), torch.zeros(1, dtype=torch.int64, device=size.device)
     most = EPS + 2**-8 * (size.precision != "fp32") + 1e-6
@@ -157,7 +157,7 @@ def start_case(size: KernelSize) -> Case:
 
 
 def eager_augment(image: Tensor, view: Tensor, dtype: torch.dtype) -> Tensor:
-    """Pad, then one gather by index: how a data set on the device is usually cropped and flipped."""
+    """Pad, then gather by index, as a data set on the device is usually cropped and flipped."""
     padded = F.pad(image, (0, 0, 4, 4, 4, 4))
     place = torch.arange(image.shape[1], device=image.device)
     x = torch.where((view % 2 == 1)[:, None], place.flip(0), place) + (view // 2 % 9)[:, None]
@@ -167,7 +167,7 @@ def eager_augment(image: Tensor, view: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def augment_case(size: KernelSize) -> Case:
-    """The random crop and flip of bytes, padded by 4, and their conversion to pixels in [0, 1]."""
+    """Return the case of the random crop and flip of bytes, padded by 4, and their conversion to pixels in [0, 1]."""
     image = torch.randint(256, (size.batch, 32, 32, 3), dtype=torch.uint8, device=size.device)
     view = torch.randint(num_views(4), (size.batch,), device=size.device)
     expected = augment_reference(image[:CHECKED].cpu(), view[:CHECKED].cpu(), dtype=size.dtype)
@@ -187,7 +187,7 @@ def eager_epilogue(x: Tensor, shift: Tensor, scale: Tensor | None, residual: Ten
 
 
 def epilogue_case(size: KernelSize) -> Case:
-    """What follows a convolution, one of EPILOGUES. With its gradient, a call gives that of x."""
+    """Return the case of one of EPILOGUES, after a convolution. With "backward" a call gives the gradient of x."""
 
     def fresh() -> Tensor:
         x = torch.randn(size.batch, 64, 32, 32, device=size.device, dtype=size.dtype)
@@ -221,7 +221,7 @@ def eager_kl(student: Tensor, teacher: Tensor, label: Tensor, temperature: Tenso
 
 
 def kl_case(size: KernelSize) -> Case:
-    """The KL, or with the form "backward" its gradient.
+    """Return the case of the KL, or with the form "backward" of its gradient.
 
     Liger's KL knows no class temperatures and wants (log-)probabilities. The teacher's, tempered, are given to it ready
     made, and so cost it nothing; the student's log-softmax is in its time.
@@ -250,13 +250,13 @@ def kl_case(size: KernelSize) -> Case:
 
 
 def kl_of_rows(given: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-    """The KL of each row, (B,) in float64."""
+    """Return the KL of each row, (B,) in float64."""
     student, teacher, label, temperature = given
     return class_temperature_kl_reference(student.detach().double(), teacher, label, temperature)
 
 
 def kl_gradient_of_first(given: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-    """The gradient of the KL of each of the first rows, in float64."""
+    """Return the gradient of the KL of each of the first rows, in float64."""
     student, teacher, label = (part[:CHECKED] for part in given[:3])
     return class_temperature_kl_grad_reference(student.detach().double(), teacher, label, given[3])
 
@@ -267,7 +267,7 @@ def eager_kl_grad(student: Tensor, teacher: Tensor, label: Tensor, temperature: 
 
 
 def kl_grad_case(size: KernelSize) -> Case:
-    """The gradient of the KL. Ours overwrites its logits: from the second call on it works on gradients, as fast."""
+    """Return the case of the KL's gradient. Ours overwrites its logits: later calls work on gradients, as fast."""
     student, teacher, label, temperature = given = size.logits()
     own, check = student.clone(), size.near(kl_gradient_of_first(given))
     ours = Contender(
@@ -289,7 +289,7 @@ def eager_sums(student: Tensor, label: Tensor, classes: int) -> tuple[Tensor, Te
 
 
 def sums_case(size: KernelSize) -> Case:
-    """The sums by class: cross-entropies, hits, images."""
+    """Return the case of the sums by class: cross-entropies, hits, images."""
     student, _, label, _ = size.logits()
     loss_B = F.cross_entropy(student.double(), label, reduction="none")
     loss = torch.zeros(size.classes, dtype=torch.float64, device=size.device).index_add_(0, label, loss_B)

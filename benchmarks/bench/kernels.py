@@ -38,7 +38,7 @@ ON_LOGITS: dict[str, tuple[Callable[[KernelSize], Case], str]] = {  # with the f
 
 
 def cases(request: Request) -> Iterator[PlannedCase]:
-    """Each kernel, at each size, in each precision; or the sweeps of its constants."""
+    """Yield a case for each kernel, size and precision, or the sweep of its constants."""
     for case in _cases(request):
         if not request.sweep:
             yield case
@@ -47,7 +47,7 @@ def cases(request: Request) -> Iterator[PlannedCase]:
 
 
 def notes(request: Request) -> list[str]:
-    """What a reader of the figures must know."""
+    """Return the remarks that a reader of the figures needs."""
     return [] if request.on_gpu else ["On a CPU our kernels are their plain PyTorch references, not Triton."]
 
 
@@ -74,6 +74,6 @@ def _planned(title: str, build: Callable[[KernelSize], Case], size: KernelSize) 
 
 
 def _batches(request: Request, sample_bytes: int, few: bool = False) -> tuple[int, ...]:
-    """The batches of CIFAR recipes, and one so large that only bandwidth counts."""
+    """Return the batch sizes of CIFAR recipes, and one so large that only bandwidth counts."""
     large = LARGE_BYTES[request.device.type] // sample_bytes
     return request.batches((128, large) if few else (128, 1024, large), 16)

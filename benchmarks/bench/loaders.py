@@ -34,7 +34,7 @@ Epoch = Callable[[], Iterable[Batch]]
 
 
 def cases(request: Request) -> Iterator[PlannedCase]:
-    """One case."""
+    """Yield the one case of this benchmark."""
     (batch,) = request.batches((128,), 64)
     images = 512 if request.quick else 50_000 if request.on_gpu else 10_000
     title = f"{images:,} images of {SIDE}x{SIDE}x3 batch {batch}"
@@ -87,7 +87,7 @@ def _case(title: str, request: Request, images: int, batch: int) -> Case:
 def contender(
     name: str, reason: str | None, make: Callable[[], Epoch], check: Check, exactness: str = "peer"
 ) -> Contender:
-    """A call is an epoch to its end. The loader is made in the first one, which keeps its batches for the check."""
+    """Return the contender whose call is a whole epoch; the first call makes the loader and returns its batches."""
     made: list[Epoch] = []
 
     def call() -> list[Batch]:
@@ -102,7 +102,7 @@ def contender(
 
 
 def wrong_views(batches: list[Batch], pixels: np.ndarray) -> str | None:
-    """Why these are not the images of an epoch, each in one of its views; the first of some batches are looked at.
+    """Return why these are not the images of an epoch, each in one of its views, or None; some images are looked at.
 
     Args:
         pixels: (N, H, W, 3) uint8, the images as they are.
@@ -121,7 +121,7 @@ def wrong_views(batches: list[Batch], pixels: np.ndarray) -> str | None:
 
 
 def our_epoch(kind: Any, split: Split, batch: int, device: torch.device, beton: Path) -> Epoch:
-    """The same epoch again and again, of our loader of that kind; `beton` is read by "ffcv" alone."""
+    """Return a function that gives the same epoch each time, by our loader; `beton` is read by "ffcv" alone."""
     path = beton if kind == "ffcv" else None
     views = ViewSpace(PADDING)
     loader = make_loader(kind, split, batch_size=batch, seed=0, views=views, device=device, beton=path)
@@ -134,7 +134,7 @@ def our_epoch(kind: Any, split: Split, batch: int, device: torch.device, beton: 
 
 
 def ffcv_epoch(beton: Path, batch: int, device: torch.device) -> Epoch:
-    """Epochs of the pipeline of FFCV's own CIFAR example, up to the pixels; without labels, with positions."""
+    """Return a function that gives epochs of FFCV's own CIFAR pipeline up to the pixels, with positions for labels."""
     loaders, transforms, decoders = (ffcv_module(name) for name in ("loader.loader", "transforms", "fields.decoders"))
     image = [
         decoders.NDArrayDecoder(),
@@ -174,7 +174,7 @@ class Images(Dataset[tuple[Tensor, int]]):
 
 
 def torchvision_epoch(pixels: np.ndarray, batch: int, device: torch.device, workers: int) -> Epoch:
-    """Epochs of torchvision's transforms in a DataLoader, which is what most training scripts have."""
+    """Return a function that gives epochs of torchvision's transforms in a DataLoader, as most scripts have them."""
     transforms = peers.torchvision_transforms()
     steps = [transforms.RandomCrop(SIDE, padding=PADDING), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
     loader = DataLoader(

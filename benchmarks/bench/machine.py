@@ -1,4 +1,4 @@
-"""The machine under a benchmark: its own copy and matrix rates, and what one call costs it besides time."""
+"""The machine under a benchmark: its own copy and matrix rates, and the launches and memory of a call."""
 
 import time
 from collections.abc import Callable
@@ -20,12 +20,12 @@ def wait(device: torch.device) -> None:
 
 
 class Rates:
-    """What this machine reaches: bytes of a large copy, operations of a large matrix product in each precision.
+    """The rates that this machine reaches: of a large copy, and of a large matrix product in each precision.
 
-    Measured anew for every case that asks, since the machine may be busy: the best so far counts.
+    They are measured anew for every case that asks, since the machine may be busy: the best so far counts.
 
     Args:
-        quick: take small ones, which say little; for trying a benchmark out.
+        quick: measure small ones, which say little; for trying a benchmark out.
     """
 
     def __init__(self, device: torch.device, quick: bool = False) -> None:
@@ -38,7 +38,7 @@ class Rates:
         self.fresh.clear()
 
     def copy_gb_per_s(self) -> float:
-        """Bytes read and written by a copy: of 1 GiB on a GPU, 64 MiB on a CPU."""
+        """Return the rate of a copy, bytes read and written, in GB/s: of 1 GiB on a GPU, 64 MiB on a CPU."""
 
         def measured() -> float:
             size = 2**22 if self.quick else 2**30 if self.device.type == "cuda" else 2**26
@@ -49,7 +49,7 @@ class Rates:
         return self._best("copy", measured)
 
     def matmul_tflop_per_s(self, precision: str) -> float:
-        """Operations of the product of two square matrices of random numbers."""
+        """Return the rate of the product of two square matrices of random numbers, in TFLOP/s."""
 
         def measured() -> float:
             side = 256 if self.quick else 8192 if self.device.type == "cuda" else 1024
@@ -60,7 +60,7 @@ class Rates:
         return self._best(precision, measured)
 
     def bound_ms(self, work: Work, precision: str) -> float | None:
-        """The least time the work can take at these rates; work that stays in a cache can beat it."""
+        """Return the least time of the work at these rates, in ms; work that stays in a cache can beat it."""
         needed = []
         if work.bytes:
             needed.append(work.bytes / 1e9 / self.copy_gb_per_s())
@@ -69,7 +69,7 @@ class Rates:
         return 1e3 * max(needed) if needed else None
 
     def as_json(self) -> dict[str, Any]:
-        """The rates measured so far."""
+        """Return the rates measured so far."""
         matmul = {name: rate for name, rate in self.best.items() if name != "copy"}
         return {"copy_gb_per_s": self.best.get("copy"), "matmul_tflop_per_s": matmul}
 
@@ -80,7 +80,7 @@ class Rates:
         return self.best[name]
 
     def _seconds(self, call: Call) -> float:
-        """The seconds of one call: the best of 10, after 3 that do not count."""
+        """Return the seconds of one call: the best of 10, after 3 that do not count."""
         taken = []
         for _ in range(13):
             wait(self.device)
@@ -92,7 +92,7 @@ class Rates:
 
 
 class _Counter(TorchDispatchMode):
-    """Counts the operations that torch dispatches inside."""
+    """A mode that counts the operations which torch dispatches within it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class _Counter(TorchDispatchMode):
 
 
 def count_launches(call: Call, device: torch.device, calls: int = 1) -> dict[str, Any]:
-    """What one call starts: on a GPU kernels, copies and fills, and their time alone; on a CPU operations of torch.
+    """Count what one call starts: on a GPU kernels, copies and fills, and their time; on a CPU operations of torch.
 
     Args:
         call: on a CPU, without torch.compile, which refuses to run under a mode that counts.
@@ -134,7 +134,7 @@ def count_launches(call: Call, device: torch.device, calls: int = 1) -> dict[str
 
 
 def added_memory(call: Call, device: torch.device) -> dict[str, float | None]:
-    """The memory of one call on a GPU, in MB: the peak of all that is allocated, and its distance from before."""
+    """Return the memory of one call on a GPU, in MB: the peak of all that is allocated, and its rise over before."""
     if device.type != "cuda":
         return {"peak_mb": None, "added_mb": None}
     wait(device)

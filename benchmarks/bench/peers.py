@@ -18,20 +18,20 @@ VISION_OPERATORS = {  # that torchvision's library declares -> their arguments
 
 
 def missing(*packages: str) -> str | None:
-    """Why a row that needs these packages cannot be measured here, or None."""
+    """Return the reason why a row that needs these packages cannot be measured here, or None."""
     absent = [package for package in packages if find_spec(package) is None]
     return f"needs {', '.join(absent)}: {INSTALL}" if absent else None
 
 
 def library(name: str) -> Any:
-    """The module of that name, untyped, imported without its warnings. Raises ImportError."""
+    """Return the module of that name, untyped, imported without its warnings. Raises ImportError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return import_module(name)
 
 
 def torchvision_transforms() -> Any:
-    """The module torchvision.transforms. Raises ImportError.
+    """Return the module torchvision.transforms. Raises ImportError.
 
     The wheel is built for CUDA: beside a torch without CUDA its own library is not loaded, and its import fails for
     want of two operators. With those declared here, all that is plain Python works, the transforms among it.

@@ -1,4 +1,4 @@
-"""What a benchmark leaves: a JSON file with all that a reader needs to judge it, and a table for the terminal."""
+"""The result of a benchmark: a JSON file with all that a reader needs to judge it, and a table for the terminal."""
 
 import json
 from collections.abc import Callable
@@ -26,7 +26,7 @@ PACKAGES = ("numpy", "torchattacks", "foolbox", "liger-kernel", "torchvision", "
 
 
 def header(request: Request) -> dict[str, Any]:
-    """A result without rows: what it is measured on, with what and when."""
+    """Return a result without rows: the command, the device, the versions and the date."""
     return {
         "what": request.what,
         "command": request.command,
@@ -53,7 +53,7 @@ def save(path: Path, result: dict[str, Any]) -> None:
 
 
 def as_table(rows: list[Row]) -> str:
-    """The rows of one case, aligned, without columns that say nothing; a reason stands in the place of the times."""
+    """Return the rows of one case, aligned, without empty columns; a reason stands in the place of the times."""
     first = rows[0]
     operations = first["ms"] is not None and "operations" in str(first["launches_kind"])
     optional: dict[str, Callable[[Row], str]] = {
@@ -85,7 +85,7 @@ def as_table(rows: list[Row]) -> str:
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """The device, its rates and the notes, for the terminal."""
+    """Return the device, its rates and the notes, for the terminal."""
     rates = result["rates"]
     lines = [
         f"{result['what']} on {result['device']}: medians of up to {result['rounds']} rounds, ratios to first rows"

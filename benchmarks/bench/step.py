@@ -38,7 +38,7 @@ NO_GRAPH = "CUDA graphs need a GPU"
 
 @dataclass(frozen=True)
 class Variant:
-    """Our step with something changed.
+    """A variant of our step: one or more options changed.
 
     Attributes:
         changes: fields of the recipe.
@@ -80,8 +80,10 @@ OTHERWISE = (  # all additions but for one thing, asking the teacher in each ste
 
 
 def cases(request: Request) -> Iterator[PlannedCase]:
-    """For each student and batch: addition by addition, with convolutions in TF32 on a GPU as the script has them (and
-    at batch 128 in strict fp32), all but one, and the phases of the whole."""
+    """Yield three cases for each student and batch: addition by addition, all but one, and the phases of the whole.
+
+    On a GPU convolutions are in TF32, as the script has them; at batch 128 the first case comes in strict fp32 too.
+    """
     for student in TEACHERS:
         usual = (128, 1024) if request.on_gpu else (CPU_BATCH[student],)
         for batch in request.batches(usual, 2):
@@ -102,7 +104,7 @@ def _case(
     rows: Callable[[StepProblem], list[Contender]],
     precision: str = "tf32",
 ) -> Case:
-    """Convolutions in `precision`; the bound is that of bf16 where a row uses it."""
+    """Return a case with convolutions in `precision`; its bound is that of bf16 where a row uses it."""
     with in_precision(precision):
         problem = StepProblem(request, student, batch)
         contenders = rows(problem)
@@ -119,7 +121,7 @@ def _case(
 
 
 def one_by_one(problem: StepProblem, strict: bool = False) -> list[Contender]:
-    """The script, what a careful user writes, and ours, each row with one thing more; if strict, without bf16."""
+    """Return the script, a careful user's step, and ours, each with one thing more; if strict, without bf16."""
     rows, recipe = peers(problem), problem.recipe
     for variant in ADDITIONS:
         if strict and variant.changes.get("precision") == "bf16":
@@ -130,20 +132,20 @@ def one_by_one(problem: StepProblem, strict: bool = False) -> list[Contender]:
 
 
 def all_but_one(problem: StepProblem) -> list[Contender]:
-    """The whole, and the whole with one thing taken away or done otherwise."""
+    """Return our whole step, and the whole with one thing taken away or done otherwise."""
     recipe = whole(problem)
     variants = (Variant("all", {}, "rounding"), *OTHERWISE)
     return [ours(problem, changed(problem, recipe, variant), variant) for variant in variants]
 
 
 def changed(problem: StepProblem, recipe: Recipe, variant: Variant) -> Recipe:
-    """The recipe with the variant's changes, if they are for this device."""
+    """Return the recipe with the variant's changes, if they are for this device."""
     possible = variant.gpu is None or problem.request.on_gpu
     return recipe.replace(**variant.changes) if possible else recipe
 
 
 def whole(problem: StepProblem, captured: bool = True) -> Recipe:
-    """The recipe with all additions, asking the teacher in each step."""
+    """Return the recipe with all additions, asking the teacher in each step."""
     recipe = problem.recipe
     for variant in ADDITIONS:
         if captured or "capture" not in variant.changes:
@@ -152,7 +154,7 @@ def whole(problem: StepProblem, captured: bool = True) -> Recipe:
 
 
 def peers(problem: StepProblem) -> list[Contender]:
-    """The script, the baseline of every ratio; and careful PyTorch."""
+    """Return the script, the baseline of every ratio, and the step in careful PyTorch, eager and compiled."""
 
     def each_batch(step: Callable[[Tensor, Tensor], object]) -> Call:
         turns = cycle(problem.batches)
@@ -175,7 +177,7 @@ def peers(problem: StepProblem) -> list[Contender]:
 
 
 def ours(problem: StepProblem, recipe: Recipe, variant: Variant) -> Contender:
-    """Our step under `recipe`, if its attack on the first batch is as strong as the script's."""
+    """Return our step under `recipe`, timed only if its attack on the first batch is as strong as the script's."""
     reason = variant.gpu if variant.gpu and not problem.request.on_gpu else None
     if recipe.execution.epilogue == "compiled" and (problem.request.quick or not problem.request.on_gpu):
         reason = "compiling is left out by --quick and on a CPU"
@@ -195,7 +197,7 @@ def ours(problem: StepProblem, recipe: Recipe, variant: Variant) -> Contender:
 
 
 def tuned(call: Call) -> Call:
-    """`call` as training does it: with the fastest convolutions that cuDNN finds for its shapes."""
+    """Return `call` as training makes it: with the fastest convolutions that cuDNN finds for its shapes."""
 
     def tuned_call() -> Any:
         with tuned_convolutions():
@@ -205,7 +207,7 @@ def tuned(call: Call) -> Call:
 
 
 def replays_wrongly(problem: StepProblem, recipe: Recipe) -> str | None:
-    """What is wrong with the step from a CUDA graph, if it is one: its losses are those of the eager step."""
+    """Return why the losses of a step from a CUDA graph are not the eager step's; None if they are, or without one."""
     if not recipe.execution.captures_on(problem.device):
         return None
     losses = []
@@ -221,7 +223,7 @@ def replays_wrongly(problem: StepProblem, recipe: Recipe) -> str | None:
 
 
 def our_step(problem: StepProblem, recipe: Recipe, logits: str) -> Call:
-    """One step on the next batch; with logits "ahead", AHEAD steps."""
+    """Return a call that makes one step on the next batch; with logits "ahead", AHEAD steps."""
     state = problem.state(recipe)
 
     def step(clean: Tensor, label: Tensor, teacher_BK: Tensor | None = None) -> Tensor:
@@ -257,7 +259,7 @@ def our_step(problem: StepProblem, recipe: Recipe, logits: str) -> Call:
 
 
 def phases(problem: StepProblem, recipe: Recipe) -> tuple[dict[str, Call], dict[str, Tensor]]:
-    """The parts of a step on the first batch, each of which can be called alone; and its attacked and clean images."""
+    """Return the parts of a step on the first batch, each to be called alone, and its attacked and clean images."""
     state, (clean, label) = problem.state(recipe), problem.first
     clean = problem.layout(clean, recipe)
     attacked = state.attacked()
@@ -284,7 +286,7 @@ def phases(problem: StepProblem, recipe: Recipe) -> tuple[dict[str, Call], dict[
 
 
 def phase_rows(problem: StepProblem) -> list[Contender]:
-    """The parts of the whole step, each alone and eager: which one takes the time."""
+    """Return the parts of the whole step as contenders, each alone and eager, to see which one takes the time."""
     parts, _ = phases(problem, whole(problem, captured=False))
     return [Contender(name=name, call=tuned(part), exactness="rounding") for name, part in parts.items()]
 

@@ -1,4 +1,4 @@
-"""What all contenders of a step's case share: two networks, batches, a start of the attack, and what is right.
+"""The problem that all contenders of a step's case share: networks, batches, a start of the attack, and checks.
 
 A row is timed only if its attack stays in the ball and in the range of pixels, and reaches the authors' KL divergence
 within 0.1 %, measured in float64 by one network, having added what theirs adds within 1 %. The networks are random,
@@ -72,11 +72,11 @@ class StepProblem:
 
     @property
     def first(self) -> tuple[Tensor, Tensor]:
-        """The first batch, on which every row is checked."""
+        """Return the first batch, on which every row is checked."""
         return self.batches[0]
 
     def state(self, recipe: Recipe) -> State:
-        """Our step's state before the first step."""
+        """Return the state of our step before the first one."""
         teacher = copy.deepcopy(self.teacher)
         teacher = channels_last(teacher, self.device) if recipe.execution.channels_last else teacher
         state = State(recipe, copy.deepcopy(self.student), teacher, 10, self.device)
@@ -85,17 +85,17 @@ class StepProblem:
         return state
 
     def layout(self, images: Tensor, recipe: Recipe) -> Tensor:
-        """The images in the recipe's memory format."""
+        """Return the images in the recipe's memory format."""
         return images.contiguous(
             memory_format=torch.channels_last if recipe.execution.channels_last else torch.contiguous_format
         )
 
     def authors(self, deterministic: bool = True) -> AuthorsStep:
-        """The authors' step on a student of its own."""
+        """Return the authors' step on a student of its own."""
         return AuthorsStep(copy.deepcopy(self.student), self.teacher, self.temperatures, deterministic)
 
     def misses(self, adv: Tensor, recipe: Recipe) -> str | None:
-        """What is wrong with the images that an attack made of the first batch, or None."""
+        """Return what is wrong with the images that an attack made of the first batch, or None."""
         clean, kl, expected = self.first[0], self._reached(adv), self._reference(recipe)[0]
         if float((adv - clean).abs().max()) > EPS + 1e-6 or float(adv.min()) < 0 or float(adv.max()) > 1:
             return "its images leave the ball or the range of pixels"
@@ -106,14 +106,14 @@ class StepProblem:
         return None if close else f"its attack reaches {kl:.6g}, the script's {expected:.6g}"
 
     def misses_loss(self, loss: Any, recipe: Recipe) -> str | None:
-        """What is wrong with the first loss, or None."""
+        """Return what is wrong with the first loss, or None."""
         expected = self._reference(recipe)[1]
         precision = "bf16" if recipe.execution.precision == "bf16" else "fp32"
         close = abs(float(loss) / expected - 1) <= LOSS_AGREEMENT[precision]
         return None if close else f"its first loss is {float(loss):.6g}, the script's {expected:.6g}"
 
     def work(self, teacher: bool = True) -> Work:
-        """What a step does at least, without the teacher where its answers are known.
+        """Return the least work of a step; without the teacher's where its answers are known.
 
         FLOP are counted by torch: a forward of the teacher, 20 of the student for the attack (an input gradient costs a
         forward), 6 for the training.
@@ -126,12 +126,12 @@ class StepProblem:
 
     @cached_property
     def _judge(self) -> nn.Module:
-        """The student in float64."""
+        """Return the student in float64."""
         return copy.deepcopy(self.student).double().eval()
 
     @cached_property
     def _target(self) -> Tensor:
-        """The soft labels of the first batch, (B, K) in float64."""
+        """Return the soft labels of the first batch, (B, K) in float64."""
         clean, label = self.first
         temperature = torch.tensor(self.temperatures, device=self.device, dtype=torch.float64)
         with torch.no_grad():
@@ -139,12 +139,12 @@ class StepProblem:
 
     @torch.no_grad()
     def _reached(self, adv: Tensor) -> float:
-        """The KL divergence at `adv`, summed over the first batch."""
+        """Return the KL divergence at `adv`, summed over the first batch."""
         parts = zip(adv.double().split(64), self._target.split(64), strict=True)
         return sum(float(F.kl_div(self._judge(x).log_softmax(1), y, reduction="sum")) for x, y in parts)
 
     def _reference(self, recipe: Recipe) -> tuple[float, float]:
-        """The KL that the authors' attack reaches on the first batch from the recipe's start, and the loss then."""
+        """Return the KL that the authors' attack reaches on the first batch from the recipe's start, and its loss."""
         if recipe.execution.channels_last not in self._references:
             clean, label = self.first
             authors = self.authors()
@@ -161,14 +161,14 @@ class StepProblem:
         return self._references[recipe.execution.channels_last]
 
     def _noise(self, recipe: Recipe) -> Tensor:
-        """The random start of the first batch, as our seed 0 draws it in the recipe's memory format."""
+        """Return the random start of the first batch, as our seed 0 draws it in the recipe's memory format."""
         zeros = torch.zeros_like(self.layout(self.first[0], recipe))
         seed = torch.zeros(1, dtype=torch.int64, device=self.device)
         return random_start_(zeros.clone(), zeros, EPS, noise="normal", seed=seed, clip=False).contiguous()
 
 
 def _flop(model: nn.Module, images: Tensor) -> float:
-    """The operations of one forward on one image."""
+    """Return the operations of one forward on one image."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         copy.deepcopy(model).eval()(images[:1])
     return counter.get_total_flops()

@@ -1,4 +1,4 @@
-"""Which constants of a kernel are best on this GPU: one kernel against itself, a row for each setting.
+"""The sweep of a kernel's constants on this GPU: one kernel against itself, a row for each setting.
 
 The constants are the capitals at the head of kernels/*.py that are named here. They are put in place around every
 call, and put back.
@@ -34,7 +34,7 @@ Setting = dict[str, int]
 
 
 def sweep(planned: PlannedCase, request: Request) -> PlannedCase:
-    """The case of its first contender under all settings, the present one first."""
+    """Return the case of the first contender of `planned` under all settings, the present one first."""
     return PlannedCase(f"sweep {planned.name}", lambda: _case(planned, request))
 
 
@@ -52,13 +52,13 @@ def _case(planned: PlannedCase, request: Request) -> Case:
 
 
 def constants_of(module: ModuleType) -> Setting:
-    """The constants of VALUES that the module has, as they are."""
+    """Return the constants of VALUES that the module has, with their present values."""
     found = {name: getattr(module, name, None) for name in VALUES}
     return {name: value for name, value in found.items() if isinstance(value, int)}
 
 
 def settings(now: Setting) -> list[Setting]:
-    """All combinations of the values of the constants, but the present one."""
+    """Return all combinations of the values of the constants, but the present one."""
     combinations = (dict(zip(now, values, strict=True)) for values in product(*(VALUES[name] for name in now)))
     return [setting for setting in combinations if setting != now]
 
@@ -69,7 +69,7 @@ def spelled(setting: Setting) -> str:
 
 @contextmanager
 def in_place(module: ModuleType, setting: Setting) -> Iterator[None]:
-    """Give the module's constants the values of `setting` inside."""
+    """Give the module's constants the values of `setting` within the context."""
     before = {name: getattr(module, name) for name in setting}
     try:
         vars(module).update(setting)
@@ -79,7 +79,7 @@ def in_place(module: ModuleType, setting: Setting) -> Iterator[None]:
 
 
 def _under(module: ModuleType, setting: Setting, call: Call) -> Call:
-    """`call` under a setting."""
+    """Return `call` under a setting of the module's constants."""
 
     def under() -> Any:
         with in_place(module, setting):
@@ -89,7 +89,7 @@ def _under(module: ModuleType, setting: Setting, call: Call) -> Call:
 
 
 def best(rows: list[dict[str, Any]]) -> str | None:
-    """A line that names the fastest row; None where there is no time."""
+    """Return a line that names the fastest row; None where there is no time."""
     timed = [row for row in rows if row["ms"] and row["ratio"]]
     if not timed:
         return None

@@ -28,7 +28,7 @@ MAX_CALLS = 1000
 
 @dataclass
 class Measurement:
-    """What is known of a contender so far: why it has no time, or the times of its rounds."""
+    """The measurement of a contender so far: the reason why it has no time, or the times of its rounds."""
 
     contender: Contender
     reason: str | None
@@ -39,7 +39,7 @@ class Measurement:
 
 
 def measure(case: Case, device: torch.device, rounds: int, rates: Rates) -> list[dict[str, Any]]:
-    """A row for each contender, in order; result.py lists its columns."""
+    """Time the contenders of a case, and return a row for each, in order; result.py lists its columns."""
     rounds = min(rounds, case.rounds or rounds)
     rates.next_case()
     with in_precision(case.precision):
@@ -54,13 +54,13 @@ def measure(case: Case, device: torch.device, rounds: int, rates: Rates) -> list
 
 
 def failure(error: Exception) -> str:
-    """The reason of a row that could not be made or called."""
+    """Return the reason, for its row, why a contender could not be made or called."""
     lines = str(error).strip().splitlines()
     return f"fails: {type(error).__name__}{': ' + lines[0][:200] if lines else ''}"
 
 
 def _first_call(contender: Contender, device: torch.device) -> Measurement:
-    """The measurement after the first call, whose result is checked."""
+    """Call a contender for the first time, check its result, and return its measurement."""
     found = Measurement(contender, contender.reason)
     if contender.call is None:
         return found
@@ -96,7 +96,7 @@ def _take_turn(found: Measurement, device: torch.device, kept: bool) -> None:
 
 
 def _timed(call: Call, calls: int, device: torch.device) -> tuple[float, float]:
-    """Milliseconds of one call: of the device, and of the host until the last call came back."""
+    """Return the milliseconds of one call: of the device, and of the host until the last call came back."""
     wait(device)
     begin = end = None
     if device.type == "cuda":
@@ -114,7 +114,7 @@ def _timed(call: Call, calls: int, device: torch.device) -> tuple[float, float]:
 
 
 def _row(case: Case, found: Measurement, base: Measurement, device: torch.device, rates: Rates) -> dict[str, Any]:
-    """The row of a contender; without a time where there is a reason."""
+    """Return the row of a contender; without a time where there is a reason."""
     contender, timed = found.contender, found.reason is None
     ms = spread(found.ms) if timed else None
     ratios = [own / other for own, other in zip(found.ms, base.ms, strict=True)] if timed and not base.reason else None
@@ -148,5 +148,5 @@ def _row(case: Case, found: Measurement, base: Measurement, device: torch.device
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """The 10th percentile, the median and the 90th percentile."""
+    """Return the 10th percentile, the median and the 90th percentile."""
     return dict(zip(("p10", "median", "p90"), np.percentile(values, (10, 50, 90)).tolist(), strict=True))

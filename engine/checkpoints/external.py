@@ -29,9 +29,8 @@ from retemper.engine.device import is_out_of_memory
 from retemper.engine.models import channels_last
 from retemper.errors import DataError, UsageError, nearest
 
-INSTALL = (
-    "pip install robustbench 'git+https://github.com/fra31/auto-attack'"  # robustbench imports it, and does not ask
-)
+# robustbench imports auto-attack without naming it among its requirements
+INSTALL = "pip install robustbench 'git+https://github.com/fra31/auto-attack'"
 ROBUSTBENCH = re.compile(r"robustbench:(?P<model>[^@/]+)(@(?P<dataset>[^@/]+)(/(?P<threat>[^@/]+))?)?")
 USER = re.compile(r"(?P<file>.+\.py):(?P<factory>\w+)")
 
@@ -46,11 +45,11 @@ class RobustBenchNetwork:
 
     @property
     def name(self) -> str:
-        """The name in full, with data set and threat."""
+        """Return the name in full, with data set and threat."""
         return f"robustbench:{self.model}@{self.dataset}/{self.threat}"
 
     def build(self, num_classes: int, channels: int, cache: Path) -> object:
-        """Return what the package loads; `cache` is where it puts its downloads.
+        """Return the object that the package loads; it puts its downloads into `cache`.
 
         Raises:
             UsageError: the package is not installed.
@@ -67,13 +66,13 @@ class RobustBenchNetwork:
             )
 
     def digest(self, state: str) -> str:
-        """Return what identifies this network, given the digest of its state: that digest alone."""
+        """Return the digest of this network: that of its state."""
         return state
 
 
 @dataclass(frozen=True, kw_only=True)
 class UserNetwork:
-    """What a function or a class of the user's own file returns. The data set that it was trained on is not known."""
+    """A network that a function or a class of the user's own file returns. Its data set is not known."""
 
     file: Path
     factory: str
@@ -81,11 +80,11 @@ class UserNetwork:
 
     @property
     def name(self) -> str:
-        """The file and the factory, as the user wrote them."""
+        """Return the file and the factory, as the user wrote them."""
         return f"{self.file}:{self.factory}"
 
     def build(self, num_classes: int, channels: int, cache: Path) -> object:
-        """Return what the factory returns. It is given `num_classes` and `channels` if its parameters are named so.
+        """Call the factory, with `num_classes` and `channels` if it has such parameters, and return its result.
 
         Raises:
             UsageError: the file has no such function.
@@ -112,7 +111,7 @@ class UserNetwork:
         return module
 
     def digest(self, state: str) -> str:
-        """Return what identifies this network: the same weights in another file are another network."""
+        """Return the digest of this network, of state and file: the same weights under other code are another one."""
         return sha256(state.encode() + self.file.read_bytes()).hexdigest()
 
 
@@ -121,7 +120,7 @@ Shape = tuple[int, int, int]  # (H, W, C) of images
 
 
 def external_network(name: str, dataset: str | None) -> ExternalNetwork | None:
-    """Return the network that `name` means, or None if it has none of the two forms and must be a file or a folder.
+    """Return the network that `name` means, or None if it has neither form and must be a file or a folder.
 
     Args:
         dataset: RobustBench's data set where the name says none: that of the images at hand.
@@ -207,7 +206,7 @@ class Contiguous(nn.Module):
 
 @contextmanager
 def _failing_as(problem: str) -> Iterator[None]:
-    """Turn whatever somebody else's code raises inside into a DataError that begins with `problem`."""
+    """Turn whatever other people's code raises within the context into a DataError that begins with `problem`."""
     try:
         yield
     except Exception as error:
@@ -224,7 +223,7 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _weights_only() -> Iterator[None]:
-    """Make every `torch.load` inside read tensors or fail; it never runs the code of a pickle."""
+    """Make every `torch.load` within the context read tensors or fail; it never runs the code of a pickle."""
     force, refuse = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
     before = {name: os.environ.pop(name, None) for name in (force, refuse)}
     os.environ[force] = "1"
@@ -237,7 +236,7 @@ def _weights_only() -> Iterator[None]:
 
 @contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """Let code inside import the modules of `folder`, as Python does for a file that it runs."""
+    """Let code within the context import the modules of `folder`, as Python does for a file that it runs."""
     sys.path.insert(0, str(folder.resolve()))
     try:
         yield

@@ -16,7 +16,7 @@ Source = dict[str, str]  # how config.json names a network: path, model, sha256,
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """What a name means. The network itself is not loaded yet.
+    """A network that a user has named, not loaded yet.
 
     Attributes:
         name: as the user wrote it.

@@ -15,7 +15,7 @@ from retemper.errors import DataError, UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What the weights of a network do not say about it. A field is None where nobody said it.
+    """Facts about a network that its weights do not show. A field is None where it is not known.
 
     Attributes:
         model: the name of its architecture, a key of `MODELS` for a checkpoint file.
@@ -47,7 +47,7 @@ KINDS = {"model": str, "num_classes": int, "channels": int, "image_size": int, "
 
 
 def is_run(target: Path) -> bool:
-    """Return whether `target` is the folder of a run."""
+    """Say whether `target` is the folder of a run."""
     return os.path.exists(target / "config.json")
 
 
@@ -99,9 +99,8 @@ def load_network(weights: Path, facts: Facts, device: torch.device) -> nn.Module
         DataError: the file does not hold that architecture's weights, or they are not finite.
     """
     if facts.model is None or facts.num_classes is None:
-        raise UsageError(
-            f"{weights} does not say what it is: name its architecture and data set with --model and --dataset"
-        )
+        name = "name its architecture and data set with --model and --dataset"
+        raise UsageError(f"{weights} does not say what it is: {name}")
     try:
         model = create_model(facts.model, facts.num_classes, channels=facts.channels)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Checkpoints that the literature distils from: how each is recognised, and the clean accuracy that it must reach.
+"""Checkpoints that the literature distils from: the digest or name of each, and the clean accuracy it must reach.
 
 The accuracies are the authors' own, on the whole test set, or RobustBench's for its names. A network that falls short
 of its accuracy is another one than the papers used, or is shown other pixels, classes or channels than in its training.
@@ -20,7 +20,7 @@ IMAGES = 1_000  # that are classified, balanced over the classes: a standard err
 SIGMAS = 4  # standard errors: a network falls as far short by chance once in 30,000 times
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Published:
     """A published network.
 
@@ -41,48 +41,30 @@ class Published:
 
 PUBLISHED = (
     Published(
-        known_by="2ede52bd042bbdf40a0c27e8008034afd9cbb0b256b9077a255e555d25f957f4",
-        title="TRADES' model_cifar_wrn.pt",
-        model="wrn34_10",
-        dataset="cifar10",
-        clean_accuracy=0.8492,
+        "2ede52bd042bbdf40a0c27e8008034afd9cbb0b256b9077a255e555d25f957f4",
+        "TRADES' model_cifar_wrn.pt", "wrn34_10", "cifar10", 0.8492,
     ),
     Published(
-        known_by="9e1d3395f0a8c34296ca8cd4875b9b5177d53f79e89af9b88e1a6724c6d6c860",
-        title="MTARD's ResNet-56, its clean CIFAR-10 teacher",
-        model="resnet56",
-        dataset="cifar10",
-        clean_accuracy=0.9318,
+        "9e1d3395f0a8c34296ca8cd4875b9b5177d53f79e89af9b88e1a6724c6d6c860",
+        "MTARD's ResNet-56, its clean CIFAR-10 teacher", "resnet56", "cifar10", 0.9318,
     ),
     Published(
-        known_by="robustbench:Zhang2019Theoretically@cifar10/Linf",
-        title="TRADES' WRN-34-10",
-        model="wrn34_10",
-        dataset="cifar10",
-        clean_accuracy=0.8492,
+        "robustbench:Zhang2019Theoretically@cifar10/Linf",
+        "TRADES' WRN-34-10", "wrn34_10", "cifar10", 0.8492,
     ),
     Published(
-        known_by="robustbench:Chen2021LTD_WRN34_20@cifar10/Linf",
-        title="LTD's WRN-34-20, AdaAD's CIFAR-10 teacher",
-        model="WRN-34-20",
-        dataset="cifar10",
-        clean_accuracy=0.8603,
+        "robustbench:Chen2021LTD_WRN34_20@cifar10/Linf",
+        "LTD's WRN-34-20, AdaAD's CIFAR-10 teacher", "WRN-34-20", "cifar10", 0.8603,
     ),
     Published(
-        known_by="robustbench:Chen2021LTD_WRN34_10@cifar100/Linf",
-        title="LTD's WRN-34-10, AdaAD's CIFAR-100 teacher",
-        model="WRN-34-10",
-        dataset="cifar100",
-        clean_accuracy=0.6407,
+        "robustbench:Chen2021LTD_WRN34_10@cifar100/Linf",
+        "LTD's WRN-34-10, AdaAD's CIFAR-100 teacher", "WRN-34-10", "cifar100", 0.6407,
     ),
     Published(
-        known_by="robustbench:Gowal2020Uncovering@cifar100/Linf",
-        title="DeepMind's WRN-70-16, the CIFAR-100 teacher of RSLAD and MTARD",
-        model="WRN-70-16",
-        dataset="cifar100",
-        clean_accuracy=0.6086,
+        "robustbench:Gowal2020Uncovering@cifar100/Linf",
+        "DeepMind's WRN-70-16, the CIFAR-100 teacher of RSLAD and MTARD", "WRN-70-16", "cifar100", 0.6086,
     ),
-)
+)  # fmt: skip
 
 
 def published(known_by: str) -> Published | None:
@@ -91,7 +73,7 @@ def published(known_by: str) -> Published | None:
 
 
 def require_stated_accuracy(network: nn.Module, known: Published, data_root: Path | None, device: torch.device) -> None:
-    """Check that a network classifies as many test images correctly as is published. Nothing is chosen by them.
+    """Check that a network classifies as many test images correctly as is published. No choice depends on it.
 
     Args:
         network: from (B, C, H, W) pixels to (B, K) logits, in eval mode, on `device`.

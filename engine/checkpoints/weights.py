@@ -156,7 +156,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _check_archive(path: Path) -> None:
-    """Check a zip file that torch is to read: it is no program, and every record is as it was written."""
+    """Raise CheckpointError if a zip file that torch is to read is a program, or a record is not as it was written."""
     with zipfile.ZipFile(path) as archive:
         if any(name.endswith("/constants.pkl") for name in archive.namelist()):
             raise CheckpointError(f"{path}: refused: a TorchScript archive is a program; save the state_dict instead")
@@ -233,7 +233,7 @@ def _misfit(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> str | 
 
 
 def _copies(value: Tensor, target: Tensor) -> bool:
-    """Return whether `copy_` carries every value over: dense, with data, and floating point iff the target is."""
+    """Say whether `copy_` carries every value over: dense, with data, and floating point iff the target is."""
     dense = value.layout == torch.strided and not value.is_quantized and not value.is_meta
     return dense and value.is_floating_point() == target.is_floating_point()
 
@@ -244,5 +244,5 @@ def _few(names: Iterable[str], separator: str = ", ") -> str:
 
 
 def _show(name: str) -> str:
-    """Return a name from a file, fit for one line of a terminal."""
+    """Return a name from a file so that it fits in one line of a terminal."""
     return name.encode("unicode_escape").decode()[:100]

@@ -23,17 +23,17 @@ VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def several() -> bool:
-    """Return whether a launcher has started this process as one of several."""
+    """Say whether a launcher has started this process as one of several."""
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def is_first() -> bool:
-    """Return whether this process has rank 0, so that it prints what all have to say; true for one on its own."""
+    """Say whether this process has rank 0 and prints for all of them; true for a process on its own."""
     return not several() or os.environ.get("RANK") == "0"
 
 
 def speaker() -> str:
-    """Return how an error message names this process; it is empty for one on its own."""
+    """Return the beginning of an error message, which names this process; empty for a process on its own."""
     return f"process {os.environ.get('RANK', 'without RANK')} of {os.environ['WORLD_SIZE']}: " if several() else ""
 
 

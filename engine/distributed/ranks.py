@@ -23,7 +23,7 @@ from retemper.errors import DataError
 
 
 class RankLost(DataError):
-    """Another process of the group is gone, or did not answer within the time limit."""
+    """The error that another process of the group is gone, or did not answer within the time limit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,12 +48,12 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0."""
+        """Say whether this process has rank 0."""
         return self.rank == 0
 
     @property
     def rows(self) -> tuple[int, int]:
-        """The first row of a batch that is this process's, and the distance of its rows."""
+        """Return the first row of a batch that is this process's, and the distance between its rows."""
         return self.rank, self.world_size
 
     def all_reduce_(self, tensor: Tensor, largest: bool = False) -> Tensor:
@@ -132,7 +132,7 @@ class Ranks:
                 dist.barrier(group=self.patient_group if patiently else self.host_group)
 
     def hold_same_bits(self, tensors: Sequence[Tensor]) -> bool:
-        """Return whether all processes hold the same bits of `tensors`, of 4 or 8 bytes a value, by a weighted sum."""
+        """Say whether all processes hold the same bits of `tensors`, of 4 or 8 bytes a value, by a weighted sum."""
         if not self.joined:
             return True
         words = [tensor.detach().reshape(-1).view(torch.int32).long() for tensor in tensors]
@@ -142,7 +142,7 @@ class Ranks:
 
     @contextmanager
     def checked(self) -> Iterator[None]:
-        """Turn what torch raises inside when another process does not answer into RankLost."""
+        """Turn the error that torch raises within the context, when another process does not answer, into RankLost."""
         try:
             yield
         except RuntimeError as error:

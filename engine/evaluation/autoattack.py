@@ -15,7 +15,7 @@ Dimension key: B batch, C H W image, K classes, N images.
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -29,6 +29,7 @@ from retemper.engine.device import exact_fp32
 from retemper.engine.evaluation.ledger import UNTRIED, Ledger
 from retemper.engine.predict import as_float, folded_twin, predicted
 from retemper.engine.sanity.flags import SQUARE_HELPS
+from retemper.engine.sanity.ladder import own_generators
 from retemper.errors import UsageError
 from retemper.loaders import Split
 
@@ -39,7 +40,7 @@ BACKWARDS = {"apgd-ce": 101, "apgd-t": 909, "fab-t": 900, "square": 0}
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteRequest:
-    """How to run a suite.
+    """The request to run a suite.
 
     Attributes:
         suite: "standard" or "fast".
@@ -58,14 +59,14 @@ class SuiteRequest:
 
     @property
     def attacks(self) -> tuple[str, ...]:
-        """The attacks of the suite, in order."""
+        """Return the names of the suite's attacks, in order."""
         return SUITES[self.suite]
 
 
 class ChannelsLast(nn.Module):
-    """A network for a caller that must see contiguous tensors: APGD-T of the library views its input as flat rows.
+    """A network that takes contiguous images and works channels-last. The library's APGD-T views images as flat rows.
 
-    It counts on `progress` what it is asked: a forward as one, a forward and its gradient as three.
+    Each call advances `progress`: a forward counts as one, a forward and its gradient as three.
     """
 
     def __init__(self, model: nn.Module, progress: Progress) -> None:
@@ -89,7 +90,8 @@ def run_suite(model: nn.Module, split: Split, request: SuiteRequest, ledger: Led
         UsageError: the network knows fewer than four classes, or cannot be folded.
     """
     started, spent = time.monotonic(), ledger.notes["seconds"]
-    with Progress("autoattack", 1) as progress, exact_fp32(), _flags(ledger), _own_draws(request.device):
+    own_draws = own_generators(request.device)  # the library seeds torch's
+    with Progress("autoattack", 1) as progress, exact_fp32(), _flags(ledger), own_draws:
         runner = _Runner(model.eval(), split, request, ledger, progress)
         for rows, attack in runner.owed():
             if request.budget_s is not None and time.monotonic() - started >= request.budget_s:
@@ -103,7 +105,7 @@ def run_suite(model: nn.Module, split: Split, request: SuiteRequest, ledger: Led
 
 
 class _Runner:
-    """One pass over the batches that a ledger is owed. A batch is given as its rows in the ledger."""
+    """One pass over the batches that a ledger lacks. A batch is given by its rows in the ledger."""
 
     def __init__(
         self, model: nn.Module, split: Split, request: SuiteRequest, ledger: Ledger, progress: Progress
@@ -127,7 +129,7 @@ class _Runner:
                     yield rows, attack
 
     def clean(self, rows: np.ndarray) -> None:
-        """Show the network the clean images; look at the first batch for what makes a suite unfit."""
+        """Record the answers to clean images; let the library examine the network on the first batch."""
         clean, label_B = self._images(rows)
         if rows[0] == 0:
             _check(self.looked_at, clean, label_B)
@@ -136,7 +138,7 @@ class _Runner:
         self._note(rows, logits_BK, label_B)
 
     def attack(self, name: str, rows: np.ndarray) -> None:
-        """Let one attack at images that hold."""
+        """Run one attack on images that hold, and record which of them it broke."""
         ledger = self.ledger
         clean, label_B = self._images(rows)
         with torch.no_grad():
@@ -150,7 +152,7 @@ class _Runner:
         ledger.notes["perturbation"] = max(ledger.notes["perturbation"], float((adv - clean).abs().max()))
 
     def expect(self, attack: str | None) -> None:
-        """Tell the progress how much is left if all that holds now holds to the end."""
+        """Set the total of the progress to the work that is left if all images that hold now hold to the end."""
         ledger, progress = self.ledger, self.progress
         untried = ledger.clean_N == UNTRIED
         holds = ledger.holds(self.request.attacks) | untried
@@ -178,7 +180,7 @@ class _Runner:
         return self.model(image.contiguous(memory_format=torch.channels_last)).float()
 
     def _note(self, rows: np.ndarray, logits_BK: Tensor, label_B: Tensor) -> None:
-        """Note the class given, and by how much the logit of the label leads the others."""
+        """Record the predicted class, and by how much the logit of the label leads the others."""
         other_BK = logits_BK.scatter(1, label_B[:, None], -torch.inf)
         margin_B = logits_BK.gather(1, label_B[:, None]).squeeze(1) - other_BK.amax(1)
         self.ledger.margin_N[rows] = margin_B.double().cpu().numpy()
@@ -186,11 +188,7 @@ class _Runner:
 
 
 def library_version() -> str:
-    """Return the library with its version.
-
-    Raises:
-        UsageError: it is not installed.
-    """
+    """Return the library's name and version. Raises UsageError if it is not installed."""
     try:
         return f"pyautoattack {version('pyautoattack')}"
     except PackageNotFoundError:
@@ -216,10 +214,7 @@ def library_attacks(model: nn.Module, num_classes: int, eps: float, seed: int, d
 
 
 def suite_entry(ledger: Ledger, suite: str) -> dict[str, Any]:
-    """Return what evaluation.json says of a suite beside the accuracies.
-
-    That is how far it came, how many images each attack broke, and what speaks against the numbers.
-    """
+    """Return the entry of a suite in evaluation.json beside the accuracies: progress, broken images, and flags."""
     attacks = SUITES[suite]
     complete = ledger.is_complete(attacks)
     broken = {name: int(np.count_nonzero(ledger.broken_by == name)) for name in attacks}
@@ -239,7 +234,7 @@ def suite_entry(ledger: Ledger, suite: str) -> dict[str, Any]:
 
 
 def _check(model: nn.Module, clean: Tensor, label_B: Tensor) -> None:
-    """Have the library look at a network; what it finds goes to its log."""
+    """Let the library examine a network on one batch; it logs what it finds."""
     from pyautoattack import checks
 
     logger = logging.getLogger("auto-attack")
@@ -247,14 +242,9 @@ def _check(model: nn.Module, clean: Tensor, label_B: Tensor) -> None:
     checks.check_range_output(model, clean, logger=logger)
 
 
-def _own_draws(device: torch.device) -> AbstractContextManager[None]:
-    """Put torch's generators back afterwards: the library seeds them."""
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-
-
 @contextmanager
 def _flags(ledger: Ledger) -> Iterator[None]:
-    """Collect the library's warnings in the ledger inside, each once."""
+    """Collect the library's warnings in the ledger while the context lasts, each once."""
 
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

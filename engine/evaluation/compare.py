@@ -195,7 +195,7 @@ def _difference(
         values: of the R runs.
         drawn_DR: (D, R), the same of every draw.
         alone_2S: (2, S), how many images only A has right, and only B; None where McNemar's test does not apply.
-        biased: whether the draws are biased, so that their interval is taken both ways round.
+        biased: the draws are biased, so that their interval is taken both ways round.
     """
     a_S, b_S = np.split(np.array(values), 2)
     drawn_a_D, drawn_b_D = (half_DS.mean(axis=1) for half_DS in np.split(drawn_DR, 2, axis=1))
@@ -266,7 +266,7 @@ def as_text(found: Comparison) -> str:
 
 
 def _row(title: str, of: Difference, several: bool, percent: bool) -> list[str]:
-    """Return the cells of one line; `several` tells whether there are several seeds."""
+    """Return the cells of one line; with `several` seeds they show ranges and an interval over the seeds too."""
     scale, digits = (100, 1) if percent else (1, 3)
 
     def pair(ends: Pair | None, sign: str = "") -> str:

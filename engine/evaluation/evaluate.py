@@ -1,4 +1,4 @@
-"""Evaluates a run or a checkpoint and writes evaluation.json beside it, the protocol with the numbers."""
+"""The evaluation of a run or a checkpoint: it writes evaluation.json beside it, the protocol with the numbers."""
 
 import re
 import time
@@ -32,7 +32,7 @@ IDENTIFYING = ("dataset", "split", "image_size", "weights_sha256")  # of the pro
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRequest:
-    """What to evaluate, and how.
+    """The request of `retemper evaluate`.
 
     Attributes:
         target: a run's folder, a checkpoint, or another network by name (checkpoints/find.py).
@@ -67,7 +67,7 @@ class EvaluationRequest:
 
 
 def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
-    """Run the attacks and write the file.
+    """Run the attacks on a network and write evaluation.json and evaluation.csv.
 
     Attacks found in an evaluation under the very same protocol are kept beside the new ones. Several processes share
     the images out, and the first of them writes the files.
@@ -93,7 +93,8 @@ def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
         if name == "autoattack":
             suite = SuiteRequest(suite=request.suite, fold=request.fold, budget_s=request.budget_s, **options)
             images, known = order[: request.autoattack_limit], {name: protocol[name] for name in IDENTIFYING}
-            pieces: dict[str, Any] = dict(path=_ledger_path(path), shard=request.shard, ranks=ranks)
+            csv = path.with_name(path.name.replace("evaluation", "autoattack")).with_suffix(".csv")
+            pieces: dict[str, Any] = dict(path=csv, shard=request.shard, ranks=ranks)
             ledger = evaluate_suite(model, split, images, suite, known=known, **pieces)
             if ledger is None:  # a shard, and not the last one
                 continue
@@ -122,7 +123,7 @@ def _attack(
 
 
 def _autoattack(ledger: Ledger, suite: SuiteRequest, image_N: np.ndarray) -> Outcome:
-    """Read off the ledger what the suite came to."""
+    """Return the outcome of a suite from its ledger."""
     name = "autoattack" if suite.suite == "standard" else f"autoattack-{suite.suite}"
     described = {fact: ledger.facts[fact] for fact in ("library", "seed", "batch_size", "fold", "eps")} | {
         "suite": suite.suite,
@@ -134,11 +135,9 @@ def _autoattack(ledger: Ledger, suite: SuiteRequest, image_N: np.ndarray) -> Out
 
 
 def _test_images(network: Network, told: Facts, data_root: Path | None) -> tuple[Facts, Split, Path | None]:
-    """Return what the network is, the test images for it, and where those lie.
+    """Return the facts about a network, the test images for it, and the folder of these images.
 
-    Args:
-        told: what the user says of the network; it comes before what the network and its run say.
-        data_root: where the user says that the images lie.
+    What the user says, in `told` and `data_root`, comes before what the network's file and its run say.
     """
     folder = None if network.weights is None else network.weights.parent
     config = RunFolder(folder).read_config() if folder is not None and is_run(folder) else None
@@ -163,7 +162,7 @@ def _test_images(network: Network, told: Facts, data_root: Path | None) -> tuple
 def _protocol(
     request: EvaluationRequest, network: Network, split: Split, images: int, eps: float, sha256: str
 ) -> dict[str, Any]:
-    """Return what the numbers depend on beside the attacks: under another protocol a new file is begun."""
+    """Return all that the numbers depend on beside the attacks. Under another protocol a new file is begun."""
     return {
         "dataset": split.name,
         "split": split.split,
@@ -183,10 +182,10 @@ def _protocol(
 
 
 def _destination(network: Network, out: Path | None) -> Path:
-    """Return evaluation.json in `out`, or else beside the weights; another name for weights that are not a run's best.
+    """Return the path of evaluation.json: in `out`, or else beside the weights.
 
-    Raises:
-        UsageError: no such folder can be made.
+    For weights of a run that are not its best the name is another: evaluation-last.json. Raises UsageError if no such
+    folder can be made.
     """
     name, folder = "evaluation.json", out or _default_out(network.name)
     if network.weights is not None:
@@ -200,19 +199,14 @@ def _destination(network: Network, out: Path | None) -> Path:
     return folder / name
 
 
-def _ledger_path(path: Path) -> Path:
-    """Return where AutoAttack's ledger lies: autoattack.csv beside evaluation.json, autoattack-last.csv, ..."""
-    return path.with_name(path.name.replace("evaluation", "autoattack")).with_suffix(".csv")
-
-
 def _default_out(name: str) -> Path:
-    """Return where the evaluation of a network goes that has no folder: runs/robustbench-NAME, runs/net-factory."""
+    """Return the folder for the evaluation of an external network: runs/robustbench-NAME, runs/net-factory."""
     plain = re.sub(r"[^\w.-]+", "-", re.sub(r"^.*/(?=[^/]*\.py:)|\.py(?=:)", "", name))
     return Path("runs") / plain
 
 
 def summary(content: dict[str, Any]) -> str:
-    """Return evaluation.json for the terminal, a line an attack; upper bounds are marked as such."""
+    """Return a table of evaluation.json for the terminal, a line an attack; upper bounds are marked as such."""
     protocol = content["protocol"]
     lines, notes = [f"{'':16}{'average':>10}{'worst':>10}  {'class':16}{'worst tenth':>12}{'NSD':>8}"], []
     for name, result in content["attacks"].items():

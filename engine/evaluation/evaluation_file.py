@@ -17,7 +17,7 @@ from retemper.loaders import Split
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one attack came to.
+    """The outcome of one attack.
 
     Attributes:
         name, described: the attack, as evaluation.json names and describes it.
@@ -64,7 +64,7 @@ class EvaluationFile:
         return file
 
     def add(self, outcome: Outcome, split: Split, seconds: float) -> None:
-        """Add or replace one attack on images of `split`, which took so many seconds."""
+        """Add the outcome of one attack on images of `split`, or replace it; it took `seconds`."""
         name, image_N = outcome.name, outcome.image_N
         label_N = split.labels[image_N]
         counts = by_class(outcome.predicted_N, label_N, len(split.classes))
@@ -79,7 +79,7 @@ class EvaluationFile:
         write_json(self.path, self.content)
 
     def _keep_the_other(self) -> None:
-        """Rename the evaluation that lies at the path, and its verdicts."""
+        """Rename the evaluation at the path, and its verdicts, to a name that is free."""
         path = self.path
         kept = next(other for n in count(1) if not (other := path.with_name(f"{path.stem}.{n}.json")).exists())
         path.replace(kept)
@@ -89,7 +89,7 @@ class EvaluationFile:
 
 
 def _made_under(path: Path, protocol: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what is at `path`; None if it is damaged or was made under another protocol."""
+    """Return the evaluation at `path`; None if it is damaged or was made under another protocol."""
     try:
         content = read_json(path)
     except DataError:

@@ -34,7 +34,7 @@ UNTRIED = -1  # `clean` of an image that the network has not been shown yet
 
 
 class Ledger:
-    """Rows of images, in the order in which they are attacked.
+    """The ledger of a suite: a row an image, in the order in which they are attacked.
 
     Attributes:
         path: of the file.
@@ -63,12 +63,12 @@ class Ledger:
         return np.where(self.holds(attacks), self.label_N, np.where(fell, self.predicted_N, -1))
 
     def is_complete(self, attacks: Sequence[str]) -> bool:
-        """Return whether every attack of a suite is done with every image that it is owed."""
+        """Say whether every attack of a suite has tried every image that held until then."""
         done_N = (self.clean_N == 0) | (self.broken_by != "") | (self.tried_N >= len(attacks))
         return bool((self.clean_N != UNTRIED).all() and done_N.all())
 
     def write(self) -> None:
-        """Replace the file by what the rows are now, atomically."""
+        """Write the rows to the file, atomically."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(COLUMNS)
@@ -82,11 +82,7 @@ class Ledger:
 
     @classmethod
     def read(cls, path: Path) -> "Ledger":
-        """Return the ledger at `path`.
-
-        Raises:
-            DataError: it cannot be read, or is not what was written.
-        """
+        """Return the ledger at `path`. Raises DataError if it cannot be read, or is not what was written."""
         try:
             first, _, body = path.read_bytes().partition(b"\n")
             head = json.loads(first.removeprefix(b"# "))
@@ -107,10 +103,7 @@ class Ledger:
     def begin(cls, path: Path, facts: Mapping[str, Any], image_N: np.ndarray, label_N: np.ndarray) -> "Ledger":
         """Return the ledger at `path` if it was made under `facts`, else a fresh one.
 
-        A ledger of another protocol is kept under another name.
-
-        Raises:
-            DataError: there is one, and it is damaged.
+        A ledger of another protocol is kept under another name. Raises DataError if there is one that is damaged.
         """
         fresh = cls(path, facts, image_N, label_N)
         if not path.exists():
@@ -127,11 +120,7 @@ class Ledger:
 
     @classmethod
     def merged(cls, path: Path, parts: Sequence["Ledger"]) -> "Ledger":
-        """Return the shards' ledgers as one, the rows in the order of the unsharded one.
-
-        Raises:
-            DataError: they were not made under one protocol.
-        """
+        """Return the shards' ledgers as one, in order. Raises DataError if they were made under several protocols."""
         facts = [{key: value for key, value in part.facts.items() if key != "shard"} for part in parts]
         if any(one != facts[0] for one in facts):
             raise DataError(f"the shards of {path.name} were made under different protocols: run them anew")
@@ -147,10 +136,6 @@ class Ledger:
         return whole
 
     def locked(self) -> AbstractContextManager[None]:
-        """Hold the file for this process; see `files.locked`.
-
-        Raises:
-            UsageError: another process goes on with it.
-        """
+        """Hold the file for this process. Raises UsageError if another process writes it."""
         busy = f"another process is writing {self.path}: wait for it"
         return locked(self.path.with_name(f".{self.path.name}.lock"), busy)

@@ -29,7 +29,7 @@ def evaluate_suite(
     shard: Shard | None = None,
     ranks: Ranks = ALONE,
 ) -> Ledger | None:
-    """Go on with the ledger at `path`, or with one shard's beside it.
+    """Run a suite, or one shard of it; go on where the ledger at `path`, or the shard's beside it, ends.
 
     A shard is a suite on its own images, batched among themselves: its random draws are those of a run on them alone.
     The shard that finishes last writes the whole ledger. Where several processes have a shard each, they wait for one
@@ -76,5 +76,5 @@ def evaluate_suite(
 
 
 def _shard_path(path: Path, number: int, shards: int) -> Path:
-    """Return where the ledger of one shard lies."""
+    """Return the path of one shard's ledger."""
     return path if shards == 1 else path.with_name(f"{path.stem}-{number}-of-{shards}{path.suffix}")

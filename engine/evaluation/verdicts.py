@@ -32,16 +32,12 @@ class Evaluated:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What the evaluation was made under."""
+        """Return the protocol that the evaluation was made under."""
         return self.content["protocol"]
 
     @cached_property
     def verdicts(self) -> Verdicts:
-        """What evaluation.csv holds.
-
-        Raises:
-            DataError: there is no such file, or it is damaged.
-        """
+        """Return the content of evaluation.csv. Raises DataError if there is no such file, or it is damaged."""
         path = self.path.with_suffix(".csv")
         try:
             with open(path, newline="") as file:
@@ -53,7 +49,7 @@ class Evaluated:
 
 
 def _read_verdicts(rows: "csv.DictReader[str]") -> Verdicts:
-    """Return the rows by attack. Raises ValueError, TypeError or KeyError for a row that was never written so."""
+    """Return the rows by attack. Raises ValueError, TypeError or KeyError for one that `write_verdicts` cannot make."""
     found: Verdicts = {name: {} for name in rows.fieldnames or () if name not in ("image", "label")}
     for row in rows:
         image, label = int(row["image"]), int(row["label"])

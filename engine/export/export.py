@@ -23,16 +23,14 @@ from retemper.files import file_digest, json_bytes, read_json, write_atomically
 
 
 def export(run: Path, out: Path, form: str, which: str = "best", name: str | None = None) -> Path:
-    """Write the folder `out`, each file atomically.
+    """Write a run's network into the folder `out`, each file atomically.
 
     Args:
         form: "safetensors" or "robustbench".
         which: the run's "best" or "last" weights.
         name: of the network; None: that of the run's folder.
-
     Returns:
         The path of README.md.
-
     Raises:
         DataError: `run` is no run, or its weights cannot be used.
         UsageError: `out` is the run itself, or cannot be written.
@@ -82,7 +80,7 @@ def _function(model: str) -> Any:
 
 
 def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the config as others may see it: with the names of the networks that were used, not their folders."""
+    """Return the config for others to read: with the names of the networks that were used, not their folders."""
     config = config | {"out": None, "data_root": None}
     for whose in ("teacher", "clean_teacher", "start"):
         if config.get(whose):

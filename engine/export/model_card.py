@@ -21,7 +21,7 @@ TITLES = {  # of the architectures, as RobustBench writes them
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedNetwork:
-    """A network, and all that is known of it.
+    """A network that is exported, and all that is known of it.
 
     Attributes:
         name: of the network where it is published.
@@ -43,22 +43,22 @@ class ExportedNetwork:
 
     @property
     def function(self) -> str:
-        """The name of the function in model.py that makes the network."""
+        """Return the name of the function in model.py that makes the network."""
         return self.build.partition("(")[0]
 
     @property
     def title(self) -> str:
-        """The name of the architecture."""
+        """Return the name of the architecture, as RobustBench writes it where it is known."""
         return TITLES.get(str(self.facts.model), str(self.facts.model))
 
     @property
     def path(self) -> str:
-        """Where RobustBench's folders hold the network, without the suffix."""
+        """Return the path of the network in RobustBench's folders, without the suffix."""
         return f"{self.facts.dataset}/Linf/{self.name}"
 
     @property
     def example(self) -> str:
-        """An expression that makes a batch of one image."""
+        """Return a Python expression that makes a batch of one image."""
         return f"torch.rand({', '.join(map(str, (1, *self.image_shape)))})"
 
     @property
@@ -67,17 +67,17 @@ class ExportedNetwork:
 
     @property
     def attacks(self) -> dict[str, Any]:
-        """The results by attack."""
+        """Return the results by attack."""
         return self.evaluation.get("attacks", {})
 
     @property
     def checks(self) -> dict[str, Any]:
-        """What the checks for masked gradients found; empty if they were not run."""
+        """Return the findings of the checks for masked gradients; empty if they were not run."""
         return self.evaluation.get("checks", {})
 
     @property
     def eps(self) -> str:
-        """The radius of the evaluation, or else of training, in 255ths where it is a whole number of them."""
+        """Return the radius of the evaluation, or else of training, in 255ths where it is a whole number of them."""
         eps = self.protocol.get("eps", self.config["recipe"]["eps"])
         steps = round(255 * eps)
         return f"{steps}/255" if abs(255 * eps - steps) < 1e-6 else f"{eps:g}"
@@ -121,7 +121,7 @@ def model_info(network: ExportedNetwork) -> dict[str, Any]:
 
 
 def _of_all(network: ExportedNetwork, attack: str) -> str | None:
-    """Return an average in percent, if it is of the whole test set and no mere bound."""
+    """Return an attack's average in percent; None unless it is of the whole test set and more than a bound."""
     result = network.attacks.get(attack)
     if result is None or result.get("upper_bound"):
         return None
@@ -130,15 +130,12 @@ def _of_all(network: ExportedNetwork, attack: str) -> str | None:
 
 
 def _table(results: Mapping[str, Any], classes: list[str]) -> list[list[str]]:
-    """Return a row for each class, a column for each attack, and the summaries with their intervals."""
+    """Return the cells of a table: a column for each attack, a row for each class and for each summary."""
     rows = [["class", *results], ["---"] * (1 + len(results))]
     for k, label in enumerate(classes):
         rows.append([label.replace("|", "\\|"), *(_share(result["accuracy"][k]) for result in results.values())])
-    for title, name, write in (
-        ("average", "average", _share),
-        ("worst class", "worst", _share),
-        ("NSD", "nsd", "{:.3f}".format),
-    ):
+    written = ("average", "average", _share), ("worst class", "worst", _share), ("NSD", "nsd", "{:.3f}".format)
+    for title, name, write in written:
         rows.append([f"**{title}**", *(_with_interval(result, name, write) for result in results.values())])
     return rows
 
@@ -154,6 +151,6 @@ def _with_interval(result: Mapping[str, Any], name: str, write: Callable[[float]
 
 
 def _flags(network: ExportedNetwork) -> list[str]:
-    """Return what speaks against the numbers."""
+    """Return the warnings of the attacks, and the checks that raised a flag."""
     found = [f"{name}: {flag}" for name, result in network.attacks.items() for flag in result.get("flags", [])]
     return found + [f"{flag['name']}: {flag['text']}" for flag in network.checks.get("flags", []) if flag["raised"]]

@@ -22,7 +22,7 @@ STAGES = (  # expansion, channels, blocks, stride of the first block
 
 
 class InvertedResidual(nn.Module):
-    """Widen by 1x1, filter each channel by 3x3, narrow by 1x1 without a ReLU; a shortcut iff the stride is 1."""
+    """The block: widen by 1x1, filter each channel by 3x3, narrow by 1x1 without a ReLU; at stride 1 a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, expansion: int, stride: int) -> None:
         super().__init__()

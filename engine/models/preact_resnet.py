@@ -11,7 +11,7 @@ from retemper.engine.models.blocks import conv3x3, stage
 
 
 class PreActBlock(nn.Module):
-    """bn-relu-conv twice; where the shape changes, the shortcut is a 1x1 convolution of relu(bn1 x)."""
+    """The pre-activation block: bn-relu-conv twice. A shortcut that changes the shape is conv1x1(relu(bn1 x))."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

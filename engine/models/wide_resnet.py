@@ -15,7 +15,7 @@ from retemper.engine.models.blocks import conv3x3, stage
 
 
 class WideBlock(nn.Module):
-    """bn-relu-conv twice; where the number of channels changes, the shortcut is a 1x1 convolution of relu(bn1 x)."""
+    """The block: bn-relu-conv twice. A shortcut that changes the number of channels is conv1x1(relu(bn1 x))."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

@@ -10,11 +10,7 @@ __all__ = ["require_plots", "write_report"]
 
 
 def require_plots() -> None:
-    """Check that matplotlib, the extra `plots`, is installed.
-
-    Raises:
-        UsageError: it is not.
-    """
+    """Raise UsageError unless matplotlib, the extra `plots`, is installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("the figures need matplotlib: pip install 'retemper[plots]'")
 
@@ -24,10 +20,8 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
 
     Args:
         folders: of runs, or of evaluations.
-
     Returns:
         The path of report.html.
-
     Raises:
         DataError: a folder holds no run.
         UsageError: no folder is given, `out` cannot be made, or matplotlib is missing.

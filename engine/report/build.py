@@ -29,7 +29,7 @@ FOOTER = (
 
 
 def build_report(folders: Sequence[Path], out: Path) -> Path:
-    """Do what `write_report` says."""
+    """Write the report, as `write_report` describes; matplotlib must be installed."""
     if not folders:
         raise UsageError("a report needs at least one run folder")
     runs = RunSet([read_run(Path(folder)) for folder in folders])

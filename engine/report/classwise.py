@@ -33,7 +33,7 @@ THIN = 0.065  # inches: upright bars below it lie down instead
 
 
 def classwise_blocks(runs: RunSet) -> list[Any]:
-    """Return the figures and tables, the reference attack first."""
+    """Return a figure and a table for each attack, the reference attack first."""
     caption = "one bar a run, 95 % whiskers; outline and number mark each run's weakest class. Lines across: averages."
     if len(runs.classes) > BARS_UP_TO:
         caption = "classes sorted by accuracy, each run in its own order; bands are 95 % intervals. Flat: averages."
@@ -47,7 +47,7 @@ def classwise_blocks(runs: RunSet) -> list[Any]:
 
 
 def _table(runs: RunSet, attack: str) -> Table:
-    """Return a row for each class: as the data set orders them, or of many classes the weakest first."""
+    """Return the table of one attack, a row for each class: in the data set's order, or the weakest first of many."""
     results, many, rows = runs.results(attack), len(runs.classes) > BARS_UP_TO, []
     mean_K = np.mean([np.nan_to_num(r.report.accuracy, nan=math.inf) for r in results.values()], axis=0)
     for k in weakest_first(mean_K) if many else range(len(runs.classes)):

@@ -22,7 +22,7 @@ MOST_ROWS, MOST_NAMES = 15, 3  # of the table: classes, and what each is taken f
 
 
 def confusion_blocks(runs: Sequence[RunRecord], attack: str) -> list[Any]:
-    """Return the block of the runs whose evaluation counted it; images whose logits are NaN count nowhere."""
+    """Return the block of all runs whose evaluation counted confusions. Images whose logits are NaN count nowhere."""
     share = {}
     for run in runs:
         counts_KK = run.results[attack].confusion if attack in run.results else None
@@ -44,7 +44,7 @@ def _mistakes(share_KK: np.ndarray) -> np.ndarray:
 
 
 def heat_maps(share: Mapping[str, np.ndarray], classes: Sequence[str], narrow: bool) -> Figure:
-    """Draw one panel for each run, all on one scale."""
+    """Draw a heat map of the confusions for each run, all on one scale."""
     names = [shorten(name, 10) for name in classes]
     longest = max(map(len, names))
     columns = 1 if narrow else min(len(share), 2 if len(classes) > NUMBERS_UP_TO or longest > 4 else 3)
@@ -58,7 +58,6 @@ def heat_maps(share: Mapping[str, np.ndarray], classes: Sequence[str], narrow: b
 
 
 def _heat_map(axes: Axes, share_KK: np.ndarray, names: Sequence[str], top: float, size: float) -> None:
-
     # The map Blues runs from white to dark in even steps of lightness: it reads the same in grey.
     axes.imshow(_mistakes(share_KK), cmap="Blues", vmin=0, vmax=top, interpolation="nearest")
     for k, share_K in enumerate(share_KK):
@@ -66,11 +65,9 @@ def _heat_map(axes: Axes, share_KK: np.ndarray, names: Sequence[str], top: float
         for predicted, value in enumerate(share_K) if len(names) <= NUMBERS_UP_TO else ():
             if predicted == k or value >= 0.045:
                 dark = predicted != k and value > 0.55 * top
-                style: dict[str, Any] = {
-                    "color": "white" if dark else INK,
-                    "weight": "bold" if predicted == k else "normal",
-                }
-                cell = axes.text(predicted, k, f"{100 * value:.0f}", ha="center", va="center", fontsize=size, **style)
+                style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": size}
+                style |= {"color": "white" if dark else INK, "weight": "bold" if predicted == k else "normal"}
+                cell = axes.text(predicted, k, f"{100 * value:.0f}", **style)
                 cell.set_in_layout(False)  # hundreds of numbers, none of which reaches out of the axes
     upright = max(map(len, names)) * len(names) > 34
     axes.set_xticks(range(len(names)), names, rotation=90 if upright else 0)

@@ -66,7 +66,7 @@ def _run_facts(run: RunRecord) -> dict[str, str]:
 
 
 def _facts_table(caption: str, facts: dict[str, dict[str, str]]) -> Table:
-    """Return a row for each fact: first those in which the runs differ, then those that they share, in one cell."""
+    """Return a table of facts: first those in which the runs differ, then those that they share, in one cell each."""
     differing, same = [], []
     for name in dict.fromkeys(name for of_run in facts.values() for name in of_run):
         values = [of_run.get(name, "not recorded") for of_run in facts.values()]

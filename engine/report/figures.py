@@ -59,7 +59,7 @@ EndLabel = tuple[float, str, str, bool]  # value, text, colour, bold
 
 @dataclass(frozen=True)
 class Look:
-    """How a run is drawn: `colour` fills areas, `line` is strong enough for a line, `ink` for text on white."""
+    """The look of a run: `colour` fills areas, `line` is strong enough for a line, `ink` for text on white."""
 
     colour: str
     line: str
@@ -89,12 +89,7 @@ def looks(teachers: Sequence[bool]) -> list[Look]:
 
 
 def as_plot(stem: str, caption: str, said: Iterable[str], draw: Callable[[bool], Figure]) -> Plot:
-    """Make the block of a figure.
-
-    Args:
-        said: what the figure shows, in words.
-        draw: makes the figure, narrow or not.
-    """
+    """Return the block of a figure, which `draw` makes wide or narrow; `said` is what it shows, in words."""
     with rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands in for it
         wide, narrow = draw(False), draw(True)
@@ -106,15 +101,14 @@ def as_plot(stem: str, caption: str, said: Iterable[str], draw: Callable[[bool],
 
 
 def new_figure(narrow: bool, height: float, width: float | None = None) -> Figure:
-    """Make a figure of that height, in inches."""
-
+    """Return an empty figure of this height and width in inches; the usual width if None."""
     figure = Figure(figsize=(width or (4.0 if narrow else 10.0), height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08, wspace=0.04, hspace=0.04)  # type: ignore[union-attr]
     return figure
 
 
 def panels(figure: Figure, number: int, columns: int) -> list[Axes]:
-    """Add `number` axes to the figure, row by row."""
+    """Return `number` new axes of the figure, row by row."""
     grid = list(figure.subplots(-(-number // columns), columns, squeeze=False).flat)
     for axes in grid[number:]:
         axes.set_axis_off()
@@ -122,7 +116,7 @@ def panels(figure: Figure, number: int, columns: int) -> list[Axes]:
 
 
 def class_rows(axes: Axes, classes: Sequence[str]) -> None:
-    """Make the vertical axis one of classes, from the top down."""
+    """Name the classes along the vertical axis, from the top down."""
     axes.set_yticks(range(len(classes)), [shorten(name, 14) for name in classes])
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.set_ylim(len(classes) - 0.5, -0.5)
@@ -130,8 +124,7 @@ def class_rows(axes: Axes, classes: Sequence[str]) -> None:
 
 
 def epoch_axis(axes: Axes, epoch: Sequence[int]) -> None:
-    """Make the horizontal axis one of epochs."""
-
+    """Label the horizontal axis with epochs, from the first to the last."""
     first, last = min(epoch, default=0), max(epoch, default=1)
     axes.set_xlim(first - (first == last), last + (first == last))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -139,7 +132,7 @@ def epoch_axis(axes: Axes, epoch: Sequence[int]) -> None:
 
 
 def end_labels(figure: Figure, panels: Sequence[tuple[Axes, list[EndLabel]]], size: float) -> None:
-    """Name the lines of finished panels at their right end, moved apart where names would overlap."""
+    """Write names at the right end of the lines of finished panels, moved apart where they would overlap."""
     for axes, _ in panels:
         axes.set_ylim(*axes.get_ylim())
     figure.get_layout_engine().execute(figure)  # type: ignore[union-attr]  # so that heights are known

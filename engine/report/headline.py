@@ -15,7 +15,7 @@ Subjects = Sequence[tuple[str, Result]]
 
 
 def headline(runs: RunSet) -> str:
-    """Return the weakest class of every run, and whose accuracies are spread least over the classes."""
+    """Return a sentence on the weakest class of every run, and one on how evenly accuracies are spread over classes."""
     subjects = _subjects(runs)
     if not subjects:
         return "None of these runs has been evaluated yet."
@@ -35,7 +35,7 @@ def headline(runs: RunSet) -> str:
 
 
 def subline(runs: RunSet) -> str:
-    """Return the averages, and whether the intervals of the weakest classes tell the runs apart."""
+    """Return a sentence with the averages, and one on whether the intervals of the weakest classes overlap."""
     subjects = _subjects(runs)
     if not subjects:
         return ""
@@ -87,10 +87,7 @@ def _nsd_sentence(subjects: Subjects) -> str:
         return f"NSD is {values[0][1]}."
     if len(values) == 2:
         (_, before, a), (_, after, b) = values
-        return (
-            f"NSD {'falls' if b < a else 'rises'} from {before} to {after}."
-            if before != after
-            else f"NSD stays at {before}."
-        )
+        change = f"{'falls' if b < a else 'rises'} from {before} to {after}"
+        return f"NSD {change}." if before != after else f"NSD stays at {before}."
     low, high = (pick(values, key=lambda v: v[2]) for pick in (min, max))
     return f"NSD is lowest for {low[0]} ({low[1]}), highest for {high[0]} ({high[1]})."

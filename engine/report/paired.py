@@ -20,7 +20,7 @@ SURE = 0.05  # a smaller p is taken for a difference
 
 
 def paired_blocks(runs: Sequence[RunRecord], attack: str, look: Mapping[str, Look]) -> list[Any]:
-    """Return the table, the differences by class, and a line for each run that cannot be compared."""
+    """Return the blocks of the section: a table, a figure by class, and a line for each run that cannot be compared."""
     runs = [run for run in runs if attack in run.results]
     first = next((run for run in runs if not run.is_teacher), runs[0] if runs else None)
     found: dict[str, Comparison] = {}
@@ -46,9 +46,8 @@ def _table(found: Mapping[str, Comparison], title: str, versus: str) -> Table:
         cells = [Cell(run)]
         for name, column in shown.items():
             difference, (low, high) = of.summary[name].difference, of.summary[name].images
-            cells.append(
-                Cell(column.text(difference, "+"), detail=column.between((low, high)), strong=low > 0 or high < 0)
-            )
+            text, ends = column.text(difference, "+"), column.between((low, high))
+            cells.append(Cell(text, detail=ends, strong=low > 0 or high < 0))
         cells += [Cell(_sure_classes(of, sign)) for sign in (1, -1)]
         rows.append([*cells, Cell(f"{of.summary['average'].p:.2g}")])
     caption = (
@@ -85,8 +84,7 @@ def _by_class(found: Mapping[str, Comparison], title: str, versus: str, look: Ma
 
 
 def dots(found: Mapping[str, Comparison], look: Mapping[str, Look], narrow: bool) -> Figure:
-    """Draw the differences: a row for each class, in it a mark for each run."""
-
+    """Draw the differences by class: a row for each class, in it a mark for each run."""
     classes = next(iter(found.values())).classes
     pitch = 0.16 if len(found) > 1 else 0.3  # inches between two marks
     in_row = 1 if narrow else min(3, len(found))
@@ -100,11 +98,8 @@ def dots(found: Mapping[str, Comparison], look: Mapping[str, Look], narrow: bool
         keys.append(Line2D([], [], **line, marker=style.marker, markeredgecolor=style.ink, label=shorten(name, 24)))
         for y, difference in zip(at, of.by_class, strict=True):
             axes.plot([100 * end for end in difference.images], [y, y], **line, linewidth=1.4)
-            mark: dict[str, Any] = {
-                "color": style.colour if _sure(difference) else "white",
-                "markeredgecolor": style.ink,
-            }
-            axes.plot(100 * difference.difference, y, style.marker, **mark, markersize=6)
+            fill = style.colour if _sure(difference) else "white"
+            axes.plot(100 * difference.difference, y, style.marker, color=fill, markeredgecolor=style.ink, markersize=6)
     figure.legend(handles=keys, loc="outside upper left", ncols=in_row, handlelength=2.6)
     axes.axvline(0, color=INK, linewidth=1)
     for k in range(1, len(classes)):

@@ -15,7 +15,7 @@ LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"} | {ch
 
 
 def seed_blocks(runs: Sequence[RunRecord], attacks: Sequence[str]) -> list[Table]:
-    """Return the table of means over the seeds of one recipe, and of their lowest and highest."""
+    """Return the table of recipes that were run with several seeds: the means, and the lowest and highest seed."""
     groups = _seed_groups(runs)
     if not groups:
         return []
@@ -34,7 +34,7 @@ def seed_blocks(runs: Sequence[RunRecord], attacks: Sequence[str]) -> list[Table
 
 
 def paper_blocks(runs: Sequence[RunRecord], attacks: Sequence[str]) -> list[Listing]:
-    """Return the lines, with a comment that says what they hold; numbers are %, except for NSD."""
+    """Return a line a run in LaTeX and in Markdown, with a comment on what they hold; all is in % except for NSD."""
     if not attacks:
         return []
     shown = [(attack, name, column) for attack in attacks for name, column in columns(len(runs[0].classes)).items()]
@@ -77,7 +77,7 @@ def _number(run: RunRecord, attack: str, name: str, column: Column) -> str:
 
 
 def _over_seeds(runs: Sequence[RunRecord], attack: str, name: str, column: Column) -> tuple[str, str] | None:
-    """Return the mean and the range; None unless every seed has the number."""
+    """Return the mean and the range over the seeds; None unless every seed has the number."""
     results = [run.results[attack] for run in runs if attack in run.results]
     values = [getattr(result.report, name) for result in results]
     if len(values) < len(runs) or not all(map(math.isfinite, values)):

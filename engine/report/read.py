@@ -32,7 +32,7 @@ ATTACKS = {
 
 @dataclass
 class RunRecord:
-    """What the folder of one run says of it."""
+    """The content of one run's folder, as far as a report uses it."""
 
     folder: Path
     name: str
@@ -48,12 +48,12 @@ class RunRecord:
 
     @property
     def is_foreign(self) -> bool:
-        """Whether the network was trained elsewhere: then only its evaluation is known."""
+        """Say whether the network was trained elsewhere: then only its evaluation is known."""
         return not self.config
 
     @property
     def evaluate(self) -> str:
-        """The shell command that evaluates it again."""
+        """Return the shell command that evaluates the network again."""
         folder = shlex.quote(str(self.folder))
         if not self.is_foreign:
             return f"retemper evaluate {folder}"
@@ -95,16 +95,16 @@ def read_run(folder: Path) -> RunRecord:
 
 def _read_metrics(run: RunRecord) -> None:
     """Read the epochs in order; of an epoch that a resumed run wrote twice, the later line counts."""
-    path, epochs, broken = run.folder / "metrics.jsonl", {}, 0
+    path, epochs, unreadable = run.folder / "metrics.jsonl", {}, 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             row = json.loads(line)
             epochs[int(row["epoch"])] = row
         except (ValueError, KeyError, TypeError, OverflowError):
-            broken += bool(line.strip())
+            unreadable += bool(line.strip())
     run.metrics = [epochs[epoch] for epoch in sorted(epochs)]
-    if broken:
-        run.notes.append(Text(f"{broken} unreadable lines of metrics.jsonl were left out."))
+    if unreadable:
+        run.notes.append(Text(f"{unreadable} unreadable lines of metrics.jsonl were left out."))
     if not run.metrics:
         what = f"{run.config['method']}:{run.config['setting']} --out {shlex.quote(str(run.folder))}"
         run.notes.append(Text("No epoch has been recorded yet. To train:", f"retemper train {what}"))

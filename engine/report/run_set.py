@@ -14,10 +14,10 @@ COMPARED = ("dataset", "split", "images", "subset", "eps", "norm", "precision", 
 
 
 class RunSet:
-    """The runs side by side.
+    """The runs of one report, side by side.
 
     Attributes:
-        look: how each run is drawn, by its label.
+        look: the colours, hatches and marks of each run, by its label.
         evaluated: the runs that have results.
         comparable: the evaluated runs with the classes of the first; tables and figures by class are of these.
         attacks: all that a comparable run was evaluated under, the known ones first.
@@ -63,7 +63,7 @@ class RunSet:
 
 
 def _find_teachers(runs: Sequence[RunRecord]) -> None:
-    """Note which runs taught which: a student's config names its teacher's folder, which may have moved since."""
+    """Note in each run which others learned from it. A config names the teacher's folder, which may have moved."""
     for student in runs:
         path = as_dict(student.config.get("teacher")).get("path")
         homes = {Path(path).name, Path(path).parent.name} if isinstance(path, str) else set()
@@ -73,7 +73,7 @@ def _find_teachers(runs: Sequence[RunRecord]) -> None:
 
 
 def _tell_apart(runs: Sequence[RunRecord]) -> None:
-    """Give runs of one name the name of the folder above too, and a number where that is the same."""
+    """Put the name of the folder above before names that several runs have, and a number behind those still equal."""
     for number in (False, True):
         labels = [run.label for run in runs]
         for i, run in enumerate(runs):

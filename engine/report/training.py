@@ -41,7 +41,7 @@ LR_DROP = 0.6  # a rate below this part of the epoch before is a drop, not a smo
 
 @dataclass(frozen=True)
 class ClassState:
-    """What a method held for each class. values: (E, K); weakest: the run's weakest classes, weakest first."""
+    """The numbers that a method held for each class. values: (E, K); weakest: the run's weakest classes in order."""
 
     run: str
     key: str

@@ -16,7 +16,7 @@ Curve = list[tuple[float, float]]  # radius in pixel units, accuracy
 
 
 def check_warnings(run: RunRecord) -> list[Text]:
-    """Return what the attacks themselves warned of, and a verdict against the numbers."""
+    """Return the warnings of the attacks themselves, and the verdict of the checks if it is against the numbers."""
     out = [Text(f"{run.label}: {flag}") for flag in run.flags]
     if run.checks and run.checks.get("verdict") != "ok":
         raised = " ".join(str(flag.get("text")) for flag in _flags(run).values() if flag.get("raised"))
@@ -80,7 +80,7 @@ def _radius_plot(runs: Sequence[RunRecord], look: Mapping[str, Look]) -> list[Pl
 
 
 def radius_curves(curves: Mapping[str, Curve], look: Mapping[str, Look], narrow: bool) -> Figure:
-    """Draw accuracy over the radius; the axis is that of its square root, to spread the small radii."""
+    """Draw accuracy over the radius. The axis is linear in the root of the radius, to spread the small ones."""
     figure = new_figure(narrow, 3.2, 4.0 if narrow else 6.8)
     axes = figure.add_subplot()
     labels = []

@@ -9,7 +9,7 @@ from retemper.engine.class_report import Result
 
 
 class Column(NamedTuple):
-    """How one summary of the classes is titled and written: times `scale`, with so many `digits` after the point."""
+    """The title and number format of one summary: the value times `scale`, with `digits` digits after the point."""
 
     title: str
     short: str
@@ -33,12 +33,12 @@ COLUMNS = {
 
 
 def columns(num_classes: int) -> dict[str, Column]:
-    """Return the summaries worth showing: up to ten classes the worst tenth is the weakest class."""
+    """Return the summaries to show, by name. Up to ten classes the worst tenth is the weakest class and left out."""
     return {name: column for name, column in COLUMNS.items() if name != "worst_tenth" or num_classes > 10}
 
 
 def shorten(text: str, length: int) -> str:
-    """Return one line of at most `length` printable characters: an SVG with a NUL in it is damaged."""
+    """Return the text as one line of at most `length` printable characters. A control character damages an SVG."""
     text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split())) or "(no name)"
     if len(text) <= length:
         return text
@@ -51,12 +51,12 @@ def percent(value: float) -> str:
 
 
 def at_most(result: Result, name: str = "average") -> str:
-    """Return what stands before a summary that is only an upper bound; an NSD has none."""
+    """Return "≤ " for a summary that is only an upper bound, else "". The bound does not hold for an NSD."""
     return "≤ " if result.upper_bound and name != "nsd" else ""
 
 
 def pixels(value: Any) -> str:
-    """Write a distance in pixel units, in 255ths where it is a whole or half number of them (8/255)."""
+    """Return a distance in pixel units as text, in 255ths where it is a whole or half number of them (8/255)."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return plain(value)
     halves = 2 * 255 * value
@@ -64,7 +64,7 @@ def pixels(value: Any) -> str:
 
 
 def plain(value: Any) -> str:
-    """Write a value of a config or protocol."""
+    """Return a value of a config or protocol in words."""
     if value is None:
         return "not recorded"
     if isinstance(value, dict):

@@ -1,1 +1,1 @@
-"""Whether the numbers of an evaluation can be trusted: masked gradients, and attacks whose order is known."""
+"""Checks of an evaluation's numbers: for masked gradients, and by attacks whose order of strength is known."""

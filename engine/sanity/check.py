@@ -1,4 +1,4 @@
-"""Whether robustness numbers can be trusted: every flag, the numbers behind them, and a verdict.
+"""The check of a network's robustness numbers: every flag, the numbers behind them, and a verdict.
 
 `retemper evaluate NETWORK --check` writes it into evaluation.json; `check` is for a network of one's own.
 """
@@ -28,7 +28,7 @@ IMAGES = 300  # of the evaluated ones, balanced over the classes, are checked: m
 
 
 def check(request: CheckRequest, teacher: nn.Module | None = None, more: tuple[Flag, ...] = ()) -> dict[str, Any]:
-    """Look for masked gradients. The verdict is "suspect" where a flag is raised that is no mere advice, else "ok".
+    """Look for masked gradients. The verdict is "suspect" if a flag is raised that is more than advice, else "ok".
 
     Args:
         request: its network is put into eval mode for the time; whether it was there before is a flag.
@@ -67,7 +67,7 @@ def _accuracies(ladder: Ladder) -> dict[str, Any]:
 
 
 def check_evaluated(request: CheckRequest, folder: Path | None, attacks: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `check`, with the teacher that the run in `folder` names, and Square's part in AutoAttack.
+    """Return the result of `check` with the teacher that the run in `folder` names, and with a flag on AutoAttack.
 
     Args:
         folder: a run's; with None or any other folder there is no teacher to ask for.

@@ -44,19 +44,19 @@ class Flag:
 
 
 def training_mode(model: nn.Module) -> Flag:
-    """Raised by modules in training mode: batch norm then answers for the batch, dropout at random."""
+    """Raise the flag for modules in training mode: batch norm then answers for the batch, dropout at random."""
     count = sum(module.training for module in model.modules())
     return _above("training_mode", count, 0, f"{count} modules are in training mode; an evaluation wants none.")
 
 
 def not_finite_weights(model: nn.Module) -> Flag:
-    """Raised by parameters and buffers that hold a NaN or an infinity."""
+    """Raise the flag for parameters and buffers that hold a NaN or an infinity."""
     count = sum(not value.isfinite().all() for value in model.state_dict().values())
     return _above("not_finite_weights", count, 0, f"{count} weights or statistics hold numbers that are not finite.")
 
 
 def random_outputs(model: nn.Module, image: Tensor, calls: int = 4) -> Flag:
-    """Raised if the same (B, C, H, W) images get other logits from call to call."""
+    """Raise the flag if the same (B, C, H, W) images get other logits from call to call."""
     with torch.no_grad():
         first, *others = (model(image) for _ in range(calls))
         apart = max(float((other - first).norm() / (first.norm() + 1e-10)) for other in others)
@@ -65,20 +65,20 @@ def random_outputs(model: nn.Module, image: Tensor, calls: int = 4) -> Flag:
 
 
 def probabilities(logits_NK: Tensor) -> Flag:
-    """Raised if the (N, K) outputs are a softmax already, which the losses would flatten by another one."""
+    """Raise the flag if the (N, K) outputs are a softmax already, which the losses would flatten by another one."""
     in_range_N = ((logits_NK >= -1e-5) & (logits_NK <= 1 + 1e-5)).all(1)
     share = fraction(in_range_N & ((logits_NK.sum(1) - 1).abs() < 1e-5))
     return _above("probabilities", share, 0.99, f"{share:.1%} of the outputs are probabilities; attacks need logits.")
 
 
 def few_classes(num_classes: int) -> Flag:
-    """Raised if there are too few classes for AutoAttack's targeted DLR loss: advice, nothing against the network."""
+    """Raise the flag if there are too few classes for AutoAttack's targeted DLR loss: advice, not a reproach."""
     text = f"there are {num_classes} classes; AutoAttack's targeted DLR loss needs {DLR_CLASSES}."
     return Flag("few_classes", num_classes < DLR_CLASSES, num_classes, DLR_CLASSES, text)
 
 
 def logit_scale(logits_NK: Tensor) -> Flag:
-    """Raised if half of the images have a softmax that float32 rounds to 1: what is left of its loss misleads."""
+    """Raise the flag if half of the images have a softmax that float32 rounds to 1: the rest of its loss misleads."""
     top_N2 = logits_NK.topk(min(2, logits_NK.shape[1]), 1).values
     gap = float((top_N2[:, 0] - top_N2[:, -1]).median())
     text = f"the largest logit leads by {gap:.3g} (median); float32 rounds the softmax to 1 from {SATURATED:.1f} on."
@@ -86,21 +86,21 @@ def logit_scale(logits_NK: Tensor) -> Flag:
 
 
 def zero_gradients(probes: Mapping[str, Shares]) -> Flag:
-    """Raised by images whose gradient is zero, of any loss, at the clean image or at a random start."""
+    """Raise the flag for images whose gradient is zero, of any loss, at the clean image or at a random start."""
     share, where = _worst(probes, "zero")
     text = f"{share:.1%} of the images have a gradient of exactly zero{where}; an attack that follows it cannot move."
     return _above("zero_gradients", share, SOME_IMAGES, text)
 
 
 def not_finite_gradients(probes: Mapping[str, Shares]) -> Flag:
-    """Raised by images whose gradient has NaN or infinite entries, of any loss, at either point."""
+    """Raise the flag for images whose gradient has NaN or infinite entries, of any loss, at either point."""
     share, where = _worst(probes, "not_finite")
     text = f"{share:.1%} of the images have a gradient that is not finite{where}; an attack cannot follow it."
     return _above("not_finite_gradients", share, SOME_IMAGES, text)
 
 
 def underflow(probes: Mapping[str, Shares]) -> Flag:
-    """Raised by pixels that lose their gradient in float32 alone.
+    """Raise the flag for pixels that lose their gradient in float32 alone.
 
     Other pixels may have none for good reasons: a ReLU network can ignore an empty border.
     """
@@ -110,7 +110,7 @@ def underflow(probes: Mapping[str, Shares]) -> Flag:
 
 
 def off_slope(probes: Mapping[str, Shares]) -> Flag:
-    """Raised by images where the network does not go where its gradient points."""
+    """Raise the flag for images where the network does not go where its gradient points."""
     share, where = _worst(probes, "off_slope")
     promise = f"a tiny step along the gradient does not do what the gradient promises{where}"
     text = f"for {share:.1%} of the images {promise}."
@@ -118,52 +118,52 @@ def off_slope(probes: Mapping[str, Shares]) -> Flag:
 
 
 def zero_radius(ladder: Ladder) -> Flag:
-    """Raised if an attack of radius 0 changes a verdict."""
+    """Raise the flag if an attack of radius 0 changes a verdict."""
     share = fraction(ladder.radius[0.0] != ladder.attack["clean"])
     return _above("zero_radius", share, 0.0, f"an attack of radius 0 changes the verdict on {share:.1%} of the images.")
 
 
 def radius_rises(ladder: Ladder) -> Flag:
-    """Raised if a larger radius leaves more images correct than the next smaller one."""
+    """Raise the flag if a larger radius leaves more images correct than the next smaller one."""
     left = [fraction(verdict_N) for verdict_N in ladder.radius.values()]
     rise = max(larger - smaller for smaller, larger in pairwise(left))
     return _by_luck("radius_rises", rise, ladder, f"a larger radius is {_points(-rise)} than the next smaller one.")
 
 
 def radius_end(ladder: Ladder) -> Flag:
-    """Raised if images stay correct when every image is in the ball."""
+    """Raise the flag if images stay correct when every image is in the ball."""
     left = fraction(ladder.radius[1.0])
     text = f"{left:.1%} of the images stay correct when every pixel is free; an attack that works leaves none."
     return _by_luck("radius_end", left, ladder, text)
 
 
 def more_steps(ladder: Ladder) -> Flag:
-    """Raised if PGD gets weaker from 1 step to 10, or from 10 to 50."""
+    """Raise the flag if PGD gets weaker from 1 step to 10, or from 10 to 50."""
     rise = max(ladder.accuracy(more) - ladder.accuracy(few) for few, more in pairwise(("pgd1", "pgd10", "pgd50")))
     return _by_luck("more_steps", rise, ladder, f"PGD with more steps is {_points(-rise)} than with fewer.")
 
 
 def more_starts(ladder: Ladder) -> Flag:
-    """Raised if PGD-10 gains much from two more random starts: it then finds only what lies next to each."""
+    """Raise the flag if PGD-10 gains much from two more random starts: it then finds only what lies next to each."""
     gain = ladder.accuracy(STARTS[0]) - fraction(torch.stack([ladder.attack[name] for name in STARTS]).all(0))
     text = f"two more random starts break {gain:.1%} of the images; where the loss is smooth they hardly matter."
     return _by_luck("more_starts", gain, ladder, text, MORE_STARTS)
 
 
 def single_step(ladder: Ladder) -> Flag:
-    """Raised if FGSM is stronger than PGD-50."""
+    """Raise the flag if FGSM is stronger than PGD-50."""
     lead = ladder.accuracy("pgd50") - ladder.accuracy("fgsm")
     return _by_luck("single_step", lead, ladder, f"the single step of FGSM is {_points(lead)} than PGD-50.")
 
 
 def noise(ladder: Ladder) -> Flag:
-    """Raised if random noise in the ball is stronger than PGD-50."""
+    """Raise the flag if random noise in the ball is stronger than PGD-50."""
     lead = ladder.accuracy("pgd50") - ladder.accuracy("noise")
     return _by_luck("noise", lead, ladder, f"random noise is {_points(lead)} than PGD-50.")
 
 
 def transfer(ladder: Ladder) -> Flag:
-    """Raised if images made to fool the teacher fool the student better than those made to fool the student."""
+    """Raise the flag if images made to fool the teacher fool the student better than those made to fool the student."""
     if "transfer" not in ladder.attack:
         return _by_luck("transfer", math.nan, ladder, "not run: no teacher is at hand.")
     lead = ladder.accuracy("pgd50") - ladder.accuracy("transfer")
@@ -172,7 +172,7 @@ def transfer(ladder: Ladder) -> Flag:
 
 
 def black_box(ladder: Ladder) -> Flag:
-    """Raised if a short search without gradients breaks what no attack by gradients broke."""
+    """Raise the flag if a short search without gradients breaks what no attack by gradients broke."""
     if "square" not in ladder.attack:
         return _by_luck("black_box", math.nan, ladder, "not run: pip install 'retemper[eval]' brings Square.")
     found = fraction(ladder.white_box & ~ladder.attack["square"])
@@ -181,7 +181,7 @@ def black_box(ladder: Ladder) -> Flag:
 
 
 def square_helps(broken: int, images: int) -> Flag:
-    """Raised if AutoAttack's Square broke images that its attacks by gradients had left. Two may be luck."""
+    """Raise the flag if AutoAttack's Square broke images that its attacks by gradients had left. Two may be luck."""
     text = f"in AutoAttack, Square broke {broken / images:.1%} of the images that no attack by gradients broke."
     return _above("square_helps", broken / images, max(SQUARE_HELPS, 2 / images), text)
 

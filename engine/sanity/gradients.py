@@ -1,4 +1,4 @@
-"""Whether an attack by gradients can see: the input gradients of the usual losses, image by image.
+"""Probes of the input gradients that attacks follow, under the usual losses, image by image.
 
     underflow   a pixel whose gradient is 0 under a softmax's loss and not under the margin's: float32 has lost it, and
                 sign(0) = 0 leaves the pixel where it is
@@ -58,7 +58,7 @@ def input_gradient(model: nn.Module, image: Tensor, rows: Rows) -> Tensor:
 
 
 def off_slope(model: nn.Module, image: Tensor, grad: Tensor, rows: Rows) -> Tensor:
-    """Return whether a small step along the sign of `grad` fails to raise the loss by half to twice its promise.
+    """Mark the images where a small step along the sign of `grad` fails to raise the loss by half to twice its promise.
 
     Pixels that the step would take out of [0, 1] stay.
 
@@ -103,7 +103,7 @@ def probe_gradients(request: CheckRequest) -> dict[str, Shares]:
 
 
 def _at(model: nn.Module, image: Tensor, label_B: Tensor, clean_BK: Tensor | None) -> dict[str, dict[str, Tensor]]:
-    """Return by loss what is to be averaged over the images, each (B,); KL only against given clean logits."""
+    """Return by loss the facts to be averaged over images, each (B,); the KL only if clean logits are given."""
 
     def margin(logits_BK: Tensor) -> Tensor:
         return margin_rows(logits_BK, label_B)
@@ -122,6 +122,6 @@ def _at(model: nn.Module, image: Tensor, label_B: Tensor, clean_BK: Tensor | Non
 
 
 def _facts(grad: Tensor) -> dict[str, Tensor]:
-    """Return what can be said of a gradient alone, each (B,)."""
+    """Return the facts about a gradient that need no second one, each (B,)."""
     zero, finite = grad.flatten(1) == 0, grad.flatten(1).isfinite()
     return {"zero": zero.all(1), "not_finite": ~finite.all(1), "zero_pixels": zero.double().mean(1)}

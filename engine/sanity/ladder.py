@@ -7,8 +7,10 @@ Dimension key: B batch, N images that are checked.
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +46,7 @@ STARTS = ("pgd10", "pgd10, 2nd start", "pgd10, 3rd start")
 
 @dataclass(frozen=True, kw_only=True)
 class CheckRequest:
-    """Which network to check, on which images, with which radius and seed of the attacks.
+    """The request to check a network: images, radius, and seed of the attacks.
 
     Attributes:
         model: (B, C, H, W) pixels in [0, 1] to (B, K) logits, on `device`.
@@ -67,7 +69,7 @@ class CheckRequest:
 
 @dataclass(frozen=True)
 class Ladder:
-    """Which images stayed correctly classified, (N,) bool on the host, on every rung.
+    """The images that stayed correctly classified, (N,) bool on the host, on every rung.
 
     Attributes:
         attack: "pgd20" and those of `RUNGS`; where they could be run "transfer", and "square" on what `white_box` left.
@@ -83,25 +85,18 @@ class Ladder:
 
     @property
     def white_box(self) -> Tensor:
-        """(N,) bool: what all attacks by gradients at the radius of the request left correct."""
+        """Return the images that all attacks by gradients at the request's radius left correct, (N,) bool."""
         return torch.stack([left for name, left in self.attack.items() if name not in ("transfer", "square")]).all(0)
 
 
 def climb(request: CheckRequest, teacher: nn.Module | None = None) -> Ladder:
-    """Attack the network on every rung; `teacher`, in eval mode, is what the images of the transfer are made on."""
+    """Attack the network on every rung. The images of the transfer are made on `teacher`, which is in eval mode."""
     ladder, images = Ladder(), len(request.indices)
     radii = sorted({min(1.0, times * request.eps) for times in TIMES_EPS} | {1.0})
     rungs = len(radii) + len(RUNGS) + (teacher is not None) + 1
     with Progress("checks", images * rungs) as progress:
-        left = partial(
-            survivors,
-            request.model,
-            request.split,
-            device=request.device,
-            indices=request.indices,
-            batch_size=request.batch_size,
-            progress=progress,
-        )
+        chosen: dict[str, Any] = dict(device=request.device, indices=request.indices, batch_size=request.batch_size)
+        left = partial(survivors, request.model, request.split, progress=progress, **chosen)
         for eps in radii:
             ladder.radius[eps] = left(ATTACKS["pgd20"], eps=eps, seed=request.seed)
         ladder.attack["pgd20"] = ladder.radius[request.eps]
@@ -137,21 +132,19 @@ def square_survivors(request: CheckRequest, left: Tensor, queries: int = SQUARE_
             return square.perturb(clean.contiguous(), label_B)  # it views images as flat rows
 
     tried, verdicts = left.nonzero().squeeze(1), []
-    devices = [request.device] if request.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):  # the library seeds torch's generators
-        for batch in attacked_batches(
-            request.model,
-            request.split,
-            search,
-            device=request.device,
-            indices=request.indices[tried.numpy()],
-            batch_size=request.batch_size,
-            seed=request.seed,
-        ):
+    with own_generators(request.device):  # the library seeds torch's
+        chosen: dict[str, Any] = dict(indices=request.indices[tried.numpy()], batch_size=request.batch_size)
+        chosen |= dict(device=request.device, seed=request.seed)
+        for batch in attacked_batches(request.model, request.split, search, **chosen):
             verdicts.append((batch.predicted_B == batch.label_B).cpu())
     left = left.clone()
     left[tried] = torch.cat([*verdicts, torch.zeros(0, dtype=torch.bool)])
     return left
+
+
+def own_generators(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context that puts torch's random generators, of the CPU and of `device`, back at its end."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def fraction(verdict_N: Tensor) -> float:

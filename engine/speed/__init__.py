@@ -1,1 +1,1 @@
-"""What makes a step fast and leaves the algorithm alone; options.py has the list."""
+"""Ways to make a step fast that leave the algorithm alone; options.py has the list."""

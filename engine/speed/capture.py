@@ -57,7 +57,7 @@ class Captured:
 
 
 class CudaGraphs:
-    """Records calls in CUDA graphs. They share one pool of memory, since they never run at the same time."""
+    """The recorder of calls in CUDA graphs. All share one pool of memory, since they never run at the same time."""
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()

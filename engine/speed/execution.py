@@ -25,7 +25,7 @@ EXACTNESS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Execution(Options):
-    """How the step is executed, and where the images lie."""
+    """The options of execution: of the training step, and of the place where the images lie."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "what networks compute in: auto is bf16 on a GPU that has it, fp32 elsewhere; fp32 switches TF32 off"

@@ -235,7 +235,7 @@ def _take_in_shortcuts_and_relus(net: fx.GraphModule) -> tuple[tuple[FoldedConv,
 
 
 def _is_plain(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
-    """Return whether it is a convolution that can be folded."""
+    """Say whether it is a convolution that can be folded."""
     return isinstance(conv, nn.Conv2d) and conv.bias is None and conv.padding_mode == "zeros"
 
 

@@ -14,7 +14,7 @@ PREEMPTED = 75
 
 
 class Train:
-    """`retemper train WORDS` in every task."""
+    """The task that runs `retemper train WORDS`, on every GPU."""
 
     def __init__(self, *words: str) -> None:
         self.words = words
@@ -29,7 +29,7 @@ class Train:
         return code
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """submitit asks one task for this; the processes agree on a step and leave together."""
+        """Return the job to queue again. submitit asks one task; its processes agree on a step and end together."""
         if self.process is not None:
             self.process.send_signal(signal.SIGUSR2)
             self.process.wait()

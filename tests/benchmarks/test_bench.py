@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 class Clock:
-    """Time that passes only when somebody works, ever more slowly or quickly as `pace` says."""
+    """A clock that advances only when a contender works, ever more slowly or quickly as `pace` says."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, pace: Callable[[int], float] = lambda call: 1.0) -> None:
         self.now, self.calls, self.pace = 0.0, [], pace

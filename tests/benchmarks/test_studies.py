@@ -176,7 +176,7 @@ def test_damaged_records_are_told_in_one_line(records: ModuleType, tmp_path: Pat
 def test_the_tables_of_the_comparison_are_made_again_from_its_records(
     fairness: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of tables, figures and records; the plot is drawn by whatever version of matplotlib there is."""
+    """Tables, figures and records are the same; the plot is drawn by whatever version of matplotlib there is."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["fairness.py", "--data", "digits", "--from-records", "--results", str(tmp_path)])
     fairness.main()

@@ -15,7 +15,7 @@ LIMIT_S = 600.0  # a process that takes longer hangs, on a slow and busy machine
 
 
 class Process:
-    """`retemper WORDS` in a fork of this process, which has imported everything already."""
+    """A fork of this process, which has imported everything already, that runs `retemper WORDS`."""
 
     def __init__(self, words: list[str], log: Path, prepare: Callable[[], object]) -> None:
         self.log = log
@@ -29,7 +29,7 @@ class Process:
         self.code: int | None = None
 
     def _become(self, words: list[str], prepare: Callable[[], object]) -> None:
-        """What the console script does; this never returns."""
+        """Run the command as the console script does; never return."""
         from retemper.engine.cli import run
         from retemper.engine.run import interrupts
 
@@ -44,7 +44,7 @@ class Process:
         os._exit(code)
 
     def wait(self) -> tuple[int, str]:
-        """Its exit code, or minus the signal that killed it, and what it said."""
+        """Return the exit code, or minus the signal that killed the process, and its standard error."""
         end = time.monotonic() + LIMIT_S
         while self.code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -58,7 +58,7 @@ class Process:
         return self.code, self.log.read_text()
 
     def send(self, number: int) -> tuple[int, str]:
-        """`wait` after a signal."""
+        """Send a signal, then `wait`."""
         os.kill(self.pid, number)
         return self.wait()
 

@@ -94,7 +94,7 @@ def make_run(folder: Path, accuracy: list[float], classes: list[str] = DIGITS, *
 
 
 def write_verdicts(folder: Path, results: dict[str, Any], count: int) -> None:
-    """evaluation.csv, and each attack's confusion: what is wrong is taken for the next class."""
+    """Write evaluation.csv, and each attack's confusion: every wrong image is taken for the next class."""
     classes = len(next(iter(results.values()))["count"])
     columns = []
     for attack, result in results.items():
@@ -112,7 +112,7 @@ def write_verdicts(folder: Path, results: dict[str, Any], count: int) -> None:
 
 
 def checks(suspect: bool) -> dict[str, Any]:
-    """As `retemper evaluate --check` writes them."""
+    """Return checks as `retemper evaluate --check` writes them."""
     said = "At eps 1 still 12 % of the images are classified correctly; no network can do that."
     flags = [
         {"name": "radius_end", "raised": suspect, "value": 0.12 * suspect, "threshold": 0.02, "text": said},

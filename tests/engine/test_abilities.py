@@ -31,7 +31,7 @@ from retemper.engine.step import attack, descend, observe, observe_attacked
 
 @dataclass(frozen=True, kw_only=True)
 class Plain(Method):
-    """Cross-entropy on whatever it forwards."""
+    """A method whose loss is the cross-entropy on whatever it forwards."""
 
     def objective(self, targets: Targets) -> Objective:
         return cross_entropy_objective(targets.label_B)
@@ -200,7 +200,7 @@ def test_a_watcher_sees_every_iterate_before_its_step(device: torch.device) -> N
 
 
 class Middle(Watcher):
-    """Gives the images halfway between the clean and the attacked ones."""
+    """A forward of the images halfway between the clean and the attacked ones."""
 
     def __init__(self, clean_BCHW: Tensor) -> None:
         self.clean_BCHW = clean_BCHW
@@ -214,7 +214,7 @@ class Middle(Watcher):
 
 @dataclass(frozen=True, kw_only=True)
 class Halfway(Plain):
-    """Forwards images of its own making, and counts what it does."""
+    """A method that forwards images of its own making, and counts its calls."""
 
     forwards: ClassVar[tuple[str, ...]] = ("middle", "clean")
 

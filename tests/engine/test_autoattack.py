@@ -29,7 +29,7 @@ EPS = 0.08
 
 
 class Linear(nn.Module):
-    """Least squares on the digits: fast, and robust enough for every attack to find something to do."""
+    """A linear model fitted to the digits by least squares, so robust that every attack finds images left to break."""
 
     def __init__(self, split: Split, scale: float = 10.0) -> None:
         super().__init__()

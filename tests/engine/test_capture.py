@@ -30,7 +30,7 @@ STEPS = 20
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps each operation with the tensors it took and gave."""
+    """A mode that keeps each operation with the tensors it took and gave."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Recorder(TorchDispatchMode):
 
 
 def record(state: State) -> Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]:
-    """What CudaGraphs does, but for one thing: a graph does not run while it is recorded, so what ran is taken back."""
+    """Record as CudaGraphs does. A graph does not run while it is recorded, so the effects of this run are undone."""
 
     def recorded(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         held = tensors(state)
@@ -67,7 +67,7 @@ def record(state: State) -> Callable[[Callable[[], Tensor]], tuple[Callable[[], 
 
 
 def tensors(state: State) -> list[Tensor]:
-    """All that a step changes, each as the tensor that lives on."""
+    """Return all tensors that a step changes in place."""
     found = [*state.student.state_dict(keep_vars=True).values(), state.noise_seed, state.loss_sum]
     found += [value["momentum_buffer"] for value in state.optimizer.state.values()]
     found += list(state.class_state.values())
@@ -96,7 +96,7 @@ def make(name: str, device: torch.device) -> tuple[State, Recipe]:
 
 
 def run(name: str, device: torch.device, capture: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """STEPS steps in two epochs that differ in rate and class state, the last batch of each smaller; losses, state."""
+    """Run STEPS steps in two epochs that differ in rate and class state; return losses and state."""
     state, recipe = make(name, device)
 
     def step(image: Tensor, view: Tensor, label: Tensor, teacher_BK: Tensor | None) -> Tensor:

@@ -44,7 +44,7 @@ def write_run(folder: Path, correct_N: Any, classes: list[str] = CLASSES, **prot
 
 
 def verdicts(*accuracy: float, seed: int = 0) -> np.ndarray:
-    """PER_CLASS images of each class in turn, this part of each correct."""
+    """Return verdicts on PER_CLASS images of each class in turn, this part of each correct."""
     rng = np.random.default_rng(seed)
     columns = [rng.permutation(PER_CLASS) < round(a * PER_CLASS) for a in accuracy]
     return np.array(columns).T.ravel()

@@ -29,7 +29,7 @@ def evaluated(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answers(folder: Path, code: str) -> Tensor:
-    """What a README's code computes in `folder`, where no retemper can be imported, on a fixed image."""
+    """Return what a README's code computes in `folder`, where no retemper can be imported, on a fixed image."""
     fixed = re.sub(r"torch\.rand\((.*)\)\)", r"torch.linspace(0, 1, 64).view(\1))", code)
     assert fixed != code
     script = f"import sys; sys.modules['retemper'] = None\n{fixed}\ntorch.save(logits.detach(), 'logits.pt')\n"
@@ -46,7 +46,7 @@ def expected(folder: Path) -> Tensor:
 
 
 def assert_rounds_to(answer: Tensor, expected: Tensor) -> None:
-    """They agree but for the order of additions, which a process with another number of threads may choose."""
+    """Check that two results agree but for the order of additions, which depends on the number of threads."""
     torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-5)
 
 

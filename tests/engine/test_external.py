@@ -269,7 +269,7 @@ def test_a_teacher_that_cannot_be_traced_teaches_as_it_is(net: Path, train: Trai
 def test_too_little_memory_is_not_taken_for_a_fault_of_the_network(
     place: str, net: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the factory builds the network, and while the network is tried."""
+    """Memory runs out while the factory builds the network, and while the network is tried."""
     net.write_text(
         NET.replace("def fixed():", "def fixed():\n    Net(10, 1)(torch.zeros(1, 1, 8, 8))").replace(
             "from torch", "import torch\nfrom torch", 1

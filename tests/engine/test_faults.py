@@ -117,7 +117,7 @@ def ask_for_too_much(*_: object, **__: object) -> None:
 def test_out_of_memory_is_told_in_numbers_with_what_to_try(
     place: str, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the network is folded, while it is called, and while it is trained."""
+    """Memory runs out while the network is folded, while it is called, and while it is trained."""
 
     def limit() -> None:
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -18,7 +18,7 @@ from retemper.engine.speed.fold import Folded, FoldedConv
 
 @pytest.fixture(autouse=True)
 def full_precision() -> Iterator[None]:
-    """No TF32 on a GPU."""
+    """Switch TF32 off, which a GPU would use."""
     with exact_fp32():
         yield
 
@@ -27,7 +27,7 @@ SMALL = ["tiny_resnet", "mobilenet_v2", "preact_resnet18"]  # a stem, shortcuts 
 
 
 def lived_in(model: nn.Module) -> nn.Module:
-    """`model` with statistics and affine parameters as training leaves them, not zeros and ones."""
+    """Return `model` with statistics and affine parameters as training leaves them, not zeros and ones."""
     gen = torch.Generator().manual_seed(0)
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
@@ -200,7 +200,7 @@ def test_too_little_memory_is_not_taken_for_a_network_that_cannot_be_traced() ->
 
 
 def test_a_norm_that_cannot_be_folded_stays() -> None:
-    """Its input goes elsewhere too; or its convolution has a bias."""
+    """A batch norm stays if its input goes elsewhere too, or if its convolution has a bias."""
 
     class Odd(nn.Module):
         def __init__(self) -> None:

@@ -64,7 +64,7 @@ def channels_last(model: nn.Module) -> nn.Module:
 
 
 def filled(model: nn.Module) -> nn.Module:
-    """Weights that need no random generator: sines of the position, with a phase of the name."""
+    """Fill a network with weights that need no random generator: sines of the position, with a phase of the name."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
             phase = zlib.crc32(name.encode()) % 1000
@@ -119,7 +119,7 @@ def test_tiny_networks_are_grey_and_the_others_in_colour() -> None:
 
 
 class LayoutWatch(TorchDispatchMode):
-    """Notes every operation whose output is a feature map that is not channels-last."""
+    """A mode that notes every operation whose output is a feature map that is not channels-last."""
 
     def __init__(self) -> None:
         super().__init__()

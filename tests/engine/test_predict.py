@@ -22,7 +22,7 @@ def digits() -> Split:
 
 
 class Brightness(nn.Module):
-    """Class 1 where the mean pixel is above a half. Each margin is known: |mean - 1/2|."""
+    """A network that answers class 1 where the mean pixel is above a half. Each margin is known: |mean - 1/2|."""
 
     def forward(self, image: Tensor) -> Tensor:
         score = image.flatten(1).mean(1) - 0.5

@@ -46,13 +46,13 @@ def free_port() -> int:
 
 
 def places(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """What a launcher sets."""
+    """Return the variables that a launcher sets for each process."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
     return {name: str(number) for name, number in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
 
 
 def start_both(start: Start, *words: object, **variables: str) -> list[Any]:
-    """`retemper WORDS` in two processes."""
+    """Start `retemper WORDS` in two processes."""
     port = free_port()
     each = [places(rank, 2, port) | variables for rank in range(2)]
     return [start(*words, prepare=lambda own=own: os.environ.update(own)) for own in each]
@@ -77,7 +77,7 @@ def forked(world_size: int, work: Callable[[], object]) -> list[int]:
 
 
 def in_processes(world_size: int, work: Callable[[Ranks], Any], folder: Path) -> list[Any]:
-    """What `work` gives in each of so many processes that have met."""
+    """Return the result of `work` in each process of a group of this size."""
 
     def meet() -> int:
         ranks = join(CPU)
@@ -94,7 +94,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def require_same(one: Path, two: Path) -> None:
-    """Two runs' weights, best weights, lines and what they would go on from are equal."""
+    """Check that two runs' weights, best weights, metrics and training state are equal."""
     for name in ("last.safetensors", "best.safetensors"):
         torch.testing.assert_close(load_file(one / name), load_file(two / name), rtol=0, atol=0)
     assert lines(one) == lines(two)
@@ -136,7 +136,7 @@ SIZES = [12, 12, 2]  # of batches: of three processes one has nothing of the las
 
 
 def trained(ranks: Ranks) -> dict[str, Any]:
-    """Two epochs of each method in float64: losses, weights, and what the classes have come to."""
+    """Train two epochs of each method in float64; return losses, weights and class state."""
     found = {}
     generator = torch.Generator().manual_seed(0)
     batches = [(torch.rand(n, 1, 8, 8, generator=generator).double(), torch.arange(n) * 7 % 10) for n in SIZES]
@@ -177,13 +177,13 @@ def trained(ranks: Ranks) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """By one process, and by three."""
+    """Return the results of one process, and of three."""
     return trained(ALONE), in_processes(3, trained, tmp_path_factory.mktemp("steps"))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_three_processes_do_the_steps_of_one(steps: tuple[dict[str, Any], list[dict[str, Any]]], method: str) -> None:
-    """Losses, weights, averages and class state, in float64; an uneven last batch included."""
+    """Losses, weights, averages and class state agree, in float64; an uneven last batch is included."""
     alone, each = steps[0][method], [found[method] for found in steps[1]]
     assert len(set(alone["losses"].tolist())) > 4 and alone["losses"].isfinite().all()
     for found in each:
@@ -283,7 +283,7 @@ def whole(words: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_two_processes_train_as_one_does(whole: Path, words: list[object], tmp_path: Path) -> None:
-    """At the same global batch; each has its own batch norm, whose statistics are of half as many images."""
+    """The global batch is the same; each has its own batch norm, whose statistics are of half as many images."""
     assert run([str(word) for word in [*words, "--out", tmp_path / "one"]]) == 0
     for two, one in zip(lines(whole), lines(tmp_path / "one"), strict=True):
         assert two["lr"] == one["lr"] and two["loss"] == pytest.approx(one["loss"], rel=0.1)
@@ -398,7 +398,7 @@ def test_two_processes_share_autoattack_out(teacher: Path, start: Start, tmp_pat
 
 
 def launch(log: Path, *words: object) -> subprocess.Popen[bytes]:
-    """torchrun, as users start it."""
+    """Start torchrun as users do."""
     variables = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [str(BIN / "torchrun"), *map(str, words)]
     with open(log, "w") as file:
@@ -408,7 +408,7 @@ def launch(log: Path, *words: object) -> subprocess.Popen[bytes]:
 def test_torchrun_is_left_by_a_signal_and_goes_on_from_two_hosts(
     whole: Path, words: list[object], tmp_path: Path
 ) -> None:
-    """One machine with two processes, and then two with one each."""
+    """A run of two processes on one machine is stopped, and resumed by two machines with one process each."""
     out, logs = tmp_path / "run", [tmp_path / f"log{n}" for n in range(3)]
     options = [*words[2:], "--out", out, "--cache", tmp_path / "cache", "--save-every", 0]
     first = launch(logs[0], "--nproc-per-node", 2, "--master-port", free_port(), "recipes/absld.py", "digits", *options)

@@ -16,13 +16,13 @@ by_method = pytest.mark.parametrize("method", methods())
 
 
 def recipes(method: str) -> list[Recipe]:
-    """Those of every setting of a method in the catalogue."""
+    """Return the recipes of every setting of a method in the catalogue."""
     return [setting.recipe for setting in method_module(method).SETTINGS.values()]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Twofold(Method):
-    """Two variants, the second with options of the run."""
+    """A method with two variants, the second with options of the run."""
 
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {

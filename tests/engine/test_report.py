@@ -31,7 +31,7 @@ VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "met
 
 
 class Balance(HTMLParser):
-    """Collects tags left open, closed twice or out of order, and the attributes that can load something."""
+    """A parser that notes tags left open, closed twice or out of order, and the attributes that can load something."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def text_of(page: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three runs and their report, in `report`."""
+    """Return a folder of three runs and their report, in `report`."""
     root = tmp_path_factory.mktemp("three")
     assert write_report(three_runs(root), root / "report") == root / "report/report.html"
     return root
@@ -327,7 +327,7 @@ def test_says_what_to_install_without_matplotlib(tmp_path: Path, monkeypatch: py
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """HTML and Markdown of a teacher, two seeds of one recipe and a suspect, with every file that there may be."""
+    """Return HTML and Markdown of a teacher, two seeds of one recipe and a suspect, with every file there may be."""
     root, attacks = tmp_path_factory.mktemp("full"), ("clean", "pgd20", "autoattack-fast")
     same = {"attacks": attacks, "partly": attacks[2:], "verdicts": True, "epochs": 1, "state": False}
     seeds = [make_run(root / f"r_{i}", RSLAD[i:] + RSLAD[:i], method="rslad", seed=i, **same) for i in (0, 1)]

@@ -72,7 +72,7 @@ class Browser:
         self.rest, self.number, self.session = b"", 0, ""
 
     def attach(self) -> None:
-        """Take hold of the page that it opened with."""
+        """Connect to the page that the browser opened with."""
         page = next(t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page")
         self.session = self.call("Target.attachToTarget", targetId=page["targetId"], flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -113,7 +113,7 @@ class Browser:
         raise TimeoutError(f"Chromium gave no answer in {LIMIT} s")
 
     def open(self, page: Path, width: int) -> dict[str, Any]:
-        """What `LOOK` says of a page in a window of that width."""
+        """Return what `LOOK` finds on a page in a window of that width."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         self.call("Page.navigate", url=page.as_uri())
         self._wait(lambda m: m.get("method") == "Page.loadEventFired")
@@ -122,7 +122,7 @@ class Browser:
         return answer["result"]["value"]
 
     def complaints(self) -> list[str]:
-        """Console messages of any level, exceptions, and what the browser itself logged."""
+        """Return console messages of any level, exceptions, and the browser's own log."""
         kinds = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded", "Network.loadingFailed")
         return [json.dumps(event["params"])[:300] for event in self.events if event["method"] in kinds]
 

@@ -39,7 +39,7 @@ def words(teacher: Path, tmp_path: Path) -> list[object]:
 
 
 def require_same(whole: Path, run: Path) -> None:
-    """All that a run leaves behind is equal, but for the clock."""
+    """Check that the files of two runs are equal, but for the clock."""
     for name in ("last.safetensors", "best.safetensors"):
         one, two = load_file(whole / name), load_file(run / name)
         assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one), name
@@ -66,7 +66,7 @@ def position(folder: Path) -> tuple[int, int]:
 def test_kill_9_between_and_within_saves_changes_no_bit(
     whole: Path, words: list[object], start: Start, tmp_path: Path
 ) -> None:
-    """Saving after every step: half of the kills fall into a save."""
+    """The run saves after every step, so that half of the kills fall into a save."""
     rng, out, positions = random.Random(0), tmp_path / "run", []
     for _ in range(5):
         process = start(*words, "--save-every", 0)
@@ -102,7 +102,7 @@ def test_a_signal_saves_and_leaves_with_75(
 def test_a_signal_while_the_best_is_chosen_saves_what_was_trained(
     words: list[object], start: Start, tmp_path: Path
 ) -> None:
-    """And nothing that the choice had moved already."""
+    """The saved state holds nothing that the choice of the best had moved already."""
     slow, out = [*words, "--epochs", 1, "--select-steps", 3000], tmp_path / "run"
     while not (out / "last.state").exists() or position(out) < (0, STEPS):  # a first signal may come too early
         process = start(*slow)

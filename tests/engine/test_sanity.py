@@ -196,7 +196,7 @@ def test_pixels_that_the_network_ignores_have_not_underflown(robust: Path, digit
 
 
 def ladder(**accuracies: float) -> Ladder:
-    """Of 100 images, in the names of which a double underscore is a comma and a space."""
+    """Return a ladder on 100 images. In the names of rungs a double underscore stands for a comma and a space."""
     verdicts = {name.replace("__", ", "): torch.arange(100) < 100 * value for name, value in accuracies.items()}
     return Ladder(attack=verdicts, radius={eps: verdicts["clean"] for eps in (0.0, 0.1, 1.0)})
 

@@ -75,7 +75,7 @@ def test_a_table_is_filled_as_views_are_drawn_and_read_afterwards(loader: Loader
 
 
 def test_the_table_is_complete_and_exact(loader: Loader, tmp_path: Path) -> None:
-    """Every one of its entries, after enough epochs, is the teacher's answer to that view."""
+    """Every entry of the table, after enough epochs, is the teacher's answer to that view."""
     table = table_in(tmp_path)
     found = logits(Teacher(), table)
     for number in range(1, 150):
@@ -161,7 +161,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 def test_a_run_is_the_same_with_and_without_it(
     teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """To the bit on a CPU; the second run with a table asks for nothing twice."""
+    """The runs are equal to the bit on a CPU; the second run with a table asks the teacher nothing twice."""
     cache = ["--cache", str(tmp_path / "cache")]
     ways = {
         "none": ["--teacher-table", "off"],
@@ -234,7 +234,7 @@ def test_every_flipped_bit_of_a_table_is_found(loader: Loader, tmp_path: Path) -
 
 
 def test_what_was_asked_for_before_a_cut_is_kept_where_the_run_saves(loader: Loader, tmp_path: Path) -> None:
-    """And going on from there asks for the rest alone."""
+    """The resumed run asks the teacher for the rest alone."""
     table, teacher = table_in(tmp_path), Teacher()
     found = logits(teacher, table, ahead=2)
     cut = epoch(found, loader, 1)

@@ -16,7 +16,7 @@ Shown = dict[str, list[tuple[int, Any]]]
 
 
 def shown(out: Path) -> Shown:
-    """Steps and values by tag, as TensorBoard itself reads them."""
+    """Return steps and values by tag, as TensorBoard itself reads them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(out / "tensorboard")).Reload()

@@ -15,7 +15,7 @@ METHODS = {"pgd": "frl:digits", "training attack": "wat:digits"}
 
 
 def split() -> Split:
-    """50 digits: classes of unequal size, and no image of class 9."""
+    """Return 50 digits: classes of unequal size, and no image of class 9."""
     whole = load_split("digits", "train")
     chosen = [index for index, label in enumerate(whole.labels) if label != 9][:50]
     return split_of_arrays("digits", "train", whole.images[chosen], whole.labels[chosen], whole.classes, "")

@@ -202,7 +202,7 @@ def test_refuses_a_dict_that_holds_itself(tmp_path: Path) -> None:
 
 
 class Runs:
-    """Unpickled by an unsafe reader, this makes a file."""
+    """An object that makes a file when an unsafe reader unpickles it."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -278,7 +278,7 @@ def test_a_flipped_bit_is_found_or_harmless(kind: str, tmp_path: Path) -> None:
 
 
 def test_too_little_memory_is_not_taken_for_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a safetensors file, whose lengths are checked first; a file of torch's may ask for any size, being damaged."""
+    """A safetensors file is checked for its lengths first; a damaged file of torch's may ask for any size."""
     for kind in ("safetensors", "zip"):
         written(kind, tmp_path / kind)
 

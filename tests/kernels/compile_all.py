@@ -116,7 +116,7 @@ def compile_case(case: Case, target: GPUTarget, aligned: bool) -> Any:
 
 
 def usage(compiled: Any, target: GPUTarget) -> dict[str, int]:
-    """Registers, and bytes or registers spilled, as the vendor's own tools report them."""
+    """Return the registers, and bytes or registers spilled, as the vendor's own tools report them."""
     if target.backend == "hip":
         fields = re.findall(
             r"\.(vgpr_count|private_segment_fixed_size|[sv]gpr_spill_count):\s*(\d+)", compiled.asm["amdgcn"]
@@ -130,14 +130,14 @@ def usage(compiled: Any, target: GPUTarget) -> dict[str, int]:
 
 
 def accesses(compiled: Any) -> dict[str, dict[str, int]]:
-    """How wide, in bits, the loads and the stores of global memory are, and how many there are of each width."""
+    """Return the widths in bits of the loads and the stores of global memory, and how many there are of each."""
     found = re.findall(r"\b(ld|st)\.global[.\w:]*?(?:\.v(\d))?\.[bfsu](\d+)\s", compiled.asm.get("ptx", ""))
     counts = Counter((kind, int(number or 1) * int(bits)) for kind, number, bits in found)
     return {kind: {str(bits): n for (of, bits), n in sorted(counts.items()) if of == kind} for kind in ("ld", "st")}
 
 
 def row(constants: dict[str, Any]) -> int:
-    """How many values lie side by side, so that an access may take what divides them."""
+    """Return the number of values that lie side by side; one access may take a divisor of it."""
     return constants.get("K") or constants.get("WIDTH", 16) * constants.get("CHANNELS", 1)
 
 

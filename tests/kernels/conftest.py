@@ -22,5 +22,5 @@ def triton_path() -> Iterator[None]:
 
 @pytest.fixture
 def reference_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a CPU does without the interpreter."""
+    """Take the path of a CPU without the interpreter: the references."""
     monkeypatch.setattr(runtime, "TRITON_ON_CPU", False)

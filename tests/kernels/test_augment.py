@@ -20,7 +20,7 @@ def images(shape: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def pixel_by_pixel(image: Tensor, view: int, padding: int) -> Tensor:
-    """One (H, W, C) image's view, as a statement of what a view is."""
+    """Return the view of one (H, W, C) image pixel by pixel: the definition of a view."""
     height, width, channels = image.shape
     side = 2 * padding + 1
     dy, dx, flip = view // 2 // side, view // 2 % side, view % 2

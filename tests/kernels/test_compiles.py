@@ -41,7 +41,7 @@ def entry_points() -> set[str]:
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[Target, subprocess.CompletedProcess[str]]:
-    """What compile_all.py says of each target, each in a process and with an empty cache of its own."""
+    """Return what compile_all.py reports of each target, each in a process and with an empty cache of its own."""
 
     def report(target: Target) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-W", "error", str(HERE / "compile_all.py"), *target]
@@ -67,12 +67,12 @@ def test_compiles_without_spills(target: Target, reports: dict[Target, subproces
 
 
 def is_wide(counts: dict[str, int], width: int, narrower: int = 0) -> bool:
-    """Whether the accesses are of `width` bits, but for a few."""
+    """Say whether the accesses are of `width` bits, but for a few."""
     return max(map(int, counts)) >= width and sum(n for bits, n in counts.items() if int(bits) < width) <= narrower
 
 
 def test_memory_is_accessed_in_words_of_16_bytes(reports: dict[Target, subprocess.CompletedProcess[str]]) -> None:
-    """Or in the widest that divide a row: 10 classes of fp32 are five words of 8 bytes."""
+    """Rows that 16 bytes do not divide have the widest words that do: 10 classes of fp32 are five words of 8 bytes."""
     seen = set()
     for case in compiled(reports["cuda", "90", "32"]):
         if not case["aligned"]:

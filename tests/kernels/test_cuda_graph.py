@@ -21,7 +21,7 @@ pytestmark = [
 
 
 def step(image: Tensor, view: Tensor, label: Tensor, seed: Tensor, weight: Tensor) -> list[Tensor]:
-    """One attack step on a linear model, with every op in it; advances the seed."""
+    """Make one attack step on a linear model, with every op in it; it advances the seed."""
     by_class = torch.ones(weight.shape[1], device=weight.device)
     clean = augment(image, view)
     adv = random_start_(torch.empty_like(clean), clean, 8 / 255, seed=seed)

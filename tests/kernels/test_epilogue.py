@@ -35,7 +35,7 @@ def batch(
     dtype: torch.dtype = torch.float32,
     layout: torch.memory_format = LAYOUTS[0],
 ) -> tuple[Tensor, Tensor]:
-    """x and a residual: halves, so that some sums are zero to the bit."""
+    """Return x and a residual whose values are halves, so that some sums are zero to the bit."""
     gen = torch.Generator().manual_seed(0)
     x, residual = (torch.randn(shape, generator=gen).mul(2).round().div(2) for _ in range(2))
     x, residual = (t.to(device, dtype).contiguous(memory_format=layout) for t in (x, residual))

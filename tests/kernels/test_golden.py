@@ -26,7 +26,7 @@ def assert_close(out: Tensor, answer: Any) -> None:
 
 
 def assert_each_row_close(out: Tensor, answer: Any) -> None:
-    """Each row by its own size: a sure student's loss of 3e-5 has as many digits as a loss of 200."""
+    """Compare each row by its own size: a sure student's loss of 3e-5 has as many digits as a loss of 200."""
     expected = torch.tensor(answer, dtype=torch.float64)
     size = expected[:, None].flatten(1).abs().amax(1)
     error = (out.double().cpu() - expected)[:, None].flatten(1).abs().amax(1)

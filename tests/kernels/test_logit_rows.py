@@ -46,7 +46,7 @@ def kernel() -> Any:
 
 
 def measure(logits: Tensor, temperature: Tensor, width: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Peaks (B,), log2 totals (B,) and the first block (B, LANES) of (B, K) logits."""
+    """Return the peaks (B,), log2 totals (B,) and the first block (B, LANES) of (B, K) logits."""
     batch, classes = logits.shape
     options: dict[str, Any] = row_tiles(classes, width)
     peak, total = logits.new_empty(batch, dtype=torch.float32), logits.new_empty(batch, dtype=torch.float32)

@@ -24,7 +24,7 @@ def batch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
 
 
 def margins(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Steps and radii that differ by sample, one radius of zero."""
+    """Return steps and radii that differ by sample, one radius of zero."""
     eps = torch.linspace(0, 2 * EPS, size + 1, device=device)[:size]
     return eps / 4 + STEP, eps
 

@@ -11,7 +11,7 @@ from retemper.loaders.ffcv_library import INSTALL
 
 @pytest.fixture(scope="session")
 def split() -> Split:
-    """130 colour images of 6 x 5 in 4 classes: odd sides, and a number that few batch sizes divide."""
+    """Return 130 colour images of 6 x 5 in 4 classes: odd sides, and a number that few batch sizes divide."""
     images = np.random.default_rng(0).integers(0, 256, (130, 6, 5, 3), dtype=np.uint8)
     return split_of_arrays("toy", "train", images, np.arange(130) % 4, ("a", "b", "c", "d"), "f" * 64)
 

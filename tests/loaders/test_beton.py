@@ -33,7 +33,7 @@ def copy(written: Path, tmp_path: Path) -> Path:
 
 
 def other(split: Split) -> Split:
-    """Of the same form, with other pixels."""
+    """Return a split of the same form with other pixels."""
     return split_of_arrays("toy", "train", split.images[::-1].copy(), split.labels, split.classes, "e" * 64)
 
 

@@ -31,7 +31,7 @@ def path(split: Split, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def loader(split: Split, path: Path) -> Iterator[FfcvLoader]:
-    """One for all tests: every loader compiles anew."""
+    """Return one loader for all tests, since every loader compiles anew."""
     loader = FfcvLoader(split, path, PLAN, DEVICE, "a test")
     yield loader
     loader.close()
@@ -76,7 +76,7 @@ def test_grey_and_colour_over_several_pages(tmp_path: Path, shape: tuple[int, in
 
 
 def test_processes_share_every_batch(split: Split, path: Path) -> None:
-    """129 images in batches of 64: one in the last, which the second process gets nothing of."""
+    """There are 129 images in batches of 64: the second process gets nothing of the last one."""
     plan = Plan(INDICES, 64, 5, ViewSpace(4, True), rank=1, world_size=2)
     loader = FfcvLoader(split, path, plan, DEVICE, "a test")
     batches = list(loader.epoch(0))
@@ -221,7 +221,7 @@ for batch in loader.epoch(0):
 
 
 def test_a_process_that_dies_within_an_epoch_ends(path: Path) -> None:
-    """From import to exit in a process of its own, which must not hang, nor FFCV change torch's threads."""
+    """It is run from import to exit in a process of its own, which must not hang, nor FFCV change torch's threads."""
     run = subprocess.run([sys.executable, "-c", ALONE, str(path)], capture_output=True, text=True, timeout=600)
     assert run.returncode == 7, run.stderr
     assert run.stderr == "FFCV is compiling its pipeline (some seconds, once a run)\n"

@@ -14,7 +14,7 @@ from retemper.loaders.ffcv_library import ffcv_module
 
 @pytest.fixture
 def without_ffcv(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if FFCV had never been imported."""
+    """Make the process look as if FFCV had never been imported."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "ffcv"]:
         monkeypatch.delitem(sys.modules, name)
 

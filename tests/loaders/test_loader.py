@@ -22,7 +22,7 @@ def resident(
 
 
 def rows(batches: list[Batch]) -> list[tuple[int, int, int, bytes]]:
-    """(index, label, view, pixels) of every image, in order."""
+    """Return (index, label, view, pixels) of every image, in order."""
     return [
         (int(index), int(label), int(view), image.cpu().numpy().tobytes())
         for batch in batches
@@ -80,7 +80,7 @@ def test_walking_gives_what_is_asked_for_as_it_is(split: Split) -> None:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_processes_share_every_batch(split: Split, world_size: int) -> None:
-    """130 images in batches of 64: two in the last one, so that of four processes two get none of it."""
+    """There are 130 images in batches of 64: of the last one two of four processes get none."""
     alone = [rows([batch]) for batch in resident(split, 64).epoch(1)]
     parts = [
         [rows([batch]) for batch in resident(split, 64, rank=r, world_size=world_size).epoch(1)]

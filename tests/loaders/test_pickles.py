@@ -13,7 +13,7 @@ from retemper.loaders.pickles import read_pickle
 
 
 class Runs:
-    """Unpickled, it makes a file: a stand-in for any code at all."""
+    """An object that makes a file when it is unpickled: a stand-in for any code at all."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark

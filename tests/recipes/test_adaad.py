@@ -35,7 +35,7 @@ def student() -> dict[str, Tensor]:
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
-    """(B,) KL(p || q) of two softmaxes, written out."""
+    """Return KL(p || q) of two softmaxes, (B,), written out."""
     return (p.softmax(1) * (p.softmax(1).log() - q.softmax(1).log())).sum(1)
 
 

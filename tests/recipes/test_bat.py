@@ -11,7 +11,7 @@ from retemper.recipes.bat import SETTINGS, Bat, Boundary
 
 
 def by_definition(wrong: list[bool], tau: int) -> tuple[int, int]:
-    """Numbers of the iterates that are x_c and x_a; the attack ends in number len(wrong)."""
+    """Return the numbers of the iterates that are x_c and x_a by definition; the attack ends in number len(wrong)."""
     last_clean = first_adv = len(wrong)
     if True in wrong:
         last_clean = max(wrong.index(True) - 1, 0)

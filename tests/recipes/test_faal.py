@@ -12,12 +12,12 @@ from retemper.recipes.faal import SETTINGS, Faal, class_margin, worst_distributi
 
 
 def divergence(p: torch.Tensor) -> float:
-    """KL(U || p)."""
+    """Return KL(U || p)."""
     return float(-(len(p) * p.double()).log().mean())
 
 
 def solved(margin: np.ndarray, radius: float) -> np.ndarray:
-    """max p . margin on the simplex with KL(U || p) <= radius, by sequential quadratic programming."""
+    """Return max p . margin on the simplex with KL(U || p) <= radius, by sequential quadratic programming."""
     size = len(margin)
     found = minimize(
         lambda p: -p @ margin,

@@ -48,7 +48,7 @@ MODULES = [fair_ard, fair_iad, fair_rslad, fair_mtard]
 
 
 def batch(weight_K: Tensor, rows: slice = slice(None)) -> tuple[dict[str, Tensor], Targets]:
-    """Logits and targets in float64, of the chosen rows alone."""
+    """Return logits and targets in float64, of the chosen rows alone."""
     gen = torch.Generator().manual_seed(0)
     adv, clean, *taught = (2 * torch.randn(8, 3, generator=gen, dtype=torch.float64)[rows] for _ in range(6))
     targets = Targets(

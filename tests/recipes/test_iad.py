@@ -32,18 +32,18 @@ def targets(begun: float) -> Targets:
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
-    """(B,) KL(p || q) of two softmaxes, written out."""
+    """Return KL(p || q) of two softmaxes, (B,), written out."""
     return (p.softmax(1) * (p.softmax(1).log() - q.softmax(1).log())).sum(1)
 
 
 def first(at: Mapping[str, Tensor], begun: float) -> Tensor:
-    """IAD-I as the authors' code has it at temperature 1."""
+    """Return the loss of IAD-I as the authors' code has it at temperature 1."""
     trust = logits_of("ta")["ta"].softmax(1)[torch.arange(7), LABEL] ** 0.1
     return (kl(logits_of("t")["t"], at["adv"]) + begun * (1 - trust) * kl(at["clean"], at["adv"])).sum() / 7
 
 
 def second(at: Mapping[str, Tensor], begun: float) -> Tensor:
-    """IAD-II likewise."""
+    """Return the loss of IAD-II as the authors' code has it at temperature 1."""
     given = logits_of("ta", "ca")
     trust = given["ta"].softmax(1)[torch.arange(7), LABEL] ** 0.1 if begun else torch.ones(7)
     guided = trust * kl(given["ta"], at["adv"]) + (1 - trust) * kl(at["clean"], at["adv"])

@@ -41,7 +41,7 @@ def given_networks(recipe: Recipe, teacher: Path, start: Path) -> list[str]:
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what depends on the clock."""
+    """Return the lines of metrics.jsonl without the fields that depend on the clock."""
     read = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()]
     return [{key: line[key] for key in line.keys() - {"seconds", "images_per_second"}} for line in read]
 
@@ -55,7 +55,7 @@ def test_trains_and_goes_on_where_it_was(
     save = Saver.save_epoch
 
     def save_and_copy(self: Saver, epoch: int, line: dict[str, Any]) -> None:
-        """What a kill after the first epoch would leave."""
+        """Save a run, and copy its folder as a kill after the first epoch would leave it."""
         save(self, epoch, line)
         if epoch == 1:
             shutil.copytree(whole, resumed)

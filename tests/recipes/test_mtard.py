@@ -54,7 +54,7 @@ def test_the_rule_over_steps_is_the_known_one(case: dict) -> None:
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: f"{len(case['adv_loss'])} steps")
 def test_steps_move_the_state_as_the_rule_says(case: dict) -> None:
     class Known(Mtard):
-        """Whose task losses are the case's."""
+        """A stand-in whose task losses are the case's."""
 
         def task_losses(self, logits, targets):
             return logits["adv"], logits["clean"]

@@ -24,7 +24,7 @@ def test_loss_and_gradients_are_the_authors() -> None:
 
 
 def kl(adv: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
-    """sum p (log p - log q), written out."""
+    """Return KL(p || q) = sum p (log p - log q), written out."""
     p = clean.softmax(1)
     return (p * (p.log() - adv.softmax(1).log())).sum()
 
