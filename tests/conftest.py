@@ -28,7 +28,7 @@ with pytest.MonkeyPatch.context() as during_import:
 runtime.TRITON_ON_CPU = False
 torch.set_num_threads(1)  # the tests' tensors are too small to share, and a busy machine makes sharing slow
 
-GROWTH = 200 << 20  # bytes, after which a test's memory is given back at once
+GROWTH = 100 << 20  # bytes, after which a test's memory is given back at once
 RESIDENT = pytest.StashKey[int]()  # bytes, when memory was last given back
 PEAKS = pytest.StashKey[dict[str, str]]()  # what each process took
 
