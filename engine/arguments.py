@@ -29,7 +29,7 @@ GROUPS = {  # of the recipe's options, in the order of the help
 
 
 class Parser(ArgumentParser):
-    """argparse that raises UsageError in place of printing its usage and leaving."""
+    """The argument parser, which raises UsageError in place of printing its usage and leaving."""
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (--[\w-]+): ", r"\1 ", message)

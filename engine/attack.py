@@ -16,7 +16,7 @@ from retemper.kernels import pgd_step_, random_start_
 
 
 class Watcher:
-    """What looks on at an attack, and may choose images from inside it."""
+    """An onlooker at an attack, which may choose images from inside it."""
 
     def __call__(self, adv_BCHW: Tensor, logits_BK: Tensor) -> None:
         """See an iterate before its step, (B, C, H, W), and the logits there; the iterate is then overwritten."""

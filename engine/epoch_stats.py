@@ -74,7 +74,7 @@ class ClassMeans:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """How the student does on the held-out training images after an epoch: each (K,), by class."""
+    """The student's results on the held-out training images after an epoch, by class: each (K,)."""
 
     clean_accuracy_K: Tensor
     robust_accuracy_K: Tensor
@@ -84,7 +84,7 @@ class HeldOut:
 
 @dataclass(frozen=True, kw_only=True)
 class EpochStats:
-    """What an epoch has shown.
+    """The sums of an epoch, which the class state moves by.
 
     Attributes:
         forwards: the sums of each training forward, by name.

@@ -109,7 +109,7 @@ class Optimisation(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class Selection(Options):
-    """Which epoch is kept as the best: the one with the largest average + worst-class robust accuracy."""
+    """The choice of the epoch that is kept: the largest average + worst-class robust accuracy."""
 
     select_on: Literal["holdout", "test"] = option(
         "holdout", "the images that choose: held-out training images, or the test images, as the papers did"
@@ -122,7 +122,7 @@ class Selection(Options):
 
     @property
     def holds_out(self) -> bool:
-        """Whether training images are held out."""
+        """True where training images are held out."""
         return self.select_on == "holdout" and self.holdout_per_class > 0
 
     def is_due(self, epoch: int, epochs: int) -> bool:

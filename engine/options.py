@@ -34,7 +34,7 @@ def option(
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of one option: what `option` was given, and the name and the annotated type of its field.
+    """One option: the words that `option` was given, and the name and the annotated type of its field.
 
     Attributes:
         name: its flat name.

@@ -142,7 +142,7 @@ def predictions(
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AttackedBatch:
-    """What a network answers to one batch, clean and attacked.
+    """A network's answers to one batch, clean and attacked.
 
     Attributes:
         first: how many of the images come before the batch.
@@ -157,7 +157,7 @@ class AttackedBatch:
 
     @property
     def predicted_B(self) -> Tensor:
-        """(B,) int64: the class given under attack, or clean where that is wrong already; -1 for none."""
+        """The class given under attack, or clean where that is wrong already; (B,) int64, -1 for none."""
         clean_B = predicted(self.clean_BK)
         return torch.where(clean_B == self.label_B, predicted(self.adv_BK), clean_B)
 

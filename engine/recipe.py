@@ -24,7 +24,7 @@ UNTRAINED = "starts, steps and evaluates in the tests; not trained yet"
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """What the student is held against on one batch. A field is None where the method does not ask for it.
+    """The targets of the student on one batch. A field is None where the method does not ask for it.
 
     Attributes:
         label_B: (B,) int64.
@@ -68,7 +68,7 @@ def given(logits_BK: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Method(Options):
-    """What a paper defines: its constants, the state of each class, what the attack raises and what training lowers.
+    """A method as its paper defines it: the constants, the state of each class, what the attack raises and what training lowers.
 
     A method is a subclass with its constants as fields. Most define `objective` and `loss` alone.
 
@@ -268,5 +268,5 @@ class Setting:
 
     @property
     def is_trained(self) -> bool:
-        """Whether a result of it is committed."""
+        """True where a result of it is committed."""
         return self.status != UNTRAINED

@@ -21,7 +21,7 @@ from retemper.recipes.settings import ON_DIGITS, distillation
 
 @dataclass(frozen=True, kw_only=True)
 class Trust(Method):
-    """How far the teacher is trusted, for methods that build on IAD."""
+    """The trust in the teacher, for methods that build on IAD."""
 
     trust_power: float = option(0.1, "power of the teacher's probability of the label that it is trusted by")
     begin: float = option(0.3, "share of the epochs that trust the teacher in full")

@@ -15,7 +15,7 @@ from retemper.loaders import Loader, Split, ViewSpace, holdout_split, load_split
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """What a run learns from.
+    """The images of a run.
 
     Attributes:
         split: all training images of the data set.

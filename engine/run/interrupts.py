@@ -16,7 +16,7 @@ AT_ONCE = 130  # the exit code after a second Ctrl-C, as a shell has it
 
 
 class _Watch:
-    """What signals have been heard, and how many `undisturbed` blocks the main thread is in."""
+    """The signals heard so far, and how many `undisturbed` blocks the main thread is in."""
 
     asked, depth = False, 0
 
@@ -42,7 +42,7 @@ def install() -> None:
 
 
 def asked() -> bool:
-    """Whether a signal has asked to leave: what several processes ask one another before they do so together."""
+    """Say whether a signal has asked to leave: several processes ask one another before they do so together."""
     return _watch.asked
 
 

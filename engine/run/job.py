@@ -36,7 +36,7 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What the user asked `retemper train` for.
+    """The request of `retemper train`.
 
     Attributes:
         out: the run's folder.

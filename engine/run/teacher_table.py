@@ -33,8 +33,7 @@ AUTO_LIMIT = 4 * 2**30  # bytes: CIFAR-10 takes 0.3 GB, CIFAR-100 3.2, Tiny-Imag
 
 
 class TeacherTable:
-    """(N, V, K) logits, float32, and (N, V) checksums, 0 where nothing is known: two files that all runs of a teacher
-    share.
+    """Two files that all runs of a teacher share: (N, V, K) float32 logits, and (N, V) checksums, 0 where none is known.
 
     Args:
         cache: the folder of all tables.
@@ -58,7 +57,7 @@ class TeacherTable:
 
     @property
     def known(self) -> np.ndarray:
-        """Which views have an answer, (N, V) bool."""
+        """The views that have an answer, (N, V) bool."""
         return self.checksums != 0
 
     def look_up(self, index: np.ndarray, view: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ class DataError(Exception):
 
 
 class UsageError(Exception):
-    """What was asked for cannot be: a wrong option, or a backend that is not installed."""
+    """The user asks for what cannot be: a wrong option, or a backend that is not installed."""
 
 
 class Diverged(Exception):

@@ -40,12 +40,12 @@ def driver() -> str | None:
 
 
 def _git(*words: str) -> str:
-    """What git says of the folder that this module lies in; "" where it fails."""
+    """Return what git says of the folder that this module lies in; "" where it fails."""
     return _output("git", "-C", str(Path(__file__).resolve().parent), *words)
 
 
 def _output(program: str, *words: str) -> str:
-    """What a program prints, stripped; "" where it is not installed or fails."""
+    """Return what a program prints, stripped; "" where it is not installed or fails."""
     if not shutil.which(program):
         return ""
     answer = subprocess.run([program, *words], capture_output=True, text=True)
