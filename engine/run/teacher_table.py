@@ -33,7 +33,7 @@ AUTO_LIMIT = 4 * 2**30  # bytes: CIFAR-10 takes 0.3 GB, CIFAR-100 3.2, Tiny-Imag
 
 
 class TeacherTable:
-    """Two files that all runs of a teacher share: (N, V, K) float32 logits, and (N, V) checksums, 0 where none is known.
+    """Two files that all runs of a teacher share: (N, V, K) float32 logits, and (N, V) checksums, 0 where unknown.
 
     Args:
         cache: the folder of all tables.
