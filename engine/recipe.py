@@ -68,7 +68,7 @@ def given(logits_BK: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Method(Options):
-    """A method as its paper defines it: the constants, the state of each class, what the attack raises and what training lowers.
+    """A method as its paper defines it: the constants, the class state, the attack's objective, the training loss.
 
     A method is a subclass with its constants as fields. Most define `objective` and `loss` alone.
 
