@@ -37,10 +37,14 @@ class Parser(ArgumentParser):
 
 
 def named_recipe(argv: list[str]) -> str | None:
-    """Return the METHOD:SETTING among the words of `train`, or None where no word begins with a method's name."""
+    """Return the METHOD:SETTING among the words of `train`, or None.
+
+    It is the first word that begins with a method's name or, where none does, the first that has the form.
+    """
     if argv[:1] != ["train"]:
         return None
-    return next((word for word in argv[1:] if ":" in word and word.partition(":")[0] in methods()), None)
+    words = [word for word in argv[1:] if re.fullmatch(r"(?!robustbench:)\w+:\w*", word)]
+    return next((word for word in words if word.partition(":")[0] in methods()), next(iter(words), None))
 
 
 def command_line(recipe: str | None = None) -> tuple[Parser, dict[str, Parser]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from retemper.engine.arguments import command_line, named_recipe
+from retemper.engine.catalogue import find_setting
 from retemper.engine.device import is_out_of_memory
 from retemper.engine.distributed.join import is_first, speaker
 from retemper.engine.run import interrupts
@@ -37,6 +38,8 @@ def run(argv: list[str]) -> int:
         top, verbs = command_line(named_recipe(argv))
         arguments, unknown = top.parse_known_args(argv)
         if unknown:
+            if arguments.verb == "train":
+                find_setting(arguments.METHOD_SETTING)  # of no recipe every option is unknown: that is said first
             known = re.findall(r"--[a-z][\w-]*", verbs[arguments.verb].format_help())
             raise UsageError(f"{arguments.verb} has no option {unknown[0]!r}{nearest(unknown[0], known)}")
         arguments.act(arguments)
