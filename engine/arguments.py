@@ -10,9 +10,11 @@ from typing import Any, NoReturn, get_args
 
 from retemper.engine import verbs
 from retemper.engine.catalogue import find_setting, methods, parse_value
+from retemper.engine.models import MODELS
 from retemper.engine.options import Option
 from retemper.engine.recipe import Recipe
 from retemper.errors import UsageError
+from retemper.loaders import DATASETS
 
 NETWORK = "a run's folder, a checkpoint file, robustbench:NAME, or net.py:build (your own nn.Module)"
 ATTACKS = "clean,fgsm,pgd20,cw"
@@ -199,8 +201,8 @@ OPTIONS: dict[str, tuple[str | tuple[str, dict[str, Any]], ...]] = {  # of each 
         _option("--shard", "only the Ith of N pieces; the last one done puts them together", "I/N", type=SHARD),
         _option("--budget", "begin nothing after that; the same command goes on", "MINUTES", type=MINUTES),
         "what a bare checkpoint does not say",
-        _option("--model", "its architecture", "NAME"),
-        _option("--dataset", "its data set", "NAME"),
+        _option("--model", f"its architecture: {', '.join(MODELS)}", "NAME"),
+        _option("--dataset", f"its data set: {', '.join(DATASETS)}", "NAME"),
         _option("--eps", "the radius, in [0, 1] pixels (8/255)", "X", type=RADIUS),
     ),
     "report": (

@@ -87,7 +87,15 @@ def parse_value(kind: Any, text: str) -> Any:
         return text.lower() == "true"
     if kind is float:
         top, slash, bottom = text.partition("/")
-        return float(top) / float(bottom) if slash and float(bottom) else float(text)
+        try:
+            return float(top) / float(bottom) if slash else float(text)
+        except (ValueError, ZeroDivisionError):
+            raise ValueError("it must be a number or a fraction, as 0.03 or 8/255") from None
+    if kind is int:
+        try:
+            return int(text)
+        except ValueError:
+            raise ValueError("it must be a whole number") from None
     if get_origin(kind) is Literal:
         return text  # the recipe checks its choices
     if options:  # tuple[int, ...]

@@ -19,7 +19,7 @@ from retemper.engine.options import Option, Options, option, options_of
 from retemper.engine.speed.execution import EXACTNESS, Execution
 from retemper.errors import nearest
 
-UNTRAINED = "starts, steps and evaluates in the tests; not trained yet"
+UNTRAINED = "not trained yet"
 
 
 @dataclass(frozen=True, kw_only=True)

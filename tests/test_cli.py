@@ -41,7 +41,8 @@ def fails(capsys: Capture, code: int, *words: object) -> str:
         (["train", "absld"], "absld needs a setting"),
         (["train", "absld:digits", "--attack-setps", "3"], "did you mean '--attack-steps'?"),
         (["train", "absld:digits", "--tempreature-rate=1"], "did you mean '--temperature-rate'?"),
-        (["train", "absld:digits", "--epochs", "many"], "--epochs many"),
+        (["train", "absld:digits", "--epochs", "many"], "--epochs many: it must be a whole number"),
+        (["train", "absld:digits", "--eps", "8/0"], "--eps 8/0: it must be a number or a fraction"),
         (["train", "absld:digits", "--eps", "8"], "8/255 not 8"),
         (["train", "absld:digits", "--variant", "secret"], "paper, released"),
         (["train", "rslad:digits", "--variant", "released"], "variant"),
@@ -56,6 +57,13 @@ def fails(capsys: Capture, code: int, *words: object) -> str:
 )
 def test_wrong_usage_names_the_right_one(words: list[str], said: str, capsys: Capture) -> None:
     assert said in fails(capsys, 2, *words)
+
+
+def test_a_file_in_the_place_of_the_folder_is_said_before_a_teacher_is_trained(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "file").touch()
+    for out in ("file", "file/run"):
+        assert "is a file" in fails(capsys, 2, "train", "absld:digits", "--out", tmp_path / out)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_missing_data_is_named_with_its_place(tmp_path: Path, capsys: Capture) -> None:

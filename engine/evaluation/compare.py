@@ -259,7 +259,7 @@ def as_text(found: Comparison) -> str:
     if len(shown) < len(known):
         lines.append(f"and {len(known) - len(shown)} classes in which A is stronger; --json has them")
     interval = f"{found.level:.0%} intervals: images, for the choice of test images"
-    p = "p: McNemar's exact test, for classes after Holm's correction"
+    p = "p: McNemar's exact test, for classes after Holm's correction; their intervals have none"
     if several:
         interval, p = f"{interval}; seeds, for chance in training", f"{p}, the largest of the seeds'"
     return "\n".join([*lines, interval, p])

@@ -40,6 +40,12 @@ class RunFolder:
         self.evaluation = path / "evaluation.json"
         self.diverged = path / (f"diverged.rank{rank}.pt" if rank else "diverged.pt")
 
+    def require_place(self) -> None:
+        """Raise UsageError where there is a file in the folder's place: before a teacher is trained for nothing."""
+        there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise UsageError(f"cannot write to {self.path} ({there} is a file): name another folder with --out")
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder for this process, and make it if it does not exist.

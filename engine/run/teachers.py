@@ -26,6 +26,7 @@ def with_teacher(job: Job) -> Job:
     Raises:
         UsageError: one is missing and training it would take long: it says how; or one is given that is not wanted.
     """
+    RunFolder(job.out).require_place()
     wanted = job.recipe.networks
     job = _with(job, "teacher", wanted.teacher_model, wanted.teacher_recipe)
     job = _with(job, "clean_teacher", wanted.clean_teacher_model, wanted.clean_teacher_recipe)
