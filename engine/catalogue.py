@@ -3,10 +3,14 @@
 import importlib
 import pkgutil
 from types import ModuleType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
-from retemper.engine.recipe import Recipe, Setting
+from retemper.engine.models import MODELS
+from retemper.engine.recipe import GROUPS, Recipe, Setting
 from retemper.errors import UsageError, nearest
+from retemper.index import option_json, split_name
+from retemper.loaders import DATASETS
+from retemper.options import options_of, read_options, shown_value
 
 
 def methods() -> list[str]:
@@ -38,30 +42,19 @@ def find_setting(name: str) -> tuple[str, str, Setting]:
     Raises:
         UsageError: it is unknown; the message names the nearest.
     """
-    method, _, setting = name.partition(":")
-    settings: dict[str, Setting] = method_module(method).SETTINGS
-    if setting in settings:
-        return method, setting, settings[setting]
-    what = f"has no setting {setting!r}{nearest(setting, settings)}"
-    what = what if setting else f"needs a setting, as in {method}:{next(iter(settings))}"
-    raise UsageError(f"{method} {what}; it has {', '.join(settings)}")
+    settings = {method: method_module(method).SETTINGS for method in methods()}
+    method, setting = split_name(name, settings)
+    return method, setting, settings[method][setting]
 
 
 def override(recipe: Recipe, texts: dict[str, str]) -> Recipe:
     """Return the recipe with options replaced by what the user wrote, by flat name.
 
     Raises:
-        UsageError: there is no such option (the message names the nearest), or it may not have such a value.
+        UsageError: there is no such option (the message names the nearest), it may not have such a value, or two
+            options contradict each other.
     """
-    options, values = recipe.options(), {}
-    for name, text in texts.items():
-        if name not in options:
-            known = ", ".join(sorted(options))
-            raise UsageError(f"the recipe has no field {name!r}{nearest(name, options)}; it has {known}")
-        try:
-            values[name] = parse_value(options[name][1].kind, text)
-        except ValueError as error:
-            raise UsageError(f"--{name.replace('_', '-')} {text}: {error}") from None
+    values = read_options({name: one for name, (_, one) in recipe.options().items()}, texts)
     try:
         if "variant" in values:  # first, so that what else the user wrote holds
             recipe = recipe.as_variant(values["variant"])
@@ -70,34 +63,33 @@ def override(recipe: Recipe, texts: dict[str, str]) -> Recipe:
         raise UsageError(str(error)) from None
 
 
-def parse_value(kind: Any, text: str) -> Any:
-    """Return `text` as a value of the annotated type.
+def described() -> dict[str, Any]:
+    """Return what the index (`retemper.index`) holds of the recipes, as JSON."""
+    tables: dict[str, dict[str, Setting]] = {method: method_module(method).SETTINGS for method in methods()}
+    settings = [setting for table in tables.values() for setting in table.values()]
+    groups = {type(setting.recipe.method): "method" for setting in settings} | {of: name for name, of in GROUPS.items()}
+    return {
+        "models": list(MODELS),
+        "datasets": list(DATASETS),
+        "groups": {
+            of.__name__: [option_json(name, one) for one in options_of(of).values()] for of, name in groups.items()
+        },
+        "methods": {
+            method: {"paper": source_of(method), "settings": {name: _described(one) for name, one in table.items()}}
+            for method, table in tables.items()
+        },
+    }
 
-    Args:
-        kind: int, float (also "8/255"), bool, str, a Literal, tuple[int, ...] ("215,260"), or one of these or None.
-    Raises:
-        ValueError: `text` is no such value.
-    """
-    options = get_args(kind)
-    if type(None) in options:
-        return None if text.lower() == "none" else parse_value(options[0], text)
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError("say true or false")
-        return text.lower() == "true"
-    if kind is float:
-        top, slash, bottom = text.partition("/")
-        try:
-            return float(top) / float(bottom) if slash else float(text)
-        except (ValueError, ZeroDivisionError):
-            raise ValueError("it must be a number or a fraction, as 0.03 or 8/255") from None
-    if kind is int:
-        try:
-            return int(text)
-        except ValueError:
-            raise ValueError("it must be a whole number") from None
-    if get_origin(kind) is Literal:
-        return text  # the recipe checks its choices
-    if options:  # tuple[int, ...]
-        return tuple(parse_value(options[0], part) for part in text.split(",") if part.strip())
-    return kind(text)
+
+def _described(setting: Setting) -> dict[str, Any]:
+    """Return a setting with the groups that its options are of, and the values that are not the defaults."""
+    recipe = setting.recipe
+    groups = [type(group).__name__ for group in vars(recipe).values()]
+    values = {name: value for name, value in recipe.flat().items() if value != recipe.options()[name][1].default}
+    return {
+        "note": setting.note,
+        "status": setting.status,
+        "is_trained": setting.is_trained,
+        "groups": groups,
+        "values": {name: shown_value(value) for name, value in values.items()},
+    }

@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import platform
+from collections.abc import Iterator
 
 from retemper import __version__
 from retemper.engine.run.job import default_cache
@@ -13,15 +14,24 @@ EXTRAS = {"matplotlib": "plots", "pyautoattack": "eval", "tensorboard": "tensorb
 Line = tuple[str, str, str]  # a thing; "ok", "missing" or "broken"; its version, or the command that mends it
 
 
-def examine() -> str:
-    """Return one line for each package, backend, cache and data set."""
-    lines: list[Line] = [("python", "ok", platform.python_version()), ("retemper", "ok", __version__)]
-    lines += [(name, "ok", importlib.metadata.version(name)) for name in ("torch", "triton", "numpy", "safetensors")]
-    lines += [_extra(name, extra) for name, extra in EXTRAS.items()]
+def examine() -> Iterator[str]:
+    """Yield one line for each package, backend, cache and data set, as soon as it is known; FFCV takes seconds."""
+    for name, state, text in _lines():
+        yield f"{name:16}{state:9}{text}"
+
+
+def _lines() -> Iterator[Line]:
+    yield "python", "ok", platform.python_version()
+    yield "retemper", "ok", __version__
+    for name in ("torch", "triton", "numpy", "safetensors"):
+        yield name, "ok", importlib.metadata.version(name)
+    for name, extra in EXTRAS.items():
+        yield _extra(name, extra)
+    yield _kernels()
+    yield _cache()
+    yield from map(_data, DATASETS)
     problem = ffcv_problem()
-    lines.append(("ffcv", "missing", f"{problem}: {INSTALL}") if problem else ("ffcv", "ok", "loads"))
-    lines += [_kernels(), _cache(), *map(_data, DATASETS)]
-    return "\n".join(f"{name:16}{state:9}{text}" for name, state, text in lines)
+    yield ("ffcv", "missing", f"{problem}: {INSTALL}") if problem else ("ffcv", "ok", "loads")
 
 
 def _extra(name: str, extra: str) -> Line:

@@ -12,10 +12,11 @@ from types import ModuleType
 import pytest
 import torch
 
+from retemper import __version__
+from retemper.cli import run
 from retemper.engine import create_model, save_weights
-from retemper.engine.arguments import shown_value
 from retemper.engine.catalogue import find_setting, method_module, methods
-from retemper.engine.cli import run
+from retemper.options import shown_value
 
 Capture = pytest.CaptureFixture[str]
 
@@ -32,7 +33,7 @@ def fails(capsys: Capture, code: int, *words: object) -> str:
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["tran"], "invalid choice: 'tran'"),
+        (["trian"], "there is no verb 'trian' (did you mean 'train'?); see retemper --help"),
         (["train", "abld:digits"], "did you mean 'absld'?"),
         (["train", "absld:digit"], "did you mean 'digits'?"),
         (["train", "abld:digits", "--epochs", "2"], "did you mean 'absld'?"),
@@ -309,7 +310,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, capsys: Capture
 
 
 def test_sigterm_ends_a_run_as_an_interruption(tmp_path: Path, teacher: Path) -> None:
-    words = [sys.executable, "-m", "retemper.engine", "train", "rslad:digits", "--teacher", str(teacher)]
+    words = [sys.executable, "-m", "retemper", "train", "rslad:digits", "--teacher", str(teacher)]
     child = subprocess.Popen([*words, "--out", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True)
     assert child.stderr is not None
     for line in child.stderr:
@@ -318,3 +319,51 @@ def test_sigterm_ends_a_run_as_an_interruption(tmp_path: Path, teacher: Path) ->
             break
     assert "the same command goes on" in child.communicate()[1]
     assert child.returncode == 75
+
+
+AT_ONCE = ["--help", "--version", "", "ls", "ls --all", "ls nothing", "trian", "train", "train abld:digits", "evaluate"]
+AT_ONCE += ["train absld:digits --help", "train absld:digits --epohcs 3", "train absld:digits --epochs x", "bench x"]
+AT_ONCE += ["evaluate x --attacks pgd", "report --help"]
+
+
+def test_help_lists_and_wrong_usage_do_without_what_takes_seconds_to_import() -> None:
+    code = "import sys; from retemper.cli import run\nfor words in sys.argv[1:]:\n"
+    code += "    try: run(words.split())\n    except SystemExit: pass\n"
+    code += "print(*({'torch', 'numpy', 'triton', 'jinja2', 'scipy'} & sys.modules.keys()), file=sys.stderr)"
+    ran = subprocess.run([sys.executable, "-c", code, *AT_ONCE], capture_output=True, text=True)
+    assert ran.returncode == 0 and "Traceback" not in ran.stderr
+    assert ran.stderr.splitlines()[-1] == ""
+
+
+def complete(line: str) -> list[str]:
+    """Ask for what a shell would offer at the end of the line; `python -m retemper` answers on a file of its own."""
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
+    words = ["sh", "-c", f"exec {sys.executable} -m retemper 8>&1 >/dev/null"]
+    ran = subprocess.run(words, env=os.environ | asked, capture_output=True, text=True)
+    return [word.strip() for word in ran.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    "line, offered",
+    [
+        ("retemper tr", ["train"]),
+        ("retemper train absld:cifar10_m", ["absld:cifar10_mobilenet_v2"]),
+        ("retemper train absld:digits --temperature-l", ["--temperature-lower"]),
+        ("retemper train absld:digits --loader ", ["auto", "ffcv", "resident"]),
+        ("retemper train no:recipe --data-r", ["--data-root"]),
+    ],
+)
+def test_a_shell_completes_verbs_recipes_options_and_values(line: str, offered: list[str]) -> None:
+    assert sorted(complete(line)) == sorted(offered)
+
+
+def test_the_version_is_said(capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        run(["--version"])
+    assert capsys.readouterr().out == f"retemper {__version__}\n"
+
+
+def test_no_word_at_all_is_answered_with_the_help(capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        run([])
+    assert "train" in capsys.readouterr().out

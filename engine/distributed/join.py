@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from retemper.console import only_errors
+from retemper.console import only_errors, several
 from retemper.engine.device import pick_device
 from retemper.engine.distributed.ranks import ALONE, Ranks
 from retemper.errors import UsageError
@@ -20,21 +20,6 @@ from retemper.errors import UsageError
 TIME_LIMIT_S = 180.0  # of a collective operation, unless RETEMPER_RANK_TIMEOUT is set; a first step may compile kernels
 PATIENCE = timedelta(days=30)
 VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-def several() -> bool:
-    """Say whether a launcher has started this process as one of several."""
-    return os.environ.get("WORLD_SIZE", "1") != "1"
-
-
-def is_first() -> bool:
-    """Say whether this process has rank 0 and prints for all of them; true for a process on its own."""
-    return not several() or os.environ.get("RANK") == "0"
-
-
-def speaker() -> str:
-    """Return the beginning of an error message, which names this process; empty for a process on its own."""
-    return f"process {os.environ.get('RANK', 'without RANK')} of {os.environ['WORLD_SIZE']}: " if several() else ""
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Lines for the user on stderr, and the progress of long work: a bar on a terminal, elsewhere a line now and then."""
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -8,6 +9,21 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 LINE_EVERY_S = 20.0
 _quiet = False
+
+
+def several() -> bool:
+    """Say whether a launcher has started this process as one of several."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def is_first() -> bool:
+    """Say whether this process has rank 0 and prints for all of them; true for a process on its own."""
+    return not several() or os.environ.get("RANK") == "0"
+
+
+def speaker() -> str:
+    """Return the beginning of an error message, which names this process; empty for a process on its own."""
+    return f"process {os.environ.get('RANK', 'without RANK')} of {os.environ['WORLD_SIZE']}: " if several() else ""
 
 
 def only_errors(quiet: bool) -> None:

@@ -1,27 +1,39 @@
 """The command line: `retemper VERB`. A user's mistake is one line on stderr and an exit code (`retemper.errors`)."""
 
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from retemper.engine.arguments import command_line, named_recipe
-from retemper.engine.catalogue import find_setting
-from retemper.engine.device import is_out_of_memory
-from retemper.engine.distributed.join import is_first, speaker
-from retemper.engine.run import interrupts
+from retemper import interrupts
+from retemper.arguments import OPTIONS, command_line, named_recipe
+from retemper.console import is_first, speaker
 from retemper.errors import EXIT_CODES, PREEMPTED, DataError, UsageError, nearest
+from retemper.index import read_index
 
 GOES_ON = "; the same command goes on from there"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a verb and leave with its exit code: the console script."""
+    if "_ARGCOMPLETE" in os.environ:  # the shell's completion calls the program so
+        complete(os.environ.get("COMP_LINE", ""))
     interrupts.install()
     code = run(sys.argv[1:] if argv is None else list(argv))
     if code == PREEMPTED:
         interrupts.leave(code)
     sys.exit(code)
+
+
+def complete(line: str) -> None:
+    """Tell the shell what may stand at the cursor of `line`, by argcomplete's protocol, and leave."""
+    import argcomplete
+
+    with suppress(UsageError):  # of no recipe there are no options yet
+        argcomplete.autocomplete(command_line(named_recipe(line.split()[1:]))[0])
+    argcomplete.autocomplete(command_line()[0])
 
 
 def run_as_script(file: str) -> None:
@@ -32,14 +44,16 @@ def run_as_script(file: str) -> None:
 
 
 def run(argv: list[str]) -> int:
-    """Run one verb; return its exit code."""
+    """Run one verb; return its exit code. Without any word it prints the help."""
 
     def act() -> None:
+        if argv and not argv[0].startswith("-") and argv[0] not in OPTIONS:
+            raise UsageError(f"there is no verb {argv[0]!r}{nearest(argv[0], OPTIONS)}; see retemper --help")
         top, verbs = command_line(named_recipe(argv))
-        arguments, unknown = top.parse_known_args(argv)
+        arguments, unknown = top.parse_known_args(argv or ["--help"])
         if unknown:
             if arguments.verb == "train":
-                find_setting(arguments.METHOD_SETTING)  # of no recipe every option is unknown: that is said first
+                read_index().find(arguments.METHOD_SETTING)  # of no recipe every option is unknown: that is said first
             known = re.findall(r"--[a-z][\w-]*", verbs[arguments.verb].format_help())
             raise UsageError(f"{arguments.verb} has no option {unknown[0]!r}{nearest(unknown[0], known)}")
         arguments.act(arguments)
@@ -70,6 +84,8 @@ def reported(act: Callable[[], None], goes_on: bool) -> int:
         print(f"retemper: error: {speaker()}{error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return EXIT_CODES[DataError]
     except (MemoryError, RuntimeError) as error:
+        from retemper.engine.device import is_out_of_memory  # here: it imports PyTorch
+
         if not is_out_of_memory(error):
             raise
         first = (str(error).strip().splitlines() or ["no more is said"])[0]

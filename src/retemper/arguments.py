@@ -3,18 +3,15 @@
 import argparse
 import re
 from argparse import SUPPRESS, ArgumentParser
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from retemper.engine import verbs
-from retemper.engine.catalogue import find_setting, methods, parse_value
-from retemper.engine.models import MODELS
-from retemper.engine.options import Option
-from retemper.engine.recipe import Recipe
+from retemper import __version__, verbs
 from retemper.errors import UsageError
-from retemper.loaders import DATASETS
+from retemper.index import Listed, read_index
+from retemper.options import Option, parse_value, shown_value
 
 NETWORK = "a run's folder, a checkpoint file, robustbench:NAME, or net.py:build (your own nn.Module)"
 ATTACKS = "clean,fgsm,pgd20,cw"
@@ -46,7 +43,7 @@ def named_recipe(argv: list[str]) -> str | None:
     if argv[:1] != ["train"]:
         return None
     words = [word for word in argv[1:] if re.fullmatch(r"(?!robustbench:)\w+:\w*", word)]
-    return next((word for word in words if word.partition(":")[0] in methods()), next(iter(words), None))
+    return next((word for word in words if word.partition(":")[0] in read_index().methods), next(iter(words), None))
 
 
 def command_line(recipe: str | None = None) -> tuple[Parser, dict[str, Parser]]:
@@ -58,6 +55,7 @@ def command_line(recipe: str | None = None) -> tuple[Parser, dict[str, Parser]]:
         UsageError: there is no such recipe.
     """
     top = Parser(prog="retemper", description="Adversarial robustness distillation, fast and fair.", allow_abbrev=False)
+    top.add_argument("--version", action="version", version=f"retemper {__version__}")
     added = top.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
     parsers: dict[str, Parser] = {}
     for name, options in OPTIONS.items():
@@ -68,23 +66,31 @@ def command_line(recipe: str | None = None) -> tuple[Parser, dict[str, Parser]]:
             if isinstance(one, str):
                 place = parsers[name].add_argument_group(one)
             else:
-                place.add_argument(one[0], **one[1])
+                _add(place, one[0], **one[1])
     parsers["train"].usage = "retemper train METHOD:SETTING [--OPTION VALUE ...]"
     parsers["train"].epilog = "With METHOD:SETTING before --help, every option of the recipe is listed."
     if recipe is not None:
-        _add_recipe(parsers["train"], find_setting(recipe)[2].recipe)
+        _add_recipe(parsers["train"], read_index().find(recipe))
     return top, parsers
 
 
-def _add_recipe(train_: Parser, recipe: Recipe) -> None:
+def _add_recipe(train_: Parser, recipe: Listed) -> None:
     """Add every option of the recipe, grouped as config.json shows them, with its meaning, values and default."""
-    options, values = recipe.options(), recipe.flat()
     for group, title in GROUPS.items():
         shown = train_.add_argument_group(title)
-        for name, one in ((name, one) for name, (of, one) in options.items() if of == group):
+        for name, one in ((name, one) for name, (of, one) in recipe.options.items() if of == group):
             metavar, about = _values(one)
-            about = f"{one.help}{about} (default {shown_value(values[name])})".strip().replace("%", "%%")
-            shown.add_argument(f"--{name.replace('_', '-')}", default=SUPPRESS, metavar=metavar, help=about)
+            about = f"{one.help}{about} (default {recipe.values[name]})".strip().replace("%", "%%")
+            choices = ("true", "false") if one.kind is bool else [shown_value(choice) for choice in one.choices or ()]
+            word = f"--{name.replace('_', '-')}"
+            _add(shown, word, default=SUPPRESS, metavar=metavar, help=about, completes=choices)
+
+
+def _add(place: Any, name: str, *, completes: Sequence[str] = (), **words: Any) -> None:
+    """Add an option or a positional word, and what a shell may complete it to."""
+    added = place.add_argument(name, **words)
+    if completes:
+        added.completer = lambda **_: completes
 
 
 def _values(one: Option) -> tuple[str, str]:
@@ -95,21 +101,6 @@ def _values(one: Option) -> tuple[str, str]:
     kinds = [kind for kind in (get_args(one.kind) or (one.kind,)) if kind not in (type(None), Ellipsis)]
     word = {bool: "{true,false}", int: "N", float: "X", str: "NAME"}[kinds[0]]
     return word + ",..." * (Ellipsis in get_args(one.kind)), f": {', '.join(choices)}" if choices else ""
-
-
-def shown_value(value: Any) -> str:
-    """Return an option's value as one types it: 8/255, true, 215,260, none."""
-    if isinstance(value, bool) or value is None:
-        return str(value).lower()
-    if isinstance(value, tuple | list):
-        return ",".join(map(shown_value, value)) or "none"
-    if isinstance(value, float):
-        if float(f"{value:g}") != value:  # no short decimal: a pixel value, or a weight such as 5/6
-            for bottom in (255, 6):
-                if value == round(value * bottom) / bottom:
-                    return f"{round(value * bottom)}/{bottom}"
-        return f"{value:g}"
-    return str(value)
 
 
 def _kind(read: Callable[[str], Any], fits: Callable[[Any], bool], advice: str) -> Callable[[str], Any]:
@@ -145,6 +136,8 @@ def _option(name: str, help: str, metavar: str | None = None, **rest: Any) -> tu
     return name, {"help": help, **({"metavar": metavar} if metavar else {}), **rest}
 
 
+INDEX = read_index()
+NAMES = [listed.name for settings in INDEX.methods.values() for listed in settings.values()]
 DEVICE = _option("--device", "cpu, cuda or cuda:N (cuda where there is one)", "NAME")
 OPTIONS: dict[str, tuple[str | tuple[str, dict[str, Any]], ...]] = {  # of each verb; a word alone begins a group
     "demo": (
@@ -156,7 +149,7 @@ OPTIONS: dict[str, tuple[str | tuple[str, dict[str, Any]], ...]] = {  # of each 
         _option("--all", "also settings that were not trained yet", action="store_true"),
     ),
     "train": (
-        _option("METHOD_SETTING", "the recipe; retemper ls lists them", "METHOD:SETTING"),
+        _option("METHOD_SETTING", "the recipe; retemper ls lists them", "METHOD:SETTING", completes=NAMES),
         _option("--data-root", "where the data set lies", "DIR", type=Path),
         _option("--teacher", NETWORK, "NETWORK"),
         _option("--clean-teacher", "the second teacher, trained without attacks", "NETWORK"),
@@ -180,6 +173,7 @@ OPTIONS: dict[str, tuple[str | tuple[str, dict[str, Any]], ...]] = {  # of each 
             "of clean, fgsm, pgd20, cw, autoattack (the first four)",
             "NAMES",
             default="clean,fgsm,pgd20,cw",
+            completes=verbs.ATTACKS,
         ),
         _option("--data-root", "where the data set lies (as in training)", "DIR", type=Path),
         _option("--out", "where evaluation.json goes (beside the weights)", "DIR", type=Path),
@@ -201,8 +195,8 @@ OPTIONS: dict[str, tuple[str | tuple[str, dict[str, Any]], ...]] = {  # of each 
         _option("--shard", "only the Ith of N pieces; the last one done puts them together", "I/N", type=SHARD),
         _option("--budget", "begin nothing after that; the same command goes on", "MINUTES", type=MINUTES),
         "what a bare checkpoint does not say",
-        _option("--model", f"its architecture: {', '.join(MODELS)}", "NAME"),
-        _option("--dataset", f"its data set: {', '.join(DATASETS)}", "NAME"),
+        _option("--model", f"its architecture: {', '.join(INDEX.models)}", "NAME", completes=INDEX.models),
+        _option("--dataset", f"its data set: {', '.join(INDEX.datasets)}", "NAME", completes=INDEX.datasets),
         _option("--eps", "the radius, in [0, 1] pixels (8/255)", "X", type=RADIUS),
     ),
     "report": (
@@ -228,7 +222,7 @@ OPTIONS: dict[str, tuple[str | tuple[str, dict[str, Any]], ...]] = {  # of each 
         _option("--name", "the network's name there (the run folder's)", "NAME"),
     ),
     "convert": (
-        _option("dataset", "digits, fashion-mnist, cifar10, ..., or folder", "DATASET"),
+        _option("dataset", "digits, fashion-mnist, cifar10, ..., or folder", "DATASET", completes=INDEX.datasets),
         _option("--data-root", "where the data set lies", "DIR", type=Path),
         _option("--out", "the file to write", "FILE.beton", type=Path, required=True),
         _option("--split", "which images (train)", choices=("train", "test"), default="train"),

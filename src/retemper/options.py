@@ -10,6 +10,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from retemper.errors import UsageError, nearest
+
 
 def option(
     default: Any = MISSING,
@@ -89,3 +91,74 @@ def options_of(group: type[Options]) -> Mapping[str, Option]:
         name = given.pop("name") or one.name
         found[name] = Option(name, one.name, kind, one.default, choices=choices, **given)
     return found
+
+
+def read_options(options: Mapping[str, Option], texts: Mapping[str, str]) -> dict[str, Any]:
+    """Return the values of options that the user wrote, by flat name.
+
+    Raises:
+        UsageError: there is no such option (the message names the nearest), or it may not have such a value.
+    """
+    values = {}
+    for name, text in texts.items():
+        if name not in options:
+            known = ", ".join(sorted(options))
+            raise UsageError(f"the recipe has no field {name!r}{nearest(name, options)}; it has {known}")
+        try:
+            values[name] = parse_value(options[name].kind, text)
+        except ValueError as error:
+            raise UsageError(f"--{name.replace('_', '-')} {text}: {error}") from None
+        try:
+            options[name].check(values[name])
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+    return values
+
+
+def parse_value(kind: Any, text: str) -> Any:
+    """Return `text` as a value of the annotated type.
+
+    Args:
+        kind: int, float (also "8/255"), bool, str, a Literal, tuple[int, ...] ("215,260"), or one of these or None.
+    Raises:
+        ValueError: `text` is no such value.
+    """
+    options = get_args(kind)
+    if type(None) in options:
+        return None if text.lower() == "none" else parse_value(options[0], text)
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError("say true or false")
+        return text.lower() == "true"
+    if kind is float:
+        top, slash, bottom = text.partition("/")
+        try:
+            return float(top) / float(bottom) if slash else float(text)
+        except (ValueError, ZeroDivisionError):
+            raise ValueError("it must be a number or a fraction, as 0.03 or 8/255") from None
+    if kind is int:
+        try:
+            return int(text)
+        except ValueError:
+            raise ValueError("it must be a whole number") from None
+    if get_origin(kind) is Literal:
+        return text  # the recipe checks its choices
+    if options:  # tuple[int, ...]
+        parts = [] if text.lower() == "none" else text.split(",")
+        return tuple(parse_value(options[0], part) for part in parts if part.strip())
+    return kind(text)
+
+
+def shown_value(value: Any) -> str:
+    """Return an option's value as one types it: 8/255, true, 215,260, none."""
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, tuple | list):
+        return ",".join(map(shown_value, value)) or "none"
+    if isinstance(value, float):
+        if float(f"{value:g}") != value:  # no short decimal: a pixel value, or a weight such as 5/6
+            for bottom in (255, 6):
+                if value == round(value * bottom) / bottom:
+                    return f"{round(value * bottom)}/{bottom}"
+        return f"{value:g}"
+    return str(value)

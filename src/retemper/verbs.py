@@ -4,20 +4,27 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from retemper.engine.catalogue import find_setting, method_module, methods, override, source_of
-from retemper.errors import UsageError
+from retemper.errors import UsageError, nearest
+from retemper.index import read_index
+from retemper.options import read_options
+
+ATTACKS = ("clean", "fgsm", "pgd20", "cw", "autoattack")
 
 
 def train(arguments: Namespace) -> None:
     """Train one run; every option of the recipe can be set (--epochs 5, --eps 8/255)."""
+    known = {name: one for name, (_, one) in read_index().find(arguments.METHOD_SETTING).options.items()}
+    texts = {name: text for name, text in vars(arguments).items() if name in known}
+    read_options(known, texts)  # before PyTorch is imported, which takes seconds
+
+    from retemper.engine.catalogue import find_setting, override
     from retemper.engine.distributed.join import joined
     from retemper.engine.run.job import Job, default_cache, default_out
     from retemper.engine.run.teachers import with_teacher
     from retemper.engine.run.train import train as train_job
 
     method, name, setting = find_setting(arguments.METHOD_SETTING)
-    known = setting.recipe.options()
-    recipe = override(setting.recipe, {field: text for field, text in vars(arguments).items() if field in known})
+    recipe = override(setting.recipe, texts)
     if arguments.show:
         print("\n".join(f"{field:20} {value!r}" for field, value in recipe.flat().items()))
         return
@@ -40,22 +47,21 @@ def train(arguments: Namespace) -> None:
 
 def evaluate(arguments: Namespace) -> None:
     """Attack a trained network and report by class."""
-    from retemper.engine.checkpoints.header import Facts
-    from retemper.engine.distributed.join import joined
-    from retemper.engine.evaluation.evaluate import EvaluationRequest, evaluate_target, summary
-    from retemper.engine.predict import ATTACKS
-
     attacks = tuple(name.strip() for name in arguments.attacks.split(",") if name.strip())
-    known = (*ATTACKS, "autoattack")
     if not attacks:
-        raise UsageError(f"--attacks names none: choose of {', '.join(known)}")
+        raise UsageError(f"--attacks names none: choose of {', '.join(ATTACKS)}")
     for name in attacks:
-        if name not in known:
-            raise UsageError(f"there is no attack {name!r}: choose of {', '.join(known)}")
+        if name not in ATTACKS:
+            raise UsageError(f"there is no attack {name!r}{nearest(name, ATTACKS)}: choose of {', '.join(ATTACKS)}")
     if arguments.check and arguments.shard:
         raise UsageError("--check is not for a shard: give it once, in a run without --shard")
     if arguments.shard and attacks != ("autoattack",):
         raise UsageError("--shard is for AutoAttack: give it with --attacks autoattack, the others in a run without it")
+
+    from retemper.engine.checkpoints.header import Facts
+    from retemper.engine.distributed.join import joined
+    from retemper.engine.evaluation.evaluate import EvaluationRequest, evaluate_target, summary
+
     same = "target out data_root limit weights batch_size seed suite fold autoattack_limit check shard".split()
     with joined(arguments.device) as (ranks, device):
         if arguments.shard and ranks.joined:
@@ -117,13 +123,12 @@ def convert(arguments: Namespace) -> None:
 def ls(arguments: Namespace) -> None:
     """List the recipes that were trained; all of them with --all or WORDs."""
     trained, others = [], []
-    for method in methods():
-        for name, setting in method_module(method).SETTINGS.items():
-            networks = setting.recipe.networks
-            who = f"{networks.student} <- {networks.teacher_model or 'no teacher'}"
-            line = f"{method}:{name}", source_of(method), setting.recipe.data.dataset, who, setting.status
-            if all(word in " ".join(line) for word in arguments.words):
-                (trained if setting.is_trained else others).append(line)
+    for setting in (setting for settings in read_index().methods.values() for setting in settings.values()):
+        values = setting.values
+        teacher = "no teacher" if values["teacher_model"] == "none" else values["teacher_model"]
+        line = setting.name, setting.paper, values["dataset"], f"{values['student']} <- {teacher}", setting.status
+        if all(word in " ".join(line) for word in arguments.words):
+            (trained if setting.is_trained else others).append(line)
     shown = trained + (others if arguments.all or arguments.words else [])
     if not trained + others:
         raise UsageError(f"no recipe's line holds {' and '.join(arguments.words)}; retemper ls --all lists them all")
@@ -137,10 +142,6 @@ def ls(arguments: Namespace) -> None:
 
 def bench(arguments: Namespace) -> None:
     """Time the step, the kernels, the loaders or the attack beside what else there is."""
-    from retemper.bench import Request, as_table, as_text, save
-    from retemper.bench import bench as measure
-    from retemper.engine.device import pick_device
-
     if arguments.sweep and arguments.what != "kernels":
         raise UsageError("--sweep: only bench kernels has block sizes to try")
     if arguments.profile and arguments.what != "step":
@@ -148,6 +149,10 @@ def bench(arguments: Namespace) -> None:
     path = arguments.json
     if path and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise UsageError(f"--json {path}: name a file in a folder that exists")
+
+    from retemper.bench import Request, as_table, as_text, save
+    from retemper.bench import bench as measure
+    from retemper.engine.device import pick_device
 
     def show(result: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         print(as_table(rows), end="\n\n", flush=True)
@@ -171,7 +176,8 @@ def doctor(_: Namespace) -> None:
     """Say what is installed, what works, and the command for what is missing."""
     from retemper.engine.doctor import examine
 
-    print(examine())
+    for line in examine():
+        print(line, flush=True)
 
 
 def demo(arguments: Namespace) -> None:
