@@ -314,7 +314,9 @@ def test_refuses_no_runs_and_an_impossible_out(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="at least one"):
         write_report([], tmp_path)
     run = make_run(tmp_path / "absld", ABSLD, epochs=1)
-    with pytest.raises(UsageError, match="cannot be made a folder"):
+    with pytest.raises(
+        UsageError, match=r"cannot write to .*config\.json \(.*config\.json is a file\): name another folder with --out"
+    ):
         write_report([run], run / "config.json")
 
 
@@ -388,7 +390,7 @@ def test_runs_on_other_images_are_not_compared(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a", RSLAD, **same), make_run(tmp_path / "b", ABSLD, count=90, **same)]
     runs.append(make_run(tmp_path / "c", ABSLD, **same | {"verdicts": False}))
     (tmp_path / "c/evaluation.csv").write_text("image,lab")
-    blocks = paired_blocks([read_run(run) for run in runs], "pgd20", {})
+    blocks = paired_blocks(RunSet([read_run(run) for run in runs]))
     assert [block.text.partition(":")[0] for block in blocks] == ["b is not compared", "c is not compared"]
     assert "other labels for image 90" in blocks[0].text and "no verdicts under pgd20" in blocks[1].text
 
@@ -410,6 +412,6 @@ def test_many_classes_are_listed_where_they_cannot_be_drawn() -> None:
     share[3] = 0.9 * np.eye(30)[4] + 0.1 * np.eye(30)[3]
     entry = {"accuracy": share.diagonal().tolist(), "count": [100] * 30, "confusion": (100 * share).tolist()}
     run = RunRecord(Path("x"), "x", results={"pgd20": read_result(entry)}, classes=names)
-    (table,) = confusion_blocks([run], "pgd20")
+    (table,) = confusion_blocks(RunSet([run]))
     first = table.groups[0][1][0]
-    assert (first[0].text, first[1].text, first[1].detail) == ("class 3", "class 4 90", "right: 10")
+    assert (first[0].text, first[1].text, first[1].detail) == ("class 3", "class 4 (90 %)", "right: 10 %")
