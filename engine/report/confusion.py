@@ -37,7 +37,7 @@ def confusion_blocks(runs: RunSet) -> list[Any]:
     title = attack_title(runs.reference)
     if len(runs.classes) > BARS_UP_TO:
         return [_table(share, runs, title)]
-    caption = f"{title}: a row a class, a column what its images are taken for, % of the row. Darker is worse."
+    caption = f"{title}: a row a class, a column what its images are taken for, % of the row. Deeper blue is worse."
     caption += " In the boxes on the diagonal: what stays right."
     said = [f"{name}: most often {_worst_pair(share_KK, runs)}" for name, share_KK in share.items()]
     named = {runs.look[run].name: share_KK for run, share_KK in share.items()}

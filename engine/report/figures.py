@@ -24,7 +24,7 @@ from retemper.text import shorten_all
 
 INK, MUTED, FAINT, ALERT = "#1b1f24", "#5b6470", "#c3c9d0", "#b0330f"
 BARS_UP_TO = 20  # classes; beyond it bars, and names, are too many to read
-LABEL = 44  # columns of text that fit into the key of a narrow figure
+LABEL = 46  # columns of text that fit into the key of a narrow figure
 LINE_HEIGHT = 1.25  # of a label, in font sizes
 SOLID, DASH, DOT = "-", (0, (5, 2)), (0, (1.2, 1.4))
 HALO = {"facecolor": "white", "alpha": 0.85, "linewidth": 0, "pad": 0.8}  # behind a label that lies on lines

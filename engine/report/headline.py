@@ -8,7 +8,7 @@ from retemper.engine.report.page import Text
 from retemper.engine.report.read import as_number, attack_title
 from retemper.engine.report.run_set import RunSet
 from retemper.engine.report.trust import check_warnings
-from retemper.engine.report.words import at_most, percent
+from retemper.engine.report.words import at_most, called, percent
 
 FEW_IMAGES = 100  # in a class: the 95 % interval at 50 % is then 19 points wide
 Subjects = Sequence[tuple[str, Result]]
@@ -23,8 +23,8 @@ def headline(runs: RunSet) -> str:
     weakest = [(name, runs.weakest(r), r.report.worst, at_most(r) + percent(r.report.worst)) for name, r in subjects]
     if len(subjects) > 4:
         low, high = (pick(weakest, key=lambda w: w[2]) for pick in (min, max))
-        text = f"the weakest class of {len(subjects)} runs lies between {low[3]} ({low[0]}, {low[1]})"
-        text += f" and {high[3]} ({high[0]}, {high[1]})"
+        text = f"the weakest class of {len(subjects)} runs lies between {low[3]} ({low[0]}, {called(low[1])})"
+        text += f" and {high[3]} ({high[0]}, {called(high[1])})"
     else:
         said = ["'s weakest class is"] + ["'s is"] * (len(subjects) - 1)
         text = "; ".join(f"{w[0]}{verb} {w[1]} at {w[3]}" for verb, w in zip(said, weakest, strict=True))

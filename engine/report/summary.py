@@ -14,7 +14,7 @@ from retemper.engine.report.figures import INK, Look, as_plot, limits, new_figur
 from retemper.engine.report.page import Cell, Table
 from retemper.engine.report.read import attack_title
 from retemper.engine.report.run_set import RunSet
-from retemper.engine.report.words import at_most, columns
+from retemper.engine.report.words import at_most, called, columns
 from retemper.text import shorten
 
 
@@ -60,15 +60,10 @@ def _rows(runs: RunSet, attack: str) -> list[list[Cell]]:
         if len(results) > 1 and not runs.differing:
             best = (min if name == "nsd" else max)(filter(math.isfinite, values), default=math.nan)
         for row, result, value in zip(rows, results.values(), values, strict=True):
-            note = _called(runs.weakest(result)) if name == "worst" else ""
+            note = called(runs.weakest(result)) if name == "worst" else ""
             text, ends = at_most(result, name) + column.text(value), column.between(result.interval[name])
             row.append(Cell(text, note, ends, strong=value == best))
     return rows
-
-
-def _called(name: str) -> str:
-    """Return a class's name for a place where nothing else says that it is one: a number alone would be another."""
-    return name if name.lower().startswith("class") else f"class {name}"
 
 
 def scatter(results: Mapping[str, Result], look: Mapping[str, Look], narrow: bool) -> Figure:
@@ -83,7 +78,7 @@ def scatter(results: Mapping[str, Result], look: Mapping[str, Look], narrow: boo
         axes.plot(across, [y, y], color=style.line, linewidth=1.4)
         axes.plot([x, x], up, color=style.line, linewidth=1.4)
         mark: dict[str, Any] = {"marker": style.marker, "markeredgecolor": INK, "markersize": 10}
-        axes.plot(x, y, color=style.colour, **mark, zorder=3)
+        axes.plot(x, y, color=style.colour, **mark, zorder=3, clip_on=False)
         label = shorten(style.name, 30) + ", an upper bound" * result.upper_bound
         keys.append(Line2D([], [], color=style.colour, linestyle="", **mark, label=label))
         for values, new in zip(ends.values(), (across, up), strict=True):

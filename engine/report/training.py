@@ -197,7 +197,9 @@ def training(
             axes.set_ylabel("correct, %")
             axes.set_ylim(*limits(values, 10))
         elif min(values) > 0 and max(values) > LOG_FROM * min(values):
+            title += ", log scale"
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda loss, _: f"{loss:g}")
         axes.set_title(title)
         axes.yaxis.grid(True)
         epoch_axis(axes, epochs)

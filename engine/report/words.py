@@ -45,6 +45,11 @@ def isolated(name: str) -> str:
     return f"\u2068{name}\u2069" if turns else name
 
 
+def called(name: str) -> str:
+    """Return a class's name for a place where nothing else says that it is one: a number alone would be another."""
+    return name if name.lower().startswith("class") else f"class {name}"
+
+
 def percent(value: float) -> str:
     return f"{100 * value:.0f} %" if math.isfinite(value) else "none"
 

@@ -45,7 +45,7 @@ def shorten_all(names: Sequence[str], length: int) -> list[str]:
     """Return all names shortened; those that would look the same begin with their place in the list, from 0."""
     short = [shorten(name, length) for name in names]
     times = Counter(short)
-    return [s if times[s] == 1 else shorten(f"{k}: {names[k]}", length) for k, s in enumerate(short)]
+    return [s if times[s] == 1 else f"{k}: {shorten(names[k], length - len(f'{k}: '))}" for k, s in enumerate(short)]
 
 
 def pad(text: str, columns: int) -> str:
