@@ -76,7 +76,7 @@ def _sections(runs: RunSet) -> list[Section]:
     shown = runs.comparable
     return [
         Section("summary", "Summary", summary_blocks(runs)),
-        Section("seeds", "Seeds together", seed_blocks(shown, runs.attacks)),
+        Section("seeds", "Seeds together", seed_blocks(shown, runs.in_order)),
         Section("paired", "Differences on the same images", paired_blocks(runs)),
         Section("classes", "Class by class", classwise_blocks(runs)),
         Section("confusion", "What is taken for what", confusion_blocks(runs)),

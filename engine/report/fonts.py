@@ -14,7 +14,7 @@ from matplotlib.font_manager import FontEntry, findfont, fontManager, get_font
 from retemper.text import JOINERS
 
 FONT = "DejaVu Sans"
-NO_LETTERS = ("last resort", "lastresort", "emoji", "color")  # fonts of boxes, and of pictures that are not drawn
+NO_LETTERS = ("last resort", "lastresort", "color")  # fonts of boxes, and of coloured pictures, which are not drawn
 SHAPES = matplotlib.__version_info__ >= (3, 11)  # joins Arabic letters, and writes from right to left
 
 

@@ -59,7 +59,9 @@ def warnings(runs: RunSet) -> list[Text]:
         text = (
             f"No font on this machine has the letters of {some}{' and others' * (len(runs.undrawn) > 3)}: figures show "
         )
-        out.append(Text(f"{text}numbers instead. Install one, Noto Sans for example, and make the report again."))
+        out.append(
+            Text(f"{text}numbers instead. Install one (Noto has fonts for all scripts) and make the report again.")
+        )
     for run in runs.comparable:
         if runs.reference not in run.results:
             again = f"{run.evaluate} --attacks {runs.reference}"

@@ -33,7 +33,10 @@ def paired_blocks(runs: RunSet) -> list[Any]:
             continue
         try:
             a, b = (read_evaluated(one.folder, one.label) for one in (first, run))
-            found[run.label] = compare([a], [b], attack)
+            of = compare([a], [b], attack)
+            if len(of.classes) != len(runs.classes):
+                raise DataError(f"its protocol names {len(of.classes)} classes, its results have {len(runs.classes)}")
+            found[run.label] = of
         except (DataError, UsageError) as error:
             notes.append(Text(f"{run.label} is not compared: {error}"))
     if first is None or not found:
@@ -76,8 +79,8 @@ def _sure_classes(of: Comparison, sign: int) -> list[int]:
 def _said(of: Comparison, runs: RunSet, sign: int) -> str:
     """Return the names of those classes, or the first of many."""
     names = [runs.class_name(k) for k in _sure_classes(of, sign)]
-    more = f" and {len(names) - 5} more" if len(names) > 6 else ""
-    return ", ".join(names[:5] if more else names) + more or "none"
+    more = f" and {len(names) - 3} more" if len(names) > 4 else ""
+    return ", ".join(names[:3] if more else names) + more or "none"
 
 
 def _sure(of: Difference) -> bool:

@@ -88,7 +88,7 @@ def radius_curves(curves: Mapping[str, Curve], look: Mapping[str, Look], narrow:
     for name, points in curves.items():
         style = look[name]
         at, height = [math.sqrt(eps) for eps, _ in points], [100 * accuracy for _, accuracy in points]
-        axes.plot(at, height, color=style.line, linestyle=style.dash, marker=style.marker)
+        axes.plot(at, height, color=style.line, linestyle=style.dash, marker=style.marker, clip_on=False)
         labels.append((height[-1], shorten(style.name, 18), style.ink, True))
     last = max(points[-1][0] for points in curves.values())
     ticks = [eps for eps in (0, 0.03, 0.1, 0.3, 0.6, 1) if eps <= last]
