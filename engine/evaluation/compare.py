@@ -23,9 +23,11 @@ import numpy as np
 from retemper.engine.class_report import SUMMARIES, Pair, both_ways, class_report, percentiles, summaries
 from retemper.engine.evaluation.verdicts import Evaluated, require_attack, require_same, strongest
 from retemper.errors import DataError, UsageError
+from retemper.text import number, pad, shorten, shorten_all, text_width
 
 TITLES = {"average": "average, %", "worst": "worst class, %", "worst_tenth": "worst tenth, %", "nsd": "NSD"}
 MOST_CLASSES = 20  # in a table
+NAME = 24  # columns of a terminal that a class's name may take: with one seed a line then has less than 80
 
 
 @dataclass(frozen=True)
@@ -246,23 +248,29 @@ def as_text(found: Comparison) -> str:
     rows = [["", "A", "B", "B - A", "images"] + ["seeds"] * several + ["p"]]
     named = [name for name in SUMMARIES if name != "worst_tenth" or len(found.classes) > 10]
     rows += [_row(TITLES[name], found.summary[name], several, name != "nsd") for name in named]
-    rows += [_row(found.classes[k], found.by_class[k], several, True) for k in shown]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    names = shorten_all(found.classes, NAME)
+    rows += [_row(names[k], found.by_class[k], several, True) for k in shown]
+    widths = [max(map(text_width, column)) for column in zip(*rows, strict=True)]
     lines = [
         f"{found.attack}{' (an upper bound)' * found.upper_bound}, eps {found.eps:.4g}, {found.images:,} images",
-        f"A: {', '.join(found.a)}",
-        f"B: {', '.join(found.b)}",
+        f"A: {', '.join(shorten(name, 200) for name in found.a)}",
+        f"B: {', '.join(shorten(name, 200) for name in found.b)}",
     ]
     for title, *cells in rows:
         padded = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([f"{title:{widths[0]}}", *padded]).rstrip())
-    if len(shown) < len(known):
-        lines.append(f"and {len(known) - len(shown)} classes in which A is stronger; --json has them")
+        lines.append("  ".join([pad(title, widths[0]), *padded]).rstrip())
+    left_out = {
+        "in which A is stronger; --json has them": len(known) - len(shown),
+        "without images": len(found.classes) - len(known),
+    }
+    lines += [f"and {n} class{'es' * (n != 1)} {why}" for why, n in left_out.items() if n]
     interval = f"{found.level:.0%} intervals: images, for the choice of test images"
-    p = "p: McNemar's exact test, for classes after Holm's correction; their intervals have none"
+    p = "p: McNemar's exact test, for classes after Holm's correction for their number"
     if several:
-        interval, p = f"{interval}; seeds, for chance in training", f"{p}, the largest of the seeds'"
-    return "\n".join([*lines, interval, p])
+        interval, p = f"{interval}; seeds, for chance in training", f"{p};\n   the largest of the seeds'"
+    return "\n".join(
+        [*lines, interval, p, "   (the intervals have no such correction: one may leave out 0 where p is large)"]
+    )
 
 
 def _row(title: str, of: Difference, several: bool, percent: bool) -> list[str]:
@@ -270,11 +278,13 @@ def _row(title: str, of: Difference, several: bool, percent: bool) -> list[str]:
     scale, digits = (100, 1) if percent else (1, 3)
 
     def pair(ends: Pair | None, sign: str = "") -> str:
-        return "-" if ends is None else " to ".join(f"{scale * end:{sign}.{digits}f}" for end in ends)
+        if ends is None or not all(map(math.isfinite, ends)):
+            return "-"
+        return " to ".join(number(scale * end, digits, sign) for end in ends)
 
-    sides = [f"{scale * value:.{digits}f}" for value in (of.a, of.b)]
+    sides = [number(scale * value, digits) for value in (of.a, of.b)]
     if several:
         sides = [f"{side} ({pair(ends)})" for side, ends in zip(sides, (of.a_range, of.b_range), strict=True)]
     p = of.p if of.p_holm is None else of.p_holm
-    cells = [title, *sides, f"{scale * of.difference:+.{digits}f}", pair(of.images, "+")]
+    cells = [title, *sides, number(scale * of.difference, digits, "+"), pair(of.images, "+")]
     return [*cells, *[pair(of.seeds, "+")] * several, "" if p is None else f"{p:.2g}"]

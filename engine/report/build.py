@@ -3,8 +3,11 @@
 The same run folders give the same bytes.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
+
+from matplotlib import rc_context
 
 from retemper.engine.report.classwise import classwise_blocks
 from retemper.engine.report.confusion import confusion_blocks
@@ -18,6 +21,7 @@ from retemper.engine.report.run_set import RunSet
 from retemper.engine.report.summary import summary_blocks
 from retemper.engine.report.training import state_blocks, training_blocks
 from retemper.engine.report.trust import check_blocks
+from retemper.engine.run.run_folder import RunFolder
 from retemper.errors import UsageError
 from retemper.files import write_atomically
 
@@ -32,19 +36,34 @@ def build_report(folders: Sequence[Path], out: Path) -> Path:
     """Write the report, as `write_report` describes; matplotlib must be installed."""
     if not folders:
         raise UsageError("a report needs at least one run folder")
+    RunFolder(out).require_place()
     runs = RunSet([read_run(Path(folder)) for folder in folders])
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{out}: cannot be made a folder ({error.strerror})") from error
-    sections = [section for section in _sections(runs) if section.blocks]
+        raise UsageError(f"cannot write to {out} ({error.strerror}): name another folder with --out") from error
+    with rc_context({"font.family": runs.fonts}):
+        sections = [section for section in _sections(runs) if section.blocks]
     page = {"title": _title(runs), "headline": headline(runs), "subline": subline(runs), "notes": warnings(runs)}
-    for plot in (block for section in sections for block in section.blocks if isinstance(block, Plot)):
-        write_atomically(out / f"{plot.stem}.png", plot.png)
-    for name in ("report.md", "report.html"):
-        text = write_page(f"{name}.jinja", **page, sections=sections, footer=FOOTER)
-        write_atomically(out / name, text.encode("utf-8", "replace"))
+    texts = {
+        name: write_page(f"{name}.jinja", **page, sections=sections, footer=FOOTER).encode("utf-8", "replace")
+        for name in ("report.md", "report.html")
+    }
+    plots = [block for section in sections for block in section.blocks if isinstance(block, Plot)]
+    files = {f"{plot.stem}.png": plot.png for plot in plots} | texts
+    before = _figures_in(out)
+    for name, content in files.items():
+        write_atomically(out / name, content)
+    for name in before - set(files):
+        (out / name).unlink(missing_ok=True)
     return out / "report.html"
+
+
+def _figures_in(out: Path) -> set[str]:
+    """Return the names of the figures of a report that was written into the folder before."""
+    page = out / "report.md"
+    text = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
+    return set(re.findall(r"^!\[.*\]\(([a-z0-9_]+\.png)\)$", text, re.MULTILINE))
 
 
 def _title(runs: RunSet) -> str:
@@ -54,16 +73,16 @@ def _title(runs: RunSet) -> str:
 
 
 def _sections(runs: RunSet) -> list[Section]:
-    shown, attack, look = runs.comparable, runs.reference, runs.look
+    shown = runs.comparable
     return [
         Section("summary", "Summary", summary_blocks(runs)),
-        Section("seeds", "Seeds together", seed_blocks(shown, runs.attacks)),
-        Section("paired", "Differences on the same images", paired_blocks(shown, attack, look)),
+        Section("seeds", "Seeds together", seed_blocks(shown, runs.in_order)),
+        Section("paired", "Differences on the same images", paired_blocks(runs)),
         Section("classes", "Class by class", classwise_blocks(runs)),
-        Section("confusion", "What is taken for what", confusion_blocks(shown, attack)),
+        Section("confusion", "What is taken for what", confusion_blocks(runs)),
         Section("state", "Class state over the epochs", state_blocks(runs)),
         Section("training", "Training", training_blocks(runs)),
-        Section("checks", "Can the numbers be trusted?", check_blocks(runs.evaluated, look)),
+        Section("checks", "Can the numbers be trusted?", check_blocks(runs.evaluated, runs.look)),
         Section("protocol", "How it was evaluated", protocol_blocks(runs.evaluated)),
         Section("paper", "For a paper's table", paper_blocks(shown, runs.attacks)),
         Section("runs", "The runs", run_blocks(runs.runs)),

@@ -17,6 +17,7 @@ from retemper.engine.report.figures import (
     BARS_UP_TO,
     HALO,
     INK,
+    LABEL,
     MUTED,
     Look,
     as_plot,
@@ -27,7 +28,8 @@ from retemper.engine.report.figures import (
 from retemper.engine.report.page import Cell, Table
 from retemper.engine.report.read import attack_title, weakest_first
 from retemper.engine.report.run_set import RunSet
-from retemper.engine.report.words import PERCENT, at_most, percent, shorten
+from retemper.engine.report.words import PERCENT, at_most, percent
+from retemper.text import shorten, shorten_all, text_width
 
 THIN = 0.065  # inches: upright bars below it lie down instead
 
@@ -38,7 +40,7 @@ def classwise_blocks(runs: RunSet) -> list[Any]:
     if len(runs.classes) > BARS_UP_TO:
         caption = "classes sorted by accuracy, each run in its own order; bands are 95 % intervals. Flat: averages."
     blocks = []
-    for attack in sorted(runs.attacks, key=lambda attack: attack != runs.reference):
+    for attack in runs.in_order:
         stem = "classwise_" + (re.sub(r"[^a-z0-9]+", "_", attack.lower()).strip("_") or "attack")
         draw = partial(classwise, runs, attack)
         blocks.append(as_plot(stem, f"{attack_title(attack)}: {caption}", runs.said(attack), draw))
@@ -51,9 +53,9 @@ def _table(runs: RunSet, attack: str) -> Table:
     results, many, rows = runs.results(attack), len(runs.classes) > BARS_UP_TO, []
     mean_K = np.mean([np.nan_to_num(r.report.accuracy, nan=math.inf) for r in results.values()], axis=0)
     for k in weakest_first(mean_K) if many else range(len(runs.classes)):
-        cells = [Cell(runs.classes[k])]
+        cells = [Cell(runs.names[k], runs.undrawn.get(runs.names[k], ""))]
         for result in results.values():
-            value, weakest = result.report.accuracy[k], k == result.report.worst_class
+            value, weakest = result.report.accuracy[k], result.report.accuracy[k] == result.report.worst
             text, ends = at_most(result) + PERCENT.text(value), PERCENT.between(result.interval["class"][k])
             fill = value if math.isfinite(value) else 0.0
             cells.append(Cell(text + " ▼" * weakest, detail=ends, strong=weakest, fill=fill))
@@ -70,13 +72,14 @@ def classwise(runs: RunSet, attack: str, narrow: bool) -> Figure:
     lying = bars and _inches(runs, 0.82 / len(results), narrow) < THIN
     columns = 2 if len(results) > 3 and not narrow else 1
     height = 0.8 + len(runs.classes) * (0.12 * len(results) + 0.1) if lying else 3.6 if narrow else 3.9
-    figure = new_figure(narrow, height + 0.2 * -(-len(results) // columns))
+    keys = [_key(r, runs, runs.look[name], narrow) for name, r in results.items()]
+    lines = sum(1 + str(key.get_label()).count("\n") for key in keys)
+    figure = new_figure(narrow, height + 0.2 * -(-lines // columns))
     axes = figure.add_subplot()
     averages = {name: 100 * result.report.average for name, result in results.items()}
     for name, average in averages.items():
         line = axes.axvline if lying else axes.axhline
         line(average, color=runs.look[name].line, linestyle=runs.look[name].dash, linewidth=1.2, zorder=3.5)
-    keys = [_key(shorten(name, 12 if narrow else 16), r, runs, runs.look[name]) for name, r in results.items()]
     figure.legend(handles=keys, loc="outside upper left", ncols=columns, handlelength=1.6, labelspacing=0.35)
     if lying:
         _lying_bars(axes, runs, results)
@@ -115,7 +118,7 @@ def _lying_bars(axes: Axes, runs: RunSet, results: Mapping[str, Result]) -> None
             text = f"◀ {'≤' * result.upper_bound}{length[k]:.0f}"
             where = {"textcoords": "offset points", "va": "center", "zorder": 6, "fontsize": 8.5, "weight": "bold"}
             axes.annotate(text, (ends_K2[k, 1], at[k]), (3, 0), color=style.ink, **where)
-    class_rows(axes, runs.classes)
+    class_rows(axes, runs.drawn)
     axes.set_xlim(0, 100 if _ceiling(results) > 90 else _ceiling(results) + 8)
     axes.set_xlabel("correct, %")
 
@@ -133,15 +136,16 @@ def _bars(axes: Axes, runs: RunSet, results: Mapping[str, Result], narrow: bool)
         axes.vlines(at[known], *ends_K2[known].T, color=INK, linewidth=0.9, alpha=0.75, zorder=5)
         if k >= 0:
             axes.bar(at[k], height[k], width, fill=False, edgecolor=INK, linewidth=min(1.9, 16 * inches), zorder=4)
-            top = 100 * max(r.interval["class"][k][1] for r in results.values() if r.report.worst_class == k)
+            near = results.values() if levels > 1 else [result]  # that its number could touch
+            top = 100 * max(r.interval["class"][k][1] for r in near if r.report.worst_class == k)
             crowded = min(levels, shared.count(k)) > 3  # no room for numbers: the key has them
             text = "▼" if crowded else f"{'≤' * result.upper_bound}{height[k]:.0f}\n▼"
             above = 0 if crowded else shared[:i].count(k) % levels  # clear of a neighbour's number
             style = {"color": style.ink, "weight": "bold", "linespacing": 1.0, "zorder": 6, "bbox": HALO}
             where = {"textcoords": "offset points", "ha": "center", "va": "bottom"}
             axes.annotate(text, (at[k], top), (0, 3 + 25 * above), **where, **style)
-    names = [shorten(name, 14) for name in runs.classes]
-    slanted = max(map(len, names)) * len(names) > (34 if narrow else 110)
+    names = shorten_all(runs.drawn, 14)
+    slanted = max(map(text_width, names)) * len(names) > (34 if narrow else 110)
     axes.set_xticks(x, names, rotation=90 if slanted else 0)
     axes.tick_params(axis="x", length=0, labelcolor=INK)
     axes.set_xlim(-0.55, len(runs.classes) - 0.45)
@@ -168,16 +172,18 @@ def _steps(axes: Axes, runs: RunSet, results: Mapping[str, Result], narrow: bool
 def _ceiling(results: Mapping[str, Result]) -> float:
     """Return the end of the axis, above all intervals."""
     tops = [pair[1] for result in results.values() for pair in result.interval["class"]]
-    return 100 * min(1.03, 1.08 * max([top for top in tops if math.isfinite(top)], default=1.0) + 0.01)
+    return 100 * min(1.03, max(0.1, 1.08 * max([top for top in tops if math.isfinite(top)], default=1.0) + 0.01))
 
 
-def _key(name: str, result: Result, runs: RunSet, style: Look) -> Patch | Line2D:
-    """Return the run's line of the legend."""
-    report, most = result.report, at_most(result)
-    label = f"{name}: average {most}{percent(report.average)}"
-    if len(runs.classes) > BARS_UP_TO:
-        label += f"; worst tenth {most}{percent(report.worst_tenth)}"
+def _key(result: Result, runs: RunSet, style: Look, narrow: bool) -> Patch | Line2D:
+    """Return the run's line of the legend, or two lines where one would be too wide."""
+    report, most, many = result.report, at_most(result), len(runs.classes) > BARS_UP_TO
+    parts = [f"{shorten(style.name, 12 if narrow else 16)}: average {most}{percent(report.average)}"]
+    if many:
+        parts.append(f"worst tenth {most}{percent(report.worst_tenth)}")
+    elif report.worst_class >= 0:
+        parts.append(f"weakest {shorten(runs.drawn[report.worst_class], 16)} at {most}{percent(report.worst)}")
+    label = (";\n" if narrow and text_width("; ".join(parts)) > LABEL else "; ").join(parts)
+    if many:
         return Line2D([], [], color=style.line, linestyle=style.dash, label=label)
-    if report.worst_class >= 0:
-        label += f"; weakest {shorten(runs.classes[report.worst_class], 12)} at {most}{percent(report.worst)}"
     return Patch(facecolor=style.colour, hatch=style.hatch, edgecolor="white", label=label)

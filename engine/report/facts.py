@@ -12,7 +12,11 @@ from retemper.engine.report.words import pixels, plain
 def protocol_blocks(runs: Sequence[RunRecord]) -> list[Any]:
     """Return the table of the protocols of evaluated runs."""
     caption = "What was attacked, and how. Accuracies are of the weights named here."
-    return [_facts_table(caption, {run.label: protocol_facts(run) for run in runs})] if runs else []
+    facts = {run.label: protocol_facts(run) for run in runs}
+    for run in runs:
+        others = {attack_title(attack): "not run" for other in runs for attack in other.results.keys() - run.results}
+        facts[run.label] |= dict(sorted(others.items()))
+    return [_facts_table(caption, facts)] if runs else []
 
 
 def run_blocks(runs: Sequence[RunRecord]) -> list[Any]:
@@ -43,7 +47,7 @@ def _attack_settings(settings: dict[str, Any]) -> str:
 
 def _run_facts(run: RunRecord) -> dict[str, str]:
     if run.is_foreign:
-        return {"role": "from elsewhere", "network": plain(run.protocol.get("weights"))}
+        return {"folder": str(run.folder), "role": "from elsewhere", "network": plain(run.protocol.get("weights"))}
     config, recipe, teacher = run.config, run.recipe, as_dict(run.config.get("teacher"))
     role = f"teacher of {', '.join(run.taught)}" if run.taught else "trained without a teacher"
     seconds, speed = (
@@ -51,6 +55,7 @@ def _run_facts(run: RunRecord) -> dict[str, str]:
         for name in ("seconds", "images_per_second")
     )
     return {
+        "folder": str(run.folder),
         "recipe": f"{config.get('method')}:{config.get('setting')}",
         "role": f"taught by {teacher.get('model')} from {teacher.get('path')}" if teacher else role,
         "variant": plain(recipe.get("variant")),

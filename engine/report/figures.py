@@ -9,26 +9,26 @@ import io
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 from scipy.optimize import isotonic_regression
 
 from retemper.engine.report.page import Plot
-from retemper.engine.report.words import shorten
+from retemper.text import shorten_all
 
 INK, MUTED, FAINT, ALERT = "#1b1f24", "#5b6470", "#c3c9d0", "#b0330f"
 BARS_UP_TO = 20  # classes; beyond it bars, and names, are too many to read
+LABEL = 46  # columns of text that fit into the key of a narrow figure
 LINE_HEIGHT = 1.25  # of a label, in font sizes
 SOLID, DASH, DOT = "-", (0, (5, 2)), (0, (1.2, 1.4))
 HALO = {"facecolor": "white", "alpha": 0.85, "linewidth": 0, "pad": 0.8}  # behind a label that lies on lines
 STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so that a figure is the same everywhere
     "font.size": 10,
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
@@ -59,7 +59,10 @@ EndLabel = tuple[float, str, str, bool]  # value, text, colour, bold
 
 @dataclass(frozen=True)
 class Look:
-    """The look of a run: `colour` fills areas, `line` is strong enough for a line, `ink` for text on white."""
+    """The look of a run: `colour` fills areas, `line` is strong enough for a line, `ink` for text on white.
+
+    name: what figures call the run, in letters that they can draw.
+    """
 
     colour: str
     line: str
@@ -67,6 +70,7 @@ class Look:
     hatch: str
     dash: Any
     marker: str
+    name: str = ""
 
 
 LOOKS = [
@@ -82,10 +86,11 @@ LOOKS = [
 TEACHER = Look("#c9ced4", "#8a929c", "#5b6470", "", DOT, "h")
 
 
-def looks(teachers: Sequence[bool]) -> list[Look]:
+def looks(names: Sequence[str], teachers: Sequence[bool]) -> list[Look]:
     """Return the look of each run, in order; True stands for a teacher."""
     students = iter(range(len(teachers)))
-    return [TEACHER if teacher else LOOKS[next(students) % len(LOOKS)] for teacher in teachers]
+    found = (TEACHER if teacher else LOOKS[next(students) % len(LOOKS)] for teacher in teachers)
+    return [replace(look, name=name) for look, name in zip(found, names, strict=True)]
 
 
 def as_plot(stem: str, caption: str, said: Iterable[str], draw: Callable[[bool], Figure]) -> Plot:
@@ -117,7 +122,7 @@ def panels(figure: Figure, number: int, columns: int) -> list[Axes]:
 
 def class_rows(axes: Axes, classes: Sequence[str]) -> None:
     """Name the classes along the vertical axis, from the top down."""
-    axes.set_yticks(range(len(classes)), [shorten(name, 14) for name in classes])
+    axes.set_yticks(range(len(classes)), shorten_all(classes, 14))
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.set_ylim(len(classes) - 0.5, -0.5)
     axes.xaxis.grid(True)
@@ -127,8 +132,22 @@ def epoch_axis(axes: Axes, epoch: Sequence[int]) -> None:
     """Label the horizontal axis with epochs, from the first to the last."""
     first, last = min(epoch, default=0), max(epoch, default=1)
     axes.set_xlim(first - (first == last), last + (first == last))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True) if first < last else FixedLocator([first]))
     axes.set_xlabel("epoch")
+
+
+def limits(values: Iterable[float], least: float, bounds: tuple[float, float] = (0, 100)) -> tuple[float, float]:
+    """Return the ends of an axis: a little beyond all values that are numbers, but within the bounds.
+
+    Args:
+        least: the length of the axis, at least; one that shows equal values would have ticks that mean nothing.
+        bounds: what the values cannot leave; percentages, if nothing else is said.
+    """
+    known = [value for value in values if math.isfinite(value)] or list(bounds)
+    low, high = min(known), max(known)
+    pad = max(0.05 * (high - low), (least - high + low) / 2)
+    shift = max(0.0, bounds[0] - low + pad) - max(0.0, high + pad - bounds[1])
+    return max(bounds[0], low - pad + shift), min(bounds[1], high + pad + shift)
 
 
 def end_labels(figure: Figure, panels: Sequence[tuple[Axes, list[EndLabel]]], size: float) -> None:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 from retemper.engine.class_report import Result
 from retemper.engine.report.page import Text
-from retemper.engine.report.read import attack_title
+from retemper.engine.report.read import as_number, attack_title
 from retemper.engine.report.run_set import RunSet
 from retemper.engine.report.trust import check_warnings
-from retemper.engine.report.words import at_most, percent
+from retemper.engine.report.words import at_most, called, percent
 
 FEW_IMAGES = 100  # in a class: the 95 % interval at 50 % is then 19 points wide
 Subjects = Sequence[tuple[str, Result]]
@@ -20,14 +20,11 @@ def headline(runs: RunSet) -> str:
     if not subjects:
         return "None of these runs has been evaluated yet."
     where = "On clean images" if runs.reference == "clean" else f"Under {attack_title(runs.reference)}"
-    weakest = [
-        (name, runs.class_name(r.report.worst_class), r.report.worst, at_most(r) + percent(r.report.worst))
-        for name, r in subjects
-    ]
+    weakest = [(name, runs.weakest(r), r.report.worst, at_most(r) + percent(r.report.worst)) for name, r in subjects]
     if len(subjects) > 4:
         low, high = (pick(weakest, key=lambda w: w[2]) for pick in (min, max))
-        text = f"the weakest class of {len(subjects)} runs lies between {low[3]} ({low[0]}, {low[1]})"
-        text += f" and {high[3]} ({high[0]}, {high[1]})"
+        text = f"the weakest class of {len(subjects)} runs lies between {low[3]} ({low[0]}, {called(low[1])})"
+        text += f" and {high[3]} ({high[0]}, {called(high[1])})"
     else:
         said = ["'s weakest class is"] + ["'s is"] * (len(subjects) - 1)
         text = "; ".join(f"{w[0]}{verb} {w[1]} at {w[3]}" for verb, w in zip(said, weakest, strict=True))
@@ -57,6 +54,19 @@ def warnings(runs: RunSet) -> list[Text]:
     if runs.differing:
         what = "; ".join(f"{name} ({', '.join(values)})" for name, values in runs.differing.items())
         out.append(Text(f"These runs were evaluated under different protocols, do not compare them: {what}."))
+    if runs.undrawn:
+        some = ", ".join(f"{name} ({drawn})" for name, drawn in list(runs.undrawn.items())[:3])
+        text = (
+            f"No font on this machine has the letters of {some}{' and others' * (len(runs.undrawn) > 3)}: figures show "
+        )
+        out.append(
+            Text(f"{text}numbers instead. Install one (Noto has fonts for all scripts) and make the report again.")
+        )
+    for run in runs.comparable:
+        if runs.reference not in run.results:
+            again = f"{run.evaluate} --attacks {runs.reference}"
+            text = f"{run.label} was not evaluated under {attack_title(runs.reference)}, which the headline is about."
+            out.append(Text(f"{text} To do it:", again))
     for run in runs.evaluated:
         if run not in runs.comparable:
             out.append(Text(f"{run.label} has other classes: it is left out of the tables and figures by class."))
@@ -66,6 +76,9 @@ def warnings(runs: RunSet) -> list[Text]:
         text = f"Few test images: {min(counts)} in the smallest class."
         out.append(Text(f"{text} At 50 % a class's 95 % interval is {width:.0f} points wide."))
     for run in runs.runs:
+        lost = sum("loss" in row and not math.isfinite(as_number(row["loss"])) for row in run.metrics)
+        if lost:
+            out.append(Text(f"{run.label}: the loss of {lost} of {len(run.metrics)} epochs is not a number."))
         if run.recipe.get("select_on") == "test":
             out.append(Text(f"{run.label} chose its best epoch on the test images: its numbers flatter it."))
         out += [*check_warnings(run), *(Text(f"{run.label}: {note.text}", note.code) for note in run.notes)]
@@ -84,7 +97,7 @@ def _nsd_sentence(subjects: Subjects) -> str:
     if not values:
         return ""
     if len(values) == 1:
-        return f"NSD is {values[0][1]}."
+        return f"NSD is {values[0][1]}" + (f" for {values[0][0]}." if len(subjects) > 1 else ".")
     if len(values) == 2:
         (_, before, a), (_, after, b) = values
         change = f"{'falls' if b < a else 'rises'} from {before} to {after}"

@@ -64,8 +64,19 @@ def write_page(template: str, **page: Any) -> str:
     Args:
         page: title, headline, subline, notes, sections, footer.
     """
-    filters = {"kind": lambda block: type(block).__name__, "data_uri": _data_uri, "plain": _plain, "code": _code}
+    filters = {
+        "kind": lambda block: type(block).__name__,
+        "data_uri": _data_uri,
+        "plain": _plain,
+        "code": _code,
+        "together": _together,
+    }
     return render(Path(__file__).parent, template, filters | {"cell": _markdown_cell}, **page)
+
+
+def _together(text: str) -> str:
+    """Keep a number and its percent sign, or its bound, on one line."""
+    return re.sub(r"(?<=\d) (?=%)|(?<=≤) (?=\d)", "\u00a0", text)
 
 
 def _data_uri(svg: bytes) -> str:

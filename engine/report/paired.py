@@ -10,37 +10,43 @@ from matplotlib.lines import Line2D
 
 from retemper.engine.evaluation.compare import Comparison, Difference, compare
 from retemper.engine.evaluation.verdicts import read_evaluated
-from retemper.engine.report.figures import BARS_UP_TO, INK, Look, as_plot, class_rows, new_figure
+from retemper.engine.report.figures import BARS_UP_TO, INK, Look, as_plot, class_rows, limits, new_figure
 from retemper.engine.report.page import Cell, Plot, Table, Text
-from retemper.engine.report.read import RunRecord, attack_title
-from retemper.engine.report.words import columns, shorten
+from retemper.engine.report.read import attack_title
+from retemper.engine.report.run_set import RunSet
+from retemper.engine.report.words import columns
 from retemper.errors import DataError, UsageError
+from retemper.text import shorten
 
 SURE = 0.05  # a smaller p is taken for a difference
 
 
-def paired_blocks(runs: Sequence[RunRecord], attack: str, look: Mapping[str, Look]) -> list[Any]:
+def paired_blocks(runs: RunSet) -> list[Any]:
     """Return the blocks of the section: a table, a figure by class, and a line for each run that cannot be compared."""
-    runs = [run for run in runs if attack in run.results]
-    first = next((run for run in runs if not run.is_teacher), runs[0] if runs else None)
+    attack = runs.reference
+    compared = [run for run in runs.comparable if attack in run.results]
+    first = next((run for run in compared if not run.is_teacher), compared[0] if compared else None)
     found: dict[str, Comparison] = {}
     notes = []
-    for run in runs:
+    for run in compared:
         if first is None or run is first:
             continue
         try:
             a, b = (read_evaluated(one.folder, one.label) for one in (first, run))
-            found[run.label] = compare([a], [b], attack)
+            of = compare([a], [b], attack)
+            if len(of.classes) != len(runs.classes):
+                raise DataError(f"its protocol names {len(of.classes)} classes, its results have {len(runs.classes)}")
+            found[run.label] = of
         except (DataError, UsageError) as error:
             notes.append(Text(f"{run.label} is not compared: {error}"))
     if first is None or not found:
         return notes
     title, versus = attack_title(attack), f"run minus {first.label}"
-    return [_table(found, title, versus), *_by_class(found, title, versus, look), *notes]
+    return [_table(found, runs, title, versus), *_by_class(found, runs, title, versus), *notes]
 
 
-def _table(found: Mapping[str, Comparison], title: str, versus: str) -> Table:
-    shown = columns(len(next(iter(found.values())).classes))
+def _table(found: Mapping[str, Comparison], runs: RunSet, title: str, versus: str) -> Table:
+    shown = columns(len(runs.classes))
     rows = []
     for run, of in found.items():
         cells = [Cell(run)]
@@ -48,7 +54,7 @@ def _table(found: Mapping[str, Comparison], title: str, versus: str) -> Table:
             difference, (low, high) = of.summary[name].difference, of.summary[name].images
             text, ends = column.text(difference, "+"), column.between((low, high))
             cells.append(Cell(text, detail=ends, strong=low > 0 or high < 0))
-        cells += [Cell(_sure_classes(of, sign)) for sign in (1, -1)]
+        cells += [_sure_cell(of, runs, sign) for sign in (1, -1)]
         rows.append([*cells, Cell(f"{of.summary['average'].p:.2g}")])
     caption = (
         f"{title}, {versus}, in points (NSD: less is fairer), with 95 % intervals of the paired bootstrap; bold: 0 is "
@@ -59,33 +65,46 @@ def _table(found: Mapping[str, Comparison], title: str, versus: str) -> Table:
     return Table(caption, head, [("", rows)])
 
 
-def _sure_classes(of: Comparison, sign: int) -> str:
+def _sure_cell(of: Comparison, runs: RunSet, sign: int) -> Cell:
+    number = len(_sure_classes(of, sign))
+    return Cell(f"{number} class{'es' * (number != 1)}", detail=_said(of, runs, sign)) if number else Cell("none")
+
+
+def _sure_classes(of: Comparison, sign: int) -> list[int]:
     """Return the classes that are surely better (`sign` 1) or worse (-1), the largest difference first."""
-    gains = [(sign * d.difference, name) for name, d in zip(of.classes, of.by_class, strict=True) if _sure(d)]
-    names = [shorten(name, 14) for gain, name in sorted(gains, key=lambda pair: -pair[0]) if gain > 0]
-    more = f" and {len(names) - 5} more" if len(names) > 6 else ""
-    return ", ".join(names[:5] if more else names) + more or "none"
+    gain_K = [sign * d.difference if _sure(d) else 0.0 for d in of.by_class]
+    return [k for k in sorted(range(len(gain_K)), key=lambda k: -gain_K[k]) if gain_K[k] > 0]
+
+
+def _said(of: Comparison, runs: RunSet, sign: int) -> str:
+    """Return the names of those classes, or the first of many."""
+    names = [runs.class_name(k) for k in _sure_classes(of, sign)]
+    more = f" and {len(names) - 3} more" if len(names) > 4 else ""
+    return ", ".join(names[:3] if more else names) + more or "none"
 
 
 def _sure(of: Difference) -> bool:
     return of.p_holm is not None and of.p_holm < SURE
 
 
-def _by_class(found: Mapping[str, Comparison], title: str, versus: str, look: Mapping[str, Look]) -> list[Plot]:
-    if len(next(iter(found.values())).classes) > BARS_UP_TO:
+def _by_class(found: Mapping[str, Comparison], runs: RunSet, title: str, versus: str) -> list[Plot]:
+    if len(runs.classes) > BARS_UP_TO:
         return []
     versus_first = versus.removeprefix("run ")
     said = [
-        f"{name} {versus_first}: better in {_sure_classes(of, 1)}, worse in {_sure_classes(of, -1)}"
+        f"{name} {versus_first}: better in {_said(of, runs, 1)}, worse in {_said(of, runs, -1)}"
         for name, of in found.items()
     ]
-    caption = f"{title} by class: {versus}; right is better. Lines: 95 % intervals of the paired bootstrap."
-    return [as_plot("paired", f"{caption} Filled marks: p below {SURE}.", said, partial(dots, found, look))]
+    caption = (
+        f"{title} by class: {versus}; right is better. Lines: 95 % intervals of the paired bootstrap. Filled marks: p "
+        f"below {SURE} after Holm's correction for the number of classes; the lines have none, so that one beside a "
+        "hollow mark may leave out 0 by luck."
+    )
+    return [as_plot("paired", caption, said, partial(dots, found, runs.drawn, runs.look))]
 
 
-def dots(found: Mapping[str, Comparison], look: Mapping[str, Look], narrow: bool) -> Figure:
+def dots(found: Mapping[str, Comparison], classes: Sequence[str], look: Mapping[str, Look], narrow: bool) -> Figure:
     """Draw the differences by class: a row for each class, in it a mark for each run."""
-    classes = next(iter(found.values())).classes
     pitch = 0.16 if len(found) > 1 else 0.3  # inches between two marks
     in_row = 1 if narrow else min(3, len(found))
     height = len(classes) * (pitch * len(found) + 0.16) + 0.7 + 0.2 * -(-len(found) // in_row)
@@ -95,7 +114,9 @@ def dots(found: Mapping[str, Comparison], look: Mapping[str, Look], narrow: bool
     for i, (name, of) in enumerate(found.items()):
         style, at = look[name], np.arange(len(classes)) + 0.76 * ((i + 0.5) / len(found) - 0.5)
         line: dict[str, Any] = {"color": style.line, "linestyle": style.dash}
-        keys.append(Line2D([], [], **line, marker=style.marker, markeredgecolor=style.ink, label=shorten(name, 24)))
+        keys.append(
+            Line2D([], [], **line, marker=style.marker, markeredgecolor=style.ink, label=shorten(style.name, 24))
+        )
         for y, difference in zip(at, of.by_class, strict=True):
             axes.plot([100 * end for end in difference.images], [y, y], **line, linewidth=1.4)
             fill = style.colour if _sure(difference) else "white"
@@ -105,5 +126,7 @@ def dots(found: Mapping[str, Comparison], look: Mapping[str, Look], narrow: bool
     for k in range(1, len(classes)):
         axes.axhline(k - 0.5, color="#e6e9ed", linewidth=0.8, zorder=0)
     class_rows(axes, classes)
+    ends = [100 * end for of in found.values() for difference in of.by_class for end in difference.images]
+    axes.set_xlim(*limits([0, *ends], 4, (-100, 100)))
     axes.set_xlabel("points")
     return figure

@@ -8,7 +8,8 @@ from statistics import fmean
 
 from retemper.engine.report.page import Cell, Listing, Table
 from retemper.engine.report.read import RunRecord, attack_title
-from retemper.engine.report.words import Column, at_most, columns, pixels, shorten
+from retemper.engine.report.words import Column, at_most, columns, pixels
+from retemper.text import shorten
 
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"} | {char: f"\\{char}" for char in "&%$#_{}"}

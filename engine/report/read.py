@@ -15,10 +15,10 @@ import numpy as np
 
 from retemper.engine.class_report import Result, read_result
 from retemper.engine.report.page import Text
-from retemper.engine.report.words import shorten
 from retemper.engine.run.run_folder import RunFolder
 from retemper.errors import DataError
 from retemper.files import read_json
+from retemper.text import shorten
 
 ATTACKS = {
     "clean": "Clean",

@@ -7,23 +7,23 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from retemper.engine.class_report import Result
-from retemper.engine.report.figures import HALO, INK, Look, as_plot, new_figure
+from retemper.engine.report.figures import INK, Look, as_plot, limits, new_figure
 from retemper.engine.report.page import Cell, Table
 from retemper.engine.report.read import attack_title
 from retemper.engine.report.run_set import RunSet
-from retemper.engine.report.words import at_most, columns, shorten
-
-LABEL_SIZE = np.array((0.16, 0.07))  # about a label's width and height, in parts of the axes
+from retemper.engine.report.words import at_most, called, columns
+from retemper.text import shorten
 
 
 def summary_blocks(runs: RunSet) -> list[Any]:
-    """Return the table of all attacks, and the figure of the reference attack if there is more than one run."""
+    """Return the table of all attacks, that of the headline first, and its figure if there is more than one run."""
     if not runs.attacks:
         return []
     titles = {name: column.title for name, column in columns(len(runs.classes)).items()}
-    groups = [(_heading(runs, attack), _rows(runs, attack)) for attack in runs.attacks]
+    groups = [(_heading(runs, attack), _rows(runs, attack)) for attack in runs.in_order]
     blocks: list[Any] = [Table(_caption(runs), ["run", *titles.values()], groups)]
     results = runs.results(runs.reference)
     if len(results) > 1:
@@ -52,7 +52,7 @@ def _heading(runs: RunSet, attack: str) -> str:
 
 def _rows(runs: RunSet, attack: str) -> list[list[Cell]]:
     results = runs.results(attack)
-    rows = [[Cell(run, colour=runs.look[run].colour)] for run in results]
+    rows = [[Cell(run, runs.undrawn.get(run, ""), colour=runs.look[run].colour)] for run in results]
     for name, column in columns(len(runs.classes)).items():
         column = column._replace(digits=min(2, column.digits))
         values = [getattr(r.report, name) for r in results.values()]
@@ -60,7 +60,7 @@ def _rows(runs: RunSet, attack: str) -> list[list[Cell]]:
         if len(results) > 1 and not runs.differing:
             best = (min if name == "nsd" else max)(filter(math.isfinite, values), default=math.nan)
         for row, result, value in zip(rows, results.values(), values, strict=True):
-            note = f"class {runs.class_name(result.report.worst_class)}" if name == "worst" else ""
+            note = called(runs.weakest(result)) if name == "worst" else ""
             text, ends = at_most(result, name) + column.text(value), column.between(result.interval[name])
             row.append(Cell(text, note, ends, strong=value == best))
     return rows
@@ -68,36 +68,25 @@ def _rows(runs: RunSet, attack: str) -> list[list[Cell]]:
 
 def scatter(results: Mapping[str, Result], look: Mapping[str, Look], narrow: bool) -> Figure:
     """Draw the average against the weakest class, with 95 % lines: right is stronger, up is fairer."""
-    figure = new_figure(narrow, 4.0 if narrow else 4.6, 4.0 if narrow else 6.8)
+    columns = 1 if narrow else 2
+    figure = new_figure(narrow, 3.8 + 0.2 * -(-len(results) // columns), 4.0 if narrow else 6.8)
     axes = figure.add_subplot()
-    points = {name: (100 * r.report.average, 100 * r.report.worst) for name, r in results.items()}
-    for name, (x, y) in points.items():
-        style, (across, up) = look[name], (100 * np.array(results[name].interval[of]) for of in ("average", "worst"))
+    keys, ends = [], {"average": [], "worst": []}
+    for name, result in results.items():
+        style, x, y = look[name], 100 * result.report.average, 100 * result.report.worst
+        across, up = (100 * np.array(result.interval[of]) for of in ends)
         axes.plot(across, [y, y], color=style.line, linewidth=1.4)
         axes.plot([x, x], up, color=style.line, linewidth=1.4)
-        axes.plot(x, y, style.marker, color=style.colour, markeredgecolor=INK, markersize=10, zorder=3)
-    axes.autoscale_view()  # fixes the limits, which the next line needs
-    at_N2 = axes.transLimits.transform(list(points.values()))
-    for name, (right, up) in zip(points, _free_corners(at_N2), strict=True):
-        text, where = shorten(name, 18) + " ≤" * results[name].upper_bound, (9 * right, 10 * up)
-        side = "left" if right > 0 else "right"
-        style = {"ha": side, "va": "center", "color": look[name].ink, "weight": "bold", "bbox": HALO, "zorder": 4}
-        axes.annotate(text, points[name], where, textcoords="offset points", **style)
+        mark: dict[str, Any] = {"marker": style.marker, "markeredgecolor": INK, "markersize": 10}
+        axes.plot(x, y, color=style.colour, **mark, zorder=3, clip_on=False)
+        label = shorten(style.name, 30) + ", an upper bound" * result.upper_bound
+        keys.append(Line2D([], [], color=style.colour, linestyle="", **mark, label=label))
+        for values, new in zip(ends.values(), (across, up), strict=True):
+            values += new.tolist()
+    figure.legend(handles=keys, loc="outside upper left", ncols=columns, labelspacing=0.35)
+    axes.set_xlim(*limits(ends["average"], 4))
+    axes.set_ylim(*limits(ends["worst"], 4))
     axes.set_xlabel("average over all images, %")
     axes.set_ylabel("weakest class, %")
     axes.grid(True)
     return figure
-
-
-def _free_corners(at_N2: np.ndarray) -> list[tuple[int, int]]:
-    """Return for each point, in parts of the axes, the corner where a label is clear of points and earlier labels."""
-    labels, corners = [], []
-    for i, point in enumerate(at_N2):
-        taken = np.array([*np.delete(at_N2, i, axis=0), *labels, point + 9])  # the last: far away, never the nearest
-        room = {}
-        for corner in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
-            apart = np.abs(taken - point - np.array(corner) * LABEL_SIZE / 2) / LABEL_SIZE
-            room[corner] = min(1.0, float(apart.max(axis=1).min()))  # 1: as far as a label is wide or high
-        corners.append(max(room, key=room.__getitem__))
-        labels.append(point + np.array(corners[-1]) * LABEL_SIZE / 2)
-    return corners

@@ -28,14 +28,16 @@ from retemper.engine.report.figures import (
     as_plot,
     end_labels,
     epoch_axis,
+    limits,
     new_figure,
     panels,
 )
 from retemper.engine.report.page import Plot
 from retemper.engine.report.read import RunRecord, as_dict, as_number, attack_title, weakest_first
 from retemper.engine.report.run_set import RunSet
-from retemper.engine.report.words import shorten
+from retemper.text import shorten, shorten_all
 
+LOG_FROM = 300  # times the least loss: beyond it, all but the largest would lie on one line
 LR_DROP = 0.6  # a rate below this part of the epoch before is a drop, not a smooth decay
 
 
@@ -68,7 +70,7 @@ def state_blocks(runs: RunSet) -> list[Plot]:
     if any(state.weakest for state in states):
         caption += f" Thick and red: the run's weakest class under {attack_title(runs.reference)};"
         caption += " dashed and dotted: the next two."
-    return [as_plot("class_state", caption, said, partial(class_state, states, runs.classes))]
+    return [as_plot("class_state", caption, said, partial(class_state, states, runs.drawn, runs.look))]
 
 
 def _class_states(run: RunRecord, attack: str) -> list[ClassState]:
@@ -93,14 +95,15 @@ def _range(value_K: np.ndarray) -> str:
     return f"{known.min():.2f}..{known.max():.2f}" if len(known) else "nothing"
 
 
-def class_state(states: Sequence[ClassState], classes: Sequence[str], narrow: bool) -> Figure:
+def class_state(states: Sequence[ClassState], classes: Sequence[str], look: Mapping[str, Look], narrow: bool) -> Figure:
     """Draw one panel for each run and name, a line for each class, the weakest classes on top."""
     columns = 1 if narrow or len(states) == 1 else 2
     rows = -(-len(states) // columns)
     figure = new_figure(narrow, rows * (2.9 if len(classes) <= 12 else 3.6))
     labels = []
     for axes, state in zip(panels(figure, len(states), columns), states, strict=True):
-        labels.append((axes, _state_panel(axes, state, classes)))
+        labels.append((axes, _state_panel(axes, state, shorten_all(classes, 12))))
+        axes.set_title(f"{shorten(look[state.run].name, 20)}: {shorten(state.title, 20)}")
         axes.set_ylim(*_limits([s.values for s in states if s.key == state.key]))
     end_labels(figure, labels, 8.5)
     return figure
@@ -115,8 +118,7 @@ def _state_panel(axes: Axes, state: ClassState, classes: Sequence[str]) -> list[
         mark = "o" if len(state.epochs) == 1 else ""
         axes.plot(state.epochs, state.values[:, k], color=colour, linewidth=width, linestyle=dash, marker=mark)
         if rank >= 0 or len(classes) <= BARS_UP_TO:
-            labels.append((state.values[-1, k], shorten(classes[k], 12), colour if rank >= 0 else MUTED, rank >= 0))
-    axes.set_title(f"{shorten(state.run, 20)}: {state.title}")
+            labels.append((state.values[-1, k], classes[k], colour if rank >= 0 else MUTED, rank >= 0))
     epoch_axis(axes, state.epochs)
     axes.yaxis.grid(True)
     return labels
@@ -189,9 +191,16 @@ def training(
         lines = {run: of_run[name] for run, of_run in curves.items() if of_run[name][0]}
         epochs = sorted({epoch for line in lines.values() for epoch in line[0]})
         scale = 1 if name == "loss" else 100
-        labels.append((axes, [_curve(axes, run, line, scale, look[run], epochs) for run, line in lines.items()]))
+        labels.append((axes, [_curve(axes, line, scale, look[run], epochs) for run, line in lines.items()]))
+        values = [scale * value for _, of_run in lines.values() for value in of_run]
+        if name != "loss":
+            axes.set_ylabel("correct, %")
+            axes.set_ylim(*limits(values, 10))
+        elif min(values) > 0 and max(values) > LOG_FROM * min(values):
+            title += ", log scale"
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda loss, _: f"{loss:g}")
         axes.set_title(title)
-        axes.set_ylabel("" if name == "loss" else "correct, %")
         axes.yaxis.grid(True)
         epoch_axis(axes, epochs)
         _mark_rate_drops(axes, drops, look, named=name == "loss")
@@ -199,14 +208,14 @@ def training(
     return figure
 
 
-def _curve(axes: Axes, run: str, line: Line, scale: int, style: Look, epochs: Sequence[int]) -> EndLabel:
+def _curve(axes: Axes, line: Line, scale: int, style: Look, epochs: Sequence[int]) -> EndLabel:
     epoch, value = line[0], [scale * v for v in line[1]]
     mark = style.marker if len(epochs) < 16 else ""
     dash, width = (style.dash, 2) if len(epochs) < 60 else (SOLID, 1.3)  # on a jagged line dashes are noise
     axes.plot(epoch, value, color=style.line, linestyle=dash, linewidth=width, marker=mark, clip_on=False)
     if epoch[-1] < epochs[-1]:  # a shorter run: a thread to its name
         axes.plot([epoch[-1], epochs[-1]], [value[-1]] * 2, color=FAINT, linewidth=0.9, zorder=1)
-    return value[-1], shorten(run, 14), style.ink, True
+    return value[-1], shorten(style.name, 14), style.ink, True
 
 
 def _mark_rate_drops(axes: Axes, drops: Mapping[str, Sequence[int]], look: Mapping[str, Look], named: bool) -> None:

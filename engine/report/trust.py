@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from retemper.engine.report.figures import Look, as_plot, end_labels, new_figure
 from retemper.engine.report.page import Cell, Plot, Table, Text
 from retemper.engine.report.read import RunRecord, as_dict, as_number
-from retemper.engine.report.words import pixels, shorten
+from retemper.engine.report.words import pixels
+from retemper.text import shorten
 
 Curve = list[tuple[float, float]]  # radius in pixel units, accuracy
 
@@ -87,8 +88,8 @@ def radius_curves(curves: Mapping[str, Curve], look: Mapping[str, Look], narrow:
     for name, points in curves.items():
         style = look[name]
         at, height = [math.sqrt(eps) for eps, _ in points], [100 * accuracy for _, accuracy in points]
-        axes.plot(at, height, color=style.line, linestyle=style.dash, marker=style.marker)
-        labels.append((height[-1], shorten(name, 18), style.ink, True))
+        axes.plot(at, height, color=style.line, linestyle=style.dash, marker=style.marker, clip_on=False)
+        labels.append((height[-1], shorten(style.name, 18), style.ink, True))
     last = max(points[-1][0] for points in curves.values())
     ticks = [eps for eps in (0, 0.03, 0.1, 0.3, 0.6, 1) if eps <= last]
     axes.set_xticks([math.sqrt(eps) for eps in ticks], [f"{eps:g}" for eps in ticks])

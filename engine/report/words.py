@@ -2,10 +2,12 @@
 
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from retemper.engine.class_report import Result
+from retemper.text import number
 
 
 class Column(NamedTuple):
@@ -17,7 +19,7 @@ class Column(NamedTuple):
     digits: int = 1
 
     def text(self, value: float, sign: str = "") -> str:
-        return f"{self.scale * value:{sign}.{self.digits}f}" if math.isfinite(value) else "none"
+        return number(self.scale * value, self.digits, sign)
 
     def between(self, ends: Sequence[float]) -> str:
         return f"{self.text(ends[0])} to {self.text(ends[1])}" if all(map(math.isfinite, ends)) else "no interval"
@@ -37,13 +39,15 @@ def columns(num_classes: int) -> dict[str, Column]:
     return {name: column for name, column in COLUMNS.items() if name != "worst_tenth" or num_classes > 10}
 
 
-def shorten(text: str, length: int) -> str:
-    """Return the text as one line of at most `length` printable characters. A control character damages an SVG."""
-    text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split())) or "(no name)"
-    if len(text) <= length:
-        return text
-    tail = (length - 1) // 3  # names often differ at their end
-    return f"{text[: length - 1 - tail]}…{text[-tail:] if tail else ''}"
+def isolated(name: str) -> str:
+    """Return the name for a sentence; one that runs from right to left must not turn the words and numbers after it."""
+    turns = any(unicodedata.bidirectional(char) in ("R", "AL") for char in name)
+    return f"\u2068{name}\u2069" if turns else name
+
+
+def called(name: str) -> str:
+    """Return a class's name for a place where nothing else says that it is one: a number alone would be another."""
+    return name if name.lower().startswith("class") else f"class {name}"
 
 
 def percent(value: float) -> str:

@@ -14,6 +14,7 @@ from retemper.engine.class_report import class_report, summaries
 from retemper.engine.evaluation.compare import Comparison, as_text, compare, differences, mcnemar
 from retemper.engine.evaluation.verdicts import read_evaluated
 from retemper.errors import DataError, UsageError
+from retemper.text import text_width
 
 CLASSES = ["cat", "dog", "eel"]
 PER_CLASS = 40
@@ -167,6 +168,38 @@ def test_an_attack_on_a_part_of_the_images_is_compared_there(tmp_path: Path) -> 
     assert (found.attack, found.images, found.upper_bound) == ("autoattack", 30, True)
     assert "an upper bound" in as_text(found)
     assert against(*runs, attack="clean").images == 120
+
+
+def test_the_table_aligns_names_of_any_script_within_80_columns(tmp_path: Path) -> None:
+    names = ["猫", "a class whose name goes on and on and on, 1", "a class whose name goes on and on and on, 2"]
+    runs = [
+        write_run(tmp_path / n, verdicts(*a, seed=s), names)
+        for n, a, s in (("a", (1, 0, 0.5), 0), ("b", (0, 1, 0.5), 1))
+    ]
+    lines = as_text(against(*runs)).splitlines()
+    assert max(map(text_width, (line for line in lines if str(tmp_path) not in line))) <= 80
+    head = next(i for i, line in enumerate(lines) if line.endswith("p"))
+    ends = {text_width(line[: line.index("  ", 30)]) for line in lines[head + 1 : head + 7]}
+    assert len(ends) == 1, "the column A does not end at one place"
+    assert "…d on, 1" in lines[head + 5] and "…d on, 2" in lines[head + 6]
+    assert "the intervals have no such correction" in lines[-1]
+
+
+def test_what_has_no_value_is_called_none(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / name, verdicts(*[accuracy] * 3), [*CLASSES, "fox"])
+        for name, accuracy in (("a", 0), ("b", 1))
+    ]
+    label_N = [i % 3 for i in range(3 * PER_CLASS)]  # no image is of the last class
+    for folder in runs:
+        rows = (folder / "evaluation.csv").read_text().splitlines()[1:]
+        rows = [f"{i},{label},1,{row[-1]}" for i, (label, row) in enumerate(zip(label_N, rows, strict=True))]
+        (folder / "evaluation.csv").write_text("\n".join(["image,label,clean,pgd20", *rows]) + "\n")
+    text = as_text(against(*runs))
+    assert "nan" not in text and "and 1 class without images" in text
+    assert text.split("NSD")[1].split()[:4] == ["none", "0.000", "none", "-"]
+    same = as_text(against(runs[1], runs[1]))
+    assert "+0.0" not in same and "-0.0" not in same
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import re
 import runpy
 import sys
@@ -17,16 +18,19 @@ from PIL import Image
 
 from retemper.engine.class_report import class_report, intervals, read_result
 from retemper.engine.report import write_report
-from retemper.engine.report.classwise import classwise
+from retemper.engine.report.classwise import classwise, classwise_blocks
 from retemper.engine.report.confusion import confusion_blocks
+from retemper.engine.report.facts import protocol_blocks
+from retemper.engine.report.figures import limits
 from retemper.engine.report.headline import headline, subline, warnings
 from retemper.engine.report.paired import paired_blocks
 from retemper.engine.report.read import RunRecord, read_run
 from retemper.engine.report.run_set import RunSet
+from retemper.engine.report.training import training_blocks
 from retemper.errors import DataError, UsageError
 
 made = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("made_runs.py"))))  # the tests are no package
-make_run, three_runs, RSLAD, ABSLD = made.make_run, made.three_runs, made.RSLAD, made.ABSLD
+make_run, three_runs, RSLAD, ABSLD, DIGITS = made.make_run, made.three_runs, made.RSLAD, made.ABSLD, made.DIGITS
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 
 
@@ -54,6 +58,11 @@ class Balance(HTMLParser):
             self.wrong.append(tag)
 
 
+def read_page(path: Path) -> str:
+    """Return the page; a space that must not break counts as any other."""
+    return path.read_text().replace("\u00a0", " ")
+
+
 def text_of(page: str) -> str:
     """The page's words, tags and data URIs taken out."""
     return " ".join(re.sub(r"<[^>]*>", " ", page).split())
@@ -69,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(folder: Path) -> str:
-    return (folder / "report/report.html").read_text()
+    return read_page(folder / "report/report.html")
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +164,7 @@ def test_text_from_runs_stays_text(tmp_path: Path) -> None:
     config = json.loads((run / "config.json").read_text())
     config["recipe"]["dataset"] = "</title><script>"
     (run / "config.json").write_text(json.dumps(config))
-    page = write_report([run], tmp_path / "out").read_text()
+    page = read_page(write_report([run], tmp_path / "out"))
     balance = Balance(page)
     assert balance.wrong == [] and balance.stack == []
     assert "<script" not in page and "<b>&'" not in page and "<i>" not in page and ' onload="' not in page
@@ -167,7 +176,7 @@ def test_text_from_runs_stays_text(tmp_path: Path) -> None:
 
 def test_a_run_that_was_not_evaluated_is_shown_with_the_command(tmp_path: Path) -> None:
     run = make_run(tmp_path / "my run", ABSLD, attacks=(), epochs=2)
-    page = write_report([run], tmp_path / "out").read_text()
+    page = read_page(write_report([run], tmp_path / "out"))
     assert "None of these runs has been evaluated yet." in page
     assert f"retemper evaluate &#39;{run}&#39;" in page
     assert len(Balance(page).images) == 2  # class state and training
@@ -211,7 +220,7 @@ def test_holes_in_the_numbers_are_left_blank(tmp_path: Path) -> None:
         metrics.write(
             '{"epoch": 5, "loss": null, "temperature_adv": [null, 1, 1, 1, 1, 1, 1, 1, 1, 1]}\n{"epoch": 6, "lo'
         )
-    page = write_report([run], tmp_path / "out").read_text()
+    page = read_page(write_report([run], tmp_path / "out"))
     assert "absld&#39;s weakest class is 8 at 64 %" in page
     assert "1 unreadable lines of metrics.jsonl" in page
     assert re.search(r"\b3 none", text_of(page))
@@ -254,7 +263,7 @@ def test_only_runs_that_taught_are_called_teachers(tmp_path: Path) -> None:
 def test_many_runs_share_one_sentence(tmp_path: Path) -> None:
     runs = [read_run(make_run(tmp_path / f"run{i}", RSLAD, epochs=1)) for i in range(9)]
     text = headline(RunSet(runs))
-    assert "the weakest class of 9 runs lies between 43 % (run0, 8) and 43 % (run0, 8)" in text
+    assert "the weakest class of 9 runs lies between 43 % (run0, class 8) and 43 % (run0, class 8)" in text
 
 
 @pytest.mark.parametrize("number, narrow, lying", [(3, True, False), (4, True, True), (4, False, False)])
@@ -272,7 +281,7 @@ def test_a_hundred_classes(tmp_path: Path) -> None:
     accuracy = np.random.default_rng(0).beta(2, 4, 100).round(2).tolist()
     names = [f"class {k}" for k in range(100)]
     run = make_run(tmp_path / "absld", accuracy, names, attacks=("autoattack",), epochs=3)
-    page = write_report([run], tmp_path / "out").read_text()
+    page = read_page(write_report([run], tmp_path / "out"))
     assert "worst tenth" in text_of(page) and "class 99" in text_of(page)
     weakest = int(np.argmin([round(90 * a) for a in accuracy]))
     assert f"Under AutoAttack, absld&#39;s weakest class is class {weakest} at " in page
@@ -314,7 +323,9 @@ def test_refuses_no_runs_and_an_impossible_out(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="at least one"):
         write_report([], tmp_path)
     run = make_run(tmp_path / "absld", ABSLD, epochs=1)
-    with pytest.raises(UsageError, match="cannot be made a folder"):
+    with pytest.raises(
+        UsageError, match=r"cannot write to .*config\.json \(.*config\.json is a file\): name another folder with --out"
+    ):
         write_report([run], run / "config.json")
 
 
@@ -334,7 +345,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     teacher = make_run(root / "teacher", ABSLD, **same)
     suspect = make_run(root / "absld", ABSLD, checks=made.checks(suspect=True), **same)
     write_report([teacher, *seeds, suspect], root / "page")
-    return (root / "page/report.html").read_text(), (root / "page/report.md").read_text()
+    return read_page(root / "page/report.html"), (root / "page/report.md").read_text()
 
 
 def test_upper_bounds_are_marked(full: tuple[str, str]) -> None:
@@ -388,7 +399,7 @@ def test_runs_on_other_images_are_not_compared(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a", RSLAD, **same), make_run(tmp_path / "b", ABSLD, count=90, **same)]
     runs.append(make_run(tmp_path / "c", ABSLD, **same | {"verdicts": False}))
     (tmp_path / "c/evaluation.csv").write_text("image,lab")
-    blocks = paired_blocks([read_run(run) for run in runs], "pgd20", {})
+    blocks = paired_blocks(RunSet([read_run(run) for run in runs]))
     assert [block.text.partition(":")[0] for block in blocks] == ["b is not compared", "c is not compared"]
     assert "other labels for image 90" in blocks[0].text and "no verdicts under pgd20" in blocks[1].text
 
@@ -410,6 +421,127 @@ def test_many_classes_are_listed_where_they_cannot_be_drawn() -> None:
     share[3] = 0.9 * np.eye(30)[4] + 0.1 * np.eye(30)[3]
     entry = {"accuracy": share.diagonal().tolist(), "count": [100] * 30, "confusion": (100 * share).tolist()}
     run = RunRecord(Path("x"), "x", results={"pgd20": read_result(entry)}, classes=names)
-    (table,) = confusion_blocks([run], "pgd20")
+    (table,) = confusion_blocks(RunSet([run]))
     first = table.groups[0][1][0]
-    assert (first[0].text, first[1].text, first[1].detail) == ("class 3", "class 4 90", "right: 10")
+    assert (first[0].text, first[1].text, first[1].detail) == ("class 3", "class 4 (90 %)", "right: 10 %")
+
+
+def test_the_summary_starts_with_the_attack_of_the_headline(markdown: str) -> None:
+    section = markdown.partition("## Summary")[2].partition("##")[0]
+    assert re.findall(r"^\| \*\*(.+?), ", section, re.MULTILINE) == ["PGD-20", "Clean"]
+
+
+def test_a_hollow_mark_says_what_holms_correction_is_for(full: tuple[str, str]) -> None:
+    section = full[1].partition("## Differences on the same images")[2].partition("##")[0]
+    assert "Filled marks: p below 0.05 after Holm's correction" in section
+
+
+def test_names_that_no_font_has_are_numbers_in_figures_and_in_the_table(tmp_path: Path) -> None:
+    names = ["\U00012000", "Ⓐ", "מטוס", *DIGITS[3:]]  # cuneiform; a letter of a font that comes with matplotlib
+    run = make_run(tmp_path / "\U00012000", RSLAD, names, epochs=1)
+    runs = RunSet([read_run(run)])
+    assert runs.drawn[:2] == ["class 0", "Ⓐ"] and runs.drawn[3:] == names[3:]
+    assert runs.fonts[0] == "DejaVu Sans" and len(runs.fonts) > 1
+    assert runs.look[run.name].name == "run 1"
+    assert "figures show numbers instead" in warnings(runs)[0].text
+    plot, table = classwise_blocks(runs)[:2]
+    assert plot.wide != plot.narrow
+    assert [(row[0].text, row[0].note) for row in table.groups[0][1][:2]] == [(names[0], "class 0"), (names[1], "")]
+
+
+def test_a_name_from_right_to_left_does_not_turn_the_sentence(tmp_path: Path) -> None:
+    names = [*DIGITS[:8], "מטוס", "9"]
+    assert f"weakest class is \u2068{names[8]}\u2069 at 43 %" in headline(
+        RunSet([read_run(make_run(tmp_path / "a", RSLAD, names))])
+    )
+
+
+def test_long_names_stay_apart_in_figures(tmp_path: Path) -> None:
+    names = [f"class {k} of a name whose beginning and end are much alike" for k in range(10)]
+    runs = RunSet([read_run(make_run(tmp_path / f"{'a long name of a run, ' * 5}{i}", RSLAD, names)) for i in range(2)])
+    for narrow in (False, True):
+        shown = [label.get_text() for label in classwise(runs, "pgd20", narrow).axes[0].get_xticklabels()]
+        assert len(set(shown)) == 10 and max(map(len, shown)) <= 14
+    assert max(len(run.label) for run in runs.runs) <= 40 and len({run.label for run in runs.runs}) == 2
+
+
+def test_classes_as_weak_as_the_weakest_are_counted(tmp_path: Path) -> None:
+    runs = RunSet([read_run(make_run(tmp_path / "a", [0.5, 0.2, 0.2, *[0.6] * 7], epochs=1))])
+    assert "a's weakest class is 1 and 1 more at 20 %" in headline(runs)
+
+
+def test_axes_of_percentages_stay_between_0_and_100_and_show_no_false_digits() -> None:
+    assert limits([0, 0, 0], 10) == (0, 10) and limits([100], 10) == (90, 100)
+    assert limits([40, 60], 10) == (39, 61) and limits([0, 100], 10) == (0, 100)
+    assert limits([50, math.nan], 10) == (45, 55) and limits([], 10) == (0, 100)
+    assert limits([0, 0], 4, (-100, 100)) == (-2, 2)
+
+
+def test_a_loss_that_grows_without_end_does_not_hide_the_others(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, RSLAD, epochs=4) for name in "ab"]
+    rows = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
+    rows[2]["loss"], rows[3]["loss"] = 1e20, None
+    (runs[0] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = RunSet([read_run(run) for run in runs])
+    (plot,) = training_blocks(report)
+    assert "a: loss 1.4 to 1e+20" in plot.alt
+    assert warnings(report)[0].text == "a: the loss of 1 of 4 epochs is not a number."
+
+
+def test_a_class_without_images_is_taken_for_nothing(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "a", [0.5] * 25, [f"class {k}" for k in range(25)], verdicts=True, epochs=1))
+    counts_KK = run.results["pgd20"].confusion
+    assert counts_KK is not None
+    counts_KK[3] = 0
+    (table,) = confusion_blocks(RunSet([run]))
+    assert "class 3" not in [row[0].text for row in table.groups[0][1]] and len(table.groups[0][1]) == 15
+
+
+def test_a_run_without_the_attack_of_the_headline_comes_with_the_command(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / "a", RSLAD, attacks=("pgd20",)),
+        make_run(tmp_path / "b", ABSLD, attacks=("autoattack",)),
+    ]
+    report = RunSet([read_run(run) for run in runs])
+    assert report.reference == "autoattack"
+    (note,) = warnings(report)
+    assert note.text.startswith("a was not evaluated under AutoAttack")
+    assert note.code == f"retemper evaluate {runs[0]} --attacks autoattack"
+    (table,) = protocol_blocks(report.runs)
+    (row,) = [row for _, rows in table.groups for row in rows if row[0].text == "AutoAttack"]
+    assert row[1].text == "not run" and row[2].text.startswith("loss cross-entropy")
+
+
+def test_a_second_report_replaces_the_figures_of_the_first(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ABSLD, attacks=("pgd20",), state=False, epochs=1)
+    for name in ("summary", "mine"):
+        (tmp_path / f"{name}.png").write_bytes(b"a picture")
+    (tmp_path / "report.md").write_text("# of three runs\n\n![what it shows](summary.png)\n")
+    write_report([run], tmp_path)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"classwise_pgd20.png", "training.png", "mine.png"}
+
+
+def test_a_report_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", ABSLD, attacks=("pgd20",), state=False, epochs=1)
+    (tmp_path / "report.html").write_text("the one before")
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no memory for a figure")
+
+    monkeypatch.setattr("retemper.engine.report.build.paper_blocks", fail)
+    with pytest.raises(RuntimeError):
+        write_report([run], tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "report.html"}
+    assert (tmp_path / "report.html").read_text() == "the one before"
+
+
+def test_every_number_of_the_summary_is_the_evaluations(folder: Path, markdown: str) -> None:
+    section = markdown.partition("## Summary")[2].partition("##")[0]
+    for name in ("teacher", "rslad", "absld"):
+        evaluation = json.loads((folder / name / "evaluation.json").read_text())["attacks"]
+        rows = re.findall(rf"^\| {name} \|(.*)\|$", section, re.MULTILINE)
+        for attack, row in zip(("pgd20", "clean"), rows, strict=True):
+            average, worst, nsd = (float(re.sub(r"[* ]", "", cell).partition("(")[0]) for cell in row.split("|"))
+            entry = evaluation[attack]
+            assert (average, worst) == (round(100 * entry["average"], 1), round(100 * entry["worst"], 1))
+            assert nsd == round(entry["nsd"], 2) and f"class {entry['worst_class']}" in row

@@ -4,6 +4,7 @@ One headless Chromium is started for all of it and spoken to over the DevTools p
 """
 
 import base64
+import io
 import json
 import os
 import re
@@ -17,7 +18,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from retemper.engine.report import write_report
 
@@ -198,3 +201,33 @@ def test_it_can_be_printed(browser: Browser, page: Path) -> None:
     pdf = base64.b64decode(browser.call("Page.printToPDF", printBackground=True)["data"])
     assert pdf.startswith(b"%PDF-") and pdf.rstrip().endswith(b"%%EOF")
     assert 4 <= len(re.findall(rb"/Type\s*/Page\b", pdf)) <= 40
+
+
+WIDE = """(async to => {
+  const wide = [...document.querySelectorAll('.scroll')].find(e => e.scrollWidth > e.clientWidth + 20);
+  wide.scrollLeft = to;
+  const box = wide.getBoundingClientRect();
+  return {x: box.right + scrollX - 4, y: box.top + scrollY, width: 3, height: box.height};
+})"""
+
+
+def test_a_table_that_is_cut_shows_a_shadow_at_that_side(browser: Browser, page: Path) -> None:
+    browser.call("Emulation.setEmulatedMedia", media="screen")
+    browser.open(page, WIDTHS["phone"])
+    light = []
+    for to in (0, 10_000):
+        call = {"expression": f"{WIDE}({to})", "awaitPromise": True, "returnByValue": True}
+        clip = browser.call("Runtime.evaluate", **call)["result"]["value"] | {"scale": 1}
+        shot = browser.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)["data"]
+        with Image.open(io.BytesIO(base64.b64decode(shot))) as image:
+            light.append(np.asarray(image.convert("L")).mean())
+    assert light[0] < light[1] - 8
+
+
+def test_a_dark_screen_gets_a_dark_page(browser: Browser, page: Path) -> None:
+    browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+    browser.open(page, WIDTHS["desk"])
+    shot = browser.call("Page.captureScreenshot", clip={"x": 0, "y": 0, "width": 1600, "height": 900, "scale": 1})
+    with Image.open(io.BytesIO(base64.b64decode(shot["data"]))) as image:
+        assert np.asarray(image.convert("L")).mean() < 60
+    browser.call("Emulation.setEmulatedMedia", features=[])
