@@ -38,6 +38,17 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+def pytest_collection_finish() -> None:
+    """Keep what every test needs, a million objects, out of each search for garbage."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let the interpreter's end find all that is to go: Triton's library complains of what is left."""
+    gc.unfreeze()
+
+
 def give_memory_back(config: pytest.Config) -> None:
     """Free what is garbage, and return to the system what is free: glibc keeps it, gigabytes of networks otherwise."""
     gc.collect()
@@ -52,6 +63,8 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     last_of_file = nextitem is None or nextitem.path != item.path
     if last_of_file or resident() > item.config.stash.get(RESIDENT, 0) + GROWTH:
         give_memory_back(item.config)
+    if last_of_file:
+        gc.freeze()  # modules that the file imported
     return done
 
 

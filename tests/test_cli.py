@@ -66,6 +66,7 @@ def test_a_file_in_the_place_of_the_folder_is_said_before_a_teacher_is_trained(t
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.own_process
 def test_missing_data_is_named_with_its_place(tmp_path: Path, capsys: Capture) -> None:
     teacher = tmp_path / "t.safetensors"
     save_weights(teacher, create_model("wrn34_10", 10))
@@ -310,7 +311,8 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, capsys: Capture
 
 def test_sigterm_ends_a_run_as_an_interruption(tmp_path: Path, teacher: Path) -> None:
     words = [sys.executable, "-m", "retemper.engine", "train", "rslad:digits", "--teacher", str(teacher)]
-    child = subprocess.Popen([*words, "--out", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True)
+    words += ["--out", str(tmp_path / "run"), "--epochs", "10000"]  # not to be at its end before it is told to leave
+    child = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     assert child.stderr is not None
     for line in child.stderr:
         if line.startswith("epoch 1/"):
