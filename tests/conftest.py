@@ -11,6 +11,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterator
+from math import inf
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -146,6 +147,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Return the cache folder of runs that name no --cache, in place of the user's own."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("retemper.console.LINE_EVERY_S", inf)  # a slow machine adds no lines to what a test reads
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder / "retemper"
 
