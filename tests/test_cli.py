@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from shlex import quote
 from types import ModuleType
 
 import pytest
@@ -82,7 +83,7 @@ def bad_checkpoints(folder: Path) -> dict[str, Path]:
 
     class Bomb:
         def __reduce__(self) -> tuple:
-            return os.system, (f"touch {folder / 'ran'}",)
+            return os.system, (f"touch {quote(str(folder / 'ran'))}",)
 
     made = {name: folder / f"{name}.pt" for name in ("page", "bomb", "torn", "other")}
     made["page"].write_text("<!DOCTYPE html><html>Google Drive - Quota exceeded</html>")
@@ -175,7 +176,10 @@ def test_ls_hides_settings_that_were_not_trained_unless_asked(capsys: Capture) -
 
 
 @pytest.mark.parametrize("name", ["absld:cifar10_resnet18", "label_trust:digits", "frl:digits"])
-def test_the_help_explains_every_option_of_the_recipe_with_its_default(name: str, capsys: Capture) -> None:
+def test_the_help_explains_every_option_of_the_recipe_with_its_default(
+    name: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")  # argparse cuts long words where a terminal is narrow
     with pytest.raises(SystemExit) as left:
         run(["train", name, "--help"])
     assert left.value.code == 0
