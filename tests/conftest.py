@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # Without a GPU, Triton's functions are made to be interpreted. That is settled while they are imported, so it comes
 # first; and is taken back, so that no process a test starts inherits it. Only tests/kernels drives the interpreter: the
@@ -28,6 +29,9 @@ with pytest.MonkeyPatch.context() as during_import:
     from retemper.kernels import runtime
 runtime.TRITON_ON_CPU = False
 torch.set_num_threads(1)  # the tests' tensors are too small to share, and a busy machine makes sharing slow
+# The same examples every time, on every machine, however slow it is.
+settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 GROWTH = 100 << 20  # bytes, after which a test's memory is given back at once
 RESIDENT = pytest.StashKey[int]()  # bytes, when memory was last given back
