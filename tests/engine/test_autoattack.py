@@ -221,7 +221,7 @@ def test_killed_with_9_the_command_ends_with_the_same_ledger(
     teacher: Path, start: Callable[..., Any], tmp_path: Path
 ) -> None:
     words = ["evaluate", str(teacher), "--weights", "last", "--attacks", "autoattack", "--limit", "8"]
-    words += ["--batch-size", "3", "--suite", "fast"]
+    words += ["--batch-size", "3", "--suite", "fast", "--device", "cpu"]
     assert run([*words, "--out", str(tmp_path / "alone")]) == 0
     alone = tmp_path / "alone" / "autoattack-last.csv"
     hunted = tmp_path / "hunted" / "autoattack-last.csv"

@@ -37,7 +37,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
 
 def command(teacher: Path, out: Path) -> list[str]:
     short = ["--attack-steps", "2", "--holdout-per-class", "5", "--select-steps", "2", "--batch-size", "256"]
-    where = ["absld:digits", "--teacher", str(teacher), "--out", str(out)]
+    where = ["absld:digits", "--teacher", str(teacher), "--out", str(out), "--device", "cpu"]
     return [*where, "--epochs", "3", "--select-every", "1", "--select-from", "1", *short]
 
 
