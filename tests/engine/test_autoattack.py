@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from retemper.engine.cli import run
+from retemper.cli import run
 from retemper.engine.evaluation import autoattack
 from retemper.engine.evaluation.autoattack import SUITES, SuiteRequest, run_suite, suite_entry
 from retemper.engine.evaluation.ledger import Ledger

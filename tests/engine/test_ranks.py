@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from retemper.cli import run
 from retemper.engine import EpochStats, State, create_model, train_step
 from retemper.engine.catalogue import find_setting
-from retemper.engine.cli import run
 from retemper.engine.device import is_out_of_memory
 from retemper.engine.distributed.join import join
 from retemper.engine.distributed.ranks import ALONE, RankLost, Ranks
@@ -406,7 +406,7 @@ def test_two_processes_share_autoattack_out(teacher: Path, start: Start, tmp_pat
 LEAVING = """
 import os, runpy, signal, sys, time
 from itertools import count
-from retemper.engine.run import interrupts, steps
+from retemper import interrupts, steps
 
 train_step, number = steps.train_step, count(1)
 

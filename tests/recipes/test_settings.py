@@ -14,9 +14,9 @@ from types import ModuleType
 import pytest
 import torch
 
+from retemper.cli import run
 from retemper.engine import create_model, save_weights
 from retemper.engine.catalogue import find_setting, method_module, methods
-from retemper.engine.cli import run
 from retemper.engine.models import MODELS
 from retemper.engine.models.wide_resnet import WideResNet
 from retemper.loaders import load_split
