@@ -5,8 +5,9 @@ SYSTEM := python3-venv python3-dev g++ pkg-config libturbojpeg0-dev libopencv-de
 SYSTEM_LOG := $(shell mktemp)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DOCS_BIN := .venv-docs/bin
+SUITE := $(BIN)/pytest --numprocesses 2 --dist loadfile
 
-.PHONY: setup system demo test check docs bench wheel lock clean
+.PHONY: setup system demo test test-everywhere check docs bench wheel lock clean
 
 setup: .venv/installed
 
@@ -27,14 +28,22 @@ system:
 		apt-get update --quiet=2 && DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --no-install-recommends $(SYSTEM); \
 	else \
 		echo "system packages are missing; as root, run:  apt-get install $(SYSTEM)" >&2; exit 1; \
-	fi >/dev/null 2>$(SYSTEM_LOG) || { cat $(SYSTEM_LOG) >&2; exit 1; }
+	fi >/dev/null 2>"$(SYSTEM_LOG)" || { cat "$(SYSTEM_LOG)" >&2; exit 1; }
 
 demo: setup
 	$(BIN)/retemper demo
 
 # The site comes first: it takes seconds, and a broken link or docstring is as much a fault as a broken test.
 test: setup docs
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(SUITE)
+
+# As other machines run it: with one thread, with two, and beside a busy loop on each core.
+test-everywhere: setup
+	OMP_NUM_THREADS=1 $(SUITE)
+	OMP_NUM_THREADS=2 $(SUITE)
+	loops=; trap 'kill $$loops' EXIT; \
+	for core in $$(seq $$(nproc)); do while :; do :; done & loops="$$loops $$!"; done; \
+	$(SUITE)
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -21,7 +21,7 @@ LIMIT_S=590
 failed=()
 
 if [ -z "${OUT:-}" ]; then
-    gpu=$($PY -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-") if torch.cuda.is_available() else "")')
+    gpu=$("$PY" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-") if torch.cuda.is_available() else "")')
     OUT=$PWD/${gpu:+benchmarks/results/}${gpu:-runs/suite}
 fi
 mkdir -p "$OUT"
@@ -31,7 +31,7 @@ trap 'rm -rf "$work"' EXIT
 part() { # NAME NEEDS COMMAND...: once, in under LIMIT_S, what it prints into OUT/NAME.txt; NEEDS: modules, or "-"
     local name=$1 needs=$2 missing started code; shift 2
     [ -n "${SUITE_PARTS:-}" ] && [[ " $SUITE_PARTS " != *" $name "* ]] && return
-    if [ -n "${SUITE_LIST:-}" ]; then echo "$name: $*"; return; fi
+    if [ -n "${SUITE_LIST:-}" ]; then printf '%s:' "$name"; printf ' %q' "$@"; echo; return; fi
     grep -qs "^$name " "$OUT/done.txt" && return
     missing=$(missing "$needs")
     if [ -n "$missing" ]; then
@@ -51,7 +51,7 @@ part() { # NAME NEEDS COMMAND...: once, in under LIMIT_S, what it prints into OU
 }
 
 missing() { # MODULE,MODULE,... or PROGRAM!: those that are not here
-    $PY - "$1" <<'END'
+    "$PY" - "$1" <<'END'
 import importlib.util, shutil, sys
 here = lambda name: shutil.which(name[:-1]) if name.endswith("!") else importlib.util.find_spec(name)
 print(", ".join(name.rstrip("!") for name in sys.argv[1].split(",") if name != "-" and not here(name)))
@@ -60,7 +60,7 @@ END
 
 wrong_rows() { # FILE: fails if a row of ours in it disagrees, or failed
     [ -e "$1" ] || return 0
-    $PY - "$1" <<'END'
+    "$PY" - "$1" <<'END'
 import json, sys
 bad = [row for row in json.load(open(sys.argv[1])).get("rows", []) if row["exactness"] != "peer" and row["reason"]]
 bad = [row for row in bad if not row["table"].startswith("sweep") or row["name"].startswith("as it is")]
@@ -72,23 +72,23 @@ END
 
 bench() { # NAME WHAT WORDS...
     local name=$1 what=$2; shift 2
-    part "$name" - $PY -m retemper bench "$what" --json "$OUT/$name.json" "$@" ${SUITE_QUICK:+--quick --rounds 2}
+    part "$name" - "$PY" -m retemper bench "$what" --json "$OUT/$name.json" "$@" ${SUITE_QUICK:+--quick --rounds 2}
 }
 
 part nvidia_smi nvidia-smi! nvidia-smi
 tests="tests/kernels"
 for module in attack capture fold step; do tests+=" tests/engine/test_$module.py"; done
 [ -n "${SUITE_QUICK:-}" ] && tests=tests/kernels/test_pgd_step.py
-part tests pytest,hypothesis $PY -m pytest -q --import-mode=importlib -p no:cacheprovider $tests \
+part tests pytest,hypothesis "$PY" -m pytest -q --import-mode=importlib -p no:cacheprovider $tests \
     --deselect tests/kernels/test_compiles.py
-part ranks pytest,safetensors $PY -m pytest -q --import-mode=importlib -p no:cacheprovider tests/engine/test_ranks.py -m gpu
+part ranks pytest,safetensors "$PY" -m pytest -q --import-mode=importlib -p no:cacheprovider tests/engine/test_ranks.py -m gpu
 gpus=$(nvidia-smi -L 2>/dev/null | wc -l)
 if [ "$gpus" -gt 1 ]; then
-    part ranks_$gpus sklearn,safetensors $PY -m torch.distributed.run --nproc-per-node "$gpus" \
+    part ranks_$gpus sklearn,safetensors "$PY" -m torch.distributed.run --nproc-per-node "$gpus" \
         -m retemper train absld:digits --epochs 4 --batch-size $((8 * gpus)) --out "$work/ranks"
 fi
 part sanitizer compute-sanitizer! compute-sanitizer --tool memcheck --error-exitcode 1 \
-    $PY -m retemper bench kernels --quick --rounds 1
+    "$PY" -m retemper bench kernels --quick --rounds 1
 
 bench kernels_images kernels --only pgd_step_ random_start_ augment epilogue
 bench kernels_logits kernels --only class_
@@ -105,7 +105,7 @@ else
         bench step_mobilenet_v2_$batch step --only mobilenet_v2 --batch $batch
     done
 fi
-part profile - $PY -m retemper bench step --profile "$OUT" ${SUITE_QUICK:+--quick}
+part profile - "$PY" -m retemper bench step --profile "$OUT" ${SUITE_QUICK:+--quick}
 
 bench attack_tiny_resnet attack --only tiny_resnet
 if [ -z "${SUITE_QUICK:-}" ]; then
@@ -115,14 +115,14 @@ fi
 bench loaders loaders
 
 if [ -n "${SUITE_QUICK:-}" ]; then
-    part digits sklearn,safetensors $PY -m retemper train sat:digits --epochs 1 --attack-steps 1 --out "$work/digits"
+    part digits sklearn,safetensors "$PY" -m retemper train sat:digits --epochs 1 --attack-steps 1 --out "$work/digits"
 else
-    part digits sklearn,safetensors $PY benchmarks/digits.py --seeds 1 --out "$work/digits" --json "$OUT/digits.json"
+    part digits sklearn,safetensors "$PY" benchmarks/digits.py --seeds 1 --out "$work/digits" --json "$OUT/digits.json"
 fi
 for folder in "${FASHION_MNIST:-}" /usr/share/datasets/fashion-mnist /usr/share/datasets; do
     if [ -z "${SUITE_QUICK:-}" ] && [ -e "$folder/train-images-idx3-ubyte.gz" ]; then
-        part fashion_mnist safetensors bash -c "$PY -m retemper train absld:fashion_mnist_small \
-            --data-root '$folder' --out '$work/fashion' && $PY -m retemper evaluate '$work/fashion' \
+        part fashion_mnist safetensors bash -c "'$PY' -m retemper train absld:fashion_mnist_small \
+            --data-root '$folder' --out '$work/fashion' && '$PY' -m retemper evaluate '$work/fashion' \
             --data-root '$folder' && cp '$work/fashion/evaluation.json' '$OUT/fashion_mnist.json'"
         break
     fi

@@ -11,12 +11,14 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterator
+from math import inf
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # Without a GPU, Triton's functions are made to be interpreted. That is settled while they are imported, so it comes
 # first; and is taken back, so that no process a test starts inherits it. Only tests/kernels drives the interpreter: the
@@ -27,6 +29,9 @@ with pytest.MonkeyPatch.context() as during_import:
     from retemper.kernels import runtime
 runtime.TRITON_ON_CPU = False
 torch.set_num_threads(1)  # the tests' tensors are too small to share, and a busy machine makes sharing slow
+# The same examples every time, on every machine, however slow it is.
+settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 GROWTH = 100 << 20  # bytes, after which a test's memory is given back at once
 RESIDENT = pytest.StashKey[int]()  # bytes, when memory was last given back
@@ -36,6 +41,17 @@ PEAKS = pytest.StashKey[dict[str, str]]()  # what each process took
 def resident() -> int:
     """The bytes of this process that lie in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def pytest_collection_finish() -> None:
+    """Keep what every test needs, a million objects, out of each search for garbage."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let the interpreter's end find all that is to go: Triton's library complains of what is left."""
+    gc.unfreeze()
 
 
 def give_memory_back(config: pytest.Config) -> None:
@@ -52,6 +68,8 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     last_of_file = nextitem is None or nextitem.path != item.path
     if last_of_file or resident() > item.config.stash.get(RESIDENT, 0) + GROWTH:
         give_memory_back(item.config)
+    if last_of_file:
+        gc.freeze()  # modules that the file imported
     return done
 
 
@@ -133,6 +151,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Return the cache folder of runs that name no --cache, in place of the user's own."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("retemper.console.LINE_EVERY_S", inf)  # a slow machine adds no lines to what a test reads
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder / "retemper"
 

@@ -7,16 +7,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from shlex import quote
 from types import ModuleType
 
 import pytest
 import torch
 
-from retemper import __version__
+from retemper.arguments import shown_value
 from retemper.cli import run
 from retemper.engine import create_model, save_weights
 from retemper.engine.catalogue import find_setting, method_module, methods
-from retemper.options import shown_value
 
 Capture = pytest.CaptureFixture[str]
 
@@ -67,6 +67,7 @@ def test_a_file_in_the_place_of_the_folder_is_said_before_a_teacher_is_trained(t
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.own_process
 def test_missing_data_is_named_with_its_place(tmp_path: Path, capsys: Capture) -> None:
     teacher = tmp_path / "t.safetensors"
     save_weights(teacher, create_model("wrn34_10", 10))
@@ -82,7 +83,7 @@ def bad_checkpoints(folder: Path) -> dict[str, Path]:
 
     class Bomb:
         def __reduce__(self) -> tuple:
-            return os.system, (f"touch {folder / 'ran'}",)
+            return os.system, (f"touch {quote(str(folder / 'ran'))}",)
 
     made = {name: folder / f"{name}.pt" for name in ("page", "bomb", "torn", "other")}
     made["page"].write_text("<!DOCTYPE html><html>Google Drive - Quota exceeded</html>")
@@ -175,7 +176,10 @@ def test_ls_hides_settings_that_were_not_trained_unless_asked(capsys: Capture) -
 
 
 @pytest.mark.parametrize("name", ["absld:cifar10_resnet18", "label_trust:digits", "frl:digits"])
-def test_the_help_explains_every_option_of_the_recipe_with_its_default(name: str, capsys: Capture) -> None:
+def test_the_help_explains_every_option_of_the_recipe_with_its_default(
+    name: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")  # argparse cuts long words where a terminal is narrow
     with pytest.raises(SystemExit) as left:
         run(["train", name, "--help"])
     assert left.value.code == 0
@@ -311,7 +315,8 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, capsys: Capture
 
 def test_sigterm_ends_a_run_as_an_interruption(tmp_path: Path, teacher: Path) -> None:
     words = [sys.executable, "-m", "retemper", "train", "rslad:digits", "--teacher", str(teacher)]
-    child = subprocess.Popen([*words, "--out", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True)
+    words += ["--out", str(tmp_path / "run"), "--epochs", "10000"]  # not to be at its end before it is told to leave
+    child = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     assert child.stderr is not None
     for line in child.stderr:
         if line.startswith("epoch 1/"):

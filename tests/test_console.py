@@ -1,5 +1,7 @@
 """Progress: in plain lines where nobody watches a terminal, and never part of the output."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from retemper import console as module
@@ -7,8 +9,9 @@ from retemper.console import progress
 
 
 def test_lines_come_now_and_then_on_stderr(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LINE_EVERY_S", 20.0)
     clock = iter(range(0, 1000, 12))  # each look at it is 12 s later
-    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     assert list(progress(range(5), 5, "reading")) == [0, 1, 2, 3, 4]
     out, err = capsys.readouterr()
     assert out == ""

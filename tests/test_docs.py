@@ -118,7 +118,7 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_parse(page: Path) -> None:
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     inline = [code.split() for code in inline_code(page) if code.startswith(("make ", "python "))]
     inline += [code.split() for code in inline_code(page) if re.match(r"retemper train [a-z_]+:[a-z]", code)]
     for words in [*commands(page), *inline]:

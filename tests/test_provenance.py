@@ -1,5 +1,6 @@
 """A result names the commit that its code ran from, and no other checkout's."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -14,12 +15,16 @@ ASK = "from retemper.provenance import commit, uncommitted_changes; print(commit
 
 def git(folder: Path, *words: str) -> str:
     command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *words]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    own |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}  # no signatures or hooks of the user's
+    return subprocess.run(command, env=own, capture_output=True, text=True, check=True).stdout.strip()
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A repository with one commit, and in it a package of the two modules."""
+    if shutil.which("git") is None:
+        pytest.skip("there is no git")
     package = tmp_path / "src" / "retemper"
     package.mkdir(parents=True)
     for name in ("__init__.py", "provenance.py"):
@@ -30,10 +35,10 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def asked(path: Path) -> list[str]:
+def asked(path: Path, **variables: str) -> list[str]:
     """Return `commit` and `uncommitted_changes` of the package in `path`, by a process that stands elsewhere."""
-    command = [sys.executable, "-c", ASK]
-    found = subprocess.run(command, env={"PYTHONPATH": str(path)}, cwd="/", capture_output=True, text=True)
+    command, env = [sys.executable, "-c", ASK], os.environ | {"PYTHONPATH": str(path)} | variables
+    found = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     return found.stdout.split()
 
@@ -46,6 +51,15 @@ def test_a_checkout_is_named_by_its_commit(checkout: Path) -> None:
     with open(checkout / "src/retemper/__init__.py", "a") as file:
         file.write("x = 1\n")
     assert asked(checkout / "src") == [head, "True"]
+
+
+def test_a_repository_that_a_hook_of_git_names_is_not_taken_for_the_checkouts(checkout: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(checkout / "src/retemper", other)
+    git(other, "init", "--quiet")
+    git(other, "add", ".")
+    git(other, "commit", "--quiet", "--message", "another")
+    assert asked(checkout / "src", GIT_DIR=str(other / ".git")) == [git(checkout, "rev-parse", "HEAD"), "False"]
 
 
 def test_a_package_installed_within_a_checkout_is_not_of_its_commit(checkout: Path) -> None:

@@ -1,8 +1,11 @@
 """What a result was made with: the versions, the commit of the source, the driver of the GPU."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
+
+OF_A_HOOK = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # git sets them for its hooks, of whatever repository
 
 
 def versions() -> dict[str, str]:
@@ -48,5 +51,6 @@ def _output(program: str, *words: str) -> str:
     """Return what a program prints, stripped; "" where it is not installed or fails."""
     if not shutil.which(program):
         return ""
-    answer = subprocess.run([program, *words], capture_output=True, text=True)
+    own = {name: value for name, value in os.environ.items() if name not in OF_A_HOOK}
+    answer = subprocess.run([program, *words], env=own, capture_output=True, text=True)
     return answer.stdout.strip() if answer.returncode == 0 else ""

@@ -6,12 +6,31 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
 
 import pytest
 
 LIMIT_S = 600.0  # a process that takes longer hangs, on a slow and busy machine too
+STEP = "retemper.engine.run.steps.train_step"  # a run calls it once a step
+
+
+def act_at(place: str, acts: Mapping[int, int | Callable[[], object]]) -> None:
+    """Have this process act just before calls of the function named `place`: a signal to itself, or a call.
+
+    What is to happen at a moment is told by the moment itself: clocks are slow, and a watching process waits its turn.
+    """
+    function, number = resolve_name(place), count(1)
+
+    def watched(*words: Any, **options: Any) -> Any:
+        act = acts.get(next(number), lambda: None)
+        os.kill(os.getpid(), act) if isinstance(act, int) else act()
+        return function(*words, **options)
+
+    pytest.MonkeyPatch().setattr(place, watched)
 
 
 class Process:
@@ -74,11 +93,24 @@ class Process:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
-    """Start `retemper WORDS`; `prepare` is called in the new process first. What still runs in the end is killed."""
+    """Start `retemper WORDS`; `prepare` is called in the new process first. What still runs in the end is killed.
+
+    at, place: what the new process does just before calls of a function, by their numbers: `act_at`.
+    """
     started: list[Process] = []
 
-    def start_it(*words: object, prepare: Callable[[], object] = lambda: None) -> Process:
-        started.append(Process([str(word) for word in words], tmp_path / f"log{len(started)}", prepare))
+    def start_it(
+        *words: object,
+        prepare: Callable[[], object] = lambda: None,
+        at: Mapping[int, int | Callable[[], object]] | None = None,
+        place: str = STEP,
+    ) -> Process:
+        def begin() -> None:
+            prepare()
+            if at:
+                act_at(place, at)
+
+        started.append(Process([str(word) for word in words], tmp_path / f"log{len(started)}", begin))
         return started[-1]
 
     yield start_it

@@ -1,13 +1,12 @@
 """Our AutoAttack runner: the library's verdicts, whatever happens on the way."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -98,12 +97,16 @@ def test_verdicts_are_the_librarys_own(short: None, model: Linear, digits: Split
     assert np.isfinite(ledger.margin_N).all() and ((ledger.margin_N > 0) == ledger.holds(SUITES["standard"])).all()
 
 
-def test_a_run_stopped_after_any_batch_ends_alike(short: None, model: Linear, digits: Split, tmp_path: Path) -> None:
+def test_a_run_stopped_after_any_batch_ends_alike(
+    short: None, model: Linear, digits: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "alone").mkdir()
     alone = begun(tmp_path / "alone", digits)
     assert run_suite(model, digits, request(), alone)
+    clock = count(0.0)  # every look at it, one before each batch and one behind, takes a second
+    monkeypatch.setattr(autoattack, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     turns = 0
-    while not run_suite(model, digits, request(budget_s=0.02 * turns if turns % 2 else 1e-9), begun(tmp_path, digits)):
+    while not run_suite(model, digits, request(budget_s=10 if turns % 2 else 1e-9), begun(tmp_path, digits)):
         turns += 1  # every second turn has no time at all, and must not lose anything
     assert turns > 2
     assert rows(tmp_path / "autoattack.csv") == rows(alone.path)
@@ -214,29 +217,18 @@ def test_random_draws_of_others_are_left_alone(short: None, model: Linear, digit
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def kill_after_next_write(command: list[str], path: Path) -> None:
-    def written() -> int:
-        return path.stat().st_mtime_ns if path.exists() else 0
-
-    before, end = written(), time.monotonic() + 600
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as the tests' own process, whose rows are compared with
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one_thread)
-    while written() == before and process.poll() is None:
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def test_killed_with_9_the_command_ends_with_the_same_ledger(teacher: Path, tmp_path: Path) -> None:
+def test_killed_with_9_the_command_ends_with_the_same_ledger(
+    teacher: Path, start: Callable[..., Any], tmp_path: Path
+) -> None:
     words = ["evaluate", str(teacher), "--weights", "last", "--attacks", "autoattack", "--limit", "8"]
-    words += ["--batch-size", "3", "--suite", "fast"]
+    words += ["--batch-size", "3", "--suite", "fast", "--device", "cpu"]
     assert run([*words, "--out", str(tmp_path / "alone")]) == 0
     alone = tmp_path / "alone" / "autoattack-last.csv"
     hunted = tmp_path / "hunted" / "autoattack-last.csv"
-    cli = [sys.executable, "-c", "from retemper.cli import main; main()", *words, "--out", str(hunted.parent)]
     for _ in range(2):
-        kill_after_next_write(cli, hunted)
+        write = "retemper.engine.evaluation.ledger.write_atomically"
+        process = start(*words, "--out", hunted.parent, place=write, at={2: signal.SIGKILL})
+        assert process.wait()[0] == -signal.SIGKILL
         assert not Ledger.read(hunted).is_complete(SUITES["fast"])
     assert run([*words, "--out", str(hunted.parent)]) == 0
     assert rows(alone) == rows(hunted)

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import pytest
@@ -136,7 +137,7 @@ def test_a_network_of_robustbench_teaches_and_is_evaluated(
 def test_no_checkpoint_of_robustbench_runs_code(robustbench: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Bomb:
         def __reduce__(self) -> tuple:
-            return os.system, (f"touch {robustbench / 'ran'}",)
+            return os.system, (f"touch {quote(str(robustbench / 'ran'))}",)
 
     torch.save(Bomb(), robustbench / "Bomb.pt")
     before = {name: value for name, value in os.environ.items() if name.startswith("TORCH_FORCE")}

@@ -95,6 +95,7 @@ def test_costs_the_published_multiply_adds(name: str) -> None:
     assert counter.get_total_flops() / 2e6 == pytest.approx(SIZES[name][3], rel=1e-3)
 
 
+@pytest.mark.own_process
 @pytest.mark.parametrize("name", RELEASED)
 def test_computes_what_the_released_code_computes(name: str) -> None:
     model = filled(WideResNet(10, 3, depth=16, widen=2) if name == "wrn16_2" else create_model(name, 10))
@@ -135,6 +136,7 @@ class LayoutWatch(TorchDispatchMode):
         return out
 
 
+@pytest.mark.own_process
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 @each_model
 def test_stays_channels_last_forward_and_backward(name: str, autocast: bool) -> None:
@@ -154,6 +156,7 @@ def test_stays_channels_last_forward_and_backward(name: str, autocast: bool) -> 
     assert len(watch.broken) <= 1 and all("div" in broken for broken in watch.broken)
 
 
+@pytest.mark.own_process
 @each_small_model
 def test_evaluation_is_repeatable_and_touches_no_statistics(name: str) -> None:
     model = create_model(name, 10).eval()
@@ -166,6 +169,7 @@ def test_evaluation_is_repeatable_and_touches_no_statistics(name: str) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.own_process
 @each_small_model
 def test_training_moves_every_parameter_and_every_statistic(name: str) -> None:
     model = create_model(name, 10)

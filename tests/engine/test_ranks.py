@@ -6,18 +6,20 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from retemper.cli import run
 from retemper.engine import EpochStats, State, create_model, train_step
@@ -31,9 +33,10 @@ from retemper.engine.speed.fold import Folded
 from retemper.loaders import ViewSpace, convert, make_loader, split_of_arrays
 
 Start = Callable[..., Any]
+STEPS = 14  # an epoch
 ROOT, BIN = Path(__file__).parent.parent.parent, Path(sys.executable).parent
 CPU = torch.device("cpu")
-SHORT = (  # 14 steps an epoch; 868 images in batches of 64
+SHORT = (  # 868 images in batches of 64
     "--device cpu --epochs 2 --attack-steps 2 --holdout-per-class 33 --select-steps 2 --batch-size 64 "
     "--select-every 1 --select-from 1 --average ema --ema-decay 0.9"
 ).split()
@@ -51,11 +54,13 @@ def places(rank: int, world_size: int, port: int) -> dict[str, str]:
     return {name: str(number) for name, number in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
 
 
-def start_both(start: Start, *words: object, **variables: str) -> list[Any]:
-    """Start `retemper WORDS` in two processes."""
-    port = free_port()
-    each = [places(rank, 2, port) | variables for rank in range(2)]
-    return [start(*words, prepare=lambda own=own: os.environ.update(own)) for own in each]
+def start_both(start: Start, *words: object, at: dict[int, dict[int, Any]] | None = None) -> list[Any]:
+    """Start `retemper WORDS` in two processes; `at` holds what each does just before a step, by its number."""
+    port, at = free_port(), at or {}
+    each = [places(rank, 2, port) for rank in range(2)]
+    return [
+        start(*words, at=at.get(rank), prepare=lambda own=own: os.environ.update(own)) for rank, own in enumerate(each)
+    ]
 
 
 def forked(world_size: int, work: Callable[[], object]) -> list[int]:
@@ -305,9 +310,7 @@ def test_one_that_is_killed_ends_the_other(
     out = tmp_path / "run"
     command = [*words, "--out", out, "--cache", tmp_path / "cache", "--save-every", 0]
     for killed in (1, 0):
-        both = start_both(start, *command)
-        both[0].until(lambda: (out / "last.state").exists() and position(out)[1] > 2 + 2 * (not killed))  # noqa: B023
-        both[killed].send(signal.SIGKILL)
+        both = start_both(start, *command, at={killed: {4: signal.SIGKILL}})
         code, said = both[1 - killed].wait()
         assert code == 3 and "Traceback" not in said
         last = said.splitlines()[-1]
@@ -318,14 +321,18 @@ def test_one_that_is_killed_ends_the_other(
     require_same(whole, out)
 
 
+def soon_out_of_patience() -> None:
+    """Have this process wait for the others for two seconds from now on."""
+    _set_pg_timeout(timedelta(seconds=2), dist.group.WORLD)
+
+
 def test_one_that_stalls_is_not_waited_for_and_one_process_may_go_on_between_epochs(
     words: list[object], start: Start, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     command = [*words, "--out", out, "--save-every", 1000]
-    both = start_both(start, *command, RETEMPER_RANK_TIMEOUT="15")
-    both[0].until(lambda: (out / "last.state").exists())
-    os.kill(both[1].pid, signal.SIGSTOP)
+    second = STEPS + 1  # the first step of the second epoch; how long the first epoch takes is no matter
+    both = start_both(start, *command, at={0: {second: soon_out_of_patience}, 1: {second: signal.SIGSTOP}})
     code, said = both[0].wait()
     assert code == 3 and "is gone or has stalled" in said.splitlines()[-1], said
     both[1].send(signal.SIGKILL)
@@ -339,9 +346,8 @@ def test_a_signal_to_one_has_both_save_and_leave(
 ) -> None:
     out = tmp_path / "run"
     command = [*words, "--out", out, "--cache", tmp_path / "cache", "--save-every", 0]
-    both = start_both(start, *command)
-    both[0].until((out / "last.state").exists)
-    assert both[1].send(signal.SIGTERM)[0] == 75
+    both = start_both(start, *command, at={1: {4: signal.SIGTERM}})
+    assert both[1].wait()[0] == 75
     code, said = both[0].wait()
     assert code == 75 and said.splitlines()[-1].startswith("retemper: interrupted; saved at "), said
     assert both[1].log.read_text() == "", "the first one speaks"
@@ -397,6 +403,25 @@ def test_two_processes_share_autoattack_out(teacher: Path, start: Start, tmp_pat
     assert len(list(tmp_path.glob("autoattack-?-of-2.csv"))) == 2
 
 
+LEAVING = """
+import os, runpy, signal, sys, time
+from itertools import count
+from retemper import interrupts, steps
+
+train_step, number = steps.train_step, count(1)
+
+def watched(*words, **options):
+    if next(number) == 4 and os.environ["RANK"] == "0":
+        os.kill(os.getppid(), signal.SIGTERM)
+        while not interrupts.asked():  # torchrun tells its processes
+            time.sleep(0.01)
+    return train_step(*words, **options)
+
+steps.train_step = watched
+runpy.run_path("recipes/absld.py", run_name="__main__")
+"""  # the recipe's script, with a signal to torchrun before its fourth step
+
+
 def launch(log: Path, *words: object) -> subprocess.Popen[bytes]:
     """Start torchrun as users do."""
     variables = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -411,14 +436,13 @@ def test_torchrun_is_left_by_a_signal_and_goes_on_from_two_hosts(
     """A run of two processes on one machine is stopped, and resumed by two machines with one process each."""
     out, logs = tmp_path / "run", [tmp_path / f"log{n}" for n in range(3)]
     options = [*words[2:], "--out", out, "--cache", tmp_path / "cache", "--save-every", 0]
-    first = launch(logs[0], "--nproc-per-node", 2, "--master-port", free_port(), "recipes/absld.py", "digits", *options)
-    while not (out / "last.state").exists() and first.poll() is None:
-        time.sleep(0.01)
-    first.send_signal(signal.SIGTERM)
+    (tmp_path / "leaving.py").write_text(LEAVING)
+    script = [tmp_path / "leaving.py", "digits"]
+    first = launch(logs[0], "--nproc-per-node", 2, "--master-port", free_port(), *script, *options)
     first.wait(600)
     said = logs[0].read_text()
     assert said.count("retemper: interrupted; saved at ") == 1 and "retemper: error" not in said, said
-    assert position(out) < (2, 0)
+    assert position(out) == (0, 4)
     port = free_port()
     hosts = [
         launch(

@@ -8,6 +8,7 @@ import runpy
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from shlex import quote
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -186,7 +187,7 @@ def test_a_run_that_was_not_trained_is_shown_with_the_command(tmp_path: Path) ->
     run = make_run(tmp_path / "absld", ABSLD, attacks=("pgd20",))
     (run / "metrics.jsonl").unlink()
     report = RunSet([read_run(run)])
-    assert [note.code for note in warnings(report)] == [f"retemper train absld:digits --out {run}"]
+    assert [note.code for note in warnings(report)] == [f"retemper train absld:digits --out {quote(str(run))}"]
     assert headline(report).startswith("Under PGD-20, absld's weakest class is 3 at 61 %. NSD is 0.")
     assert subline(report) == "Its average over all images is 73 %."
 
@@ -207,7 +208,7 @@ def test_a_damaged_evaluation_does_not_stop_the_report(tmp_path: Path, content: 
     (run / "evaluation.json").write_text(content)
     report = RunSet([read_run(run)])
     assert headline(report) == "None of these runs has been evaluated yet."
-    assert warnings(report)[0].code == f"retemper evaluate {run}"
+    assert warnings(report)[0].code == f"retemper evaluate {quote(str(run))}"
 
 
 def test_holes_in_the_numbers_are_left_blank(tmp_path: Path) -> None:
@@ -314,7 +315,7 @@ def test_an_evaluation_of_a_network_from_elsewhere_stands_beside_runs(tmp_path: 
     write_report(runs, tmp_path / "out")
     text = (tmp_path / "out/report.md").read_text()
     assert "| role | trained without a teacher | from elsewhere |" in text
-    assert f"retemper evaluate net.py:build --out {runs[1]} --check" in text
+    assert f"retemper evaluate net.py:build --out {quote(str(runs[1]))} --check" in text
     assert "net-build" in text.split("## Differences on the same images")[1].split("##")[0]
     assert "retemper train None" not in text and "absld (teacher)" not in text and "net-build (teacher)" not in text
 
@@ -373,7 +374,9 @@ def test_a_suspect_is_called_one(full: tuple[str, str]) -> None:
     page, markdown = full
     assert "absld is suspect: gradients are masked or misleading" in page
     assert "| radius end | **raised** (0.12; At eps 1 still 12 %" in markdown
-    assert re.search("r_0: the checks were not run. To run them: <code>retemper evaluate .*r_0 --check</code>", page)
+    assert re.search(
+        "r_0: the checks were not run. To run them: <code>retemper evaluate .*r_0(&#x?[0-9]+;)? --check</code>", page
+    )
 
 
 def test_lines_for_a_papers_table(full: tuple[str, str]) -> None:
@@ -412,7 +415,7 @@ def test_an_interrupted_attack_comes_with_the_command(tmp_path: Path) -> None:
     found = read_run(run)
     assert found.results["autoattack"].upper_bound and found.results["autoattack"].confusion is None
     assert found.notes[0].text.split()[2] == "interrupted:"
-    assert found.notes[0].code == f"retemper evaluate {run} --attacks autoattack"
+    assert found.notes[0].code == f"retemper evaluate {quote(str(run))} --attacks autoattack"
     assert "AutoAttack: outputs are random" in warnings(RunSet([found]))[0].text
 
 

@@ -1,10 +1,8 @@
 """A run that is killed or asked to leave at any moment goes on where it was, to the very bits of an undisturbed one."""
 
 import json
-import os
 import random
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from retemper.engine.run.state_file import Damaged, unpack
 
 Start = Callable[..., Any]
 STEPS = 14  # an epoch
+STEP = "retemper.engine.run.steps.train_step"  # a run calls it once a step
 COMMAND = (
     "train absld:digits --device cpu --epochs 2 --attack-steps 2 --holdout-per-class 33 --select-steps 2 "
     "--batch-size 64 --select-every 1 --select-from 1 --average ema --ema-decay 0.9 --joint true"
@@ -66,14 +65,11 @@ def position(folder: Path) -> tuple[int, int]:
 def test_kill_9_between_and_within_saves_changes_no_bit(
     whole: Path, words: list[object], start: Start, tmp_path: Path
 ) -> None:
-    """The run saves after every step, so that half of the kills fall into a save."""
-    rng, out, positions = random.Random(0), tmp_path / "run", []
-    for _ in range(5):
-        process = start(*words, "--save-every", 0)
-        before = positions[-1] if positions else (0, 0)
-        process.until(lambda: (out / "last.state").exists() and position(out) > before)  # noqa: B023  # it is this one
-        time.sleep(rng.random() * 0.01)  # at any moment of a step or a save; all five must fit into the 28 steps
-        assert process.send(signal.SIGKILL)[0] == -signal.SIGKILL
+    """The run saves after every step; most of the kills fall into a save, at each thing that it asks of the disk."""
+    out, positions = tmp_path / "run", []
+    for place, call in (("os.link", 2), (STEP, 3), ("os.fsync", 14), ("os.replace", 11), ("os.link", 9)):
+        process = start(*words, "--save-every", 0, place=place, at={call: signal.SIGKILL})
+        assert process.wait()[0] == -signal.SIGKILL
         positions.append(position(out))
     assert positions == sorted(positions) and any(0 < step < STEPS for _, step in positions), positions
     code, said = start(*words).wait()
@@ -87,14 +83,12 @@ def test_kill_9_between_and_within_saves_changes_no_bit(
 def test_a_signal_saves_and_leaves_with_75(
     number: int, whole: Path, words: list[object], start: Start, tmp_path: Path
 ) -> None:
-    process, out = start(*words, "--save-every", 0.05), tmp_path / "run"
-    process.until((out / "last.state").exists)
-    code, said = process.send(number)
+    out = tmp_path / "run"
+    code, said = start(*words, at={4: number}).wait()
     assert code == 75, said
     assert said.splitlines()[-1].startswith("retemper: interrupted; saved at ")
     assert said.splitlines()[-1].endswith("; the same command goes on from there") and "Traceback" not in said
-    epoch, step = position(out)
-    assert epoch or step
+    assert position(out) == (0, 4), "a step that was begun is done"
     assert start(*words).wait()[0] == 0
     require_same(whole, out)
 
@@ -103,37 +97,28 @@ def test_a_signal_while_the_best_is_chosen_saves_what_was_trained(
     words: list[object], start: Start, tmp_path: Path
 ) -> None:
     """The saved state holds nothing that the choice of the best had moved already."""
-    slow, out = [*words, "--epochs", 1, "--select-steps", 3000], tmp_path / "run"
-    while not (out / "last.state").exists() or position(out) < (0, STEPS):  # a first signal may come too early
-        process = start(*slow)
-        process.until(lambda: "to 1 on cpu" in process.log.read_text())  # noqa: B023  # it is this one
-        time.sleep(1)
-        code, said = process.send(signal.SIGTERM)
-        assert code == 75, said
+    out = tmp_path / "run"
+    code, said = start(*words, place="retemper.engine.run.selection.predictions", at={1: signal.SIGTERM}).wait()
+    assert code == 75, said
     assert position(out) == (0, STEPS)
     assert unpack(out / "last.state")["class_state"]["temperature_adv"].tolist() == [1.0] * 10
 
 
 def test_a_second_interrupt_leaves_at_once(words: list[object], start: Start, tmp_path: Path) -> None:
-    process = start(*words, "--attack-steps", 3000)  # a step takes many seconds
-    process.until(lambda: "epochs 1 to 2" in process.log.read_text())
-    time.sleep(2)  # until it is within that step
-    os.kill(process.pid, signal.SIGINT)
-    time.sleep(0.3)
-    assert os.waitpid(process.pid, os.WNOHANG) == (0, 0), "the step was to be finished first"
-    os.kill(process.pid, signal.SIGTERM)  # as a cluster may say it again: no reason to hurry
-    time.sleep(0.1)
-    assert os.waitpid(process.pid, os.WNOHANG) == (0, 0)
-    assert process.send(signal.SIGINT)[0] == 130  # 75 would say that the step was finished
-    assert not list((tmp_path / "run").glob("*.state"))
+    """The attack of a step goes on after the first, and after a SIGTERM, as a cluster may say it again."""
+    reached, out = tmp_path / "reached", tmp_path / "run"
+    acts = {1: signal.SIGINT, 5: signal.SIGTERM, 9: reached.touch, 10: signal.SIGINT}
+    process = start(*words, "--attack-steps", 20, place="retemper.engine.attack.pgd_step_", at=acts)
+    assert process.wait()[0] == 130 and reached.exists()  # 75 would say that the step was finished
+    assert not list(out.glob("*.state"))
 
 
 @pytest.fixture
 def cut(words: list[object], start: Start, tmp_path: Path) -> Path:
     """A run left within its second epoch, with a state before the newest."""
-    process, out = start(*words, "--save-every", 0), tmp_path / "run"
-    process.until(lambda: (out / "last.state").exists() and position(out) > (1, 2))
-    process.send(signal.SIGKILL)
+    assert start(*words, "--save-every", 0, at={STEPS + 4: signal.SIGKILL}).wait()[0] == -signal.SIGKILL
+    out = tmp_path / "run"
+    assert position(out) == (1, 3)
     return out
 
 

@@ -6,6 +6,7 @@ import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -208,7 +209,7 @@ class Runs:
         self.mark = mark
 
     def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
-        return os.system, (f"touch {self.mark}",)
+        return os.system, (f"touch {quote(str(self.mark))}",)
 
 
 @pytest.mark.parametrize("writer", ["zip", "legacy", "by hand", *range(6)])
@@ -216,7 +217,7 @@ def test_never_runs_code(writer: str | int, tmp_path: Path) -> None:
     mark, path = tmp_path / "ran", tmp_path / "model.pt"
     content = {"state_dict": {"conv1.weight": torch.ones(1) if isinstance(writer, str) else 1, "evil": Runs(mark)}}
     if writer == "by hand":  # the opcode INST, which no writer of today uses
-        path.write_bytes(f"(S'touch {mark}'\niposix\nsystem\n.".encode())
+        path.write_bytes(f'(S"touch {quote(str(mark))}"\niposix\nsystem\n.'.encode())
     elif isinstance(writer, int):
         path.write_bytes(pickle.dumps(content, protocol=writer))
     else:

@@ -1,18 +1,22 @@
-"""Compile every kernel for one architecture, as the ops launch them; print what each takes and spills, a JSON a line.
+"""Compile every kernel for some architectures, as the ops launch them; write what each takes and spills.
 
-Run by test_compiles.py in a process of its own, since the one with the tests may be interpreting:
-    python compile_all.py cuda 90 32
+Run by test_compiles.py in a process of its own, since the one with the tests may be interpreting; each architecture has
+a fork of it, and in the folder a file of its name with a JSON a line:
+    python compile_all.py FOLDER cuda:90:32 hip:gfx942:64
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from math import gcd
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -141,14 +145,22 @@ def row(constants: dict[str, Any]) -> int:
     return constants.get("K") or constants.get("WIDTH", 16) * constants.get("CHANNELS", 1)
 
 
-def main(backend: str, arch: str, warp_size: str) -> None:
+def report(folder: str, name: str) -> None:
+    """Compile all for the target `name`, and write the reports."""
+    backend, arch, warp_size = name.split(":")
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp_size))
-    for dtype, aligned in ALIGNED.items():
-        for case in (*elementwise(dtype), *by_class(dtype), *augmentation(dtype), *convolution(dtype)):
-            compiled = compile_case(case, target, aligned)
-            what = {"kernel": case[0].__name__, "dtype": dtype, "aligned": aligned, "row": row(case[2])}
-            what["writes_rows"] = case[2].get("GRAD") is False  # one number for each
-            print(json.dumps(what | {"usage": usage(compiled, target), **accesses(compiled)}))
+    with open(Path(folder) / arch, "w") as file:
+        for dtype, aligned in ALIGNED.items():
+            for case in (*elementwise(dtype), *by_class(dtype), *augmentation(dtype), *convolution(dtype)):
+                compiled = compile_case(case, target, aligned)
+                what = {"kernel": case[0].__name__, "dtype": dtype, "aligned": aligned, "row": row(case[2])}
+                what["writes_rows"] = case[2].get("GRAD") is False  # one number for each
+                print(json.dumps(what | {"usage": usage(compiled, target), **accesses(compiled)}), file=file)
+
+
+def main(folder: str, *names: str) -> None:
+    with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
+        list(pool.map(report, [folder] * len(names), names))
 
 
 if __name__ == "__main__":

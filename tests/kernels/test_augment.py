@@ -33,7 +33,7 @@ def pixel_by_pixel(image: Tensor, view: int, padding: int) -> Tensor:
     return out
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     shape=st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.integers(1, 4)),
     padding=st.integers(0, 5),

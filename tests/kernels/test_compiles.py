@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -40,26 +39,19 @@ def entry_points() -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[Target, subprocess.CompletedProcess[str]]:
-    """Return what compile_all.py reports of each target, each in a process and with an empty cache of its own."""
-
-    def report(target: Target) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-W", "error", str(HERE / "compile_all.py"), *target]
-        env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp(target[1]))}
-        return subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(TARGETS, pool.map(report, TARGETS), strict=True))
-
-
-def compiled(report: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
-    assert report.returncode == 0
-    return [json.loads(line) for line in report.stdout.splitlines()]
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[Target, list[dict[str, Any]]]:
+    """Return what compile_all.py reports of each target, compiled anew."""
+    folder = tmp_path_factory.mktemp("reports")
+    command = [sys.executable, "-W", "error", str(HERE / "compile_all.py"), str(folder), *map(":".join, TARGETS)]
+    env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
+    done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr
+    return {target: [*map(json.loads, (folder / target[1]).read_text().splitlines())] for target in TARGETS}
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target[1])
-def test_compiles_without_spills(target: Target, reports: dict[Target, subprocess.CompletedProcess[str]]) -> None:
-    cases = compiled(reports[target])
+def test_compiles_without_spills(target: Target, reports: dict[Target, list[dict[str, Any]]]) -> None:
+    cases = reports[target]
     assert {case["kernel"] for case in cases} == entry_points()
     for case in cases:
         assert case["usage"].keys() > SPILLS[target[0]]
@@ -71,10 +63,10 @@ def is_wide(counts: dict[str, int], width: int, narrower: int = 0) -> bool:
     return max(map(int, counts)) >= width and sum(n for bits, n in counts.items() if int(bits) < width) <= narrower
 
 
-def test_memory_is_accessed_in_words_of_16_bytes(reports: dict[Target, subprocess.CompletedProcess[str]]) -> None:
+def test_memory_is_accessed_in_words_of_16_bytes(reports: dict[Target, list[dict[str, Any]]]) -> None:
     """Rows that 16 bytes do not divide have the widest words that do: 10 classes of fp32 are five words of 8 bytes."""
     seen = set()
-    for case in compiled(reports["cuda", "90", "32"]):
+    for case in reports["cuda", "90", "32"]:
         if not case["aligned"]:
             continue
         size = SIZE[case["dtype"]]

@@ -74,7 +74,7 @@ def test_a_margin_may_be_a_number_while_the_other_is_not(
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 2**32), eps=st.floats(1e-4, 1), step=st.floats(-1, 1), scale=st.sampled_from([1e-30, 1.0, 1e30])
 )

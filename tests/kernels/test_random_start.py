@@ -94,7 +94,7 @@ def test_agrees_with_reference(
 
 
 @pytest.mark.parametrize("noise", ["uniform", "normal"])
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=st.integers(-(2**63), 2**63 - 1), eps=st.floats(0, 1), scale=st.floats(0, 1))
 def test_stays_in_the_ball_and_the_image(noise: str, seed: int, eps: float, scale: float, device: torch.device) -> None:
     clean = images((2, 3, 5, 7), device)

@@ -1,10 +1,13 @@
 """Settings of full size start, take two steps and are evaluated, on files in their data set's own format.
 
 All those of four methods, and one of each other method: they share the options of recipes/settings.py.
+WRN-34-10 would take most of the time and of the memory, and is a tenth as wide here; tests/engine/test_models.py has it
+whole.
 """
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +17,8 @@ import torch
 from retemper.cli import run
 from retemper.engine import create_model, save_weights
 from retemper.engine.catalogue import find_setting, method_module, methods
+from retemper.engine.models import MODELS
+from retemper.engine.models.wide_resnet import WideResNet
 from retemper.loaders import load_split
 
 SHORT = "--epochs 1 --batch-size 2 --attack-steps 1 --holdout-per-class 0 --images-per-class none".split()
@@ -55,7 +60,10 @@ def data_root(datafiles: ModuleType, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.mark.own_process
 @pytest.mark.parametrize("name", [*large()])
-def test_starts_steps_and_is_evaluated(name: str, data_root: Callable[[str, bool], Path], tmp_path: Path) -> None:
+def test_starts_steps_and_is_evaluated(
+    name: str, data_root: Callable[[str, bool], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MODELS, "wrn34_10", partial(WideResNet, depth=34, widen=1))
     recipe = find_setting(name)[2].recipe
     learns_from_held_out = bool(recipe.method.validates_by) or recipe.optim.average_above > 0
     root = data_root(recipe.data.dataset, learns_from_held_out)
