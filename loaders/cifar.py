@@ -96,7 +96,7 @@ def load_cifar(name: str, split: str, data_root: Path | None) -> Split:
 
 
 def _find(name: str, split: str, data_root: Path | None) -> tuple[_Version, Path]:
-    """Return the version that is there, and its folder: in the root, in a folder named as the set, or the root itself."""
+    """Return the version that is there, and its folder: in the root or in a folder named as the set, or that itself."""
     versions = VERSIONS[name]
     root = require_folder(data_root, name, f"{versions[0].folder} or {versions[1].folder}")
     places = [root, *(root / other for other in _other_names(name))]

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from retemper.console import say
 from retemper.engine.distributed.ranks import Ranks
-from retemper.engine.predict import balanced_order
 from retemper.engine.recipe import Recipe
 from retemper.errors import UsageError
 from retemper.loaders import Loader, Split, ViewSpace, holdout_split, load_split, make_loader, split_of_arrays
@@ -86,6 +86,19 @@ def chosen_indices(split: Split, recipe: Recipe) -> tuple[np.ndarray, np.ndarray
     if recipe.selection.holds_out:
         train, held = holdout_split(split.labels, recipe.selection.holdout_per_class)
     if recipe.data.images_per_class is not None:
-        order = balanced_order(split.labels[train], recipe.data.images_per_class * len(split.classes))
-        train = np.sort(train[order])
+        train = _first_of_each_class(split, train, recipe.data.images_per_class)
     return train, held
+
+
+def _first_of_each_class(split: Split, index_N: np.ndarray, wanted: int) -> np.ndarray:
+    """Return the first `wanted` positions of each class, in their order, and say which classes have fewer.
+
+    Args:
+        index_N: (N,) int64 positions in `split`, sorted.
+    """
+    members = [index_N[split.labels[index_N] == k] for k in range(len(split.classes))]
+    short = [f"{name} {len(own)}" for name, own in zip(split.classes, members, strict=True) if len(own) < wanted]
+    if short:
+        more = f" and {len(short) - 5} classes more" * (len(short) > 5)
+        say(f"note: --images-per-class {wanted}: some classes have fewer to train on: {', '.join(short[:5])}{more}")
+    return np.sort(np.concatenate([own[:wanted] for own in members]))
