@@ -8,9 +8,21 @@ import torch
 
 from retemper.console import say
 from retemper.engine.distributed.ranks import Ranks
+from retemper.engine.groups import Data
 from retemper.engine.recipe import Recipe
-from retemper.errors import UsageError
-from retemper.loaders import Loader, Split, ViewSpace, holdout_split, load_split, make_loader, split_of_arrays
+from retemper.errors import DataError, UsageError
+from retemper.loaders import (
+    Loader,
+    Split,
+    ViewSpace,
+    beton_split,
+    holdout_split,
+    load_split,
+    make_loader,
+    split_of_arrays,
+)
+
+SIDES_PX = {"digits": 8, "fashion-mnist": 28, "cifar10": 32, "cifar100": 32, "tiny-imagenet": 64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +39,25 @@ class TrainingData:
     split: Split
     loader: Loader
     held: Split | None
+
+
+def training_split(data: Data, data_root: Path | None, beton: Path | None) -> Split:
+    """Return all training images of the data set: a converted file serves by itself where no root is named.
+
+    Raises:
+        UsageError: no such data set, or the converted file has images of another size than the recipe says.
+        DataError: the images cannot be read, or the converted file holds others.
+    """
+    if beton is None or data_root is not None:
+        return load_split(data.dataset, "train", data_root, data.image_size)
+    split = beton_split(beton)
+    if (split.name, split.split) != (data.dataset, "train"):
+        raise DataError(f"{beton} holds {split.name} {split.split}, the run needs {data.dataset} train: convert that")
+    height, width, _ = split.shape
+    told = data.image_size or SIDES_PX.get(data.dataset)
+    if height == width and height != told:  # or the test images would be read in another size
+        raise UsageError(f"{beton} holds images of {height} px a side: give --image-size {height}")
+    return split
 
 
 def load_data(

@@ -15,7 +15,7 @@ from typing import Any
 
 from retemper.console import say
 from retemper.engine.epoch_stats import EpochStats, HeldOut
-from retemper.engine.run.data import TrainingData, load_data
+from retemper.engine.run.data import TrainingData, load_data, training_split
 from retemper.engine.run.diverged import FiniteWatch
 from retemper.engine.run.interrupts import undisturbed
 from retemper.engine.run.job import Job
@@ -28,7 +28,6 @@ from retemper.engine.run.steps import Steps
 from retemper.engine.run.teacher_logits import teacher_logits
 from retemper.engine.state import State
 from retemper.errors import Diverged
-from retemper.loaders import load_split
 
 
 def train(job: Job) -> Path:
@@ -43,7 +42,7 @@ def train(job: Job) -> Path:
     """
     recipe, ranks, folder = job.recipe, job.ranks, RunFolder(job.out, job.ranks.rank)
     with job.surroundings(folder):
-        split = load_split(recipe.data.dataset, "train", job.data_root, recipe.data.image_size)
+        split = training_split(recipe.data, job.data_root, job.beton)
         board = Board(folder, split.classes) if job.tensorboard and ranks.is_first else None
         networks = NetworkLoader(split=split, data=recipe.data, device=job.device, cache=job.cache)
         names = {"teacher": job.teacher, "clean_teacher": job.clean_teacher, "start": job.start}
