@@ -19,6 +19,7 @@ from retemper.engine.evaluation.evaluation_file import EvaluationFile, Outcome
 from retemper.engine.evaluation.ledger import Ledger
 from retemper.engine.evaluation.shards import Shard, evaluate_suite
 from retemper.engine.predict import ATTACKS, balanced_order, predictions
+from retemper.engine.run.commands import absolute
 from retemper.engine.run.job import default_cache
 from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.sanity.check import IMAGES, check_evaluated, check_lines
@@ -86,7 +87,9 @@ def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
     protocol = _protocol(request, network, split, len(order), eps, source["sha256"])
     path = _destination(network, request.out)
     file = EvaluationFile.begin(path, protocol) if ranks.is_first else EvaluationFile(path, protocol)
-    file.content["protocol"]["data_root"] = None if data_root is None else str(data_root)
+    file.content["protocol"]["data_root"] = absolute(data_root)
+    told = {"model": request.facts.model, "dataset": request.facts.dataset}
+    file.content["asked"] = {"target": absolute(network.name), **told}
     options: dict[str, Any] = dict(eps=eps, device=request.device, batch_size=request.batch_size, seed=request.seed)
     for name in request.attacks:
         started = time.monotonic()
@@ -148,7 +151,11 @@ def _test_images(network: Network, told: Facts, data_root: Path | None) -> tuple
         recipe = config["recipe"]
         known = Facts(model=recipe["student"], dataset=recipe["dataset"], eps=recipe["eps"])
         facts = facts.or_else(known).or_else(Facts(image_size=recipe.get("image_size")))
-        data_root = data_root or (Path(config["data_root"]) if config.get("data_root") else None)
+        if data_root is None and config.get("data_root") and facts.dataset != "digits":  # which has no root
+            data_root = Path(config["data_root"])
+            if not data_root.is_dir():
+                where = f"{data_root}, which {folder}/config.json names, is not a folder"
+                raise DataError(f"{where}: say with --data-root where {facts.dataset} lies now")
     if facts.dataset is None:
         raise UsageError(f"{network.name} does not say what it was trained on: name the data set with --dataset")
     split = load_split(facts.dataset, "test", data_root, facts.image_size)

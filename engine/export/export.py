@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from retemper.commands import command
 from retemper.console import say
 from retemper.engine.checkpoints.header import find_weights, is_run, load_network, read_facts
 from retemper.engine.export.model_card import ExportedNetwork, model_card, model_info
@@ -91,13 +92,15 @@ def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
 def _read_evaluation(run: Path, which: str, digest: str) -> dict[str, Any]:
     """Return the run's evaluation of these weights, empty if there is none."""
     path = run / ("evaluation.json" if which == "best" else f"evaluation-{which}.json")
+    again = command("retemper", "evaluate", run, weights=None if which == "best" else which)
     if not path.exists():
-        say(f"note: {run} is not evaluated, the card will say so; first: retemper evaluate {run}")
+        say(f"note: {run} is not evaluated, the card will say so; first: {again}")
         return {}
     content = read_json(path)
     if content["protocol"].get("weights_sha256") != digest:
-        say(f"note: {path} is of other weights and is left out; again: retemper evaluate {run}")
+        say(f"note: {path} is of other weights and is left out; again: {again}")
         return {}
+    content.pop("asked", None)  # it names the run's folder here
     return content | {"protocol": content["protocol"] | {"data_root": None}}
 
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from retemper.commands import command
 from retemper.console import say
 from retemper.engine.epoch_stats import EpochStats, HeldOut
 from retemper.engine.run.data import TrainingData, load_data, training_split
@@ -71,7 +72,7 @@ def train(job: Job) -> Path:
         finally:
             data.loader.close()
         ranks.barrier()
-        say(f"{job.name}: done, best epoch {saver.best.epoch}; next: retemper evaluate {job.out}")
+        say(f"{job.name}: done, best epoch {saver.best.epoch}; next: {command('retemper', 'evaluate', job.out)}")
     return job.out
 
 
