@@ -54,6 +54,8 @@ def _typed(value: Any) -> str:
     """Return an option's value so that the command line reads the very same one."""
     if isinstance(value, bool) or value is None:
         return str(value).lower()
+    if isinstance(value, float):
+        return _number(value)
     return ",".join(map(_typed, value)) if isinstance(value, tuple | list) else str(value)
 
 
@@ -65,7 +67,9 @@ def evaluate_again(folder: Path, content: Mapping[str, Any], attack: str | None 
         content: of evaluation.json; empty where there is none yet.
         attack: the one attack to run, as evaluation.json names it; None for those that are run by default.
     """
-    protocol, asked = content.get("protocol") or {}, content.get("asked") or {}
+    protocol = content.get("protocol") or {}
+    before = {} if is_run(folder) else {"target": protocol.get("weights"), "dataset": protocol.get("dataset")}
+    asked = content.get("asked") or before  # files of earlier versions do not hold it
     try:
         config = RunFolder(folder).read_config() if is_run(folder) else {}
     except DataError:
@@ -75,14 +79,14 @@ def evaluate_again(folder: Path, content: Mapping[str, Any], attack: str | None 
         "model": asked.get("model"),
         "dataset": asked.get("dataset"),
         "data_root": None if root == config.get("data_root") else root,
-        "eps": None if eps == config.get("recipe", {}).get("eps") else _pixels(eps),
+        "eps": None if eps in (None, config.get("recipe", {}).get("eps")) else _typed(eps),
         "limit": protocol.get("images") if limited else None,
         "seed": protocol.get("seed") or None,
         "batch_size": None if protocol.get("batch_size") == BATCH_SIZE else protocol.get("batch_size"),
         "weights": "last" if is_run(folder) and protocol.get("weights") == "last.safetensors" else None,
         "out": None if is_run(folder) else folder,
     }
-    target = folder if is_run(folder) else asked.get("target") or protocol.get("weights", "NETWORK")
+    target = folder if is_run(folder) else asked.get("target") or "NETWORK"
     return command("retemper", "evaluate", target, **options, **_attack_options(protocol, attack))
 
 
@@ -97,8 +101,7 @@ def _attack_options(protocol: Mapping[str, Any], attack: str | None) -> dict[str
     return found
 
 
-def _pixels(eps: Any) -> str | None:
-    """Return a radius as one types it: 8/255."""
-    if not isinstance(eps, int | float):
-        return None
-    return f"{round(255 * eps)}/255" if round(255 * eps) / 255 == eps else str(eps)
+def _number(value: float) -> str:
+    """Return a number so that the command line reads the very same one: 0.15, 8/255."""
+    pixels = round(255 * value)
+    return f"{pixels}/255" if pixels / 255 == value and pixels % 255 else str(value)

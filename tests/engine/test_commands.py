@@ -16,7 +16,7 @@ from retemper.engine.recipe import Recipe, flat_options
 from retemper.engine.report.read import read_run
 from retemper.engine.run.commands import absolute, evaluate_again, train_again
 
-SHORT = "--epochs 1 --attack-steps 1 --holdout-per-class 0 --batch-size 16".split()
+SHORT = "--epochs 1 --attack-steps 1 --holdout-per-class 0 --batch-size 16 --loader resident".split()
 
 
 def words(line: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,7 +128,7 @@ def test_a_folder_that_is_not_right_is_refused(tmp_path: Path, datafiles: Module
         load_split("folder", "train", tmp_path)
 
 
-def one_image(root: Path, name: str, image: Image.Image, **how: object) -> np.ndarray:
+def one_image(root: Path, name: str, image: Image.Image, **how: Any) -> np.ndarray:
     """Return the pixels that `image` has once it is saved as the only one of a training set."""
     (root / "train" / "one").mkdir(parents=True, exist_ok=True)
     image.save(root / "train" / "one" / name, **how)
