@@ -78,7 +78,7 @@ def write_verdicts(path: Path, verdicts: Verdicts) -> None:
     write_atomically(path, text.getvalue().encode())
 
 
-def read_evaluated(target: Path, name: str | None = None) -> Evaluated:
+def read_evaluated(target: str | Path, name: str | None = None) -> Evaluated:
     """Read an evaluation back.
 
     Args:
@@ -87,6 +87,7 @@ def read_evaluated(target: Path, name: str | None = None) -> Evaluated:
     Raises:
         DataError: it was not evaluated, or what is there is damaged.
     """
+    target = Path(target)
     path = target / "evaluation.json" if target.is_dir() else target
     if not path.exists():
         raise DataError(f"{path} does not exist: run `{command('retemper', 'evaluate', target)}` first")

@@ -23,7 +23,7 @@ from retemper.errors import DataError, UsageError
 from retemper.files import file_digest, json_bytes, read_json, write_atomically
 
 
-def export(run: Path, out: Path, form: str, which: str = "best", name: str | None = None) -> Path:
+def export(run: str | Path, out: str | Path, form: str, which: str = "best", name: str | None = None) -> Path:
     """Write a run's network into the folder `out`, each file atomically.
 
     Args:
@@ -36,6 +36,7 @@ def export(run: Path, out: Path, form: str, which: str = "best", name: str | Non
         DataError: `run` is no run, or its weights cannot be used.
         UsageError: `out` is the run itself, or cannot be written.
     """
+    run, out = Path(run), Path(out)
     if out.resolve() == run.resolve():
         raise UsageError(f"--out {out} is the run itself: name another folder")
     network = _read_network(run, which, name)

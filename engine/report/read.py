@@ -74,12 +74,13 @@ class RunRecord:
         return self.name if not self.is_teacher or "teacher" in self.name.lower() else f"{self.name} (teacher)"
 
 
-def read_run(folder: Path) -> RunRecord:
+def read_run(folder: str | Path) -> RunRecord:
     """Read config.json, metrics.jsonl and evaluation.json, as far as they are there and make sense.
 
     Raises:
         DataError: `folder` holds neither a run nor an evaluation, or its config.json is damaged.
     """
+    folder = Path(folder)
     run = RunRecord(folder, folder.resolve().name)
     trained, evaluated = ((folder / name).is_file() for name in ("config.json", "evaluation.json"))
     if not trained and not evaluated:

@@ -222,7 +222,7 @@ def test_different_protocols_are_pointed_out(tmp_path: Path) -> None:
         make_run(tmp_path / "a", RSLAD, epochs=1, attacks=("pgd20",)),
         make_run(tmp_path / "b", ABSLD, epochs=1, attacks=("pgd20",), count=40, protocol={"eps": 4 / 255}),
     ]
-    write_report(runs, tmp_path / "out")
+    write_report([str(run) for run in runs], str(tmp_path / "out"))
     markdown = (tmp_path / "out/report.md").read_text()
     assert "different protocols, do not compare them: images (1000, 400); eps (8/255, 4/255)." in markdown
     assert "Few test images: 40 in the smallest class." in markdown
