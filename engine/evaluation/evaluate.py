@@ -79,6 +79,7 @@ def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
         DataError, UsageError: the target or the data cannot be used.
     """
     ranks = request.ranks
+    _require_effect(request)
     network = find_network(request.target, dataset=request.facts.dataset, which=request.weights)
     facts, split, data_root = _test_images(network, request.facts, request.data_root)
     model, source = network.load(facts, split.shape, request.device, default_cache())
@@ -115,6 +116,22 @@ def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
     return path, file.content
 
 
+def _require_effect(request: EvaluationRequest) -> None:
+    """Raise UsageError for an option that would change nothing."""
+    of_suite = {
+        "--suite fast": request.suite != "standard",
+        "--fold": request.fold,
+        "--autoattack-limit": request.autoattack_limit is not None,
+        "--budget": request.budget_s is not None,
+    }
+    if "autoattack" not in request.attacks and (given := [option for option, is_given in of_suite.items() if is_given]):
+        raise UsageError(f"{given[0]} is for AutoAttack: name it in --attacks too, or leave out {given[0]}")
+    if request.weights != "best" and Path(request.target).is_file():
+        raise UsageError(
+            f"--weights {request.weights} chooses among a run's: {request.target} is one file, leave it out"
+        )
+
+
 def _attack(
     name: str, model: nn.Module, split: Split, image_N: np.ndarray, options: dict[str, Any], ranks: Ranks
 ) -> Outcome:
@@ -149,6 +166,8 @@ def _test_images(network: Network, told: Facts, data_root: Path | None) -> tuple
     facts = told.or_else(network.facts)
     if config is not None:
         recipe = config["recipe"]
+        if told.model not in (None, recipe["student"]):
+            raise UsageError(f"--model {told.model}: {network.name} is a run of {recipe['student']}: leave out --model")
         known = Facts(model=recipe["student"], dataset=recipe["dataset"], eps=recipe["eps"])
         facts = facts.or_else(known).or_else(Facts(image_size=recipe.get("image_size")))
         if data_root is None and config.get("data_root") and facts.dataset != "digits":  # which has no root

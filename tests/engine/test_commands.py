@@ -113,3 +113,25 @@ def test_a_suite_of_autoattack_is_named_as_the_command_line_takes_it(tmp_path: P
     fast = words(evaluate_again(tmp_path, content, "autoattack-fast"))
     assert fast[-6:] == "--attacks autoattack --suite fast --autoattack-limit 50".split()
     assert words(evaluate_again(tmp_path, content, "autoattack"))[-2:] == ["--attacks", "autoattack"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--model", "resnet18"], "is a run of tiny_resnet_wide: leave out --model"),
+        (["--fold"], "--fold is for AutoAttack"),
+        (["--suite", "fast"], "--suite fast is for AutoAttack"),
+        (["--autoattack-limit", "10"], "--autoattack-limit is for AutoAttack"),
+        (["--budget", "1"], "--budget is for AutoAttack"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(
+    given: list[str], said: str, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["evaluate", str(teacher), "--attacks", "clean", *given]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_weights_are_chosen_of_a_run_alone(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["evaluate", str(teacher / "best.safetensors"), "--weights", "last"]) == 2
+    assert "is one file, leave it out" in capsys.readouterr().err
