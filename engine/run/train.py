@@ -72,8 +72,14 @@ def train(job: Job) -> Path:
         finally:
             data.loader.close()
         ranks.barrier()
-        say(f"{job.name}: done, best epoch {saver.best.epoch}; next: {command('retemper', 'evaluate', job.out)}")
+        say(f"{job.name}: done, best epoch {saver.best.epoch}; next: {_next(job)}")
     return job.out
+
+
+def _next(job: Job) -> str:
+    """Return the command that evaluates the run; one that knows a converted file alone cannot know the test images."""
+    needs_root = job.beton and not job.data_root and job.recipe.data.dataset not in ("digits", "fashion-mnist")
+    return command("retemper", "evaluate", job.out, data_root="DIR" if needs_root else None)
 
 
 def _conclude(job: Job, state: State, data: TrainingData, saver: Saver, board: Board | None, epoch: int) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from retemper.engine.catalogue import find_setting
+from retemper.engine.cli import run
 from retemper.engine.groups import Data
 from retemper.engine.run.data import chosen_indices, training_split
 from retemper.loaders import DataError, UsageError, convert, load_split, split_of_arrays
@@ -40,6 +41,20 @@ def test_a_converted_file_serves_by_itself(tmp_path: Path, datafiles: ModuleType
         training_split(replace(data, dataset="cifar100"), None, beton)
     with pytest.raises(DataError, match="cifar10 needs --data-root"):
         training_split(data, None, None)
+
+
+def test_a_run_on_a_converted_file_alone_says_what_its_evaluation_needs(
+    tmp_path: Path, datafiles: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    datafiles.make_cifar10(tmp_path / "data", n=4)
+    beton, out = tmp_path / "train.beton", tmp_path / "run"
+    convert(load_split("cifar10", "train", tmp_path / "data"), beton, progress=False)
+    short = "--student tiny_resnet --epochs 1 --attack-steps 1 --holdout-per-class 0 --batch-size 16".split()
+    assert run(["train", "sat:cifar10_resnet18", "--beton", str(beton), "--out", str(out), *short]) == 0
+    assert f"next: retemper evaluate {out} --data-root DIR\n" in capsys.readouterr().err
+    assert run(["evaluate", str(out), "--attacks", "clean"]) == 3
+    assert "cifar10 needs --data-root" in capsys.readouterr().err
+    assert run(["evaluate", str(out), "--attacks", "clean", "--data-root", str(tmp_path / "data")]) == 0
 
 
 def test_a_converted_file_of_another_size_is_not_trained_on_by_itself(tmp_path: Path) -> None:
