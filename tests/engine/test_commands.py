@@ -8,10 +8,10 @@ from types import ModuleType
 
 import pytest
 
+from retemper.cli import run
 from retemper.commands import command
 from retemper.engine import create_model, save_weights
 from retemper.engine.catalogue import find_setting, override
-from retemper.engine.cli import run
 from retemper.engine.recipe import Recipe, flat_options
 from retemper.engine.report.read import read_run
 from retemper.engine.run.commands import absolute, evaluate_again, train_again

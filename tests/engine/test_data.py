@@ -7,8 +7,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from retemper.cli import run
 from retemper.engine.catalogue import find_setting
-from retemper.engine.cli import run
 from retemper.engine.groups import Data
 from retemper.engine.run.data import chosen_indices, training_split
 from retemper.loaders import DataError, UsageError, convert, load_split, split_of_arrays
