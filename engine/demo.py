@@ -17,9 +17,9 @@ CAST = {"teacher": "sat:digits", "rslad": "rslad:digits", "absld": "absld:digits
 ATTACKS = ("clean", "fgsm", "pgd20", "cw")
 
 
-def run_demo(out: Path, seed: int = 0) -> Path:
+def run_demo(out: str | Path, seed: int = 0) -> Path:
     """Train, evaluate and report, going on with what an earlier demo left in `out`; return the page."""
-    started = time.monotonic()
+    started, out = time.monotonic(), Path(out)
     require_plots()  # now, not after two minutes of training
     for name, recipe in CAST.items():
         method, setting, found = find_setting(recipe)

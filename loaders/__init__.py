@@ -1,7 +1,7 @@
 """Data sets from the disk to the device: uint8 batches, the same bits from either backend."""
 
 from retemper.errors import DataError, UsageError
-from retemper.loaders.beton import convert, verify
+from retemper.loaders.beton import beton_split, convert, verify
 from retemper.loaders.choose import LoaderKind, make_loader
 from retemper.loaders.datasets import DATASETS, load_split
 from retemper.loaders.ffcv_library import ffcv_problem
@@ -18,6 +18,7 @@ __all__ = [
     "Split",
     "UsageError",
     "ViewSpace",
+    "beton_split",
     "convert",
     "epoch_order",
     "ffcv_problem",

@@ -7,14 +7,16 @@ refused and can be written again.
 """
 
 import math
+import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
+from retemper.commands import command
 from retemper.console import progress as shown
 from retemper.errors import DataError, UsageError
 from retemper.files import atomic_write, file_digest, json_bytes, locked, read_json, sweep, sync, sync_folder
@@ -22,6 +24,7 @@ from retemper.loaders.ffcv_library import ffcv_module
 from retemper.loaders.split import Split
 
 FORMAT = 1  # of the .json and of the fields in the .beton
+LEFT = re.compile(r"\.(.+\.beton)(\.json)?\.[0-9a-f]+\.tmp")  # the temporary names of `atomic_write`
 MIN_PAGE = 1 << 21  # bytes; the smallest that FFCV takes
 IMAGES_PER_PAGE = 16  # at least: FFCV leaves the rest of a page empty
 
@@ -61,6 +64,7 @@ def convert(split: Split, out: str | Path, *, progress: bool = True) -> None:
     if out.suffix != ".beton" or out.is_dir():
         raise UsageError(f"{out}: a converted data set must be a file named something.beton")
     ffcv_module("writer")
+    _sweep_dead(out.parent)
     with _one_at_a_time(out):
         _write(split, out, progress)
 
@@ -72,6 +76,7 @@ def cached(split: Split, folder: str | Path) -> Path:
         UsageError, DataError: as `convert`.
     """
     out = Path(folder) / f"{split.name}-{split.split}-{split.fingerprint[:16]}.beton"
+    _sweep_dead(out.parent)
     with _one_at_a_time(out):
         try:
             found = verify(out)
@@ -90,8 +95,8 @@ def verify(path: str | Path) -> Sidecar:
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path} is not there: run `retemper convert DATASET --data-root DIR --out {path}`")
-    again = f"delete it and run `retemper convert DATASET --data-root DIR --out {path}`"
+        raise DataError(f"{path} is not there: run `{_convert_command(path)}`")
+    again = f"delete it and run `{_convert_command(path)}`"
     if not sidecar_path(path).is_file():
         raise DataError(f"{path} has no digest beside it, so it may be half written: {again}")
     try:
@@ -102,7 +107,7 @@ def verify(path: str | Path) -> Sidecar:
         raise DataError(f"{sidecar_path(path)} is damaged, so {path} cannot be trusted: {again}") from error
     if sidecar.format != FORMAT:
         raise DataError(f"{path} has format {sidecar.format}, this retemper reads {FORMAT}: {again}")
-    again = again.replace("DATASET", sidecar.dataset)
+    again = f"delete it and run `{_convert_command(path, sidecar)}`"
     size = path.stat().st_size
     if size != sidecar.bytes:
         state = "truncated at" if size < sidecar.bytes else "too long:"
@@ -112,9 +117,37 @@ def verify(path: str | Path) -> Sidecar:
     return sidecar
 
 
+def beton_split(path: str | Path) -> Split:
+    """Return the split that a .beton holds, of that file alone: without the data set that it was converted from.
+
+    Raises:
+        DataError: the file, or the .json beside it, is missing or damaged.
+        UsageError: FFCV is not installed.
+    """
+    found = verify(path)
+    metadata, size = ffcv_module("reader").Reader(str(path)).metadata, math.prod(found.shape)
+
+    def read() -> np.ndarray:
+        raw, images = np.memmap(path, np.uint8, mode="r"), np.empty((found.images, size), np.uint8)
+        for image, start in zip(images, metadata["f0"].tolist(), strict=True):
+            image[:] = raw[start : start + size]
+        return images.reshape(found.images, *found.shape)
+
+    label_N = metadata["f1"].astype(np.int64)
+    return Split(found.dataset, found.split, label_N, found.classes, found.shape, found.fingerprint, read)
+
+
 def sidecar_path(path: Path) -> Path:
     """Return FILE.beton.json of FILE.beton."""
     return path.with_name(path.name + ".json")
+
+
+def _convert_command(path: Path, sidecar: Sidecar | None = None) -> str:
+    """Return the command that writes `path` again; `sidecar` is what is known of it."""
+    half = None if sidecar is None or sidecar.split == "train" else sidecar.split
+    root = None if sidecar is not None and sidecar.dataset == "digits" else "DIR"
+    name = "DATASET" if sidecar is None else sidecar.dataset
+    return command("retemper", "convert", name, data_root=root, split=half, out=path)
 
 
 def _write(split: Split, out: Path, progress: bool) -> None:
@@ -159,6 +192,15 @@ def _write_samples(split: Split, path: Path, progress: bool) -> None:
             sample = (split.images[i], int(split.labels[i]), i)
             writer_module.handle_sample(sample, i, rows.dtype.names, rows, allocator, kinds)
     writer.finalize(allocator.allocations)
+
+
+def _sweep_dead(folder: Path) -> None:
+    """Remove what killed conversions, of whatever name, have left in `folder`. Those of live processes hold a lock."""
+    found = (LEFT.fullmatch(path.name) for path in folder.glob(".*.beton.*tmp"))
+    for name in {match[1] for match in found if match}:
+        with suppress(UsageError, OSError), locked(folder / f".{name}.lock", busy="it is being written"):
+            sweep(folder / name)
+            sweep(sidecar_path(folder / name))
 
 
 @contextmanager

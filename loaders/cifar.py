@@ -6,9 +6,11 @@ green and blue, 32 x 32 each. It is preferred, because the python version is pic
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from retemper.commands import command
 from retemper.errors import DataError
 from retemper.loaders.pickles import read_pickle
 from retemper.loaders.split import Split, fingerprint_of, require_folder
@@ -94,22 +96,27 @@ def load_cifar(name: str, split: str, data_root: Path | None) -> Split:
 
 
 def _find(name: str, split: str, data_root: Path | None) -> tuple[_Version, Path]:
-    """Return the version that is there, and its folder."""
+    """Return the version that is there, and its folder: in the root or in a folder named as the set, or that itself."""
     versions = VERSIONS[name]
     root = require_folder(data_root, name, f"{versions[0].folder} or {versions[1].folder}")
+    places = [root, *(root / other for other in _other_names(name))]
     for version in versions:
-        for folder in (root / version.folder, root):
+        for folder in (folder for place in places for folder in (place / version.folder, place)):
             if any((folder / file).is_file() for file in version.files[split]):
                 return version, folder
-    for version in versions:
-        if (root / version.archive).is_file():
-            raise DataError(
-                f"{root / version.archive} is still packed: run `tar -xzf {root / version.archive} -C {root}`"
-            )
+    for archive in (place / version.archive for version in versions for place in places):
+        if archive.is_file():
+            raise DataError(f"{archive} is still packed: run `{command('tar', '-xzf', archive, '-C', archive.parent)}`")
     raise DataError(
         f"no {name} in {root}: download {versions[0].archive} (the binary version) from the set's home page and run "
-        f"`tar -xzf {versions[0].archive} -C {root}`, which makes {root / versions[0].folder}"
+        f"`{command('tar', '-xzf', versions[0].archive, '-C', root)}`, which makes {root / versions[0].folder}"
     )
+
+
+def _other_names(name: str) -> list[str]:
+    """Return what people call the set's folder: cifar10, cifar-10, CIFAR10, CIFAR-10, cifar_10."""
+    number = name.removeprefix("cifar")
+    return [name, f"cifar-{number}", name.upper(), f"CIFAR-{number}", f"cifar_{number}"]
 
 
 def _read_binary(path: Path, version: _Version) -> tuple[np.ndarray, np.ndarray]:
@@ -126,12 +133,14 @@ def _read_binary(path: Path, version: _Version) -> tuple[np.ndarray, np.ndarray]
 
 def _read_pickled(path: Path, version: _Version) -> tuple[np.ndarray, np.ndarray]:
     """Return (N, 3072) uint8 pixels, plane by plane, and (N,) int64 labels, as `_read_binary` does."""
-    batch = read_pickle(path)
+    batch = _text_keys(read_pickle(path))
     assert isinstance(version.label, str)
-    pixels, labels = batch.get(b"data"), batch.get(version.label.encode())
+    pixels, labels = batch.get("data"), batch.get(version.label)
+    if isinstance(labels, np.ndarray) and labels.ndim == 1:
+        labels = labels.tolist()
     if not (isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.ndim == 2):
         raise DataError(f"{path} has no (N, {PIXELS}) bytes under 'data': unpack {version.archive} again")
-    if not isinstance(labels, list) or not all(isinstance(label, int) for label in labels):
+    if not isinstance(labels, list) or not all(isinstance(label, int | np.integer) for label in labels):
         raise DataError(f"{path} has no list of numbers under '{version.label}': unpack {version.archive} again")
     if pixels.shape != (len(labels), PIXELS):
         raise DataError(f"{path} has {pixels.shape} pixels for {len(labels):,} labels: unpack {version.archive} again")
@@ -141,7 +150,16 @@ def _read_pickled(path: Path, version: _Version) -> tuple[np.ndarray, np.ndarray
 def _class_names(path: Path, version: _Version) -> tuple[str, ...]:
     if version.binary:
         return tuple(line.strip() for line in path.read_text("utf-8", errors="replace").splitlines() if line.strip())
-    names = read_pickle(path).get(version.label_names.encode())
-    if not isinstance(names, list) or not all(isinstance(name, bytes) for name in names):
+    names = _text_keys(read_pickle(path)).get(version.label_names)
+    if not isinstance(names, list) or not all(isinstance(name, bytes | str) for name in names):
         raise DataError(f"{path} has no list of names under '{version.label_names}': unpack {version.archive} again")
-    return tuple(name.decode("utf-8", errors="replace") for name in names)
+    return tuple(map(_text, names))
+
+
+def _text_keys(batch: dict[bytes | str, Any]) -> dict[str, Any]:
+    """Return a pickled dictionary with text for keys: Python 2 wrote byte strings, Python 3 writes text."""
+    return {_text(key): value for key, value in batch.items()}
+
+
+def _text(name: bytes | str) -> str:
+    return name.decode("utf-8", errors="replace") if isinstance(name, bytes) else str(name)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from retemper.console import say
 from retemper.errors import DataError, UsageError
 from retemper.loaders.cifar import load_cifar
 from retemper.loaders.fashion_mnist import load_fashion_mnist
@@ -22,7 +23,8 @@ def load_split(dataset: str, split: str, data_root: str | Path | None = None, im
     Args:
         dataset: one of `DATASETS`.
         split: "train" or "test".
-        data_root: the folder of the set, or the folder that it lies in; digits needs none.
+        data_root: the folder of the set, or the folder that it lies in. None for digits, which scikit-learn brings, and
+            for Fashion-MNIST where Debian's package puts it; a folder that is named is never passed over.
         image_size: the side in pixels; None keeps the set's own. For `folder` the shorter side of each image is resized
             to it and the middle taken; for the other sets see `shrink`.
 
@@ -46,6 +48,10 @@ def load_split(dataset: str, split: str, data_root: str | Path | None = None, im
 
 def _load(dataset: str, split: str, data_root: Path | None, image_size: int | None) -> Split:
     if dataset == "digits":
+        if data_root is not None and not data_root.is_dir():
+            raise DataError(f"--data-root {data_root} is not a folder: leave it out, digits come with scikit-learn")
+        if data_root is not None:
+            say(f"note: digits come with scikit-learn, nothing is read from --data-root {data_root}")
         return load_digits_split(split)
     if dataset == "fashion-mnist":
         return load_fashion_mnist(split, data_root)

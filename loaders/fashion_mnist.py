@@ -5,12 +5,15 @@ dimension, then the bytes.
 """
 
 import gzip
+import hashlib
 import math
 import zlib
 from pathlib import Path
 
 import numpy as np
 
+from retemper.commands import command
+from retemper.console import say
 from retemper.errors import DataError
 from retemper.loaders.split import Split, fingerprint_of, require_folder
 
@@ -27,38 +30,65 @@ CLASSES = (
     "Ankle boot",
 )
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts it
-SUBFOLDERS = (".", "fashion-mnist", "FashionMNIST/raw")
+SUBFOLDERS = (
+    ".",
+    "raw",
+    *(name + sub for name in ("fashion-mnist", "fashion_mnist", "FashionMNIST") for sub in ("", "/raw")),
+)
 STEMS = {"train": "train", "test": "t10k"}
+PUBLISHED = {  # how many labels, and the SHA-256 of their bytes: MNIST's files have the same names and sizes
+    "train": (60_000, "657fbd221bfc9f4198cc14b5619cc33ec57c58dd0e47af4d99d6650759e869a7"),
+    "test": (10_000, "3d0e6c6ea990b53b6f8f500a41cac93881d981b315f84578b7d915342ade01e9"),
+}
 SIDE_PX = 28
 
 
 def load_fashion_mnist(split: str, data_root: Path | None) -> Split:
     """Read one half of Fashion-MNIST; see `load_split`."""
     images, labels = _find(split, data_root)
-    label_N = _read_idx(labels, 0x801).astype(np.int64)
+    label_N = _read_idx(labels, 0x801)
+    size, digest = PUBLISHED[split]
+    if len(label_N) == size and hashlib.sha256(label_N.tobytes()).hexdigest() != digest:
+        say(f"warning: {labels} does not hold Fashion-MNIST's labels; MNIST's files have the same names")
 
     def read() -> np.ndarray:
         return _read_idx(images, 0x803)[..., None]
 
     mark = fingerprint_of([images, labels], images.parent, "fashion-mnist", split)
-    return Split("fashion-mnist", split, label_N, CLASSES, (SIDE_PX, SIDE_PX, 1), mark, read)
+    return Split("fashion-mnist", split, label_N.astype(np.int64), CLASSES, (SIDE_PX, SIDE_PX, 1), mark, read)
 
 
 def _find(split: str, data_root: Path | None) -> tuple[Path, Path]:
-    """Return the files of images and labels."""
-    folders = [DEBIAN]
-    if data_root is not None:
+    """Return the files of images and labels: those under the root that was named, or else those of Debian's package."""
+    if data_root is None:
+        folders = [DEBIAN]
+    else:
         root = require_folder(data_root, "fashion-mnist", "the four files of the set")
-        folders = [root / sub for sub in SUBFOLDERS] + folders
-    wanted = [f"{STEMS[split]}-images-idx3-ubyte", f"{STEMS[split]}-labels-idx1-ubyte"]
-    for folder in folders:
-        found = [next((p for p in (folder / f"{w}.gz", folder / w) if p.is_file()), None) for w in wanted]
-        if found[0] is not None and found[1] is not None:
-            return found[0], found[1]
-    raise DataError(
-        f"{wanted[0]}.gz and {wanted[1]}.gz of fashion-mnist are not in {', '.join(map(str, folders))}: "
-        "run `apt-get install dataset-fashion-mnist`, or give the folder that holds them as --data-root"
+        folders = [root / sub for sub in SUBFOLDERS]
+    if found := next((pair for folder in folders if (pair := _pair(folder, split))), None):
+        return found
+    wanted = " and ".join(path.name for path in _packed(DEBIAN, split))
+    fix = "give the folder that holds them as --data-root"
+    if data_root is not None and _pair(DEBIAN, split):
+        fix += f", or leave it out: {DEBIAN} holds them"
+    else:
+        fix += f", or run `{command('apt-get', 'install', 'dataset-fashion-mnist')}` and leave it out"
+    where = DEBIAN if data_root is None else f"{data_root}, nor in {', '.join(SUBFOLDERS[1:])} there"
+    raise DataError(f"{wanted} of fashion-mnist are not in {where}: {fix}")
+
+
+def _packed(folder: Path, split: str) -> tuple[Path, Path]:
+    """Return the paths that the gzipped files of images and labels have in `folder`."""
+    return folder / f"{STEMS[split]}-images-idx3-ubyte.gz", folder / f"{STEMS[split]}-labels-idx1-ubyte.gz"
+
+
+def _pair(folder: Path, split: str) -> tuple[Path, Path] | None:
+    """Return the files of images and labels in `folder`, gzipped or not; None where one is missing."""
+    images, labels = (
+        next((path for path in (packed, packed.with_suffix("")) if path.is_file()), None)
+        for packed in _packed(folder, split)
     )
+    return None if images is None or labels is None else (images, labels)
 
 
 def _read_idx(path: Path, magic: int) -> np.ndarray:

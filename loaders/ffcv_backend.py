@@ -45,7 +45,7 @@ class FfcvLoader(Loader):
         reason: str,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
-        super().__init__(plan, len(split), device, f"loader: ffcv from {path} ({reason})")
+        super().__init__(plan, len(split), device, f"loader: ffcv from {Path(path).absolute()} ({reason})")
         self.path = Path(path)
         self._timeout_s = timeout_s
         loaders = ffcv_module("loader.loader")

@@ -45,7 +45,7 @@ def header(request: Request) -> dict[str, Any]:
     }
 
 
-def save(path: Path, result: dict[str, Any]) -> None:
+def save(path: str | Path, result: dict[str, Any]) -> None:
     """Write the JSON, atomically; a row of the result is a line of the file."""
     head = json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=1, allow_nan=False)
     rows = ",\n".join(f"  {json.dumps(row, allow_nan=False)}" for row in result["rows"])

@@ -291,7 +291,7 @@ def phase_rows(problem: StepProblem) -> list[Contender]:
     return [Contender(name=name, call=tuned(part), exactness="rounding") for name, part in parts.items()]
 
 
-def profile_step(request: Request, folder: Path) -> None:
+def profile_step(request: Request, folder: str | Path) -> None:
     """Print where the time of the whole step goes, from torch's profiler.
 
     The step is run eager, not from a graph, so that a kernel can be told to a phase; the kernels are the same.
@@ -299,6 +299,7 @@ def profile_step(request: Request, folder: Path) -> None:
     Args:
         folder: profile_STUDENT.txt and profile_STUDENT.json.gz (for a trace viewer) are written into it.
     """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for student in ("resnet18", "mobilenet_v2") if request.on_gpu else ("tiny_resnet",):
         (batch,) = request.batches((128 if request.on_gpu else CPU_BATCH[student],), 16)

@@ -19,6 +19,7 @@ from retemper.engine.evaluation.evaluation_file import EvaluationFile, Outcome
 from retemper.engine.evaluation.ledger import Ledger
 from retemper.engine.evaluation.shards import Shard, evaluate_suite
 from retemper.engine.predict import ATTACKS, balanced_order, predictions
+from retemper.engine.run.commands import absolute
 from retemper.engine.run.job import default_cache
 from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.sanity.check import IMAGES, check_evaluated, check_lines
@@ -78,6 +79,7 @@ def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
         DataError, UsageError: the target or the data cannot be used.
     """
     ranks = request.ranks
+    _require_effect(request)
     network = find_network(request.target, dataset=request.facts.dataset, which=request.weights)
     facts, split, data_root = _test_images(network, request.facts, request.data_root)
     model, source = network.load(facts, split.shape, request.device, default_cache())
@@ -86,7 +88,9 @@ def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
     protocol = _protocol(request, network, split, len(order), eps, source["sha256"])
     path = _destination(network, request.out)
     file = EvaluationFile.begin(path, protocol) if ranks.is_first else EvaluationFile(path, protocol)
-    file.content["protocol"]["data_root"] = None if data_root is None else str(data_root)
+    file.content["protocol"]["data_root"] = absolute(data_root)
+    told = {"model": request.facts.model, "dataset": request.facts.dataset}
+    file.content["asked"] = {"target": absolute(network.name), **told}
     options: dict[str, Any] = dict(eps=eps, device=request.device, batch_size=request.batch_size, seed=request.seed)
     for name in request.attacks:
         started = time.monotonic()
@@ -110,6 +114,22 @@ def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
         file.content["checks"] = check_evaluated(checked, folder, file.content["attacks"])
         file.write()
     return path, file.content
+
+
+def _require_effect(request: EvaluationRequest) -> None:
+    """Raise UsageError for an option that would change nothing."""
+    of_suite = {
+        "--suite fast": request.suite != "standard",
+        "--fold": request.fold,
+        "--autoattack-limit": request.autoattack_limit is not None,
+        "--budget": request.budget_s is not None,
+    }
+    if "autoattack" not in request.attacks and (given := [option for option, is_given in of_suite.items() if is_given]):
+        raise UsageError(f"{given[0]} is for AutoAttack: name it in --attacks too, or leave out {given[0]}")
+    if request.weights != "best" and Path(request.target).is_file():
+        raise UsageError(
+            f"--weights {request.weights} chooses among a run's: {request.target} is one file, leave it out"
+        )
 
 
 def _attack(
@@ -146,9 +166,15 @@ def _test_images(network: Network, told: Facts, data_root: Path | None) -> tuple
     facts = told.or_else(network.facts)
     if config is not None:
         recipe = config["recipe"]
+        if told.model not in (None, recipe["student"]):
+            raise UsageError(f"--model {told.model}: {network.name} is a run of {recipe['student']}: leave out --model")
         known = Facts(model=recipe["student"], dataset=recipe["dataset"], eps=recipe["eps"])
         facts = facts.or_else(known).or_else(Facts(image_size=recipe.get("image_size")))
-        data_root = data_root or (Path(config["data_root"]) if config.get("data_root") else None)
+        if data_root is None and config.get("data_root") and facts.dataset != "digits":  # which has no root
+            data_root = Path(config["data_root"])
+            if not data_root.is_dir():
+                where = f"{data_root}, which {folder}/config.json names, is not a folder"
+                raise DataError(f"{where}: say with --data-root where {facts.dataset} lies now")
     if facts.dataset is None:
         raise UsageError(f"{network.name} does not say what it was trained on: name the data set with --dataset")
     split = load_split(facts.dataset, "test", data_root, facts.image_size)

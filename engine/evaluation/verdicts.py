@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from retemper.commands import command
+from retemper.engine.run.commands import evaluate_again
 from retemper.errors import DataError, UsageError
 from retemper.files import read_json, write_atomically
 
@@ -43,9 +45,11 @@ class Evaluated:
             with open(path, newline="") as file:
                 return _read_verdicts(csv.DictReader(file, strict=True))
         except FileNotFoundError:
-            raise DataError(f"{path} does not exist: run `retemper evaluate` again, it writes one") from None
+            again = evaluate_again(path.parent, self.content)
+            raise DataError(f"{path} does not exist: run `{again}`, it writes one") from None
         except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
-            raise DataError(f"{path} is damaged ({error}): run `retemper evaluate` again") from None
+            again = evaluate_again(path.parent, self.content)
+            raise DataError(f"{path} is damaged ({error}): run `{again}`") from None
 
 
 def _read_verdicts(rows: "csv.DictReader[str]") -> Verdicts:
@@ -74,7 +78,7 @@ def write_verdicts(path: Path, verdicts: Verdicts) -> None:
     write_atomically(path, text.getvalue().encode())
 
 
-def read_evaluated(target: Path, name: str | None = None) -> Evaluated:
+def read_evaluated(target: str | Path, name: str | None = None) -> Evaluated:
     """Read an evaluation back.
 
     Args:
@@ -83,9 +87,10 @@ def read_evaluated(target: Path, name: str | None = None) -> Evaluated:
     Raises:
         DataError: it was not evaluated, or what is there is damaged.
     """
+    target = Path(target)
     path = target / "evaluation.json" if target.is_dir() else target
     if not path.exists():
-        raise DataError(f"{path} does not exist: run `retemper evaluate {target}` first")
+        raise DataError(f"{path} does not exist: run `{command('retemper', 'evaluate', target)}` first")
     content = read_json(path)
     if not all(isinstance(content.get(part), dict) for part in ("protocol", "attacks")):
         raise DataError(f"{path} is damaged: run `retemper evaluate` again")
@@ -103,7 +108,7 @@ def strongest(runs: Sequence[Evaluated]) -> str:
 
 def require_attack(run: Evaluated, attack: str) -> None:
     """Raise UsageError unless the evaluation has every verdict under `attack`."""
-    again = f"run `retemper evaluate {run.path.parent} --attacks {attack}`"
+    again = f"run `{evaluate_again(run.path.parent, run.content, attack)}`"
     if not run.verdicts.get(attack) or attack not in run.content["attacks"]:
         raise UsageError(f"{run.name} has no verdicts under {attack}: {again}")
     if run.content["attacks"][attack].get("complete") is False:

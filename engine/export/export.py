@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from retemper.commands import command
 from retemper.console import say
 from retemper.engine.checkpoints.header import find_weights, is_run, load_network, read_facts
 from retemper.engine.export.model_card import ExportedNetwork, model_card, model_info
@@ -22,7 +23,7 @@ from retemper.errors import DataError, UsageError
 from retemper.files import file_digest, json_bytes, read_json, write_atomically
 
 
-def export(run: Path, out: Path, form: str, which: str = "best", name: str | None = None) -> Path:
+def export(run: str | Path, out: str | Path, form: str, which: str = "best", name: str | None = None) -> Path:
     """Write a run's network into the folder `out`, each file atomically.
 
     Args:
@@ -35,6 +36,7 @@ def export(run: Path, out: Path, form: str, which: str = "best", name: str | Non
         DataError: `run` is no run, or its weights cannot be used.
         UsageError: `out` is the run itself, or cannot be written.
     """
+    run, out = Path(run), Path(out)
     if out.resolve() == run.resolve():
         raise UsageError(f"--out {out} is the run itself: name another folder")
     network = _read_network(run, which, name)
@@ -91,13 +93,15 @@ def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
 def _read_evaluation(run: Path, which: str, digest: str) -> dict[str, Any]:
     """Return the run's evaluation of these weights, empty if there is none."""
     path = run / ("evaluation.json" if which == "best" else f"evaluation-{which}.json")
+    again = command("retemper", "evaluate", run, weights=None if which == "best" else which)
     if not path.exists():
-        say(f"note: {run} is not evaluated, the card will say so; first: retemper evaluate {run}")
+        say(f"note: {run} is not evaluated, the card will say so; first: {again}")
         return {}
     content = read_json(path)
     if content["protocol"].get("weights_sha256") != digest:
-        say(f"note: {path} is of other weights and is left out; again: retemper evaluate {run}")
+        say(f"note: {path} is of other weights and is left out; again: {again}")
         return {}
+    content.pop("asked", None)  # it names the run's folder here
     return content | {"protocol": content["protocol"] | {"data_root": None}}
 
 

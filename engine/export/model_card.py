@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from retemper.commands import command
 from retemper.engine.catalogue import method_module, methods
 from retemper.engine.checkpoints.header import Facts
 from retemper.templates import render
@@ -95,11 +96,21 @@ def model_card(network: ExportedNetwork, robustbench: bool = False) -> str:
         facts=network.facts,
         config=network.config,
         paper=(method_module(method).__doc__ or "").partition("\n")[0] if method in methods() else "",
+        evaluate=_evaluate(network, robustbench),
         protocol=network.protocol,
         results=results,
         table=_table(results, network.protocol.get("classes", [])),
         flags=_flags(network),
     )
+
+
+def _evaluate(network: ExportedNetwork, robustbench: bool) -> str:
+    """Return the command that evaluates the exported file."""
+    root = None if network.facts.dataset == "digits" else "DIR"
+    if robustbench:  # whose files do not say what they hold
+        told = {"model": network.facts.model, "dataset": network.facts.dataset}
+        return command("retemper", "evaluate", f"models/{network.path}.pt", **told, data_root=root, eps=network.eps)
+    return command("retemper", "evaluate", "model.safetensors", data_root=root)
 
 
 def model_info(network: ExportedNetwork) -> dict[str, Any]:

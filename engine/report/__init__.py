@@ -15,7 +15,7 @@ def require_plots() -> None:
         raise UsageError("the figures need matplotlib: pip install 'retemper[plots]'")
 
 
-def write_report(folders: Sequence[Path], out: Path) -> Path:
+def write_report(folders: Sequence[str | Path], out: str | Path) -> Path:
     """Write report.html, report.md and the figures of the runs into the folder `out`.
 
     Args:

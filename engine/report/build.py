@@ -32,12 +32,12 @@ FOOTER = (
 )
 
 
-def build_report(folders: Sequence[Path], out: Path) -> Path:
+def build_report(folders: Sequence[str | Path], out: str | Path) -> Path:
     """Write the report, as `write_report` describes; matplotlib must be installed."""
     if not folders:
         raise UsageError("a report needs at least one run folder")
-    RunFolder(out).require_place()
-    runs = RunSet([read_run(Path(folder)) for folder in folders])
+    out = Path(out)
+    runs = RunSet([read_run(folder) for folder in folders])
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -5,7 +5,6 @@ A folder that holds only an evaluation, as networks trained elsewhere have, is r
 
 import json
 import math
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,8 @@ import numpy as np
 
 from retemper.engine.class_report import Result, read_result
 from retemper.engine.report.page import Text
+from retemper.engine.report.words import shorten
+from retemper.engine.run.commands import evaluate_again, train_again
 from retemper.engine.run.run_folder import RunFolder
 from retemper.errors import DataError
 from retemper.files import read_json
@@ -39,6 +40,7 @@ class RunRecord:
     config: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     protocol: dict[str, Any] = field(default_factory=dict)
+    asked: dict[str, Any] = field(default_factory=dict)  # how evaluation.json names the network
     results: dict[str, Result] = field(default_factory=dict)
     checks: dict[str, Any] = field(default_factory=dict)  # of the evaluation; empty where they were not run
     flags: list[str] = field(default_factory=list)  # warnings of the attacks themselves
@@ -54,10 +56,11 @@ class RunRecord:
     @property
     def evaluate(self) -> str:
         """Return the shell command that evaluates the network again."""
-        folder = shlex.quote(str(self.folder))
-        if not self.is_foreign:
-            return f"retemper evaluate {folder}"
-        return f"retemper evaluate {shlex.quote(str(self.protocol.get('weights', 'NETWORK')))} --out {folder}"
+        return self.evaluate_by(None)
+
+    def evaluate_by(self, attack: str | None) -> str:
+        """Return the shell command that runs one attack again, as evaluation.json names it."""
+        return evaluate_again(self.folder, {"protocol": self.protocol, "asked": self.asked}, attack)
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -72,12 +75,13 @@ class RunRecord:
         return self.name if not self.is_teacher or "teacher" in self.name.lower() else f"{self.name} (teacher)"
 
 
-def read_run(folder: Path) -> RunRecord:
+def read_run(folder: str | Path) -> RunRecord:
     """Read config.json, metrics.jsonl and evaluation.json, as far as they are there and make sense.
 
     Raises:
         DataError: `folder` holds neither a run nor an evaluation, or its config.json is damaged.
     """
+    folder = Path(folder)
     run = RunRecord(folder, folder.resolve().name)
     trained, evaluated = ((folder / name).is_file() for name in ("config.json", "evaluation.json"))
     if not trained and not evaluated:
@@ -106,8 +110,7 @@ def _read_metrics(run: RunRecord) -> None:
     if unreadable:
         run.notes.append(Text(f"{unreadable} unreadable lines of metrics.jsonl were left out."))
     if not run.metrics:
-        what = f"{run.config['method']}:{run.config['setting']} --out {shlex.quote(str(run.folder))}"
-        run.notes.append(Text("No epoch has been recorded yet. To train:", f"retemper train {what}"))
+        run.notes.append(Text("No epoch has been recorded yet. To train:", train_again(run.config, run.folder)))
 
 
 def _read_evaluation(run: RunRecord) -> None:
@@ -116,6 +119,7 @@ def _read_evaluation(run: RunRecord) -> None:
     except DataError:
         evaluation = {}
     run.protocol, run.checks = as_dict(evaluation.get("protocol")), as_dict(evaluation.get("checks"))
+    run.asked = as_dict(evaluation.get("asked"))
     attacks = as_dict(evaluation.get("attacks"))
     if not attacks:
         run.notes.append(Text("evaluation.json is damaged. To evaluate again:", run.evaluate))
@@ -129,7 +133,7 @@ def _read_evaluation(run: RunRecord) -> None:
         flags = entry.get("flags")
         run.flags += [f"{title}: {flag}" for flag in flags] if isinstance(flags, list) else []
         if entry.get("complete") is False:
-            finish = f"{run.evaluate} --attacks {shlex.quote(attack)}"
+            finish = run.evaluate_by(attack)
             run.notes.append(Text(f"{title} was interrupted: upper bounds (≤). To finish it:", finish))
 
 

@@ -6,11 +6,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from retemper.console import say
 from retemper.engine.distributed.ranks import Ranks
-from retemper.engine.predict import balanced_order
+from retemper.engine.groups import Data
 from retemper.engine.recipe import Recipe
-from retemper.errors import UsageError
-from retemper.loaders import Loader, Split, ViewSpace, holdout_split, load_split, make_loader, split_of_arrays
+from retemper.errors import DataError, UsageError
+from retemper.loaders import (
+    Loader,
+    Split,
+    ViewSpace,
+    beton_split,
+    holdout_split,
+    load_split,
+    make_loader,
+    split_of_arrays,
+)
+
+SIDES_PX = {"digits": 8, "fashion-mnist": 28, "cifar10": 32, "cifar100": 32, "tiny-imagenet": 64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +39,25 @@ class TrainingData:
     split: Split
     loader: Loader
     held: Split | None
+
+
+def training_split(data: Data, data_root: Path | None, beton: Path | None) -> Split:
+    """Return all training images of the data set: a converted file serves by itself where no root is named.
+
+    Raises:
+        UsageError: no such data set, or the converted file has images of another size than the recipe says.
+        DataError: the images cannot be read, or the converted file holds others.
+    """
+    if beton is None or data_root is not None:
+        return load_split(data.dataset, "train", data_root, data.image_size)
+    split = beton_split(beton)
+    if (split.name, split.split) != (data.dataset, "train"):
+        raise DataError(f"{beton} holds {split.name} {split.split}, the run needs {data.dataset} train: convert that")
+    height, width, _ = split.shape
+    told = data.image_size or SIDES_PX.get(data.dataset)
+    if height == width and height != told:  # or the test images would be read in another size
+        raise UsageError(f"{beton} holds images of {height} px a side: give --image-size {height}")
+    return split
 
 
 def load_data(
@@ -86,6 +117,19 @@ def chosen_indices(split: Split, recipe: Recipe) -> tuple[np.ndarray, np.ndarray
     if recipe.selection.holds_out:
         train, held = holdout_split(split.labels, recipe.selection.holdout_per_class)
     if recipe.data.images_per_class is not None:
-        order = balanced_order(split.labels[train], recipe.data.images_per_class * len(split.classes))
-        train = np.sort(train[order])
+        train = _first_of_each_class(split, train, recipe.data.images_per_class)
     return train, held
+
+
+def _first_of_each_class(split: Split, index_N: np.ndarray, wanted: int) -> np.ndarray:
+    """Return the first `wanted` positions of each class, in their order, and say which classes have fewer.
+
+    Args:
+        index_N: (N,) int64 positions in `split`, sorted.
+    """
+    members = [index_N[split.labels[index_N] == k] for k in range(len(split.classes))]
+    short = [f"{name} {len(own)}" for name, own in zip(split.classes, members, strict=True) if len(own) < wanted]
+    if short:
+        more = f" and {len(short) - 5} classes more" * (len(short) > 5)
+        say(f"note: --images-per-class {wanted}: some classes have fewer to train on: {', '.join(short[:5])}{more}")
+    return np.sort(np.concatenate([own[:wanted] for own in members]))

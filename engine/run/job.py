@@ -24,6 +24,7 @@ from retemper.engine.device import (
 )
 from retemper.engine.distributed.ranks import ALONE, Ranks
 from retemper.engine.recipe import Recipe
+from retemper.engine.run.commands import absolute
 from retemper.engine.run.data import TrainingData
 from retemper.engine.run.run_folder import RunFolder
 from retemper.errors import UsageError
@@ -116,9 +117,9 @@ class Job:
             "seed": self.seed,
             "classes": list(data.split.classes),
             "channels": data.split.shape[2],
-            "out": str(self.out),
-            "data_root": None if self.data_root is None else str(self.data_root),
-            **sources,
+            "out": absolute(self.out),
+            "data_root": absolute(self.data_root),
+            **{what: source and source | {"path": str(absolute(source["path"]))} for what, source in sources.items()},
             "loader": data.loader.description,
             "versions": versions(),
             "device": device_name(self.device),

@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from retemper.commands import command
 from retemper.console import say
 from retemper.engine.catalogue import find_setting
 from retemper.engine.checkpoints.header import read_header
@@ -49,7 +50,7 @@ def _with(job: Job, what: str, model: str | None, name: str | None) -> Job:
     if not done and not job.recipe.networks.train_teacher:
         raise UsageError(
             f"{job.name} needs a {called}: name a {model} checkpoint with {option}, "
-            f"or train one with: retemper train {name} --out {out}"
+            f"or train one with: {command('retemper', 'train', name, data_root=job.data_root, out=out)}"
         )
     if not done:
         say(f"{job.name}: no {option} given, so {name} comes first, in {out}; later runs beside it use it too")

@@ -13,9 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from retemper.commands import command
 from retemper.console import say
 from retemper.engine.epoch_stats import EpochStats, HeldOut
-from retemper.engine.run.data import TrainingData, load_data
+from retemper.engine.run.data import TrainingData, load_data, training_split
 from retemper.engine.run.diverged import FiniteWatch
 from retemper.engine.run.job import Job
 from retemper.engine.run.metrics import Board, epoch_line, epoch_words
@@ -28,7 +29,6 @@ from retemper.engine.run.teacher_logits import teacher_logits
 from retemper.engine.state import State
 from retemper.errors import Diverged
 from retemper.interrupts import undisturbed
-from retemper.loaders import load_split
 
 
 def train(job: Job) -> Path:
@@ -43,7 +43,7 @@ def train(job: Job) -> Path:
     """
     recipe, ranks, folder = job.recipe, job.ranks, RunFolder(job.out, job.ranks.rank)
     with job.surroundings(folder):
-        split = load_split(recipe.data.dataset, "train", job.data_root, recipe.data.image_size)
+        split = training_split(recipe.data, job.data_root, job.beton)
         board = Board(folder, split.classes) if job.tensorboard and ranks.is_first else None
         networks = NetworkLoader(split=split, data=recipe.data, device=job.device, cache=job.cache)
         names = {"teacher": job.teacher, "clean_teacher": job.clean_teacher, "start": job.start}
@@ -72,8 +72,14 @@ def train(job: Job) -> Path:
         finally:
             data.loader.close()
         ranks.barrier()
-        say(f"{job.name}: done, best epoch {saver.best.epoch}; next: retemper evaluate {job.out}")
+        say(f"{job.name}: done, best epoch {saver.best.epoch}; next: {_next(job)}")
     return job.out
+
+
+def _next(job: Job) -> str:
+    """Return the command that evaluates the run; one that knows a converted file alone cannot know the test images."""
+    needs_root = job.beton and not job.data_root and job.recipe.data.dataset not in ("digits", "fashion-mnist")
+    return command("retemper", "evaluate", job.out, data_root="DIR" if needs_root else None)
 
 
 def _conclude(job: Job, state: State, data: TrainingData, saver: Saver, board: Board | None, epoch: int) -> None:

@@ -146,6 +146,8 @@ def bench(arguments: Namespace) -> None:
         raise UsageError("--sweep: only bench kernels has block sizes to try")
     if arguments.profile and arguments.what != "step":
         raise UsageError("--profile: only bench step has phases to tell apart")
+    if arguments.profile and (arguments.json or arguments.only):
+        raise UsageError("--profile writes a table and a trace of the whole step: leave out --json and --only")
     path = arguments.json
     if path and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise UsageError(f"--json {path}: name a file in a folder that exists")

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retemper.loaders import DataError, Split, UsageError, beton, convert, split_of_arrays, verify
+from retemper.files import locked
+from retemper.loaders import DataError, Split, UsageError, beton, beton_split, convert, split_of_arrays, verify
 from retemper.loaders.beton import cached, sidecar_path
 
 pytestmark = pytest.mark.usefixtures("ffcv")
@@ -175,6 +176,31 @@ def test_a_killed_conversion_leaves_nothing_under_the_name(split: Split, tmp_pat
     convert(split, out, progress=False)  # the lock died with its holder, so the files left are nobody's
     assert verify(out).images == 130
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_what_dead_conversions_of_other_names_left_is_swept_but_nothing_of_a_live_one(
+    split: Split, tmp_path: Path
+) -> None:
+    left = [tmp_path / f".{name}.0a1b2c3d.tmp" for name in ("dead.beton", "dead.beton.json", "old name.beton")]
+    live = [tmp_path / f".{name}.0a1b2c3d.tmp" for name in ("live.beton", "live.beton.json")]
+    foreign = [tmp_path / name for name in (".notes.0a1b2c3d.tmp", ".dead.beton.mine", "dead.beton.tmp")]
+    for path in (*left, *live, *foreign):
+        path.touch()
+    with locked(tmp_path / ".live.beton.lock"):
+        convert(split, tmp_path / "toy.beton", progress=False)
+    assert not any(path.exists() for path in left) and all(path.exists() for path in (*live, *foreign))
+    cached(split, tmp_path)  # a run that converts by itself, or need not any more
+    assert not any(path.exists() for path in live)
+
+
+def test_a_split_is_read_back_from_its_converted_file_alone(split: Split, written: Path, tmp_path: Path) -> None:
+    found = beton_split(str(written))
+    assert (found.name, found.split, found.classes, found.shape) == ("toy", "train", split.classes, split.shape)
+    assert found.fingerprint == split.fingerprint
+    np.testing.assert_array_equal(found.labels, split.labels)
+    np.testing.assert_array_equal(found.images, split.images)
+    convert(found, tmp_path / "again.beton", progress=False)
+    assert (tmp_path / "again.beton").read_bytes() == written.read_bytes()
 
 
 def test_a_sample_that_cannot_be_written_is_an_error_at_once(

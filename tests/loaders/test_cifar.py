@@ -1,5 +1,6 @@
 """CIFAR in both its versions: right when whole, refused with the fix when not."""
 
+import pickle
 from pathlib import Path
 from types import ModuleType
 
@@ -30,6 +31,36 @@ def test_the_binary_version_is_preferred(tmp_path: Path, datafiles: ModuleType) 
     assert len(load_split("cifar10", "test", tmp_path)) == 20
 
 
+@pytest.mark.parametrize("dataset, other", [("cifar10", "CIFAR10"), ("cifar10", "cifar-10"), ("cifar100", "cifar100")])
+def test_a_folder_named_as_the_set_is_looked_into(
+    tmp_path: Path, datafiles: ModuleType, dataset: str, other: str
+) -> None:
+    make = getattr(datafiles, f"make_{dataset}")
+    images, _ = make(tmp_path / "one" / other)["test"]  # with the archive's folder in it
+    np.testing.assert_array_equal(load_split(dataset, "test", tmp_path / "one").images, images)
+    images, _ = make(tmp_path / "unpacked")["test"]
+    (folder,) = (tmp_path / "unpacked").iterdir()
+    (tmp_path / "two").mkdir()
+    folder.rename(tmp_path / "two" / other)  # or the files themselves
+    np.testing.assert_array_equal(load_split(dataset, "test", tmp_path / "two").images, images)
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_batches_that_python_3_has_written_are_read(tmp_path: Path, datafiles: ModuleType, protocol: int) -> None:
+    truth = datafiles.make_cifar100(tmp_path, n=3, version="python")
+    for half, (images, labels) in truth.items():
+        planes = images.transpose(0, 3, 1, 2).reshape(3, -1)
+        for content in (labels, labels.tolist(), list(labels)):  # an array, numbers, and numpy's numbers
+            raw = pickle.dumps({"data": planes, "fine_labels": content}, protocol)
+            (tmp_path / "cifar-100-python" / half).write_bytes(raw)
+            names = [f"class {k}" for k in range(100)]
+            (tmp_path / "cifar-100-python" / "meta").write_bytes(pickle.dumps({"fine_label_names": names}, protocol))
+            split = load_split("cifar100", half, tmp_path)
+            np.testing.assert_array_equal(split.images, images)
+            np.testing.assert_array_equal(split.labels, labels)
+            assert split.classes == tuple(names)
+
+
 def test_a_changed_file_changes_the_fingerprint(tmp_path: Path, datafiles: ModuleType) -> None:
     datafiles.make_cifar10(tmp_path)
     batch = tmp_path / "cifar-10-batches-bin" / "data_batch_2.bin"
@@ -43,6 +74,16 @@ def test_a_packed_archive_is_met_with_the_command(tmp_path: Path, archive: str) 
     (tmp_path / archive).touch()
     with pytest.raises(DataError, match=f"run `tar -xzf {tmp_path / archive} -C {tmp_path}`"):
         load_split("cifar10", "train", tmp_path)
+
+
+def test_a_command_to_type_is_quoted(tmp_path: Path) -> None:
+    root = tmp_path / "my data"
+    root.mkdir()
+    with pytest.raises(DataError, match=f"`tar -xzf cifar-10-binary.tar.gz -C '{root}'`"):
+        load_split("cifar10", "train", root)
+    (root / "cifar-10-binary.tar.gz").touch()
+    with pytest.raises(DataError, match=f"`tar -xzf '{root}/cifar-10-binary.tar.gz' -C '{root}'`"):
+        load_split("cifar10", "train", root)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The data sets by name: what every one of them promises, and digits."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -50,6 +52,15 @@ def test_a_data_root_is_asked_for_by_name(dataset: str, tmp_path) -> None:
         load_split(dataset, "train", tmp_path / "nowhere")
     with pytest.raises(DataError, match=str(tmp_path)):
         load_split(dataset, "train", tmp_path)
+
+
+def test_a_root_that_is_named_for_digits_must_be_there_and_is_said_not_to_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(DataError, match="nowhere is not a folder: leave it out"):
+        load_split("digits", "train", tmp_path / "nowhere")
+    assert len(load_split("digits", "train", str(tmp_path))) == 1198
+    assert f"nothing is read from --data-root {tmp_path}" in capsys.readouterr().err
 
 
 def test_a_split_holds_what_it_says() -> None:

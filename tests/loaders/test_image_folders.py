@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,20 @@ def test_tiny_imagenet_is_read_as_it_was_written(tmp_path: Path, datafiles: Modu
             np.testing.assert_array_equal(split.labels, labels)
             np.testing.assert_array_equal(split.images, images)
     assert load_split("tiny-imagenet", "test", tmp_path).classes == ("word 0", "word 1", "word 2")
+
+
+@pytest.mark.parametrize("below", ["", "images"])
+def test_tiny_imagenets_val_may_be_sorted_into_class_folders(tmp_path: Path, datafiles: ModuleType, below: str) -> None:
+    images, labels = datafiles.make_tiny_imagenet(tmp_path)["test"]
+    val = tmp_path / "tiny-imagenet-200" / "val"
+    for line in (val / "val_annotations.txt").read_text().splitlines():
+        name, wnid, *_ = line.split("\t")
+        (val / wnid / below).mkdir(parents=True, exist_ok=True)
+        (val / "images" / name).rename(val / wnid / below / name)
+    (val / "images").rmdir()
+    split = load_split("tiny-imagenet", "test", tmp_path)
+    np.testing.assert_array_equal(split.labels, labels)  # the same images in the same order, as before
+    np.testing.assert_array_equal(split.images, images)
 
 
 def test_tiny_imagenets_classes_have_names_of_their_own(tmp_path: Path, datafiles: ModuleType) -> None:
@@ -50,7 +65,7 @@ def test_an_incomplete_tiny_imagenet_is_refused(tmp_path: Path, datafiles: Modul
         load_split("tiny-imagenet", "test", tmp_path)
     for path in (root / "train" / datafiles.WNIDS[1] / "images").iterdir():
         path.unlink()
-    with pytest.raises(DataError, match=f"{datafiles.WNIDS[1]}/images holds no images"):
+    with pytest.raises(DataError, match=f"{datafiles.WNIDS[1]} holds no images"):
         load_split("tiny-imagenet", "train", tmp_path)
 
 
@@ -111,3 +126,140 @@ def test_a_folder_that_is_not_right_is_refused(tmp_path: Path, datafiles: Module
     (tmp_path / "train" / "cat").mkdir()
     with pytest.raises(DataError, match="train/cat holds no images"):
         load_split("folder", "train", tmp_path)
+
+
+def one_image(root: Path, name: str, image: Image.Image, **how: Any) -> np.ndarray:
+    """Return the pixels that `image` has once it is saved as the only one of a training set."""
+    (root / "train" / "one").mkdir(parents=True, exist_ok=True)
+    image.save(root / "train" / "one" / name, **how)
+    return load_split("folder", "train", root).images[0]
+
+
+GREYS = np.array([[0, 1, 127, 128], [129, 200, 254, 255]], np.uint8)
+
+
+@pytest.mark.parametrize("name", ["16.png", "16.tiff", "big-endian.tiff", "16.pgm"])
+def test_sixteen_bits_become_eight_of_the_same_grey(tmp_path: Path, name: str) -> None:
+    wide = GREYS.astype(">u2" if "big" in name else "<u2") * 257
+    if name.endswith("pgm"):
+        (tmp_path / "train" / "one").mkdir(parents=True)
+        (tmp_path / "train" / "one" / name).write_bytes(b"P5 4 2 65535\n" + wide.astype(">u2").tobytes())
+        pixels = load_split("folder", "train", tmp_path).images[0]
+    else:
+        pixels = one_image(tmp_path, name, Image.fromarray(wide))
+    np.testing.assert_array_equal(pixels, np.repeat(GREYS[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "YCbCr"])
+def test_every_mode_of_eight_bits_keeps_its_colours(tmp_path: Path, mode: str) -> None:
+    colour = Image.fromarray(np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]], np.uint8))
+    truth = colour.convert(mode)
+    name = "image.tiff" if mode in ("CMYK", "YCbCr") else "image.png"
+    np.testing.assert_array_equal(one_image(tmp_path, name, truth), np.asarray(truth.convert("RGB")))
+
+
+def test_what_is_transparent_is_laid_on_white(tmp_path: Path) -> None:
+    image = np.zeros((2, 2, 4), np.uint8)
+    image[0, 0], image[0, 1], image[1] = (10, 20, 30, 255), (0, 0, 0, 0), (0, 0, 0, 51)
+    white, grey = [255, 255, 255], [204, 204, 204]
+    assert one_image(tmp_path / "a", "rgba.png", Image.fromarray(image)).tolist() == [
+        [[10, 20, 30], white],
+        [grey, grey],
+    ]
+    assert one_image(tmp_path / "b", "la.png", Image.fromarray(image[:1, :, [0, 3]])).tolist() == [
+        [[10, 10, 10], white]
+    ]
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
+    palette.putpalette([9, 8, 7, 6, 5, 4])
+    assert one_image(tmp_path / "c", "p.png", palette, transparency=1).tolist() == [[[9, 8, 7], white]]
+    assert one_image(tmp_path / "d", "p.gif", palette, transparency=1).tolist() == [[[9, 8, 7], white]]
+
+
+@pytest.mark.parametrize(("orientation", "turned"), [(3, 2), (6, 3), (8, 1)])
+def test_a_camera_that_was_held_on_its_side_gives_an_upright_picture(
+    tmp_path: Path, orientation: int, turned: int
+) -> None:
+    upright = np.arange(24, dtype=np.uint8).reshape(2, 4, 3) * 10
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    lies = Image.fromarray(np.rot90(upright, -turned).copy())
+    np.testing.assert_array_equal(one_image(tmp_path, "photo.png", lies, exif=exif), upright)
+
+
+def test_pixels_whose_range_is_not_known_are_refused(tmp_path: Path) -> None:
+    for name, numbers in (("float.tiff", np.ones((2, 2), np.float32)), ("int.tiff", np.ones((2, 2), np.int32))):
+        with pytest.raises(DataError, match=rf"{name} has pixels of mode [FI], .* save it as 8-bit RGB or grey"):
+            one_image(tmp_path / name, name, Image.fromarray(numbers))
+
+
+@pytest.mark.parametrize("name", ["moves.gif", "moves.png", "moves.webp", "pages.tiff"])
+def test_a_file_of_several_pictures_is_refused(tmp_path: Path, name: str) -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "green", "blue")]
+    with pytest.raises(DataError, match=f"{name} holds 3 pictures"):
+        one_image(tmp_path, name, frames[0], save_all=True, append_images=frames[1:])
+
+
+def test_hidden_files_and_folders_are_no_classes_and_no_images(
+    tmp_path: Path, datafiles: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truth = datafiles.make_folder(tmp_path)
+    picture = (tmp_path / "train" / "ant" / "0.png").read_bytes()
+    for litter in (".ipynb_checkpoints/a.png", "__pycache__/b.png", ".DS_Store", "__MACOSX/c.png", "._d.png"):
+        for place in ("train", "test", "train/ant", "test/bee"):
+            path = tmp_path / place / litter
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(picture)
+    for half, (images, labels) in truth.items():
+        split = load_split("folder", half, tmp_path)
+        assert split.classes == ("ant", "bee")
+        np.testing.assert_array_equal(split.labels, labels)
+        np.testing.assert_array_equal(split.images, images)
+    assert "left out" not in capsys.readouterr().err
+
+
+def test_files_that_are_left_out_are_told(
+    tmp_path: Path, datafiles: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    datafiles.make_folder(tmp_path)
+    for name in ("a.heic", "b.heic", "notes.txt"):
+        (tmp_path / "train" / "ant" / name).touch()
+    (tmp_path / "train" / "ant" / "0.png").rename(tmp_path / "train" / "0.PNG")
+    assert len(load_split("folder", "train", tmp_path)) == 5
+    told = capsys.readouterr().err
+    assert "are left out: 2 x .heic, 1 x .txt" in told
+    assert f"1 images in {tmp_path / 'train'} itself, in no class folder, are left out: 0.PNG" in told
+
+
+def test_linked_folders_are_followed_and_circles_refused(tmp_path: Path, datafiles: ModuleType) -> None:
+    truth = datafiles.make_folder(tmp_path / "real")
+    for half in ("train", "test"):
+        (tmp_path / "set" / half / "ant").mkdir(parents=True)
+        (tmp_path / "set" / half / "ant" / "linked").symlink_to(tmp_path / "real" / half / "ant")  # within a class
+        (tmp_path / "set" / half / "bee").symlink_to(tmp_path / "real" / half / "bee")  # a whole class
+        np.testing.assert_array_equal(load_split("folder", half, tmp_path / "set").images, truth[half][0])
+    ant = tmp_path / "set" / "train" / "ant"
+    (ant / "circle").symlink_to(ant)
+    with pytest.raises(DataError, match=r"circle leads to .*ant, which .*ant holds already: remove the link"):
+        load_split("folder", "train", tmp_path / "set")
+    (ant / "circle").unlink()
+    for name in ("nowhere", "nowhere.png"):
+        (ant / name).symlink_to(tmp_path / "gone")
+        with pytest.raises(DataError, match=f"{name} is a link that leads nowhere"):
+            load_split("folder", "train", tmp_path / "set")
+        (ant / name).unlink()
+    (ant.parent / "cat").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match="cat is a link that leads nowhere"):
+        load_split("folder", "train", tmp_path / "set")
+    (ant.parent / "cat").unlink()
+    (ant.parent / "cat").symlink_to(ant)
+    with pytest.raises(DataError, match=r"cat and .*ant are one folder"):
+        load_split("folder", "train", tmp_path / "set")
+
+
+def test_training_images_in_the_place_of_the_test_images_are_told(
+    tmp_path: Path, datafiles: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    datafiles.make_folder(tmp_path, test="val")
+    (tmp_path / "test").symlink_to("train")
+    assert len(load_split("folder", "test", tmp_path)) == 6
+    assert "no image there is new to the network" in capsys.readouterr().err

@@ -1,0 +1,107 @@
+"""The commands that go on with a run or an evaluation, whole: with the options that it was made with.
+
+Paths in config.json and evaluation.json are absolute, so that a command that names them works in any folder.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from retemper.commands import command
+from retemper.engine.catalogue import find_setting
+from retemper.engine.checkpoints.header import is_run
+from retemper.engine.run.run_folder import RunFolder
+from retemper.errors import DataError, UsageError
+
+SOURCES = ("teacher", "clean_teacher", "start")  # the networks that config.json names
+BATCH_SIZE = 256  # of an evaluation for which none is named
+
+
+def absolute(path: str | Path | None) -> str | None:
+    """Return a path as it is written to a file; also that of a network in net.py:build. None stays None."""
+    return None if path is None else str(path) if str(path).startswith("robustbench:") else os.path.abspath(path)
+
+
+def train_again(config: Mapping[str, Any], out: Path) -> str:
+    """Return the command that goes on with a run.
+
+    Args:
+        config: what `RunFolder.read_config` returns.
+        out: the run's folder.
+    """
+    name = f"{config['method']}:{config['setting']}"
+    networks = {what: (config.get(what) or {}).get("path") for what in SOURCES}
+    where = {"out": out, "seed": config["seed"] or None, "data_root": config.get("data_root")}
+    return command("retemper", "train", name, **where, **networks, **_overridden(name, config["recipe"]))
+
+
+def _overridden(name: str, recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Return the options of `recipe`, by flat name, that are not the setting's own, as one types them."""
+    try:
+        own = find_setting(name)[2].recipe
+        if (variant := recipe.get("variant")) not in (None, own.flat().get("variant")):
+            own = own.as_variant(variant)
+    except (UsageError, ValueError):  # a setting or a variant of an earlier version
+        return {}
+    before = find_setting(name)[2].recipe.flat().get("variant")
+    typed = {option: _typed(value) for option, value in own.flat().items()} | {"variant": _typed(before)}
+    now = {option: _typed(recipe[option]) for option in own.flat() if option in recipe}
+    return {option: text for option, text in now.items() if text != typed[option]}
+
+
+def _typed(value: Any) -> str:
+    """Return an option's value so that the command line reads the very same one."""
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, float):
+        return _number(value)
+    return ",".join(map(_typed, value)) if isinstance(value, tuple | list) else str(value)
+
+
+def evaluate_again(folder: Path, content: Mapping[str, Any], attack: str | None = None) -> str:
+    """Return the command that evaluates a network again under the protocol that it was evaluated under.
+
+    Args:
+        folder: that of the run or, for a network from elsewhere, of its evaluation.
+        content: of evaluation.json; empty where there is none yet.
+        attack: the one attack to run, as evaluation.json names it; None for those that are run by default.
+    """
+    protocol = content.get("protocol") or {}
+    before = {} if is_run(folder) else {"target": protocol.get("weights"), "dataset": protocol.get("dataset")}
+    asked = content.get("asked") or before  # files of earlier versions do not hold it
+    try:
+        config = RunFolder(folder).read_config() if is_run(folder) else {}
+    except DataError:
+        config = {}
+    root, eps, limited = protocol.get("data_root"), protocol.get("eps"), protocol.get("subset", "all") != "all"
+    options = {
+        "model": asked.get("model"),
+        "dataset": asked.get("dataset"),
+        "data_root": None if root == config.get("data_root") else root,
+        "eps": None if eps in (None, config.get("recipe", {}).get("eps")) else _typed(eps),
+        "limit": protocol.get("images") if limited else None,
+        "seed": protocol.get("seed") or None,
+        "batch_size": None if protocol.get("batch_size") == BATCH_SIZE else protocol.get("batch_size"),
+        "weights": "last" if is_run(folder) and protocol.get("weights") == "last.safetensors" else None,
+        "out": None if is_run(folder) else folder,
+    }
+    target = folder if is_run(folder) else asked.get("target") or "NETWORK"
+    return command("retemper", "evaluate", target, **options, **_attack_options(protocol, attack))
+
+
+def _attack_options(protocol: Mapping[str, Any], attack: str | None) -> dict[str, Any]:
+    """Return the options for one attack: the names of AutoAttack's suites are no names of attacks."""
+    if attack is None or not attack.startswith("autoattack"):
+        return {"attacks": attack}
+    described = (protocol.get("attacks") or {}).get(attack) or {}
+    images = described.get("images")
+    found: dict[str, Any] = {"attacks": "autoattack", "suite": attack.partition("-")[2] or None}
+    found["autoattack_limit"] = None if images == protocol.get("images") else images
+    return found
+
+
+def _number(value: float) -> str:
+    """Return a number so that the command line reads the very same one: 0.15, 8/255."""
+    pixels = round(255 * value)
+    return f"{pixels}/255" if pixels / 255 == value and pixels % 255 else str(value)

@@ -1,0 +1,64 @@
+"""The images of a run: how many of each class, and from where."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from retemper.cli import run
+from retemper.engine.catalogue import find_setting
+from retemper.engine.groups import Data
+from retemper.engine.run.data import chosen_indices, training_split
+from retemper.loaders import DataError, UsageError, convert, load_split, split_of_arrays
+
+
+def test_images_per_class_takes_as_many_of_every_class_and_says_which_have_fewer(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [6, 58, 58]))
+    split = split_of_arrays("toy", "train", np.zeros((122, 2, 2, 1), np.uint8), labels, ("ant", "bee", "cat"), "")
+    recipe = find_setting("sat:digits")[2].recipe.replace(holdout_per_class=0, images_per_class=20)
+    train, held = chosen_indices(split, recipe)
+    assert np.bincount(labels[train]).tolist() == [6, 20, 20] and len(held) == 0
+    assert train.tolist() == sorted(train) and "fewer to train on: ant 6" in capsys.readouterr().err
+    for k in (1, 2):  # the first ones of each class
+        assert train[labels[train] == k].tolist() == np.flatnonzero(labels == k)[:20].tolist()
+    chosen_indices(split, recipe.replace(images_per_class=6))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_converted_file_serves_by_itself(tmp_path: Path, datafiles: ModuleType) -> None:
+    datafiles.make_cifar10(tmp_path / "data", n=10)
+    beton = tmp_path / "train.beton"
+    convert(load_split("cifar10", "train", tmp_path / "data"), beton, progress=False)
+    data = Data(dataset="cifar10")
+    split, truth = training_split(data, None, beton), training_split(data, tmp_path / "data", beton)
+    np.testing.assert_array_equal(split.images, truth.images)
+    assert (split.fingerprint, split.classes) == (truth.fingerprint, truth.classes)
+    with pytest.raises(DataError, match="holds cifar10 train, the run needs cifar100 train"):
+        training_split(replace(data, dataset="cifar100"), None, beton)
+    with pytest.raises(DataError, match="cifar10 needs --data-root"):
+        training_split(data, None, None)
+
+
+def test_a_run_on_a_converted_file_alone_says_what_its_evaluation_needs(
+    tmp_path: Path, datafiles: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    datafiles.make_cifar10(tmp_path / "data", n=4)
+    beton, out = tmp_path / "train.beton", tmp_path / "run"
+    convert(load_split("cifar10", "train", tmp_path / "data"), beton, progress=False)
+    short = "--student tiny_resnet --epochs 1 --attack-steps 1 --holdout-per-class 0 --batch-size 16".split()
+    assert run(["train", "sat:cifar10_resnet18", "--beton", str(beton), "--out", str(out), *short]) == 0
+    assert f"next: retemper evaluate {out} --data-root DIR\n" in capsys.readouterr().err
+    assert run(["evaluate", str(out), "--attacks", "clean"]) == 3
+    assert "cifar10 needs --data-root" in capsys.readouterr().err
+    assert run(["evaluate", str(out), "--attacks", "clean", "--data-root", str(tmp_path / "data")]) == 0
+
+
+def test_a_converted_file_of_another_size_is_not_trained_on_by_itself(tmp_path: Path) -> None:
+    convert(load_split("digits", "train", image_size=4), tmp_path / "small.beton", progress=False)
+    with pytest.raises(UsageError, match="holds images of 4 px a side: give --image-size 4"):
+        training_split(Data(dataset="digits"), None, tmp_path / "small.beton")
+    assert training_split(Data(dataset="digits", image_size=4), None, tmp_path / "small.beton").shape == (4, 4, 1)
