@@ -24,7 +24,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from retemper.engine.checkpoints.weights import plain_name
+from retemper.engine.checkpoints.weights import state_digest
 from retemper.engine.device import is_out_of_memory
 from retemper.engine.models import channels_last
 from retemper.errors import DataError, UsageError, nearest
@@ -179,17 +179,6 @@ def load_external(
             )
         return model.eval(), digest
     raise DataError(f"{network.name} does not take images of {C} x {H} x {W} ({problem})")
-
-
-def state_digest(model: nn.Module) -> str:
-    """Return the SHA-256 of all weights and statistics, 64 hexadecimal digits: names, dtypes, shapes and bytes."""
-    state = {plain_name(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    digest = sha256()
-    for name in sorted(state):
-        value = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 class Contiguous(nn.Module):
