@@ -228,11 +228,10 @@ def test_never_runs_code(writer: str | int, tmp_path: Path) -> None:
         assert mark.exists()
 
 
-@pytest.mark.parametrize(("content", "named"), [(nn.Linear(2, 2), "Linear"), ({"acc": np.float64(1)}, "numpy")])
-def test_names_the_code_of_pickled_models_and_numpy_scalars(content: object, named: str, tmp_path: Path) -> None:
-    torch.save(content, tmp_path / "model.pt")
+def test_names_the_code_of_a_pickled_model(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "model.pt")
     message = refusal(tmp_path / "model.pt")
-    assert named in message and "save model.state_dict() alone" in message
+    assert "Linear" in message and "save model.state_dict() alone" in message
 
 
 def test_refuses_torchscript(tmp_path: Path) -> None:
