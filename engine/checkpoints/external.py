@@ -14,23 +14,27 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from traceback import extract_tb
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
+from retemper.engine.checkpoints.content import plain_facts_unread
 from retemper.engine.checkpoints.weights import state_digest
 from retemper.engine.device import is_out_of_memory
 from retemper.engine.models import channels_last
 from retemper.errors import DataError, UsageError, nearest
+from retemper.packages import import_package
 
 # robustbench imports auto-attack without naming it among its requirements
-INSTALL = "pip install robustbench 'git+https://github.com/fra31/auto-attack'"
+# and pkg_resources, which later versions of setuptools do not bring
+INSTALL = "pip install robustbench 'setuptools<81' 'git+https://github.com/fra31/auto-attack'"
 ROBUSTBENCH = re.compile(r"robustbench:(?P<model>[^@/]+)(@(?P<dataset>[^@/]+)(/(?P<threat>[^@/]+))?)?")
 USER = re.compile(r"(?P<file>.+\.py):(?P<factory>\w+)")
 
@@ -56,13 +60,26 @@ class RobustBenchNetwork:
             DataError: the package does not load this network.
         """
         try:
-            utils = importlib.import_module("robustbench.utils")
+            utils = import_package("robustbench.utils")
         except ImportError as error:
             raise UsageError(f"{self.name} needs the package robustbench ({error}): {INSTALL}") from None
-        folder = str(cache / "robustbench")
-        with _failing_as(f"RobustBench does not load {self.name}"), _weights_only():
+        except Exception as error:  # a broken installation may raise anything
+            why = _first_line(error)
+            raise UsageError(f"{self.name}: the package robustbench cannot be imported ({why}): {INSTALL}") from None
+        folder = cache / "robustbench"
+
+        def advice(error: BaseException) -> str:
+            file = folder / str(self.dataset) / self.threat / f"{self.model}.pt"
+            if isinstance(error, KeyError | ValueError):
+                return "; the names of its networks are at https://robustbench.github.io"
+            if file.exists():
+                return f"; if its download broke off, delete {file}"
+            return f"; it is downloaded once: go online, or put its file at {file}" * isinstance(error, OSError)
+
+        failing = _failing_as(f"RobustBench does not load {self.name}", advice)
+        with failing, _weights_only(), redirect_stdout(sys.stderr):  # stdout is for the command's own result
             return utils.load_model(
-                model_name=self.model, dataset=self.dataset, threat_model=self.threat, model_dir=folder
+                model_name=self.model, dataset=self.dataset, threat_model=self.threat, model_dir=str(folder)
             )
 
     def digest(self, state: str) -> str:
@@ -95,18 +112,27 @@ class UserNetwork:
             if not callable(factory := getattr(module, self.factory, None)):
                 known = [name for name, value in vars(module).items() if callable(value)]
                 raise UsageError(f"{self.file} has no function {self.factory!r}{nearest(self.factory, known)}")
-            with _failing_as(f"{self.name} builds no network"):
+            with _failing_as(f"{self.name} builds no network", self._advice):
                 given = dict(num_classes=num_classes, channels=channels)
                 wanted = given.keys() & inspect.signature(factory).parameters.keys()
                 return factory(**{name: given[name] for name in wanted})
 
+    def _advice(self, error: BaseException) -> str:
+        """Return what to do about an error in the user's code, with the line that it comes from."""
+        lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == str(self.file)]
+        place = f"; line {lines[-1]} of {self.file.name}" if lines else ""
+        needy = isinstance(error, TypeError) and "required" in str(error) and not lines
+        return "; it is given num_classes and channels alone: let all else have a default" if needy else place
+
     def _module(self) -> ModuleType:
         name = f"user_network_{self.file.stem}"
+        if self.file.is_dir():
+            raise DataError(f"{self.file} is a folder: name the file that holds your network")
         spec = importlib.util.spec_from_file_location(name, self.file)
         if spec is None or spec.loader is None or not self.file.is_file():
             raise DataError(f"{self.file} does not exist: name the file that holds your network")
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        with _failing_as(f"{self.file} cannot be imported"):
+        with _failing_as(f"{self.file} cannot be imported", self._advice):
             spec.loader.exec_module(module)
         return module
 
@@ -114,6 +140,8 @@ class UserNetwork:
         """Return the digest of this network, of state and file: the same weights under other code are another one."""
         return sha256(state.encode() + self.file.read_bytes()).hexdigest()
 
+
+_neighbours: dict[str, str] = {}  # modules that users' files have imported from their own folder -> that folder
 
 ExternalNetwork = RobustBenchNetwork | UserNetwork
 Shape = tuple[int, int, int]  # (H, W, C) of images
@@ -135,7 +163,7 @@ def external_network(name: str, dataset: str | None) -> ExternalNetwork | None:
         return UserNetwork(file=Path(found["file"]), factory=found["factory"])
     if name.startswith("robustbench:"):
         raise UsageError(f"{name}: write it as robustbench:NAME or robustbench:NAME@cifar10/Linf")
-    if re.search(r"\.py(:|$)", name):
+    if re.search(r"\.py(:|$)", name) and not Path(name).is_dir():
         raise UsageError(f"{name}: name the function too that returns the network, as in net.py:build")
     return None
 
@@ -154,9 +182,7 @@ def load_external(
     Raises:
         UsageError, DataError: it cannot be built, or does not map such images to so many logits.
     """
-    built = network.build(num_classes, shape[2], cache)
-    if not isinstance(built, nn.Module):
-        raise UsageError(f"{network.name} is a {type(built).__name__}: it must be an nn.Module")
+    built = build_module(network, num_classes, shape[2], cache)
     digest = network.digest(state_digest(built))
     built = built.float().eval().requires_grad_(False)
     H, W, C = shape
@@ -181,6 +207,22 @@ def load_external(
     raise DataError(f"{network.name} does not take images of {C} x {H} x {W} ({problem})")
 
 
+def build_module(network: ExternalNetwork, num_classes: int, channels: int, cache: Path) -> nn.Module:
+    """Build a network, and take it out of DataParallel and torch.compile, which do not follow it to another device.
+
+    Args:
+        cache: the folder for downloads.
+    Raises:
+        UsageError, DataError: it cannot be built, or is no nn.Module.
+    """
+    built = network.build(num_classes, channels, cache)
+    if not isinstance(built, nn.Module):
+        raise UsageError(f"{network.name} is a {type(built).__name__}: it must be an nn.Module")
+    while isinstance(built, nn.DataParallel) or "_orig_mod" in built._modules:
+        built = built.get_submodule("module" if isinstance(built, nn.DataParallel) else "_orig_mod")
+    return built
+
+
 class Contiguous(nn.Module):
     """A network whose code does not take channels-last images: it is given contiguous copies of them."""
 
@@ -194,17 +236,21 @@ class Contiguous(nn.Module):
 
 
 @contextmanager
-def _failing_as(problem: str) -> Iterator[None]:
-    """Turn whatever other people's code raises within the context into a DataError that begins with `problem`."""
+def _failing_as(problem: str, advice: Callable[[BaseException], str]) -> Iterator[None]:
+    """Turn whatever other people's code raises within the context into a DataError that begins with `problem`.
+
+    Args:
+        advice: returns what to add at the end.
+    """
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that reads its own command line leaves by the latter
         if is_out_of_memory(error):
             raise
-        raise DataError(f"{problem} ({_first_line(error)})") from None
+        raise DataError(f"{problem} ({_first_line(error)}){advice(error)}") from None
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     """Return the error's type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
@@ -217,7 +263,8 @@ def _weights_only() -> Iterator[None]:
     before = {name: os.environ.pop(name, None) for name in (force, refuse)}
     os.environ[force] = "1"
     try:
-        yield
+        with plain_facts_unread():
+            yield
     finally:
         del os.environ[force]
         os.environ.update({name: value for name, value in before.items() if value is not None})
@@ -225,9 +272,25 @@ def _weights_only() -> Iterator[None]:
 
 @contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """Let code within the context import the modules of `folder`, as Python does for a file that it runs."""
-    sys.path.insert(0, str(folder.resolve()))
+    """Let code within the context import the modules of `folder`, as Python does for a file that it runs.
+
+    What was imported so from another folder is forgotten: both may hold a models.py.
+    """
+    place = str(folder.resolve())
+    for name in [name for name, whose in _neighbours.items() if whose != place]:
+        sys.modules.pop(name, None)
+        del _neighbours[name]
+    sys.path.insert(0, place)
+    known = set(sys.modules)
+    importlib.invalidate_caches()
     try:
         yield
     finally:
-        sys.path.remove(str(folder.resolve()))
+        sys.path.remove(place)
+        files = {name: getattr(sys.modules[name], "__file__", None) or "" for name in set(sys.modules) - known}
+        _neighbours.update({name: place for name, file in files.items() if _is_below(file, place)})
+
+
+def _is_below(file: str, place: str) -> bool:
+    """Say whether a module's file is the user's own below a folder: not of an environment that lies there too."""
+    return file.startswith(place + os.sep) and "site-packages" not in file

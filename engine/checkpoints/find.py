@@ -16,7 +16,7 @@ from retemper.engine.models import MODELS
 from retemper.errors import UsageError
 from retemper.files import file_digest
 
-# how config.json names a network: path, model, sha256 (of the file; with the name in it, where the user chose one; of an
+# how config.json names a network: path, model, sha256 (of the file, with the name in it where the user chose one; of an
 # external network its own digest), tensors (`state_digest`, of a checkpoint), and "released" if it is a published one
 Source = dict[str, str]
 
