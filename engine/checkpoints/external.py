@@ -25,7 +25,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from retemper.engine.checkpoints.content import plain_facts_unread
+from retemper.engine.checkpoints.content import few, plain_facts_unread
 from retemper.engine.checkpoints.weights import state_digest
 from retemper.engine.device import is_out_of_memory
 from retemper.engine.models import channels_last
@@ -119,10 +119,13 @@ class UserNetwork:
 
     def _advice(self, error: BaseException) -> str:
         """Return what to do about an error in the user's code, with the line that it comes from."""
-        lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == str(self.file)]
-        place = f"; line {lines[-1]} of {self.file.name}" if lines else ""
-        needy = isinstance(error, TypeError) and "required" in str(error) and not lines
-        return "; it is given num_classes and channels alone: let all else have a default" if needy else place
+        if isinstance(error, SystemExit):
+            return "; it leaves Python: put what it does as a script under if __name__ == '__main__'"
+        path = os.path.abspath(self.file)
+        lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == path]
+        if not lines and isinstance(error, TypeError) and "required" in str(error):
+            return "; it is given num_classes and channels alone: let all else have a default"
+        return f"; line {lines[-1]} of {self.file.name}" if lines else ""
 
     def _module(self) -> ModuleType:
         name = f"user_network_{self.file.stem}"
@@ -183,8 +186,15 @@ def load_external(
         UsageError, DataError: it cannot be built, or does not map such images to so many logits.
     """
     built = build_module(network, num_classes, shape[2], cache)
-    digest = network.digest(state_digest(built))
-    built = built.float().eval().requires_grad_(False)
+    with _failing_as(f"{network.name} is not ready for use"):  # lazy or without data; scripted ones lack some methods
+        digest = network.digest(state_digest(built))
+        built = built.float().eval()
+        for weight in built.parameters():
+            weight.requires_grad_(False)
+        tensors = {name: value for name, value in built.state_dict().items() if isinstance(value, Tensor)}
+        strange = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if strange:
+        raise DataError(f"{network.name} has weights that are not finite: {few(strange)}")
     H, W, C = shape
     image = torch.full((2, C, H, W), 0.5, device=device).clone(memory_format=torch.channels_last)
     problem = ""
@@ -236,7 +246,7 @@ class Contiguous(nn.Module):
 
 
 @contextmanager
-def _failing_as(problem: str, advice: Callable[[BaseException], str]) -> Iterator[None]:
+def _failing_as(problem: str, advice: Callable[[BaseException], str] = lambda _: "") -> Iterator[None]:
     """Turn whatever other people's code raises within the context into a DataError that begins with `problem`.
 
     Args:

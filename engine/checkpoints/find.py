@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from retemper.engine.checkpoints.external import ExternalNetwork, Shape, external_network, load_external
-from retemper.engine.checkpoints.header import Facts, find_weights, load_network, read_facts
+from retemper.engine.checkpoints.header import Facts, find_weights, fitting_models, load_network, read_facts
 from retemper.engine.checkpoints.published import Published, published
 from retemper.engine.checkpoints.weights import require_intact, split_entry, state_digest
 from retemper.engine.models import MODELS
 from retemper.errors import UsageError
 from retemper.files import file_digest
+from retemper.loaders import DATASETS
 
 # how config.json names a network: path, model, sha256 (of the file, with the name in it where the user chose one; of an
 # external network its own digest), tensors (`state_digest`, of a checkpoint), and "released" if it is a published one
@@ -109,14 +110,19 @@ def require_described(network: Network, facts: Facts, data_root: Path | None = N
     built = network.weights is None or facts.model is not None
     if built and facts.dataset is not None:
         return
+    model = facts.model
     if network.weights is not None:
         require_intact(network.weights)  # what the file is comes first
-    lacking = [*["its architecture"] * (not built), *["its data set"] * (facts.dataset is None)]
+        model = model or "|".join(fitting_models(network.weights)) or "NAME"
     words = ["retemper", "evaluate", shlex.quote(network.name)]
-    words += [] if network.weights is None else ["--model", facts.model or "NAME"]
-    words += ["--dataset", facts.dataset or "NAME", "--data-root", shlex.quote(str(data_root or "DIR"))]
-    models = "" if built else f" (models: {', '.join(MODELS)})"
-    raise UsageError(f"{network.name} does not say {' and '.join(lacking)}: name them all: {' '.join(words)}{models}")
+    words += [] if network.weights is None else ["--model", str(model)]
+    words += ["--dataset", facts.dataset or "NAME"]
+    words += [] if facts.dataset == "digits" else ["--data-root", shlex.quote(str(data_root or "DIR"))]
+    lacking = [*["its architecture"] * (not built), *["its data set"] * (facts.dataset is None)]
+    known = [*[f"architectures: {', '.join(MODELS)}"] * (model == "NAME" and not built)]
+    known += [f"data sets: {', '.join(DATASETS)}"] * (facts.dataset is None)
+    hint = f" ({'; '.join(known)})" if known else ""
+    raise UsageError(f"{network.name} does not say {' and '.join(lacking)}: {' '.join(words)}{hint}")
 
 
 def same_network(one: Source, other: Source) -> bool:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from retemper.engine.checkpoints.content import few
+from retemper.engine.checkpoints.content import few, read_content
 from retemper.engine.checkpoints.normalised import Normalised
+from retemper.engine.checkpoints.unwrap import fits, nearest_state
 from retemper.engine.checkpoints.weights import load_with_pixels
-from retemper.engine.models import channels_last, create_model
+from retemper.engine.models import MODELS, channels_last, create_model
 from retemper.errors import DataError, UsageError
 
 
@@ -69,8 +70,11 @@ def find_weights(target: Path, which: str = "best") -> Path:
     path = target / f"{which}.safetensors"
     if not path.exists():
         others = sorted(other.name for other in target.iterdir() if other.suffix in SUFFIXES)
-        held = f"it holds {few(others)}: name the file" if others and not is_run(target) else ""
-        why = held or "it is no run's folder, or the run has not finished an epoch"
+        why = "it is no run's folder, or the run has not finished an epoch"
+        if is_run(target) and "last.safetensors" in others:
+            why = "no epoch of the run was judged yet; its newest weights: --weights last"
+        elif others and not is_run(target):
+            why = f"it holds {few(others)}: name the file"
         raise DataError(f"{target} holds no {path.name}: {why}")
     return path
 
@@ -119,6 +123,25 @@ def load_network(weights: Path, facts: Facts, device: torch.device, entry: str |
     require_finite(weights, model)
     model = model if pixels is None else Normalised(model, pixels)
     return channels_last(model, device).eval().requires_grad_(False)
+
+
+def fitting_models(weights: Path) -> list[str]:
+    """Return the names in `MODELS` whose tensors are all in a file, each of its shape. Raises as `read_content`."""
+    content = read_content(weights)
+    return [name for name in MODELS if _fits(name, content)]
+
+
+def _fits(model: str, content: object) -> bool:
+    """Say whether a model's tensors are all in the content of a file, for as many classes and channels as that has."""
+    with torch.device("meta"):
+        own = create_model(model, 10).state_dict()
+        state = nearest_state(content, own)
+        if {name for name in own if not name.endswith("num_batches_tracked")} - state.keys():
+            return False
+        first = next(state[name] for name, value in own.items() if value.dim() == 4)  # (features, channels, ...)
+        last = next(state[name] for name, value in reversed(own.items()) if value.dim() == 2)  # (classes, features)
+        classes, channels = max(1, last.shape[0]), max(1, first.shape[1]) if first.dim() == 4 else 1
+        return fits(state, create_model(model, classes, channels=channels).state_dict())
 
 
 def require_finite(weights: Path, model: nn.Module) -> None:

@@ -64,13 +64,6 @@ class Place:
     state: Mapping[str, Tensor]
     averaged: bool
 
-    def fits(self, target: Mapping[str, Tensor]) -> bool:
-        """Say whether the network's tensors are all here, each of its shape."""
-        return all(
-            self.state[name].shape == tensor.shape if name in self.state else name.endswith("num_batches_tracked")
-            for name, tensor in target.items()
-        )
-
     def equals(self, other: "Place") -> bool:
         """Say whether the same weights stand in both."""
         return self.state.keys() == other.state.keys() and all(
@@ -116,6 +109,14 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return alike and not one.is_meta and not one.is_quantized and torch.equal(one, other)
 
 
+def fits(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> bool:
+    """Say whether all tensors of a network are in `state`, each of its shape; counters of batches may be missing."""
+    return all(
+        state[name].shape == tensor.shape if name in state else name.endswith("num_batches_tracked")
+        for name, tensor in target.items()
+    )
+
+
 def holds_weights(content: object) -> bool:
     """Say whether there is a tensor by name in it."""
     return next(_mappings(content), None) is not None
@@ -138,7 +139,7 @@ def take(whose: str, content: object, target: Mapping[str, Tensor], entry: str |
     if not holds_weights(content):
         raise CheckpointError(f"{whose}: no weights in it, only {few(map(str, content)) or 'an empty dict'}")
     places = list(_places(whose, content, target))
-    fitting = [place for place in places if place.fits(target)]
+    fitting = [place for place in places if fits(place.state, target)]
     if entry is not None:
         fitting, places = _named(whose, entry, fitting, places)
     place = _chosen(whose, fitting) if fitting else max(places, key=lambda one: (len(one.state), len(one.tensors)))
@@ -209,6 +210,12 @@ def _prefixes(tensors: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> li
                 found[name[:start]] += 1
     most = max(found.values(), default=0)
     return list(dict.fromkeys([*(prefix for prefix, count in found.most_common() if 2 * count > most), ""]))
+
+
+def nearest_state(content: object, target: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return what a file has of a network, by the network's names; of all places where most is. May be empty."""
+    places = _places("", content, target)
+    return max((place.state for place in places), key=len, default={})
 
 
 def _named(whose: str, entry: str, fitting: list[Place], places: list[Place]) -> tuple[list[Place], list[Place]]:
