@@ -74,7 +74,7 @@ def find_weights(target: Path, which: str = "best") -> Path:
         if is_run(target) and "last.safetensors" in others:
             why = "no epoch of the run was judged yet; its newest weights: --weights last"
         elif others and not is_run(target):
-            why = f"it holds {few(others)}: name the file"
+            why = f"it is no run's folder, but holds {few(others)}: name the file"
         raise DataError(f"{target} holds no {path.name}: {why}")
     return path
 

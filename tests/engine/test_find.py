@@ -77,7 +77,7 @@ def test_a_folder_says_what_it_holds(bare: Path, fails: Fails) -> None:
     Path("folder").mkdir()
     assert "is no run's folder" in fails(3, "evaluate", "folder")
     bare.rename("folder/net.pt")
-    assert fails(3, "evaluate", "folder").endswith("it holds net.pt: name the file")
+    assert fails(3, "evaluate", "folder").endswith("it is no run's folder, but holds net.pt: name the file")
     Path("folder/config.json").write_text("{}")
     Path("folder/last.safetensors").touch()
     assert "--weights last" in fails(3, "evaluate", "folder")
