@@ -14,8 +14,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -25,7 +24,14 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from retemper.engine.checkpoints.content import few, plain_facts_unread
+from retemper.engine.checkpoints.content import few
+from retemper.engine.checkpoints.surroundings import (
+    failing_as,
+    first_line,
+    importable,
+    telling_partial_loads,
+    weights_only,
+)
 from retemper.engine.checkpoints.weights import state_digest
 from retemper.engine.device import is_out_of_memory
 from retemper.engine.models import channels_last
@@ -64,7 +70,7 @@ class RobustBenchNetwork:
         except ImportError as error:
             raise UsageError(f"{self.name} needs the package robustbench ({error}): {INSTALL}") from None
         except Exception as error:  # a broken installation may raise anything
-            why = _first_line(error)
+            why = first_line(error)
             raise UsageError(f"{self.name}: the package robustbench cannot be imported ({why}): {INSTALL}") from None
         folder = cache / "robustbench"
 
@@ -76,8 +82,8 @@ class RobustBenchNetwork:
                 return f"; if its download broke off, delete {file}"
             return f"; it is downloaded once: go online, or put its file at {file}" * isinstance(error, OSError)
 
-        failing = _failing_as(f"RobustBench does not load {self.name}", advice)
-        with failing, _weights_only(), redirect_stdout(sys.stderr):  # stdout is for the command's own result
+        failing = failing_as(f"RobustBench does not load {self.name}", advice)
+        with failing, weights_only(), redirect_stdout(sys.stderr):  # stdout is for the command's own result
             return utils.load_model(
                 model_name=self.model, dataset=self.dataset, threat_model=self.threat, model_dir=str(folder)
             )
@@ -107,12 +113,12 @@ class UserNetwork:
             UsageError: the file has no such function.
             DataError: there is no such file, or its code raises an error.
         """
-        with _importable(self.file.parent):
+        with importable(self.file.parent):
             module = self._module()
             if not callable(factory := getattr(module, self.factory, None)):
                 known = [name for name, value in vars(module).items() if callable(value)]
                 raise UsageError(f"{self.file} has no function {self.factory!r}{nearest(self.factory, known)}")
-            with _failing_as(f"{self.name} builds no network", self._advice):
+            with failing_as(f"{self.name} builds no network", self._advice), telling_partial_loads(self.name):
                 given = dict(num_classes=num_classes, channels=channels)
                 wanted = given.keys() & inspect.signature(factory).parameters.keys()
                 return factory(**{name: given[name] for name in wanted})
@@ -135,7 +141,7 @@ class UserNetwork:
         if spec is None or spec.loader is None or not self.file.is_file():
             raise DataError(f"{self.file} does not exist: name the file that holds your network")
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        with _failing_as(f"{self.file} cannot be imported", self._advice):
+        with failing_as(f"{self.file} cannot be imported", self._advice):
             spec.loader.exec_module(module)
         return module
 
@@ -143,8 +149,6 @@ class UserNetwork:
         """Return the digest of this network, of state and file: the same weights under other code are another one."""
         return sha256(state.encode() + self.file.read_bytes()).hexdigest()
 
-
-_neighbours: dict[str, str] = {}  # modules that users' files have imported from their own folder -> that folder
 
 ExternalNetwork = RobustBenchNetwork | UserNetwork
 Shape = tuple[int, int, int]  # (H, W, C) of images
@@ -186,7 +190,7 @@ def load_external(
         UsageError, DataError: it cannot be built, or does not map such images to so many logits.
     """
     built = build_module(network, num_classes, shape[2], cache)
-    with _failing_as(f"{network.name} is not ready for use"):  # lazy or without data; scripted ones lack some methods
+    with failing_as(f"{network.name} is not ready for use"):  # lazy or without data; scripted ones lack some methods
         digest = network.digest(state_digest(built))
         built = built.float().eval()
         for weight in built.parameters():
@@ -206,7 +210,7 @@ def load_external(
         except Exception as error:  # the network's code may raise anything
             if is_out_of_memory(error):
                 raise
-            problem = _first_line(error)
+            problem = first_line(error)
             continue
         if not isinstance(answer, Tensor) or answer.shape != (2, num_classes):
             got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
@@ -243,64 +247,3 @@ class Contiguous(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Map (B, C, H, W) pixels to (B, K) logits."""
         return self.module(image.clone(memory_format=torch.contiguous_format))
-
-
-@contextmanager
-def _failing_as(problem: str, advice: Callable[[BaseException], str] = lambda _: "") -> Iterator[None]:
-    """Turn whatever other people's code raises within the context into a DataError that begins with `problem`.
-
-    Args:
-        advice: returns what to add at the end.
-    """
-    try:
-        yield
-    except (Exception, SystemExit) as error:  # a script that reads its own command line leaves by the latter
-        if is_out_of_memory(error):
-            raise
-        raise DataError(f"{problem} ({_first_line(error)}){advice(error)}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    """Return the error's type and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
-
-
-@contextmanager
-def _weights_only() -> Iterator[None]:
-    """Make every `torch.load` within the context read tensors or fail; it never runs the code of a pickle."""
-    force, refuse = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-    before = {name: os.environ.pop(name, None) for name in (force, refuse)}
-    os.environ[force] = "1"
-    try:
-        with plain_facts_unread():
-            yield
-    finally:
-        del os.environ[force]
-        os.environ.update({name: value for name, value in before.items() if value is not None})
-
-
-@contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Let code within the context import the modules of `folder`, as Python does for a file that it runs.
-
-    What was imported so from another folder is forgotten: both may hold a models.py.
-    """
-    place = str(folder.resolve())
-    for name in [name for name, whose in _neighbours.items() if whose != place]:
-        sys.modules.pop(name, None)
-        del _neighbours[name]
-    sys.path.insert(0, place)
-    known = set(sys.modules)
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        sys.path.remove(place)
-        files = {name: getattr(sys.modules[name], "__file__", None) or "" for name in set(sys.modules) - known}
-        _neighbours.update({name: place for name, file in files.items() if _is_below(file, place)})
-
-
-def _is_below(file: str, place: str) -> bool:
-    """Say whether a module's file is the user's own below a folder: not of an environment that lies there too."""
-    return file.startswith(place + os.sep) and "site-packages" not in file

@@ -328,6 +328,23 @@ def test_wrapped_and_scripted_networks_are_taken_as_they_are(build: str, net: Pa
     assert image.grad is not None
 
 
+def test_a_network_that_loads_its_weights_in_part_is_told_of(net: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`strict=False` passes over a prefix without a word, and the network keeps its random weights."""
+    load, net_load = torch.nn.Module.load_state_dict, "net.load_state_dict(state, strict=False); return net"
+    state = "state = {prefix + name: value for name, value in net.state_dict().items() if 'num' not in name}"
+    for prefix, said in (
+        ("module.", "without 7 of its 8 tensors (conv.weight, norm.weight, norm.bias, ...)"),
+        ("", None),
+    ):
+        net.write_text(f"{NET}\ndef part():\n    net, prefix = fixed(), {prefix!r}; {state}; {net_load}")
+        builder = external_network(f"{net}:part", None)
+        assert builder is not None
+        load_external(builder, 10, DIGITS, CPU, net.parent)
+        told = capsys.readouterr().err
+        assert said in told if said else not told
+    assert torch.nn.Module.load_state_dict is load
+
+
 def test_two_folders_may_hold_modules_of_one_name(net: Path) -> None:
     """What `import models` means in a user's file is the file beside it, whatever another network has imported."""
     built = []

@@ -219,7 +219,7 @@ def test_a_state_dict_at_hand_is_unwrapped_as_a_file_is() -> None:
     load_state("it", under("model.", A), model)
     assert same(model, A)
     with pytest.raises(CheckpointError, match="it: holds student, teacher"):
-        load_state("it", {"student": A, "teacher": B}, model)
+        load_state("it", CHOICES["flat"], model)
 
 
 def test_no_class_of_a_file_is_made(tmp_path: Path) -> None:
