@@ -27,4 +27,5 @@ class Normalised(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Map (B, C, H, W) pixels in [0, 1] to (B, K) logits."""
-        return self.network((image - self.mean) / self.std)
+        normal = (image - self.mean) / self.std
+        return self.network(normal.to(image.dtype))  # float32 in between where the images are of half precision

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from retemper.engine.checkpoints.header import Facts, load_network
 from retemper.engine.checkpoints.weights import CheckpointError, load_checkpoint, load_state
 from retemper.engine.models import create_model
+from retemper.engine.speed.fold import Folded
 from retemper.errors import UsageError
 
 State = dict[str, Any]
@@ -189,6 +190,15 @@ def test_the_network_gets_the_mean_and_deviation_of_its_pixels(
     assert not any(weight.requires_grad for weight in model.parameters()) and not model.training
     with pytest.raises(CheckpointError, match="which the model does not"):
         taken(path)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)], ids=str)
+def test_a_normalising_network_is_folded_as_others_are(dtype: torch.dtype, tolerance: float, tmp_path: Path) -> None:
+    torch.save(NORMALISING["buffers"], tmp_path / "w.pt")
+    model = load_network(tmp_path / "w.pt", FACTS, CPU)
+    expected = model(IMAGE)
+    folded = Folded(model, dtype)(IMAGE.to(dtype)).float()
+    assert (folded - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def test_pixels_that_are_not_normalised_need_nothing(tmp_path: Path) -> None:
