@@ -181,11 +181,16 @@ def _numbers(inside: Mapping[Any, Any]) -> dict[str, Tensor]:
     """Return the tensors and lists of numbers in a mapping that may be a mean or a deviation of pixels."""
     found: dict[str, Tensor] = {}
     for key, value in inside.items():
-        if isinstance(value, list | tuple) and value and all(type(one) in (int, float) for one in value):
+        if isinstance(value, list | tuple) and 0 < len(value) <= 4 and all(_is_small(one) for one in value):
             value = torch.tensor(value, dtype=torch.float32)
-        if isinstance(key, str) and isinstance(value, Tensor):
+        if isinstance(key, str) and isinstance(value, Tensor) and value.dim():  # one number alone is of something else
             found[key] = value
     return found
+
+
+def _is_small(value: Any) -> bool:
+    """Say whether a value is a number that may be of pixels."""
+    return type(value) in (int, float) and abs(value) < 1e6
 
 
 def _places(whose: str, content: object, target: Mapping[str, Tensor]) -> Iterator[Place]:

@@ -69,6 +69,11 @@ ONE: dict[str, tuple[State, str]] = {  # what a file holds, and the place that i
     "numpy": ({"state_dict": A, "best": np.float32(0.5), "curve": np.arange(3)}, "state_dict"),
     "twice": ({"model": A, "state_dict": {name: value.clone() for name, value in A.items()}}, "model"),
     "of another size": ({"student": A, "teacher": create_model("tiny_resnet_wide", 10).state_dict()}, "student"),
+    "numbers of any size": (
+        {"model": A, "mean": [10**400], "std": [float("nan")], "lr": [0.1] * 3, "seen": ()},
+        "model",
+    ),
+    "mean of results": ({"model": A, "mean": torch.tensor(0.43), "std": torch.tensor(0.02)}, "model"),
     "lists within": ({"model": A, "loss_log": [torch.ones(1)], "best_acc": torch.tensor(0.9)}, "model"),
 }
 
