@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from retemper.engine.models import MODELS
-from retemper.engine.options import Options, option
 from retemper.loaders import DATASETS
+from retemper.options import Options, option
 
 
 @dataclass(frozen=True, kw_only=True)

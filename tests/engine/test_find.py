@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from retemper.cli import run
 from retemper.engine import create_model
 from retemper.engine.checkpoints.find import find_network, same_network
-from retemper.engine.cli import run
 
 Fails = Callable[..., str]
 MODEL = "tiny_resnet_wide"

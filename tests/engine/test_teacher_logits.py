@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from retemper.engine.cli import run
+from retemper.cli import run
 from retemper.engine.run.teacher_logits import TeacherLogits
 from retemper.engine.run.teacher_table import TeacherTable, require_room
 from retemper.kernels import augment
