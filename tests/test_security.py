@@ -15,7 +15,7 @@ MODULES = {  # that run what they read, fetch from a network, or unpack archives
     **dict.fromkeys(["dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml", "tarfile", "code", "runpy"], ()),
     **dict.fromkeys(["urllib", "requests", "http", "socket", "ftplib"], ()),
     # a reader that knows five names; the errors of torch.load
-    "pickle": ("loaders/pickles.py", "engine/checkpoints/weights.py"),
+    "pickle": ("loaders/pickles.py", "engine/checkpoints/content.py"),
 }
 CALLS = {  # the end of a dotted name, and where it is let in
     **dict.fromkeys(["eval", "exec", "compile", "__import__", "system", "popen", "unpack_archive"], ()),

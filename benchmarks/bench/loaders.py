@@ -175,7 +175,7 @@ class Images(Dataset[tuple[Tensor, int]]):
 
 def torchvision_epoch(pixels: np.ndarray, batch: int, device: torch.device, workers: int) -> Epoch:
     """Return a function that gives epochs of torchvision's transforms in a DataLoader, as most scripts have them."""
-    transforms = peers.torchvision_transforms()
+    transforms = peers.library("torchvision.transforms")
     steps = [transforms.RandomCrop(SIDE, padding=PADDING), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
     loader = DataLoader(
         Images(pixels, transforms.Compose(steps)),

@@ -14,23 +14,33 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from traceback import extract_tb
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from retemper.engine.checkpoints.weights import plain_name
+from retemper.engine.checkpoints.content import few
+from retemper.engine.checkpoints.surroundings import (
+    failing_as,
+    first_line,
+    importable,
+    telling_partial_loads,
+    weights_only,
+)
+from retemper.engine.checkpoints.weights import state_digest
 from retemper.engine.device import is_out_of_memory
 from retemper.engine.models import channels_last
 from retemper.errors import DataError, UsageError, nearest
+from retemper.packages import import_package
 
 # robustbench imports auto-attack without naming it among its requirements
-INSTALL = "pip install robustbench 'git+https://github.com/fra31/auto-attack'"
+# and pkg_resources, which later versions of setuptools do not bring
+INSTALL = "pip install robustbench 'setuptools<81' 'git+https://github.com/fra31/auto-attack'"
 ROBUSTBENCH = re.compile(r"robustbench:(?P<model>[^@/]+)(@(?P<dataset>[^@/]+)(/(?P<threat>[^@/]+))?)?")
 USER = re.compile(r"(?P<file>.+\.py):(?P<factory>\w+)")
 
@@ -56,13 +66,26 @@ class RobustBenchNetwork:
             DataError: the package does not load this network.
         """
         try:
-            utils = importlib.import_module("robustbench.utils")
+            utils = import_package("robustbench.utils")
         except ImportError as error:
             raise UsageError(f"{self.name} needs the package robustbench ({error}): {INSTALL}") from None
-        folder = str(cache / "robustbench")
-        with _failing_as(f"RobustBench does not load {self.name}"), _weights_only():
+        except Exception as error:  # a broken installation may raise anything
+            why = first_line(error)
+            raise UsageError(f"{self.name}: the package robustbench cannot be imported ({why}): {INSTALL}") from None
+        folder = cache / "robustbench"
+
+        def advice(error: BaseException) -> str:
+            file = folder / str(self.dataset) / self.threat / f"{self.model}.pt"
+            if isinstance(error, KeyError | ValueError):
+                return "; the names of its networks are at https://robustbench.github.io"
+            if file.exists():
+                return f"; if its download broke off, delete {file}"
+            return f"; it is downloaded once: go online, or put its file at {file}" * isinstance(error, OSError)
+
+        failing = failing_as(f"RobustBench does not load {self.name}", advice)
+        with failing, weights_only(), redirect_stdout(sys.stderr):  # stdout is for the command's own result
             return utils.load_model(
-                model_name=self.model, dataset=self.dataset, threat_model=self.threat, model_dir=folder
+                model_name=self.model, dataset=self.dataset, threat_model=self.threat, model_dir=str(folder)
             )
 
     def digest(self, state: str) -> str:
@@ -90,23 +113,35 @@ class UserNetwork:
             UsageError: the file has no such function.
             DataError: there is no such file, or its code raises an error.
         """
-        with _importable(self.file.parent):
+        with importable(self.file.parent):
             module = self._module()
             if not callable(factory := getattr(module, self.factory, None)):
                 known = [name for name, value in vars(module).items() if callable(value)]
                 raise UsageError(f"{self.file} has no function {self.factory!r}{nearest(self.factory, known)}")
-            with _failing_as(f"{self.name} builds no network"):
+            with failing_as(f"{self.name} builds no network", self._advice), telling_partial_loads(self.name):
                 given = dict(num_classes=num_classes, channels=channels)
                 wanted = given.keys() & inspect.signature(factory).parameters.keys()
                 return factory(**{name: given[name] for name in wanted})
 
+    def _advice(self, error: BaseException) -> str:
+        """Return what to do about an error in the user's code, with the line that it comes from."""
+        if isinstance(error, SystemExit):
+            return "; it leaves Python: put what it does as a script under if __name__ == '__main__'"
+        path = os.path.abspath(self.file)
+        lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == path]
+        if not lines and isinstance(error, TypeError) and "required" in str(error):
+            return "; it is given num_classes and channels alone: let all else have a default"
+        return f"; line {lines[-1]} of {self.file.name}" if lines else ""
+
     def _module(self) -> ModuleType:
         name = f"user_network_{self.file.stem}"
+        if self.file.is_dir():
+            raise DataError(f"{self.file} is a folder: name the file that holds your network")
         spec = importlib.util.spec_from_file_location(name, self.file)
         if spec is None or spec.loader is None or not self.file.is_file():
             raise DataError(f"{self.file} does not exist: name the file that holds your network")
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        with _failing_as(f"{self.file} cannot be imported"):
+        with failing_as(f"{self.file} cannot be imported", self._advice):
             spec.loader.exec_module(module)
         return module
 
@@ -135,7 +170,7 @@ def external_network(name: str, dataset: str | None) -> ExternalNetwork | None:
         return UserNetwork(file=Path(found["file"]), factory=found["factory"])
     if name.startswith("robustbench:"):
         raise UsageError(f"{name}: write it as robustbench:NAME or robustbench:NAME@cifar10/Linf")
-    if re.search(r"\.py(:|$)", name):
+    if re.search(r"\.py(:|$)", name) and not Path(name).is_dir():
         raise UsageError(f"{name}: name the function too that returns the network, as in net.py:build")
     return None
 
@@ -154,11 +189,16 @@ def load_external(
     Raises:
         UsageError, DataError: it cannot be built, or does not map such images to so many logits.
     """
-    built = network.build(num_classes, shape[2], cache)
-    if not isinstance(built, nn.Module):
-        raise UsageError(f"{network.name} is a {type(built).__name__}: it must be an nn.Module")
-    digest = network.digest(state_digest(built))
-    built = built.float().eval().requires_grad_(False)
+    built = build_module(network, num_classes, shape[2], cache)
+    with failing_as(f"{network.name} is not ready for use"):  # lazy or without data; scripted ones lack some methods
+        digest = network.digest(state_digest(built))
+        built = built.float().eval()
+        for weight in built.parameters():
+            weight.requires_grad_(False)
+        tensors = {name: value for name, value in built.state_dict().items() if isinstance(value, Tensor)}
+        strange = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if strange:
+        raise DataError(f"{network.name} has weights that are not finite: {few(strange)}")
     H, W, C = shape
     image = torch.full((2, C, H, W), 0.5, device=device).clone(memory_format=torch.channels_last)
     problem = ""
@@ -170,7 +210,7 @@ def load_external(
         except Exception as error:  # the network's code may raise anything
             if is_out_of_memory(error):
                 raise
-            problem = _first_line(error)
+            problem = first_line(error)
             continue
         if not isinstance(answer, Tensor) or answer.shape != (2, num_classes):
             got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
@@ -181,15 +221,20 @@ def load_external(
     raise DataError(f"{network.name} does not take images of {C} x {H} x {W} ({problem})")
 
 
-def state_digest(model: nn.Module) -> str:
-    """Return the SHA-256 of all weights and statistics, 64 hexadecimal digits: names, dtypes, shapes and bytes."""
-    state = {plain_name(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    digest = sha256()
-    for name in sorted(state):
-        value = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def build_module(network: ExternalNetwork, num_classes: int, channels: int, cache: Path) -> nn.Module:
+    """Build a network, and take it out of DataParallel and torch.compile, which do not follow it to another device.
+
+    Args:
+        cache: the folder for downloads.
+    Raises:
+        UsageError, DataError: it cannot be built, or is no nn.Module.
+    """
+    built = network.build(num_classes, channels, cache)
+    if not isinstance(built, nn.Module):
+        raise UsageError(f"{network.name} is a {type(built).__name__}: it must be an nn.Module")
+    while isinstance(built, nn.DataParallel) or "_orig_mod" in built._modules:
+        built = built.get_submodule("module" if isinstance(built, nn.DataParallel) else "_orig_mod")
+    return built
 
 
 class Contiguous(nn.Module):
@@ -202,43 +247,3 @@ class Contiguous(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Map (B, C, H, W) pixels to (B, K) logits."""
         return self.module(image.clone(memory_format=torch.contiguous_format))
-
-
-@contextmanager
-def _failing_as(problem: str) -> Iterator[None]:
-    """Turn whatever other people's code raises within the context into a DataError that begins with `problem`."""
-    try:
-        yield
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise DataError(f"{problem} ({_first_line(error)})") from None
-
-
-def _first_line(error: Exception) -> str:
-    """Return the error's type and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
-
-
-@contextmanager
-def _weights_only() -> Iterator[None]:
-    """Make every `torch.load` within the context read tensors or fail; it never runs the code of a pickle."""
-    force, refuse = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-    before = {name: os.environ.pop(name, None) for name in (force, refuse)}
-    os.environ[force] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[force]
-        os.environ.update({name: value for name, value in before.items() if value is not None})
-
-
-@contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Let code within the context import the modules of `folder`, as Python does for a file that it runs."""
-    sys.path.insert(0, str(folder.resolve()))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder.resolve()))

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from retemper.engine.checkpoints.weights import load_checkpoint
-from retemper.engine.models import channels_last, create_model
+from retemper.engine.checkpoints.content import few, read_content
+from retemper.engine.checkpoints.normalised import Normalised
+from retemper.engine.checkpoints.unwrap import fits, nearest_state
+from retemper.engine.checkpoints.weights import load_with_pixels
+from retemper.engine.models import MODELS, channels_last, create_model
 from retemper.errors import DataError, UsageError
 
 
@@ -43,6 +46,7 @@ class Facts:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
+SUFFIXES = (".safetensors", ".pt", ".pth", ".tar", ".ckpt", ".bin")  # that checkpoints usually have
 KINDS = {"model": str, "num_classes": int, "channels": int, "image_size": int, "dataset": str, "eps": float}
 
 
@@ -60,10 +64,18 @@ def find_weights(target: Path, which: str = "best") -> Path:
     if not target.is_dir():
         if not target.exists():
             raise DataError(f"{target} does not exist: name a run's folder or a checkpoint file")
+        if not target.is_file():
+            raise DataError(f"{target} is neither a file nor a folder: name a run's folder or a checkpoint file")
         return target
     path = target / f"{which}.safetensors"
     if not path.exists():
-        raise DataError(f"{target} holds no {path.name}: it is no run's folder, or the run has not finished an epoch")
+        others = sorted(other.name for other in target.iterdir() if other.suffix in SUFFIXES)
+        why = "it is no run's folder, or the run has not finished an epoch"
+        if is_run(target) and "last.safetensors" in others:
+            why = "no epoch of the run was judged yet; its newest weights: --weights last"
+        elif others and not is_run(target):
+            why = f"it is no run's folder, but holds {few(others)}: name the file"
+        raise DataError(f"{target} holds no {path.name}: {why}")
     return path
 
 
@@ -89,9 +101,11 @@ def read_facts(weights: Path) -> Facts:
         return Facts()
 
 
-def load_network(weights: Path, facts: Facts, device: torch.device) -> nn.Module:
+def load_network(weights: Path, facts: Facts, device: torch.device, entry: str | None = None) -> nn.Module:
     """Build the network that `facts` describe, with the weights of a file: channels-last, frozen, in eval mode.
 
+    Args:
+        entry: the name of the weights in the file, where the user chose it.
     Returns:
         A network on `device`, from (B, C, H, W) pixels in [0, 1] to (B, K) logits.
     Raises:
@@ -105,10 +119,35 @@ def load_network(weights: Path, facts: Facts, device: torch.device) -> nn.Module
         model = create_model(facts.model, facts.num_classes, channels=facts.channels)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    load_checkpoint(weights, model)
+    pixels = load_with_pixels(weights, model, entry)
+    require_finite(weights, model)
+    model = model if pixels is None else Normalised(model, pixels)
+    return channels_last(model, device).eval().requires_grad_(False)
+
+
+def fitting_models(weights: Path) -> list[str]:
+    """Return the names in `MODELS` whose tensors are all in a file, each of its shape. Raises as `read_content`."""
+    content = read_content(weights)
+    return [name for name in MODELS if _fits(name, content)]
+
+
+def _fits(model: str, content: object) -> bool:
+    """Say whether a model's tensors are all in the content of a file, for as many classes and channels as that has."""
+    with torch.device("meta"):
+        own = create_model(model, 10).state_dict()
+        state = nearest_state(content, own)
+        if {name for name in own if not name.endswith("num_batches_tracked")} - state.keys():
+            return False
+        first = next(state[name] for name, value in own.items() if value.dim() == 4)  # (features, channels, ...)
+        last = next(state[name] for name, value in reversed(own.items()) if value.dim() == 2)  # (classes, features)
+        classes, channels = max(1, last.shape[0]), max(1, first.shape[1]) if first.dim() == 4 else 1
+        return fits(state, create_model(model, classes, channels=channels).state_dict())
+
+
+def require_finite(weights: Path, model: nn.Module) -> None:
+    """Check the weights that `model` has from a file. Raises DataError if some are not finite."""
     if not all(value.isfinite().all() for value in model.state_dict().values()):
         raise DataError(f"{weights} holds weights that are not finite: the run that made it diverged")
-    return channels_last(model, device).eval().requires_grad_(False)
 
 
 def require_same_images(whose: str, facts: Facts, classes: int, channels: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from retemper.console import Progress
-from retemper.engine.checkpoints.find import Network, find_network
+from retemper.engine.checkpoints.find import Network, find_network, require_described
 from retemper.engine.checkpoints.header import Facts, is_run, require_same_images
 from retemper.engine.distributed.ranks import ALONE, Ranks
 from retemper.engine.evaluation.autoattack import SuiteRequest, suite_entry
@@ -170,13 +170,9 @@ def _test_images(network: Network, told: Facts, data_root: Path | None) -> tuple
             raise UsageError(f"--model {told.model}: {network.name} is a run of {recipe['student']}: leave out --model")
         known = Facts(model=recipe["student"], dataset=recipe["dataset"], eps=recipe["eps"])
         facts = facts.or_else(known).or_else(Facts(image_size=recipe.get("image_size")))
-        if data_root is None and config.get("data_root") and facts.dataset != "digits":  # which has no root
-            data_root = Path(config["data_root"])
-            if not data_root.is_dir():
-                where = f"{data_root}, which {folder}/config.json names, is not a folder"
-                raise DataError(f"{where}: say with --data-root where {facts.dataset} lies now")
-    if facts.dataset is None:
-        raise UsageError(f"{network.name} does not say what it was trained on: name the data set with --dataset")
+        data_root = data_root or (Path(config["data_root"]) if config.get("data_root") else None)
+    require_described(network, facts, data_root)
+    assert facts.dataset is not None
     split = load_split(facts.dataset, "test", data_root, facts.image_size)
     require_same_images(network.name, facts, len(split.classes), split.shape[2])
     if config is not None and list(split.classes) != config["classes"]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from retemper.console import say
 from retemper.engine.checkpoints.find import Network, Source, find_network
-from retemper.engine.checkpoints.header import Facts, require_same_images
+from retemper.engine.checkpoints.header import Facts, require_finite, require_same_images
 from retemper.engine.checkpoints.published import Published, clean_accuracy, margin, require_stated_accuracy
 from retemper.engine.checkpoints.weights import load_checkpoint, load_state
 from retemper.engine.distributed.ranks import Ranks
@@ -86,8 +86,9 @@ class NetworkLoader:
             return self._copied(network, facts, student)
         if facts.model != model:
             raise UsageError(f"--start {name}: it is a {facts.model}, the student is a {model}")
-        load_checkpoint(network.weights, student)
-        return {"path": network.name, "model": model, "sha256": str(network.sha256)}
+        load_checkpoint(network.name if network.entry else network.weights, student)
+        require_finite(network.weights, student)
+        return network.source(facts, student)
 
     def check_teachers(self, held: Split | None, *, run: str, data_root: Path | None) -> None:
         """Say how well the teachers of `run` know images that they have not learned from.

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from retemper.console import say
+from retemper.engine.checkpoints.find import same_network
 from retemper.engine.checkpoints.weights import save_weights
 from retemper.engine.recipe import changed_options, flat_options
 from retemper.engine.run.state_file import Damaged, pack, unpack
@@ -195,6 +196,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     changed = [(name, was.get(name), now[name]) for name in changed_options(was, now)]
     changed += [(name, old.get(name), new[name]) for name in ("method", "seed") if old.get(name) != new[name]]
     for what in ("teacher", "clean_teacher", "start"):
-        before, after = ((config.get(what) or {}).get("sha256", "none") for config in (old, new))
-        changed += [(what, before, after)] if before != after else []
+        before, after = (config.get(what) or {} for config in (old, new))
+        if not same_network(before, after):
+            changed.append((what, before.get("sha256", "none"), after.get("sha256", "none")))
     return [f"{name}: {before}, now {after}" for name, before, after in changed]

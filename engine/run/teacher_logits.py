@@ -12,7 +12,7 @@ from retemper.console import say
 from retemper.engine.checkpoints.find import Source
 from retemper.engine.recipe import Recipe
 from retemper.engine.run.data import TrainingData
-from retemper.engine.run.teacher_table import AUTO_LIMIT, Ask, TeacherTable, table_bytes
+from retemper.engine.run.teacher_table import AUTO_LIMIT, Ask, TeacherTable, table_bytes, table_folder
 from retemper.engine.state import State, clean_images
 from retemper.errors import UsageError
 from retemper.loaders import Batch
@@ -130,7 +130,7 @@ def _table(
     if wanted == "off" or (wanted == "auto" and table_bytes(*size) > AUTO_LIMIT):
         return None
     facts = {
-        "teacher": source["sha256"],
+        "teacher": source.get("tensors", source["sha256"]),
         "model": source["model"],
         "data": [recipe.data.dataset, split.fingerprint, recipe.data.image_size],
         "padding": recipe.data.padding,
@@ -138,6 +138,9 @@ def _table(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
     }
+    earlier = facts | {"teacher": source["sha256"]}  # runs of earlier versions knew the teacher's file alone
+    if table_folder(cache, *size, earlier).exists():
+        facts = earlier
     try:
         table = TeacherTable(cache, *size, facts)
     except OSError as error:

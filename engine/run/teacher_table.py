@@ -44,9 +44,7 @@ class TeacherTable:
     """
 
     def __init__(self, cache: Path, images: int, views: int, classes: int, facts: dict[str, Any]) -> None:
-        facts = facts | {"format": FORMAT, "images": images, "views": views, "classes": classes}
-        text = json.dumps(facts, indent=1, sort_keys=True)
-        self.folder = cache / "teacher_logits" / sha256(text.encode()).hexdigest()[:16]
+        self.folder, text = table_folder(cache, images, views, classes, facts), _text(images, views, classes, facts)
         with locked(self.folder / ".lock"):  # two runs may begin at once
             files = [self.folder / name for name in ("logits.f32", "checksums.u32")]
             taken = sum(512 * file.stat().st_blocks for file in files if file.exists())
@@ -102,6 +100,18 @@ class TeacherTable:
         asked = ask(image, torch.from_numpy(view).to(image.device), position).float().cpu()
         if not torch.allclose(asked, kept, rtol=0, atol=tolerance * float(asked.abs().max())):
             raise DataError(f"{self.folder} does not hold this teacher's answers: delete the folder")
+
+
+def table_folder(cache: Path, images: int, views: int, classes: int, facts: dict[str, Any]) -> Path:
+    """Return the folder of the table of such answers, whether it is there or not."""
+    text = _text(images, views, classes, facts)
+    return cache / "teacher_logits" / sha256(text.encode()).hexdigest()[:16]
+
+
+def _text(images: int, views: int, classes: int, facts: dict[str, Any]) -> str:
+    """Return all that the logits depend on, as facts.json has it."""
+    facts = facts | {"format": FORMAT, "images": images, "views": views, "classes": classes}
+    return json.dumps(facts, indent=1, sort_keys=True)
 
 
 def table_bytes(images: int, views: int, classes: int) -> int:

@@ -14,15 +14,17 @@ from torch import nn
 
 from retemper.console import say
 from retemper.engine.attack import module_mode
-from retemper.engine.checkpoints.header import Facts, find_weights, is_run, load_network, read_facts
+from retemper.engine.checkpoints.find import find_network, same_network
+from retemper.engine.checkpoints.header import Facts, is_run
 from retemper.engine.device import exact_fp32
+from retemper.engine.run.job import default_cache
 from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.sanity import flags
 from retemper.engine.sanity.flags import Flag
 from retemper.engine.sanity.gradients import probe_gradients
 from retemper.engine.sanity.ladder import CheckRequest, Ladder, climb, fraction
 from retemper.errors import DataError, UsageError
-from retemper.files import file_digest, finite
+from retemper.files import finite
 
 IMAGES = 300  # of the evaluated ones, balanced over the classes, are checked: masking shows on many, and this is quick
 
@@ -94,12 +96,12 @@ def _teacher(request: CheckRequest, folder: Path) -> nn.Module | None:
     if named is None:
         return None
     try:
-        weights = find_weights(Path(named["path"]))
-        if file_digest(weights) != named["sha256"]:
-            raise DataError(f"{weights} is not the teacher any more that this run learned from")
-        _, _, channels = request.split.shape
-        known = Facts(model=named["model"], num_classes=len(request.split.classes), channels=channels)
-        return load_network(weights, read_facts(weights).or_else(known), request.device)
+        split, network = request.split, find_network(named["path"], dataset=request.split.name)
+        known = Facts(model=named["model"], num_classes=len(split.classes), channels=split.shape[2])
+        teacher, source = network.load(network.facts.or_else(known), split.shape, request.device, default_cache())
+        if not same_network(named, source):
+            raise DataError(f"{named['path']} is not the teacher any more that this run learned from")
+        return teacher
     except (DataError, UsageError) as error:
         say(f"checks: no attack on the teacher: {error}")
         return None

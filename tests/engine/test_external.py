@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from shlex import quote
@@ -50,6 +51,20 @@ def needy(depth):
 
 def number():
     return 3
+
+def missing():
+    raise FileNotFoundError("no weights")
+
+def weights():
+    return fixed().state_dict()
+
+def lazy():
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+
+def diverged():
+    net = fixed()
+    net.head.bias.data.fill_(float("nan"))
+    return net
 
 constant = 3
 """
@@ -147,6 +162,53 @@ def test_no_checkpoint_of_robustbench_runs_code(robustbench: Path, capsys: pytes
     assert "Absent2020" in fails(capsys, 3, "evaluate", "robustbench:Absent2020", "--dataset", "digits")
 
 
+def test_what_robustbench_cannot_load_is_told_with_what_to_do(
+    robustbench: Path, capsys: pytest.CaptureFixture[str], cache: Path
+) -> None:
+    utils, file = robustbench / "site/robustbench/utils.py", cache / "robustbench/digits/Linf/A.pt"
+    words = ["evaluate", "robustbench:A", "--dataset", "digits"]
+    cases = {
+        "raise KeyError('A')": "the names of its networks are at https://robustbench.github.io",
+        "raise ValueError('digits is not a valid BenchmarkDataset')": "the names of its networks are at",
+        "print('Download started'); raise ConnectionError('no route')": f"go online, or put its file at {file}",
+        "raise SystemExit(3)": "SystemExit: 3",
+    }
+    for code, said in cases.items():
+        utils.write_text(f"def load_model(**_): {code}")
+        sys.modules.pop("robustbench.utils", None)
+        assert said in fails(capsys, 3, *words)
+    utils.write_text("def load_model(**_): raise RuntimeError('unexpected end')")
+    sys.modules.pop("robustbench.utils", None)
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert fails(capsys, 3, *words).endswith(f"if its download broke off, delete {file}")
+    for code in ("raise AttributeError('module numpy has no attribute float')", "raise RuntimeError('broken')"):
+        utils.write_text(code)
+        sys.modules.pop("robustbench.utils", None)
+        assert (
+            "the package robustbench cannot be imported" in (line := fails(capsys, 2, *words)) and "pip install" in line
+        )
+
+
+def test_robustbench_is_imported_beside_a_torchvision_that_cannot_be(
+    robustbench: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its import raises RuntimeError where torchvision's library was built for another torch; and it prints."""
+    monkeypatch.setattr(sys, "tried", [], raising=False)
+    utils = robustbench / "site/robustbench/utils.py"
+    utils.write_text(f"""
+import sys
+sys.tried.append(1)
+if len(sys.tried) == 1:
+    raise RuntimeError("operator torchvision::nms does not exist")
+{utils.read_text().replace("model = create", "print('Download started'); model = create")}""")
+    torch.save(state_of(teacher), robustbench / "Known2020.pt")
+    words = ["--dataset", "digits", "--attacks", "clean", "--limit", "20", "--out", str(robustbench / "out")]
+    assert run(["evaluate", "robustbench:Known2020", *words]) == 0
+    captured = capsys.readouterr()
+    assert "Download started" in captured.err and "Download" not in captured.out
+
+
 def test_robustbench_is_asked_for_in_a_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -196,6 +258,15 @@ def test_it_is_frozen_in_eval_mode_and_channels_last_where_it_can(shape: tuple[i
         ("net.py:constant", 2, "no function 'constant'"),
         ("net.py:number", 2, "is a int: it must be an nn.Module"),
         ("net.py:needy", 3, "TypeError"),
+        ("net.py:needy", 3, "it is given num_classes and channels alone"),
+        ("net.py:missing", 3, "FileNotFoundError: no weights); line"),
+        ("net.py:weights", 2, "is a OrderedDict: it must be an nn.Module"),
+        ("net.py:lazy", 3, "is not ready for use (ValueError"),
+        ("net.py:diverged", 3, "has weights that are not finite: head.bias"),
+        ("syntax.py:build", 3, "cannot be imported (SyntaxError"),
+        ("leaves.py:build", 3, "it leaves Python: put what it does as a script"),
+        ("folder.py:build", 3, "folder.py is a folder"),
+        ("folder.py", 3, "folder.py holds no best.safetensors"),
         ("net.py:few", 3, "answers two images of 10 classes with (2, 9)"),
         ("net.py:colour", 3, "does not take images of 1 x 8 x 8"),
         ("broken.py:build", 3, "cannot be imported (ZeroDivisionError"),
@@ -207,6 +278,9 @@ def test_a_network_that_cannot_be_used_is_refused_in_a_line(
 ) -> None:
     monkeypatch.chdir(net.parent)
     (net.parent / "broken.py").write_text("1 / 0")
+    (net.parent / "syntax.py").write_text("def build(:")
+    (net.parent / "leaves.py").write_text("import sys\nsys.exit('usage: leaves.py WEIGHTS')")
+    (net.parent / "folder.py").mkdir()
     assert said in fails(capsys, code, "evaluate", name, "--dataset", "digits", "--attacks", "clean")
     assert said in fails(capsys, code, "train", "rslad:digits", "--teacher", name, "--out", net.parent / "run")
     assert not (net.parent / "run/config.json").exists()
@@ -230,6 +304,59 @@ def build(num_classes, channels):
     expected = state_of(teacher)
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     assert str(net.parent) not in sys.path
+
+
+@pytest.mark.parametrize(
+    "build",
+    ["torch.compile(fixed())", "nn.DataParallel(fixed())", "fixed().half()", "torch.jit.trace(fixed(), image)"],
+)
+def test_wrapped_and_scripted_networks_are_taken_as_they_are(build: str, net: Path) -> None:
+    path = net.parent / "my other-net.py"  # no name of a module
+    made = f"torch.manual_seed(0); image = torch.zeros(2, 1, 8, 8); return {build}"
+    path.write_text(
+        f"import torch, warnings\n{NET}\ndef build():\n    {made}".replace(".view(len(x), -1)", ".flatten(1)")
+    )
+    builder = external_network(f"{path}:build", None)
+    assert builder is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        model, digest = load_external(builder, 10, DIGITS, CPU, net.parent)
+    weights = [*model.parameters()]
+    assert not any(weight.requires_grad or weight.dtype != torch.float32 for weight in weights) and not model.training
+    assert not isinstance(model, torch.nn.DataParallel) and not hasattr(model, "_orig_mod") and len(digest) == 64
+    image = torch.rand(2, 1, 8, 8, requires_grad=True)
+    model(image).sum().backward()
+    assert image.grad is not None
+
+
+def test_a_network_that_loads_its_weights_in_part_is_told_of(net: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`strict=False` passes over a prefix without a word, and the network keeps its random weights."""
+    load, net_load = torch.nn.Module.load_state_dict, "net.load_state_dict(state, strict=False); return net"
+    state = "state = {prefix + name: value for name, value in net.state_dict().items() if 'num' not in name}"
+    for prefix, said in (
+        ("module.", "without 7 of its 8 tensors (conv.weight, norm.weight, norm.bias, ...)"),
+        ("", None),
+    ):
+        net.write_text(f"{NET}\ndef part():\n    net, prefix = fixed(), {prefix!r}; {state}; {net_load}")
+        builder = external_network(f"{net}:part", None)
+        assert builder is not None
+        load_external(builder, 10, DIGITS, CPU, net.parent)
+        told = capsys.readouterr().err
+        assert said in told if said else not told
+    assert torch.nn.Module.load_state_dict is load
+
+
+def test_two_folders_may_hold_modules_of_one_name(net: Path) -> None:
+    """What `import models` means in a user's file is the file beside it, whatever another network has imported."""
+    built = []
+    for folder, width in (("a", 2), ("b", 3), ("a", 2)):
+        (net.parent / folder).mkdir(exist_ok=True)
+        (net.parent / folder / "net.py").write_text("import models\nfixed = models.fixed")
+        (net.parent / folder / "models.py").write_text(NET.replace("return Net(10, 1)", f"return Net(10, 1, {width})"))
+        builder = external_network(f"{net.parent / folder}/net.py:fixed", None)
+        assert builder is not None
+        built.append(load_external(builder, 10, DIGITS, CPU, net.parent)[0])
+    assert [len(model.state_dict()["module.norm.bias"]) for model in built] == [2, 3, 2]
 
 
 def test_a_run_may_start_from_any_network_that_answers_as_its_student(

@@ -1,5 +1,6 @@
 """The teacher's answers: the same whether asked at once, ahead, or read from the table of an earlier run."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from retemper.cli import run
@@ -153,8 +155,6 @@ COMMAND = "train rslad:digits --epochs 2 --attack-steps 1 --holdout-per-class 0 
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
     return load_file(folder / "last.safetensors")
 
 
@@ -213,6 +213,43 @@ def test_damaged_answers_are_told_of_and_asked_for_again(
     index, view = np.nonzero(table.known)
     right, _ = table.look_up(index, view)
     assert right.all(), "what was asked again is kept"
+
+
+def test_a_resaved_teacher_is_the_same_teacher(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its run goes on and its answers are known, whatever file its tensors are in; other tensors are another's."""
+    (tmp_path / "first.safetensors").write_bytes((teacher / "best.safetensors").read_bytes())
+    command, table = filled_by_a_run(tmp_path / "first.safetensors", tmp_path)
+    state = load_file(teacher / "best.safetensors")
+    torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, tmp_path / "again.pt")
+    command[command.index(str(tmp_path / "first.safetensors"))] = str(tmp_path / "again.pt")
+    assert run([*command, str(tmp_path / "one")]) == 0  # goes on
+    assert run([*command, str(tmp_path / "two")]) == 0
+    assert [*table.folder.parent.iterdir()] == [table.folder]
+    assert all(torch.equal(value, weights(tmp_path / "one")[key]) for key, value in weights(tmp_path / "two").items())
+    torch.save({name: value + 1 for name, value in state.items()}, tmp_path / "again.pt")
+    assert run([*command, str(tmp_path / "one")]) == 2
+    assert "holds another run (teacher: " in capsys.readouterr().err
+
+
+def test_what_an_earlier_version_knew_by_the_file_alone_is_found(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, table = filled_by_a_run(teacher, tmp_path)
+    config = json.loads((tmp_path / "one/config.json").read_text())
+    digest = config["teacher"].pop("sha256")
+    del config["teacher"]["tensors"]
+    (tmp_path / "one/config.json").write_text(json.dumps(config | {"teacher": config["teacher"] | {"sha256": digest}}))
+    text = json.dumps(
+        json.loads((table.folder / "facts.json").read_text()) | {"teacher": digest}, indent=1, sort_keys=True
+    )
+    earlier = table.folder.with_name(hashlib.sha256(text.encode()).hexdigest()[:16])
+    table.folder.rename(earlier)
+    for out in ("one", "two"):
+        assert run([*command, str(tmp_path / out)]) == 0
+    assert [*earlier.parent.iterdir()] == [earlier]
+    assert f"kept in {earlier}, {table.known.mean():.1%} known so far" in capsys.readouterr().err
 
 
 def test_every_flipped_bit_of_a_table_is_found(loader: Loader, tmp_path: Path) -> None:
