@@ -170,7 +170,11 @@ def _test_images(network: Network, told: Facts, data_root: Path | None) -> tuple
             raise UsageError(f"--model {told.model}: {network.name} is a run of {recipe['student']}: leave out --model")
         known = Facts(model=recipe["student"], dataset=recipe["dataset"], eps=recipe["eps"])
         facts = facts.or_else(known).or_else(Facts(image_size=recipe.get("image_size")))
-        data_root = data_root or (Path(config["data_root"]) if config.get("data_root") else None)
+        if data_root is None and config.get("data_root") and facts.dataset != "digits":  # which has no root
+            data_root = Path(config["data_root"])
+            if not data_root.is_dir():
+                where = f"{data_root}, which {folder}/config.json names, is not a folder"
+                raise DataError(f"{where}: say with --data-root where {facts.dataset} lies now")
     require_described(network, facts, data_root)
     assert facts.dataset is not None
     split = load_split(facts.dataset, "test", data_root, facts.image_size)

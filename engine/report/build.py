@@ -37,6 +37,7 @@ def build_report(folders: Sequence[str | Path], out: str | Path) -> Path:
     if not folders:
         raise UsageError("a report needs at least one run folder")
     out = Path(out)
+    RunFolder(out).require_place()
     runs = RunSet([read_run(folder) for folder in folders])
     try:
         out.mkdir(parents=True, exist_ok=True)

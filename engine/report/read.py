@@ -14,7 +14,6 @@ import numpy as np
 
 from retemper.engine.class_report import Result, read_result
 from retemper.engine.report.page import Text
-from retemper.engine.report.words import shorten
 from retemper.engine.run.commands import evaluate_again, train_again
 from retemper.engine.run.run_folder import RunFolder
 from retemper.errors import DataError

@@ -29,7 +29,6 @@ from retemper.engine.run.teacher_logits import teacher_logits
 from retemper.engine.state import State
 from retemper.errors import Diverged
 from retemper.interrupts import undisturbed
-from retemper.loaders import load_split
 
 
 def train(job: Job) -> Path:

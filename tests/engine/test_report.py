@@ -187,7 +187,9 @@ def test_a_run_that_was_not_trained_is_shown_with_the_command(tmp_path: Path) ->
     run = make_run(tmp_path / "absld", ABSLD, attacks=("pgd20",))
     (run / "metrics.jsonl").unlink()
     report = RunSet([read_run(run)])
-    assert [note.code for note in warnings(report)] == [f"retemper train absld:digits --out {run} --eps 8/255"]
+    assert [note.code for note in warnings(report)] == [
+        f"retemper train absld:digits --out {quote(str(run))} --eps 8/255"
+    ]
     assert headline(report).startswith("Under PGD-20, absld's weakest class is 3 at 61 %. NSD is 0.")
     assert subline(report) == "Its average over all images is 73 %."
 
@@ -315,7 +317,9 @@ def test_an_evaluation_of_a_network_from_elsewhere_stands_beside_runs(tmp_path: 
     write_report(runs, tmp_path / "out")
     text = (tmp_path / "out/report.md").read_text()
     assert "| role | trained without a teacher | from elsewhere |" in text
-    assert re.search(f"retemper evaluate net.py:build --dataset digits .*--out {runs[1]} --check", text)
+    assert re.search(
+        f"retemper evaluate net.py:build --dataset digits .*--out {re.escape(quote(str(runs[1])))} --check", text
+    )
     assert "net-build" in text.split("## Differences on the same images")[1].split("##")[0]
     assert "retemper train None" not in text and "absld (teacher)" not in text and "net-build (teacher)" not in text
 
