@@ -13,10 +13,11 @@ from types import ModuleType
 import pytest
 import torch
 
-from retemper.arguments import shown_value
+from retemper import __version__
 from retemper.cli import run
 from retemper.engine import create_model, save_weights
 from retemper.engine.catalogue import find_setting, method_module, methods
+from retemper.options import shown_value
 
 Capture = pytest.CaptureFixture[str]
 
@@ -315,7 +316,8 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, capsys: Capture
 
 def test_sigterm_ends_a_run_as_an_interruption(tmp_path: Path, teacher: Path) -> None:
     words = [sys.executable, "-m", "retemper", "train", "rslad:digits", "--teacher", str(teacher)]
-    child = subprocess.Popen([*words, "--out", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True)
+    words += ["--out", str(tmp_path / "run"), "--epochs", "10000"]  # not to be at its end before it is told to leave
+    child = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     assert child.stderr is not None
     for line in child.stderr:
         if line.startswith("epoch 1/"):

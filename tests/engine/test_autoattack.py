@@ -225,7 +225,6 @@ def test_killed_with_9_the_command_ends_with_the_same_ledger(
     assert run([*words, "--out", str(tmp_path / "alone")]) == 0
     alone = tmp_path / "alone" / "autoattack-last.csv"
     hunted = tmp_path / "hunted" / "autoattack-last.csv"
-    cli = [sys.executable, "-c", "from retemper.cli import main; main()", *words, "--out", str(hunted.parent)]
     for _ in range(2):
         write = "retemper.engine.evaluation.ledger.write_atomically"
         process = start(*words, "--out", hunted.parent, place=write, at={2: signal.SIGKILL})

@@ -17,6 +17,8 @@ import torch
 from retemper.cli import run
 from retemper.engine import create_model, save_weights
 from retemper.engine.catalogue import find_setting, method_module, methods
+from retemper.engine.models import MODELS
+from retemper.engine.models.wide_resnet import WideResNet
 from retemper.loaders import load_split
 
 SHORT = "--epochs 1 --batch-size 2 --attack-steps 1 --holdout-per-class 0 --images-per-class none".split()
