@@ -38,13 +38,7 @@ from retemper.loaders import Split, load_split
 from retemper.provenance import versions
 
 PROBED = 32  # images that are tried on a CPU before the first attack
-IDENTIFYING = (
-    "dataset",
-    "split",
-    "image_size",
-    "weights_sha256",
-    "images_sha256",
-)  # of the protocol: what a ledger's rows are of
+IDENTIFYING = ("dataset", "split", "image_size", "weights_sha256")  # of the protocol: what a ledger's rows are of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +171,7 @@ class _Evaluation:
         )
         images = self.order[: asked.autoattack_limit]
         known = {name: file.content["protocol"][name] for name in IDENTIFYING}
+        known["images_sha256"] = _digest(self.split, images)
         pieces: dict[str, Any] = dict(path=_ledger_path(file.main), shard=asked.shard, ranks=asked.ranks)
         ledger = evaluate_suite(self.model, self.split, images, suite, known=known, **pieces)
         if ledger is None:
@@ -259,7 +254,7 @@ def _protocol(
         "dataset": split.name,
         "split": split.split,
         "images": len(order),
-        "images_sha256": hashlib.sha256(split.images[order].tobytes()).hexdigest(),
+        "images_sha256": _digest(split, order),
         "subset": "all" if request.limit is None else "the first images of every class in turn",
         "eps": eps,
         "image_size": split.shape[0],
@@ -273,6 +268,11 @@ def _protocol(
         "classes": list(split.classes),
         "versions": versions(),
     }
+
+
+def _digest(split: Split, order: np.ndarray) -> str:
+    """Return the SHA-256 of the pixels of some images, 64 hexadecimal digits."""
+    return hashlib.sha256(split.images[order].tobytes()).hexdigest()
 
 
 def _destination(network: Network, out: Path | None) -> Path:

@@ -29,7 +29,7 @@ def paired_blocks(runs: Sequence[RunRecord], attack: str, look: Mapping[str, Loo
         if first is None or run is first:
             continue
         try:
-            a, b = (read_evaluated(one.folder, one.label) for one in (first, run))
+            a, b = (read_evaluated(one.evaluation, one.label) for one in (first, run))
             found[run.label] = compare([a], [b], attack)
         except (DataError, UsageError) as error:
             notes.append(Text(f"{run.label} is not compared: {error}"))
