@@ -37,7 +37,7 @@ class RunRecord:
 
     folder: Path
     name: str
-    evaluation: Path  # the file that the results are of
+    evaluation: Path = Path("evaluation.json")  # the file that the results are of
     config: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     protocol: dict[str, Any] = field(default_factory=dict)
