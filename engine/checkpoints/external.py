@@ -158,7 +158,9 @@ def load_external(
     if not isinstance(built, nn.Module):
         raise UsageError(f"{network.name} is a {type(built).__name__}: it must be an nn.Module")
     digest = network.digest(state_digest(built))
-    built = built.float().eval().requires_grad_(False)
+    built = built.float().eval()
+    for parameter in built.parameters():  # a scripted module has no `requires_grad_` of its own
+        parameter.requires_grad_(False)
     H, W, C = shape
     image = torch.full((2, C, H, W), 0.5, device=device).clone(memory_format=torch.channels_last)
     problem = ""
