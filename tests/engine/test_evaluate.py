@@ -206,6 +206,7 @@ def scripted(): return torch.jit.script(Plain())
 """
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("kind", ["no_grad", "in_place", "nan", "constant", "scripted"])
 def test_networks_that_cannot_be_attacked_are_told_before_the_first_attack(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -219,7 +220,7 @@ def test_networks_that_cannot_be_attacked_are_told_before_the_first_attack(
         assert code == 3 and not (tmp_path / "evaluation.json").exists()
         assert captured.err.count("\n") == 1 and kind in captured.err
         return
-    assert code == 0
+    assert code == 0, captured.err
     result = json.loads((tmp_path / "evaluation.json").read_text())["attacks"]["pgd20"]
     if kind == "nan":
         assert result["average"] == 0 and "not finite" in result["flags"][0]
