@@ -3,6 +3,9 @@
     standard   APGD-CE, then targeted APGD-DLR, targeted FAB and Square (5,000 queries), each on what still holds
     fast       the first two: its accuracies are upper bounds of the standard suite's
 
+The DLR losses need more classes than some data sets have. On three, untargeted APGD-DLR stands in for APGD-T; on two,
+both are left out. What is left out stands in the result, whose accuracies are then upper bounds.
+
 The attacks come in the order, in the batches and with the seeds of the library's own runner, so the verdicts are its
 own, image by image. After each batch the ledger is written: a run that is killed goes on from there to the same end.
 
@@ -16,7 +19,8 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -28,14 +32,20 @@ from retemper.console import Progress, say
 from retemper.engine.device import exact_fp32
 from retemper.engine.evaluation.ledger import UNTRIED, Ledger
 from retemper.engine.predict import as_float, folded_twin, predicted
-from retemper.engine.sanity.flags import SQUARE_HELPS
+from retemper.engine.sanity.flags import DLR_CLASSES, SQUARE_HELPS
 from retemper.engine.sanity.ladder import own_generators
 from retemper.errors import UsageError
 from retemper.loaders import Split
 
 SUITES = {"standard": ("apgd-ce", "apgd-t", "fab-t", "square"), "fast": ("apgd-ce", "apgd-t")}
-FORWARDS = {"apgd-ce": 102, "apgd-t": 919, "fab-t": 1829, "square": 5000}  # of an image that holds to the end
-BACKWARDS = {"apgd-ce": 101, "apgd-t": 909, "fab-t": 900, "square": 0}
+FORWARDS = {
+    "apgd-ce": 102,
+    "apgd-dlr": 102,
+    "apgd-t": 919,
+    "fab-t": 1829,
+    "square": 5000,
+}  # of an image that holds to the end
+BACKWARDS = {"apgd-ce": 101, "apgd-dlr": 101, "apgd-t": 909, "fab-t": 900, "square": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +54,14 @@ class SuiteRequest:
 
     Attributes:
         suite: "standard" or "fast".
+        classes: how many the data set has; the suites are the same from four on.
         eps: the radius in pixel units.
         fold: whether the attacks look at the network's folded twin.
         budget_s: seconds after which no further batch is begun; None for no limit.
     """
 
     suite: str = "standard"
+    classes: int = DLR_CLASSES
     eps: float
     device: torch.device
     batch_size: int = 256
@@ -60,7 +72,28 @@ class SuiteRequest:
     @property
     def attacks(self) -> tuple[str, ...]:
         """Return the names of the suite's attacks, in order."""
-        return SUITES[self.suite]
+        return suite_attacks(self.suite, self.classes)
+
+
+def suite_attacks(suite: str, classes: int = DLR_CLASSES) -> tuple[str, ...]:
+    """Return the names of a suite's attacks, in order, as far as their losses are defined for so many classes.
+
+    Raises:
+        UsageError: there is one class: nothing is to be told apart.
+    """
+    if classes < 2:
+        raise UsageError("AutoAttack needs two classes or more, this data set has one: use --attacks clean")
+    stand_in = {2: (), 3: ("apgd-dlr",)}.get(classes, ("apgd-t",))
+    return tuple(name for one in SUITES[suite] for name in (stand_in if one == "apgd-t" else (one,)))
+
+
+def left_out(suite: str, classes: int) -> str:
+    """Return what a suite leaves out for want of classes, in words; "" where it is whole."""
+    missing = [name for name in SUITES[suite] if name not in suite_attacks(suite, classes)]
+    if not missing:
+        return ""
+    stand_in = "APGD-DLR stands in for it" if classes == 3 else "no attack stands in for it"
+    return f"on {classes} classes without {', '.join(missing)}, whose loss needs {DLR_CLASSES}; {stand_in}"
 
 
 class ChannelsLast(nn.Module):
@@ -87,8 +120,9 @@ def run_suite(model: nn.Module, split: Split, request: SuiteRequest, ledger: Led
     Args:
         model: (B, C, H, W) pixels in [0, 1] to (B, K) logits, on the device of the request; put into eval mode.
     Raises:
-        UsageError: the network knows fewer than four classes, or cannot be folded.
+        UsageError: there is one class, or the network cannot be folded.
     """
+    request = replace(request, classes=len(split.classes))
     started, spent = time.monotonic(), ledger.notes["seconds"]
     own_draws = own_generators(request.device)  # the library seeds torch's
     with Progress("autoattack", 1) as progress, exact_fp32(), _flags(ledger), own_draws:
@@ -111,9 +145,7 @@ class _Runner:
         self, model: nn.Module, split: Split, request: SuiteRequest, ledger: Ledger, progress: Progress
     ) -> None:
         self.model, self.split, self.request, self.ledger, self.progress = model, split, request, ledger, progress
-        looked_at = folded_twin(model, request.device) if request.fold else model
-        if request.fold and looked_at is model:
-            raise UsageError("--fold: this network has no batch norm that can be folded: leave the option out")
+        looked_at = require_foldable(model, request.device) if request.fold else model
         self.looked_at = ChannelsLast(looked_at, progress)
         self.attacks = library_attacks(self.looked_at, len(split.classes), request.eps, request.seed, request.device)
 
@@ -187,6 +219,14 @@ class _Runner:
         self.ledger.predicted_N[rows] = predicted(logits_BK).cpu().numpy()
 
 
+def require_foldable(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return the network's folded twin. Raises UsageError where it has none."""
+    twin = folded_twin(model, device)
+    if twin is model:
+        raise UsageError("--fold: this network has no batch norm that can be folded: leave the option out")
+    return twin
+
+
 def library_version() -> str:
     """Return the library's name and version. Raises UsageError if it is not installed."""
     try:
@@ -198,34 +238,42 @@ def library_version() -> str:
 def library_attacks(model: nn.Module, num_classes: int, eps: float, seed: int, device: torch.device) -> dict[str, Any]:
     """Return the library's attack objects, set up as its standard suite has them: each has `perturb(clean, label)`.
 
-    Raises:
-        UsageError: there are fewer than four classes, for which its losses are not defined.
+    Where an attack has targets, they are all classes but the label, at most nine. Take those of `suite_attacks`: on
+    fewer than four classes the loss of "apgd-t" is not defined, and "apgd-dlr" is there on three alone.
     """
     from pyautoattack import AutoAttack
 
-    if num_classes < 4:
-        raise UsageError(f"AutoAttack's targeted loss needs four classes, not {num_classes}: use --attacks pgd20,cw")
     suite = AutoAttack(model, eps=eps, norm="Linf", version="standard", seed=seed, device=str(device))
     suite.apgd.loss, suite.apgd.seed = "ce", seed
     suite.fab.targeted = True
     for targeted in (suite.apgd_targeted, suite.fab):
         targeted.n_target_classes = min(targeted.n_target_classes, num_classes - 1)
-    return {"apgd-ce": suite.apgd, "apgd-t": suite.apgd_targeted, "fab-t": suite.fab, "square": suite.square}
+    found = {"apgd-ce": suite.apgd, "apgd-t": suite.apgd_targeted, "fab-t": suite.fab, "square": suite.square}
+    if num_classes < DLR_CLASSES:
+        found["apgd-dlr"] = copy(suite.apgd)
+        found["apgd-dlr"].loss = "dlr"
+    return found
 
 
-def suite_entry(ledger: Ledger, suite: str) -> dict[str, Any]:
-    """Return the entry of a suite in evaluation.json beside the accuracies: progress, broken images, and flags."""
-    attacks = SUITES[suite]
+def suite_entry(ledger: Ledger, suite: str, classes: int = DLR_CLASSES) -> dict[str, Any]:
+    """Return the entry of a suite in evaluation.json beside the accuracies: progress, broken images, and flags.
+
+    Args:
+        classes: how many the data set has.
+    """
+    attacks = suite_attacks(suite, classes)
     complete = ledger.is_complete(attacks)
     broken = {name: int(np.count_nonzero(ledger.broken_by == name)) for name in attacks}
-    flags = list(ledger.notes["flags"])
+    without = left_out(suite, classes)
+    flags = [*[without] * bool(without), *ledger.notes["flags"]]
     if broken.get("square", 0) > SQUARE_HELPS * len(ledger.image_N):
         flags.append(f"Square broke {broken['square']} images that the gradient attacks left: are gradients masked?")
     if ledger.notes["perturbation"] > ledger.facts["eps"] + 1e-6:
         flags.append(f"an attack left the ball: {ledger.notes['perturbation']:.6f} > {ledger.facts['eps']:.6f}")
     return {
         "complete": complete,
-        "upper_bound": not complete or suite != "standard",
+        "upper_bound": not complete or suite != "standard" or bool(without),
+        "left_out": [name for name in SUITES["standard"] if name not in attacks],
         "broken_by": broken,
         "flags": flags,
         "ledger": ledger.path.name,

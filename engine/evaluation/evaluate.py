@@ -1,5 +1,6 @@
 """The evaluation of a run or a checkpoint: it writes evaluation.json beside it, the protocol with the numbers."""
 
+import hashlib
 import re
 import time
 from dataclasses import dataclass
@@ -10,15 +11,24 @@ import numpy as np
 import torch
 from torch import nn
 
-from retemper.console import Progress
+from retemper.console import Progress, say
 from retemper.engine.checkpoints.find import Network, find_network, require_described
 from retemper.engine.checkpoints.header import Facts, is_run, require_same_images
 from retemper.engine.distributed.ranks import ALONE, Ranks
-from retemper.engine.evaluation.autoattack import SuiteRequest, suite_entry
+from retemper.engine.evaluation.autoattack import (
+    SuiteRequest,
+    left_out,
+    library_version,
+    require_foldable,
+    suite_attacks,
+    suite_entry,
+)
 from retemper.engine.evaluation.evaluation_file import EvaluationFile, Outcome
 from retemper.engine.evaluation.ledger import Ledger
-from retemper.engine.evaluation.shards import Shard, evaluate_suite
-from retemper.engine.predict import ATTACKS, balanced_order, predictions
+from retemper.engine.evaluation.places import place
+from retemper.engine.evaluation.preflight import gradient_flags, require_room, zero_gradients
+from retemper.engine.evaluation.shards import Shard, evaluate_suite, require_images
+from retemper.engine.predict import ATTACKS, balanced_order, labelled_batches, predictions
 from retemper.engine.run.commands import absolute
 from retemper.engine.run.job import default_cache
 from retemper.engine.run.run_folder import RunFolder
@@ -28,6 +38,7 @@ from retemper.errors import DataError, UsageError
 from retemper.loaders import Split, load_split
 from retemper.provenance import versions
 
+PROBED = 32  # images that are tried on a CPU before the first attack
 IDENTIFYING = ("dataset", "split", "image_size", "weights_sha256")  # of the protocol: what a ledger's rows are of
 
 
@@ -78,42 +89,45 @@ def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
     Raises:
         DataError, UsageError: the target or the data cannot be used.
     """
-    ranks = request.ranks
     _require_effect(request)
     network = find_network(request.target, dataset=request.facts.dataset, which=request.weights)
     facts, split, data_root = _test_images(network, request.facts, request.data_root)
-    model, source = network.load(facts, split.shape, request.device, default_cache())
     order = balanced_order(split.labels, request.limit)
-    eps = 8 / 255 if facts.eps is None else facts.eps
-    protocol = _protocol(request, network, split, len(order), eps, source["sha256"])
     path = _destination(network, request.out)
-    file = EvaluationFile.begin(path, protocol) if ranks.is_first else EvaluationFile(path, protocol)
+    require_room(path.parent, len(order), [path, path.with_suffix(".csv"), _ledger_path(path)])
+    if "autoattack" in request.attacks:
+        _require_autoattack(request, path, split, order)
+    model, source = network.load(facts, split.shape, request.device, default_cache())
+    evaluation = _Evaluation(
+        request=request,
+        model=model,
+        split=split,
+        order=order,
+        eps=8 / 255 if facts.eps is None else facts.eps,
+        zero=_probe(request, network, model, split, order),
+    )
+    protocol = _protocol(request, network, split, order, evaluation.eps, source["sha256"])
+    first = request.ranks.is_first
+    file = EvaluationFile.begin(path, protocol) if first else EvaluationFile(path, protocol)
     file.content["protocol"]["data_root"] = absolute(data_root)
     told = {"model": request.facts.model, "dataset": request.facts.dataset}
     file.content["asked"] = {"target": absolute(network.name), **told}
-    options: dict[str, Any] = dict(eps=eps, device=request.device, batch_size=request.batch_size, seed=request.seed)
     for name in request.attacks:
         started = time.monotonic()
-        if name == "autoattack":
-            suite = SuiteRequest(suite=request.suite, fold=request.fold, budget_s=request.budget_s, **options)
-            images, known = order[: request.autoattack_limit], {name: protocol[name] for name in IDENTIFYING}
-            csv = path.with_name(path.name.replace("evaluation", "autoattack")).with_suffix(".csv")
-            pieces: dict[str, Any] = dict(path=csv, shard=request.shard, ranks=ranks)
-            ledger = evaluate_suite(model, split, images, suite, known=known, **pieces)
-            if ledger is None:  # a shard, and not the last one
-                continue
-            found = _autoattack(ledger, suite, images)
-        else:
-            found = _attack(name, model, split, order, options, ranks)
+        found = evaluation.outcome(name, file)
+        if found is None:  # a shard, and not the last one
+            continue
         file.add(found, split, time.monotonic() - started)
-        if ranks.is_first:
+        if first:
             file.write()
-    if request.check and ranks.is_first:
-        checked = CheckRequest(model=model, split=split, indices=order[:IMAGES], **options)
+    if request.check and first:
+        checked = CheckRequest(model=model, split=split, indices=order[:IMAGES], **evaluation.options)
         folder = None if network.weights is None else network.weights.parent
         file.content["checks"] = check_evaluated(checked, folder, file.content["attacks"])
         file.write()
-    return path, file.content
+    if first:
+        file.finish()
+    return file.path, file.content
 
 
 def _require_effect(request: EvaluationRequest) -> None:
@@ -132,26 +146,99 @@ def _require_effect(request: EvaluationRequest) -> None:
         )
 
 
-def _attack(
-    name: str, model: nn.Module, split: Split, image_N: np.ndarray, options: dict[str, Any], ranks: Ranks
-) -> Outcome:
-    """Run one attack of `ATTACKS`; `options` are those of `predictions`."""
-    attack = ATTACKS[name]
-    with Progress(name, len(image_N)) as progress:
-        given_N = predictions(model, split, attack, indices=image_N, progress=progress, ranks=ranks, **options)
-    return Outcome(name, attack.described(options["eps"]), image_N, given_N.numpy())
+@dataclass(frozen=True, kw_only=True)
+class _Evaluation:
+    """A network that is ready to be attacked.
+
+    Attributes:
+        order: (N,) int64, which images of the split, in order.
+        zero: by loss, the share of probed images whose gradient is zero.
+    """
+
+    request: EvaluationRequest
+    model: nn.Module
+    split: Split
+    order: np.ndarray
+    eps: float
+    zero: dict[str, float]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return what all attacks are given."""
+        asked = self.request
+        return dict(eps=self.eps, device=asked.device, batch_size=asked.batch_size, seed=asked.seed)
+
+    def outcome(self, name: str, file: EvaluationFile) -> Outcome | None:
+        """Run one attack of the request; None for a shard that is not the last one."""
+        return self._autoattack(file) if name == "autoattack" else self._attack(name)
+
+    def _attack(self, name: str) -> Outcome:
+        """Run one attack of `ATTACKS`."""
+        attack, order, ranks = ATTACKS[name], self.order, self.request.ranks
+        chosen: dict[str, Any] = dict(indices=order, ranks=ranks) | self.options
+        with Progress(name, len(order)) as progress:
+            given_N = predictions(self.model, self.split, attack, progress=progress, **chosen)
+        flags = gradient_flags(attack.loss, self.zero) if attack.steps else []
+        if lost := int((given_N < 0).sum()):
+            flags.append(f"the network's answers to {lost:,} images are not finite: they count as wrong")
+        return Outcome(name, attack.described(self.eps), order, given_N.numpy(), {"flags": flags} if flags else {})
+
+    def _autoattack(self, file: EvaluationFile) -> Outcome | None:
+        """Run AutoAttack, or the shard of it that is asked for."""
+        asked, classes = self.request, len(self.split.classes)
+        suite = SuiteRequest(
+            suite=asked.suite, classes=classes, fold=asked.fold, budget_s=asked.budget_s, **self.options
+        )
+        images = self.order[: asked.autoattack_limit]
+        known = {name: file.content["protocol"][name] for name in IDENTIFYING}
+        known["images_sha256"] = _digest(self.split, images)
+        pieces: dict[str, Any] = dict(path=_ledger_path(file.main), shard=asked.shard, ranks=asked.ranks)
+        ledger = evaluate_suite(self.model, self.split, images, suite, known=known, **pieces)
+        if ledger is None:
+            return None
+        name = "autoattack" if suite.suite == "standard" else f"autoattack-{suite.suite}"
+        described = {fact: ledger.facts[fact] for fact in ("library", "seed", "batch_size", "fold", "eps")} | {
+            "suite": suite.suite,
+            "attacks": list(suite.attacks),
+            "images": len(images),
+            "shards": ledger.facts.get("shards", 1),
+        }
+        entry = suite_entry(ledger, suite.suite, classes)
+        return Outcome(name, described, images, ledger.predicted_under(suite.attacks), entry)
 
 
-def _autoattack(ledger: Ledger, suite: SuiteRequest, image_N: np.ndarray) -> Outcome:
-    """Return the outcome of a suite from its ledger."""
-    name = "autoattack" if suite.suite == "standard" else f"autoattack-{suite.suite}"
-    described = {fact: ledger.facts[fact] for fact in ("library", "seed", "batch_size", "fold", "eps")} | {
-        "suite": suite.suite,
-        "attacks": list(suite.attacks),
-        "images": len(image_N),
-        "shards": ledger.facts.get("shards", 1),
-    }
-    return Outcome(name, described, image_N, ledger.predicted_under(suite.attacks), suite_entry(ledger, suite.suite))
+def _ledger_path(path: Path) -> Path:
+    """Return the path of AutoAttack's ledger beside an evaluation."""
+    return path.with_name(path.name.replace("evaluation", "autoattack", 1)).with_suffix(".csv")
+
+
+def _require_autoattack(request: EvaluationRequest, path: Path, split: Split, order: np.ndarray) -> None:
+    """Check what AutoAttack needs, and say what it leaves out. Raises UsageError or DataError as the suite would."""
+    library_version()
+    suite_attacks(request.suite, len(split.classes))
+    number, shards = request.shard or (request.ranks.rank + 1, request.ranks.world_size)
+    require_images(number, shards, len(order[: request.autoattack_limit]))
+    ledger = _ledger_path(path)
+    if ledger.exists():
+        Ledger.read(ledger)
+    if request.ranks.is_first and (without := left_out(request.suite, len(split.classes))):
+        say(f"autoattack: {without}")
+
+
+def _probe(
+    request: EvaluationRequest, network: Network, model: nn.Module, split: Split, order: np.ndarray
+) -> dict[str, float]:
+    """Try the network as the attacks will use it; return by loss the share of images whose gradient is zero.
+
+    A GPU is tried with a whole batch, so that one that does not fit is told at once.
+    """
+    if request.fold and "autoattack" in request.attacks:
+        require_foldable(model, request.device)
+    if not len(order) or not any(name == "autoattack" or ATTACKS[name].steps for name in request.attacks):
+        return {}
+    indices = order[: request.batch_size if request.device.type == "cuda" else min(PROBED, request.batch_size)]
+    _, image, label_B = next(labelled_batches(split, request.device, indices=indices, batch_size=len(indices)))
+    return zero_gradients(network.name, model, image, label_B)
 
 
 def _test_images(network: Network, told: Facts, data_root: Path | None) -> tuple[Facts, Split, Path | None]:
@@ -186,13 +273,14 @@ def _test_images(network: Network, told: Facts, data_root: Path | None) -> tuple
 
 
 def _protocol(
-    request: EvaluationRequest, network: Network, split: Split, images: int, eps: float, sha256: str
+    request: EvaluationRequest, network: Network, split: Split, order: np.ndarray, eps: float, sha256: str
 ) -> dict[str, Any]:
     """Return all that the numbers depend on beside the attacks. Under another protocol a new file is begun."""
     return {
         "dataset": split.name,
         "split": split.split,
-        "images": images,
+        "images": len(order),
+        "images_sha256": _digest(split, order),
         "subset": "all" if request.limit is None else "the first images of every class in turn",
         "eps": eps,
         "image_size": split.shape[0],
@@ -200,6 +288,7 @@ def _protocol(
         "precision": "fp32",
         "seed": request.seed,
         "batch_size": request.batch_size,
+        "network": _label(network),
         "weights": network.name if network.weights is None else network.weights.name,
         "weights_sha256": sha256,
         "classes": list(split.classes),
@@ -207,22 +296,31 @@ def _protocol(
     }
 
 
-def _destination(network: Network, out: Path | None) -> Path:
-    """Return the path of evaluation.json: in `out`, or else beside the weights.
+def _digest(split: Split, order: np.ndarray) -> str:
+    """Return the SHA-256 of the pixels of some images, 64 hexadecimal digits."""
+    return hashlib.sha256(split.images[order].tobytes()).hexdigest()
 
-    For weights of a run that are not its best the name is another: evaluation-last.json. Raises UsageError if no such
-    folder can be made.
+
+def _destination(network: Network, out: Path | None) -> Path:
+    """Return where the evaluation goes: in `out`, or else beside the weights; each network has a file of its own.
+
+    For weights of a run that are not its best the name is another: evaluation-last.json.
     """
-    name, folder = "evaluation.json", out or _default_out(network.name)
-    if network.weights is not None:
-        folder = out or network.weights.parent
-        if network.weights.name != "best.safetensors" and is_run(network.weights.parent):
-            name = f"evaluation-{network.weights.stem}.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot write to {folder} ({error.strerror}): name another folder with --out") from None
-    return folder / name
+    weights = network.weights
+    if weights is None:
+        return place(
+            out or _default_out(network.name), network.name, _label(network), best=True, chosen=out is not None
+        )
+    best = weights.name == "best.safetensors" or not is_run(weights.parent)
+    return place(out or weights.parent, weights.name, _label(network), best=best, chosen=out is not None)
+
+
+def _label(network: Network) -> str:
+    """Return a short name of a network: of a run its folder's, of a checkpoint its file's."""
+    if network.weights is None:
+        return _default_out(network.name).name
+    folder = network.weights.resolve().parent
+    return folder.name if is_run(folder) else network.weights.name
 
 
 def _default_out(name: str) -> Path:

@@ -1,7 +1,8 @@
-"""evaluation.json, and evaluation.csv with the verdicts image by image beside it, while attacks are added to them."""
+"""One evaluation, and the verdicts image by image beside it, while attacks are added to them."""
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,14 @@ import numpy as np
 
 from retemper.console import say
 from retemper.engine.class_report import by_class
+from retemper.engine.evaluation.places import beside, content_of, free_name, fullness, same_question
 from retemper.engine.evaluation.verdicts import Evaluated, Verdicts, write_verdicts
 from retemper.errors import DataError
-from retemper.files import read_json, write_json
+from retemper.files import locked, write_json
 from retemper.loaders import Split
+
+NAMES = ("network",)  # of a protocol: what the numbers do not depend on
+LATER = ("images_sha256",)  # what evaluations of earlier versions do not say
 
 
 @dataclass(frozen=True)
@@ -34,79 +39,136 @@ class Outcome:
 
 
 class EvaluationFile:
-    """The two files of one evaluation.
+    """The two files of one evaluation. Several processes may add attacks to the same files.
 
     Attributes:
-        path: of evaluation.json; evaluation.csv lies beside it.
-        content: what evaluation.json holds.
-        verdicts: what evaluation.csv holds.
+        main: where the network's evaluation goes in the end.
+        path: where this one is while it is made: `main`, or a numbered neighbour of an evaluation that is there.
+        content: what the evaluation holds.
+        verdicts: what the CSV file beside it holds.
     """
 
-    def __init__(self, path: Path, protocol: dict[str, Any]) -> None:
-        self.path = path
+    def __init__(self, main: Path, protocol: dict[str, Any]) -> None:
+        self.main = self.path = main
         self.content: dict[str, Any] = {"protocol": protocol | {"attacks": {}}, "attacks": {}}
         self.verdicts: Verdicts = {}
 
     @classmethod
-    def begin(cls, path: Path, protocol: dict[str, Any]) -> "EvaluationFile":
-        """Return the evaluation at `path` if it was made under `protocol`, else an empty one.
+    def begin(cls, main: Path, protocol: dict[str, Any]) -> "EvaluationFile":
+        """Return the evaluation that was made under `protocol`, at `main` or beside it, else an empty one.
 
-        An evaluation under another protocol is kept under a name of its own.
+        What is there under another protocol stays as it is.
         """
-        file = cls(path, protocol)
-        if not path.exists():
-            return file
-        found = _made_under(path, protocol)
-        if found is None:
-            file._keep_the_other()
-        else:
-            file.content, file.verdicts = found, _known_verdicts(path, found)
+        file = cls(main, protocol)
+        file._find()
+        known = content_of(file.path)
+        if known is not None and known["attacks"]:
+            file.content, file.verdicts = known, _known_verdicts(file.path, known)
         return file
 
     def add(self, outcome: Outcome, split: Split, seconds: float) -> None:
-        """Add the outcome of one attack on images of `split`, or replace it; it took `seconds`."""
+        """Add the outcome of one attack on images of `split`, or replace it; it took `seconds`.
+
+        One that is finished, on as many images or more, is not replaced by one that is not.
+        """
         name, image_N = outcome.name, outcome.image_N
         label_N = split.labels[image_N]
-        counts = by_class(outcome.predicted_N, label_N, len(split.classes))
-        self.content["attacks"][name] = counts | {"seconds": seconds} | outcome.more
+        entry = by_class(outcome.predicted_N, label_N, len(split.classes)) | {"seconds": seconds} | outcome.more
+        if _says_less(entry, self.content["attacks"].get(name)):
+            say(f"{name}: {self.path} keeps the finished result that it holds, on as many images or more")
+            return
+        self.content["attacks"][name] = entry
         self.content["protocol"]["attacks"][name] = outcome.described
         answers = zip(label_N.tolist(), (outcome.predicted_N == label_N).tolist(), strict=True)
         self.verdicts[name] = dict(zip(image_N.tolist(), answers, strict=True))
 
     def write(self) -> None:
-        """Write both files, each atomically."""
-        write_verdicts(self.path.with_suffix(".csv"), self.verdicts)
-        write_json(self.path, self.content)
+        """Write both files, each atomically, with what other processes have added to them meanwhile."""
+        with self._locked():
+            self._find()
+            self._take_others()
+            write_verdicts(self.path.with_suffix(".csv"), self.verdicts)
+            write_json(self.path, self.content)
 
-    def _keep_the_other(self) -> None:
-        """Rename the evaluation at the path, and its verdicts, to a name that is free."""
-        path = self.path
-        kept = next(other for n in count(1) if not (other := path.with_name(f"{path.stem}.{n}.json")).exists())
-        path.replace(kept)
-        if path.with_suffix(".csv").exists():
-            path.with_suffix(".csv").replace(kept.with_suffix(".csv"))
-        say(f"{path} was made under another protocol and is now {kept}")
+    def finish(self) -> None:
+        """Give the evaluation, now complete, the place at `main`, unless what is there says more."""
+        with self._locked():
+            if self.path == self.main or not self.path.exists():
+                return
+            there = content_of(self.main)
+            if there is not None and _says_more(there, self.content):
+                say(f"{self.main} stays: it was made on more images or with more attacks; this one is {self.path}")
+                return
+            aside = free_name(self.main)
+            _rename(self.main, aside)
+            _rename(self.path, self.main)
+            _rename(aside, self.path)
+            say(f"{self.main} was made under another protocol and is now {self.path}")
+            self.path = self.main
+
+    def _locked(self) -> AbstractContextManager[None]:
+        """Hold the network's evaluations for this process; wait for another that does."""
+        return locked(self.main.with_name(f".{self.main.name}.lock"))
+
+    def _find(self) -> None:
+        """Set the path: of the evaluation under this protocol, or of one that does not exist yet."""
+        protocol = {name: value for name, value in self.content["protocol"].items() if name != "attacks"}
+        there = [one for one in (self.main, *beside(self.main)) if _made_under(one, protocol)]
+        self.path = (there or [free_name(self.main) if self.main.exists() else self.main])[0]
+
+    def _take_others(self) -> None:
+        """Take over from the files what this process has not made itself."""
+        there = content_of(self.path)
+        if there is None:
+            return
+        for name in there["attacks"].keys() - self.content["attacks"].keys():
+            self.content["attacks"][name] = there["attacks"][name]
+            self.content["protocol"]["attacks"][name] = there["protocol"]["attacks"].get(name, {})
+            self.verdicts |= _known_verdicts(self.path, there, [name])
+        if "checks" in there:
+            self.content.setdefault("checks", there["checks"])
 
 
-def _made_under(path: Path, protocol: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the evaluation at `path`; None if it is damaged or was made under another protocol."""
-    try:
-        content = read_json(path)
-    except DataError:
-        return None
-    was, attacks = content.get("protocol"), content.get("attacks")
-    if not (isinstance(was, dict) and isinstance(attacks, dict) and isinstance(was.get("attacks"), dict)):
-        return None
-    return content if {name: was.get(name) for name in protocol} == protocol else None
+def _rename(path: Path, new: Path) -> None:
+    """Rename an evaluation, and its verdicts if it has some. An interruption between the two leaves both readable."""
+    path.replace(new)
+    if path.with_suffix(".csv").exists():
+        path.with_suffix(".csv").replace(new.with_suffix(".csv"))
 
 
-def _known_verdicts(path: Path, content: dict[str, Any]) -> Verdicts:
-    """Return the verdicts of the attacks that `content` holds; those that are lost are left out."""
-    if not content["attacks"]:
-        return {}
+def _made_under(path: Path, protocol: dict[str, Any]) -> bool:
+    """Say whether there is an evaluation at `path`, made under `protocol`."""
+    content = content_of(path)
+    if content is None or "attacks" not in content["protocol"]:
+        return False
+    was = content["protocol"]
+    asked = {name: value for name, value in protocol.items() if name not in NAMES}
+    return all(was.get(name, value if name in LATER else None) == value for name, value in asked.items())
+
+
+def _says_less(entry: dict[str, Any], held: dict[str, Any] | None) -> bool:
+    """Say whether an attack's entry says less than the finished one that is held."""
+    if held is None or held.get("complete") is False:
+        return False
+    fewer = sum(entry["count"]) < sum(n for n in held.get("count", []) if isinstance(n, int))
+    return fewer or entry.get("complete") is False
+
+
+def _says_more(there: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Say whether the evaluation that is there must keep its place: of these weights, on more images or attacks."""
+    was, now = there["protocol"], new["protocol"]
+    if was.get("weights_sha256") != now["weights_sha256"]:
+        return False
+    (images, attacks), (new_images, new_attacks) = fullness(there), fullness(new)
+    return images > new_images or (same_question(was, now) and images == new_images and attacks > new_attacks)
+
+
+def _known_verdicts(path: Path, content: dict[str, Any], names: Iterable[str] | None = None) -> Verdicts:
+    """Return the verdicts of an evaluation's attacks, or of those in `names`; those that are lost are left out."""
+    names = list(content["attacks"] if names is None else names)
     try:
         known = Evaluated(path, path.stem, content).verdicts
     except DataError as error:
-        say(f"the verdicts of {', '.join(content['attacks'])} are lost for comparisons: {error}")
+        say(f"the verdicts of {', '.join(names)} are lost for comparisons: {error}")
         return {}
-    return {name: of_image for name, of_image in known.items() if name in content["attacks"]}
+    return {name: known[name] for name in names if name in known}

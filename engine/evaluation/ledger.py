@@ -18,18 +18,19 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from retemper.console import say
+from retemper.engine.evaluation.places import beside, free_name
 from retemper.errors import DataError
 from retemper.files import locked, write_atomically
 
 COLUMNS = ("image", "label", "clean", "tried", "broken_by", "predicted", "margin", "seed")
 WHOLE_NUMBERS = ("image", "label", "clean", "tried", "predicted")
+LATER = ("images_sha256",)  # of the facts: what ledgers of earlier versions do not say
 UNTRIED = -1  # `clean` of an image that the network has not been shown yet
 
 
@@ -101,22 +102,42 @@ class Ledger:
 
     @classmethod
     def begin(cls, path: Path, facts: Mapping[str, Any], image_N: np.ndarray, label_N: np.ndarray) -> "Ledger":
-        """Return the ledger at `path` if it was made under `facts`, else a fresh one.
+        """Return the ledger that was made under `facts`, at `path` or kept beside it, else a fresh one.
 
-        A ledger of another protocol is kept under another name. Raises DataError if there is one that is damaged.
+        A ledger of another protocol is kept under another name, and found again when it is asked for. Hold the lock on
+        `path` meanwhile. Raises DataError if the one at `path` is damaged.
         """
         fresh = cls(path, facts, image_N, label_N)
         if not path.exists():
-            return fresh
+            return fresh._kept() or fresh
         found = cls.read(path)
-        agreed = {key: value for key, value in found.facts.items() if key != "shards"}
-        if agreed == fresh.facts and np.array_equal(found.image_N, fresh.image_N):
+        if fresh._continues(found):
             return found
-        kept = next(name for n in count(1) if not (name := path.with_name(f"{path.stem}.{n}{path.suffix}")).exists())
+        known = fresh._kept()
+        if known is not None:
+            return known
+        kept = free_name(path)
         path.replace(kept)
         changed = sorted(key for key in fresh.facts if found.facts.get(key) != fresh.facts[key]) or ["images"]
         say(f"{path.name} was made under another protocol ({', '.join(changed)}) and is now {kept.name}")
         return fresh
+
+    def _continues(self, found: "Ledger") -> bool:
+        """Say whether `found` was made under the facts and on the images of this fresh ledger."""
+        known = {name: self.facts[name] for name in LATER if name in self.facts}
+        agreed = known | {key: value for key, value in found.facts.items() if key != "shards"}
+        return agreed == self.facts and np.array_equal(found.image_N, self.image_N)
+
+    def _kept(self) -> "Ledger | None":
+        """Return the ledger beside this fresh one that it would begin anew, if there is one."""
+        for path in beside(self.path):
+            try:
+                found = Ledger.read(path)
+            except DataError:
+                continue
+            if self._continues(found):
+                return found
+        return None
 
     @classmethod
     def merged(cls, path: Path, parts: Sequence["Ledger"]) -> "Ledger":
@@ -137,5 +158,9 @@ class Ledger:
 
     def locked(self) -> AbstractContextManager[None]:
         """Hold the file for this process. Raises UsageError if another process writes it."""
-        busy = f"another process is writing {self.path}: wait for it"
-        return locked(self.path.with_name(f".{self.path.name}.lock"), busy)
+        return lock_on(self.path)
+
+
+def lock_on(path: Path) -> AbstractContextManager[None]:
+    """Hold the ledger at `path`, and those kept beside it. Raises UsageError if another process writes it."""
+    return locked(path.with_name(f".{path.name}.lock"), f"another process is writing {path}: wait for it")

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from retemper.console import say
 from retemper.engine.distributed.ranks import ALONE, Ranks
 from retemper.engine.evaluation.autoattack import SuiteRequest, library_version, run_suite
-from retemper.engine.evaluation.ledger import Ledger
+from retemper.engine.evaluation.ledger import Ledger, lock_on
 from retemper.errors import UsageError
 from retemper.loaders import Split
 
@@ -44,8 +45,8 @@ def evaluate_suite(
         UsageError, DataError: as `run_suite` and `Ledger.begin`.
     """
     number, shards = shard or (ranks.rank + 1, ranks.world_size)
-    if shards > max(1, len(order)):
-        raise UsageError(f"--shard {number}/{shards}: there are only {len(order)} images")
+    require_images(number, shards, len(order))
+    request = replace(request, classes=len(split.classes))
     part = np.array_split(order, shards)[number - 1]
     facts = {
         **known,
@@ -57,8 +58,9 @@ def evaluate_suite(
         "library": library_version(),
         **({"shard": [number, shards]} if shard or shards > 1 else {}),
     }
-    ledger = Ledger.begin(_shard_path(path, number, shards), facts, part, split.labels[part])
-    with ledger.locked():
+    own = _shard_path(path, number, shards)
+    with lock_on(own):
+        ledger = Ledger.begin(own, facts, part, split.labels[part])
         complete = run_suite(model, split, request, ledger)
     ranks.barrier(patiently=True)
     if shards == 1:
@@ -73,6 +75,12 @@ def evaluate_suite(
     if ranks.is_first:
         whole.write()
     return whole
+
+
+def require_images(number: int, shards: int, images: int) -> None:
+    """Raise UsageError where there are more shards than images."""
+    if shards > max(1, images):
+        raise UsageError(f"--shard {number}/{shards}: there are only {images} images")
 
 
 def _shard_path(path: Path, number: int, shards: int) -> Path:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from retemper.commands import command
+from retemper.engine.checkpoints.header import is_run
+from retemper.engine.evaluation.places import fullest
 from retemper.engine.run.commands import evaluate_again
 from retemper.errors import DataError, UsageError
 from retemper.files import read_json, write_atomically
@@ -82,19 +84,31 @@ def read_evaluated(target: str | Path, name: str | None = None) -> Evaluated:
     """Read an evaluation back.
 
     Args:
-        target: a run's folder, or an evaluation.json.
+        target: the folder of a run or of an evaluation, of which the fullest is taken; or the file of one.
         name: what to call it; None for the name of its folder.
     Raises:
-        DataError: it was not evaluated, or what is there is damaged.
+        DataError: there is no such folder, it was not evaluated, or what is there is damaged.
     """
     target = Path(target)
-    path = target / "evaluation.json" if target.is_dir() else target
+    path = fullest(target / "evaluation.json") if target.is_dir() else target
     if not path.exists():
-        raise DataError(f"{path} does not exist: run `{command('retemper', 'evaluate', target)}` first")
+        raise DataError(_missing(target))
     content = read_json(path)
     if not all(isinstance(content.get(part), dict) for part in ("protocol", "attacks")):
         raise DataError(f"{path} is damaged: run `retemper evaluate` again")
     return Evaluated(path, name or path.resolve().parent.name, content)
+
+
+def _missing(target: Path) -> str:
+    """Return in words why there is no evaluation to be read, and what would help."""
+    if not target.is_dir():
+        return f"{target} does not exist: name a run's folder, an evaluation's, or an evaluation.json"
+    others = sorted(one.name for one in target.glob("evaluation-*.json"))
+    if others:
+        return f"{target} holds no evaluation.json: name one of {', '.join(others)}"
+    if is_run(target):
+        return f"{target} was not evaluated yet: run `{command('retemper', 'evaluate', target)}` first"
+    return f"{target} holds no evaluation, and is no run's folder"
 
 
 def strongest(runs: Sequence[Evaluated]) -> str:
@@ -113,12 +127,34 @@ def require_attack(run: Evaluated, attack: str) -> None:
         raise UsageError(f"{run.name} has no verdicts under {attack}: {again}")
     if run.content["attacks"][attack].get("complete") is False:
         raise UsageError(f"{attack} of {run.name} was interrupted: {again} to go on with it")
+    _require_its_own(run, attack)
+
+
+def _require_its_own(run: Evaluated, attack: str) -> None:
+    """Raise DataError where the verdicts are not those that the evaluation's accuracies were made of."""
+    entry, path = run.content["attacks"][attack], run.path.with_suffix(".csv")
+    accuracy, count = entry.get("accuracy"), entry.get("count")
+    if not isinstance(accuracy, list) or not isinstance(count, list):
+        return
+    right = sum(round(a * n) for a, n in zip(accuracy, count, strict=False) if a is not None)
+    answers = run.verdicts[attack].values()
+    if (sum(count), right) != (len(answers), sum(correct for _, correct in answers)):
+        raise DataError(f"{path} does not belong to {run.path.name} ({attack}): run `retemper evaluate` again")
+
+
+def _same_pixels(first: Evaluated, run: Evaluated) -> list[tuple[str, Any, Any]]:
+    """Return what must agree so that two evaluations of one data set saw the same pixels, where both say it."""
+    was, now = first.protocol, run.protocol
+    if was.get("images") != now.get("images") or None in (was.get("images_sha256"), now.get("images_sha256")):
+        return []
+    return [("the digest of the images", was["images_sha256"], now["images_sha256"])]
 
 
 def require_same(first: Evaluated, run: Evaluated, attack: str) -> None:
     """Raise UsageError unless two evaluations differ in nothing but the network: protocol, attack, images, labels."""
     pairs = [(name, first.protocol.get(name), run.protocol.get(name)) for name in MUST_AGREE]
     was, now = (one.protocol.get("attacks", {}).get(attack, {}) for one in (first, run))
+    pairs += _same_pixels(first, run)
     pairs += [(f"{attack}'s {name}", was.get(name), now.get(name)) for name in dict.fromkeys([*was, *now])]
     for name, before, after in pairs:
         if before != after:

@@ -16,6 +16,7 @@ import torch
 from retemper.commands import command
 from retemper.console import say
 from retemper.engine.checkpoints.header import find_weights, is_run, load_network, read_facts
+from retemper.engine.evaluation.places import fullest
 from retemper.engine.export.model_card import ExportedNetwork, model_card, model_info
 from retemper.engine.models import MODELS, blocks
 from retemper.engine.run.run_folder import RunFolder
@@ -97,6 +98,7 @@ def _read_evaluation(run: Path, which: str, digest: str) -> dict[str, Any]:
     if not path.exists():
         say(f"note: {run} is not evaluated, the card will say so; first: {again}")
         return {}
+    path = fullest(path)
     content = read_json(path)
     if content["protocol"].get("weights_sha256") != digest:
         say(f"note: {path} is of other weights and is left out; again: {again}")

@@ -32,7 +32,7 @@ def paired_blocks(runs: RunSet) -> list[Any]:
         if first is None or run is first:
             continue
         try:
-            a, b = (read_evaluated(one.folder, one.label) for one in (first, run))
+            a, b = (read_evaluated(one.evaluation, one.label) for one in (first, run))
             of = compare([a], [b], attack)
             if len(of.classes) != len(runs.classes):
                 raise DataError(f"its protocol names {len(of.classes)} classes, its results have {len(runs.classes)}")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from retemper.engine.class_report import Result, read_result
+from retemper.engine.evaluation.places import content_of, fullest
 from retemper.engine.report.page import Text
 from retemper.engine.run.commands import evaluate_again, train_again
 from retemper.engine.run.run_folder import RunFolder
@@ -36,6 +37,7 @@ class RunRecord:
 
     folder: Path
     name: str
+    evaluation: Path = Path("evaluation.json")  # the file that the results are of
     config: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     protocol: dict[str, Any] = field(default_factory=dict)
@@ -74,15 +76,25 @@ class RunRecord:
         return self.name if not self.is_teacher or "teacher" in self.name.lower() else f"{self.name} (teacher)"
 
 
-def read_run(folder: str | Path) -> RunRecord:
-    """Read config.json, metrics.jsonl and evaluation.json, as far as they are there and make sense.
+def read_run(target: str | Path) -> RunRecord:
+    """Read config.json, metrics.jsonl and an evaluation, as far as they are there and make sense.
 
+    Args:
+        target: the folder of a run or of an evaluation, of which the fullest is taken; or the file of one.
     Raises:
-        DataError: `folder` holds neither a run nor an evaluation, or its config.json is damaged.
+        DataError: `target` is neither a run nor an evaluation, or its config.json is damaged.
     """
-    folder = Path(folder)
-    run = RunRecord(folder, folder.resolve().name)
-    trained, evaluated = ((folder / name).is_file() for name in ("config.json", "evaluation.json"))
+    target = Path(target)
+    is_file = target.is_file()
+    folder = target.parent if is_file else target
+    evaluation = target if is_file else fullest(folder / "evaluation.json")
+    name = folder.resolve().name + (f" ({target.stem})" if is_file and target.stem != "evaluation" else "")
+    run = RunRecord(folder, name, evaluation)
+    trained, evaluated = (folder / "config.json").is_file(), evaluation.is_file()
+    if not target.exists():
+        raise DataError(f"{target} does not exist: name a run's folder, or an evaluation's")
+    if is_file and content_of(target) is None:
+        raise DataError(f"{target} is no evaluation: name a run's folder, or an evaluation.json")
     if not trained and not evaluated:
         raise DataError(f"{folder}: neither a run's folder nor an evaluation's (no config.json, no evaluation.json)")
     if trained:
@@ -114,14 +126,14 @@ def _read_metrics(run: RunRecord) -> None:
 
 def _read_evaluation(run: RunRecord) -> None:
     try:
-        evaluation = read_json(run.folder / "evaluation.json")
+        evaluation = read_json(run.evaluation)
     except DataError:
         evaluation = {}
     run.protocol, run.checks = as_dict(evaluation.get("protocol")), as_dict(evaluation.get("checks"))
     run.asked = as_dict(evaluation.get("asked"))
     attacks = as_dict(evaluation.get("attacks"))
     if not attacks:
-        run.notes.append(Text("evaluation.json is damaged. To evaluate again:", run.evaluate))
+        run.notes.append(Text(f"{run.evaluation.name} is damaged. To evaluate again:", run.evaluate))
     for attack, entry in attacks.items():
         title, entry = attack_title(attack), as_dict(entry)
         try:

@@ -5,18 +5,18 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from retemper.console import say
 from retemper.engine.attack import module_mode
 from retemper.engine.checkpoints.find import find_network, same_network
 from retemper.engine.checkpoints.header import Facts, is_run
-from retemper.engine.device import exact_fp32
+from retemper.engine.device import exact_fp32, is_out_of_memory
 from retemper.engine.run.job import default_cache
 from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.sanity import flags
@@ -43,11 +43,17 @@ def check(request: CheckRequest, teacher: nn.Module | None = None, more: tuple[F
     found = [flags.training_mode(model), flags.not_finite_weights(model)]
     with module_mode(model, "eval"), exact_fp32():
         batches = [image for _, image, _ in request.batches()]
+        found += [flags.changes_images(model, batches[0])]
+        safe = model if _can_be_attacked(model, batches[0]) else Attackable(model)
         with torch.no_grad():
-            logits_NK = torch.cat([model(image).float() for image in batches])
-        found += [flags.random_outputs(model, batches[0])]
+            logits_NK = torch.cat([safe(image).float() for image in batches])
+        found += [flags.random_outputs(safe, batches[0])]
+        found += [flags.batch_dependent(safe, batches[0], logits_NK[: len(batches[0])])]
+        request = replace(request, model=safe)
         probes, ladder = probe_gradients(request), climb(request, teacher)
-    found += [flags.probabilities(logits_NK), flags.few_classes(logits_NK.shape[1]), flags.logit_scale(logits_NK)]
+    classes = logits_NK.shape[1]
+    found += [flags.not_finite_logits(logits_NK, ladder), flags.near_chance(ladder, classes)]
+    found += [flags.probabilities(logits_NK), flags.few_classes(classes), flags.logit_scale(logits_NK)]
     found += [flag(probes) for flag in flags.OF_GRADIENTS] + [flag(ladder) for flag in flags.OF_LADDER] + [*more]
     checks = {
         "verdict": "suspect" if any(flag.raised and flag.name not in flags.ADVICE for flag in found) else "ok",
@@ -57,6 +63,36 @@ def check(request: CheckRequest, teacher: nn.Module | None = None, more: tuple[F
         "seconds": time.monotonic() - started,
     }
     return finite(checks)
+
+
+class Attackable(nn.Module):
+    """A network that attacks by gradients fail on, made so that they run.
+
+    It is given copies of the images, and its answers depend on the images by a gradient of zero where they have none.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Map (B, C, H, W) pixels to (B, K) logits."""
+        logits_BK = self.network(image.clone())
+        return logits_BK + 0 * image.flatten(1).sum(1, keepdim=True) if image.requires_grad else logits_BK
+
+
+def _can_be_attacked(model: nn.Module, image: Tensor) -> bool:
+    """Say whether gradients with respect to (B, C, H, W) images can be taken, and the network leaves them alone."""
+    given = image.clone().requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            logits_BK: Tensor = model(given)
+            torch.autograd.grad(logits_BK.sum(), given)
+    except RuntimeError as error:  # torch's, for what cannot be differentiated
+        if is_out_of_memory(error):
+            raise
+        return False
+    return bool(torch.equal(given, image))
 
 
 def _accuracies(ladder: Ladder) -> dict[str, Any]:
@@ -83,10 +119,13 @@ def check_evaluated(request: CheckRequest, folder: Path | None, attacks: Mapping
 
 def check_lines(checks: Mapping[str, Any]) -> list[str]:
     """Return lines for the terminal: the verdict, and one for every raised flag."""
-    seen = f"{len(checks['flags'])} checks on {checks['images']} images"
+    unknown = [flag["name"] for flag in checks["flags"] if flag["value"] is None]
+    seen = f"{len(checks['flags']) - len(unknown)} checks on {checks['images']} images"
+    seen += f" (not measured: {', '.join(unknown)})" if unknown else ""
     head = f"{seen}: none speaks against these numbers"
     if checks["verdict"] != "ok":
-        head = f"SUSPECT, {seen}: gradients are masked or misleading; the robustness numbers are not to be trusted"
+        why = "gradients are masked or misleading, or the answers are none to test"
+        head = f"SUSPECT, {seen}: {why}; the robustness numbers are not to be trusted"
     return [head, *(f"  {flag['name']}: {flag['text']}" for flag in checks["flags"] if flag["raised"])]
 
 

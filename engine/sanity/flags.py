@@ -59,9 +59,50 @@ def random_outputs(model: nn.Module, image: Tensor, calls: int = 4) -> Flag:
     """Raise the flag if the same (B, C, H, W) images get other logits from call to call."""
     with torch.no_grad():
         first, *others = (model(image) for _ in range(calls))
-        apart = max(float((other - first).norm() / (first.norm() + 1e-10)) for other in others)
+        apart = max(_apart(other, first) for other in others)
     text = f"the same images get logits that differ by {apart:.2g} of their size from call to call; they should not."
     return _above("random_outputs", apart, RANDOM, text)
+
+
+def batch_dependent(model: nn.Module, image: Tensor, logits_BK: Tensor) -> Flag:
+    """Raise the flag if images get other logits in other company: one alone, a half, and all in reverse order.
+
+    Args:
+        image: (B, C, H, W) pixels.
+        logits_BK: what the network answered to them as one batch.
+    """
+    half = -(-len(image) // 2)
+    with torch.no_grad():
+        others = [model(image[:1]).float(), model(image[:half]).float(), model(image.flip(0)).float().flip(0)]
+    apart = max(_apart(other, logits_BK[: len(other)]) for other in others)
+    text = f"the same images get logits that differ by {apart:.2g} of their size in another batch; they should not."
+    return _above("batch_dependent", apart, RANDOM, text)
+
+
+def changes_images(model: nn.Module, image: Tensor) -> Flag:
+    """Raise the flag if the network writes into the (B, C, H, W) images that it is given; the attacks need them."""
+    given = image.clone()
+    with torch.no_grad():
+        model(given)
+    changed = fraction((given != image).flatten(1).any(1))
+    text = f"the network overwrites {changed:.1%} of the images that it is given; give it copies."
+    return _above("changes_images", changed, 0.0, text)
+
+
+def not_finite_logits(logits_NK: Tensor, ladder: Ladder) -> Flag:
+    """Raise the flag for images whose logits hold a NaN or an infinity, clean or on any rung of the ladder."""
+    clean = fraction(~logits_NK.isfinite().all(1))
+    under = max(map(fraction, ladder.not_finite.values()), default=0.0)
+    text = f"{clean:.1%} of the images get logits that are not finite, {under:.1%} under attack; they count as wrong."
+    return _above("not_finite_logits", max(clean, under), 0.0, text)
+
+
+def near_chance(ladder: Ladder, classes: int) -> Flag:
+    """Raise the flag if the network is no better than guessing: the other checks then see hardly an image to break."""
+    chance, clean, images = 1 / classes, ladder.accuracy("clean"), len(ladder.attack["clean"])
+    least = chance + 3 * math.sqrt(chance * (1 - chance) / images)
+    text = f"{clean:.1%} of {images} images are classified correctly, by guessing {chance:.1%} are: nothing was tested."
+    return Flag("near_chance", clean <= least, clean, least, text)
 
 
 def probabilities(logits_NK: Tensor) -> Flag:
@@ -194,6 +235,11 @@ def _above(name: str, value: float, threshold: float, text: str) -> Flag:
     """Return a flag that is raised above the threshold; NaN stands for what was not measured."""
     known = math.isfinite(value)
     return Flag(name, known and value > threshold, value if known else None, threshold, text)
+
+
+def _apart(other_BK: Tensor, first_BK: Tensor) -> float:
+    """Return by how much two answers differ, in terms of the size of the first; NaN where either is not finite."""
+    return float((other_BK - first_BK).norm() / (first_BK.norm() + 1e-10))
 
 
 def _by_luck(name: str, value: float, ladder: Ladder, text: str, share: float = LUCK) -> Flag:

@@ -9,7 +9,6 @@ Dimension key: B batch, N images that are checked.
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from retemper.console import Progress
-from retemper.engine.predict import ATTACKS, Attack, attacked_batches, folded_twin, labelled_batches, survivors
+from retemper.engine.predict import ATTACKS, Attack, attacked_batches, folded_twin, labelled_batches, predictions
 from retemper.loaders import Split
 
 TIMES_EPS = (0.0, 0.5, 1.0, 2.0, 4.0)  # the radii, besides 1.0
@@ -74,10 +73,12 @@ class Ladder:
     Attributes:
         attack: "pgd20" and those of `RUNGS`; where they could be run "transfer", and "square" on what `white_box` left.
         radius: under PGD-20, by eps in pixel units, ascending.
+        not_finite: the images whose logits were not finite, on the rungs where there are some.
     """
 
     attack: dict[str, Tensor] = field(default_factory=dict)
     radius: dict[float, Tensor] = field(default_factory=dict)
+    not_finite: dict[str, Tensor] = field(default_factory=dict)
 
     def accuracy(self, rung: str) -> float:
         """Return the fraction of images that stayed correct."""
@@ -96,15 +97,24 @@ def climb(request: CheckRequest, teacher: nn.Module | None = None) -> Ladder:
     rungs = len(radii) + len(RUNGS) + (teacher is not None) + 1
     with Progress("checks", images * rungs) as progress:
         chosen: dict[str, Any] = dict(device=request.device, indices=request.indices, batch_size=request.batch_size)
-        left = partial(survivors, request.model, request.split, progress=progress, **chosen)
+        label_N = torch.from_numpy(request.split.labels[request.indices])
+
+        def left(name: str, attack: Attack, **options: Any) -> Tensor:
+            given_N = predictions(request.model, request.split, attack, progress=progress, **chosen, **options)
+            if (given_N < 0).any():
+                ladder.not_finite[name] = given_N < 0
+            return given_N == label_N
+
         for eps in radii:
-            ladder.radius[eps] = left(ATTACKS["pgd20"], eps=eps, seed=request.seed)
+            ladder.radius[eps] = left(f"radius {eps:.4g}", ATTACKS["pgd20"], eps=eps, seed=request.seed)
         ladder.attack["pgd20"] = ladder.radius[request.eps]
         for name, attack in RUNGS.items():
             apart = APART * STARTS.index(name) if name in STARTS else 0
-            ladder.attack[name] = left(attack, eps=request.eps, seed=request.seed + apart)
+            ladder.attack[name] = left(name, attack, eps=request.eps, seed=request.seed + apart)
         if teacher is not None:
-            ladder.attack["transfer"] = left(ATTACKS["pgd20"], eps=request.eps, seed=request.seed, source=teacher)
+            ladder.attack["transfer"] = left(
+                "transfer", ATTACKS["pgd20"], eps=request.eps, seed=request.seed, source=teacher
+            )
         square = square_survivors(request, ladder.white_box)
         if square is not None:
             ladder.attack["square"] = square

@@ -3,6 +3,7 @@
 import json
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from itertools import count
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from retemper.cli import run
 from retemper.engine.evaluation import autoattack
-from retemper.engine.evaluation.autoattack import SUITES, SuiteRequest, run_suite, suite_entry
+from retemper.engine.evaluation.autoattack import SUITES, SuiteRequest, run_suite, suite_attacks, suite_entry
 from retemper.engine.evaluation.ledger import Ledger
 from retemper.engine.evaluation.shards import evaluate_suite
 from retemper.engine.predict import as_float, balanced_order
@@ -55,7 +56,8 @@ def shortened(attacks: dict[str, Any]) -> dict[str, Any]:
     """The same attacks with fewer steps, so that a suite takes a second."""
     for name in ("apgd-ce", "apgd-t"):
         attacks[name].n_iter = 12
-    attacks["apgd-t"].n_target_classes = attacks["fab-t"].n_target_classes = 2
+    for name in ("apgd-t", "fab-t"):
+        attacks[name].n_target_classes = min(2, attacks[name].n_target_classes)
     attacks["fab-t"].n_iter, attacks["square"].n_queries = 5, 60
     return attacks
 
@@ -198,9 +200,35 @@ def test_a_missing_library_is_told_in_a_line(
     assert "pip install 'retemper[eval]'" in error and error.count("\n") == 1
 
 
-def test_fewer_than_four_classes_are_refused(model: Linear) -> None:
-    with pytest.raises(UsageError, match="four classes"):
-        autoattack.library_attacks(model, 3, EPS, 0, CPU)
+@pytest.mark.parametrize(("classes", "attacks"), [(2, "apgd-ce,fab-t,square"), (3, "apgd-ce,apgd-dlr,fab-t,square")])
+def test_few_classes_get_what_the_library_can_and_the_rest_is_named(
+    classes: int, attacks: str, short: None, model: Linear, digits: Split, tmp_path: Path
+) -> None:
+    class Few(nn.Module):
+        def forward(self, image: Tensor) -> Tensor:
+            return model(image)[:, :classes]
+
+    chosen = np.flatnonzero(digits.labels < classes)[:30]
+    names = digits.classes[:classes]
+    few = replace(digits, read=lambda: digits.images[chosen], labels=digits.labels[chosen], classes=names)
+    ledger = Ledger.begin(tmp_path / "autoattack.csv", {"eps": 0.2}, np.arange(30), few.labels)
+    assert run_suite(Few(), few, request(eps=0.2), ledger)
+    entry = suite_entry(ledger, "standard", classes)
+    assert list(entry["broken_by"]) == attacks.split(",") == list(suite_attacks("standard", classes))
+    assert entry["complete"] and entry["upper_bound"] and entry["left_out"] == ["apgd-t"]
+    assert f"on {classes} classes without apgd-t" in entry["flags"][0]
+    assert entry["broken_by"]["apgd-ce"] > 0
+    with pytest.raises(UsageError, match="two classes"):
+        suite_attacks("standard", 1)
+
+
+def test_a_ledger_that_was_kept_is_found_again(digits: Split, tmp_path: Path) -> None:
+    first = begun(tmp_path, digits)
+    first.clean_N[:3] = 1
+    first.write()
+    begun(tmp_path, digits, images=5).write()
+    again = begun(tmp_path, digits)
+    assert again.path.name == "autoattack.1.csv" and (again.clean_N == 1).sum() == 3
 
 
 def test_a_network_that_cannot_be_folded_is_not_attacked_as_if_it_were(

@@ -242,8 +242,34 @@ def test_what_is_missing_or_unfinished_is_refused(tmp_path: Path) -> None:
     (b / "evaluation.csv").unlink()
     with pytest.raises(DataError, match=r"evaluation\.csv does not exist: run `retemper evaluate .* --out .*b`"):
         against(a, b)
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(DataError, match="holds no evaluation, and is no run's folder"):
         read_evaluated(tmp_path)
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        read_evaluated(tmp_path / "nowhere")
+    (a / "evaluation.json").rename(a / "evaluation-last.json")
+    with pytest.raises(DataError, match=r"name one of evaluation-last\.json"):
+        read_evaluated(a)
+
+
+def test_verdicts_of_another_evaluation_are_refused(tmp_path: Path) -> None:
+    a, b = (write_run(tmp_path / name, verdicts(1, 1, accuracy)) for name, accuracy in (("a", 1), ("b", 0.5)))
+    content = json.loads((a / "evaluation.json").read_text())
+    content["attacks"]["pgd20"] = {"accuracy": [1.0] * 3, "count": [len(read_evaluated(a).verdicts["pgd20"]) // 3] * 3}
+    (a / "evaluation.json").write_text(json.dumps(content))
+    against(a, a)
+    (b / "evaluation.csv").replace(a / "evaluation.csv")
+    with pytest.raises(DataError, match=r"does not belong to evaluation\.json"):
+        against(a, a)
+
+
+def test_other_pixels_of_the_same_name_are_refused(tmp_path: Path) -> None:
+    a, b, old = (
+        write_run(tmp_path / name, verdicts(1, 1, 1), **digest)
+        for name, digest in (("a", {"images_sha256": "x"}), ("b", {"images_sha256": "y"}), ("old", {}))
+    )
+    with pytest.raises(UsageError, match="the digest of the images"):
+        against(a, b)
+    against(a, old)
 
 
 @pytest.mark.parametrize("line", ["3,0,1,2", "x,0,1,1", "7,0,1,1", "3,0,1", "-1,0,1,1"])

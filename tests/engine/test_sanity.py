@@ -132,6 +132,49 @@ def test_a_network_that_hides_its_gradients_is_suspected(
     assert {line.split(":")[0].strip() for line in lines[1:]} == raised(found)
 
 
+class Answers(nn.Module):
+    """A robust network whose answers are changed: of kind "nan", "nan under attack", "batch", "no grad", ..."""
+
+    def __init__(self, network: nn.Module, kind: str) -> None:
+        super().__init__()
+        self.network, self.kind = network, kind
+
+    def forward(self, image: Tensor) -> Tensor:
+        if self.kind == "in place":
+            image = image.mul_(1)[:].add_(1e-3)
+        logits = self.network(image)
+        on_grid = ((image * 255 - (image * 255).round()).abs() < 1e-3).flatten(1).all(1)
+        changed = {
+            "nan": lambda: logits * torch.nan,
+            "nan under attack": lambda: logits.masked_fill(~on_grid[:, None], torch.nan),
+            "batch": lambda: logits - 0.5 * logits.mean(0),
+            "no grad": logits.detach,
+            "constant": lambda: 0 * logits + torch.eye(10)[0],
+            "guesses": lambda: logits.roll(1, 1),
+        }
+        return changed.get(self.kind, lambda: logits)()
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("nan", {"not_finite_logits", "near_chance"}),
+        ("nan under attack", {"not_finite_logits"}),
+        ("batch", {"batch_dependent"}),
+        ("no grad", {"zero_gradients", "radius_end"}),
+        ("constant", {"near_chance", "zero_gradients"}),
+        ("guesses", {"near_chance"}),
+        ("in place", {"changes_images"}),
+    ],
+)
+def test_answers_that_are_none_to_test_are_suspected(
+    kind: str, expected: set[str], robust: Path, digits: Split
+) -> None:
+    found = check(request(Answers(network(robust), kind), digits, 20))
+    assert found["verdict"] == "suspect" and expected <= raised(found), raised(found)
+    assert check_lines(found)[0].startswith("SUSPECT")
+
+
 def test_the_checks_are_repeatable_and_leave_the_network_as_it_was(robust: Path, digits: Split) -> None:
     net = network(robust)
     net.train()

@@ -1,0 +1,96 @@
+"""The files of a folder's evaluations: which belongs to which network, and which of several is the fullest.
+
+    evaluation.json         of a run's best weights, or of the first network that was evaluated there
+    evaluation-NAME.json    of other weights; NAME is "last" for a run's newest
+    evaluation.1.json ...   of the same network under another protocol, or on fewer images
+
+Beside each lies a file of the same name with the verdicts image by image, in CSV.
+"""
+
+import re
+from glob import escape
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from retemper.errors import DataError
+from retemper.files import read_json
+
+UNSAFE = r"[^\w.-]+"  # in a file's name
+QUESTION = ("dataset", "split", "image_size", "eps", "norm", "precision", "classes")  # of a protocol: what was asked
+
+
+def beside(path: Path) -> list[Path]:
+    """Return the numbered neighbours of an evaluation that exist: evaluation.1.json, evaluation.2.json, ..."""
+    found = path.parent.glob(f"{escape(path.stem)}.*{escape(path.suffix)}")
+    numbers = {int(n): one for one in found if (n := one.stem[len(path.stem) + 1 :]).isdecimal()}
+    return [numbers[n] for n in sorted(numbers)]
+
+
+def free_name(path: Path) -> Path:
+    """Return the first numbered neighbour of an evaluation that does not exist, nor its verdicts."""
+    names = (path.with_name(f"{path.stem}.{n}{path.suffix}") for n in count(1))
+    return next(name for name in names if not name.exists() and not name.with_suffix(".csv").exists())
+
+
+def content_of(path: Path) -> dict[str, Any] | None:
+    """Return what an evaluation holds; None if there is none, or what is there is not one."""
+    try:
+        content = read_json(path)
+    except DataError:
+        return None
+    protocol, attacks = content.get("protocol"), content.get("attacks")
+    if not isinstance(protocol, dict) or not isinstance(attacks, dict):
+        return None
+    entries = [protocol.get("attacks", {}), *attacks.values()]
+    return content if all(isinstance(entry, dict) for entry in entries) else None
+
+
+def same_question(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Say whether two protocols ask the same of the same network: they may differ in images, seed and versions."""
+    return all(one.get(name) == other.get(name) for name in (*QUESTION, "weights_sha256"))
+
+
+def fullness(content: dict[str, Any]) -> tuple[int, int]:
+    """Return the number of images and the number of attacks of an evaluation: the larger pair is the fuller one."""
+    images = content["protocol"].get("images")
+    return images if isinstance(images, int) else 0, len(content["attacks"])
+
+
+def fullest(path: Path) -> Path:
+    """Return the fullest evaluation that asks the same as the one at `path`: that one, or a numbered neighbour.
+
+    Where there is none at `path`, the newest neighbour says what was asked.
+    """
+    others = {one: content for one in beside(path) if (content := content_of(one)) is not None}
+    main = content_of(path)
+    if not others or (main is None and path.exists()):
+        return path
+    if main is None:
+        path = max(others, key=lambda one: one.stat().st_mtime_ns)
+        main = others[path]
+    asked = main["protocol"]
+    alike = {one: content for one, content in others.items() if same_question(content["protocol"], asked)}
+    return max({path: main} | alike, key=lambda one: fullness(({path: main} | alike)[one]))
+
+
+def place(folder: Path, weights: str, network: str, *, best: bool, chosen: bool) -> Path:
+    """Return where a network's evaluation goes in `folder`, so that no two networks take turns at one file.
+
+    Args:
+        weights: the name of the weights' file, or the network's own where it has none.
+        network: the name of the run's folder, or of the network.
+        best: whether the first place may be taken; of a run only its best weights may.
+        chosen: whether the user chose the folder; else the weights lie in it, and their name tells them apart.
+    """
+
+    def is_own(path: Path) -> bool:
+        was = {} if (content := content_of(path)) is None else content["protocol"]
+        return was.get("weights") in (None, weights) and (not chosen or was.get("network") in (None, network))
+
+    stem = Path(weights).stem
+    first = "evaluation" if best else f"evaluation-{stem}"
+    own = [f"evaluation-{network}", f"evaluation-{network}-{stem}"] if chosen else []
+    names = (first, *own, f"evaluation-{stem}", f"evaluation-{weights}")
+    paths = [folder / f"{re.sub(UNSAFE, '-', name)}.json" for name in names]
+    return next((path for path in paths if is_own(path)), paths[-1])
