@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from retemper.console import Progress
-from retemper.engine.attack import pgd
+from retemper.engine.attack import ascend
 from retemper.engine.device import exact_fp32
 from retemper.engine.distributed.ranks import ALONE, Ranks
 from retemper.engine.losses import cross_entropy_objective, cw_objective
@@ -57,7 +57,7 @@ class Attack:
 
         def perturb(clean: Tensor, clean_BK: Tensor, label_B: Tensor, seed: int) -> Tensor:
             step, raised = self.step * eps, objective(label_B)
-            return pgd(
+            return ascend(
                 network, clean, objective=raised, steps=self.steps, step=step, eps=eps, start=self.start, seed=seed
             )
 

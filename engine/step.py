@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from retemper.engine.attack import module_mode, pgd
+from retemper.engine.attack import ascend, module_mode
 from retemper.engine.optim import perturb_weights
 from retemper.engine.recipe import Recipe, Targets
 from retemper.engine.state import State
@@ -68,7 +68,7 @@ def attack(state: State, recipe: Recipe, attacked: nn.Module, clean_BCHW: Tensor
         attacked = Beside(attacked, state.teacher)
     eps, step = recipe.method.margins(targets, recipe.attack)
     with state.autocast():
-        return pgd(
+        return ascend(
             attacked,
             clean_BCHW,
             objective=recipe.method.objective(targets),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retemper.engine.attack import pgd
+from retemper.engine.attack import ascend
 from retemper.engine.checkpoints.header import read_header
 from retemper.engine.checkpoints.weights import CheckpointError, require_intact
 from retemper.engine.class_report import by_class
@@ -90,7 +90,7 @@ def validate(
     def trained(clean: Tensor, clean_BK: Tensor, label_B: Tensor, seed: int) -> Tensor:
         objective = recipe.method.objective(Targets(label_B=label_B, own_BK=clean_BK, state={}))
         options = {name: getattr(attack, name) for name in ("steps", "step", "eps", "start", "clip_start")}
-        return pgd(model, clean, objective=objective, seed=seed, **options)
+        return ascend(model, clean, objective=objective, seed=seed, **options)
 
     judging = Attack(steps=recipe.selection.select_steps).on(model, attack.eps)
     perturb = trained if recipe.method.validates_by == "training attack" else judging
