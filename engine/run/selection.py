@@ -42,6 +42,8 @@ class Best:
 def newest_best(folder: RunFolder, state: dict[str, Any] | None) -> Best:
     """Return the best epoch: that of the saved state, or of weights that a killed process wrote after it.
 
+    Weights of a run that was cut (`Saver.save_cut`) are no epoch's, so they do not count.
+
     Raises:
         DataError: the weights are damaged.
     """
@@ -52,6 +54,8 @@ def newest_best(folder: RunFolder, state: dict[str, Any] | None) -> Best:
     except CheckpointError as error:
         raise DataError(f"{error}, or delete it: a later epoch is then the best") from None
     header, saved = read_header(folder.best), Best(**state["best"])
+    if "cut" in header:
+        return saved
     epoch = int(header.get("epoch", 0))
     return Best(float(header["score"]), epoch) if epoch > saved.epoch else saved
 
