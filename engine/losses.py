@@ -18,6 +18,7 @@ from retemper.kernels import class_temperature_kl, class_temperature_kl_grad_
 Objective = Callable[[Tensor], Tensor]
 Claim = tuple[Tensor, str]  # a 0-dim bool on the device, and what is wrong where it is false
 WHOLE_NUMBERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+NO_LABEL = torch.iinfo(torch.int64).min  # in place of -100, which PyTorch leaves out without a word
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +112,7 @@ def cross_entropy_objective(label_B: Tensor) -> Objective:
         TypeError: they are no tensor.
         ValueError: their dtype or shape does not fit; when it is called, the logits do not fit them.
     """
-    return LabelObjective(label_B, partial(F.cross_entropy, reduction="sum"))
+    return LabelObjective(label_B, partial(F.cross_entropy, reduction="sum", ignore_index=NO_LABEL))
 
 
 def cw_objective(label_B: Tensor, confidence: float = 50.0) -> Objective:
@@ -139,7 +140,7 @@ def cross_entropy_rows(logits_BK: Tensor, label_B: Tensor) -> Tensor:
         TypeError, ValueError: shapes, dtypes or devices do not fit.
     """
     require_labelled(logits_BK, label_B)
-    return F.cross_entropy(_at_least_float32(logits_BK), as_label(label_B), reduction="none")
+    return F.cross_entropy(_at_least_float32(logits_BK), as_label(label_B), reduction="none", ignore_index=NO_LABEL)
 
 
 def kl_rows(clean_BK: Tensor, adv_BK: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from retemper.engine.checkpoints.header import read_header
 from retemper.engine.class_report import Result, read_result
 from retemper.engine.report.page import Text
 from retemper.engine.report.words import shorten
@@ -89,6 +90,9 @@ def read_run(folder: Path) -> RunRecord:
         _read_evaluation(run)
     else:
         run.notes.append(Text("Not evaluated yet. To evaluate:", run.evaluate))
+    cut = run.protocol.get("training_cut") or read_header(folder / "last.safetensors").get("cut")
+    if cut:
+        run.notes.append(Text(f"Its training was cut {cut}: these are no numbers of a full run."))
     _name_classes(run)
     return run
 
