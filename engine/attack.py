@@ -7,7 +7,7 @@ Only input gradients are computed. The mode of every module is put back as it wa
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from threading import get_ident
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from retemper.engine.losses import Claim, Objective
+from retemper.engine.losses import Claim, Objective, require_claims
 from retemper.kernels import pgd_step_, random_start_
 from retemper.kernels.pgd_step import NORMS
 from retemper.kernels.runtime import FLOATS, is_dense_batch_first, per_sample, require_pixel_units
@@ -111,7 +111,7 @@ def pgd(
         """Read what is claimed of the images, and of the first logits."""
         if claims:
             own = getattr(objective, "claims", None)
-            _require([*claims, *([] if own is None else own(logits)), *_finite("the model's logits", logits)])
+            require_claims([*claims, *([] if own is None else own(logits)), *_finite("the model's logits", logits)])
             claims.clear()
 
     options: dict[str, Any] = dict(step=step, eps=eps, start=start, bn_mode=bn_mode, seed=seed, clip_start=clip_start)
@@ -119,7 +119,7 @@ def pgd(
     leave = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
     with leave:
         adv = ascend(model, clean, objective=objective, steps=steps if clean.numel() else 0, **options)
-    _require(claims)  # of no step, which asks the model for nothing
+    require_claims(claims)  # of no step, which asks the model for nothing
     return adv
 
 
@@ -278,14 +278,6 @@ def _finite(name: str, value: Any) -> list[Claim]:
     """Return the claim that no value is NaN or +inf; -inf is the logit of a class that is ruled out."""
     known = isinstance(value, Tensor) and value.is_floating_point()
     return [((value < torch.inf).all(), f"{name}: not finite")] if known else []
-
-
-def _require(claims: Sequence[Claim]) -> None:
-    """Raise ValueError at the first claim that does not hold; the host waits once."""
-    holds = [one.to(claims[0][0].device) for one, _ in claims]
-    known = torch.stack(holds).tolist() if holds else []
-    if not all(known):
-        raise ValueError(claims[known.index(False)][1])
 
 
 def _in_mode(function: Callable[[Tensor], Any], mode: str) -> Callable[[Tensor], Any]:

@@ -5,7 +5,7 @@ each image, (B,), so that a method can weigh classes before it averages. Shapes,
 call; values only by `claims`, since reading them makes the host wait. Dimension key: B batch, K classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -189,6 +189,14 @@ def require_labelled(logits_BK: Tensor, label_B: Tensor) -> None:
         raise ValueError(f"label: shape {tuple(label_B.shape)}, but logits has {tuple(logits_BK.shape)}: one a row")
     if label_B.device != logits_BK.device:
         raise ValueError(f"label: on {label_B.device}, but logits is on {logits_BK.device}; move it with .to()")
+
+
+def require_claims(claims: Sequence[Claim]) -> None:
+    """Raise ValueError at the first claim that does not hold; the host waits once."""
+    holds = [one.to(claims[0][0].device) for one, _ in claims]
+    known = torch.stack(holds).tolist() if holds else []
+    if not all(known):
+        raise ValueError(claims[known.index(False)][1])
 
 
 def _require_tensor(name: str, value: object) -> None:
