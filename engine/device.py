@@ -49,7 +49,8 @@ def device_name(device: torch.device) -> str:
         return f"cuda: {torch.cuda.get_device_name(device)}"
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
-            return f"cpu: {line.partition(':')[2].strip()}, {torch.get_num_threads()} threads"
+            threads = torch.get_num_threads()
+            return f"cpu: {line.partition(':')[2].strip()}, {threads} thread{'s' * (threads != 1)}"
     return "cpu"
 
 

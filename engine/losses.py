@@ -1,11 +1,13 @@
 """Objectives, which an attack raises, and the pieces of losses, which training lowers.
 
 An objective is a function from (B, K) logits to a scalar, summed over the batch. A piece of a loss is one number for
-each image, (B,), so that a method can weigh classes before it averages. Dimension key: B batch, K classes.
+each image, (B,), so that a method can weigh classes before it averages. Shapes, dtypes and devices are checked at every
+call; values only by `claims`, since reading them makes the host wait. Dimension key: B batch, K classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +16,9 @@ from torch.nn import functional as F
 from retemper.kernels import class_temperature_kl, class_temperature_kl_grad_
 
 Objective = Callable[[Tensor], Tensor]
+Claim = tuple[Tensor, str]  # a 0-dim bool on the device, and what is wrong where it is false
+WHOLE_NUMBERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+NO_LABEL = torch.iinfo(torch.int64).min  # in place of -100, which PyTorch leaves out without a word
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,15 +32,22 @@ class KlObjective:
 
     Attributes:
         teacher: (B, K) logits.
-        label: (B,) int64.
-        temperature: a number, or (K,) for a temperature of each class.
+        label: (B,) whole numbers; they are kept as int64.
+        temperature: a number above 0, or (K,) of them for a temperature of each class.
         label_trust: (K,) in [0, 1]; None trusts the teacher alone.
+    Raises:
+        TypeError: teacher or label is no tensor.
+        ValueError: a label is not (B,), or not of whole numbers; a shape, dtype or device does not fit the logits.
     """
 
     teacher: Tensor
     label: Tensor
     temperature: float | Tensor = 1.0
     label_trust: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        _require_tensor("teacher", self.teacher)
+        object.__setattr__(self, "label", as_label(self.label))  # the way of a frozen dataclass
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Return the objective of (B, K) logits, a scalar."""
@@ -45,48 +57,164 @@ class KlObjective:
 
     def gradient(self, logits: Tensor) -> Tensor:
         """Return the derivative of the objective at (B, K) logits, of their shape and dtype."""
+        _require_tensor("logits", logits)
         logits = logits.detach().clone()  # the network may need its output again for its own gradient
         return class_temperature_kl_grad_(
             logits, self.teacher, self.label, self.temperature, label_trust=self.label_trust
         )
 
+    def claims(self, logits: Tensor) -> list[Claim]:
+        """Return what must hold of the values beside these logits. Raises as a call does."""
+        require_labelled(logits, self.label)
+        found = [_labels_are_classes(self.label, logits), (self.teacher.isfinite().all(), "teacher: not finite")]
+        if isinstance(self.temperature, Tensor):
+            positive = (self.temperature > 0) & self.temperature.isfinite()
+            found.append((positive.all(), "temperature: it must be finite and above 0 for every class"))
+        if self.label_trust is not None:
+            fraction = (self.label_trust >= 0) & (self.label_trust <= 1)
+            found.append((fraction.all(), "label_trust: it must lie in [0, 1] for every class"))
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class LabelObjective:
+    """An objective of the logits and the labels alone.
+
+    Attributes:
+        label: (B,) whole numbers; they are kept as int64.
+        total: takes (B, K) logits in float32 or wider and (B,) labels; returns a scalar, summed over the batch.
+    """
+
+    label: Tensor
+    total: Callable[[Tensor, Tensor], Tensor]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "label", as_label(self.label))
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return the objective of (B, K) logits, a scalar. Raises TypeError or ValueError where they do not fit."""
+        require_labelled(logits, self.label)
+        label = self.label.clone() if self.label.is_inference() else self.label  # autograd keeps no inference tensor
+        return self.total(_at_least_float32(logits), label)
+
+    def claims(self, logits: Tensor) -> list[Claim]:
+        """Return what must hold of the values beside these logits. Raises as a call does."""
+        require_labelled(logits, self.label)
+        return [_labels_are_classes(self.label, logits)]
+
 
 def cross_entropy_objective(label_B: Tensor) -> Objective:
-    """Return the objective of PGD and FGSM: the sum of the cross-entropies against `label_B`, (B,) int64."""
-    return lambda logits_BK: F.cross_entropy(_at_least_float32(logits_BK), label_B, reduction="sum")
+    """Return the objective of PGD and FGSM: the sum of the cross-entropies against the labels.
+
+    Args:
+        label_B: (B,) whole numbers of any integer dtype.
+    Raises:
+        TypeError: they are no tensor.
+        ValueError: their dtype or shape does not fit; when it is called, the logits do not fit them.
+    """
+    return LabelObjective(label_B, partial(F.cross_entropy, reduction="sum", ignore_index=NO_LABEL))
 
 
 def cw_objective(label_B: Tensor, confidence: float = 50.0) -> Objective:
     """Return the margin of Carlini & Wagner (S&P 2017): the sum of -max(z_y - max_{j != y} z_j + confidence, 0).
 
     Args:
-        label_B: (B,) int64.
+        label_B: (B,) whole numbers of any integer dtype.
         confidence: in units of the logits.
+    Raises:
+        TypeError, ValueError: as `cross_entropy_objective`.
     """
 
-    def objective(logits_BK: Tensor) -> Tensor:
-        own_BK = F.one_hot(label_B, logits_BK.shape[1]).bool()
+    def total(logits_BK: Tensor, label_B: Tensor) -> Tensor:
         own_B = logits_BK.gather(1, label_B[:, None]).squeeze(1)
-        other_B = logits_BK.masked_fill(own_BK, -torch.inf).amax(1)
+        other_B = logits_BK.masked_fill(is_label(logits_BK, label_B), -torch.inf).amax(1)
         return -(own_B - other_B + confidence).clamp(min=0).sum()
 
-    return objective
+    return LabelObjective(label_B, total)
 
 
 def cross_entropy_rows(logits_BK: Tensor, label_B: Tensor) -> Tensor:
-    """Return the cross-entropy of each row, (B,), in float32 or wider."""
-    return F.cross_entropy(_at_least_float32(logits_BK), label_B, reduction="none")
+    """Return the cross-entropy of each row, (B,), in float32 or wider. Labels are whole numbers.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit.
+    """
+    require_labelled(logits_BK, label_B)
+    return F.cross_entropy(_at_least_float32(logits_BK), as_label(label_B), reduction="none", ignore_index=NO_LABEL)
 
 
 def kl_rows(clean_BK: Tensor, adv_BK: Tensor) -> Tensor:
-    """Return KL(softmax(clean) || softmax(adv)) of each row, (B,), in float32 or wider; differentiable in both."""
+    """Return KL(softmax(clean) || softmax(adv)) of each row, (B,), in float32 or wider; differentiable in both.
+
+    Raises:
+        TypeError, ValueError: shapes or devices differ: nothing is broadcast.
+    """
+    _require_logits("clean", clean_BK)
+    _require_logits("adv", adv_BK)
+    if clean_BK.shape != adv_BK.shape or clean_BK.device != adv_BK.device:
+        places = (f"{tuple(one.shape)} on {one.device}" for one in (clean_BK, adv_BK))
+        raise ValueError("clean has shape {}, adv {}: they must agree".format(*places))
     clean, adv = _at_least_float32(clean_BK).log_softmax(1), _at_least_float32(adv_BK).log_softmax(1)
     return (clean.exp() * (clean - adv)).sum(1)
 
 
 def is_label(logits_BK: Tensor, label_B: Tensor) -> Tensor:
-    """Return (B, K) bool, true at each row's label, without a read on the host (torch's one_hot reads, on a CPU)."""
+    """Return (B, K) bool, true at each row's label, without a read on the host (torch's one_hot reads, on a CPU).
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit.
+    """
+    require_labelled(logits_BK, label_B)
     return torch.arange(logits_BK.shape[1], device=label_B.device) == label_B[:, None]
+
+
+def as_label(label_B: Tensor) -> Tensor:
+    """Return labels of any integer dtype as int64.
+
+    Raises:
+        TypeError: they are no tensor.
+        ValueError: they are not (B,), or not whole numbers.
+    """
+    _require_tensor("label", label_B)
+    if label_B.dtype not in WHOLE_NUMBERS or label_B.dim() != 1:
+        raise ValueError(f"label: {label_B.dtype} of shape {tuple(label_B.shape)}; needs whole numbers, (B,) int64")
+    return label_B.long()
+
+
+def require_labelled(logits_BK: Tensor, label_B: Tensor) -> None:
+    """Raise TypeError or ValueError unless there is one label for each row of logits, on their device."""
+    _require_logits("logits", logits_BK)
+    as_label(label_B)
+    if len(label_B) != len(logits_BK):
+        raise ValueError(f"label: shape {tuple(label_B.shape)}, but logits has {tuple(logits_BK.shape)}: one a row")
+    if label_B.device != logits_BK.device:
+        raise ValueError(f"label: on {label_B.device}, but logits is on {logits_BK.device}; move it with .to()")
+
+
+def require_claims(claims: Sequence[Claim]) -> None:
+    """Raise ValueError at the first claim that does not hold; the host waits once."""
+    holds = [one.to(claims[0][0].device) for one, _ in claims]
+    known = torch.stack(holds).tolist() if holds else []
+    if not all(known):
+        raise ValueError(claims[known.index(False)][1])
+
+
+def _require_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: it is a {type(value).__name__}, and must be a tensor")
+
+
+def _require_logits(name: str, logits_BK: Tensor) -> None:
+    _require_tensor(name, logits_BK)
+    if logits_BK.dim() != 2 or not logits_BK.is_floating_point():
+        raise ValueError(f"{name}: {logits_BK.dtype} of shape {tuple(logits_BK.shape)}; needs (B, K) floats")
+
+
+def _labels_are_classes(label_B: Tensor, logits_BK: Tensor) -> Claim:
+    classes = logits_BK.shape[1]
+    return (
+        (label_B >= 0) & (label_B < classes)
+    ).all(), f"label: it must lie in 0 .. {classes - 1} for {classes} logits"
 
 
 def _at_least_float32(logits_BK: Tensor) -> Tensor:

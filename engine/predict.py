@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from retemper.console import Progress
-from retemper.engine.attack import pgd
+from retemper.engine.attack import ascend
 from retemper.engine.device import exact_fp32
 from retemper.engine.distributed.ranks import ALONE, Ranks
 from retemper.engine.losses import cross_entropy_objective, cw_objective
@@ -47,17 +47,23 @@ class Attack:
     step: float = 1 / 4
     start: str = "uniform"
 
+    def __post_init__(self) -> None:
+        if self.loss not in ("cross-entropy", "margin") or self.steps < 0 or not 0 <= self.step <= 1:
+            raise ValueError(f"{self}: the loss is cross-entropy or margin, steps >= 0, a step of 0 to 1 times eps")
+
     def described(self, eps: float) -> dict[str, Any]:
         """Return the attack as evaluation.json names it, the step in pixel units."""
         return asdict(self) | {"step": self.step * eps}
 
     def on(self, network: nn.Module, eps: float) -> Perturb:
         """Return the function that attacks `network` within the radius `eps`, in pixel units."""
+        if not 0 <= eps <= 1:
+            raise ValueError(f"eps = {eps}: it must lie in 0 .. 1, in [0, 1] pixels (8/255, not 8)")
         objective = cross_entropy_objective if self.loss == "cross-entropy" else cw_objective
 
         def perturb(clean: Tensor, clean_BK: Tensor, label_B: Tensor, seed: int) -> Tensor:
             step, raised = self.step * eps, objective(label_B)
-            return pgd(
+            return ascend(
                 network, clean, objective=raised, steps=self.steps, step=step, eps=eps, start=self.start, seed=seed
             )
 
@@ -186,6 +192,9 @@ def attacked_batches(
         with exact_fp32():
             with torch.no_grad():
                 clean_BK: Tensor = model(clean)
+            if clean_BK.shape != (len(clean), len(split.classes)):
+                wanted = (len(clean), len(split.classes))
+                raise ValueError(f"the model answers {tuple(clean_BK.shape)} on these images; needs {wanted}")
             adv_BK = clean_BK
             if perturb is not None:
                 adv = perturb(clean, clean_BK, label_B, seed + first)

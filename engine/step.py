@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from retemper.engine.attack import module_mode, pgd
+from retemper.engine.attack import ascend, module_mode
+from retemper.engine.losses import as_label
 from retemper.engine.optim import perturb_weights
 from retemper.engine.recipe import Recipe, Targets
 from retemper.engine.state import State
@@ -26,7 +27,12 @@ def train_step(
         teacher_BK: the teacher's logits on `clean_BCHW` where they are known; it is asked otherwise.
     Returns:
         The loss of the whole batch before the step, a scalar on the device.
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit. Values are not read: pixels outside [0, 1] are
+            clipped by the attack.
     """
+    label_B = as_label(label_B)
+    _require_batch(state, clean_BCHW, label_B, teacher_BK)
     state.part.idle = not len(label_B)
     if state.part.idle:  # one black image of class 0, so that this process takes part in every collective call
         clean_BCHW, label_B = clean_BCHW.new_zeros(1, *clean_BCHW.shape[1:]), label_B.new_zeros(1)
@@ -42,6 +48,20 @@ def train_step(
     loss = descend(state, recipe, images, targets)
     state.noise_seed += 1
     return loss
+
+
+def _require_batch(state: State, clean_BCHW: Tensor, label_B: Tensor, teacher_BK: Tensor | None) -> None:
+    """Raise ValueError where the batch is not one of (B, C, H, W) float images with a label each."""
+    if clean_BCHW.dim() != 4 or not clean_BCHW.is_floating_point():
+        shape = f"{clean_BCHW.dtype} of shape {tuple(clean_BCHW.shape)}"
+        raise ValueError(f"clean: {shape}; needs floats (B, C, H, W), pixels in [0, 1]")
+    if len(label_B) != len(clean_BCHW):
+        raise ValueError(f"label: shape {tuple(label_B.shape)}, but there are {len(clean_BCHW)} images: one for each")
+    wanted = (len(label_B), state.num_classes)
+    if teacher_BK is not None and teacher_BK.shape != wanted:
+        raise ValueError(f"teacher: shape {tuple(teacher_BK.shape)}; needs {wanted}, a row of logits for each image")
+    if {clean_BCHW.device.type, label_B.device.type} != {state.device.type}:
+        raise ValueError(f"clean, label: on {clean_BCHW.device}, {label_B.device}; the student is on {state.device}")
 
 
 def observe(
@@ -68,7 +88,7 @@ def attack(state: State, recipe: Recipe, attacked: nn.Module, clean_BCHW: Tensor
         attacked = Beside(attacked, state.teacher)
     eps, step = recipe.method.margins(targets, recipe.attack)
     with state.autocast():
-        return pgd(
+        return ascend(
             attacked,
             clean_BCHW,
             objective=recipe.method.objective(targets),

@@ -26,6 +26,7 @@ from retemper.kernels.runtime import (
     pixel_runs,
     require_one_device,
     require_one_layout,
+    require_pixel_units,
     require_vector,
     require_writable,
     runs_triton,
@@ -243,7 +244,9 @@ def pgd_step_(
 
     Args:
         adv, grad, clean: (B, ...), one float dtype, one dense layout with the batch outermost.
-        step, eps: in pixel units (8/255, not 8); a number, or floats (B,) with one number for each sample; eps >= 0.
+        step, eps: in pixel units (8/255, not 8); a number, or floats (B,) with one number for each sample; eps >= 0. A
+            number of either may not be above the width of the range (or 1) with "linf", nor its sqrt(pixels)-fold with
+            "l2".
         norm: "linf" or "l2".
         lower, upper: the range of a valid pixel.
 
@@ -251,14 +254,14 @@ def pgd_step_(
         `adv` itself.
 
     Raises:
-        ValueError: the tensors differ in shape, dtype, device or strides; autograd is tracking `adv`; unknown norm; eps
-            is a negative number.
+        ValueError: the tensors differ in shape, dtype, device or strides; autograd is tracking `adv`; unknown norm; a
+            number for step or eps is not one of pixel units; the range of a pixel is empty.
     """
     require_writable("adv", adv)
     batch = adv.shape[0] if adv.dim() else 0
     step_scalar, step_per_sample = per_sample("step", step, batch)
     eps_scalar, eps_per_sample = per_sample("eps", eps, batch)
-    if eps_scalar < 0:
-        raise ValueError(f"eps: {eps_scalar}; a radius is not negative")
+    pixels = 1 if norm == "linf" or not adv.numel() else adv.numel() // batch
+    require_pixel_units(lower, upper, pixels, step=abs(step_scalar), eps=eps_scalar)
     _pgd_step_op(adv, grad, clean, step_scalar, eps_scalar, step_per_sample, eps_per_sample, norm, lower, upper)
     return adv

@@ -35,6 +35,7 @@ from retemper.kernels.runtime import (
     pixel_runs,
     require_one_device,
     require_one_layout,
+    require_pixel_units,
     require_vector,
     require_writable,
     runs_triton,
@@ -93,6 +94,8 @@ def random_start_reference(
     scale: float = 0.001,
     clip: bool = True,
     rows: tuple[int, int] = (0, 1),
+    lower: float = 0.0,
+    upper: float = 1.0,
 ) -> Tensor:
     """Compute the start in plain PyTorch: the truth for the tests, and the path on a CPU.
 
@@ -119,7 +122,7 @@ def random_start_reference(
     start.copy_(clean)
     centre = in_memory.clone()
     in_memory.copy_(torch.minimum(torch.maximum(centre + draw, centre - eps), centre + eps))
-    return (start.clamp_(0, 1) if clip else start).to(clean.dtype)
+    return (start.clamp_(lower, upper) if clip else start).to(clean.dtype)
 
 
 @triton.jit
@@ -141,6 +144,8 @@ def _random_start_kernel(
     eps_ptr,
     eps,
     scale,
+    lower,
+    upper,
     pixels,
     blocks,
     first_row,
@@ -167,7 +172,7 @@ def _random_start_kernel(
     clean = tl.load(clean_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     start = clamp(clean + draw, clean - eps, clean + eps)
     if CLIP:
-        start = clamp(start, 0.0, 1.0)
+        start = clamp(start, lower, upper)
     tl.store(adv_ptr + offset, start.to(adv_ptr.dtype.element_ty), mask=inside)
 
 
@@ -183,6 +188,8 @@ def _random_start_op(
     clip: bool,
     first_row: int = 0,
     rows_apart: int = 1,
+    lower: float = 0.0,
+    upper: float = 1.0,
 ) -> None:
     require_one_layout(adv=adv, clean=clean)
     require_one_device(adv=adv, seed=seed, eps=eps_per_sample)
@@ -198,12 +205,13 @@ def _random_start_op(
     rows = (first_row, rows_apart)
     if not runs_triton(adv):
         eps_or_epses = eps if eps_per_sample is None else eps_per_sample
-        drawn = random_start_reference(clean, eps_or_epses, seed=seed, noise=noise, scale=scale, clip=clip, rows=rows)
-        adv.copy_(drawn)
+        chosen: dict[str, Any] = dict(noise=noise, scale=scale, clip=clip, rows=rows, lower=lower, upper=upper)
+        adv.copy_(random_start_reference(clean, eps_or_epses, seed=seed, **chosen))
         return
     whole = rows == (0, 1)
     pixels, blocks, block, programs = pixel_runs(adv, BLOCK, eps_per_sample is not None or not whole)
-    scalars: tuple[Any, ...] = (eps_per_sample, eps, scale, pixels, blocks, *((None, None) if whole else rows))
+    scalars: tuple[Any, ...] = (eps_per_sample, eps, scale, lower, upper, pixels, blocks)
+    scalars += (None, None) if whole else rows
     options: dict[str, Any] = {"UNIFORM": noise == "uniform", "CLIP": clip, "BLOCK": block, **EXACT}
     with launching(adv):
         _random_start_kernel[(programs,)](adv, clean, seed, *scalars, **options)
@@ -224,6 +232,8 @@ def random_start_(
     seed: int | Tensor,
     clip: bool = True,
     rows: tuple[int, int] = (0, 1),
+    lower: float = 0.0,
+    upper: float = 1.0,
 ) -> Tensor:
     """Fill `adv`, in place, with `clean` plus random noise inside the eps ball. What `adv` held before is not read.
 
@@ -231,28 +241,31 @@ def random_start_(
 
     Args:
         adv, clean: (B, ...), one float dtype, one dense layout with the batch outermost.
-        eps: in pixel units (8/255, not 8); a number, or floats (B,) with one number for each sample; >= 0.
+        eps: in pixel units (8/255, not 8); a number, or floats (B,) with one number for each sample; >= 0. A
+            number may not be above the width of the range (or 1).
         noise: "uniform" in the ball, or "normal" with standard deviation `scale`.
         scale: the standard deviation of normal noise, in pixel units.
         seed: an int of 64 bits, or a tensor of one int64 on the device. With a tensor that a captured CUDA graph also
             advances, each replay of the graph draws anew.
-        clip: whether to clamp to [0, 1]. The released code of TRADES, RSLAD and ABSLD does not; its first step does.
+        clip: whether to clamp to [lower, upper]. The released code of TRADES, RSLAD and ABSLD does not; its first step
+            does.
         rows: (first, apart), where `adv` is the rows first, first + apart, ... of a larger batch: it gets their draws.
+        lower, upper: the range of a valid pixel.
 
     Returns:
         `adv` itself.
 
     Raises:
         ValueError: the tensors differ in shape, dtype, device or strides; autograd is tracking `adv`; unknown noise;
-            the seed does not fit; rows that cannot be; eps is a negative number.
+            the seed does not fit; rows that cannot be; eps is a number below 0 or above the range of a pixel; the range
+            is empty.
     """
     require_writable("adv", adv)
     eps_scalar, eps_per_sample = per_sample("eps", eps, adv.shape[0] if adv.dim() else 0)
-    if eps_scalar < 0:
-        raise ValueError(f"eps: {eps_scalar}; a radius is not negative")
+    require_pixel_units(lower, upper, eps=eps_scalar)
     if not isinstance(seed, Tensor):
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed: {seed} does not fit 64 bits")
         seed = torch.full((1,), seed, dtype=torch.int64, device=adv.device)
-    _random_start_op(adv, clean, seed, eps_scalar, eps_per_sample, noise, scale, clip, *rows)
+    _random_start_op(adv, clean, seed, eps_scalar, eps_per_sample, noise, scale, clip, *rows, lower, upper)
     return adv

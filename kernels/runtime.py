@@ -104,7 +104,7 @@ def require_one_layout(**tensors: Tensor) -> None:
             raise ValueError(f"{name}: {tensor.dtype}, but {first_name} is {first.dtype}; convert it with .to()")
         if tensor.shape != first.shape:
             raise ValueError(f"{name}: shape {tuple(tensor.shape)}, but {first_name} has {tuple(first.shape)}")
-        if not _is_dense_batch_first(tensor):
+        if not is_dense_batch_first(tensor):
             raise ValueError(f"{name}: strides {tensor.stride()} leave holes or overlap; call .contiguous() on it")
         if _strides(tensor) != _strides(first):
             raise ValueError(
@@ -176,6 +176,26 @@ def per_sample(name: str, value: float | Tensor, batch: int) -> tuple[float, Ten
     return 0.0, value.detach().contiguous()
 
 
+def require_pixel_units(lower: float, upper: float, pixels: int = 1, **numbers: float) -> None:
+    """Raise ValueError unless pixels have a range, and each number is a length in it: 8/255 where they end at 1, not 8.
+
+    A length up to 1 fits a range that is narrower too: it reaches every pixel there.
+
+    Args:
+        lower, upper: the range of a pixel.
+        pixels: over how many the lengths are measured: those of an image in L2, one in L-inf.
+        numbers: lengths by name. One that is NaN does not fit.
+    """
+    if not lower < upper:
+        raise ValueError(f"lower: {lower}, upper: {upper}; the range of a pixel is empty")
+    longest = max(1.0, upper - lower) * math.sqrt(pixels)
+    for name, number in numbers.items():
+        if not 0 <= number <= longest * (1 + 1e-6):  # the range itself, rounded, is no mistake
+            raise ValueError(
+                f"{name}: {number}; needs 0 to {longest:g}, as pixels lie in [{lower}, {upper}]: 8/255, not 8"
+            )
+
+
 def _strides(tensor: Tensor) -> list[int]:
     """Return the strides of dimensions longer than 1, or none for an empty tensor: no others mean anything."""
     if tensor.numel() == 0:
@@ -183,7 +203,7 @@ def _strides(tensor: Tensor) -> list[int]:
     return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
-def _is_dense_batch_first(tensor: Tensor) -> bool:
+def is_dense_batch_first(tensor: Tensor) -> bool:
     """Say whether the samples lie one after the other, without holes or overlaps, in any order of dimensions."""
     if tensor.numel() == 0:
         return True

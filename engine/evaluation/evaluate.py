@@ -13,7 +13,7 @@ from torch import nn
 
 from retemper.console import Progress, say
 from retemper.engine.checkpoints.find import Network, find_network, require_described
-from retemper.engine.checkpoints.header import Facts, is_run, require_same_images
+from retemper.engine.checkpoints.header import Facts, is_run, read_header, require_same_images
 from retemper.engine.distributed.ranks import ALONE, Ranks
 from retemper.engine.evaluation.autoattack import (
     SuiteRequest,
@@ -276,7 +276,9 @@ def _protocol(
     request: EvaluationRequest, network: Network, split: Split, order: np.ndarray, eps: float, sha256: str
 ) -> dict[str, Any]:
     """Return all that the numbers depend on beside the attacks. Under another protocol a new file is begun."""
+    cut = None if network.weights is None else read_header(network.weights).get("cut")
     return {
+        **({} if cut is None else {"training_cut": cut}),
         "dataset": split.name,
         "split": split.split,
         "images": len(order),
@@ -347,4 +349,6 @@ def summary(content: dict[str, Any]) -> str:
         if images != protocol["images"]:
             notes.append(f"{name}: on the first {images} of the images, balanced over the classes")
     lines.append(f"{protocol['images']} {protocol['split']} images, L-inf eps {protocol['eps']:.4g}, fp32")
+    if "training_cut" in protocol:
+        notes.append(f"the training was cut {protocol['training_cut']}: these are no numbers of a full run")
     return "\n".join(lines + notes + (check_lines(content["checks"]) if "checks" in content else []))

@@ -15,7 +15,7 @@ import torch
 
 from retemper.commands import command
 from retemper.console import say
-from retemper.engine.checkpoints.header import find_weights, is_run, load_network, read_facts
+from retemper.engine.checkpoints.header import find_weights, is_run, load_network, read_facts, read_header
 from retemper.engine.evaluation.places import fullest
 from retemper.engine.export.model_card import ExportedNetwork, model_card, model_info
 from retemper.engine.models import MODELS, blocks
@@ -58,6 +58,7 @@ def _read_network(run: Path, which: str, name: str | None) -> ExportedNetwork:
         raise DataError(f"{run} is no run's folder: name one that retemper train has made")
     weights = find_weights(run, which)
     config, facts = RunFolder(run).read_config(), read_facts(weights)
+    config |= {"training_cut": cut} if (cut := read_header(weights).get("cut")) else {}
     load_network(weights, facts, torch.device("cpu"))  # so that nothing damaged goes out
     assert facts.model is not None and facts.channels is not None
     keywords = {"channels": facts.channels} | getattr(MODELS[facts.model], "keywords", {})

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from retemper.engine.checkpoints.header import read_header
 from retemper.engine.class_report import Result, read_result
 from retemper.engine.evaluation.places import content_of, fullest
 from retemper.engine.report.page import Text
@@ -104,6 +105,9 @@ def read_run(target: str | Path) -> RunRecord:
         _read_evaluation(run)
     else:
         run.notes.append(Text("Not evaluated yet. To evaluate:", run.evaluate))
+    cut = run.protocol.get("training_cut") or read_header(folder / "last.safetensors").get("cut")
+    if cut:
+        run.notes.append(Text(f"Its training was cut {cut}: these are no numbers of a full run."))
     _name_classes(run)
     return run
 

@@ -45,6 +45,7 @@ class Job:
         teacher, clean_teacher, start: what the user calls these networks, as `find_network` takes it.
         cache: the folder of converted data sets and of the teachers' answers.
         save_every: seconds of training after which the state is saved within an epoch.
+        max_steps: how many steps are taken in all before the run is cut, to be gone on with; None for all of them.
         deterministic: whether a GPU is to give the same bits every time.
         ranks: the processes that run the job together.
     """
@@ -63,6 +64,7 @@ class Job:
     device: torch.device
     tensorboard: bool = False
     save_every: float = 600.0
+    max_steps: int | None = None
     deterministic: bool = False
     ranks: Ranks = ALONE
 

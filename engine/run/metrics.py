@@ -42,11 +42,17 @@ def epoch_words(line: dict[str, Any], recipe: Recipe, classes: Sequence[str], is
     words = f"epoch {line['epoch']}/{recipe.optim.epochs}  loss {line['loss']:.4f}  lr {line['lr']:g}"
     words += f"  {line['images_per_second']:.0f} img/s"
     if "holdout" in line:
-        held = line["holdout"]
-        kind, worst = "robust" if recipe.selection.select_steps else "clean", classes[held["worst_class"]]
-        words += f"  held-out {kind} {held['average']:.1%}, worst {held['worst']:.1%} ({worst})"
+        words += f"  {held_out_words(line['holdout'], recipe, classes)}"
+        first, epochs = recipe.selection.select_from, recipe.optim.epochs
         words += "  best so far" * is_best
+        words += f"  (no epoch is kept as the best before {min(first, epochs)})" * (line["epoch"] < min(first, epochs))
     return words
+
+
+def held_out_words(held: dict[str, Any], recipe: Recipe, classes: Sequence[str]) -> str:
+    """Return the report on the held-out images in words."""
+    kind, worst = "robust" if recipe.selection.select_steps else "clean", classes[held["worst_class"]]
+    return f"held-out {kind} {held['average']:.1%}, worst {held['worst']:.1%} ({worst})"
 
 
 class Board:

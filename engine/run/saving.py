@@ -120,10 +120,23 @@ class Saver:
         self.ranks.barrier()
         self._was_saved()
 
-    def to_do(self) -> str:
-        """Say which epochs are left."""
+    def save_cut(self, score: float, cut: str) -> None:
+        """Write the weights of a run that is cut before its end, so that it can be evaluated; its state is saved.
+
+        They stand in for the best where no epoch was the best yet. Their headers say `cut`, where that was.
+        """
+        if not self.ranks.is_first:
+            return
+        header = self.header | {"epoch": str(self.finished), "cut": cut}
+        if self.best == Best():
+            self.folder.save_weights(self.folder.best, self.state.kept, header | {"score": repr(score)})
+        self.folder.save_weights(self.folder.last, self.state.kept, header)
+
+    def to_do(self, max_steps: int | None = None) -> str:
+        """Say which epochs are left, and after how many steps in all the run is cut."""
         after = f" (after step {self.done})" if self.done else ""
-        return f"epochs {self.finished + 1}{after} to {self.recipe.optim.epochs}"
+        cut = "" if max_steps is None else f", cut after {max_steps:,} steps (--max-steps)"
+        return f"epochs {self.finished + 1}{after} to {self.recipe.optim.epochs}{cut}"
 
     def where(self, steps: int) -> str:
         """Say where the newest save is; `steps` is how many an epoch has."""

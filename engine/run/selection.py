@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retemper.engine.attack import pgd
+from retemper.engine.attack import ascend
 from retemper.engine.checkpoints.header import read_header
 from retemper.engine.checkpoints.weights import CheckpointError, require_intact
 from retemper.engine.class_report import by_class
@@ -42,6 +42,8 @@ class Best:
 def newest_best(folder: RunFolder, state: dict[str, Any] | None) -> Best:
     """Return the best epoch: that of the saved state, or of weights that a killed process wrote after it.
 
+    Weights of a run that was cut (`Saver.save_cut`) are no epoch's, so they do not count.
+
     Raises:
         DataError: the weights are damaged.
     """
@@ -52,6 +54,8 @@ def newest_best(folder: RunFolder, state: dict[str, Any] | None) -> Best:
     except CheckpointError as error:
         raise DataError(f"{error}, or delete it: a later epoch is then the best") from None
     header, saved = read_header(folder.best), Best(**state["best"])
+    if "cut" in header:
+        return saved
     epoch = int(header.get("epoch", 0))
     return Best(float(header["score"]), epoch) if epoch > saved.epoch else saved
 
@@ -90,7 +94,7 @@ def validate(
     def trained(clean: Tensor, clean_BK: Tensor, label_B: Tensor, seed: int) -> Tensor:
         objective = recipe.method.objective(Targets(label_B=label_B, own_BK=clean_BK, state={}))
         options = {name: getattr(attack, name) for name in ("steps", "step", "eps", "start", "clip_start")}
-        return pgd(model, clean, objective=objective, seed=seed, **options)
+        return ascend(model, clean, objective=objective, seed=seed, **options)
 
     judging = Attack(steps=recipe.selection.select_steps).on(model, attack.eps)
     perturb = trained if recipe.method.validates_by == "training attack" else judging

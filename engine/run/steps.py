@@ -9,6 +9,7 @@ from torch import Tensor
 
 from retemper.console import Progress
 from retemper.engine.run.diverged import FiniteWatch
+from retemper.engine.run.pace import Pace
 from retemper.engine.run.saving import Saver
 from retemper.engine.run.teacher_logits import TeacherLogits
 from retemper.engine.speed.capture import captured
@@ -26,16 +27,19 @@ class Steps:
 
     Args:
         teacher: where the teacher's logits come from; None where the step asks it.
+        pace: counts the steps, and says how many of them the run is to take.
     """
 
-    def __init__(self, loader: Loader, teacher: TeacherLogits | None, saver: Saver, watch: FiniteWatch) -> None:
-        self.loader, self.teacher, self.saver, self.watch = loader, teacher, saver, watch
+    def __init__(
+        self, loader: Loader, teacher: TeacherLogits | None, saver: Saver, watch: FiniteWatch, pace: Pace
+    ) -> None:
+        self.loader, self.teacher, self.saver, self.watch, self.pace = loader, teacher, saver, watch, pace
         self.recipe, self.state = saver.recipe, saver.state
         captures = self.recipe.execution.captures_on(self.state.device)
         self.step = captured(self._step) if captures else self._step
 
-    def run(self, epoch: int) -> None:
-        """Train on every batch of `epoch` that is left.
+    def run(self, epoch: int) -> bool:
+        """Train on every batch of `epoch` that is left; say whether that is all of it, or the run is cut here.
 
         Raises:
             KeyboardInterrupt: a signal came; steps that were begun are done.
@@ -43,19 +47,27 @@ class Steps:
         """
         self._leave_together()
         saver, ranks, size = self.saver, self.saver.ranks, self.recipe.optim.batch_size
+        allowed = self.pace.allowed(epoch)
+        if allowed <= saver.done < len(self.loader):
+            return False
         if not saver.done:
             saver.started = time.monotonic()
             saver.start_epoch(epoch)
         looks, total = STEPS_BETWEEN_READS[self.state.device.type], self.loader.num_images
-        progress = Progress(f"epoch {epoch}/{self.recipe.optim.epochs}", total)
-        with progress, closing(self._batches(epoch, saver.done)) as batches:
-            progress.advance(min(saver.done * size, total))
-            for batch, teacher_BK in batches:
+        done = min(saver.done * size, total)
+        what, whole = f"epoch {epoch}/{self.recipe.optim.epochs}", lambda: self.pace.left_s(epoch, saver.done)
+        self.pace.begin()
+        with (
+            Progress(what, total, done=done, whole=whole) as progress,
+            closing(self._batches(epoch, saver.done)) as batches,
+        ):
+            for batch, teacher_BK in islice(batches, max(0, allowed - saver.done)):
                 rows = min(size, total - saver.done * size)
                 self.state.part.take(len(batch.label), rows)
                 with undisturbed():
                     loss = self.step(batch.image, batch.view, batch.label, teacher_BK)
                     saver.done += 1
+                self.pace.step()
                 look, save = saver.done % looks == 0, time.monotonic() >= saver.next_save
                 if ranks.joined:  # all of them do the same, and ask one another only when the host waits anyway
                     save = look and ranks.any(save) == [True]
@@ -66,8 +78,9 @@ class Steps:
                     self._leave_together()
                 if save:
                     with undisturbed():
-                        self._save_here()
+                        self.save_here()
         self._require_finite(epoch)
+        return saver.done >= len(self.loader)
 
     @contextmanager
     def saved_on_leaving(self) -> Iterator[None]:
@@ -80,10 +93,10 @@ class Steps:
         try:
             yield
         except KeyboardInterrupt:
-            raise Interrupted(self._save_here()) from None
+            raise Interrupted(self.save_here()) from None
         except DataError:
             if not self.saver.ranks.joined:  # of several processes, the others are somewhere else
-                self._save_here()
+                self.save_here()
             raise
 
     def _step(self, image: Tensor, view: Tensor, label: Tensor, teacher_BK: Tensor | None) -> Tensor:
@@ -96,7 +109,7 @@ class Steps:
         if ranks.joined and ranks.any(asked()) == [True]:
             raise KeyboardInterrupt
 
-    def _save_here(self) -> str:
+    def save_here(self) -> str:
         """Save the state after the newest step, where that is not done yet; say where that is."""
         if self.saver.saved != (self.saver.finished, self.saver.done):
             self._require_finite(self.saver.finished + 1)

@@ -55,7 +55,7 @@ def _with(job: Job, what: str, model: str | None, name: str | None) -> Job:
     if not done:
         say(f"{job.name}: no {option} given, so {name} comes first, in {out}; later runs beside it use it too")
         # always seed 0: runs that differ in their seed share one teacher, and are compared under it
-        first = replace(job, method=method, setting=setting, recipe=found.recipe, out=out, seed=0)
+        first = replace(job, method=method, setting=setting, recipe=found.recipe, out=out, seed=0, max_steps=None)
         train(with_teacher(replace(first, teacher=None, clean_teacher=None, start=None)))
     return replace(job, **{what: out})
 

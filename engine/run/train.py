@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from retemper.commands import command
-from retemper.console import say
+from retemper.console import duration, say
 from retemper.engine.epoch_stats import EpochStats, HeldOut
 from retemper.engine.run.data import TrainingData, load_data, training_split
 from retemper.engine.run.diverged import FiniteWatch
 from retemper.engine.run.job import Job
-from retemper.engine.run.metrics import Board, epoch_line, epoch_words
+from retemper.engine.run.metrics import Board, epoch_line, epoch_words, held_out_words
 from retemper.engine.run.networks import NetworkLoader, begin_state
+from retemper.engine.run.pace import Pace
 from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.run.saving import Saver
 from retemper.engine.run.selection import judge, validate
@@ -29,6 +30,7 @@ from retemper.engine.run.teacher_logits import teacher_logits
 from retemper.engine.state import State
 from retemper.errors import Diverged
 from retemper.interrupts import undisturbed
+from retemper.loaders import Split
 
 
 def train(job: Job) -> Path:
@@ -53,7 +55,8 @@ def train(job: Job) -> Path:
         )
         teacher = teacher_logits(recipe, state, data, sources["teacher"], run=job.name, cache=job.cache)
         saver = Saver(folder, recipe, state, seed=job.seed, save_every=job.save_every, header=job.header(split))
-        steps = Steps(data.loader, teacher, saver, FiniteWatch(state, folder, split.classes))
+        pace = Pace(recipe, len(data.loader), job.max_steps)
+        steps = Steps(data.loader, teacher, saver, FiniteWatch(state, folder, split.classes), pace)
 
         if ranks.is_first and not folder.state.exists():
             networks.check_teachers(data.held, run=job.name, data_root=job.data_root)
@@ -63,16 +66,20 @@ def train(job: Job) -> Path:
             say(f"{job.name}: all {recipe.optim.epochs} epochs are done in {job.out}")
             ranks.barrier()
             return job.out
-        say(f"{job.name}: {saver.to_do()} on {job.place()}; {data.loader.description}")
+        say(f"{job.name}: {saver.to_do(job.max_steps)} on {job.place()}; {data.loader.description}")
         try:
             for epoch in range(saver.finished + 1, recipe.optim.epochs + 1):
                 with steps.saved_on_leaving():
-                    steps.run(epoch)
-                    _conclude(job, state, data, saver, board, epoch)
+                    if not steps.run(epoch):
+                        _cut(job, state, data, saver, steps)
+                        break
+                    with pace.ending(epoch):
+                        _conclude(job, state, data, saver, board, pace, epoch)
         finally:
             data.loader.close()
         ranks.barrier()
-        say(f"{job.name}: done, best epoch {saver.best.epoch}; next: {_next(job)}")
+        if saver.finished == recipe.optim.epochs:
+            say(f"{job.name}: done, best epoch {saver.best.epoch}; next: {_next(job)}")
     return job.out
 
 
@@ -82,7 +89,34 @@ def _next(job: Job) -> str:
     return command("retemper", "evaluate", job.out, data_root="DIR" if needs_root else None)
 
 
-def _conclude(job: Job, state: State, data: TrainingData, saver: Saver, board: Board | None, epoch: int) -> None:
+def _cut(job: Job, state: State, data: TrainingData, saver: Saver, steps: Steps) -> None:
+    """At --max-steps: save the state to go on from, then average and judge the weights, and save them to be evaluated.
+
+    What is done to the networks after the state was saved is of this process alone.
+    """
+    epoch = saver.finished + 1
+    steps.save_here()
+    state.all_reduce()
+    score = -1.0
+    if saver.done:
+        _average(job, state, data, epoch)
+    if saver.best.epoch == 0 and data.held is not None:
+        report = _judged(job, state, data.held)
+        score = report["average"] + report["worst"]
+        say(f"{job.name}: {held_out_words(report, job.recipe, data.split.classes)}")
+    taken = saver.finished * len(data.loader) + saver.done
+    cut = f"after {taken:,} steps, in epoch {epoch} of {job.recipe.optim.epochs}"
+    with undisturbed():
+        saver.save_cut(score, cut)
+    say(
+        f"{job.name}: cut {cut}, so this is no full run; next: {_next(job)}; the same command with more --max-steps, "
+        "or without, goes on"
+    )
+
+
+def _conclude(
+    job: Job, state: State, data: TrainingData, saver: Saver, board: Board | None, pace: Pace, epoch: int
+) -> None:
     """After the steps of an epoch: move the class state, average the weights, judge them, and save."""
     recipe, seconds = job.recipe, time.monotonic() - saver.started
     saver.hold_tail(epoch)
@@ -97,7 +131,9 @@ def _conclude(job: Job, state: State, data: TrainingData, saver: Saver, board: B
         saver.save_epoch(epoch, line)
         if board is not None:
             board.write(line)
-        say(epoch_words(line, recipe, data.split.classes, is_best=saver.best.epoch == epoch))
+        words = epoch_words(line, recipe, data.split.classes, is_best=saver.best.epoch == epoch)
+        left_s = pace.left_s(epoch + 1, 0)
+        say(f"{words}  {duration(left_s)} left" if left_s else words)
 
 
 def _move_classes(job: Job, state: State, data: TrainingData, epoch: int) -> None:
@@ -128,12 +164,16 @@ def _select(job: Job, state: State, data: TrainingData, saver: Saver, line: dict
         if epoch == epochs:
             saver.keep_as_best(-1.0, epoch)
     elif selection.is_due(epoch, epochs):
-        eps, steps, ranks = job.recipe.attack.eps, selection.select_steps, job.ranks
-        report = judge(state.kept, data.held, eps=eps, steps=steps, device=job.device, ranks=ranks)
-        line["holdout"] = report
+        line["holdout"] = report = _judged(job, state, data.held)
         score = report["average"] + report["worst"]
         if score > saver.best.score and (epoch == epochs or epoch >= selection.select_from):
             saver.keep_as_best(score, epoch)
+
+
+def _judged(job: Job, state: State, held: Split) -> dict[str, Any]:
+    """Return the report by class that decides which epoch is the best."""
+    eps, steps = job.recipe.attack.eps, job.recipe.selection.select_steps
+    return judge(state.kept, held, eps=eps, steps=steps, device=job.device, ranks=job.ranks)
 
 
 def _validated(job: Job, state: State, data: TrainingData) -> HeldOut:

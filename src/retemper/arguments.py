@@ -162,6 +162,7 @@ OPTIONS: dict[str, tuple[str | tuple[str, dict[str, Any]], ...]] = {  # of each 
         _option(
             "--save-every", "save within an epoch so often; 0: every step (600)", "SECONDS", type=float, default=600
         ),
+        _option("--max-steps", "cut the run after N steps in all: to try it out, or go on later", "N", type=COUNT),
         _option("--deterministic", "the same bits every time on a GPU too, slower", action="store_true"),
         _option("--tensorboard", "write RUN/tensorboard too (an extra)", action="store_true"),
         _option("--show", "print the resolved recipe and leave", action="store_true"),

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -33,13 +33,20 @@ def only_errors(quiet: bool) -> None:
 
 
 class Progress:
-    """A count up to `total`, shown on stderr. Use it as a context manager."""
+    """A count up to `total`, shown on stderr with the time that is left. Use it as a context manager.
 
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.done, self.note = what, total, 0, ""
+    Args:
+        done: how many were done before, in a time that is not known.
+        whole: returns the seconds that are left of the run that this is a part of, None where it is not known.
+    """
+
+    def __init__(
+        self, what: str, total: int, *, done: int = 0, whole: Callable[[], float | None] = lambda: None
+    ) -> None:
+        self.what, self.total, self.done, self.before, self.whole, self.note = what, total, done, done, whole, ""
         self.started = self.said = time.monotonic()
         tqdm = _tqdm() if sys.stderr.isatty() and not _quiet else None
-        self.bar = tqdm(total=total, desc=what, leave=False, dynamic_ncols=True) if tqdm else None
+        self.bar = tqdm(total=total, initial=done, desc=what, leave=False, dynamic_ncols=True) if tqdm else None
 
     def __enter__(self) -> "Progress":
         return self
@@ -53,14 +60,29 @@ class Progress:
         self.done += units
         self.note = self.note if note is None else note
         if self.bar is not None:
-            self.bar.set_postfix_str(self.note, refresh=False)
+            self.bar.set_postfix_str(f"{self._of_the_run()}  {self.note}".strip(" ,"), refresh=False)
             self.bar.update(units)
             return
         now = time.monotonic()
         if now - self.said >= LINE_EVERY_S:
             self.said = now
-            left_s = (self.total - self.done) * (now - self.started) / max(1, self.done)
-            say(f"{self.what}: {self.done:,} of {self.total:,}, {left_s:.0f} s left  {self.note}".rstrip())
+            left_s = (self.total - self.done) * (now - self.started) / max(1, self.done - self.before)
+            left = f"{duration(left_s)} left{self._of_the_run()}"
+            say(f"{self.what}: {self.done:,} of {self.total:,}, {left}  {self.note}".rstrip())
+
+    def _of_the_run(self) -> str:
+        """Return how long the whole run still takes, in words that stand behind others; nothing where none knows."""
+        left_s = self.whole()
+        return "" if left_s is None else f", {duration(left_s)} of the whole run"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as one reads it: 42 s, 12 min 05 s, 1 h 05 min, 2 d 03 h."""
+    whole = round(seconds)
+    for size, unit, part, part_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // part:02d} {part_unit}"
+    return f"{whole} s"
 
 
 def progress(items: Iterable[T], total: int, label: str, *, show: bool = True) -> Iterator[T]:

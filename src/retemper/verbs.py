@@ -28,7 +28,7 @@ def train(arguments: Namespace) -> None:
     if arguments.show:
         print("\n".join(f"{field:20} {value!r}" for field, value in recipe.flat().items()))
         return
-    given = "seed data_root teacher clean_teacher start beton tensorboard save_every deterministic".split()
+    given = "seed data_root teacher clean_teacher start beton tensorboard save_every max_steps deterministic".split()
     with joined(arguments.device) as (ranks, device):
         job = Job(
             method=method,

@@ -264,7 +264,7 @@ def test_verdicts_of_another_evaluation_are_refused(tmp_path: Path) -> None:
 
 def test_other_pixels_of_the_same_name_are_refused(tmp_path: Path) -> None:
     a, b, old = (
-        write_run(tmp_path / name, verdicts(1, 1, 1), **digest)
+        write_run(tmp_path / name, verdicts(1, 1, 1), CLASSES, **digest)
         for name, digest in (("a", {"images_sha256": "x"}), ("b", {"images_sha256": "y"}), ("old", {}))
     )
     with pytest.raises(UsageError, match="the digest of the images"):

@@ -130,7 +130,9 @@ def test_readers_take_the_fullest_evaluation_or_the_one_that_is_named(teacher: P
     full, quick = tmp_path / "evaluation.json", tmp_path / "evaluation.1.json"
     for suffix in (".json", ".csv"):  # as earlier versions left them: the newest in the first place
         a, b, aside = (path.with_suffix(suffix) for path in (full, quick, tmp_path / "aside"))
-        a.rename(aside), b.rename(a), aside.rename(b)
+        a.rename(aside)
+        b.rename(a)
+        aside.rename(b)
     assert read_evaluated(tmp_path).protocol["images"] == 40 == read_run(tmp_path).protocol["images"]
     assert read_evaluated(full).protocol["images"] == 20 == read_run(full).protocol["images"]
     assert read_run(quick).name == f"{tmp_path.name} (evaluation.1)"

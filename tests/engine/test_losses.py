@@ -1,9 +1,10 @@
 """Rows of losses: against PyTorch's, at the ends of the logits, and through the gradient."""
 
+import pytest
 import torch
 from torch.nn import functional as F
 
-from retemper.engine import cross_entropy_rows, is_label, kl_rows
+from retemper.engine import cross_entropy_rows, cw_objective, is_label, kl_rows
 
 
 def test_rows_are_pytorchs() -> None:
@@ -33,3 +34,22 @@ def test_half_precision_is_computed_in_single() -> None:
 def test_labels_are_marked_in_their_rows() -> None:
     logits, label = torch.randn(7, 5), torch.tensor([0, 4, 2, 2, 1, 3, 0])
     assert torch.equal(is_label(logits, label), F.one_hot(label, 5).bool())
+
+
+def test_nothing_is_broadcast() -> None:
+    logits, label = torch.randn(6, 5), torch.arange(6) % 5
+    for other in (logits[:1], logits[:, :1], logits[:5], logits[0], logits[:, None]):
+        with pytest.raises(ValueError, match=r"adv"):
+            kl_rows(logits, other)
+    for wrong in (label[:, None], label[:1], label[:5], label.float(), F.one_hot(label, 5).float(), label[0]):
+        for rows in (cross_entropy_rows, is_label):
+            with pytest.raises(ValueError, match="label: "):
+                rows(logits, wrong)
+    with pytest.raises(TypeError, match="logits: it is a tuple"):
+        cross_entropy_rows((logits, logits), label)  # pyright: ignore[reportArgumentType]
+    assert torch.equal(cross_entropy_rows(logits, label.int()), cross_entropy_rows(logits, label))
+
+
+def test_a_margin_in_half_precision_is_summed_in_single() -> None:
+    logits = torch.randn(2000, 5).half()
+    assert cw_objective(torch.zeros(2000, dtype=torch.int64), 50.0)(logits).isfinite()

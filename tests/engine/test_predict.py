@@ -144,3 +144,14 @@ def test_each_batch_is_attacked_with_a_seed_of_its_own(digits: Split) -> None:
     for batch in batches:
         assert torch.equal(batch.adv_BK, batch.clean_BK / 2)
     assert seeds == [100, 108, 116]
+
+
+def test_attacks_and_networks_that_do_not_fit_are_refused(digits: Split) -> None:
+    for wrong in (dict(loss="crossentropy", steps=1), dict(steps=-1), dict(steps=1, step=2.0)):
+        with pytest.raises(ValueError, match="the loss is cross-entropy or margin"):
+            Attack(**wrong)  # pyright: ignore[reportArgumentType]
+    narrow = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5))
+    with pytest.raises(ValueError, match=r"the model answers \(4, 5\) .* needs \(4, 10\)"):
+        survivors(narrow, digits, ATTACKS["clean"], eps=0, device=CPU, indices=np.arange(4))
+    with pytest.raises(ValueError, match="8/255, not 8"):
+        survivors(narrow, digits, ATTACKS["fgsm"], eps=8, device=CPU, indices=np.arange(4))

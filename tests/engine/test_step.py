@@ -169,3 +169,21 @@ def test_a_graph_is_refused_where_there_is_none(capsys: pytest.CaptureFixture[st
     assert run(["train", "sat:digits", "--capture", "on", "--device", "cpu", "--out", "/nonexistent/x"]) == 2
     assert run(["train", "sat:digits", "--epilogue", "fast", "--device", "cpu"]) == 2
     assert "plain" in capsys.readouterr().err
+
+
+def test_a_batch_that_does_not_fit_is_refused_before_anything_moves(device: torch.device) -> None:
+    state, recipe = make("absld", device)
+    clean, label = batch(device)
+    teacher, before = torch.zeros(20, 10, device=device), [value.clone() for value in state.student.parameters()]
+    for wrong, given in {
+        "clean: torch.uint8": (clean.byte(), label),
+        "clean: .* shape": (clean[0], label),
+        "label: .* whole numbers": (clean, label.float()),
+        "label: shape": (clean, label[:5]),
+        r"teacher: shape \(20, 5\)": (clean, label, teacher[:, :5]),
+        r"teacher: shape \(1, 10\)": (clean, label, teacher[:1]),
+    }.items():
+        with pytest.raises(ValueError, match=wrong):
+            train_step(state, recipe, *given)
+    assert all(torch.equal(*pair) for pair in zip(before, state.student.parameters(), strict=True))
+    train_step(state, recipe, clean, label.int())

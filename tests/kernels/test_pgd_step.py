@@ -100,11 +100,11 @@ def test_no_gradient_no_move(norm: str, dtype: torch.dtype, device: torch.device
     grad[0] = 0
     grad[1] = float("nan")
     grad[2, :, ::2] = float("nan")
-    moved = pgd_step_(adv.clone(), grad, clean, STEP, 10.0, norm=norm)
+    moved = pgd_step_(adv.clone(), grad, clean, STEP, 1.0, norm=norm)
     assert torch.equal(moved[:2], adv[:2])
     assert torch.equal(moved[2, :, ::2], adv[2, :, ::2])
     still = torch.zeros_like(grad)
-    assert torch.equal(pgd_step_(moved.clone(), still, clean, STEP, 10.0, norm=norm), moved)  # no drift
+    assert torch.equal(pgd_step_(moved.clone(), still, clean, STEP, 1.0, norm=norm), moved)  # no drift
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -154,8 +154,15 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
         pgd_step_(adv, grad, clean, torch.ones(3, device=device), EPS)
     with pytest.raises(ValueError, match=r"eps: torch.int64"):
         pgd_step_(adv, grad, clean, STEP, torch.ones(2, device=device, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"eps: -0.1; a radius"):
-        pgd_step_(adv, grad, clean, STEP, -0.1)
+    for eps in (-0.1, 8, float("nan")):
+        with pytest.raises(ValueError, match=rf"eps: {eps}.*; needs 0 to 1, .* 8/255, not 8"):
+            pgd_step_(adv, grad, clean, STEP, eps)
+    with pytest.raises(ValueError, match=r"step: 2.0; needs 0 to 1"):
+        pgd_step_(adv, grad, clean, 2, EPS)
+    with pytest.raises(ValueError, match=r"lower: 1.0, upper: 0.0; the range of a pixel is empty"):
+        pgd_step_(adv, grad, clean, STEP, EPS, lower=1.0, upper=0.0)
+    pgd_step_(adv, grad, clean, 2, 8, lower=0.0, upper=255.0)  # other units
+    pgd_step_(adv, grad, clean, 2, 8, norm="l2")  # 192 pixels: the ball is longer than any one of them
     with pytest.raises(ValueError, match=r"adv: requires grad .* adv.detach\(\)"):
         pgd_step_(adv.requires_grad_(), grad, clean, STEP, EPS)
     with torch.no_grad():

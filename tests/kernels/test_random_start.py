@@ -102,6 +102,10 @@ def test_stays_in_the_ball_and_the_image(noise: str, seed: int, eps: float, scal
     assert (free >= clean - eps).all() and (free <= clean + eps).all()
     clipped = random_start_(torch.empty_like(clean), clean, eps, noise=noise, scale=scale, seed=seed)
     assert torch.equal(clipped, free.clamp(0, 1))
+    wider = random_start_(
+        torch.empty_like(clean), clean, eps, noise=noise, scale=scale, seed=seed, lower=-0.25, upper=0.5
+    )
+    assert torch.equal(wider, free.clamp(-0.25, 0.5))
 
 
 @pytest.mark.parametrize("seed", [3, -3])
@@ -198,8 +202,11 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
     for rows in ((-1, 1), (0, 0)):
         with pytest.raises(ValueError, match=r"rows: .* needs a row from 0 on"):
             random_start_(adv, clean, EPS, seed=0, rows=rows)
-    with pytest.raises(ValueError, match="eps: -1"):
-        random_start_(adv, clean, -1, seed=0)
+    for eps in (-1, 8, float("nan")):
+        with pytest.raises(ValueError, match=rf"eps: {eps}.*; needs 0 to 1, .* 8/255, not 8"):
+            random_start_(adv, clean, eps, seed=0)
+    with pytest.raises(ValueError, match="the range of a pixel is empty"):
+        random_start_(adv, clean, EPS, seed=0, lower=0.5, upper=0.5)
     with pytest.raises(ValueError, match="adv: requires grad"):
         random_start_(adv.requires_grad_(), clean, EPS, seed=0)
 
