@@ -9,9 +9,10 @@ import numpy as np
 
 from retemper.console import say
 from retemper.engine.class_report import by_class
+from retemper.engine.evaluation.content import read_evaluation
 from retemper.engine.evaluation.verdicts import Evaluated, Verdicts, write_verdicts
 from retemper.errors import DataError
-from retemper.files import read_json, write_json
+from retemper.files import write_json
 from retemper.loaders import Split
 
 
@@ -91,13 +92,10 @@ class EvaluationFile:
 def _made_under(path: Path, protocol: dict[str, Any]) -> dict[str, Any] | None:
     """Return the evaluation at `path`; None if it is damaged or was made under another protocol."""
     try:
-        content = read_json(path)
+        content = read_evaluation(path)
     except DataError:
         return None
-    was, attacks = content.get("protocol"), content.get("attacks")
-    if not (isinstance(was, dict) and isinstance(attacks, dict) and isinstance(was.get("attacks"), dict)):
-        return None
-    return content if {name: was.get(name) for name in protocol} == protocol else None
+    return content if {name: content["protocol"].get(name) for name in protocol} == protocol else None
 
 
 def _known_verdicts(path: Path, content: dict[str, Any]) -> Verdicts:

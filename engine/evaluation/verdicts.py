@@ -8,8 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from retemper.engine.evaluation.content import read_evaluation
 from retemper.errors import DataError, UsageError
-from retemper.files import read_json, write_atomically
+from retemper.files import write_atomically
 
 STRONGEST = ("autoattack", "autoattack-fast", "pgd20", "cw", "fgsm", "clean")
 MUST_AGREE = ("dataset", "split", "image_size", "eps", "norm", "precision", "classes")
@@ -40,7 +41,7 @@ class Evaluated:
         """Return the content of evaluation.csv. Raises DataError if there is no such file, or it is damaged."""
         path = self.path.with_suffix(".csv")
         try:
-            with open(path, newline="") as file:
+            with open(path, newline="", encoding="utf-8") as file:
                 return _read_verdicts(csv.DictReader(file, strict=True))
         except FileNotFoundError:
             raise DataError(f"{path} does not exist: run `retemper evaluate` again, it writes one") from None
@@ -86,9 +87,7 @@ def read_evaluated(target: Path, name: str | None = None) -> Evaluated:
     path = target / "evaluation.json" if target.is_dir() else target
     if not path.exists():
         raise DataError(f"{path} does not exist: run `retemper evaluate {target}` first")
-    content = read_json(path)
-    if not all(isinstance(content.get(part), dict) for part in ("protocol", "attacks")):
-        raise DataError(f"{path} is damaged: run `retemper evaluate` again")
+    content = {"protocol": {}, "attacks": {}} | read_evaluation(path, partial=True)
     return Evaluated(path, name or path.resolve().parent.name, content)
 
 

@@ -15,11 +15,12 @@ import torch
 
 from retemper.console import say
 from retemper.engine.checkpoints.header import find_weights, is_run, load_network, read_facts
+from retemper.engine.evaluation.content import read_evaluation
 from retemper.engine.export.model_card import ExportedNetwork, model_card, model_info
 from retemper.engine.models import MODELS, blocks
 from retemper.engine.run.run_folder import RunFolder
 from retemper.errors import DataError, UsageError
-from retemper.files import file_digest, json_bytes, read_json, write_atomically
+from retemper.files import file_digest, json_bytes, write_atomically
 
 
 def export(run: Path, out: Path, form: str, which: str = "best", name: str | None = None) -> Path:
@@ -94,7 +95,7 @@ def _read_evaluation(run: Path, which: str, digest: str) -> dict[str, Any]:
     if not path.exists():
         say(f"note: {run} is not evaluated, the card will say so; first: retemper evaluate {run}")
         return {}
-    content = read_json(path)
+    content = read_evaluation(path)
     if content["protocol"].get("weights_sha256") != digest:
         say(f"note: {path} is of other weights and is left out; again: retemper evaluate {run}")
         return {}

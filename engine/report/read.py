@@ -3,7 +3,6 @@
 A folder that holds only an evaluation, as networks trained elsewhere have, is read too.
 """
 
-import json
 import math
 import shlex
 from collections.abc import Sequence
@@ -14,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from retemper.engine.class_report import Result, read_result
+from retemper.engine.evaluation.content import read_evaluation
 from retemper.engine.report.page import Text
 from retemper.engine.report.words import shorten
+from retemper.engine.run.content import EpochLine
 from retemper.engine.run.run_folder import RunFolder
 from retemper.errors import DataError
-from retemper.files import read_json
+from retemper.files import read_json_lines
 
 ATTACKS = {
     "clean": "Clean",
@@ -95,13 +96,8 @@ def read_run(folder: Path) -> RunRecord:
 
 def _read_metrics(run: RunRecord) -> None:
     """Read the epochs in order; of an epoch that a resumed run wrote twice, the later line counts."""
-    path, epochs, unreadable = run.folder / "metrics.jsonl", {}, 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-            epochs[int(row["epoch"])] = row
-        except (ValueError, KeyError, TypeError, OverflowError):
-            unreadable += bool(line.strip())
+    rows, unreadable = read_json_lines(run.folder / "metrics.jsonl", EpochLine)
+    epochs = {row["epoch"]: row for row in rows}
     run.metrics = [epochs[epoch] for epoch in sorted(epochs)]
     if unreadable:
         run.notes.append(Text(f"{unreadable} unreadable lines of metrics.jsonl were left out."))
@@ -112,7 +108,7 @@ def _read_metrics(run: RunRecord) -> None:
 
 def _read_evaluation(run: RunRecord) -> None:
     try:
-        evaluation = read_json(run.folder / "evaluation.json")
+        evaluation = read_evaluation(run.folder / "evaluation.json", partial=True)
     except DataError:
         evaluation = {}
     run.protocol, run.checks = as_dict(evaluation.get("protocol")), as_dict(evaluation.get("checks"))

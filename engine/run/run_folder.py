@@ -8,7 +8,7 @@ on resume. The state before it stays as `last.1.state`, for the day that the dis
 import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,22 @@ from torch import nn
 from retemper.console import say
 from retemper.engine.checkpoints.weights import save_weights
 from retemper.engine.recipe import changed_options, flat_options
+from retemper.engine.run.content import RECORDED, Config, EpochLine, Saved
 from retemper.engine.run.state_file import Damaged, pack, unpack
 from retemper.errors import DataError, UsageError
-from retemper.files import atomic_write, locked, read_json, sweep, sync, write_atomically, write_json
+from retemper.files import (
+    atomic_write,
+    locked,
+    read_json,
+    read_json_lines,
+    sweep,
+    sync,
+    write_atomically,
+    write_json,
+)
+from retemper.shape import misfit
 
-STATE = {"epoch", "step", "student", "optimizer", "scaler", "class_state", "generators", "best"}
-CONFIG = {"method": str, "setting": str, "recipe": dict, "seed": int, "classes": list, "teacher": dict | None}
+ANEW = "delete the folder to start the run anew"
 
 
 class RunFolder:
@@ -70,13 +80,16 @@ class RunFolder:
         Raises:
             DataError: it is not there, or is not what a run writes.
         """
-        config = read_json(self.config)
-        lacking = [name for name, kind in CONFIG.items() if not isinstance(config.get(name), kind)]
-        if not lacking:
-            config["recipe"] = flat_options(config["recipe"])
-            lacking = [name for name in ("student", "dataset", "eps") if name not in config["recipe"]]
-        if lacking:
-            raise DataError(f"{self.config} is damaged (no {lacking[0]}): delete the folder to start the run anew")
+        config = read_json(self.config, Config, ANEW)
+        recipe = config["recipe"] = flat_options(config["recipe"])
+        for name, one in RECORDED.items():
+            wrong = misfit(recipe.get(name), one.kind, at=name)
+            try:
+                one.check(recipe.get(name))
+            except ValueError as error:
+                wrong = wrong or str(error)
+            if wrong:
+                raise DataError(f"{self.config} is damaged ({wrong}): {ANEW}")
         return config
 
     def begin(self, config: dict[str, Any]) -> None:
@@ -145,7 +158,7 @@ class RunFolder:
         damaged: list[str] = []
         for path in (path for path in (self.state, self.older) if path.exists()):
             try:
-                state = unpack(path, STATE)
+                state = unpack(path, Saved)
             except Damaged as error:
                 damaged.append(str(error))
                 continue
@@ -157,7 +170,7 @@ class RunFolder:
             self._write_metrics(state["epoch"])
             return state
         if damaged:
-            raise DataError(f"{', and '.join(damaged)}: delete the folder to start the run anew")
+            raise DataError(f"{', and '.join(damaged)}: {ANEW}")
         self._write_metrics(0)
         return None
 
@@ -168,12 +181,7 @@ class RunFolder:
 
     def _write_metrics(self, last: int, *more: dict[str, Any]) -> None:
         """Leave the lines up to epoch `last`, but for those that cannot be read, and `more` behind them."""
-        lines = []
-        for text in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
-            with suppress(ValueError, KeyError, TypeError):
-                line = json.loads(text)
-                if line["epoch"] <= last:
-                    lines.append(line)
+        lines = [line for line in read_json_lines(self.metrics, EpochLine)[0] if line["epoch"] <= last]
         content = "".join(json.dumps(line, allow_nan=False) + "\n" for line in (*lines, *more))
         with _telling(self.metrics):
             write_atomically(self.metrics, content.encode())

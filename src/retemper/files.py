@@ -10,13 +10,14 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from retemper.console import progress
 from retemper.errors import DataError, UsageError
+from retemper.shape import misfit, parse_json
 
 DAMAGED = (  # what the readers of zip and pickle raise when the bytes are not a file of theirs
     *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error),
@@ -117,22 +118,48 @@ def file_digest(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
+def read_json(path: str | Path, kind: Any = dict, advice: str = "", partial: bool = False) -> dict[str, Any]:
     """Return the object in a JSON file.
 
+    Args:
+        kind: the shape that it must have (`retemper.shape`).
+        advice: what to do about a file that is damaged, for the error.
+        partial: whether fields may be missing.
     Raises:
-        DataError: the file does not exist, or does not hold one JSON object.
+        DataError: the file does not exist, or does not hold one such object; the message names the field.
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_bytes())
+        wrong = misfit(content, kind, partial)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: is {path.parent} the folder of a run?") from None
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path} should hold one JSON object")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        wrong, content = str(error), {}
+    if wrong is not None:
+        raise DataError(f"{path} is damaged ({wrong}){advice and f': {advice}'}")
     return content
+
+
+def read_json_lines(path: str | Path, kind: Any) -> tuple[list[dict[str, Any]], int]:
+    """Return the objects in a file with one a line, and how many lines hold none of the shape `kind`.
+
+    A file that does not exist has no lines. Raises DataError where it cannot be read.
+    """
+    rows: list[dict[str, Any]] = []
+    try:
+        lines = [line for line in Path(path).read_bytes().splitlines() if line.strip()]
+    except FileNotFoundError:
+        lines = []
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    for line in lines:
+        with suppress(ValueError):
+            row = parse_json(line)
+            rows += [row] if misfit(row, kind) is None else []
+    return rows, len(lines) - len(rows)
 
 
 def json_bytes(content: Any) -> bytes:
