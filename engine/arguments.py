@@ -135,9 +135,14 @@ def _pair(text: str) -> tuple[int, int] | None:
 
 SEED = _kind(int, lambda seed: 0 <= seed < 2**23, "a seed lies in 0 .. 2^23 - 1")
 COUNT = _kind(int, lambda number: number >= 1, "it must be at least 1")
+BATCH = _kind(int, lambda size: 1 <= size <= 2**20, "a batch has 1 .. 2^20 images")
+PIXELS = _kind(int, lambda size: 1 <= size <= 4096, "an image has 1 .. 4096 pixels a side")
+ROUNDS = _kind(int, lambda number: 1 <= number <= 10_000, "so many rounds are 1 .. 10000")
+YEAR_S = 365 * 24 * 3600
+PERIOD = _kind(float, lambda seconds: 0 <= seconds <= YEAR_S, "write it in seconds, from 0 to a year")
 RADIUS = _kind(partial(parse_value, float), lambda eps: 0 <= eps <= 1, "write it in [0, 1] pixels, 8/255 not 8")
 SHARD = _kind(_pair, lambda pair: 1 <= pair[0] <= pair[1], "write it as 1/4 to 4/4")
-MINUTES = _kind(float, lambda minutes: minutes > 0, "write it in minutes, as 90")
+MINUTES = _kind(float, lambda minutes: 0 < minutes <= YEAR_S / 60, "write it in minutes, above 0 and up to a year")
 
 
 def _option(name: str, help: str, metavar: str | None = None, **rest: Any) -> tuple[str, dict[str, Any]]:
@@ -167,7 +172,7 @@ OPTIONS: dict[str, tuple[str | tuple[str, dict[str, Any]], ...]] = {  # of each 
         _option("--cache", "where converted data and teachers' answers go (~/.cache/retemper)", "DIR", type=Path),
         _option("--beton", "a converted training set to read instead", "FILE", type=Path),
         _option(
-            "--save-every", "save within an epoch so often; 0: every step (600)", "SECONDS", type=float, default=600
+            "--save-every", "save within an epoch so often; 0: every step (600)", "SECONDS", type=PERIOD, default=600
         ),
         _option("--deterministic", "the same bits every time on a GPU too, slower", action="store_true"),
         _option("--tensorboard", "write RUN/tensorboard too (an extra)", action="store_true"),
@@ -185,7 +190,7 @@ OPTIONS: dict[str, tuple[str | tuple[str, dict[str, Any]], ...]] = {  # of each 
         _option("--out", "where evaluation.json goes (beside the weights)", "DIR", type=Path),
         _option("--limit", "only N images, balanced over the classes", "N", type=COUNT),
         _option("--weights", "which of a run's weights (best)", choices=("best", "last"), default="best"),
-        _option("--batch-size", "images at once (256)", "N", type=COUNT, default=256),
+        _option("--batch-size", "images at once (256)", "N", type=BATCH, default=256),
         _option("--seed", "of the random starts (0)", "N", type=SEED, default=0),
         _option("--check", "also look for masked gradients, on 300 of the images", action="store_true"),
         DEVICE,
@@ -232,13 +237,13 @@ OPTIONS: dict[str, tuple[str | tuple[str, dict[str, Any]], ...]] = {  # of each 
         _option("--data-root", "where the data set lies", "DIR", type=Path),
         _option("--out", "the file to write", "FILE.beton", type=Path, required=True),
         _option("--split", "which images (train)", choices=("train", "test"), default="train"),
-        _option("--image-size", "resize to N pixels a side (as they are)", "N", type=int),
+        _option("--image-size", "resize to N pixels a side (as they are)", "N", type=PIXELS),
     ),
     "bench": (
         _option("what", "what is timed", choices=("step", "kernels", "loaders", "attack")),
         _option("--json", "write the figures there too", "FILE", type=Path),
-        _option("--rounds", "interleaved rounds that count (20)", "N", type=COUNT, default=20),
-        _option("--batch", "this batch size in place of the usual ones", "N", type=COUNT),
+        _option("--rounds", "interleaved rounds that count (20)", "N", type=ROUNDS, default=20),
+        _option("--batch", "this batch size in place of the usual ones", "N", type=BATCH),
         _option("--only", "tables whose name holds one of these", "WORD", nargs="+", default=[]),
         _option("--quick", "tiny sizes and nothing compiled: to try it out", action="store_true"),
         _option("--profile", "step: a table and a trace of its phases into DIR", "DIR", type=Path),
