@@ -33,8 +33,8 @@ def run_recipe(file: str) -> None:
 
 __all__ = [
     "MOST_EPOCHS", "WHOLE", "ClassMeans", "ClassReport", "ClassSums", "Diverged", "EpochStats", "HeldOut",
-    "KlObjective", "LabelAttack", "Method", "Objective", "OwnPredictionAttack", "Part", "Recipe", "Setting", "State",
-    "Targets", "TrainingAttack", "Watcher", "class_report", "create_model", "cross_entropy_objective", "cross_entropy_rows",
-    "cw_objective", "given", "intervals", "is_label", "kl_rows", "load_checkpoint", "option", "pgd", "require_order",
-    "run_recipe", "save_weights", "train_step",
+    "KlObjective", "LabelAttack", "Method", "Objective", "OwnPredictionAttack", "Part", "Recipe", "Setting",
+    "State", "Targets", "TrainingAttack", "Watcher", "class_report", "create_model", "cross_entropy_objective",
+    "cross_entropy_rows", "cw_objective", "given", "intervals", "is_label", "kl_rows", "load_checkpoint", "option",
+    "pgd", "require_order", "run_recipe", "save_weights", "train_step",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 How the step is executed is the sixth group (`retemper.engine.speed.execution`). Each is a frozen value of options.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,7 +59,7 @@ class TrainingAttack(Options):
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        if self.eps > 1 or self.step > 1:
+        if any(1 < value < math.inf for value in (self.eps, self.step)):
             raise ValueError(f"eps = {self.eps}, attack_step = {self.step}: give them in [0, 1] pixels, 8/255 not 8")
         super().__post_init__()
 

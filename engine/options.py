@@ -65,15 +65,16 @@ class Option:
 
     def _check_number(self, number: float) -> None:
         if isinstance(number, float) and not math.isfinite(number):
-            words = "a finite number"
-        elif number < 0 or (self.positive and number == 0):
-            words = "above 0" if self.positive else "not negative"
+            wrong = "it must be a finite number"
+        elif self.positive and number <= 0:
+            wrong = "it must be above 0"
+        elif number < 0:
+            wrong = "it must not be negative"
         elif self.at_most is not None and number > self.at_most:
-            words = f"{'above 0 and' if self.positive else 'between 0 and'} at most {self.at_most:g}"
+            wrong = f"it must lie {'above 0, at most' if self.positive else 'between 0 and'} {self.at_most:g}"
         else:
             return
-        words = words.replace("between 0 and at most", "between 0 and")
-        raise ValueError(f"{self.name} = {number:g}: it must be {words}")
+        raise ValueError(f"{self.name} = {str(number)[:30]}: {wrong}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,13 +83,13 @@ class RunFolder:
         config = read_json(self.config, Config, ANEW)
         recipe = config["recipe"] = flat_options(config["recipe"])
         for name, one in RECORDED.items():
-            wrong = misfit(recipe.get(name), one.kind, at=name)
             try:
-                one.check(recipe.get(name))
+                if wrong := misfit(recipe.get(name), one.kind, at=name):
+                    raise ValueError(wrong)
+                if one.kind is not str:  # of another version's networks and data sets a report can be written
+                    one.check(recipe.get(name))
             except ValueError as error:
-                wrong = wrong or str(error)
-            if wrong:
-                raise DataError(f"{self.config} is damaged ({wrong}): {ANEW}")
+                raise DataError(f"{self.config} is damaged ({error}): {ANEW}") from None
         return config
 
     def begin(self, config: dict[str, Any]) -> None:

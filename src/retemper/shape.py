@@ -6,6 +6,7 @@ shape does not declare may hold anything, as files of other versions do.
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
@@ -25,7 +26,7 @@ def parse_json(data: bytes) -> Any:
 
     Raises:
         ValueError: it is no such JSON, or holds what could not be written again or counted with: NaN, a number out of
-            range, half a character, brackets too deep.
+            range, brackets too deep.
     """
     try:
         value = json.loads(data.decode())
@@ -58,7 +59,7 @@ def misfit(value: Any, kind: Any, partial: bool = False, at: str = "") -> str | 
     if origin in (list, tuple) or kind is list:
         return _misfit_of_list(value, origin, inner, partial, at)
     if kind is PathText:
-        return misfit(value, str, partial, at) or (_not(value, "a path", at) if "\0" in value else None)
+        return misfit(value, str, partial, at) or (None if _names_a_file(value) else _not(value, "a path", at))
     kinds = (int, float) if kind is float else kind
     fits = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
     return None if fits else _not(value, WORDS[kind], at)
@@ -102,8 +103,6 @@ def _require_plain(value: Any, depth: int) -> None:
     """Raise ValueError as `parse_json` does."""
     if depth > DEEPEST:
         raise ValueError(f"brackets are nested more than {DEEPEST} deep")
-    if isinstance(value, str) and not _is_unicode(value):
-        raise ValueError(f"{ascii(value)[:40]} is no text")
     if isinstance(value, int | float) and not (math.isfinite(value) and abs(value) < LARGEST):
         raise ValueError("a number is out of range")
     if isinstance(value, dict | list):
@@ -111,10 +110,9 @@ def _require_plain(value: Any, depth: int) -> None:
             _require_plain(item, depth + 1)
 
 
-def _is_unicode(text: str) -> bool:
-    """Say whether the text has no half of a surrogate pair, which no file can hold."""
+def _names_a_file(text: str) -> bool:
+    """Say whether a file system could have a file of that name."""
     try:
-        text.encode()
-    except UnicodeEncodeError:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half of a surrogate pair
         return False
-    return True
