@@ -48,7 +48,7 @@ class TrainingAttack(Options):
 
     eps: float = option(8 / 255, "the radius of the ball, in [0, 1] pixels: 8/255, not 8", at_most=1)
     step: float = option(2 / 255, "the size of one step, in [0, 1] pixels", name="attack_step", at_most=1)
-    steps: int = option(10, "how many steps", name="attack_steps", at_most=1000)
+    steps: int = option(10, "how many steps", name="attack_steps", at_most=10_000)
     start: Literal["none", "normal", "uniform"] = option(
         "normal", "where it starts: the image, 0.001 x Gaussian noise on it, uniform in the ball", name="attack_start"
     )
@@ -132,7 +132,7 @@ class Selection(Options):
     select_always_from: int = option(215, "look after every epoch from here on", at_most=MOST_EPOCHS)
     select_from: int = option(1, "the first epoch that may be kept as the best", at_most=MOST_EPOCHS)
     select_steps: int = option(
-        20, "steps of the PGD attack that judges (eps/4 each); 0 judges clean images", at_most=1000
+        20, "steps of the PGD attack that judges (eps/4 each); 0 judges clean images", at_most=10_000
     )
 
     @property

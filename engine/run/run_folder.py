@@ -8,7 +8,7 @@ on resume. The state before it stays as `last.1.state`, for the day that the dis
 import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ class RunFolder:
         Raises:
             UsageError: another process holds it, or it cannot be written to.
         """
+        new = not os.path.lexists(self.path)
         with ExitStack() as held:
             try:
                 busy = f"another process is writing to {self.path}: wait for it or name another --out"
@@ -72,7 +73,13 @@ class RunFolder:
                 raise UsageError(why) from None
             for file in (self.config, self.metrics, self.last, self.best, self.state, self.older, self.diverged):
                 sweep(file)
-            yield
+            try:
+                yield
+            finally:
+                if new and os.listdir(self.path) == [".lock"]:  # a start that failed leaves nothing
+                    with suppress(OSError):
+                        (self.path / ".lock").unlink()
+                        self.path.rmdir()
 
     def read_config(self) -> dict[str, Any]:
         """Return the run's config.json, its recipe's options by flat name (files of earlier versions hold no groups).
@@ -144,8 +151,12 @@ class RunFolder:
         try:
             os.link(self.state, spare)
         except OSError:  # a file system without hard links
-            spare = self.state
-        os.replace(spare, self.older)
+            os.replace(self.state, self.older)
+            return
+        try:
+            os.replace(spare, self.older)
+        finally:
+            spare.unlink(missing_ok=True)  # it is still there where both were one file before: a rename does nothing
 
     def load_state(self) -> dict[str, Any] | None:
         """Return what was last saved, or before that if the newest is damaged; None for a run not yet begun.

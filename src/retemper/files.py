@@ -1,5 +1,6 @@
 """Files: written whole or not at all, locked, digested; and JSON, written strictly and refused in one line."""
 
+import fcntl
 import hashlib
 import json
 import math
@@ -32,20 +33,22 @@ SHOW_FROM = 1 << 30  # bytes; the digest of a smaller file takes a second or two
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Open a binary file that replaces `path` when the block ends without an error, and is removed otherwise.
 
-    The file's `name` is its temporary path, for a library that must open the file itself.
+    The file's `name` is its temporary path, for a library that must open the file itself. What killed processes left of
+    the same kind is removed.
 
     Raises:
         OSError: the folder is missing, read-only or full; the old file is intact.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # same folder: a rename must not cross disks
+    sweep(path)
+    file = _open_beside(path)
     try:
-        with open(temporary, "xb") as file:
+        with file:
             yield file
             sync(file)
-        os.replace(temporary, path)
+            os.replace(file.name, path)  # while it is still locked: `sweep` takes it for a dead process's otherwise
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        Path(file.name).unlink(missing_ok=True)
         raise
     sync_folder(path.parent)  # or the rename itself may be lost when the machine stops
 
@@ -72,10 +75,24 @@ def sync_folder(folder: str | Path) -> None:
 
 
 def sweep(path: str | Path) -> None:
-    """Remove the temporary files of `path` that killed processes left. Hold the lock on `path`, or a live one goes."""
+    """Remove the temporary files of `path` that no process writes any more: those of killed ones."""
     path = Path(path)
     for left in path.parent.glob(f".{escape(path.name)}.*.tmp"):
-        left.unlink(missing_ok=True)
+        with suppress(OSError), open(left, "rb") as file:  # it is gone, not ours, or on a disk without locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its writer lives
+            left.unlink()
+
+
+def _open_beside(path: Path) -> BinaryIO:
+    """Open a new temporary file for `path`, with the lock that tells `sweep` that its writer lives."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # here: a rename must not cross disks
+        file = open(temporary, "xb")  # the caller closes it
+        with suppress(OSError):  # a disk without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if temporary.exists():
+            return file
+        file.close()  # another process's `sweep` came between the two
 
 
 @contextmanager
