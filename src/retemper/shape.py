@@ -103,7 +103,7 @@ def _require_plain(value: Any, depth: int) -> None:
     """Raise ValueError as `parse_json` does."""
     if depth > DEEPEST:
         raise ValueError(f"brackets are nested more than {DEEPEST} deep")
-    if isinstance(value, int | float) and not (math.isfinite(value) and abs(value) < LARGEST):
+    if (isinstance(value, int) and abs(value) >= LARGEST) or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError("a number is out of range")
     if isinstance(value, dict | list):
         for item in (*value, *value.values()) if isinstance(value, dict) else value:
