@@ -34,7 +34,7 @@ from retemper.engine.predict import as_float, balanced_order, predicted
 from retemper.engine.run.run_folder import RunFolder
 from retemper.loaders import Split, load_split
 
-CLI = [sys.executable, "-c", "from retemper.engine.cli import main; main()"]
+CLI = [sys.executable, "-c", "from retemper.cli import main; main()"]
 
 
 def stock(model: nn.Module, split: Split, rows: np.ndarray, request: SuiteRequest) -> np.ndarray:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from retemper.engine.cli import run
-from retemper.engine.run import interrupts
+from retemper import interrupts
+from retemper.cli import run
 from retemper.engine.run.state_file import unpack
 
 SHORT = "--device cpu --attack-steps 2 --holdout-per-class 5 --select-steps 2 --batch-size 128 --select-every 1".split()

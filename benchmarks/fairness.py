@@ -25,8 +25,8 @@ from records import RECORDS, pack, unpack
 from runs import DEVICE, Protocol, commits, folder_of, settings_on, trained_and_evaluated
 from summary import markdown, mean_and_range, words_of, write_summary
 
+from retemper.cli import reported
 from retemper.console import Progress, say
-from retemper.engine.cli import reported
 from retemper.engine.evaluation.compare import Comparison, Difference, compare
 from retemper.engine.evaluation.verdicts import read_evaluated
 from retemper.files import finite, read_json, write_atomically

@@ -80,7 +80,7 @@ def signals(campaign: Campaign, number: int) -> None:
     for kind in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         row, out, left = campaign.row(kind.name), campaign.fresh(), False
         for _ in range(number):
-            words = [sys.executable, "-m", "retemper.engine", *campaign.words(out)]
+            words = [sys.executable, "-m", "retemper", *campaign.words(out)]
             child = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
             assert child.stderr is not None
             for line in child.stderr:

@@ -72,7 +72,7 @@ END
 
 bench() { # NAME WHAT WORDS...
     local name=$1 what=$2; shift 2
-    part "$name" - $PY -m retemper.engine bench "$what" --json "$OUT/$name.json" "$@" ${SUITE_QUICK:+--quick --rounds 2}
+    part "$name" - $PY -m retemper bench "$what" --json "$OUT/$name.json" "$@" ${SUITE_QUICK:+--quick --rounds 2}
 }
 
 part nvidia_smi nvidia-smi! nvidia-smi
@@ -85,10 +85,10 @@ part ranks pytest,safetensors $PY -m pytest -q --import-mode=importlib -p no:cac
 gpus=$(nvidia-smi -L 2>/dev/null | wc -l)
 if [ "$gpus" -gt 1 ]; then
     part ranks_$gpus sklearn,safetensors $PY -m torch.distributed.run --nproc-per-node "$gpus" \
-        -m retemper.engine train absld:digits --epochs 4 --batch-size $((8 * gpus)) --out "$work/ranks"
+        -m retemper train absld:digits --epochs 4 --batch-size $((8 * gpus)) --out "$work/ranks"
 fi
 part sanitizer compute-sanitizer! compute-sanitizer --tool memcheck --error-exitcode 1 \
-    $PY -m retemper.engine bench kernels --quick --rounds 1
+    $PY -m retemper bench kernels --quick --rounds 1
 
 bench kernels_images kernels --only pgd_step_ random_start_ augment epilogue
 bench kernels_logits kernels --only class_
@@ -105,7 +105,7 @@ else
         bench step_mobilenet_v2_$batch step --only mobilenet_v2 --batch $batch
     done
 fi
-part profile - $PY -m retemper.engine bench step --profile "$OUT" ${SUITE_QUICK:+--quick}
+part profile - $PY -m retemper bench step --profile "$OUT" ${SUITE_QUICK:+--quick}
 
 bench attack_tiny_resnet attack --only tiny_resnet
 if [ -z "${SUITE_QUICK:-}" ]; then
@@ -115,14 +115,14 @@ fi
 bench loaders loaders
 
 if [ -n "${SUITE_QUICK:-}" ]; then
-    part digits sklearn,safetensors $PY -m retemper.engine train sat:digits --epochs 1 --attack-steps 1 --out "$work/digits"
+    part digits sklearn,safetensors $PY -m retemper train sat:digits --epochs 1 --attack-steps 1 --out "$work/digits"
 else
     part digits sklearn,safetensors $PY benchmarks/digits.py --seeds 1 --out "$work/digits" --json "$OUT/digits.json"
 fi
 for folder in "${FASHION_MNIST:-}" /usr/share/datasets/fashion-mnist /usr/share/datasets; do
     if [ -z "${SUITE_QUICK:-}" ] && [ -e "$folder/train-images-idx3-ubyte.gz" ]; then
-        part fashion_mnist safetensors bash -c "$PY -m retemper.engine train absld:fashion_mnist_small \
-            --data-root '$folder' --out '$work/fashion' && $PY -m retemper.engine evaluate '$work/fashion' \
+        part fashion_mnist safetensors bash -c "$PY -m retemper train absld:fashion_mnist_small \
+            --data-root '$folder' --out '$work/fashion' && $PY -m retemper evaluate '$work/fashion' \
             --data-root '$folder' && cp '$work/fashion/evaluation.json' '$OUT/fashion_mnist.json'"
         break
     fi

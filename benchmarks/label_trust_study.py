@@ -30,12 +30,12 @@ from records import RECORDS, pack, unpack
 from runs import DEVICE, commits
 from summary import markdown, mean_and_range, words_of, write_summary
 
+from retemper.cli import reported
 from retemper.console import Progress, say
 from retemper.engine.catalogue import find_setting
 from retemper.engine.checkpoints.external import state_digest
 from retemper.engine.checkpoints.weights import load_checkpoint
 from retemper.engine.class_report import class_report
-from retemper.engine.cli import reported
 from retemper.engine.evaluation.autoattack import SUITES, SuiteRequest
 from retemper.engine.evaluation.ledger import Ledger
 from retemper.engine.evaluation.shards import evaluate_suite

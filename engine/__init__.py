@@ -18,17 +18,17 @@ from retemper.engine.losses import (
     kl_rows,
 )
 from retemper.engine.models import create_model
-from retemper.engine.options import MOST_EPOCHS, option, require_order
 from retemper.engine.recipe import LabelAttack, Method, OwnPredictionAttack, Recipe, Setting, Targets, given
 from retemper.engine.state import State
 from retemper.engine.step import train_step
 from retemper.errors import Diverged
+from retemper.options import MOST_EPOCHS, option, require_order
 
 
 def run_recipe(file: str) -> None:
     """Run a recipe file as a script: `python recipes/absld.py SETTING ...` is `retemper train absld:SETTING ...`."""
     # by its name: a recipe lies below the command line, and no module imports from above it
-    import_module("retemper.engine.cli").run_as_script(file)
+    import_module("retemper.cli").run_as_script(file)
 
 
 __all__ = [

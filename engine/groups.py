@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from retemper.engine.models import MODELS
-from retemper.engine.options import MOST_EPOCHS, Options, option
 from retemper.loaders import DATASETS
+from retemper.options import MOST_EPOCHS, Options, option
 
 
 @dataclass(frozen=True, kw_only=True)

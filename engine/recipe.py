@@ -15,9 +15,9 @@ from retemper.engine.distributed.ranks import WHOLE, Part
 from retemper.engine.epoch_stats import EpochStats
 from retemper.engine.groups import Data, Networks, Optimisation, Selection, TrainingAttack
 from retemper.engine.losses import KlObjective, Objective, cross_entropy_objective
-from retemper.engine.options import Option, Options, option, options_of
 from retemper.engine.speed.execution import EXACTNESS, Execution
 from retemper.errors import nearest
+from retemper.options import Option, Options, option, options_of
 
 UNTRAINED = "not trained yet"
 

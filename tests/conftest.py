@@ -143,7 +143,7 @@ SHORT = ["--attack-steps", "2", "--holdout-per-class", "5", "--select-steps", "2
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder: SAT on digits, two short epochs."""
-    from retemper.engine.cli import run  # not above: the engine must find Triton imported as it is meant to be
+    from retemper.cli import run  # not above: the engine must find Triton imported as it is meant to be
 
     out = tmp_path_factory.mktemp("teacher") / "sat"
     assert run(["train", "sat:digits", "--epochs", "2", "--out", str(out), *SHORT]) == 0
@@ -153,7 +153,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def train(teacher: Path) -> Callable[..., int]:
     """Train a student of `teacher` on digits for two short epochs; the exit code."""
-    from retemper.engine.cli import run
+    from retemper.cli import run
 
     def run_it(recipe: str, out: Path, *options: str) -> int:
         words = ["train", recipe, "--teacher", str(teacher), "--out", str(out), "--epochs", "2", *SHORT, *options]

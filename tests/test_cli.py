@@ -12,10 +12,10 @@ from types import ModuleType
 import pytest
 import torch
 
+from retemper.arguments import shown_value
+from retemper.cli import run
 from retemper.engine import create_model, save_weights
-from retemper.engine.arguments import shown_value
 from retemper.engine.catalogue import find_setting, method_module, methods
-from retemper.engine.cli import run
 
 Capture = pytest.CaptureFixture[str]
 
@@ -309,7 +309,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, capsys: Capture
 
 
 def test_sigterm_ends_a_run_as_an_interruption(tmp_path: Path, teacher: Path) -> None:
-    words = [sys.executable, "-m", "retemper.engine", "train", "rslad:digits", "--teacher", str(teacher)]
+    words = [sys.executable, "-m", "retemper", "train", "rslad:digits", "--teacher", str(teacher)]
     child = subprocess.Popen([*words, "--out", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True)
     assert child.stderr is not None
     for line in child.stderr:

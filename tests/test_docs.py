@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 import retemper.recipes
-from retemper.engine.arguments import command_line
+from retemper.arguments import command_line
+from retemper.cli import run
 from retemper.engine.catalogue import method_module, methods
-from retemper.engine.cli import run
 from retemper.loaders import DATASETS
 
 ROOT = Path(__file__).parent.parent
@@ -263,4 +263,4 @@ def test_a_data_set_takes_the_files_that_the_architecture_says(house: Path) -> N
     indented = "".join(f"    {text}\n" for text in line.splitlines())
     edit(datasets, r"^(def _load\(.*\) -> Split:\n(?:    \"\"\".*\"\"\"\n)?)", rf"\1{indented}")
     short = "--epochs 1 --attack-steps 1 --select-steps 1 --batch-size 64".split()
-    in_house(house, "-m", "retemper.engine", "train", "sat:digits", "--dataset", "stripes", "--out", "run", *short)
+    in_house(house, "-m", "retemper", "train", "sat:digits", "--dataset", "stripes", "--out", "run", *short)

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from retemper.engine.evaluation.content import read_evaluation
+from retemper.engine.evaluation.content import AGAIN, read_evaluation
 from retemper.errors import DataError, UsageError
 from retemper.files import write_atomically
 
@@ -88,6 +88,8 @@ def read_evaluated(target: Path, name: str | None = None) -> Evaluated:
     if not path.exists():
         raise DataError(f"{path} does not exist: run `retemper evaluate {target}` first")
     content = {"protocol": {}, "attacks": {}} | read_evaluation(path, partial=True)
+    if "eps" not in content["protocol"]:
+        raise DataError(f"{path} is damaged (it has no protocol.eps): {AGAIN}")
     return Evaluated(path, name or path.resolve().parent.name, content)
 
 

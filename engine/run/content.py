@@ -3,7 +3,7 @@
 from typing import Any, TypedDict
 
 from retemper.engine.groups import Data, Networks, TrainingAttack
-from retemper.engine.options import options_of
+from retemper.options import options_of
 from retemper.shape import PathText
 
 

@@ -25,9 +25,9 @@ from retemper.engine.device import (
 from retemper.engine.distributed.ranks import ALONE, Ranks
 from retemper.engine.recipe import Recipe
 from retemper.engine.run.data import TrainingData
-from retemper.engine.run.interrupts import undisturbed
 from retemper.engine.run.run_folder import RunFolder
 from retemper.errors import UsageError
+from retemper.interrupts import undisturbed
 from retemper.loaders import Split
 from retemper.provenance import commit, versions
 

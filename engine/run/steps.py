@@ -9,13 +9,13 @@ from torch import Tensor
 
 from retemper.console import Progress
 from retemper.engine.run.diverged import FiniteWatch
-from retemper.engine.run.interrupts import asked, undisturbed
 from retemper.engine.run.saving import Saver
 from retemper.engine.run.teacher_logits import TeacherLogits
 from retemper.engine.speed.capture import captured
 from retemper.engine.state import clean_images
 from retemper.engine.step import train_step
 from retemper.errors import DataError, Interrupted
+from retemper.interrupts import asked, undisturbed
 from retemper.loaders import Batch, Loader
 
 STEPS_BETWEEN_READS = {"cuda": 50, "cpu": 1}  # when the host looks at the loss: for the bar, and whether it is finite

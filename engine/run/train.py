@@ -17,7 +17,6 @@ from retemper.console import say
 from retemper.engine.epoch_stats import EpochStats, HeldOut
 from retemper.engine.run.data import TrainingData, load_data
 from retemper.engine.run.diverged import FiniteWatch
-from retemper.engine.run.interrupts import undisturbed
 from retemper.engine.run.job import Job
 from retemper.engine.run.metrics import Board, epoch_line, epoch_words
 from retemper.engine.run.networks import NetworkLoader, begin_state
@@ -28,6 +27,7 @@ from retemper.engine.run.steps import Steps
 from retemper.engine.run.teacher_logits import teacher_logits
 from retemper.engine.state import State
 from retemper.errors import Diverged
+from retemper.interrupts import undisturbed
 from retemper.loaders import load_split
 
 

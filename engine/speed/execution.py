@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from retemper.engine.options import Options, option
+from retemper.options import Options, option
 
 EXACTNESS = {
     "precision": "lower precision",

@@ -22,7 +22,7 @@ class Train:
 
     def __call__(self) -> int:
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
-        self.process = subprocess.Popen([sys.executable, "-m", "retemper.engine", "train", *self.words])
+        self.process = subprocess.Popen([sys.executable, "-m", "retemper", "train", *self.words])
         code = self.process.wait()
         if code not in (0, PREEMPTED):
             raise RuntimeError(f"retemper train ended with {code}: its own line says why")

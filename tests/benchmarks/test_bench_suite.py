@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from retemper.engine.arguments import command_line
+from retemper.arguments import command_line
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITE = ROOT / "benchmarks/gpu_suite.sh"
@@ -30,7 +30,7 @@ def test_every_part_of_the_suite_is_a_command_that_exists(tmp_path: Path) -> Non
         words = shlex.split(command.replace("--only kl forward", "--only 'kl forward'"))
         if words[0] == "compute-sanitizer":
             words = words[words.index("python3") :]
-        if words[:3] == ["python3", "-m", "retemper.engine"]:
+        if words[:3] == ["python3", "-m", "retemper"]:
             command_line()[0].parse_args(words[3:])
         elif words[:3] == ["python3", "-m", "pytest"]:
             assert all((ROOT / word).exists() for word in words if word.startswith("tests/")), name

@@ -16,7 +16,7 @@ from retemper.bench.case import EXACTNESS, Case, Request
 from retemper.bench.machine import Rates
 from retemper.bench.result import COLUMNS
 from retemper.bench.timing import measure
-from retemper.engine.cli import run
+from retemper.cli import run
 from retemper.kernels import augment_reference
 
 CPU = torch.device("cpu")
@@ -174,7 +174,7 @@ def find_others(name, path=None, target=None):
     return None if name.split(".")[0] in absent else find(name, path, target)
 
 PathFinder.find_spec = find_others
-from retemper.engine.cli import run
+from retemper.cli import run
 for what in ("kernels", "step", "attack"):
     only = {"kernels": "pgd_step_", "step": "phases, tiny_resnet", "attack": "ce PGD-10"}[what]
     assert run(["bench", what, "--quick", "--rounds", "1", "--device", "cpu", "--only", only]) == 0

@@ -30,8 +30,8 @@ class Process:
 
     def _become(self, words: list[str], prepare: Callable[[], object]) -> None:
         """Run the command as the console script does; never return."""
-        from retemper.engine.cli import run
-        from retemper.engine.run import interrupts
+        from retemper import interrupts
+        from retemper.cli import run
 
         try:
             with open(self.log, "w", buffering=1) as sys.stderr, open(os.devnull, "w") as sys.stdout:

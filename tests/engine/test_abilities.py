@@ -293,7 +293,7 @@ def test_a_state_that_moves_with_every_step_keeps_its_address(device: torch.devi
 def test_a_method_that_validates_is_asked_before_the_first_epoch_and_after_each(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from retemper.engine.cli import run
+    from retemper.cli import run
     from retemper.recipes.wat import Wat
 
     asked: list[tuple[int, bool, HeldOut | None]] = []

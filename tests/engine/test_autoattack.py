@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from retemper.engine.cli import run
+from retemper.cli import run
 from retemper.engine.evaluation import autoattack
 from retemper.engine.evaluation.autoattack import SUITES, SuiteRequest, run_suite, suite_entry
 from retemper.engine.evaluation.ledger import Ledger
@@ -234,7 +234,7 @@ def test_killed_with_9_the_command_ends_with_the_same_ledger(teacher: Path, tmp_
     assert run([*words, "--out", str(tmp_path / "alone")]) == 0
     alone = tmp_path / "alone" / "autoattack-last.csv"
     hunted = tmp_path / "hunted" / "autoattack-last.csv"
-    cli = [sys.executable, "-c", "from retemper.engine.cli import main; main()", *words, "--out", str(hunted.parent)]
+    cli = [sys.executable, "-c", "from retemper.cli import main; main()", *words, "--out", str(hunted.parent)]
     for _ in range(2):
         kill_after_next_write(cli, hunted)
         assert not Ledger.read(hunted).is_complete(SUITES["fast"])

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from retemper.cli import run as command
 from retemper.engine.class_report import class_report, summaries
-from retemper.engine.cli import run as command
 from retemper.engine.evaluation.compare import Comparison, as_text, compare, differences, mcnemar
 from retemper.engine.evaluation.verdicts import read_evaluated
 from retemper.errors import DataError, UsageError

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from retemper.cli import run
 from retemper.engine.catalogue import find_setting
-from retemper.engine.cli import run
 
 
 def test_leaves_three_runs_and_a_page(

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from retemper.cli import run
 from retemper.engine import create_model, save_weights
-from retemper.engine.cli import run
 
 
 def test_evaluate_writes_the_contracts_file_and_adds_to_it(

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from retemper.cli import run
 from retemper.engine import create_model, load_checkpoint
-from retemper.engine.cli import run
 from retemper.engine.export.export import architecture_source
 from retemper.engine.models import MODELS
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from retemper.cli import run
 from retemper.engine import create_model, load_checkpoint
 from retemper.engine.checkpoints.external import external_network, load_external
-from retemper.engine.cli import run
 from retemper.engine.device import is_out_of_memory
 
 CPU = torch.device("cpu")

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from retemper.cli import run
 from retemper.engine import Method, Recipe, State, create_model, save_weights
 from retemper.engine.checkpoints.weights import CheckpointError, load_checkpoint
-from retemper.engine.cli import run
 from retemper.engine.run.state_file import unpack
 from retemper.engine.run.teacher_table import TeacherTable
 from retemper.engine.step import update

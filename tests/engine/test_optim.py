@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from retemper.cli import run
 from retemper.engine import HeldOut, Recipe, State, create_model, train_step
 from retemper.engine.catalogue import find_setting
-from retemper.engine.cli import run
 from retemper.engine.optim import Average, perturb_weights
 from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.run.steps import Steps

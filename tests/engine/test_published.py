@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from retemper.cli import run
 from retemper.engine import create_model
 from retemper.engine.checkpoints.find import find_network
 from retemper.engine.checkpoints.published import PUBLISHED, Published
-from retemper.engine.cli import run
 from retemper.files import file_digest
 
 Train = Callable[..., int]

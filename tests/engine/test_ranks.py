@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from retemper.cli import run
 from retemper.engine import EpochStats, State, create_model, train_step
 from retemper.engine.catalogue import find_setting
-from retemper.engine.cli import run
 from retemper.engine.device import is_out_of_memory
 from retemper.engine.distributed.join import join
 from retemper.engine.distributed.pulse import Pulse

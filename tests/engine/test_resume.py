@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from retemper.engine.cli import run
+from retemper.cli import run
 from retemper.engine.run.state_file import Damaged, unpack
 
 Start = Callable[..., Any]

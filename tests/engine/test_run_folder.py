@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from retemper.engine.cli import run
+from retemper.cli import run
 from retemper.engine.run.run_folder import RunFolder
 from retemper.errors import DataError, UsageError
 

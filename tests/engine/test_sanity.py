@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from retemper.cli import run
 from retemper.engine.checkpoints.header import load_network, read_facts
-from retemper.engine.cli import run
 from retemper.engine.predict import balanced_order
 from retemper.engine.sanity import flags
 from retemper.engine.sanity.check import check, check_lines

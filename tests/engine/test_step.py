@@ -164,7 +164,7 @@ def test_a_train_mode_attack_is_never_folded(device: torch.device) -> None:
 
 
 def test_a_graph_is_refused_where_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
-    from retemper.engine.cli import run
+    from retemper.cli import run
 
     assert run(["train", "sat:digits", "--capture", "on", "--device", "cpu", "--out", "/nonexistent/x"]) == 2
     assert run(["train", "sat:digits", "--epilogue", "fast", "--device", "cpu"]) == 2

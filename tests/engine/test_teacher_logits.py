@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retemper.engine.cli import run
+from retemper.cli import run
 from retemper.engine.run.teacher_logits import TeacherLogits
 from retemper.engine.run.teacher_table import TeacherTable, require_room
 from retemper.kernels import augment

@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from retemper.cli import run
 from retemper.engine import create_model, load_checkpoint, save_weights
 from retemper.engine.checkpoints.header import read_header
-from retemper.engine.cli import run
 from retemper.engine.recipe import flat_options
 from retemper.engine.run.run_folder import RunFolder
 from retemper.recipes.absld import next_temperature
@@ -99,7 +99,7 @@ def test_two_seeds_differ_and_one_seed_repeats(train: Train, tmp_path: Path) -> 
 
 def test_kill_9_loses_at_most_an_epoch_and_changes_no_bit(whole: Path, teacher: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
-    words = [sys.executable, "-m", "retemper.engine", "train", *command(teacher, out)]
+    words = [sys.executable, "-m", "retemper", "train", *command(teacher, out)]
     for epochs in (0, 1, 2):  # killed in the middle of the first, the second and the third epoch
         child = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=ONE_THREAD)
         try:

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from retemper.cli import run
 from retemper.engine import Recipe, State, create_model, save_weights, train_step
 from retemper.engine.catalogue import find_setting, method_module, methods
-from retemper.engine.cli import run
 from retemper.engine.models import channels_last
 from retemper.engine.run.saving import Saver
 

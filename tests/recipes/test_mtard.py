@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from retemper.cli import run
 from retemper.engine import EpochStats, Recipe, Targets
-from retemper.engine.cli import run
 from retemper.recipes.b_mtard import SETTINGS as B_SETTINGS
 from retemper.recipes.b_mtard import BMtard
 from retemper.recipes.mtard import SETTINGS, Mtard, next_clean_weight

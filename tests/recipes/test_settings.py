@@ -11,9 +11,9 @@ from types import ModuleType
 import pytest
 import torch
 
+from retemper.cli import run
 from retemper.engine import create_model, save_weights
 from retemper.engine.catalogue import find_setting, method_module, methods
-from retemper.engine.cli import run
 from retemper.loaders import load_split
 
 SHORT = "--epochs 1 --batch-size 2 --attack-steps 1 --holdout-per-class 0 --images-per-class none".split()

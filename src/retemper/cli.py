@@ -5,11 +5,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from retemper.engine.arguments import command_line, named_recipe
+from retemper import interrupts
+from retemper.arguments import command_line, named_recipe
 from retemper.engine.catalogue import find_setting
 from retemper.engine.device import is_out_of_memory
 from retemper.engine.distributed.join import is_first, speaker
-from retemper.engine.run import interrupts
 from retemper.errors import EXIT_CODES, PREEMPTED, DataError, UsageError, nearest
 
 GOES_ON = "; the same command goes on from there"

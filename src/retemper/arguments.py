@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from retemper.engine import verbs
+from retemper import verbs
 from retemper.engine.catalogue import find_setting, methods, parse_value
 from retemper.engine.models import MODELS
-from retemper.engine.options import Option
 from retemper.engine.recipe import Recipe
 from retemper.errors import UsageError
 from retemper.loaders import DATASETS
+from retemper.options import Option
 
 NETWORK = "a run's folder, a checkpoint file, robustbench:NAME, or net.py:build (your own nn.Module)"
 ATTACKS = "clean,fgsm,pgd20,cw"
