@@ -177,7 +177,7 @@ def written(folder: Path, file: str = "", at: tuple[Any, ...] = (), new: Any = N
     return folder
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=st.sampled_from(CASES), new=VALUES | st.just(...))
 def test_another_value_in_any_field_is_read_or_refused_in_one_line(
     case: tuple[str, tuple[Any, ...]], new: Any, tmp_path: Path
@@ -191,7 +191,7 @@ def test_another_value_in_any_field_is_read_or_refused_in_one_line(
             assert "\n" not in str(error)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=st.sampled_from([case for case in CASES if case[0] != "autoattack.csv"]), new=VALUES)
 def test_a_report_is_made_of_what_was_read(case: tuple[str, tuple[Any, ...]], new: Any, tmp_path: Path) -> None:
     try:

@@ -93,12 +93,15 @@ class Rungs(TypedDict, total=False):
     radius: list[Rung]
 
 
-class Checks(TypedDict, total=False):
-    """What `retemper evaluate --check` found."""
-
+class _Found(TypedDict):
     verdict: str
     images: int
     flags: list[CheckFlag]
+
+
+class Checks(_Found, total=False):
+    """What `retemper evaluate --check` found."""
+
     ladder: Rungs
 
 
