@@ -3,7 +3,6 @@
 How the step is executed is the sixth group (`retemper.engine.speed.execution`). Each is a frozen value of options.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,11 +57,6 @@ class TrainingAttack(Options):
         name="attack_bn",
     )  # fmt: skip
 
-    def __post_init__(self) -> None:
-        if any(1 < value < math.inf for value in (self.eps, self.step)):
-            raise ValueError(f"eps = {self.eps}, attack_step = {self.step}: give them in [0, 1] pixels, 8/255 not 8")
-        super().__post_init__()
-
 
 @dataclass(frozen=True, kw_only=True)
 class Optimisation(Options):
@@ -80,7 +74,7 @@ class Optimisation(Options):
     )
     momentum: float = option(0.9, "SGD's momentum", at_most=1)
     nesterov: bool = option(False, "take Nesterov's momentum")
-    weight_decay: float = option(2e-4, "L2 penalty on all weights", at_most=1)
+    weight_decay: float = option(2e-4, "L2 penalty on all weights", at_most=10)
     batch_norm: Literal["local", "synced"] = option(
         "local", "on several GPUs: batch norm over each one's images, or over the whole batch"
     )

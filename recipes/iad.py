@@ -28,11 +28,6 @@ class Trust(Method):
     )
     begin: float = option(0.3, "share of the epochs that trust the teacher in full", at_most=1)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.begin > 1:
-            raise ValueError(f"begin = {self.begin}: it is a share of the epochs, at most 1")
-
     def class_state(self, num_classes: int, recipe: Recipe) -> dict[str, Tensor]:
         return super().class_state(num_classes, recipe) | {"begun": torch.tensor([self.begun_after(0, recipe)])}
 

@@ -45,7 +45,7 @@ def fails(capsys: Capture, code: int, *words: object) -> str:
         (["train", "absld:digits", "--tempreature-rate=1"], "did you mean '--temperature-rate'?"),
         (["train", "absld:digits", "--epochs", "many"], "--epochs many: it must be a whole number"),
         (["train", "absld:digits", "--eps", "8/0"], "--eps 8/0: it must be a number or a fraction"),
-        (["train", "absld:digits", "--eps", "8"], "8/255 not 8"),
+        (["train", "absld:digits", "--eps", "8"], "8/255, not 8"),
         (["train", "absld:digits", "--variant", "secret"], "paper, released"),
         (["train", "rslad:digits", "--variant", "released"], "variant"),
         (["train", "absld:digits", "--seed", "-1"], "seed"),

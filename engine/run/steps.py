@@ -61,7 +61,7 @@ class Steps:
             Progress(what, total, done=done, whole=whole) as progress,
             closing(self._batches(epoch, saver.done)) as batches,
         ):
-            for batch, teacher_BK in islice(batches, max(0, allowed - saver.done)):
+            for batch, teacher_BK in batches:
                 rows = min(size, total - saver.done * size)
                 self.state.part.take(len(batch.label), rows)
                 with undisturbed():
@@ -79,6 +79,8 @@ class Steps:
                 if save:
                     with undisturbed():
                         self.save_here()
+                if saver.done == allowed < len(self.loader):
+                    break
         self._require_finite(epoch)
         return saver.done >= len(self.loader)
 

@@ -76,7 +76,7 @@ class Option:
             wrong = f"it must lie {'above 0, at most' if self.positive else 'between 0 and'} {self.at_most:g}"
         else:
             return
-        raise ValueError(f"{self.name} = {str(number)[:30]}: {wrong}")
+        raise ValueError(f"{self.name} = {str(number)[:30]}: {wrong} ({self.help})")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Networks that a user names: what is missing is said at once, first things first; and when two are the same."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def test_the_user_may_choose_the_weights_by_name(
     torch.save({"student": state(1), "ema": state(2)}, "start.pt")
     assert run([*start, "--start", "start.pt:student", "--out", "run"]) == 0
     config = json.loads(Path("run/config.json").read_text())
-    assert config["start"]["path"] == "start.pt:student"
+    assert config["start"]["path"] == os.path.abspath("start.pt:student")
 
 
 def test_weights_that_are_not_finite_begin_no_run(bare: Path, fails: Fails) -> None:

@@ -134,13 +134,13 @@ def test_a_resumed_average_is_bit_identical(tmp_path: Path, monkeypatch: pytest.
     assert any(not torch.equal(student[name], whole[name]) for name in whole)  # and not the student
 
 
-def stop_before(last: int) -> Callable[..., None]:
+def stop_before(last: int) -> Callable[..., bool]:
     steps = Steps.run
 
-    def stopping(self: Steps, epoch: int) -> None:
+    def stopping(self: Steps, epoch: int) -> bool:
         if epoch == last:
             raise KeyboardInterrupt
-        steps(self, epoch)
+        return steps(self, epoch)
 
     return stopping
 

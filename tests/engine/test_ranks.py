@@ -469,7 +469,8 @@ def test_two_processes_share_autoattack_out(teacher: Path, start: Start, tmp_pat
 LEAVING = """
 import os, runpy, signal, sys, time
 from itertools import count
-from retemper import interrupts, steps
+from retemper import interrupts
+from retemper.engine.run import steps
 
 train_step, number = steps.train_step, count(1)
 

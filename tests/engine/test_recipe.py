@@ -179,7 +179,7 @@ class Both(Method):
         (Validating, dict(select_on="test"), "holdout_per_class must be above 0"),
         (Both, dict(attack_bn="train"), "attack_bn = 'train'"),
         (Method, dict(nesterov=True, momentum=0.0), "momentum = 0.0"),
-        (Method, dict(eps=8.0), "8/255 not 8"),
+        (Method, dict(eps=8.0), "8/255, not 8"),
         (Method, dict(average="ema", ema_decay=1.0), "ema_decay = 1.0"),
         (Method, dict(lr_drops=(0, 3)), "lr_drops = (0, 3)"),
         (Method, dict(teacher_table="on", teacher_ahead=0), "teacher_table = 'on'"),

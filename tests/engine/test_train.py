@@ -166,7 +166,7 @@ def test_a_last_step_that_diverges_is_not_saved(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "hot"
-    words = ["--epochs", "1", "--attack-steps", "1", "--batch-size", "5000", "--lr", "1e38", "--weight-decay", "1000"]
+    words = ["--epochs", "1", "--attack-steps", "1", "--batch-size", "5000", "--lr", "1e38", "--weight-decay", "10"]
     assert run(["train", "sat:digits", "--out", str(out), *words]) == 4
     assert "not finite after epoch 1" in capsys.readouterr().err
     assert not (out / "last.state").exists() and not (out / "best.safetensors").exists()
