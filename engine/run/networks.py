@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from retemper.console import say
 from retemper.engine.checkpoints.find import Network, Source, find_network
 from retemper.engine.checkpoints.header import Facts, require_finite, require_same_images
+from retemper.engine.checkpoints.probe import IMAGES, require_sound
 from retemper.engine.checkpoints.published import Published, clean_accuracy, margin, require_stated_accuracy
 from retemper.engine.checkpoints.weights import load_checkpoint, load_state
 from retemper.engine.distributed.ranks import Ranks
@@ -18,7 +20,7 @@ from retemper.engine.models import create_model
 from retemper.engine.recipe import Recipe
 from retemper.engine.state import State
 from retemper.errors import DataError, UsageError
-from retemper.loaders import Split
+from retemper.loaders import Loader, Split
 
 
 def begin_state(
@@ -35,7 +37,8 @@ def begin_state(
     wanted, num_classes = recipe.networks, len(networks.split.classes)
     torch.manual_seed(seed)
     student = create_model(wanted.student, num_classes, channels=networks.split.shape[2])
-    robust, robust_source = networks.teacher(wanted.teacher_model, names["teacher"])
+    attacked = recipe.method.attacks_teacher
+    robust, robust_source = networks.teacher(wanted.teacher_model, names["teacher"], attacked=attacked)
     clean, clean_source = networks.teacher(wanted.clean_teacher_model, names["clean_teacher"])
     start = networks.start(student, wanted.student, names["start"])
     try:
@@ -62,12 +65,16 @@ class NetworkLoader:
     device: torch.device
     cache: Path
     teachers: list[tuple[nn.Module, Published | None]] = field(default_factory=list)
+    unprobed: list[tuple[str, nn.Module, bool]] = field(default_factory=list)  # in words; and whether it is attacked
 
-    def teacher(self, model: str | None, name: str | Path | None) -> tuple[nn.Module | None, Source | None]:
+    def teacher(
+        self, model: str | None, name: str | Path | None, *, attacked: bool = False
+    ) -> tuple[nn.Module | None, Source | None]:
         """Return a frozen teacher and how config.json names it; None twice where the recipe has no such teacher.
 
         Args:
             model: the architecture that the recipe wants.
+            attacked: whether the attack goes through this teacher.
         """
         if model is None:
             return None, None
@@ -75,6 +82,7 @@ class NetworkLoader:
         network, facts = self._found(name, model, "the teacher")
         teacher, source = network.load(facts, self.split.shape, self.device, self.cache)
         self.teachers.append((teacher, network.published))
+        self.unprobed.append((f"the teacher {name}", teacher, attacked))
         return teacher, source
 
     def start(self, student: nn.Module, model: str, name: str | Path | None) -> Source | None:
@@ -89,6 +97,20 @@ class NetworkLoader:
         load_checkpoint(network.name if network.entry else network.weights, student)
         require_finite(network.weights, student)
         return network.source(facts, student)
+
+    def probe(self, loader: Loader) -> None:
+        """Try what was loaded on a few of the loader's images, each network once (`require_sound`).
+
+        Raises:
+            DataError: a network cannot be used.
+        """
+        if not self.unprobed:
+            return
+        index = np.linspace(0, len(self.split) - 1, min(IMAGES, len(self.split))).astype(np.int64)
+        image = torch.cat([batch.image for batch in loader.walk(index)]).movedim(-1, 1).float() / 255
+        while self.unprobed:
+            whose, network, attacked = self.unprobed.pop()
+            require_sound(whose, network, image, len(self.split.classes), attacked=attacked)
 
     def check_teachers(self, held: Split | None, *, run: str, data_root: Path | None) -> None:
         """Say how well the teachers of `run` know images that they have not learned from.
@@ -112,11 +134,12 @@ class NetworkLoader:
     def _copied(self, network: Network, facts: Facts, student: nn.Module) -> Source:
         """Copy the weights of a start that is built by other code: the same weights must then give the same answers."""
         model, source = network.load(facts, self.split.shape, self.device, self.cache)
+        self.unprobed.append((f"--start {network.name}", model, False))
         load_state(f"--start {network.name}", model.state_dict(), student)
         H, W, C = self.split.shape
         image = torch.linspace(0, 1, 2 * C * H * W).view(2, C, H, W)
         with torch.no_grad():
-            theirs, ours = model(image.to(self.device)).cpu(), student.eval()(image)
+            theirs, ours = model(image.to(self.device, copy=True)).cpu(), student.eval()(image)
         student.train()
         if not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3 * float(theirs.abs().max())):
             raise DataError(

@@ -53,6 +53,7 @@ def train(job: Job) -> Path:
         data = load_data(
             split, recipe, ranks, job.device, seed=job.seed, data_root=job.data_root, cache=job.cache, beton=job.beton
         )
+        networks.probe(data.loader)
         teacher = teacher_logits(recipe, state, data, sources["teacher"], run=job.name, cache=job.cache)
         saver = Saver(folder, recipe, state, seed=job.seed, save_every=job.save_every, header=job.header(split))
         pace = Pace(recipe, len(data.loader), job.max_steps)
