@@ -19,6 +19,7 @@ from retemper.engine.epoch_stats import EpochStats, HeldOut
 from retemper.engine.run.data import TrainingData, load_data, training_split
 from retemper.engine.run.diverged import FiniteWatch
 from retemper.engine.run.job import Job
+from retemper.engine.run.lone_image import require_no_lone_image
 from retemper.engine.run.metrics import Board, epoch_line, epoch_words, held_out_words
 from retemper.engine.run.networks import NetworkLoader, begin_state
 from retemper.engine.run.pace import Pace
@@ -54,6 +55,7 @@ def train(job: Job) -> Path:
             split, recipe, ranks, job.device, seed=job.seed, data_root=job.data_root, cache=job.cache, beton=job.beton
         )
         networks.probe(data.loader)
+        require_no_lone_image(state.student, recipe, data.loader, split.shape)
         teacher = teacher_logits(recipe, state, data, sources["teacher"], run=job.name, cache=job.cache)
         saver = Saver(folder, recipe, state, seed=job.seed, save_every=job.save_every, header=job.header(split))
         pace = Pace(recipe, len(data.loader), job.max_steps)

@@ -1,4 +1,4 @@
-"""Networks of other people's code that would spoil a run: a probe on a few images refuses them before the first step."""
+"""Networks of other code that would spoil a run: a probe on a few images refuses them before the first step."""
 
 from collections.abc import Callable
 from pathlib import Path
