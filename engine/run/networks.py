@@ -18,9 +18,12 @@ from retemper.engine.distributed.ranks import Ranks
 from retemper.engine.groups import Data
 from retemper.engine.models import create_model
 from retemper.engine.recipe import Recipe
+from retemper.engine.run.told_apart import tell_apart
 from retemper.engine.state import State
 from retemper.errors import DataError, UsageError
 from retemper.loaders import Loader, Split
+
+CLEAN = "the clean teacher"  # in messages
 
 
 def begin_state(
@@ -39,7 +42,7 @@ def begin_state(
     student = create_model(wanted.student, num_classes, channels=networks.split.shape[2])
     attacked = recipe.method.attacks_teacher
     robust, robust_source = networks.teacher(wanted.teacher_model, names["teacher"], attacked=attacked)
-    clean, clean_source = networks.teacher(wanted.clean_teacher_model, names["clean_teacher"])
+    clean, clean_source = networks.teacher(wanted.clean_teacher_model, names["clean_teacher"], whose=CLEAN)
     start = networks.start(student, wanted.student, names["start"])
     try:
         recipe.execution.captures_on(networks.device)  # asked before the data is read
@@ -57,32 +60,35 @@ class NetworkLoader:
 
     Attributes:
         data: the recipe's options of the images.
+        eps: the recipe's radius.
         cache: the folder where downloads go.
     """
 
     split: Split
     data: Data
+    eps: float
     device: torch.device
     cache: Path
     teachers: list[tuple[nn.Module, Published | None]] = field(default_factory=list)
     unprobed: list[tuple[str, nn.Module, bool]] = field(default_factory=list)  # in words; and whether it is attacked
 
     def teacher(
-        self, model: str | None, name: str | Path | None, *, attacked: bool = False
+        self, model: str | None, name: str | Path | None, *, whose: str = "the teacher", attacked: bool = False
     ) -> tuple[nn.Module | None, Source | None]:
         """Return a frozen teacher and how config.json names it; None twice where the recipe has no such teacher.
 
         Args:
             model: the architecture that the recipe wants.
+            whose: which teacher it is, for messages.
             attacked: whether the attack goes through this teacher.
         """
         if model is None:
             return None, None
         assert name is not None
-        network, facts = self._found(name, model, "the teacher")
+        network, facts = self._found(name, model, whose)
         teacher, source = network.load(facts, self.split.shape, self.device, self.cache)
         self.teachers.append((teacher, network.published))
-        self.unprobed.append((f"the teacher {name}", teacher, attacked))
+        self.unprobed.append((f"{whose} {name}", teacher, attacked))
         return teacher, source
 
     def start(self, student: nn.Module, model: str, name: str | Path | None) -> Source | None:
@@ -150,12 +156,9 @@ class NetworkLoader:
     def _found(self, name: str | Path, model: str, whose: str) -> tuple[Network, Facts]:
         """Return the network called `name` and what is known of it; `whose` it is, for messages."""
         network, dataset = find_network(name, dataset=self.data.dataset), self.data.dataset
-        facts, (size, _, channels), num_classes = network.facts, self.split.shape, len(self.split.classes)
+        facts, channels, num_classes = network.facts, self.split.shape[2], len(self.split.classes)
         require_same_images(f"{whose} {name}", facts, num_classes, channels)
         if network.published is not None:
             say(f"{whose} {name} is {network.published.title}")
-        if facts.image_size not in (None, size):
-            say(f"note: {whose} saw images of {facts.image_size} px, the student's have {size}")
-        if facts.dataset not in (None, dataset):
-            say(f"note: {whose} was trained on {facts.dataset}, the student is to learn {dataset}")
+        tell_apart(whose, network, self.split, self.data, None if whose == CLEAN else self.eps)
         return network, facts.or_else(Facts(model=model, num_classes=num_classes, channels=channels, dataset=dataset))

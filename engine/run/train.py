@@ -48,7 +48,8 @@ def train(job: Job) -> Path:
     with job.surroundings(folder):
         split = training_split(recipe.data, job.data_root, job.beton)
         board = Board(folder, split.classes) if job.tensorboard and ranks.is_first else None
-        networks = NetworkLoader(split=split, data=recipe.data, device=job.device, cache=job.cache)
+        eps, device = recipe.attack.eps, job.device
+        networks = NetworkLoader(split=split, data=recipe.data, eps=eps, device=device, cache=job.cache)
         names = {"teacher": job.teacher, "clean_teacher": job.clean_teacher, "start": job.start}
         state, sources = begin_state(recipe, networks, seed=job.seed, ranks=ranks, names=names)
         data = load_data(

@@ -44,7 +44,7 @@ def test_a_batch_of_one_image_is_refused_where_batch_norm_cannot_train_on_it(
     before = {name: value.clone() for name, value in student.state_dict().items()}
     given = student, recipe, loader_of(images, batch_size, world_size), (pixels, pixels, 1)
     if refused:
-        with pytest.raises(UsageError, match="leave a batch of one image.*use another --batch-size"):
+        with pytest.raises(UsageError, match="leave a batch of one image"):
             require_no_lone_image(*given)
     else:
         require_no_lone_image(*given)
