@@ -22,7 +22,7 @@ from retemper.engine.recipe import LabelAttack, Method, OwnPredictionAttack, Rec
 from retemper.engine.state import State
 from retemper.engine.step import train_step
 from retemper.errors import Diverged
-from retemper.options import option
+from retemper.options import MOST_EPOCHS, option, require_order
 
 
 def run_recipe(file: str) -> None:
@@ -32,9 +32,9 @@ def run_recipe(file: str) -> None:
 
 
 __all__ = [
-    "WHOLE", "ClassMeans", "ClassReport", "ClassSums", "Diverged", "EpochStats", "HeldOut", "KlObjective",
-    "LabelAttack", "Method", "Objective", "OwnPredictionAttack", "Part", "Recipe", "Setting", "State", "Targets",
-    "TrainingAttack", "Watcher", "class_report", "create_model", "cross_entropy_objective", "cross_entropy_rows",
-    "cw_objective", "given", "intervals", "is_label", "kl_rows", "load_checkpoint", "option", "pgd", "run_recipe",
-    "save_weights", "train_step",
+    "MOST_EPOCHS", "WHOLE", "ClassMeans", "ClassReport", "ClassSums", "Diverged", "EpochStats", "HeldOut",
+    "KlObjective", "LabelAttack", "Method", "Objective", "OwnPredictionAttack", "Part", "Recipe", "Setting",
+    "State", "Targets", "TrainingAttack", "Watcher", "class_report", "create_model", "cross_entropy_objective",
+    "cross_entropy_rows", "cw_objective", "given", "intervals", "is_label", "kl_rows", "load_checkpoint", "option",
+    "pgd", "require_order", "run_recipe", "save_weights", "train_step",
 ]  # fmt: skip

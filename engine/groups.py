@@ -3,12 +3,13 @@
 How the step is executed is the sixth group (`retemper.engine.speed.execution`). Each is a frozen value of options.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from retemper.engine.models import MODELS
 from retemper.loaders import DATASETS
-from retemper.options import Options, option
+from retemper.options import MOST_EPOCHS, Options, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,9 +17,13 @@ class Data(Options):
     """The images, and how they are varied."""
 
     dataset: str = option(help="the data set", choices=DATASETS)
-    image_size: int | None = option(None, "resize images to this many pixels a side (none: as they are)", positive=True)
-    images_per_class: int | None = option(None, "train on so many images of each class (none: on all)", positive=True)
-    padding: int = option(4, "pad by so many pixels and crop at random; 0 switches cropping off")
+    image_size: int | None = option(
+        None, "resize images to this many pixels a side (none: as they are)", positive=True, at_most=4096
+    )
+    images_per_class: int | None = option(
+        None, "train on so many images of each class (none: on all)", positive=True, at_most=10**7
+    )
+    padding: int = option(4, "pad by so many pixels and crop at random; 0 switches cropping off", at_most=128)
     flip: bool = option(True, "mirror half of the images")
 
 
@@ -41,9 +46,9 @@ class Networks(Options):
 class TrainingAttack(Options):
     """The inner maximisation: projected gradient descent in the L-inf ball."""
 
-    eps: float = option(8 / 255, "the radius of the ball, in [0, 1] pixels: 8/255, not 8")
-    step: float = option(2 / 255, "the size of one step, in [0, 1] pixels", name="attack_step")
-    steps: int = option(10, "how many steps", name="attack_steps")
+    eps: float = option(8 / 255, "the radius of the ball, in [0, 1] pixels: 8/255, not 8", at_most=1)
+    step: float = option(2 / 255, "the size of one step, in [0, 1] pixels", name="attack_step", at_most=1)
+    steps: int = option(10, "how many steps", name="attack_steps", at_most=10_000)
     start: Literal["none", "normal", "uniform"] = option(
         "normal", "where it starts: the image, 0.001 x Gaussian noise on it, uniform in the ball", name="attack_start"
     )
@@ -54,39 +59,45 @@ class TrainingAttack(Options):
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.eps > 1 or self.step > 1:
+        if any(1 < value < math.inf for value in (self.eps, self.step)):
             raise ValueError(f"eps = {self.eps}, attack_step = {self.step}: give them in [0, 1] pixels, 8/255 not 8")
+        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimisation(Options):
     """The outer minimisation: SGD, its schedule, and what is done to the weights besides."""
 
-    epochs: int = option(300, "how many passes over the training images", positive=True)
-    batch_size: int = option(128, "images a step, over all processes together", positive=True)
-    lr: float = option(0.1, "the learning rate", positive=True)
-    lr_drops: tuple[int, ...] = option((215, 260, 285), "the epochs after which the learning rate falls: 215,260,285")
-    lr_factor: float = option(0.1, "what it is multiplied by at each drop")
+    epochs: int = option(300, "how many passes over the training images", positive=True, at_most=MOST_EPOCHS)
+    batch_size: int = option(128, "images a step, over all processes together", positive=True, at_most=2**20)
+    lr: float = option(0.1, "the learning rate", positive=True, at_most=1e38)
+    lr_drops: tuple[int, ...] = option(
+        (215, 260, 285), "the epochs after which the learning rate falls: 215,260,285", at_most=MOST_EPOCHS
+    )
+    lr_factor: float = option(0.1, "what it is multiplied by at each drop", at_most=1)
     lr_drop_of: Literal["last", "first"] = option(
         "last", "whether a drop multiplies the last rate or the first; of the first, later drops change nothing"
     )
-    momentum: float = option(0.9, "SGD's momentum")
+    momentum: float = option(0.9, "SGD's momentum", at_most=1)
     nesterov: bool = option(False, "take Nesterov's momentum")
-    weight_decay: float = option(2e-4, "L2 penalty on all weights")
+    weight_decay: float = option(2e-4, "L2 penalty on all weights", at_most=1)
     batch_norm: Literal["local", "synced"] = option(
         "local", "on several GPUs: batch norm over each one's images, or over the whole batch"
     )
     joint: bool = option(False, "make all forwards of a step one batch to batch norm")
-    awp_gamma: float = option(0.0, "adversarial weight perturbation, relative to each layer's norm; 0 is off")
-    awp_from: int = option(1, "the first epoch that perturbs weights")
+    awp_gamma: float = option(
+        0.0, "adversarial weight perturbation, relative to each layer's norm; 0 is off", at_most=1
+    )
+    awp_from: int = option(1, "the first epoch that perturbs weights", at_most=MOST_EPOCHS)
     average: Literal["none", "ema", "swa"] = option("none", "the average of the weights that is evaluated and kept")
-    average_from: int = option(1, "the first epoch that the average takes in")
+    average_from: int = option(1, "the first epoch that the average takes in", at_most=MOST_EPOCHS)
     average_every: Literal["step", "epoch"] = option("step", "how often the average takes the weights in")
     average_above: float = option(
-        0.0, "take in only epochs whose worst class has at least this held-out robust accuracy (with every epoch)"
+        0.0,
+        "take in only epochs whose worst class has at least this held-out robust accuracy (with every epoch)",
+        at_most=1,
     )
-    ema_decay: float = option(0.999, "how much of the old average each update keeps")
+    ema_decay: float = option(0.999, "how much of the old average each update keeps", at_most=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,11 +125,15 @@ class Selection(Options):
     select_on: Literal["holdout", "test"] = option(
         "holdout", "the images that choose: held-out training images, or the test images, as the papers did"
     )
-    holdout_per_class: int = option(100, "training images of each class that are held out; 0 keeps the last epoch")
-    select_every: int = option(10, "look every so many epochs", positive=True)
-    select_always_from: int = option(215, "look after every epoch from here on")
-    select_from: int = option(1, "the first epoch that may be kept as the best")
-    select_steps: int = option(20, "steps of the PGD attack that judges (eps/4 each); 0 judges clean images")
+    holdout_per_class: int = option(
+        100, "training images of each class that are held out; 0 keeps the last epoch", at_most=10**7
+    )
+    select_every: int = option(10, "look every so many epochs", positive=True, at_most=MOST_EPOCHS)
+    select_always_from: int = option(215, "look after every epoch from here on", at_most=MOST_EPOCHS)
+    select_from: int = option(1, "the first epoch that may be kept as the best", at_most=MOST_EPOCHS)
+    select_steps: int = option(
+        20, "steps of the PGD attack that judges (eps/4 each); 0 judges clean images", at_most=10_000
+    )
 
     @property
     def holds_out(self) -> bool:

@@ -100,10 +100,10 @@ def verify(path: str | Path) -> Sidecar:
     if not sidecar_path(path).is_file():
         raise DataError(f"{path} has no digest beside it, so it may be half written: {again}")
     try:
-        fields = read_json(sidecar_path(path))
+        fields = read_json(sidecar_path(path), Sidecar)
         fields |= {"shape": tuple(fields["shape"]), "classes": tuple(fields["classes"])}
         sidecar = Sidecar(**fields)
-    except (DataError, TypeError, KeyError) as error:
+    except (DataError, TypeError) as error:
         raise DataError(f"{sidecar_path(path)} is damaged, so {path} cannot be trusted: {again}") from error
     if sidecar.format != FORMAT:
         raise DataError(f"{path} has format {sidecar.format}, this retemper reads {FORMAT}: {again}")

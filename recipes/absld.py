@@ -8,7 +8,6 @@ temperature, a sharper label, and one that costs less a higher one:
 t[k] <- clip(t[k] - rate * g[k] / max|g|, 1/2, 5)   where   g[k] = L[k] - mean L,  L[k] the class's cross-entropy
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from retemper.engine import EpochStats, KlObjective, Method, Recipe, Targets, option, run_recipe
+from retemper.engine import EpochStats, KlObjective, Method, Recipe, Targets, option, require_order, run_recipe
 from retemper.kernels import class_temperature_kl
 from retemper.recipes.settings import ON_BOTH, distillation
 
@@ -52,19 +51,20 @@ class Absld(Method):
     # paper: separate temperatures for the two terms. released: the authors' code divides one storage twice in place, so
     # that the attack and both terms see the teacher at the product t_adv[y] * t_clean[y].
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")
-    adv_weight: float = option(5 / 6, "weight of the attacked term (a)")
-    kl_scale: float = option(0.1, "factor on the loss; the authors average over 10 classes")
-    temperature_rate: float = option(0.1, "the most that a temperature moves in an epoch; falls with the learning rate")
-    temperature_lower: float = option(0.5, "the lowest temperature")
-    temperature_upper: float = option(5.0, "the highest temperature")
-    manual_temperatures: tuple[float, ...] = option((), "a fixed temperature for each class, 1,1,0.8,..., and no rule")
+    adv_weight: float = option(5 / 6, "weight of the attacked term (a)", at_most=1)
+    kl_scale: float = option(0.1, "factor on the loss; the authors average over 10 classes", at_most=1000)
+    temperature_rate: float = option(
+        0.1, "the most that a temperature moves in an epoch; falls with the learning rate", at_most=100
+    )
+    temperature_lower: float = option(0.5, "the lowest temperature", positive=True, at_most=1000)
+    temperature_upper: float = option(5.0, "the highest temperature", positive=True, at_most=1000)
+    manual_temperatures: tuple[float, ...] = option(
+        (), "a fixed temperature for each class, 1,1,0.8,..., and no rule", positive=True, at_most=1000
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.temperature_lower <= self.temperature_upper:
-            raise ValueError(f"temperature_lower = {self.temperature_lower}: it must lie in (0, temperature_upper]")
-        if not all(0 < value < math.inf for value in self.manual_temperatures):
-            raise ValueError(f"manual_temperatures = {self.manual_temperatures}: they must be above 0")
+        require_order(self, "temperature_lower", "temperature_upper")
 
     def class_state(self, num_classes: int, recipe: Recipe) -> dict[str, Tensor]:
         start = self.manual_temperatures or (1.0,) * num_classes

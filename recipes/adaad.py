@@ -28,8 +28,10 @@ class AdaAd(Method):
     forwards: ClassVar[tuple[str, ...]] = ("clean", "adv")  # the authors' order
     teacher_sees: ClassVar[tuple[str, ...]] = ("clean", "adv")
     attacks_teacher: ClassVar[bool] = True
-    adv_weight: float = option(1.0, "weight of the attacked term (a)")
-    kl_scale: float = option(0.1, "factor on the loss; the authors average over CIFAR-10's classes, sum CIFAR-100's")
+    adv_weight: float = option(1.0, "weight of the attacked term (a)", at_most=1)
+    kl_scale: float = option(
+        0.1, "factor on the loss; the authors average over CIFAR-10's classes, sum CIFAR-100's", at_most=1000
+    )
 
     def objective(self, targets: Targets) -> Objective:
         return disagreement

@@ -24,8 +24,8 @@ from retemper.recipes.settings import ON_DIGITS, distillation
 class AdaIad(AdaAd, Trust):
     # the authors' code takes a second and a third clean forward, which move the batch-norm statistics again; here one
     teacher_sees: ClassVar[tuple[str, ...]] = ("adv",)
-    temperature: float = option(30.0, "temperature of both networks (t)")
-    kl_scale: float = option(1.0, "factor on the soft terms")
+    temperature: float = option(30.0, "temperature of both networks (t)", positive=True, at_most=1000)
+    kl_scale: float = option(1.0, "factor on the soft terms", at_most=1000)
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         t, teacher_BK = self.temperature, given(targets.teacher_adv_BK)

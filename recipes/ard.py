@@ -22,9 +22,11 @@ class Ard(LabelAttack):
     # released: the authors' code multiplies the first learning rate at every drop, so that the second changes nothing
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {"released": dict(lr_drop_of="first")}
-    temperature: float = option(30.0, "temperature of both networks (t)")
-    soft_weight: float = option(1.0, "weight of the soft term (a); the rest is the cross-entropy of clean images")
-    kl_scale: float = option(0.1, "factor on the soft term; the authors average over 10 classes")
+    temperature: float = option(30.0, "temperature of both networks (t)", positive=True, at_most=1000)
+    soft_weight: float = option(
+        1.0, "weight of the soft term (a); the rest is the cross-entropy of clean images", at_most=1
+    )
+    kl_scale: float = option(0.1, "factor on the soft term; the authors average over 10 classes", at_most=1000)
 
     def soft_loss(self, logits_BK: Tensor, teacher_BK: Tensor, targets: Targets) -> Tensor:
         """Return the tempered KL of each image, (B,), with t^2 and the scale."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from retemper.engine import EpochStats, Recipe, Targets, given, option, run_recipe
+from retemper.engine import EpochStats, Recipe, Targets, given, option, require_order, run_recipe
 from retemper.kernels import class_temperature_kl
 from retemper.recipes.mtard import Mtard
 from retemper.recipes.settings import ON_DIGITS, distillation
@@ -29,9 +29,15 @@ def mean_entropy(logits_BK: Tensor, temperature: Tensor) -> Tensor:
 class BMtard(Mtard):
     # The authors' code writes w's rule otherwise: ratios over their mean, both weights moved, kept above 0 and made to
     # add up to 1. It comes to the same.
-    temperature_rate: float = option(0.001, "how far a temperature moves in a step; falls with the learning rate")
-    temperature_lower: float = option(1.0, "the lowest temperature")
-    temperature_upper: float = option(10.0, "the highest temperature")
+    temperature_rate: float = option(
+        0.001, "how far a temperature moves in a step; falls with the learning rate", at_most=100
+    )
+    temperature_lower: float = option(1.0, "the lowest temperature", positive=True, at_most=1000)
+    temperature_upper: float = option(10.0, "the highest temperature", positive=True, at_most=1000)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_order(self, "temperature_lower", "temperature_upper")
 
     def class_state(self, num_classes: int, recipe: Recipe) -> dict[str, Tensor]:
         own = {

@@ -54,9 +54,9 @@ def certainty(logits_BK: Tensor) -> Tensor:
 @dataclass(frozen=True, kw_only=True)
 class Bat(OwnPredictionAttack):
     forwards: ClassVar[tuple[str, ...]] = ("last_clean", "adv", "clean")  # x_c, x_a, x in the authors' order
-    beta: float = option(6.0, "weight of the robust term")
-    tau: int = option(1, "wrong iterates before the one that is learned from")
-    uniform_weight: float = option(1.0, "weight of the pull towards the uniform distribution")
+    beta: float = option(6.0, "weight of the robust term", at_most=1000)
+    tau: int = option(1, "wrong iterates before the one that is learned from", at_most=1000)
+    uniform_weight: float = option(1.0, "weight of the pull towards the uniform distribution", at_most=1000)
 
     def watcher(self, clean_BCHW: Tensor, targets: Targets) -> Boundary:
         return Boundary(clean_BCHW, targets.label_B, self.tau)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from retemper.engine import (
+    MOST_EPOCHS,
     EpochStats,
     OwnPredictionAttack,
     Recipe,
@@ -50,10 +51,10 @@ class Cfa(OwnPredictionAttack):
         "released": dict(margin_offset=0.5, ema_decay=0.88, average_above=0.24, average_from=1)
     }
     forwards: ClassVar[tuple[str, ...]] = ("clean", "adv")
-    beta: float = option(6.0, "weight of the robust term")
-    margin_offset: float = option(0.3, "added to a class's robust accuracy in its radius (lambda1)")
-    beta_offset: float = option(0.5, "added to a class's robust accuracy in its beta (lambda2)")
-    calibrate_from: int = option(10, "the epoch after which radii and weights are of each class")
+    beta: float = option(6.0, "weight of the robust term", at_most=1000)
+    margin_offset: float = option(0.3, "added to a class's robust accuracy in its radius (lambda1)", at_most=100)
+    beta_offset: float = option(0.5, "added to a class's robust accuracy in its beta (lambda2)", at_most=100)
+    calibrate_from: int = option(10, "the epoch after which radii and weights are of each class", at_most=MOST_EPOCHS)
 
     def class_state(self, num_classes: int, recipe: Recipe) -> dict[str, Tensor]:
         scale = 1 + self.beta if self.variant == "released" else 1.0

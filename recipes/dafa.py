@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from retemper.engine import (
+    MOST_EPOCHS,
     EpochStats,
     OwnPredictionAttack,
     Recipe,
@@ -48,9 +49,9 @@ class Dafa(OwnPredictionAttack):
     # the released script inverts its flag: its SGD is Nesterov's
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {"released": dict(nesterov=True)}
     forwards: ClassVar[tuple[str, ...]] = ("adv", "clean")  # the authors' order
-    beta: float = option(6.0, "weight of the robust term")
-    scale: float = option(1.0, "how much similar classes trade (lambda)")
-    warm_up: int = option(70, "the epoch after which the weights are computed, once")
+    beta: float = option(6.0, "weight of the robust term", at_most=1000)
+    scale: float = option(1.0, "how much similar classes trade (lambda)", at_most=100)
+    warm_up: int = option(70, "the epoch after which the weights are computed, once", at_most=MOST_EPOCHS)
 
     def class_state(self, num_classes: int, recipe: Recipe) -> dict[str, Tensor]:
         return {"class_weight": torch.ones(num_classes)}

@@ -56,7 +56,9 @@ class Faal(LabelAttack):
     # released: the authors' objective is summed over the images, so that a class's margin counts once for each
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")
     forwards: ClassVar[tuple[str, ...]] = ("adv",)
-    radius: float = option(0.5, "largest KL divergence of the worst distribution of classes from the uniform, in nats")
+    radius: float = option(
+        0.5, "largest KL divergence of the worst distribution of classes from the uniform, in nats", at_most=100
+    )
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         margin_K, count_K = class_margin(logits["adv"].detach(), targets.label_B, targets.part)

@@ -14,10 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from retemper.engine import EpochStats, Method, Recipe, Targets, Watcher, option
+from retemper.engine import EpochStats, Method, Recipe, Targets, Watcher, option, require_order
 from retemper.engine.attack import predicts
 
 FLOOR = 1e-5  # a class that is never classified correctly has kappa = 0
+STEEPEST = 7  # the largest beta: FLOOR ** -8 is more than float32 holds
 
 
 def class_weight(kappa_K: Tensor, beta: float = 2.0, lower: float = 5 / 6, upper: float = 5 / 2) -> Tensor:
@@ -63,9 +64,13 @@ class Fair(Method):
     # released: the authors' code takes Nesterov's momentum, which the methods that it builds on do not
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {"released": dict(nesterov=True)}
-    beta: float = option(2.0, "how strongly the difficulty of a class counts; 0 weighs all alike")
-    weight_lower: float = option(5 / 6, "the least weight of a class")
-    weight_upper: float = option(5 / 2, "the largest weight of a class")
+    beta: float = option(2.0, "how strongly the difficulty of a class counts; 0 weighs all alike", at_most=STEEPEST)
+    weight_lower: float = option(5 / 6, "the least weight of a class", at_most=1000)
+    weight_upper: float = option(5 / 2, "the largest weight of a class", positive=True, at_most=1000)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_order(self, "weight_lower", "weight_upper")
 
     def class_state(self, num_classes: int, recipe: Recipe) -> dict[str, Tensor]:
         return super().class_state(num_classes, recipe) | {"class_weight": torch.ones(num_classes)}

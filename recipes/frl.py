@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from retemper.engine import (
+    MOST_EPOCHS,
     EpochStats,
     OwnPredictionAttack,
     Part,
@@ -26,6 +27,7 @@ from retemper.engine import (
     cross_entropy_rows,
     kl_rows,
     option,
+    require_order,
     run_recipe,
 )
 from retemper.recipes.settings import ON_DIGITS, adversarial_training
@@ -55,14 +57,20 @@ class Frl(OwnPredictionAttack):
     forwards: ClassVar[tuple[str, ...]] = ("clean", "adv")
     validates_by: ClassVar = "pgd"
     variant: str = option("remargin", "weights and margins, or weights alone", choices="variants")
-    beta: float = option(1.5, "weight of the robust term")
-    delta: float = option(0.07, "excess of error over the mean that is tolerated")
-    weight_rate: float = option(0.05, "rate of the clean weights (r); the robust ones move twice as fast")
-    margin_rate: float = option(0.2, "rate of the margins (r_margin)")
-    rate_halves_every: int = option(40, "epochs after which the weights' rate is halved")
-    limit: float = option(0.5, "what the multipliers may sum to")
-    margin_lower: float = option(0.98, "the least factor on a class's radius")
-    margin_upper: float = option(3.0, "the largest factor on a class's radius")
+    beta: float = option(1.5, "weight of the robust term", at_most=1000)
+    delta: float = option(0.07, "excess of error over the mean that is tolerated", at_most=1)
+    weight_rate: float = option(0.05, "rate of the clean weights (r); the robust ones move twice as fast", at_most=100)
+    margin_rate: float = option(0.2, "rate of the margins (r_margin)", at_most=100)
+    rate_halves_every: int = option(
+        40, "epochs after which the weights' rate is halved", positive=True, at_most=MOST_EPOCHS
+    )
+    limit: float = option(0.5, "what the multipliers may sum to", at_most=1000)
+    margin_lower: float = option(0.98, "the least factor on a class's radius", at_most=100)
+    margin_upper: float = option(3.0, "the largest factor on a class's radius", at_most=100)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_order(self, "margin_lower", "margin_upper")
 
     def class_state(self, num_classes: int, recipe: Recipe) -> dict[str, Tensor]:
         return {f"multiplier_{name}": torch.zeros(num_classes) for name in ("clean", "boundary", "margin")}

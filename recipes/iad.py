@@ -23,8 +23,10 @@ from retemper.recipes.settings import ON_DIGITS, distillation
 class Trust(Method):
     """The trust in the teacher, for methods that build on IAD."""
 
-    trust_power: float = option(0.1, "power of the teacher's probability of the label that it is trusted by")
-    begin: float = option(0.3, "share of the epochs that trust the teacher in full")
+    trust_power: float = option(
+        0.1, "power of the teacher's probability of the label that it is trusted by", at_most=100
+    )
+    begin: float = option(0.3, "share of the epochs that trust the teacher in full", at_most=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,8 +57,8 @@ class Iad(Ard, Trust):
     # released: as in ARD, the second drop of the learning rate changes nothing. Two clean forwards of it, each of them
     # moving the batch-norm statistics, are one here.
     teacher_sees: ClassVar[tuple[str, ...]] = ("clean", "adv")
-    temperature: float = option(1.0, "temperature of both networks")
-    kl_scale: float = option(1.0, "factor on the soft terms")
+    temperature: float = option(1.0, "temperature of both networks", positive=True, at_most=1000)
+    kl_scale: float = option(1.0, "factor on the soft terms", at_most=1000)
 
     def image_loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         own_B = self.distrust(targets) * kl_rows(logits["clean"], logits["adv"])
@@ -67,10 +69,10 @@ class Iad(Ard, Trust):
 class Iad2(Iad):
     teacher_sees: ClassVar[tuple[str, ...]] = ("adv",)
     clean_teacher_sees: ClassVar[tuple[str, ...]] = ("adv",)
-    soft_weight: float = option(0.5, "weight of the soft terms (a)")
+    soft_weight: float = option(0.5, "weight of the soft terms (a)", at_most=1)
     # the authors begin after 40 of 200 epochs, and take no clean forward until then
-    clean_teacher_weight: float = option(0.25, "weight of the clean teacher (b)")
-    begin: float = option(0.2, "share of the epochs that trust the teacher in full")
+    clean_teacher_weight: float = option(0.25, "weight of the clean teacher (b)", at_most=1)
+    begin: float = option(0.2, "share of the epochs that trust the teacher in full", at_most=1)
 
     def image_loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         adv_BK, distrust_B = logits["adv"], self.distrust(targets)

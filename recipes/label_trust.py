@@ -47,14 +47,14 @@ def next_weight(
 
 @dataclass(frozen=True, kw_only=True)
 class LabelTrust(Method):
-    adv_weight: float = option(5 / 6, "weight of the attacked term (a)")
-    kl_scale: float = option(0.1, "factor on the loss")
-    trust_rate: float = option(0.1, "the most that the trust in labels moves in an epoch; 0 leaves it")
-    trust_start: float = option(0.0, "trust in the labels at the start")
-    trust_upper: float = option(0.8, "the largest trust in the labels")
-    weight_rate: float = option(0.4, "the most that a class weight moves in an epoch; 0 leaves it")
-    weight_lower: float = option(0.5, "the least weight of a class")
-    weight_upper: float = option(4.0, "the largest weight of a class")
+    adv_weight: float = option(5 / 6, "weight of the attacked term (a)", at_most=1)
+    kl_scale: float = option(0.1, "factor on the loss", at_most=1000)
+    trust_rate: float = option(0.1, "the most that the trust in labels moves in an epoch; 0 leaves it", at_most=1)
+    trust_start: float = option(0.0, "trust in the labels at the start", at_most=1)
+    trust_upper: float = option(0.8, "the largest trust in the labels", at_most=1)
+    weight_rate: float = option(0.4, "the most that a class weight moves in an epoch; 0 leaves it", at_most=100)
+    weight_lower: float = option(0.5, "the least weight of a class", at_most=1000)
+    weight_upper: float = option(4.0, "the largest weight of a class", positive=True, at_most=1000)
 
     def __post_init__(self) -> None:
         super().__post_init__()

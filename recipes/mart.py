@@ -27,7 +27,9 @@ def boosted_cross_entropy(logits_BK: Tensor, label_B: Tensor) -> Tensor:
 @dataclass(frozen=True, kw_only=True)
 class Mart(LabelAttack):
     forwards: ClassVar[tuple[str, ...]] = ("clean", "adv")  # the authors' order
-    beta: float = option(5.0, "weight of the robust term (lambda); the authors take 5 for ResNet-18, 6 for WRN-34-10")
+    beta: float = option(
+        5.0, "weight of the robust term (lambda); the authors take 5 for ResNet-18, 6 for WRN-34-10", at_most=1000
+    )
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         clean_BK, adv_BK = (logits[name].float() for name in self.forwards)

@@ -35,8 +35,10 @@ def whole_batch(targets: Targets, adv: Tensor, clean: Tensor) -> tuple[Tensor, T
 class Mtard(LabelAttack):
     teacher_sees: ClassVar[tuple[str, ...]] = ("adv",)
     clean_teacher_sees: ClassVar[tuple[str, ...]] = ("clean",)
-    kl_scale: float = option(0.1, "factor on both losses; the authors average over 10 classes")
-    task_rate: float = option(0.025, "rate of the weight between the two tasks; falls with the learning rate")
+    kl_scale: float = option(0.1, "factor on both losses; the authors average over 10 classes", at_most=1000)
+    task_rate: float = option(
+        0.025, "rate of the weight between the two tasks; falls with the learning rate", at_most=100
+    )
 
     def class_state(self, num_classes: int, recipe: Recipe) -> dict[str, Tensor]:
         own = {

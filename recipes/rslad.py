@@ -15,8 +15,8 @@ from retemper.recipes.settings import ON_BOTH, distillation
 
 @dataclass(frozen=True, kw_only=True)
 class Rslad(Method):
-    adv_weight: float = option(5 / 6, "weight of the attacked term (a)")
-    kl_scale: float = option(0.1, "factor on the loss; the authors average over 10 classes")
+    adv_weight: float = option(5 / 6, "weight of the attacked term (a)", at_most=1)
+    kl_scale: float = option(0.1, "factor on the loss; the authors average over 10 classes", at_most=1000)
 
     def objective(self, targets: Targets) -> KlObjective:
         return KlObjective(targets.teacher, targets.label_B)

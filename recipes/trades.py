@@ -17,7 +17,7 @@ from retemper.recipes.settings import DIGITS, ON_BOTH, adversarial_training, as_
 @dataclass(frozen=True, kw_only=True)
 class Trades(OwnPredictionAttack):
     forwards: ClassVar[tuple[str, ...]] = ("clean", "adv")  # the authors' order
-    beta: float = option(6.0, "weight of the robust term")
+    beta: float = option(6.0, "weight of the robust term", at_most=1000)
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         clean = F.cross_entropy(logits["clean"].float(), targets.label_B)

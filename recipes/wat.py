@@ -43,8 +43,8 @@ def hedge_weight(loss_history: Tensor, eta: float = 0.1) -> Tensor:
 class Wat(OwnPredictionAttack):
     forwards: ClassVar[tuple[str, ...]] = ("clean", "adv")  # the authors' order
     validates_by: ClassVar = "training attack"
-    beta: float = option(6.0, "weight of the robust term")
-    eta: float = option(0.1, "rate of the weights (Hedge)")
+    beta: float = option(6.0, "weight of the robust term", at_most=1000)
+    eta: float = option(0.1, "rate of the weights (Hedge)", at_most=100)
 
     def class_state(self, num_classes: int, recipe: Recipe) -> dict[str, Tensor]:
         return {

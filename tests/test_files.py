@@ -7,7 +7,9 @@ import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,10 +105,45 @@ def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path: Path) ->
     assert sorted(os.listdir(tmp_path)) == sorted(others)
 
 
-def test_the_temporary_file_is_one_that_is_swept(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "file"):
-        sweep(tmp_path / "file")
-        assert os.listdir(tmp_path) == []
+def killed(work: Callable[[], object]) -> None:
+    """Let a process die in `work`, or at its end."""
+    if not (pid := os.fork()):
+        try:
+            work()
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+
+
+def test_what_a_dead_process_left_is_swept_by_the_next_writer_and_a_living_one_s_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+
+    def write() -> None:
+        with atomic_write(path):
+            os._exit(0)
+
+    killed(write)
+    (left,) = os.listdir(tmp_path)
+    with atomic_write(path) as file:
+        sweep(path)
+        assert os.listdir(tmp_path) == [Path(file.name).name] != [left]
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_new_temporary_file_that_another_process_takes_for_a_dead_one_s_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, names = files.fcntl.flock, []
+
+    def lock_late(file: Any, how: int) -> None:
+        if not names:
+            os.unlink(file.name)  # as `sweep` does between the opening and the lock
+        names.append(file.name)
+        lock(file, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", lock_late)
+    write_atomically(tmp_path / "file", b"content")
+    assert len(names) == 2 and (tmp_path / "file").read_bytes() == b"content" and os.listdir(tmp_path) == ["file"]
 
 
 def test_the_kernel_releases_the_lock_of_a_killed_process(tmp_path: Path) -> None:
@@ -165,11 +202,11 @@ def test_json_is_strict_and_ends_with_a_newline(tmp_path: Path) -> None:
     assert read_json(path) == {"a": [None, [None, 1.0]], "b": {"c": None}, "d": "nan"}
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", "\xff"])
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\xff", "[" * 10_000, '{"a": ' * 500 + "1" + "}" * 500])
 def test_damaged_json_is_refused_with_its_path(content: str, tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_bytes(content.encode("latin1"))
-    with pytest.raises(DataError, match=r"x\.json (cannot be read|should hold one JSON object)"):
+    with pytest.raises(DataError, match=r"^\S+x\.json is damaged \([^\n]+\)$"):
         read_json(path)
     with pytest.raises(DataError, match=r"gone\.json does not exist: is .* the folder of a run\?"):
         read_json(tmp_path / "gone.json")
@@ -180,5 +217,5 @@ def test_the_ground_needs_no_library() -> None:
     names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {name.partition(".")[0] for name in names} & {"torch", "numpy", "triton", "filelock", "tqdm"}
     assert json.dumps(sorted(name for name in names if name.startswith("retemper."))) == json.dumps(
-        [f"retemper.{name}" for name in ("console", "errors", "files", "provenance")]
+        [f"retemper.{name}" for name in ("console", "errors", "files", "provenance", "shape")]
     )

@@ -4,11 +4,13 @@ Tensors on a GPU go by NCCL, those on the host by gloo. A process on its own is 
 every method returns what it was given. join.py makes the group.
 
 A process that is gone is noticed at once where gloo connects it, and one that stalls after a time limit; either ends
-the others with one line. Some calls wait without that limit, because one process may work for long before them while
-the others have nothing to do: before the first step, for the last batch of an attack, for a share of AutoAttack.
+the others with one line. Some calls wait longer, because one process may work for long before them while the others
+have nothing to do: before the first step, for the last batch of an attack, for a share of AutoAttack. They wait as long
+as every process gives signs of life within the limit (pulse.py).
 """
 
 import io
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +21,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from retemper.engine.device import is_out_of_memory
+from retemper.engine.distributed.pulse import Pulse
 from retemper.errors import DataError
+
+AGAIN = "run the same command again, it goes on from what was saved"
+SHORTEST_S, LONGEST_S = 0.0005, 0.02  # between two looks at an operation that may take long
 
 
 class RankLost(DataError):
@@ -38,6 +44,7 @@ class Ranks:
         world_size: how many processes there are.
         joined: whether there is a process group. A group of one process works as a larger one does.
         host_group, patient_group: gloo groups for tensors on the host, with and without a time limit.
+        pulse: the signs of life that are looked at where the time limit does not hold.
     """
 
     rank: int = 0
@@ -45,6 +52,7 @@ class Ranks:
     joined: bool = False
     host_group: Any = None
     patient_group: Any = None
+    pulse: Pulse | None = None
 
     @property
     def is_first(self) -> bool:
@@ -95,7 +103,7 @@ class Ranks:
         return self.all_reduce_(torch.tensor(flags, dtype=torch.int32), largest=True).bool().tolist()
 
     def broadcast(self, value: dict[str, Any]) -> dict[str, Any]:
-        """Return the value of rank 0, without a time limit.
+        """Return the value of rank 0, however long it takes that process to come here.
 
         Args:
             value: tensors, numbers, strings and containers of them; only that of rank 0 is read.
@@ -105,9 +113,9 @@ class Ranks:
         data = _packed(value) if self.is_first else torch.empty(0, dtype=torch.uint8)
         size = torch.tensor([len(data)])
         with self.checked():
-            dist.broadcast(size, 0, group=self.patient_group)
+            self._await(dist.broadcast(size, 0, group=self.patient_group, async_op=True))
             data = data if self.is_first else data.resize_(int(size))
-            dist.broadcast(data, 0, group=self.patient_group)
+            self._await(dist.broadcast(data, 0, group=self.patient_group, async_op=True))
         return value if self.is_first else _unpacked(data)
 
     def gather(self, value: dict[str, Any]) -> list[dict[str, Any]]:
@@ -126,10 +134,30 @@ class Ranks:
         return [_unpacked(one[:size]) for one, size in zip(found or [], sizes.tolist(), strict=False)]
 
     def barrier(self, patiently: bool = False) -> None:
-        """Wait until all processes have come here; `patiently` waits without a time limit."""
+        """Wait until all processes have come here; `patiently` waits as long as they give signs of life."""
         if self.joined:
             with self.checked():
-                dist.barrier(group=self.patient_group if patiently else self.host_group)
+                if patiently:
+                    self._await(dist.barrier(group=self.patient_group, async_op=True))
+                else:
+                    dist.barrier(group=self.host_group)
+
+    def _await(self, work: Any) -> None:
+        """Wait for an operation of the patient group while every process gives signs of life."""
+        assert self.pulse is not None
+        self.pulse.listen()
+        pause_s = SHORTEST_S
+        while not work.is_completed():
+            if silent := self.pulse.silent():
+                lost = f"process {' and '.join(map(str, silent))} of {self.world_size} has given no sign of life"
+                if self.rank in silent:  # so it is the store that does not answer
+                    lost = "the process where all of them meet (MASTER_ADDR, MASTER_PORT) does not answer"
+                limit = f"for {self.pulse.limit_s:g} s (RETEMPER_RANK_TIMEOUT)"
+                raise RankLost(f"{lost} {limit}: it is stopped, or its machine hangs; {AGAIN}")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_S)
+        self.pulse.listening = False
+        work.wait()
 
     def hold_same_bits(self, tensors: Sequence[Tensor]) -> bool:
         """Say whether all processes hold the same bits of `tensors`, of 4 or 8 bytes a value, by a weighted sum."""
@@ -151,7 +179,7 @@ class Ranks:
             reason = str(error).strip().splitlines()[0].rpartition("] ")[2]
             raise RankLost(
                 f"another of the {self.world_size} processes is gone or has stalled ({reason[:200]}): its own message "
-                "says why; run the same command again, it goes on from what was saved"
+                f"says why; {AGAIN}"
             ) from None
 
 

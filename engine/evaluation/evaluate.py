@@ -339,7 +339,8 @@ def summary(content: dict[str, Any]) -> str:
         worst, images = protocol["classes"][result["worst_class"]], sum(result["count"])
         nsd = "-" if result["nsd"] is None else f"{result['nsd']:.3f}"
         bound = "<= " if result.get("upper_bound") else ""
-        average, least, tenth = (f"{bound}{result[key]:.1%}" for key in ("average", "worst", "worst_tenth"))
+        shares = [result[key] for key in ("average", "worst", "worst_tenth")]
+        average, least, tenth = ("-" if share is None else f"{bound}{share:.1%}" for share in shares)
         lines.append(f"{name:16}{average:>10}{least:>10}  {worst:16}{tenth:>12}{nsd:>8}")
         if result.get("complete") is False:
             notes.append(f"{name} was interrupted: these are upper bounds, and the same command goes on")

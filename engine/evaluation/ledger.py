@@ -19,7 +19,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -27,11 +27,28 @@ from retemper.console import say
 from retemper.engine.evaluation.places import beside, free_name
 from retemper.errors import DataError
 from retemper.files import locked, write_atomically
+from retemper.shape import misfit, parse_json
 
 COLUMNS = ("image", "label", "clean", "tried", "broken_by", "predicted", "margin", "seed")
 WHOLE_NUMBERS = ("image", "label", "clean", "tried", "predicted")
 LATER = ("images_sha256",)  # of the facts: what ledgers of earlier versions do not say
 UNTRIED = -1  # `clean` of an image that the network has not been shown yet
+
+
+class Notes(TypedDict):
+    """What was noticed on the way."""
+
+    flags: list[str]
+    seconds: float
+    perturbation: float
+
+
+class Head(TypedDict):
+    """The first line."""
+
+    facts: dict[str, Any]
+    notes: Notes
+    sha256: str
 
 
 class Ledger:
@@ -86,7 +103,9 @@ class Ledger:
         """Return the ledger at `path`. Raises DataError if it cannot be read, or is not what was written."""
         try:
             first, _, body = path.read_bytes().partition(b"\n")
-            head = json.loads(first.removeprefix(b"# "))
+            head = parse_json(first.removeprefix(b"# "))
+            if wrong := misfit(head, Head):
+                raise ValueError(wrong)
             if head["sha256"] != hashlib.sha256(body).hexdigest():
                 raise ValueError("its rows do not match their digest")
             rows = list(csv.DictReader(io.StringIO(body.decode())))
@@ -96,7 +115,7 @@ class Ledger:
             ledger.clean_N, ledger.tried_N, ledger.predicted_N = whole["clean"], whole["tried"], whole["predicted"]
             ledger.margin_N = np.array([float(row["margin"] or "nan") for row in rows])
             ledger.broken_by = np.array([row["broken_by"] for row in rows], dtype=object)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
             raise DataError(f"{path} is damaged ({error}): delete it to begin the suite anew") from None
         return ledger
 

@@ -13,8 +13,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from retemper.engine.evaluation.content import read_evaluation
 from retemper.errors import DataError
-from retemper.files import read_json
 
 UNSAFE = r"[^\w.-]+"  # in a file's name
 QUESTION = ("dataset", "split", "image_size", "eps", "norm", "precision", "classes")  # of a protocol: what was asked
@@ -36,14 +36,10 @@ def free_name(path: Path) -> Path:
 def content_of(path: Path) -> dict[str, Any] | None:
     """Return what an evaluation holds; None if there is none, or what is there is not one."""
     try:
-        content = read_json(path)
+        content = read_evaluation(path, partial=True)
     except DataError:
         return None
-    protocol, attacks = content.get("protocol"), content.get("attacks")
-    if not isinstance(protocol, dict) or not isinstance(attacks, dict):
-        return None
-    entries = [protocol.get("attacks", {}), *attacks.values()]
-    return content if all(isinstance(entry, dict) for entry in entries) else None
+    return content if {"protocol", "attacks"} <= content.keys() else None
 
 
 def same_question(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -10,10 +10,11 @@ from typing import Any
 
 from retemper.commands import command
 from retemper.engine.checkpoints.header import is_run
+from retemper.engine.evaluation.content import AGAIN, read_evaluation
 from retemper.engine.evaluation.places import fullest
 from retemper.engine.run.commands import evaluate_again
 from retemper.errors import DataError, UsageError
-from retemper.files import read_json, write_atomically
+from retemper.files import write_atomically
 
 STRONGEST = ("autoattack", "autoattack-fast", "pgd20", "cw", "fgsm", "clean")
 MUST_AGREE = ("dataset", "split", "image_size", "eps", "norm", "precision", "classes")
@@ -44,7 +45,7 @@ class Evaluated:
         """Return the content of evaluation.csv. Raises DataError if there is no such file, or it is damaged."""
         path = self.path.with_suffix(".csv")
         try:
-            with open(path, newline="") as file:
+            with open(path, newline="", encoding="utf-8") as file:
                 return _read_verdicts(csv.DictReader(file, strict=True))
         except FileNotFoundError:
             again = evaluate_again(path.parent, self.content)
@@ -93,9 +94,9 @@ def read_evaluated(target: str | Path, name: str | None = None) -> Evaluated:
     path = fullest(target / "evaluation.json") if target.is_dir() else target
     if not path.exists():
         raise DataError(_missing(target))
-    content = read_json(path)
-    if not all(isinstance(content.get(part), dict) for part in ("protocol", "attacks")):
-        raise DataError(f"{path} is damaged: run `retemper evaluate` again")
+    content = {"protocol": {}, "attacks": {}} | read_evaluation(path, partial=True)
+    if "eps" not in content["protocol"]:
+        raise DataError(f"{path} is damaged (it has no protocol.eps): {AGAIN}")
     return Evaluated(path, name or path.resolve().parent.name, content)
 
 

@@ -16,12 +16,13 @@ import torch
 from retemper.commands import command
 from retemper.console import say
 from retemper.engine.checkpoints.header import find_weights, is_run, load_network, read_facts, read_header
+from retemper.engine.evaluation.content import read_evaluation
 from retemper.engine.evaluation.places import fullest
 from retemper.engine.export.model_card import ExportedNetwork, model_card, model_info
 from retemper.engine.models import MODELS, blocks
 from retemper.engine.run.run_folder import RunFolder
 from retemper.errors import DataError, UsageError
-from retemper.files import file_digest, json_bytes, read_json, write_atomically
+from retemper.files import file_digest, json_bytes, write_atomically
 
 
 def export(run: str | Path, out: str | Path, form: str, which: str = "best", name: str | None = None) -> Path:
@@ -100,7 +101,7 @@ def _read_evaluation(run: Path, which: str, digest: str) -> dict[str, Any]:
         say(f"note: {run} is not evaluated, the card will say so; first: {again}")
         return {}
     path = fullest(path)
-    content = read_json(path)
+    content = read_evaluation(path)
     if content["protocol"].get("weights_sha256") != digest:
         say(f"note: {path} is of other weights and is left out; again: {again}")
         return {}

@@ -3,7 +3,6 @@
 A folder that holds only an evaluation, as networks trained elsewhere have, is read too.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,12 +13,14 @@ import numpy as np
 
 from retemper.engine.checkpoints.header import read_header
 from retemper.engine.class_report import Result, read_result
+from retemper.engine.evaluation.content import read_evaluation
 from retemper.engine.evaluation.places import content_of, fullest
 from retemper.engine.report.page import Text
 from retemper.engine.run.commands import evaluate_again, train_again
+from retemper.engine.run.content import EpochLine
 from retemper.engine.run.run_folder import RunFolder
 from retemper.errors import DataError
-from retemper.files import read_json
+from retemper.files import read_json_lines
 from retemper.text import shorten
 
 ATTACKS = {
@@ -114,13 +115,8 @@ def read_run(target: str | Path) -> RunRecord:
 
 def _read_metrics(run: RunRecord) -> None:
     """Read the epochs in order; of an epoch that a resumed run wrote twice, the later line counts."""
-    path, epochs, unreadable = run.folder / "metrics.jsonl", {}, 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-            epochs[int(row["epoch"])] = row
-        except (ValueError, KeyError, TypeError, OverflowError):
-            unreadable += bool(line.strip())
+    rows, unreadable = read_json_lines(run.folder / "metrics.jsonl", EpochLine)
+    epochs = {row["epoch"]: row for row in rows}
     run.metrics = [epochs[epoch] for epoch in sorted(epochs)]
     if unreadable:
         run.notes.append(Text(f"{unreadable} unreadable lines of metrics.jsonl were left out."))
@@ -130,7 +126,7 @@ def _read_metrics(run: RunRecord) -> None:
 
 def _read_evaluation(run: RunRecord) -> None:
     try:
-        evaluation = read_json(run.evaluation)
+        evaluation = read_evaluation(run.evaluation, partial=True)
     except DataError:
         evaluation = {}
     run.protocol, run.checks = as_dict(evaluation.get("protocol")), as_dict(evaluation.get("checks"))

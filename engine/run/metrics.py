@@ -4,16 +4,16 @@ TensorBoard is an optional extra (`retemper train ... --tensorboard`). It shows 
 before: a run that goes on writes its earlier epochs anew, and what an earlier process wrote of them is purged.
 """
 
-import json
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from retemper.engine.recipe import Recipe
+from retemper.engine.run.content import EpochLine
 from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.state import State
 from retemper.errors import UsageError
-from retemper.files import finite
+from retemper.files import finite, read_json_lines
 
 
 def epoch_line(epoch: int, recipe: Recipe, state: State, images: int, seconds: float) -> dict[str, Any]:
@@ -73,10 +73,9 @@ class Board:
 
     def write(self, line: dict[str, Any]) -> None:
         """Show one more epoch, `line` as in metrics.jsonl; the first time, all that the file holds."""
-        lines = [line] if self.begun else map(json.loads, self.metrics.read_text().splitlines())
-        for line in lines:
-            for name, value in scalars(line, self.classes):
-                self.writer.add_scalar(name, value, line["epoch"])
+        for row in [line] if self.begun else read_json_lines(self.metrics, EpochLine)[0]:
+            for name, value in scalars(row, self.classes):
+                self.writer.add_scalar(name, value, row["epoch"])
         self.writer.flush()
         self.begun = True
 

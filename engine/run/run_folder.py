@@ -19,12 +19,22 @@ from retemper.console import say
 from retemper.engine.checkpoints.find import same_network
 from retemper.engine.checkpoints.weights import save_weights
 from retemper.engine.recipe import changed_options, flat_options
+from retemper.engine.run.content import RECORDED, Config, EpochLine, Saved
 from retemper.engine.run.state_file import Damaged, pack, unpack
 from retemper.errors import DataError, UsageError
-from retemper.files import atomic_write, locked, read_json, sweep, sync, write_atomically, write_json
+from retemper.files import (
+    atomic_write,
+    locked,
+    read_json,
+    read_json_lines,
+    sweep,
+    sync,
+    write_atomically,
+    write_json,
+)
+from retemper.shape import misfit
 
-STATE = {"epoch", "step", "student", "optimizer", "scaler", "class_state", "generators", "best"}
-CONFIG = {"method": str, "setting": str, "recipe": dict, "seed": int, "classes": list, "teacher": dict | None}
+ANEW = "delete the folder to start the run anew"
 
 
 class RunFolder:
@@ -54,6 +64,7 @@ class RunFolder:
         Raises:
             UsageError: another process holds it, or it cannot be written to.
         """
+        new = not os.path.lexists(self.path)
         with ExitStack() as held:
             try:
                 busy = f"another process is writing to {self.path}: wait for it or name another --out"
@@ -63,7 +74,13 @@ class RunFolder:
                 raise UsageError(why) from None
             for file in (self.config, self.metrics, self.last, self.best, self.state, self.older, self.diverged):
                 sweep(file)
-            yield
+            try:
+                yield
+            finally:
+                if new and os.listdir(self.path) == [".lock"]:  # a start that failed leaves nothing
+                    with suppress(OSError):
+                        (self.path / ".lock").unlink()
+                        self.path.rmdir()
 
     def read_config(self) -> dict[str, Any]:
         """Return the run's config.json, its recipe's options by flat name (files of earlier versions hold no groups).
@@ -71,13 +88,16 @@ class RunFolder:
         Raises:
             DataError: it is not there, or is not what a run writes.
         """
-        config = read_json(self.config)
-        lacking = [name for name, kind in CONFIG.items() if not isinstance(config.get(name), kind)]
-        if not lacking:
-            config["recipe"] = flat_options(config["recipe"])
-            lacking = [name for name in ("student", "dataset", "eps") if name not in config["recipe"]]
-        if lacking:
-            raise DataError(f"{self.config} is damaged (no {lacking[0]}): delete the folder to start the run anew")
+        config = read_json(self.config, Config, ANEW)
+        recipe = config["recipe"] = flat_options(config["recipe"])
+        for name, one in RECORDED.items():
+            try:
+                if wrong := misfit(recipe.get(name), one.kind, at=name):
+                    raise ValueError(wrong)
+                if one.kind is not str:  # of another version's networks and data sets a report can be written
+                    one.check(recipe.get(name))
+            except ValueError as error:
+                raise DataError(f"{self.config} is damaged ({error}): {ANEW}") from None
         return config
 
     def begin(self, config: dict[str, Any]) -> None:
@@ -132,8 +152,12 @@ class RunFolder:
         try:
             os.link(self.state, spare)
         except OSError:  # a file system without hard links
-            spare = self.state
-        os.replace(spare, self.older)
+            os.replace(self.state, self.older)
+            return
+        try:
+            os.replace(spare, self.older)
+        finally:
+            spare.unlink(missing_ok=True)  # it is still there where both were one file before: a rename does nothing
 
     def load_state(self) -> dict[str, Any] | None:
         """Return what was last saved, or before that if the newest is damaged; None for a run not yet begun.
@@ -146,7 +170,7 @@ class RunFolder:
         damaged: list[str] = []
         for path in (path for path in (self.state, self.older) if path.exists()):
             try:
-                state = unpack(path, STATE)
+                state = unpack(path, Saved)
             except Damaged as error:
                 damaged.append(str(error))
                 continue
@@ -158,7 +182,7 @@ class RunFolder:
             self._write_metrics(state["epoch"])
             return state
         if damaged:
-            raise DataError(f"{', and '.join(damaged)}: delete the folder to start the run anew")
+            raise DataError(f"{', and '.join(damaged)}: {ANEW}")
         self._write_metrics(0)
         return None
 
@@ -169,12 +193,7 @@ class RunFolder:
 
     def _write_metrics(self, last: int, *more: dict[str, Any]) -> None:
         """Leave the lines up to epoch `last`, but for those that cannot be read, and `more` behind them."""
-        lines = []
-        for text in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
-            with suppress(ValueError, KeyError, TypeError):
-                line = json.loads(text)
-                if line["epoch"] <= last:
-                    lines.append(line)
+        lines = [line for line in read_json_lines(self.metrics, EpochLine)[0] if line["epoch"] <= last]
         content = "".join(json.dumps(line, allow_nan=False) + "\n" for line in (*lines, *more))
         with _telling(self.metrics):
             write_atomically(self.metrics, content.encode())

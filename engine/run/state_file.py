@@ -6,7 +6,7 @@ a cut anywhere is found before anything is believed.
 
 import hashlib
 import io
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from retemper.engine.device import is_out_of_memory
 from retemper.errors import DataError
 from retemper.files import DAMAGED
+from retemper.shape import misfit
 
 MARK = b"sha256:"
 COMMENT = len(MARK) + 64  # bytes
@@ -37,8 +38,8 @@ def pack(state: Mapping[str, Any]) -> bytes:
     return buffer.getvalue()  # which shares the buffer's memory: a large network's state is there once, not three times
 
 
-def unpack(path: Path, names: Collection[str] = ()) -> dict[str, Any]:
-    """Return what `pack` was given, on the host; it must have the `names`.
+def unpack(path: Path, kind: Any = dict) -> dict[str, Any]:
+    """Return what `pack` was given, on the host; it must have the shape `kind` (`retemper.shape`).
 
     Raises:
         Damaged: the digest is missing or another, or the file holds something else.
@@ -56,8 +57,8 @@ def unpack(path: Path, names: Collection[str] = ()) -> dict[str, Any]:
         if is_out_of_memory(error):  # its digest is right
             raise
         raise Damaged(f"{path} is damaged ({type(error).__name__})") from None
-    if lacking := sorted(set(names) - state.keys()):
-        raise Damaged(f"{path} is damaged (it lacks {', '.join(lacking)})")
+    if (wrong := misfit(state, kind)) is not None:
+        raise Damaged(f"{path} is damaged ({wrong})")
     return state
 
 

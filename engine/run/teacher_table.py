@@ -23,7 +23,7 @@ from torch import Tensor
 
 from retemper.console import say
 from retemper.errors import DataError
-from retemper.files import locked
+from retemper.files import locked, write_atomically
 from retemper.loaders import Loader
 
 Ask = Callable[[Tensor, Tensor, Tensor], Tensor]  # image (N, H, W, C) uint8, view (B,), index (B,) to (B, K) logits
@@ -49,7 +49,7 @@ class TeacherTable:
             files = [self.folder / name for name in ("logits.f32", "checksums.u32")]
             taken = sum(512 * file.stat().st_blocks for file in files if file.exists())
             require_room(self.folder, table_bytes(images, views, classes) - taken)
-            (self.folder / "facts.json").write_text(text + "\n")
+            write_atomically(self.folder / "facts.json", text.encode() + b"\n")
             self.logits = _allocated(files[0], np.dtype(np.float32), (images, views, classes))
             self.checksums = _allocated(files[1], np.dtype(np.uint32), (images, views))
 

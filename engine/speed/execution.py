@@ -38,7 +38,9 @@ class Execution(Options):
     capture: Literal["auto", "on", "off"] = option(
         "auto", "record the step in a CUDA graph; auto does so on a GPU with fused_sgd"
     )
-    teacher_ahead: int = option(8, "ask the teacher for so many batches at once, between steps; 0: within each step")
+    teacher_ahead: int = option(
+        8, "ask the teacher for so many batches at once, between steps; 0: within each step", at_most=1000
+    )
     teacher_table: Literal["auto", "on", "off"] = option(
         "auto", "keep the teacher's answers to every view of an image on disk; auto does so up to 4 GiB"
     )
@@ -46,7 +48,9 @@ class Execution(Options):
     loader: Literal["auto", "ffcv", "resident"] = option(
         "auto", "where the images lie: an FFCV file, or all in memory; both give the same batches"
     )
-    cpu_threads: int | None = option(None, "threads on a CPU (none: as many as torch takes)", positive=True)
+    cpu_threads: int | None = option(
+        None, "threads on a CPU (none: as many as torch takes)", positive=True, at_most=512
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

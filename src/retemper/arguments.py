@@ -112,10 +112,15 @@ def _kind(read: Callable[[str], Any], fits: Callable[[Any], bool], advice: str) 
         except (ValueError, TypeError):
             value = None
         if value is None or not fits(value):
-            raise argparse.ArgumentTypeError(f"{text}: {advice}")
+            raise argparse.ArgumentTypeError(f"{text or repr(text)}: {advice}")
         return value
 
     return kind
+
+
+def _path(text: str) -> Path | None:
+    """Read the name of a file or folder; none is empty, which would mean the folder that one is in."""
+    return Path(text) if text else None
 
 
 def _pair(text: str) -> tuple[int, int] | None:
@@ -126,9 +131,15 @@ def _pair(text: str) -> tuple[int, int] | None:
 
 SEED = _kind(int, lambda seed: 0 <= seed < 2**23, "a seed lies in 0 .. 2^23 - 1")
 COUNT = _kind(int, lambda number: number >= 1, "it must be at least 1")
+BATCH = _kind(int, lambda size: 1 <= size <= 2**20, "a batch has 1 .. 2^20 images")
+PIXELS = _kind(int, lambda size: 1 <= size <= 4096, "an image has 1 .. 4096 pixels a side")
+ROUNDS = _kind(int, lambda number: 1 <= number <= 10_000, "so many rounds are 1 .. 10000")
+YEAR_S = 365 * 24 * 3600
+PATH = _kind(_path, lambda _: True, "name a file or a folder (. is the one that you are in)")
+PERIOD = _kind(float, lambda seconds: 0 <= seconds <= YEAR_S, "write it in seconds, from 0 to a year")
 RADIUS = _kind(partial(parse_value, float), lambda eps: 0 <= eps <= 1, "write it in [0, 1] pixels, 8/255 not 8")
 SHARD = _kind(_pair, lambda pair: 1 <= pair[0] <= pair[1], "write it as 1/4 to 4/4")
-MINUTES = _kind(float, lambda minutes: minutes > 0, "write it in minutes, as 90")
+MINUTES = _kind(float, lambda minutes: 0 < minutes <= YEAR_S / 60, "write it in minutes, above 0 and up to a year")
 
 
 def _option(name: str, help: str, metavar: str | None = None, **rest: Any) -> tuple[str, dict[str, Any]]:
@@ -141,7 +152,7 @@ NAMES = [listed.name for settings in INDEX.methods.values() for listed in settin
 DEVICE = _option("--device", "cpu, cuda or cuda:N (cuda where there is one)", "NAME")
 OPTIONS: dict[str, tuple[str | tuple[str, dict[str, Any]], ...]] = {  # of each verb; a word alone begins a group
     "demo": (
-        _option("--out", "where it goes (runs/demo)", "DIR", type=Path, default=Path("runs/demo")),
+        _option("--out", "where it goes (runs/demo)", "DIR", type=PATH, default=Path("runs/demo")),
         _option("--seed", "of the three runs (0)", "N", type=SEED, default=0),
     ),
     "ls": (
@@ -150,17 +161,17 @@ OPTIONS: dict[str, tuple[str | tuple[str, dict[str, Any]], ...]] = {  # of each 
     ),
     "train": (
         _option("METHOD_SETTING", "the recipe; retemper ls lists them", "METHOD:SETTING", completes=NAMES),
-        _option("--data-root", "where the data set lies", "DIR", type=Path),
+        _option("--data-root", "where the data set lies", "DIR", type=PATH),
         _option("--teacher", NETWORK, "NETWORK"),
         _option("--clean-teacher", "the second teacher, trained without attacks", "NETWORK"),
         _option("--start", "the weights that the student begins with", "NETWORK"),
-        _option("--out", "the run's folder (runs/METHOD-SETTING-seedN)", "DIR", type=Path),
+        _option("--out", "the run's folder (runs/METHOD-SETTING-seedN)", "DIR", type=PATH),
         _option("--seed", "of weights, order, views and attacks (0)", "N", type=SEED, default=0),
         DEVICE,
-        _option("--cache", "where converted data and teachers' answers go (~/.cache/retemper)", "DIR", type=Path),
-        _option("--beton", "a converted training set to read instead", "FILE", type=Path),
+        _option("--cache", "where converted data and teachers' answers go (~/.cache/retemper)", "DIR", type=PATH),
+        _option("--beton", "a converted training set to read instead", "FILE", type=PATH),
         _option(
-            "--save-every", "save within an epoch so often; 0: every step (600)", "SECONDS", type=float, default=600
+            "--save-every", "save within an epoch so often; 0: every step (600)", "SECONDS", type=PERIOD, default=600
         ),
         _option("--max-steps", "cut the run after N steps in all: to try it out, or go on later", "N", type=COUNT),
         _option("--deterministic", "the same bits every time on a GPU too, slower", action="store_true"),
@@ -176,11 +187,11 @@ OPTIONS: dict[str, tuple[str | tuple[str, dict[str, Any]], ...]] = {  # of each 
             default="clean,fgsm,pgd20,cw",
             completes=verbs.ATTACKS,
         ),
-        _option("--data-root", "where the data set lies (as in training)", "DIR", type=Path),
-        _option("--out", "where evaluation.json goes (beside the weights)", "DIR", type=Path),
+        _option("--data-root", "where the data set lies (as in training)", "DIR", type=PATH),
+        _option("--out", "where evaluation.json goes (beside the weights)", "DIR", type=PATH),
         _option("--limit", "only N images, balanced over the classes", "N", type=COUNT),
         _option("--weights", "which of a run's weights (best)", choices=("best", "last"), default="best"),
-        _option("--batch-size", "images at once (256)", "N", type=COUNT, default=256),
+        _option("--batch-size", "images at once (256)", "N", type=BATCH, default=256),
         _option("--seed", "of the random starts (0)", "N", type=SEED, default=0),
         _option("--check", "also look for masked gradients, on 300 of the images", action="store_true"),
         DEVICE,
@@ -201,18 +212,18 @@ OPTIONS: dict[str, tuple[str | tuple[str, dict[str, Any]], ...]] = {  # of each 
         _option("--eps", "the radius, in [0, 1] pixels (8/255)", "X", type=RADIUS),
     ),
     "report": (
-        _option("runs", "the folder of a run or of an evaluation", "RUN", type=Path, nargs="+"),
-        _option("--out", "where the page goes", "DIR", type=Path, required=True),
+        _option("runs", "the folder of a run or of an evaluation", "RUN", type=PATH, nargs="+"),
+        _option("--out", "where the page goes", "DIR", type=PATH, required=True),
     ),
     "compare": (
         _option("a", "a run's folder; several seeds as A1,A2,A3", "A"),
         _option("b", "another; seed i of B is paired with seed i of A", "B"),
         _option("--attack", "the attack (the strongest that all were evaluated with)", "NAME"),
-        _option("--json", "write every number there too", "FILE", type=Path),
+        _option("--json", "write every number there too", "FILE", type=PATH),
     ),
     "export": (
-        _option("run", "the run's folder", "RUN", type=Path),
-        _option("--out", "where the files go", "DIR", type=Path, required=True),
+        _option("run", "the run's folder", "RUN", type=PATH),
+        _option("--out", "where the files go", "DIR", type=PATH, required=True),
         _option(
             "--format",
             "weights with a model card, or what RobustBench asks for (safetensors)",
@@ -224,19 +235,19 @@ OPTIONS: dict[str, tuple[str | tuple[str, dict[str, Any]], ...]] = {  # of each 
     ),
     "convert": (
         _option("dataset", "digits, fashion-mnist, cifar10, ..., or folder", "DATASET", completes=INDEX.datasets),
-        _option("--data-root", "where the data set lies", "DIR", type=Path),
-        _option("--out", "the file to write", "FILE.beton", type=Path, required=True),
+        _option("--data-root", "where the data set lies", "DIR", type=PATH),
+        _option("--out", "the file to write", "FILE.beton", type=PATH, required=True),
         _option("--split", "which images (train)", choices=("train", "test"), default="train"),
-        _option("--image-size", "resize to N pixels a side (as they are)", "N", type=int),
+        _option("--image-size", "resize to N pixels a side (as they are)", "N", type=PIXELS),
     ),
     "bench": (
         _option("what", "what is timed", choices=("step", "kernels", "loaders", "attack")),
-        _option("--json", "write the figures there too", "FILE", type=Path),
-        _option("--rounds", "interleaved rounds that count (20)", "N", type=COUNT, default=20),
-        _option("--batch", "this batch size in place of the usual ones", "N", type=COUNT),
+        _option("--json", "write the figures there too", "FILE", type=PATH),
+        _option("--rounds", "interleaved rounds that count (20)", "N", type=ROUNDS, default=20),
+        _option("--batch", "this batch size in place of the usual ones", "N", type=BATCH),
         _option("--only", "tables whose name holds one of these", "WORD", nargs="+", default=[]),
         _option("--quick", "tiny sizes and nothing compiled: to try it out", action="store_true"),
-        _option("--profile", "step: a table and a trace of its phases into DIR", "DIR", type=Path),
+        _option("--profile", "step: a table and a trace of its phases into DIR", "DIR", type=PATH),
         _option("--sweep", "kernels: try block sizes on a GPU, and name the best", action="store_true"),
         DEVICE,
     ),

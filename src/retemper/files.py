@@ -1,5 +1,6 @@
 """Files: written whole or not at all, locked, digested; and JSON, written strictly and refused in one line."""
 
+import fcntl
 import hashlib
 import json
 import math
@@ -10,13 +11,14 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from retemper.console import progress
 from retemper.errors import DataError, UsageError
+from retemper.shape import misfit, parse_json
 
 DAMAGED = (  # what the readers of zip and pickle raise when the bytes are not a file of theirs
     *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error),
@@ -31,20 +33,22 @@ SHOW_FROM = 1 << 30  # bytes; the digest of a smaller file takes a second or two
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Open a binary file that replaces `path` when the block ends without an error, and is removed otherwise.
 
-    The file's `name` is its temporary path, for a library that must open the file itself.
+    The file's `name` is its temporary path, for a library that must open the file itself. What killed processes left of
+    the same kind is removed.
 
     Raises:
         OSError: the folder is missing, read-only or full; the old file is intact.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # same folder: a rename must not cross disks
+    sweep(path)
+    file = _open_beside(path)
     try:
-        with open(temporary, "xb") as file:
+        with file:
             yield file
             sync(file)
-        os.replace(temporary, path)
+            os.replace(file.name, path)  # while it is still locked: `sweep` takes it for a dead process's otherwise
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        Path(file.name).unlink(missing_ok=True)
         raise
     sync_folder(path.parent)  # or the rename itself may be lost when the machine stops
 
@@ -71,10 +75,24 @@ def sync_folder(folder: str | Path) -> None:
 
 
 def sweep(path: str | Path) -> None:
-    """Remove the temporary files of `path` that killed processes left. Hold the lock on `path`, or a live one goes."""
+    """Remove the temporary files of `path` that no process writes any more: those of killed ones."""
     path = Path(path)
     for left in path.parent.glob(f".{escape(path.name)}.*.tmp"):
-        left.unlink(missing_ok=True)
+        with suppress(OSError), open(left, "rb") as file:  # it is gone, not ours, or on a disk without locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its writer lives
+            left.unlink()
+
+
+def _open_beside(path: Path) -> BinaryIO:
+    """Open a new temporary file for `path`, with the lock that tells `sweep` that its writer lives."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # here: a rename must not cross disks
+        file = open(temporary, "xb")  # the caller closes it
+        with suppress(OSError):  # a disk without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if temporary.exists():
+            return file
+        file.close()  # another process's `sweep` came between the two
 
 
 @contextmanager
@@ -117,22 +135,48 @@ def file_digest(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
+def read_json(path: str | Path, kind: Any = dict, advice: str = "", partial: bool = False) -> dict[str, Any]:
     """Return the object in a JSON file.
 
+    Args:
+        kind: the shape that it must have (`retemper.shape`).
+        advice: what to do about a file that is damaged, for the error.
+        partial: whether fields may be missing.
     Raises:
-        DataError: the file does not exist, or does not hold one JSON object.
+        DataError: the file does not exist, or does not hold one such object; the message names the field.
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_bytes())
+        wrong = misfit(content, kind, partial)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: is {path.parent} the folder of a run?") from None
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path} should hold one JSON object")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        wrong, content = str(error), {}
+    if wrong is not None:
+        raise DataError(f"{path} is damaged ({wrong}){advice and f': {advice}'}")
     return content
+
+
+def read_json_lines(path: str | Path, kind: Any) -> tuple[list[dict[str, Any]], int]:
+    """Return the objects in a file with one a line, and how many lines hold none of the shape `kind`.
+
+    A file that does not exist has no lines. Raises DataError where it cannot be read.
+    """
+    rows: list[dict[str, Any]] = []
+    try:
+        lines = [line for line in Path(path).read_bytes().splitlines() if line.strip()]
+    except FileNotFoundError:
+        lines = []
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    for line in lines:
+        with suppress(ValueError):
+            row = parse_json(line)
+            rows += [row] if misfit(row, kind) is None else []
+    return rows, len(lines) - len(rows)
 
 
 def json_bytes(content: Any) -> bytes:

@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from retemper.errors import UsageError, nearest
 
+MOST_EPOCHS = 2**16 - 1  # an epoch's number has 16 bits in the seed of its noise
+
 
 def option(
     default: Any = MISSING,
@@ -20,6 +22,7 @@ def option(
     name: str | None = None,
     choices: Sequence[str | None] | str | None = None,
     positive: bool = False,
+    at_most: float | None = None,
 ) -> Any:
     """Return a dataclass field that is an option.
 
@@ -30,8 +33,10 @@ def option(
         choices: the values that it may have, or the name of the class attribute that holds them. A `Literal` says
             its own.
         positive: whether a number must be above 0. Numbers must be finite and not negative in any case.
+        at_most: the largest number that can be meant. It bounds each value of a tuple, as `positive` does.
     """
-    return field(default=default, metadata={"help": help, "name": name, "choices": choices, "positive": positive})
+    bounds = {"positive": positive, "at_most": at_most}
+    return field(default=default, metadata={"help": help, "name": name, "choices": choices, **bounds})
 
 
 @dataclass(frozen=True)
@@ -50,17 +55,28 @@ class Option:
     help: str
     choices: tuple[str | None, ...] | None
     positive: bool
+    at_most: float | None
 
     def check(self, value: Any) -> None:
         """Raise ValueError where `value` is none that the option may have."""
         if self.choices is not None and value not in self.choices:
             raise ValueError(f"{self.name} = {value!r}: it must be one of {', '.join(map(str, self.choices))}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{self.name} = {value}: it must be a finite number")
-        if isinstance(value, int | float) and value < 0:
-            raise ValueError(f"{self.name} = {value}: it must not be negative")
-        if self.positive and value is not None and value <= 0:
-            raise ValueError(f"{self.name} = {value}: it must be above 0")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                self._check_number(number)
+
+    def _check_number(self, number: float) -> None:
+        if isinstance(number, float) and not math.isfinite(number):
+            wrong = "it must be a finite number"
+        elif self.positive and number <= 0:
+            wrong = "it must be above 0"
+        elif number < 0:
+            wrong = "it must not be negative"
+        elif self.at_most is not None and number > self.at_most:
+            wrong = f"it must lie {'above 0, at most' if self.positive else 'between 0 and'} {self.at_most:g}"
+        else:
+            return
+        raise ValueError(f"{self.name} = {str(number)[:30]}: {wrong}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,3 +178,10 @@ def shown_value(value: Any) -> str:
                     return f"{round(value * bottom)}/{bottom}"
         return f"{value:g}"
     return str(value)
+
+
+def require_order(group: Options, lower: str, upper: str) -> None:
+    """Raise ValueError where the option `lower` of a group is above its option `upper`."""
+    least, most = getattr(group, lower), getattr(group, upper)
+    if least > most:
+        raise ValueError(f"{lower} = {least}: it must be at most {upper} = {most}")

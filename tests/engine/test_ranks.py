@@ -26,10 +26,12 @@ from retemper.engine import EpochStats, State, create_model, train_step
 from retemper.engine.catalogue import find_setting
 from retemper.engine.device import is_out_of_memory
 from retemper.engine.distributed.join import join
+from retemper.engine.distributed.pulse import Pulse
 from retemper.engine.distributed.ranks import ALONE, RankLost, Ranks
 from retemper.engine.run.state_file import unpack
 from retemper.engine.speed.capture import captured
 from retemper.engine.speed.fold import Folded
+from retemper.errors import UsageError
 from retemper.loaders import ViewSpace, convert, make_loader, split_of_arrays
 
 Start = Callable[..., Any]
@@ -199,6 +201,67 @@ def test_three_processes_do_the_steps_of_one(steps: tuple[dict[str, Any], list[d
             assert all(torch.equal(value, alone[what][name]) for name, value in found[what].items())
         for what in ("losses", "weights", "kept", "classes"):
             torch.testing.assert_close(found[what], alone[what], rtol=1e-10, atol=1e-10)
+
+
+class Clock:
+    """A store and the clock of two processes that share it."""
+
+    def __init__(self) -> None:
+        self.now, self.sums = 0.0, dict[str, int]()
+
+    def add(self, key: str, number: int) -> int:
+        self.sums[key] = self.sums.get(key, 0) + number
+        return self.sums[key]
+
+
+def test_one_that_is_busy_gives_signs_of_life_and_one_that_is_stopped_does_not() -> None:
+    clock = Clock()
+    first, second = (Pulse(clock, rank, 2, 10.0, lambda: clock.now) for rank in range(2))
+    first.listen()
+    for moment in range(100):
+        clock.now = float(moment)
+        second.beat()
+        first.beat()
+        assert first.silent() == []
+    for moment in range(100, 121):  # the second one is stopped
+        clock.now = moment - 0.5
+        first.beat()
+        assert first.silent() == ([] if moment < 110 else [1]), moment
+    clock.now += 1000  # both were stopped: the limit begins anew
+    assert first.silent() == []
+
+
+def test_a_rank_that_is_stopped_is_named_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETEMPER_RANK_TIMEOUT", "2")
+    stopped = tmp_path / "stopped"
+
+    def wait() -> int:
+        ranks = join(CPU)
+        if ranks.rank == 1:
+            stopped.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return 0
+        try:
+            ranks.barrier(patiently=True)
+        except RankLost as error:
+            (tmp_path / "said").write_text(str(error))
+        os.kill(int(stopped.read_text()), signal.SIGKILL)
+        return 0
+
+    assert forked(2, wait) == [0, -signal.SIGKILL]
+    said = (tmp_path / "said").read_text()
+    assert said.startswith("process 1 of 2 has given no sign of life for 2 s (RETEMPER_RANK_TIMEOUT)"), said
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("RETEMPER_RANK_TIMEOUT", "soon"), ("RETEMPER_RANK_TIMEOUT", "nan"), ("RANK", "7"), ("MASTER_PORT", "99999")],
+)
+def test_a_launchers_wrong_variable_is_told(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for one, number in (places(0, 2, 1) | {name: value}).items():
+        monkeypatch.setenv(one, number)
+    with pytest.raises(UsageError, match=f"{name}={value}"):
+        join(CPU)
 
 
 def test_a_rank_that_differs_is_told(tmp_path: Path) -> None:
