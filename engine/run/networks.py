@@ -4,21 +4,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from retemper.console import say
 from retemper.engine.checkpoints.find import Network, Source, find_network
 from retemper.engine.checkpoints.header import Facts, require_finite, require_same_images
+from retemper.engine.checkpoints.probe import IMAGES, require_sound
 from retemper.engine.checkpoints.published import Published, clean_accuracy, margin, require_stated_accuracy
 from retemper.engine.checkpoints.weights import load_checkpoint, load_state
 from retemper.engine.distributed.ranks import Ranks
 from retemper.engine.groups import Data
 from retemper.engine.models import create_model
 from retemper.engine.recipe import Recipe
+from retemper.engine.run.told_apart import tell_apart
 from retemper.engine.state import State
 from retemper.errors import DataError, UsageError
-from retemper.loaders import Split
+from retemper.loaders import Loader, Split
+
+CLEAN = "the clean teacher"  # in messages
 
 
 def begin_state(
@@ -35,8 +40,9 @@ def begin_state(
     wanted, num_classes = recipe.networks, len(networks.split.classes)
     torch.manual_seed(seed)
     student = create_model(wanted.student, num_classes, channels=networks.split.shape[2])
-    robust, robust_source = networks.teacher(wanted.teacher_model, names["teacher"])
-    clean, clean_source = networks.teacher(wanted.clean_teacher_model, names["clean_teacher"])
+    attacked = recipe.method.attacks_teacher
+    robust, robust_source = networks.teacher(wanted.teacher_model, names["teacher"], attacked=attacked)
+    clean, clean_source = networks.teacher(wanted.clean_teacher_model, names["clean_teacher"], whose=CLEAN)
     start = networks.start(student, wanted.student, names["start"])
     try:
         recipe.execution.captures_on(networks.device)  # asked before the data is read
@@ -54,27 +60,35 @@ class NetworkLoader:
 
     Attributes:
         data: the recipe's options of the images.
+        eps: the recipe's radius.
         cache: the folder where downloads go.
     """
 
     split: Split
     data: Data
+    eps: float
     device: torch.device
     cache: Path
     teachers: list[tuple[nn.Module, Published | None]] = field(default_factory=list)
+    unprobed: list[tuple[str, nn.Module, bool]] = field(default_factory=list)  # in words; and whether it is attacked
 
-    def teacher(self, model: str | None, name: str | Path | None) -> tuple[nn.Module | None, Source | None]:
+    def teacher(
+        self, model: str | None, name: str | Path | None, *, whose: str = "the teacher", attacked: bool = False
+    ) -> tuple[nn.Module | None, Source | None]:
         """Return a frozen teacher and how config.json names it; None twice where the recipe has no such teacher.
 
         Args:
             model: the architecture that the recipe wants.
+            whose: which teacher it is, for messages.
+            attacked: whether the attack goes through this teacher.
         """
         if model is None:
             return None, None
         assert name is not None
-        network, facts = self._found(name, model, "the teacher")
+        network, facts = self._found(name, model, whose)
         teacher, source = network.load(facts, self.split.shape, self.device, self.cache)
         self.teachers.append((teacher, network.published))
+        self.unprobed.append((f"{whose} {name}", teacher, attacked))
         return teacher, source
 
     def start(self, student: nn.Module, model: str, name: str | Path | None) -> Source | None:
@@ -89,6 +103,20 @@ class NetworkLoader:
         load_checkpoint(network.name if network.entry else network.weights, student)
         require_finite(network.weights, student)
         return network.source(facts, student)
+
+    def probe(self, loader: Loader) -> None:
+        """Try what was loaded on a few of the loader's images, each network once (`require_sound`).
+
+        Raises:
+            DataError: a network cannot be used.
+        """
+        if not self.unprobed:
+            return
+        index = np.linspace(0, len(self.split) - 1, min(IMAGES, len(self.split))).astype(np.int64)
+        image = torch.cat([batch.image for batch in loader.walk(index)]).movedim(-1, 1).float() / 255
+        while self.unprobed:
+            whose, network, attacked = self.unprobed.pop()
+            require_sound(whose, network, image, len(self.split.classes), attacked=attacked)
 
     def check_teachers(self, held: Split | None, *, run: str, data_root: Path | None) -> None:
         """Say how well the teachers of `run` know images that they have not learned from.
@@ -112,11 +140,12 @@ class NetworkLoader:
     def _copied(self, network: Network, facts: Facts, student: nn.Module) -> Source:
         """Copy the weights of a start that is built by other code: the same weights must then give the same answers."""
         model, source = network.load(facts, self.split.shape, self.device, self.cache)
+        self.unprobed.append((f"--start {network.name}", model, False))
         load_state(f"--start {network.name}", model.state_dict(), student)
         H, W, C = self.split.shape
         image = torch.linspace(0, 1, 2 * C * H * W).view(2, C, H, W)
         with torch.no_grad():
-            theirs, ours = model(image.to(self.device)).cpu(), student.eval()(image)
+            theirs, ours = model(image.to(self.device, copy=True)).cpu(), student.eval()(image)
         student.train()
         if not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3 * float(theirs.abs().max())):
             raise DataError(
@@ -127,12 +156,9 @@ class NetworkLoader:
     def _found(self, name: str | Path, model: str, whose: str) -> tuple[Network, Facts]:
         """Return the network called `name` and what is known of it; `whose` it is, for messages."""
         network, dataset = find_network(name, dataset=self.data.dataset), self.data.dataset
-        facts, (size, _, channels), num_classes = network.facts, self.split.shape, len(self.split.classes)
+        facts, channels, num_classes = network.facts, self.split.shape[2], len(self.split.classes)
         require_same_images(f"{whose} {name}", facts, num_classes, channels)
         if network.published is not None:
             say(f"{whose} {name} is {network.published.title}")
-        if facts.image_size not in (None, size):
-            say(f"note: {whose} saw images of {facts.image_size} px, the student's have {size}")
-        if facts.dataset not in (None, dataset):
-            say(f"note: {whose} was trained on {facts.dataset}, the student is to learn {dataset}")
+        tell_apart(whose, network, self.split, self.data, None if whose == CLEAN else self.eps)
         return network, facts.or_else(Facts(model=model, num_classes=num_classes, channels=channels, dataset=dataset))

@@ -19,6 +19,7 @@ from retemper.engine.epoch_stats import EpochStats, HeldOut
 from retemper.engine.run.data import TrainingData, load_data, training_split
 from retemper.engine.run.diverged import FiniteWatch
 from retemper.engine.run.job import Job
+from retemper.engine.run.lone_image import require_no_lone_image
 from retemper.engine.run.metrics import Board, epoch_line, epoch_words, held_out_words
 from retemper.engine.run.networks import NetworkLoader, begin_state
 from retemper.engine.run.pace import Pace
@@ -47,12 +48,15 @@ def train(job: Job) -> Path:
     with job.surroundings(folder):
         split = training_split(recipe.data, job.data_root, job.beton)
         board = Board(folder, split.classes) if job.tensorboard and ranks.is_first else None
-        networks = NetworkLoader(split=split, data=recipe.data, device=job.device, cache=job.cache)
+        eps, device = recipe.attack.eps, job.device
+        networks = NetworkLoader(split=split, data=recipe.data, eps=eps, device=device, cache=job.cache)
         names = {"teacher": job.teacher, "clean_teacher": job.clean_teacher, "start": job.start}
         state, sources = begin_state(recipe, networks, seed=job.seed, ranks=ranks, names=names)
         data = load_data(
             split, recipe, ranks, job.device, seed=job.seed, data_root=job.data_root, cache=job.cache, beton=job.beton
         )
+        networks.probe(data.loader)
+        require_no_lone_image(state.student, recipe, data.loader, split.shape)
         teacher = teacher_logits(recipe, state, data, sources["teacher"], run=job.name, cache=job.cache)
         saver = Saver(folder, recipe, state, seed=job.seed, save_every=job.save_every, header=job.header(split))
         pace = Pace(recipe, len(data.loader), job.max_steps)
