@@ -95,32 +95,34 @@ def pgd(
     Returns:
         The last iterate, like `clean`, without gradient.
     Raises:
-        TypeError: the images are no tensor, the steps no whole number; the objective returns no tensor.
-        ValueError: a dtype, shape or device does not fit; pixels outside [lower, upper], or that are not finite; a
-            number that is not in the units of a pixel; labels, temperatures or logits that the library's objectives
-            cannot take; logits that are NaN; an objective that is no scalar; an unknown start, mode or norm; no
-            gradient reaches the input.
+        TypeError: the images or the objective's value are no tensor, or the steps no whole number.
+        ValueError: a dtype, shape or device does not fit; pixels lie outside [lower, upper]; a length is not in the
+            units of a pixel; labels, temperatures or logits are none that the objective can take; the objective is no
+            scalar; a start, mode or norm is unknown; no gradient reaches the input.
     """
     clean = _checked_images(clean)
     _check_settings(clean, steps, step, eps, norm, bn_mode, lower, upper)
     if not isinstance(model, nn.Module):
         model, bn_mode = _in_mode(model, bn_mode), "keep"
     claims = [] if _is_recorded() else _claims(clean, start, {"step": step, "eps": eps}, norm, lower, upper)
+    options: dict[str, Any] = dict(step=step, eps=eps, start=start, bn_mode=bn_mode, seed=seed, clip_start=clip_start)
+    options |= dict(rows=rows, norm=norm, lower=lower, upper=upper, watch=watch, look=_reader(claims, objective))
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        adv = ascend(model, clean, objective=objective, steps=steps if clean.numel() else 0, **options)
+    require_claims(claims)  # of no step, which asks the model for nothing
+    return adv
+
+
+def _reader(claims: list[Any], objective: Objective) -> Callable[[Any], None]:
+    """Return what reads, once, the claims on the images and on the first logits."""
 
     def look(logits: Any) -> None:
-        """Read what is claimed of the images, and of the first logits."""
         if claims:
             own = getattr(objective, "claims", None)
             require_claims([*claims, *([] if own is None else own(logits)), *_finite("the model's logits", logits)])
             claims.clear()
 
-    options: dict[str, Any] = dict(step=step, eps=eps, start=start, bn_mode=bn_mode, seed=seed, clip_start=clip_start)
-    options |= dict(rows=rows, norm=norm, lower=lower, upper=upper, watch=watch, look=look)
-    leave = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
-    with leave:
-        adv = ascend(model, clean, objective=objective, steps=steps if clean.numel() else 0, **options)
-    require_claims(claims)  # of no step, which asks the model for nothing
-    return adv
+    return look
 
 
 def ascend(

@@ -8,7 +8,8 @@ import torch
 from retemper.console import say
 from retemper.engine.catalogue import find_setting
 from retemper.engine.checkpoints.header import Facts
-from retemper.engine.evaluation.evaluate import EvaluationRequest, evaluate_target, summary
+from retemper.engine.evaluation.evaluate import EvaluationRequest, evaluate_target
+from retemper.engine.evaluation.summary import summary
 from retemper.engine.report import require_plots, write_report
 from retemper.engine.run.job import Job, default_cache
 from retemper.engine.run.train import train

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from retemper.engine.evaluation.compare import as_text, compare
 from retemper.engine.evaluation.content import read_evaluation
-from retemper.engine.evaluation.evaluate import summary
 from retemper.engine.evaluation.ledger import Ledger
+from retemper.engine.evaluation.summary import summary
 from retemper.engine.evaluation.verdicts import read_evaluated
 from retemper.engine.report.build import build_report
 from retemper.engine.report.read import read_run

@@ -32,7 +32,7 @@ from retemper.engine.predict import ATTACKS, balanced_order, labelled_batches, p
 from retemper.engine.run.commands import absolute
 from retemper.engine.run.job import default_cache
 from retemper.engine.run.run_folder import RunFolder
-from retemper.engine.sanity.check import IMAGES, check_evaluated, check_lines
+from retemper.engine.sanity.check import IMAGES, check_evaluated
 from retemper.engine.sanity.ladder import CheckRequest
 from retemper.errors import DataError, UsageError
 from retemper.loaders import Split, load_split
@@ -329,27 +329,3 @@ def _default_out(name: str) -> Path:
     """Return the folder for the evaluation of an external network: runs/robustbench-NAME, runs/net-factory."""
     plain = re.sub(r"[^\w.-]+", "-", re.sub(r"^.*/(?=[^/]*\.py:)|\.py(?=:)", "", name))
     return Path("runs") / plain
-
-
-def summary(content: dict[str, Any]) -> str:
-    """Return a table of evaluation.json for the terminal, a line an attack; upper bounds are marked as such."""
-    protocol = content["protocol"]
-    lines, notes = [f"{'':16}{'average':>10}{'worst':>10}  {'class':16}{'worst tenth':>12}{'NSD':>8}"], []
-    for name, result in content["attacks"].items():
-        worst, images = protocol["classes"][result["worst_class"]], sum(result["count"])
-        nsd = "-" if result["nsd"] is None else f"{result['nsd']:.3f}"
-        bound = "<= " if result.get("upper_bound") else ""
-        shares = [result[key] for key in ("average", "worst", "worst_tenth")]
-        average, least, tenth = ("-" if share is None else f"{bound}{share:.1%}" for share in shares)
-        lines.append(f"{name:16}{average:>10}{least:>10}  {worst:16}{tenth:>12}{nsd:>8}")
-        if result.get("complete") is False:
-            notes.append(f"{name} was interrupted: these are upper bounds, and the same command goes on")
-        elif bound:
-            notes.append(f"{name} leaves out attacks of the standard suite: these are upper bounds")
-        notes += [f"{name}: {flag}" for flag in result.get("flags", [])]
-        if images != protocol["images"]:
-            notes.append(f"{name}: on the first {images} of the images, balanced over the classes")
-    lines.append(f"{protocol['images']} {protocol['split']} images, L-inf eps {protocol['eps']:.4g}, fp32")
-    if "training_cut" in protocol:
-        notes.append(f"the training was cut {protocol['training_cut']}: these are no numbers of a full run")
-    return "\n".join(lines + notes + (check_lines(content["checks"]) if "checks" in content else []))

@@ -60,7 +60,8 @@ def evaluate(arguments: Namespace) -> None:
 
     from retemper.engine.checkpoints.header import Facts
     from retemper.engine.distributed.join import joined
-    from retemper.engine.evaluation.evaluate import EvaluationRequest, evaluate_target, summary
+    from retemper.engine.evaluation.evaluate import EvaluationRequest, evaluate_target
+    from retemper.engine.evaluation.summary import summary
 
     same = "target out data_root limit weights batch_size seed suite fold autoattack_limit check shard".split()
     with joined(arguments.device) as (ranks, device):
