@@ -81,7 +81,7 @@ def raising(logits: Tensor) -> Tensor:
         (Net(after=lambda x: (x, x)), False, "answers 8 images with a tuple"),
         (Net(after=lambda x: x.round().long()), False, "(8, 5) of torch.int64"),
         (Net(after=lambda x: x.mean(0)), False, "with (5,) of torch.float32"),
-        (Net(after=inferred), False, "use torch.no_grad in its place"),
+        (Net(after=inferred), True, "no gradient reaches its images"),
         (Net(after=raising), False, "does not answer 8 images (KeyError: 'depth')"),
         (Net(after=lambda x: x.detach()), True, "no gradient reaches its images"),
         (Net(lambda x: x.relu_()), True, "no gradient reaches its images, and the method attacks it (RuntimeError"),
@@ -104,6 +104,7 @@ def test_a_network_that_would_spoil_a_run_is_refused_in_a_line(network: Net, att
         (Net(lambda x: x.bfloat16().float(), lambda x: x.bfloat16()), True),
         (Net(after=lambda x: x.squeeze()), True),
         (Net(after=lambda x: x.detach()), False),
+        (Net(after=inferred), False),
         (nn.Sequential(nn.ReLU(inplace=True), Net()), False),  # of pixels in [0, 1] it changes none
     ],
 )
