@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from retemper.console import say
+from retemper.engine.checkpoints.external import build_student, require_usable, users_network
 from retemper.engine.checkpoints.find import Network, Source, find_network
 from retemper.engine.checkpoints.header import Facts, require_finite, require_same_images
 from retemper.engine.checkpoints.published import Published, clean_accuracy, margin, require_stated_accuracy
 from retemper.engine.checkpoints.weights import load_checkpoint, load_state
 from retemper.engine.distributed.ranks import Ranks
 from retemper.engine.groups import Data
-from retemper.engine.models import create_model
 from retemper.engine.recipe import Recipe
 from retemper.engine.state import State
 from retemper.errors import DataError, UsageError
@@ -34,7 +34,10 @@ def begin_state(
     """
     wanted, num_classes = recipe.networks, len(networks.split.classes)
     torch.manual_seed(seed)
-    student = create_model(wanted.student, num_classes, channels=networks.split.shape[2])
+    student = build_student(wanted.student, num_classes, channels=networks.split.shape[2])
+    if users_network(wanted.student):
+        layout = torch.channels_last if recipe.execution.channels_last else torch.contiguous_format
+        require_usable(wanted.student, student, num_classes, networks.split.shape, layout)
     robust, robust_source = networks.teacher(wanted.teacher_model, names["teacher"])
     clean, clean_source = networks.teacher(wanted.clean_teacher_model, names["clean_teacher"])
     start = networks.start(student, wanted.student, names["start"])

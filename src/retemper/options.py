@@ -5,12 +5,17 @@ is a field of. A field whose own name is shorter (`TrainingAttack.steps`) says i
 """
 
 import math
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from retemper.errors import UsageError, nearest
+
+FUNCTION = re.compile(r"(?P<file>.+\.py):(?P<factory>\w+)")  # of the user's own file
 
 
 def option(
@@ -20,6 +25,7 @@ def option(
     name: str | None = None,
     choices: Sequence[str | None] | str | None = None,
     positive: bool = False,
+    or_file: bool = False,
 ) -> Any:
     """Return a dataclass field that is an option.
 
@@ -30,8 +36,10 @@ def option(
         choices: the values that it may have, or the name of the class attribute that holds them. A `Literal` says
             its own.
         positive: whether a number must be above 0. Numbers must be finite and not negative in any case.
+        or_file: whether a function of the user's own, as net.py:build, may stand in place of a choice.
     """
-    return field(default=default, metadata={"help": help, "name": name, "choices": choices, "positive": positive})
+    about = {"help": help, "name": name, "choices": choices, "positive": positive, "or_file": or_file}
+    return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True)
@@ -50,9 +58,16 @@ class Option:
     help: str
     choices: tuple[str | None, ...] | None
     positive: bool
+    or_file: bool = False
 
     def check(self, value: Any) -> None:
         """Raise ValueError where `value` is none that the option may have."""
+        if self.or_file and FUNCTION.fullmatch(str(value)):
+            return
+        if self.or_file and value not in (self.choices or ()):
+            known = [choice for choice in self.choices or () if choice]
+            own = f"it must be one of {', '.join(known)}, or your own as net.py:build"
+            raise ValueError(f"--{self.name.replace('_', '-')} {value}{nearest(str(value), known)}: {own}")
         if self.choices is not None and value not in self.choices:
             raise ValueError(f"{self.name} = {value!r}: it must be one of {', '.join(map(str, self.choices))}")
         if isinstance(value, float) and not math.isfinite(value):
@@ -112,6 +127,10 @@ def read_options(options: Mapping[str, Option], texts: Mapping[str, str]) -> dic
             options[name].check(values[name])
         except ValueError as error:
             raise UsageError(str(error)) from None
+        if options[name].or_file and (own := FUNCTION.fullmatch(text)):
+            if not Path(own["file"]).is_file():
+                raise UsageError(f"--{name.replace('_', '-')} {text}: there is no file {own['file']}")
+            values[name] = os.path.abspath(text)  # so that the run is known in any folder
     return values
 
 
