@@ -30,7 +30,11 @@ class Data(Options):
 class Networks(Options):
     """Who learns from whom."""
 
-    student: str = option(help="the architecture that is trained", choices=tuple(MODELS))
+    student: str = option(
+        help="the architecture that is trained, or net.py:build (your own nn.Module)",
+        choices=tuple(MODELS),
+        or_file=True,
+    )
     teacher_model: str | None = option(None, "the teacher's architecture", choices=(None, *MODELS))
     teacher_recipe: str | None = option(None, "the METHOD:SETTING that trains such a teacher")
     train_teacher: bool = option(False, "train missing teachers and starts first, where none is given")

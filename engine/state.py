@@ -9,10 +9,11 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
+from retemper.console import say
 from retemper.engine.distributed.gradient_bucket import GradientBucket
 from retemper.engine.distributed.ranks import ALONE, Part, Ranks
 from retemper.engine.epoch_stats import ClassMeans, ClassSums
-from retemper.engine.models import channels_last
+from retemper.engine.models import MODELS, channels_last
 from retemper.engine.optim import Average, Guard, sgd
 from retemper.engine.recipe import Method, Recipe, Targets
 from retemper.engine.speed.fold import Folded
@@ -58,7 +59,7 @@ class State:
             self.teacher = teacher and _folded(teacher, self.precision, epilogue)
             self.clean_teacher = clean_teacher and _folded(clean_teacher, self.precision, epilogue)
             if recipe.attack.bn_mode == "eval" and recipe.attack.steps:
-                self.twin = Folded(student, self.precision, epilogue)
+                self.twin = _twin(recipe, student, self.precision, epilogue)
         self.guard, self.optimizer = Guard(device), sgd(optim, student, device, fused=execution.fused_sgd)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
         if execution.fused_sgd and not self.scaler.is_enabled():  # as a scaler sets it
@@ -163,6 +164,17 @@ def _placed(student: nn.Module, recipe: Recipe, device: torch.device, ranks: Ran
             raise ValueError("batch_norm = 'synced': PyTorch has it on GPUs alone; leave it at 'local'")
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     return channels_last(student, device) if recipe.execution.channels_last else student.to(device)
+
+
+def _twin(recipe: Recipe, student: nn.Module, dtype: torch.dtype, epilogue: str) -> Folded | None:
+    """Return the student's twin; None where torch.fx does not trace a network of the user's own."""
+    try:
+        return Folded(student, dtype, epilogue)
+    except ValueError as error:
+        if recipe.networks.student in MODELS:
+            raise
+        say(f"note: {error}; the attack looks at the student itself")
+        return None
 
 
 def _folded(teacher: nn.Module, dtype: torch.dtype, epilogue: str) -> nn.Module:

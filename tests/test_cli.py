@@ -258,7 +258,7 @@ def test_convert_writes_the_file_and_its_digest(tmp_path: Path, datafiles: Modul
     [
         ("train sat:digits --lr -1", "lr = -1.0"),
         ("train sat:digits --eps nan", "finite"),
-        ("train sat:digits --student resnet19", "student = 'resnet19'"),
+        ("train sat:digits --student resnet19", "--student resnet19 (did you mean 'resnet18'?)"),
         ("train sat:digits --dataset mnist", "dataset = 'mnist'"),
         ("train sat:digits --momentum 1", "momentum"),
         ("train sat:digits --images-per-class -1", "images_per_class"),

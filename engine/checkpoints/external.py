@@ -14,6 +14,7 @@ import inspect
 import os
 import re
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from hashlib import sha256
@@ -34,15 +35,15 @@ from retemper.engine.checkpoints.surroundings import (
 )
 from retemper.engine.checkpoints.weights import state_digest
 from retemper.engine.device import is_out_of_memory
-from retemper.engine.models import channels_last
+from retemper.engine.models import channels_last, create_model
 from retemper.errors import DataError, UsageError, nearest
+from retemper.options import FUNCTION as USER
 from retemper.packages import import_package
 
 # robustbench imports auto-attack without naming it among its requirements
 # and pkg_resources, which later versions of setuptools do not bring
 INSTALL = "pip install robustbench 'setuptools<81' 'git+https://github.com/fra31/auto-attack'"
 ROBUSTBENCH = re.compile(r"robustbench:(?P<model>[^@/]+)(@(?P<dataset>[^@/]+)(/(?P<threat>[^@/]+))?)?")
-USER = re.compile(r"(?P<file>.+\.py):(?P<factory>\w+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +120,13 @@ class UserNetwork:
                 known = [name for name, value in vars(module).items() if callable(value)]
                 raise UsageError(f"{self.file} has no function {self.factory!r}{nearest(self.factory, known)}")
             with failing_as(f"{self.name} builds no network", self._advice), telling_partial_loads(self.name):
-                given = dict(num_classes=num_classes, channels=channels)
-                wanted = given.keys() & inspect.signature(factory).parameters.keys()
-                return factory(**{name: given[name] for name in wanted})
+                return factory(**_wanted(factory, num_classes, channels))
+
+    def call(self, num_classes: int, channels: int) -> str:
+        """Return the call that builds the network, as one writes it in Python. Raises as `build`."""
+        with importable(self.file.parent):
+            given = _wanted(getattr(self._module(), self.factory), num_classes, channels)
+        return f"{self.factory}({', '.join(f'{name}={value}' for name, value in given.items())})"
 
     def _advice(self, error: BaseException) -> str:
         """Return what to do about an error in the user's code, with the line that it comes from."""
@@ -148,6 +153,12 @@ class UserNetwork:
     def digest(self, state: str) -> str:
         """Return the digest of this network, of state and file: the same weights under other code are another one."""
         return sha256(state.encode() + self.file.read_bytes()).hexdigest()
+
+
+def _wanted(factory: Callable[..., object], num_classes: int, channels: int) -> dict[str, int]:
+    """Return which of the two a user's factory takes, by name."""
+    given, known = dict(num_classes=num_classes, channels=channels), inspect.signature(factory).parameters
+    return {name: value for name, value in given.items() if name in known}
 
 
 ExternalNetwork = RobustBenchNetwork | UserNetwork
@@ -235,6 +246,60 @@ def build_module(network: ExternalNetwork, num_classes: int, channels: int, cach
     while isinstance(built, nn.DataParallel) or "_orig_mod" in built._modules:
         built = built.get_submodule("module" if isinstance(built, nn.DataParallel) else "_orig_mod")
     return built
+
+
+def build_student(model: str, num_classes: int, *, channels: int | None) -> nn.Module:
+    """Build a network with fresh weights, as `create_model` does: of the literature, or of the user's net.py:build.
+
+    Raises:
+        ValueError: no network has this name.
+        UsageError, DataError: the user's code does not build one.
+    """
+    if (own := users_network(model)) is None:
+        return create_model(model, num_classes, channels=channels)
+    return build_module(own, num_classes, 3 if channels is None else channels, Path()).float().requires_grad_().train()
+
+
+def users_network(model: str) -> UserNetwork | None:
+    """Return the user's network where `model` means one, as net.py:build; None for a name of the literature."""
+    found = USER.fullmatch(model)
+    return UserNetwork(file=Path(found["file"]), factory=found["factory"]) if found else None
+
+
+def source_digest(model: str) -> str | None:
+    """Return the SHA-256 of the file that builds a user's network, or None for a network of the literature.
+
+    Raises:
+        DataError: the file is gone.
+    """
+    if (own := users_network(model)) is None:
+        return None
+    if not own.file.is_file():
+        raise DataError(f"{own.file} does not exist: the network is built by it, put it back")
+    return sha256(own.file.read_bytes()).hexdigest()
+
+
+def require_same_source(model: str, digest: str | None) -> None:
+    """Raise DataError where the file that builds a user's network is not the one that it was trained with."""
+    if digest is not None and source_digest(model) != digest:
+        raise DataError(f"{model.rpartition(':')[0]} has changed since the network was trained: put the old file back")
+
+
+def require_usable(model: str, built: nn.Module, num_classes: int, shape: Shape, layout: torch.memory_format) -> None:
+    """Try a user's network on two grey images of `shape` (H, W, C), laid out as in training.
+
+    Raises:
+        DataError: it does not map them to (2, K) logits.
+    """
+    H, W, C = shape
+    image = torch.full((2, C, H, W), 0.5).clone(memory_format=layout)
+    advice = "; try --channels-last false" if layout is torch.channels_last else ""
+    with failing_as(f"{model} does not take images of {C} x {H} x {W}", lambda _: advice), torch.no_grad():
+        answer = built.to(memory_format=layout).eval()(image)  # pyright: ignore[reportCallIssue]
+    built.train()
+    if not isinstance(answer, Tensor) or answer.shape != (2, num_classes):
+        got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+        raise DataError(f"{model} answers two images of {num_classes} classes with {got}, not {(2, num_classes)}")
 
 
 class Contiguous(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from retemper.engine.checkpoints.content import few, read_content
+from retemper.engine.checkpoints.external import build_student, require_same_source
 from retemper.engine.checkpoints.normalised import Normalised
 from retemper.engine.checkpoints.unwrap import fits, nearest_state
 from retemper.engine.checkpoints.weights import load_with_pixels
@@ -21,10 +22,11 @@ class Facts:
     """Facts about a network that its weights do not show. A field is None where it is not known.
 
     Attributes:
-        model: the name of its architecture, a key of `MODELS` for a checkpoint file.
+        model: the name of its architecture, a key of `MODELS` for a checkpoint file, or the user's net.py:build.
         channels, image_size: of the images that it was trained on; pixels a side.
         dataset: that it was trained on.
         eps: the radius that it was trained for, in pixel units.
+        source: the SHA-256 of the user's file that builds it.
     """
 
     model: str | None = None
@@ -33,6 +35,7 @@ class Facts:
     image_size: int | None = None
     dataset: str | None = None
     eps: float | None = None
+    source: str | None = None
 
     def or_else(self, other: "Facts") -> "Facts":
         """Return these facts, with those of `other` where a field is None."""
@@ -47,7 +50,15 @@ class Facts:
 
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".tar", ".ckpt", ".bin")  # that checkpoints usually have
-KINDS = {"model": str, "num_classes": int, "channels": int, "image_size": int, "dataset": str, "eps": float}
+KINDS = {
+    "model": str,
+    "num_classes": int,
+    "channels": int,
+    "image_size": int,
+    "dataset": str,
+    "eps": float,
+    "source": str,
+}
 
 
 def is_run(target: Path) -> bool:
@@ -115,8 +126,9 @@ def load_network(weights: Path, facts: Facts, device: torch.device, entry: str |
     if facts.model is None or facts.num_classes is None:
         name = "name its architecture and data set with --model and --dataset"
         raise UsageError(f"{weights} does not say what it is: {name}")
+    require_same_source(facts.model, facts.source)
     try:
-        model = create_model(facts.model, facts.num_classes, channels=facts.channels)
+        model = build_student(facts.model, facts.num_classes, channels=facts.channels)
     except ValueError as error:
         raise UsageError(str(error)) from None
     pixels = load_with_pixels(weights, model, entry)

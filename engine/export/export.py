@@ -15,6 +15,7 @@ import torch
 
 from retemper.commands import command
 from retemper.console import say
+from retemper.engine.checkpoints.external import users_network
 from retemper.engine.checkpoints.header import find_weights, is_run, load_network, read_facts, read_header
 from retemper.engine.evaluation.content import read_evaluation
 from retemper.engine.evaluation.places import fullest
@@ -42,6 +43,10 @@ def export(run: str | Path, out: str | Path, form: str, which: str = "best", nam
     if out.resolve() == run.resolve():
         raise UsageError(f"--out {out} is the run itself: name another folder")
     network = _read_network(run, which, name)
+    if form == "robustbench" and users_network(str(network.facts.model)):
+        raise UsageError(
+            "RobustBench takes networks of the literature, this one is of your own code: export safetensors"
+        )
     files = _safetensors(network) if form == "safetensors" else _robustbench(network)
     files["model.py"] = architecture_source(str(network.facts.model)).encode()
     sums = "".join(f"{sha256(data).hexdigest()}  {path}\n" for path, data in sorted(files.items()))
@@ -61,9 +66,7 @@ def _read_network(run: Path, which: str, name: str | None) -> ExportedNetwork:
     config, facts = RunFolder(run).read_config(), read_facts(weights)
     config |= {"training_cut": cut} if (cut := read_header(weights).get("cut")) else {}
     load_network(weights, facts, torch.device("cpu"))  # so that nothing damaged goes out
-    assert facts.model is not None and facts.channels is not None
-    keywords = {"channels": facts.channels} | getattr(MODELS[facts.model], "keywords", {})
-    words = [str(facts.num_classes), *(f"{word}={value}" for word, value in keywords.items())]
+    assert facts.model is not None and facts.num_classes is not None and facts.channels is not None
     digest = file_digest(weights)
     evaluation = _read_evaluation(run, which, digest)
     side = facts.image_size or evaluation.get("protocol", {}).get("image_size", 32)
@@ -75,8 +78,17 @@ def _read_network(run: Path, which: str, name: str | None) -> ExportedNetwork:
         config=_without_paths(config),
         evaluation=evaluation,
         image_shape=(facts.channels, side, side),
-        build=f"{_function(facts.model).__name__}({', '.join(words)})",
+        build=_call(facts.model, facts.num_classes, facts.channels),
     )
+
+
+def _call(model: str, num_classes: int, channels: int) -> str:
+    """Return the call that makes the network, with the exported model.py imported."""
+    if own := users_network(model):
+        return own.call(num_classes, channels)
+    keywords = {"channels": channels} | getattr(MODELS[model], "keywords", {})
+    words = [str(num_classes), *(f"{word}={value}" for word, value in keywords.items())]
+    return f"{_function(model).__name__}({', '.join(words)})"
 
 
 def _function(model: str) -> Any:
@@ -114,6 +126,9 @@ def architecture_source(model: str) -> str:
 
     What it shares with other architectures takes the place of the import.
     """
+    if own := users_network(model):
+        say(f"note: model.py is a copy of {own.file}; what it imports from beside it is not in the export")
+        return own.file.read_text()
     source, shared = inspect.getsourcefile(_function(model)), inspect.getsource(blocks)
     assert source is not None
     body = shared.partition('"""\n')[2].lstrip()  # without the module's docstring

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from retemper.engine.checkpoints.external import source_digest
 from retemper.engine.checkpoints.find import Source
 from retemper.engine.checkpoints.header import Facts
 from retemper.engine.device import (
@@ -107,6 +108,7 @@ class Job:
             image_size=self.recipe.data.image_size,
             dataset=self.recipe.data.dataset,
             eps=self.recipe.attack.eps,
+            source=source_digest(self.recipe.networks.student),
         )
         return facts.as_metadata() | {"method": self.method, "setting": self.setting}
 
@@ -122,6 +124,7 @@ class Job:
             "out": absolute(self.out),
             "data_root": absolute(self.data_root),
             **{what: source and source | {"path": str(absolute(source["path"]))} for what, source in sources.items()},
+            "student_source": source_digest(self.recipe.networks.student),
             "loader": data.loader.description,
             "versions": versions(),
             "device": device_name(self.device),

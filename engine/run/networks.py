@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from retemper.console import say
+from retemper.engine.attack import module_mode
+from retemper.engine.checkpoints.external import build_student, require_usable, users_network
 from retemper.engine.checkpoints.find import Network, Source, find_network
 from retemper.engine.checkpoints.header import Facts, require_finite, require_same_images
 from retemper.engine.checkpoints.probe import IMAGES, require_sound
@@ -16,7 +18,6 @@ from retemper.engine.checkpoints.published import Published, clean_accuracy, mar
 from retemper.engine.checkpoints.weights import load_checkpoint, load_state
 from retemper.engine.distributed.ranks import Ranks
 from retemper.engine.groups import Data
-from retemper.engine.models import create_model
 from retemper.engine.recipe import Recipe
 from retemper.engine.run.told_apart import tell_apart
 from retemper.engine.state import State
@@ -39,7 +40,11 @@ def begin_state(
     """
     wanted, num_classes = recipe.networks, len(networks.split.classes)
     torch.manual_seed(seed)
-    student = create_model(wanted.student, num_classes, channels=networks.split.shape[2])
+    student = build_student(wanted.student, num_classes, channels=networks.split.shape[2])
+    if users_network(wanted.student):
+        layout = torch.channels_last if recipe.execution.channels_last else torch.contiguous_format
+        require_usable(wanted.student, student, num_classes, networks.split.shape, layout)
+        networks.unprobed.append((f"--student {wanted.student}", student, True))
     attacked = recipe.method.attacks_teacher
     robust, robust_source = networks.teacher(wanted.teacher_model, names["teacher"], attacked=attacked)
     clean, clean_source = networks.teacher(wanted.clean_teacher_model, names["clean_teacher"], whose=CLEAN)
@@ -116,7 +121,8 @@ class NetworkLoader:
         image = torch.cat([batch.image for batch in loader.walk(index)]).movedim(-1, 1).float() / 255
         while self.unprobed:
             whose, network, attacked = self.unprobed.pop()
-            require_sound(whose, network, image, len(self.split.classes), attacked=attacked)
+            with module_mode(network, "eval"):
+                require_sound(whose, network, image, len(self.split.classes), attacked=attacked)
 
     def check_teachers(self, held: Split | None, *, run: str, data_root: Path | None) -> None:
         """Say how well the teachers of `run` know images that they have not learned from.

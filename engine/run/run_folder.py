@@ -213,7 +213,11 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Say what makes `new` another run than `old`, as "field: old, now new"."""
     was, now = old["recipe"], flat_options(new["recipe"])
     changed = [(name, was.get(name), now[name]) for name in changed_options(was, now)]
-    changed += [(name, old.get(name), new[name]) for name in ("method", "seed") if old.get(name) != new[name]]
+    changed += [
+        (name, old.get(name), new.get(name))
+        for name in ("method", "seed", "student_source")
+        if old.get(name) != new.get(name)
+    ]
     for what in ("teacher", "clean_teacher", "start"):
         before, after = (config.get(what) or {} for config in (old, new))
         if not same_network(before, after):

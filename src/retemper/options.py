@@ -5,14 +5,18 @@ is a field of. A field whose own name is shorter (`TrainingAttack.steps`) says i
 """
 
 import math
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from retemper.errors import UsageError, nearest
 
 MOST_EPOCHS = 2**16 - 1  # an epoch's number has 16 bits in the seed of its noise
+FUNCTION = re.compile(r"(?P<file>.+\.py):(?P<factory>\w+)")  # of the user's own file
 
 
 def option(
@@ -23,6 +27,7 @@ def option(
     choices: Sequence[str | None] | str | None = None,
     positive: bool = False,
     at_most: float | None = None,
+    or_file: bool = False,
 ) -> Any:
     """Return a dataclass field that is an option.
 
@@ -34,9 +39,10 @@ def option(
             its own.
         positive: whether a number must be above 0. Numbers must be finite and not negative in any case.
         at_most: the largest number that can be meant. It bounds each value of a tuple, as `positive` does.
+        or_file: whether a function of the user's own, as net.py:build, may stand in place of a choice.
     """
-    bounds = {"positive": positive, "at_most": at_most}
-    return field(default=default, metadata={"help": help, "name": name, "choices": choices, **bounds})
+    about = {"help": help, "name": name, "choices": choices, "positive": positive, "at_most": at_most}
+    return field(default=default, metadata=about | {"or_file": or_file})
 
 
 @dataclass(frozen=True)
@@ -56,9 +62,16 @@ class Option:
     choices: tuple[str | None, ...] | None
     positive: bool
     at_most: float | None
+    or_file: bool = False
 
     def check(self, value: Any) -> None:
         """Raise ValueError where `value` is none that the option may have."""
+        if self.or_file and FUNCTION.fullmatch(str(value)):
+            return
+        if self.or_file and value not in (self.choices or ()):
+            known = [choice for choice in self.choices or () if choice]
+            own = f"it must be one of {', '.join(known)}, or your own as net.py:build"
+            raise ValueError(f"--{self.name.replace('_', '-')} {value}{nearest(str(value), known)}: {own}")
         if self.choices is not None and value not in self.choices:
             raise ValueError(f"{self.name} = {value!r}: it must be one of {', '.join(map(str, self.choices))}")
         for number in value if isinstance(value, tuple) else (value,):
@@ -128,6 +141,10 @@ def read_options(options: Mapping[str, Option], texts: Mapping[str, str]) -> dic
             options[name].check(values[name])
         except ValueError as error:
             raise UsageError(str(error)) from None
+        if options[name].or_file and (own := FUNCTION.fullmatch(text)):
+            if not Path(own["file"]).is_file():
+                raise UsageError(f"--{name.replace('_', '-')} {text}: there is no file {own['file']}")
+            values[name] = os.path.abspath(text)  # so that the run is known in any folder
     return values
 
 

@@ -1,0 +1,91 @@
+"""Teachers and starts that are trained first: they follow what the user changed, and are found again."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from retemper.engine.catalogue import find_setting, override
+from retemper.engine.checkpoints.weights import save_weights
+from retemper.engine.run import teachers
+from retemper.engine.run.job import Job
+from retemper.engine.run.run_folder import RunFolder
+from retemper.errors import UsageError
+
+
+def job_of(name: str, out: Path, **texts: str) -> Job:
+    method, setting, found = find_setting(name)
+    recipe = override(found.recipe, texts)
+    return Job(method=method, setting=setting, recipe=recipe, out=out, cache=out, device=torch.device("cpu"), seed=3)
+
+
+@pytest.fixture
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """The jobs that would have been trained; each leaves a finished run. The working directory is empty."""
+    jobs: list[Job] = []
+
+    def finish(job: Job) -> Path:
+        jobs.append(job)
+        job.out.mkdir(parents=True)
+        root = None if job.data_root is None else str(job.data_root.absolute())
+        said = {"method": job.method, "setting": job.setting, "recipe": job.recipe.grouped(), "seed": job.seed}
+        RunFolder(job.out).config.write_text(json.dumps(said | {"classes": [], "teacher": None, "data_root": root}))
+        for path in (RunFolder(job.out).best, RunFolder(job.out).last):
+            save_weights(path, {"weight": torch.zeros(1)}, {"epoch": str(job.recipe.optim.epochs)})
+        return job.out
+
+    monkeypatch.setattr(teachers, "train", finish)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return jobs
+
+
+def test_the_teacher_sees_the_students_images_and_radius(trained: list[Job], tmp_path: Path) -> None:
+    texts = {"dataset": "folder", "image_size": "16", "eps": "0.3", "padding": "0", "epochs": "1"}
+    job = replace(job_of("absld:fashion_mnist_small", tmp_path / "run", **texts), data_root=tmp_path / "pets")
+    found = teachers.with_teacher(job)
+    assert found.teacher == tmp_path / "sat-fashion_mnist_small-seed0-folder-pets-px16-padding0-eps0.3"
+    (first,) = trained
+    changed = dict(dataset="folder", image_size=16, eps=0.3, padding=0)
+    assert first.recipe == find_setting("sat:fashion_mnist_small")[2].recipe.replace(**changed)
+    assert (first.out, first.seed, first.data_root) == (found.teacher, 0, tmp_path / "pets")
+    assert teachers.with_teacher(job).teacher == found.teacher and len(trained) == 1
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(UsageError, match=r"pets, not .*elsewhere/pets: name another --out or --teacher"):
+        teachers.with_teacher(replace(job, data_root=tmp_path / "elsewhere" / "pets"))
+
+
+def test_every_network_that_is_trained_first_follows(trained: list[Job], tmp_path: Path) -> None:
+    found = teachers.with_teacher(job_of("mtard:digits", tmp_path / "a", eps="8/255"))
+    assert found.teacher == tmp_path / "sat-digits-seed0-eps8_255"
+    assert found.clean_teacher == tmp_path / "sat-digits_clean-seed0-eps8_255"
+    start = teachers.with_teacher(job_of("faal:digits", tmp_path / "b", images_per_class="20")).start
+    assert start == tmp_path / "sat-digits_student-seed0-perclass20"
+    assert [job.recipe.attack.eps for job in trained] == [8 / 255, 8 / 255, 0.15]
+
+
+def test_what_the_user_left_alone_stays_the_teachers_own(trained: list[Job], tmp_path: Path) -> None:
+    found = teachers.with_teacher(job_of("absld:digits", tmp_path / "run", epochs="1", attack_steps="2"))
+    assert found.teacher == tmp_path / "sat-digits-seed0"
+    assert trained[0].recipe == find_setting("sat:digits")[2].recipe
+
+
+def test_a_finished_teacher_is_found_in_runs_if_it_agrees(trained: list[Job], tmp_path: Path) -> None:
+    teachers.with_teacher(job_of("absld:digits", Path("runs/first")))
+    usual = Path("runs/sat-digits-seed0")
+    assert teachers.with_teacher(job_of("absld:digits", tmp_path / "far" / "run")).teacher == usual
+    assert len(trained) == 1
+    config = json.loads((usual / "config.json").read_text())
+    config["recipe"]["attack"]["eps"] = 0.2
+    (usual / "config.json").write_text(json.dumps(config))
+    assert (
+        teachers.with_teacher(job_of("absld:digits", tmp_path / "far" / "run")).teacher == tmp_path / "far" / usual.name
+    )
+    assert len(trained) == 2
+
+
+def test_the_command_for_a_teacher_that_takes_days_has_what_was_changed(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"train trades:cifar10_wrn34_10 --eps 4/255 --out \S*-seed0-eps4_255$"):
+        teachers.with_teacher(job_of("absld:cifar10_resnet18", tmp_path / "run", eps="4/255"))
