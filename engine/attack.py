@@ -107,10 +107,22 @@ def pgd(
     claims = [] if _is_recorded() else _claims(clean, start, {"step": step, "eps": eps}, norm, lower, upper)
     options: dict[str, Any] = dict(step=step, eps=eps, start=start, bn_mode=bn_mode, seed=seed, clip_start=clip_start)
     options |= dict(rows=rows, norm=norm, lower=lower, upper=upper, watch=watch, look=_reader(claims, objective))
-    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+    leave = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+    with leave, _telling_of_changed_images():
         adv = ascend(model, clean, objective=objective, steps=steps if clean.numel() else 0, **options)
     require_claims(claims)  # of no step, which asks the model for nothing
     return adv
+
+
+@contextmanager
+def _telling_of_changed_images() -> Iterator[None]:
+    """Raise ValueError, with what to do, where a model changes the images that it is given."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "leaf Variable that requires grad is being used in an in-place operation" not in str(error):
+            raise
+        raise ValueError("the model changes its images in place: begin it with image = image.clone()") from error
 
 
 def _reader(claims: list[Any], objective: Objective) -> Callable[[Any], None]:
@@ -208,7 +220,11 @@ def _start(
         raise ValueError(f"start = {start!r}: it must be 'uniform', 'normal', 'none' or a tensor like clean")
     if seed is None:
         seed = torch.randint(2**63 - 1, (1,), device=clean.device)
-    random_start_(adv, clean, eps, noise=start, seed=seed, clip=clip, rows=rows, lower=lower, upper=upper)
+    if norm == "l2":  # a cube as wide as the range of a pixel holds every image of the ball
+        eps_of_cube = eps.clamp(max=upper - lower) if isinstance(eps, Tensor) else min(eps, upper - lower)
+    else:
+        eps_of_cube = eps
+    random_start_(adv, clean, eps_of_cube, noise=start, seed=seed, clip=clip, rows=rows, lower=lower, upper=upper)
     if norm == "l2":  # the noise fills the cube around the ball
         adv = pgd_step_(adv, torch.zeros_like(adv), clean, 0.0, eps, norm=norm, lower=-torch.inf, upper=torch.inf)
     return adv
@@ -246,6 +262,8 @@ def _check_settings(
         raise ValueError(f"bn_mode = {bn_mode!r}: it must be 'eval', 'train' or 'keep'")
     if operator.index(steps) < 0:
         raise ValueError(f"steps = {steps}: it must be at least 0")
+    if isinstance(lower, Tensor) or isinstance(upper, Tensor):
+        raise TypeError("lower, upper: they are numbers, the same for every pixel")
     batch, pixels = len(clean), clean[:1].numel() if norm == "l2" and clean.numel() else 1
     numbers = {name: per_sample(name, value, batch)[0] for name, value in (("step", step), ("eps", eps))}
     require_pixel_units(lower, upper, pixels, **numbers)

@@ -2,9 +2,12 @@
 
 import importlib
 import pkgutil
+from functools import cache
 from types import ModuleType
 from typing import Any
 
+from retemper.console import say
+from retemper.engine.device import is_out_of_memory
 from retemper.engine.models import MODELS
 from retemper.engine.recipe import GROUPS, Recipe, Setting
 from retemper.errors import UsageError, nearest
@@ -17,7 +20,19 @@ def methods() -> list[str]:
     """Return the names of all methods, sorted."""
     package = importlib.import_module("retemper.recipes")
     names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
-    return [name for name in names if hasattr(importlib.import_module(f"retemper.recipes.{name}"), "SETTINGS")]
+    return [name for name in names if _has_settings(name)]
+
+
+@cache
+def _has_settings(name: str) -> bool:
+    """Say whether a recipe file has settings; one that cannot be imported is told of, once, and left out."""
+    try:
+        return hasattr(importlib.import_module(f"retemper.recipes.{name}"), "SETTINGS")
+    except (Exception, SystemExit) as error:
+        if is_out_of_memory(error):
+            raise
+        say(f"warning: recipes/{name}.py is left out: {type(error).__name__}: {error}")
+        return False
 
 
 def method_module(method: str) -> ModuleType:

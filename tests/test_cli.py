@@ -36,6 +36,7 @@ def fails(capsys: Capture, code: int, *words: object) -> str:
     [
         (["trian"], "there is no verb 'trian' (did you mean 'train'?); see retemper --help"),
         (["train", "abld:digits"], "did you mean 'absld'?"),
+        (["train", "ABSLD:digits"], "did you mean 'absld'?"),
         (["train", "absld:digit"], "did you mean 'digits'?"),
         (["train", "abld:digits", "--epochs", "2"], "did you mean 'absld'?"),
         (["train", "--teacher", "robustbench:X", "--epochs", "2", "abld:digits"], "did you mean 'absld'?"),
@@ -369,7 +370,8 @@ def test_the_version_is_said(capsys: Capture) -> None:
     assert capsys.readouterr().out == f"retemper {__version__}\n"
 
 
-def test_no_word_at_all_is_answered_with_the_help(capsys: Capture) -> None:
+@pytest.mark.parametrize("words", [[], ["help"]])
+def test_no_word_at_all_is_answered_with_the_help(words: list[str], capsys: Capture) -> None:
     with pytest.raises(SystemExit):
-        run([])
+        run(words)
     assert "train" in capsys.readouterr().out

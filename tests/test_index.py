@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+import retemper.recipes
 from retemper import index
+from retemper.cli import run
 from retemper.engine.catalogue import find_setting, method_module, methods
 from retemper.errors import UsageError
 from retemper.options import parse_value
@@ -45,8 +47,12 @@ def test_what_is_unknown_is_told_as_the_recipes_would(name: str) -> None:
     assert str(by_index.value) == str(by_recipes.value)
 
 
-@pytest.mark.parametrize("content", ["", "[", '{"sources": "of another version"}'])
-def test_a_file_of_other_recipes_is_not_believed(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("content", ["", "[", "[]", "null", '{"sources": "of another version"}', None])
+def test_a_file_of_other_recipes_is_not_believed(
+    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if content is None:
+        content = json.dumps({"sources": index.sources_digest()})
     (tmp_path / "index.json").write_text(content)
     monkeypatch.setattr(index, "FILE", tmp_path / "index.json")
     index._read_index.cache_clear()
@@ -54,3 +60,15 @@ def test_a_file_of_other_recipes_is_not_believed(content: str, tmp_path: Path, m
         assert index.read_index().find("absld:digits").values["epochs"] == "20"
     finally:
         index._read_index.cache_clear()
+
+
+@pytest.mark.parametrize("code", ["def broken(:", "raise SystemExit(0)", "import nowhere"])
+def test_a_recipe_file_that_cannot_be_imported_is_told_of_and_left_out(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"broken_{len(code)}"
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.setattr(retemper.recipes, "__path__", [*retemper.recipes.__path__, str(tmp_path)])
+    assert run(["ls", "absld:digits"]) == 0
+    told = capsys.readouterr()
+    assert "absld:digits" in told.out and told.err.count(f"recipes/{name}.py is left out") == 1

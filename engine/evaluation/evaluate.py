@@ -283,7 +283,7 @@ def _protocol(
         "split": split.split,
         "images": len(order),
         "images_sha256": _digest(split, order),
-        "subset": "all" if request.limit is None else "the first images of every class in turn",
+        "subset": "all" if len(order) == len(split) else "the first images of every class in turn",
         "eps": eps,
         "image_size": split.shape[0],
         "norm": "linf",
@@ -291,7 +291,7 @@ def _protocol(
         "seed": request.seed,
         "batch_size": request.batch_size,
         "network": _label(network),
-        "weights": network.name if network.weights is None else network.weights.name,
+        "weights": _weights_name(network),
         "weights_sha256": sha256,
         "classes": list(split.classes),
         "versions": versions(),
@@ -314,7 +314,14 @@ def _destination(network: Network, out: Path | None) -> Path:
             out or _default_out(network.name), network.name, _label(network), best=True, chosen=out is not None
         )
     best = weights.name == "best.safetensors" or not is_run(weights.parent)
-    return place(out or weights.parent, weights.name, _label(network), best=best, chosen=out is not None)
+    return place(out or weights.parent, _weights_name(network), _label(network), best=best, chosen=out is not None)
+
+
+def _weights_name(network: Network) -> str:
+    """Return the name of a network's weights: that of their file, and behind a colon of the entry that was chosen."""
+    if network.weights is None:
+        return network.name
+    return network.weights.name if network.entry is None else f"{network.weights.name}:{network.entry}"
 
 
 def _label(network: Network) -> str:

@@ -16,7 +16,7 @@ from retemper.errors import DataError
 from retemper.files import locked, write_json
 from retemper.loaders import Split
 
-NAMES = ("network",)  # of a protocol: what the numbers do not depend on
+NAMES = ("network", "data_root")  # of a protocol: what the numbers do not depend on
 LATER = ("images_sha256",)  # what evaluations of earlier versions do not say
 
 

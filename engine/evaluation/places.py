@@ -8,13 +8,16 @@ Beside each lies a file of the same name with the verdicts image by image, in CS
 """
 
 import re
+from collections.abc import Mapping
 from glob import escape
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from retemper.engine.checkpoints.header import is_run
 from retemper.engine.evaluation.content import read_evaluation
 from retemper.errors import DataError
+from retemper.files import file_digest
 
 UNSAFE = r"[^\w.-]+"  # in a file's name
 QUESTION = ("dataset", "split", "image_size", "eps", "norm", "precision", "classes")  # of a protocol: what was asked
@@ -70,6 +73,14 @@ def fullest(path: Path) -> Path:
     return max({path: main} | alike, key=lambda one: fullness(({path: main} | alike)[one]))
 
 
+def is_stale(path: Path, protocol: Mapping[str, Any]) -> bool:
+    """Say whether the run that an evaluation lies in holds other weights now than those that it is of."""
+    weights = path.parent / str(protocol.get("weights"))
+    if not is_run(path.parent) or not weights.is_file() or "weights_sha256" not in protocol:
+        return False
+    return file_digest(weights) != protocol["weights_sha256"]
+
+
 def place(folder: Path, weights: str, network: str, *, best: bool, chosen: bool) -> Path:
     """Return where a network's evaluation goes in `folder`, so that no two networks take turns at one file.
 
@@ -84,7 +95,8 @@ def place(folder: Path, weights: str, network: str, *, best: bool, chosen: bool)
         was = {} if (content := content_of(path)) is None else content["protocol"]
         return was.get("weights") in (None, weights) and (not chosen or was.get("network") in (None, network))
 
-    stem = Path(weights).stem
+    file, _, entry = weights.partition(":")  # of several networks in one file, each is another
+    stem = "-".join(filter(None, [Path(file).stem, entry]))
     first = "evaluation" if best else f"evaluation-{stem}"
     own = [f"evaluation-{network}", f"evaluation-{network}-{stem}"] if chosen else []
     names = (first, *own, f"evaluation-{stem}", f"evaluation-{weights}")

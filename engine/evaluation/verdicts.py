@@ -11,7 +11,7 @@ from typing import Any
 from retemper.commands import command
 from retemper.engine.checkpoints.header import is_run
 from retemper.engine.evaluation.content import AGAIN, read_evaluation
-from retemper.engine.evaluation.places import fullest
+from retemper.engine.evaluation.places import fullest, is_stale
 from retemper.engine.run.commands import evaluate_again
 from retemper.errors import DataError, UsageError
 from retemper.files import write_atomically
@@ -97,6 +97,9 @@ def read_evaluated(target: str | Path, name: str | None = None) -> Evaluated:
     content = {"protocol": {}, "attacks": {}} | read_evaluation(path, partial=True)
     if "eps" not in content["protocol"]:
         raise DataError(f"{path} is damaged (it has no protocol.eps): {AGAIN}")
+    if is_stale(path, content["protocol"]):
+        weights = content["protocol"]["weights"]
+        raise DataError(f"{path} is of other weights than {weights} has now: run `{evaluate_again(path.parent, {})}`")
     return Evaluated(path, name or path.resolve().parent.name, content)
 
 

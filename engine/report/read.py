@@ -14,7 +14,7 @@ import numpy as np
 from retemper.engine.checkpoints.header import read_header
 from retemper.engine.class_report import Result, read_result
 from retemper.engine.evaluation.content import read_evaluation
-from retemper.engine.evaluation.places import content_of, fullest
+from retemper.engine.evaluation.places import content_of, fullest, is_stale
 from retemper.engine.report.page import Text
 from retemper.engine.run.commands import evaluate_again, train_again
 from retemper.engine.run.content import EpochLine
@@ -132,6 +132,12 @@ def _read_evaluation(run: RunRecord) -> None:
     run.protocol, run.checks = as_dict(evaluation.get("protocol")), as_dict(evaluation.get("checks"))
     run.asked = as_dict(evaluation.get("asked"))
     attacks = as_dict(evaluation.get("attacks"))
+    if is_stale(run.evaluation, run.protocol):
+        weights, run.protocol, run.checks = run.protocol["weights"], {}, {}
+        run.notes.append(
+            Text(f"{run.evaluation.name} is of other weights than {weights} has now. To evaluate again:", run.evaluate)
+        )
+        return
     if not attacks:
         run.notes.append(Text(f"{run.evaluation.name} is damaged. To evaluate again:", run.evaluate))
     for attack, entry in attacks.items():

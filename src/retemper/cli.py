@@ -47,6 +47,8 @@ def run(argv: list[str]) -> int:
     """Run one verb; return its exit code. Without any word it prints the help."""
 
     def act() -> None:
+        if argv[:1] == ["help"]:
+            argv[0] = "--help"
         if argv and not argv[0].startswith("-") and argv[0] not in OPTIONS:
             raise UsageError(f"there is no verb {argv[0]!r}{nearest(argv[0], OPTIONS)}; see retemper --help")
         top, verbs = command_line(named_recipe(argv))

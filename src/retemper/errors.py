@@ -27,5 +27,5 @@ PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return " (did you mean ...?)" where something known is like `word`, else nothing."""
     bare = {one.lstrip("-"): one for one in known}  # the dashes of options would make all of them alike
-    close = difflib.get_close_matches(word.lstrip("-"), bare, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word.lstrip("-").lower(), bare, n=1, cutoff=0.5)
     return f" (did you mean {bare[close[0]]!r}?)" if close else ""

@@ -91,9 +91,11 @@ def read_index() -> Index:
 def _read_index(sources: str) -> Index:
     try:
         content = json.loads(FILE.read_text())
-    except (OSError, ValueError):
-        content = {}
-    return from_json(content if content.get("sources") == sources else make_index())
+        if content["sources"] == sources:
+            return from_json(content)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):  # absent, or no index
+        pass
+    return from_json(make_index())
 
 
 def make_index() -> dict[str, Any]:

@@ -4,9 +4,10 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from retemper.console import say
 from retemper.errors import UsageError, nearest
 from retemper.index import read_index
-from retemper.options import read_options
+from retemper.options import read_options, shown_value
 
 ATTACKS = ("clean", "fgsm", "pgd20", "cw", "autoattack")
 
@@ -25,6 +26,9 @@ def train(arguments: Namespace) -> None:
 
     method, name, setting = find_setting(arguments.METHOD_SETTING)
     recipe = override(setting.recipe, texts)
+    if recipe.attack.step > recipe.attack.eps and "attack_step" not in texts:
+        step, eps = shown_value(recipe.attack.step), shown_value(recipe.attack.eps)
+        say(f"note: one step of the attack ({step}) is longer than eps ({eps}): --attack-step says how long it is")
     if arguments.show:
         print("\n".join(f"{field:20} {value!r}" for field, value in recipe.flat().items()))
         return

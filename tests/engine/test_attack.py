@@ -329,3 +329,20 @@ def test_a_model_that_answers_no_tensor_is_attacked_by_an_objective_that_knows(
         objective=lambda out: cross_entropy_objective(label)(out["logits"]),
     )
     assert torch.equal(adv, attacked(model, clean, label))
+
+
+def test_a_random_start_in_l2_may_be_longer_than_the_range_of_a_pixel() -> None:
+    clean, label = torch.full((3, 1, 8, 8), 0.5), torch.tensor([0, 1, 2])
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    adv = pgd(net, clean, objective=cross_entropy_objective(label), steps=0, step=0.5, eps=2.0, norm="l2", seed=1)
+    lengths = (adv - clean).flatten(1).norm(dim=1)
+    assert (lengths > 1).all() and (lengths <= 2 + 1e-5).all()
+
+
+def test_a_range_for_each_channel_and_a_model_that_overwrites_are_told_plainly() -> None:
+    clean, label = torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 2])
+    options: dict[str, Any] = dict(objective=cross_entropy_objective(label), steps=1, step=0.1, eps=0.1, start="none")
+    with pytest.raises(TypeError, match="lower, upper"):
+        pgd(lambda image: image.flatten(1)[:, :3], clean, **options, lower=torch.zeros(1), upper=torch.ones(1))
+    with pytest.raises(ValueError, match="image.clone"):
+        pgd(lambda image: image.sub_(0.5).flatten(1)[:, :3], clean, **options)

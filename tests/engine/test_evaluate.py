@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from retemper.cli import run
 from retemper.engine import create_model, save_weights
 from retemper.engine.evaluation.evaluation_file import EvaluationFile
 from retemper.engine.evaluation.verdicts import read_evaluated
 from retemper.engine.report.read import read_run
+from retemper.errors import DataError
 
 
 def test_evaluate_writes_the_contracts_file_and_adds_to_it(
@@ -252,3 +254,45 @@ def test_what_would_stop_a_later_attack_stops_the_first(
     (tmp_path / "evaluation.csv").mkdir()
     assert run(words) == 2 and "is a folder" in capsys.readouterr().err
     assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_each_network_of_one_file_has_its_own_evaluation(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    both = {name: create_model("tiny_resnet", 10).state_dict() for name in ("state_dict", "state_dict_ema")}
+    torch.save(both, tmp_path / "two.pt")
+    words = ["--model", "tiny_resnet", "--dataset", "digits", "--attacks", "clean", "--limit", "20"]
+    for name in ("two.pt", "two.pt:state_dict", "two.pt", "two.pt:state_dict"):
+        assert run(["evaluate", str(tmp_path / name), *words]) == 0
+    files = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    named = {name: content["protocol"]["weights"] for name, content in files.items()}
+    assert named == {"evaluation.json": "two.pt", "evaluation-two-state_dict.json": "two.pt:state_dict"}
+
+
+def test_an_evaluation_of_weights_that_are_gone_is_no_result_of_the_run(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(teacher, folder)
+    words = ["evaluate", str(folder), "--attacks", "clean", "--limit", "20"]
+    assert run(words) == 0 and read_run(folder).results
+    assert read_evaluated(folder).protocol["images"] == 20
+    shutil.copy(folder / "last.safetensors", folder / "best.safetensors")
+    weights = load_file(folder / "best.safetensors")
+    save_file({name: value * 2 for name, value in weights.items()}, folder / "best.safetensors")
+    run_ = read_run(folder)
+    assert not run_.results and any("of other weights" in note.text for note in run_.notes)
+    with pytest.raises(DataError, match="of other weights than best.safetensors has now: run `retemper evaluate"):
+        read_evaluated(folder)
+
+
+def test_the_folder_of_the_images_makes_no_other_evaluation(teacher: Path, tmp_path: Path) -> None:
+    words = ["evaluate", str(teacher), "--out", str(tmp_path / "out"), "--limit", "20"]
+    assert run([*words, "--attacks", "clean"]) == 0
+    assert run([*words, "--attacks", "fgsm", "--data-root", str(tmp_path)]) == 0
+    assert [path.name for path in (tmp_path / "out").glob("*.json")] == ["evaluation.json"]
+
+
+def test_a_limit_above_the_number_of_images_is_none(teacher: Path, tmp_path: Path) -> None:
+    words = ["evaluate", str(teacher), "--out", str(tmp_path), "--attacks", "clean"]
+    assert run([*words, "--limit", "99999"]) == 0 and run(words) == 0
+    assert [path.name for path in tmp_path.glob("*.json")] == ["evaluation.json"]
