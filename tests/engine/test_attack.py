@@ -88,7 +88,7 @@ def test_computes_no_weight_gradients(model: nn.Module, clean: Tensor, label: Te
     masks = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):  # pyright: ignore[reportAttributeAccessIssue]
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func is torch.ops.aten.convolution_backward.default:
                 masks.append(list(args[-1]))
             return func(*args, **(kwargs or {}))
@@ -342,7 +342,8 @@ def test_a_random_start_in_l2_may_be_longer_than_the_range_of_a_pixel() -> None:
 def test_a_range_for_each_channel_and_a_model_that_overwrites_are_told_plainly() -> None:
     clean, label = torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 2])
     options: dict[str, Any] = dict(objective=cross_entropy_objective(label), steps=1, step=0.1, eps=0.1, start="none")
+    of_channels: dict[str, Any] = dict(lower=torch.zeros(1), upper=torch.ones(1))
     with pytest.raises(TypeError, match="lower, upper"):
-        pgd(lambda image: image.flatten(1)[:, :3], clean, **options, lower=torch.zeros(1), upper=torch.ones(1))
-    with pytest.raises(ValueError, match="image.clone"):
+        pgd(lambda image: image.flatten(1)[:, :3], clean, **options, **of_channels)
+    with pytest.raises(ValueError, match=r"image\.clone"):
         pgd(lambda image: image.sub_(0.5).flatten(1)[:, :3], clean, **options)
