@@ -107,6 +107,10 @@ def _find(name: str, split: str, data_root: Path | None) -> tuple[_Version, Path
     for archive in (place / version.archive for version in versions for place in places):
         if archive.is_file():
             raise DataError(f"{archive} is still packed: run `{command('tar', '-xzf', archive, '-C', archive.parent)}`")
+    if (root / "train").is_dir():
+        raise DataError(
+            f"no {name} in {root}, but {root / 'train'}: of folders with an image a file it is --dataset folder"
+        )
     raise DataError(
         f"no {name} in {root}: download {versions[0].archive} (the binary version) from the set's home page and run "
         f"`{command('tar', '-xzf', versions[0].archive, '-C', root)}`, which makes {root / versions[0].folder}"

@@ -155,7 +155,7 @@ def take(whose: str, content: object, target: Mapping[str, Tensor], entry: str |
             f"if you mean the former, name them: {whose}:{place.label}"
         )
     unexpected = {name.removeprefix(place.prefix): tensor for name, tensor in under.items()}
-    return Taken({**place.state, **unexpected}, pixels, _note(whose, place, pixels, fitting))
+    return Taken({**place.state, **unexpected}, pixels, _note(whose, place, pixels, fitting, places, target))
 
 
 Nested = tuple[tuple[str, ...], Mapping[str, Tensor], Mapping[Any, Any]]  # keys on the way, numbers around, mapping
@@ -293,11 +293,24 @@ def _split_pixels(
     return found[0], rest
 
 
-def _note(whose: str, place: Place, pixels: Pixels | None, fitting: list[Place]) -> str:
+def _note(
+    whose: str,
+    place: Place,
+    pixels: Pixels | None,
+    fitting: list[Place],
+    places: list[Place],
+    target: Mapping[str, Tensor],
+) -> str:
     """Return what the user should know of the choice; empty where there was nothing to choose."""
     other = next((one.label for one in fitting if one.label != place.label and not one.equals(place)), None)
     what = ", averaged weights" * place.averaged
     instead = "" if other is None else f" (for the others name them: {whose}:{other})"
     taken = f"takes {place.label or 'its weights'}{what}{instead}" if place.label or place.averaged else ""
     looks = f"normalises its images, {pixels}" if pixels else ""
-    return f"{whose}: " + " and ".join(filter(None, (taken, looks))) if taken or looks else ""
+    part = next((one for one in places if one.averaged and len(one.state) > len(target) / 2), None)
+    lost = ""
+    if part is not None and not place.averaged and not fits(part.state, target):
+        lacking = few(sorted(target.keys() - part.state.keys())) or "tensors of their shape"
+        lost = f"leaves the averaged weights {part.label} alone, which lack {lacking}"
+    told = " and ".join(filter(None, (taken, looks, lost)))
+    return f"{whose}: {told}" if told else ""

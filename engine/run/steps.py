@@ -58,7 +58,7 @@ class Steps:
         what, whole = f"epoch {epoch}/{self.recipe.optim.epochs}", lambda: self.pace.left_s(epoch, saver.done)
         self.pace.begin()
         with (
-            Progress(what, total, done=done, whole=whole) as progress,
+            Progress(what, min(total, allowed * size), done=done, whole=whole) as progress,
             closing(self._batches(epoch, saver.done)) as batches,
         ):
             for batch, teacher_BK in batches:

@@ -127,6 +127,15 @@ CHOICES: dict[str, State] = {
 }
 
 
+def test_an_average_of_the_parameters_alone_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parameters = {name: tensor for name, tensor in A.items() if "running" not in name and "num_batches" not in name}
+    torch.save({"model": B, "ema": parameters}, tmp_path / "both.pt")
+    load_checkpoint(tmp_path / "both.pt", model := network(9))
+    assert all(torch.equal(tensor, B[name]) for name, tensor in model.state_dict().items())
+    said = capsys.readouterr().err
+    assert "leaves the averaged weights ema alone, which lack" in said and "running_mean" in said
+
+
 @pytest.mark.parametrize("form", CHOICES)
 def test_a_choice_is_the_users(form: str, tmp_path: Path) -> None:
     torch.save(CHOICES[form], path := tmp_path / "w.pt")

@@ -133,3 +133,9 @@ def test_batches_of_another_form_are_refused(tmp_path: Path, datafiles: ModuleTy
     (folder / "meta").write_bytes(datafiles.python2_pickle({"fine_label_names": "all"}))
     with pytest.raises(DataError, match="no list of names"):
         load_split("cifar100", "test", tmp_path)
+
+
+def test_folders_of_images_in_the_place_of_the_set_are_known(tmp_path: Path) -> None:
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    with pytest.raises(DataError, match="--dataset folder"):
+        load_split("cifar10", "train", tmp_path)
