@@ -280,6 +280,12 @@ def test_impossible_values_are_named_before_any_work(words: str, said: str, caps
     assert said in fails(capsys, 2, *words.split())
 
 
+def test_a_step_of_the_attack_that_is_longer_than_its_radius_is_told_of(capsys: Capture) -> None:
+    shorter = ["train", "rslad:digits", "--eps", "8/255", "--show"]
+    assert run(shorter) == 0 and "is longer than eps (8/255)" in capsys.readouterr().err
+    assert run([*shorter, "--attack-step", "2/255"]) == 0 and "longer" not in capsys.readouterr().err
+
+
 def test_options_may_stand_before_the_recipe(capsys: Capture) -> None:
     assert run(["train", "--out", "a:b", "--epochs", "3", "sat:digits", "--show"]) == 0
     assert "epochs               3" in capsys.readouterr().out

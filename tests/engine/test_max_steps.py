@@ -1,12 +1,14 @@
 """`train --max-steps`: a run that is cut can be evaluated, says so everywhere, and goes on as if it had not been."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from retemper.cli import run
+from retemper.console import Progress
 from retemper.engine.export.export import export
 from retemper.engine.recipe import Recipe
 from retemper.engine.report.read import read_run
@@ -64,3 +66,16 @@ def digits_recipe() -> Recipe:
     from retemper.engine.catalogue import find_setting
 
     return find_setting("sat:digits")[2].recipe.replace(epochs=4, select_every=10, select_always_from=10)
+
+
+def test_the_bar_of_a_cut_run_ends_at_the_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    totals: list[int] = []
+
+    class Noting(Progress):
+        def __init__(self, what: str, total: int, **options: Any) -> None:
+            totals.append(total)
+            super().__init__(what, total, **options)
+
+    monkeypatch.setattr("retemper.engine.run.steps.Progress", Noting)
+    train(tmp_path / "cut", "--max-steps", "1")
+    assert totals == [512]
