@@ -49,7 +49,20 @@ class AdaAd(Method):
 
 AUTHORS: dict[str, Any] = dict(epochs=200, lr_drops=(100, 150), select_always_from=100, weight_decay=5e-4)
 SUMMED = dict(kl_scale=1.0)  # CIFAR-100: the authors' sum. The short ones: too few steps for a tenth of the loss
-SETTINGS = distillation(AdaAd, AUTHORS, ON_DIGITS, digits=SUMMED, fashion_mnist_small=SUMMED, cifar100_resnet18=SUMMED)
+OWN_TEACHERS = {
+    "cifar10_resnet18": ("wrn34_20", "robustbench:Chen2021LTD_WRN34_20@cifar10/Linf"),
+    "cifar100_resnet18": ("wrn34_10", "robustbench:Chen2021LTD_WRN34_10@cifar100/Linf"),
+}
+SETTINGS = distillation(
+    AdaAd,
+    AUTHORS,
+    ON_DIGITS,
+    own_teachers=OWN_TEACHERS,
+    digits=SUMMED,
+    fashion_mnist_small=SUMMED,
+    cifar100_resnet18=SUMMED,
+    cifar100_resnet18_authors_teacher=SUMMED,
+)
 
 if __name__ == "__main__":
     run_recipe(__file__)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from retemper.engine import Forwards, Targets, cross_entropy_rows, given, kl_rows, option, run_recipe
 from retemper.kernels import class_temperature_kl
-from retemper.recipes.adaad import AUTHORS, AdaAd
+from retemper.recipes.adaad import AUTHORS, OWN_TEACHERS, AdaAd
 from retemper.recipes.iad import Trust
 from retemper.recipes.settings import ON_DIGITS, distillation
 
@@ -39,7 +39,7 @@ class AdaIad(AdaAd, Trust):
         return loss
 
 
-SETTINGS = distillation(AdaIad, AUTHORS, ON_DIGITS)
+SETTINGS = distillation(AdaIad, AUTHORS, ON_DIGITS, own_teachers=OWN_TEACHERS)
 
 if __name__ == "__main__":
     run_recipe(__file__)

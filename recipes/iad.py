@@ -68,7 +68,7 @@ class Trust(Method):
         return super().next_class_state(state, stats, epoch, recipe) | {"begun": begun}
 
 
-# what `released` sets where the authors look at every epoch, and keep the best one, on average, under PGD-10 on test images
+# what `released` sets where the authors look at every epoch and keep the best one, by its average under PGD-10 on test
 BY_PGD_10: Mapping[str, Any] = dict(
     select_on="test", select_by="robust", select_steps=10, select_every=1, select_from=1, precision="fp32"
 )
@@ -113,9 +113,10 @@ class Iad2(Iad):
         return hard_weight * hard_B + self.soft_weight * robust_B + self.clean_teacher_weight * clean_B
 
 
-SETTINGS = distillation(Iad, AUTHORS, ON_DIGITS) | {
+OWN_TEACHERS = {name: ("resnet18", f"sat:{name}") for name in ("cifar10_resnet18", "cifar100_resnet18")}
+SETTINGS = distillation(Iad, AUTHORS, ON_DIGITS, own_teachers=OWN_TEACHERS) | {
     f"{name}_ii": replace(setting, note=f"IAD-II: {setting.note}")
-    for name, setting in distillation(Iad2, AUTHORS, ON_DIGITS).items()
+    for name, setting in distillation(Iad2, AUTHORS, ON_DIGITS, own_teachers=OWN_TEACHERS).items()
 }
 
 if __name__ == "__main__":
