@@ -210,15 +210,24 @@ class Recipe:
     execution: Execution
 
     def __post_init__(self) -> None:
-        if self.method.validates_by and not self.selection.holds_out:
+        if self.method.validates_by and not self.holds_out:
             raise ValueError("this method learns from held-out training images: holdout_per_class must be above 0")
-        if self.optim.average_above and (self.optim.average_every != "epoch" or not self.selection.holds_out):
+        if self.optim.average_above and (self.optim.average_every != "epoch" or not self.holds_out):
             raise ValueError(
                 f"average_above = {self.optim.average_above}: held-out training images decide, once an epoch; "
                 "set average_every = 'epoch' and holdout_per_class above 0"
             )
         if self.method.attacks_teacher and self.attack.bn_mode != "eval":
             raise ValueError("attack_bn = 'train': an attack on the teacher too would move its statistics")
+        judging = self.selection.select_step
+        if judging is not None and judging > self.attack.eps:
+            raise ValueError(f"select_step = {judging}: the attack that judges stays within eps = {self.attack.eps:g}")
+
+    @property
+    def holds_out(self) -> bool:
+        """True where training images are held out: they choose the epoch, or the run learns from them."""
+        learned_from = self.method.validates_by is not None or self.optim.average_above > 0
+        return self.selection.holdout_per_class > 0 and (learned_from or self.selection.select_on == "holdout")
 
     @classmethod
     def of(cls, method: type[Method], **options: Any) -> "Recipe":
