@@ -23,6 +23,9 @@ class Data(Options):
         None, "train on so many images of each class (none: on all)", positive=True, at_most=10**7
     )
     padding: int = option(4, "pad by so many pixels and crop at random; 0 switches cropping off", at_most=128)
+    padding_mode: Literal["zeros", "reflect"] = option(
+        "zeros", "what lies outside an image that is cropped at random: black, or its mirror image"
+    )
     flip: bool = option(True, "mirror half of the images")
 
 
