@@ -163,7 +163,8 @@ def clean_images(recipe: Recipe, image: Tensor, view: Tensor, index: Tensor | No
     Args:
         image, view, index: what a loader gives, as `augment` takes it.
     """
-    clean = augment(image, view, index=index, padding=recipe.data.padding)
+    data = recipe.data
+    clean = augment(image, view, index=index, padding=data.padding, padding_mode=data.padding_mode)
     return clean if recipe.execution.channels_last else clean.contiguous()
 
 
