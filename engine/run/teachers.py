@@ -25,11 +25,12 @@ CARRIED = {  # the options that a teacher shares with its student, and how the f
     "image_size": "px",
     "images_per_class": "perclass",
     "padding": "padding",
+    "padding_mode": "",
     "flip": "flip",
     "eps": "eps",
     "attack_step": "step",
 }
-VARIED = ("padding", "flip")
+VARIED = ("padding", "padding_mode", "flip")
 
 
 def with_teacher(job: Job) -> Job:
