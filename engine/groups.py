@@ -38,6 +38,9 @@ class Networks(Options):
         choices=tuple(MODELS),
         or_file=True,
     )
+    normalise: bool = option(
+        False, "the student first subtracts its data set's mean from the pixels and divides by their deviation"
+    )
     teacher_model: str | None = option(None, "the teacher's architecture", choices=(None, *MODELS))
     teacher_recipe: str | None = option(
         None, "the METHOD:SETTING that trains such a teacher, or robustbench:NAME where it is published"

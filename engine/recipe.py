@@ -15,6 +15,7 @@ from retemper.engine.distributed.ranks import WHOLE, Part
 from retemper.engine.epoch_stats import EpochStats
 from retemper.engine.groups import Data, Networks, Optimisation, Selection, TrainingAttack
 from retemper.engine.losses import KlObjective, Objective, cross_entropy_objective
+from retemper.engine.models import PIXELS
 from retemper.engine.speed.execution import EXACTNESS, Execution
 from retemper.errors import nearest
 from retemper.options import Option, Options, option, options_of
@@ -216,6 +217,11 @@ class Recipe:
             raise ValueError(
                 f"average_above = {self.optim.average_above}: held-out training images decide, once an epoch; "
                 "set average_every = 'epoch' and holdout_per_class above 0"
+            )
+        if self.networks.normalise and self.data.dataset not in PIXELS:
+            raise ValueError(
+                f"normalise = True: no mean and deviation are known of the pixels of {self.data.dataset}, but of "
+                f"{', '.join(PIXELS)}: set normalise = False"
             )
         if self.method.attacks_teacher and self.attack.bn_mode != "eval":
             raise ValueError("attack_bn = 'train': an attack on the teacher too would move its statistics")

@@ -15,7 +15,13 @@ from retemper.loaders.views import permutation
 
 DATASETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "svhn", "tiny-imagenet", "folder")
 SPLITS = ("train", "test")
+USUAL_EPS = {"digits": 0.15, "fashion-mnist": 0.1}  # of the others 8/255
 DIGITS_SEED = 1797  # of our own split of digits: another seed would make another data set
+
+
+def usual_eps(dataset: str) -> float:
+    """Return the L-inf radius that networks on a data set are evaluated at, in pixel units, so that all are alike."""
+    return USUAL_EPS.get(dataset, 8 / 255)
 
 
 def load_split(dataset: str, split: str, data_root: str | Path | None = None, image_size: int | None = None) -> Split:
