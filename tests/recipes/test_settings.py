@@ -1,13 +1,12 @@
 """Settings of full size start, take two steps and are evaluated, on files in their data set's own format.
 
 All those of four methods, and one of each other method: they share the options of recipes/settings.py.
-WRN-34-10 would take most of the time and of the memory, and is a tenth as wide here; tests/engine/test_models.py has it
+WRN-34-10 and -20 would take most of the time and of the memory, and are narrow here; tests/engine/test_models.py has the first
 whole.
 """
 
 import json
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -64,7 +63,8 @@ def data_root(datafiles: ModuleType, tmp_path_factory: pytest.TempPathFactory) -
 def test_starts_steps_and_is_evaluated(
     name: str, data_root: Callable[[str, bool], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(MODELS, "wrn34_10", partial(WideResNet, depth=34, widen=1))
+    monkeypatch.setitem(MODELS, "wrn34_10", lambda classes, channels=3: WideResNet(classes, channels, 34, 1))
+    monkeypatch.setitem(MODELS, "wrn34_20", lambda classes, channels=3: WideResNet(classes, channels, 34, 2))
     recipe = find_setting(name)[2].recipe
     learns_from_held_out = bool(recipe.method.validates_by) or recipe.optim.average_above > 0
     root = data_root(recipe.data.dataset, learns_from_held_out)
