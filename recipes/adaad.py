@@ -25,7 +25,7 @@ def disagreement(both_B2K: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class AdaAd(Method):
-    # 8/255 by steps of 2/255, as the authors' commands have it; their defaults are twice that
+    # 8/255 by steps of 2/255, as the authors' commands have it; their defaults are twice that.
     # released: the epoch is chosen on test images, by PGD-10, and training is in fp32. The authors' teachers, of LTD,
     # are those of the settings `.._authors_teacher`.
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")

@@ -93,14 +93,15 @@ class Iad(Ard, Trust):
 
 @dataclass(frozen=True, kw_only=True)
 class Iad2(Iad):
-    # released: as IAD-I's, but one forward of the attacked images, and none of the clean ones until IAD begins
+    # released: as IAD-I's, but one forward of the attacked images, and none of the clean ones until IAD begins: after
+    # 40 of 200 epochs in one of the authors' versions, at once in another. Their clean teacher too is a ResNet-18.
     released_forwards: ClassVar[Forwards | None] = Forwards(("adv", "clean"))
     released_at_first: ClassVar[Forwards | None] = Forwards(("adv",))
     teacher_sees: ClassVar[tuple[str, ...]] = ("adv",)
     clean_teacher_sees: ClassVar[tuple[str, ...]] = ("adv",)
     soft_weight: float = option(0.5, "weight of the soft terms (a)", at_most=1)
     clean_teacher_weight: float = option(0.25, "weight of the clean teacher (b)", at_most=1)
-    begin: float = option(0.2, "share of the epochs that trust the teacher in full", at_most=1)  # 40 of 200
+    begin: float = option(0.2, "share of the epochs that trust the teacher in full", at_most=1)
 
     def image_loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         adv_BK, distrust_B = logits["adv"], self.distrust(targets)
