@@ -10,14 +10,14 @@ t[k] <- clip(t[k] - rate * g[k] / max|g|, 1/2, 5)   where   g[k] = L[k] - mean L
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from retemper.engine import EpochStats, KlObjective, Method, Recipe, Targets, option, require_order, run_recipe
 from retemper.kernels import class_temperature_kl
-from retemper.recipes.settings import ON_BOTH, distillation
+from retemper.recipes.settings import JUDGED_ON_TEST, ON_BOTH, distillation
 
 
 def class_gap(loss_K: Tensor) -> Tensor:
@@ -49,8 +49,9 @@ def next_temperature(
 @dataclass(frozen=True, kw_only=True)
 class Absld(Method):
     # paper: separate temperatures for the two terms. released: the authors' code divides one storage twice in place, so
-    # that the attack and both terms see the teacher at the product t_adv[y] * t_clean[y].
+    # that the attack and both terms see the teacher at the product t_adv[y] * t_clean[y]; their split, choice and fp32.
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")
+    variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {"released": JUDGED_ON_TEST}
     adv_weight: float = option(5 / 6, "weight of the attacked term (a)", at_most=1)
     kl_scale: float = option(0.1, "factor on the loss; the authors average over 10 classes", at_most=1000)
     temperature_rate: float = option(

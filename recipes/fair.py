@@ -81,9 +81,12 @@ class Fair(Method):
     def measured(self, logits: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
         return super().measured(logits, targets) | {"kappa": targets.watched.count_B}
 
+    def kappa(self, stats: EpochStats) -> Tensor:
+        """Return kappa, (K,), as `class_weight` takes it."""
+        return stats.measured["kappa"].mean_K  # the authors divide by N / K: the same for classes of equal size
+
     def next_class_state(
         self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int, recipe: Recipe
     ) -> dict[str, Tensor]:
-        # the authors divide by N / K: the same for classes of equal size, and wrong for others
-        weight_K = class_weight(stats.measured["kappa"].mean_K, self.beta, self.weight_lower, self.weight_upper)
+        weight_K = class_weight(self.kappa(stats), self.beta, self.weight_lower, self.weight_upper)
         return super().next_class_state(state, stats, epoch, recipe) | {"class_weight": weight_K}

@@ -12,7 +12,7 @@ from retemper.cli import run
 from retemper.engine import EpochStats, Recipe, Targets
 from retemper.recipes.b_mtard import SETTINGS as B_SETTINGS
 from retemper.recipes.b_mtard import BMtard
-from retemper.recipes.mtard import SETTINGS, Mtard, next_clean_weight
+from retemper.recipes.mtard import SETTINGS, Mtard, floor_cost, next_clean_weight
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/recipes.json").read_text())["mtard_weight"]
 LABEL = torch.arange(7) % 5
@@ -86,6 +86,22 @@ def test_the_loss_is_the_formula() -> None:
         loss = method.loss(logits, targets(robust, sure, state))
         torch.testing.assert_close(loss.item(), (1 - weight) * adv + weight * clean, rtol=1e-10, atol=0)
         method.after_step(state, logits, targets(robust, sure, state))
+
+
+@pytest.mark.parametrize("temperature", [None, [0.5, 1.0, 2.0, 3.0, 1.5]])
+@pytest.mark.parametrize("weight", [None, [1.0, 2.5, 0.8, 1.0, 1.2]])
+def test_the_floor_raises_the_loss_by_what_the_authors_logarithm_does(
+    temperature: list[float] | None, weight: list[float] | None
+) -> None:
+    _, robust, _ = drawn(0)
+    t, w = (torch.tensor(value or [1.0] * 5).double() for value in (temperature, weight))
+    p = (robust / t[LABEL, None]).softmax(1)
+    expected = (w[LABEL] * (p * ((p + 1e-5).log() - p.log())).sum(1)).mean()
+    cost = floor_cost(robust, LABEL, None if temperature is None else t, None if weight is None else w)
+    torch.testing.assert_close(cost, expected, rtol=1e-9, atol=0)
+    assert 0 < cost < w.max() * 5 * 1e-5
+    sure = torch.tensor([[0.0, -2000.0]])
+    assert floor_cost(sure, torch.zeros(1, dtype=torch.int64)) == torch.tensor(1 + 1e-5).log()  # and no 0 * inf
 
 
 def test_the_weights_carry_no_gradient() -> None:
