@@ -23,6 +23,9 @@ class Data(Options):
         None, "train on so many images of each class (none: on all)", positive=True, at_most=10**7
     )
     padding: int = option(4, "pad by so many pixels and crop at random; 0 switches cropping off", at_most=128)
+    padding_mode: Literal["zeros", "reflect"] = option(
+        "zeros", "what lies outside an image that is cropped at random: black, or its mirror image"
+    )
     flip: bool = option(True, "mirror half of the images")
 
 
@@ -34,6 +37,9 @@ class Networks(Options):
         help="the architecture that is trained, or net.py:build (your own nn.Module)",
         choices=tuple(MODELS),
         or_file=True,
+    )
+    normalise: bool = option(
+        False, "the student first subtracts its data set's mean from the pixels and divides by their deviation"
     )
     teacher_model: str | None = option(None, "the teacher's architecture", choices=(None, *MODELS))
     teacher_recipe: str | None = option(None, "the METHOD:SETTING that trains such a teacher")
@@ -76,6 +82,9 @@ class Optimisation(Options):
     lr_drop_of: Literal["last", "first"] = option(
         "last", "whether a drop multiplies the last rate or the first; of the first, later drops change nothing"
     )
+    lr_drop_early: bool = option(
+        False, "let a drop hold in the last step of its epoch already, as schedules of fractional epochs do"
+    )
     momentum: float = option(0.9, "SGD's momentum", at_most=1)
     nesterov: bool = option(False, "take Nesterov's momentum")
     weight_decay: float = option(2e-4, "L2 penalty on all weights", at_most=10)
@@ -111,9 +120,9 @@ class Optimisation(Options):
         drops = sum(drop <= epoch for drop in self.lr_drops)
         return self.lr_factor ** (min(drops, 1) if self.lr_drop_of == "first" else drops)
 
-    def lr_at(self, epoch: int) -> float:
-        """Return the learning rate during `epoch` (from 1)."""
-        return self.lr * self.decay(epoch - 1)
+    def lr_at(self, epoch: int, *, in_last_step: bool = False) -> float:
+        """Return the learning rate during `epoch` (from 1), or in its last step."""
+        return self.lr * self.decay(epoch if in_last_step and self.lr_drop_early else epoch - 1)
 
 
 @dataclass(frozen=True, kw_only=True)

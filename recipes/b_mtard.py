@@ -28,8 +28,8 @@ def mean_entropy(logits_BK: Tensor, temperature: Tensor) -> Tensor:
 @dataclass(frozen=True, kw_only=True)
 class BMtard(Mtard):
     # released: MTARD's, H with FLOOR inside its logarithm, and the choice by clean + attacked accuracy. The authors'
-    # code writes w's rule otherwise: ratios over their mean, both weights moved, kept above 0 and made to add up to 1. It
-    # comes to the same, as does the sign of H / H' - 1, where no teacher's mean entropy is below 1e-5 nats.
+    # code writes w's rule otherwise: ratios over their mean, both weights moved, kept above 0 and made to add up to 1.
+    # It comes to the same, as does the sign of H / H' - 1, where no teacher's mean entropy is below 1e-5 nats.
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "released": {**JUDGED_ON_TEST, "select_by": "clean+robust", "select_every": 20}
     }

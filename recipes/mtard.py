@@ -14,8 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from retemper.engine import EpochStats, LabelAttack, Recipe, Targets, given, option, run_recipe
-from retemper.engine.losses import _at_least_float32 as at_least_float32
+from retemper.engine import EpochStats, LabelAttack, Recipe, Targets, at_least_float32, given, option, run_recipe
 from retemper.kernels import class_temperature_kl
 from retemper.recipes.settings import JUDGED_ON_TEST, ON_DIGITS, distillation
 
@@ -50,8 +49,8 @@ def whole_batch(targets: Targets, adv: Tensor, clean: Tensor) -> tuple[Tensor, T
 
 @dataclass(frozen=True, kw_only=True)
 class Mtard(LabelAttack):
-    # released: FLOOR, about 3e-5 of a loss; the split and the choice of the authors' script, which saves every twentieth
-    # epoch, and each from 215 on, under the name of its accuracy under attack; fp32.
+    # released: FLOOR, about 3e-5 of a loss; the split and the choice of the authors' script, which saves every
+    # twentieth epoch, and each from 215 on, under the name of its accuracy under attack; fp32.
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "released": {**JUDGED_ON_TEST, "select_by": "robust", "select_every": 20}

@@ -22,7 +22,7 @@ from retemper.loaders import (
     split_of_arrays,
 )
 
-SIDES_PX = {"digits": 8, "fashion-mnist": 28, "cifar10": 32, "cifar100": 32, "tiny-imagenet": 64}
+SIDES_PX = {"digits": 8, "fashion-mnist": 28, "cifar10": 32, "cifar100": 32, "svhn": 32, "tiny-imagenet": 64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +47,18 @@ def training_split(data: Data, data_root: Path | None, beton: Path | None) -> Sp
     """Return all training images of the data set: a converted file serves by itself where no root is named.
 
     Raises:
-        UsageError: no such data set, or the converted file has images of another size than the recipe says.
+        UsageError: no such data set; the converted file has images of another size than the recipe says; or they are
+            too small to be reflected as far as the recipe pads them.
         DataError: the images cannot be read, or the converted file holds others.
     """
+    split = _split(data, data_root, beton)
+    side = min(split.shape[:2])
+    if data.padding_mode == "reflect" and data.padding >= side:
+        raise UsageError(f"--padding {data.padding}: images of {side} px a side can be reflected by {side - 1} at most")
+    return split
+
+
+def _split(data: Data, data_root: Path | None, beton: Path | None) -> Split:
     if beton is None or data_root is not None:
         return load_split(data.dataset, "train", data_root, data.image_size)
     split = beton_split(beton)

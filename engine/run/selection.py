@@ -18,6 +18,7 @@ from retemper.engine.class_report import by_class
 from retemper.engine.device import exact_fp32
 from retemper.engine.distributed.ranks import ALONE, Ranks
 from retemper.engine.epoch_stats import ClassMeans, ClassSums, HeldOut
+from retemper.engine.optim import wide_dtype
 from retemper.engine.predict import Attack, attacked_batches, predictions
 from retemper.engine.recipe import Recipe, Targets
 from retemper.engine.run.run_folder import RunFolder
@@ -115,8 +116,9 @@ def validate(
 
     judging = judging_attack(recipe).on(model, attack.eps)
     perturb = trained if recipe.method.validates_by == "training attack" else judging
-    clean_sums, adv_sums = (ClassSums.zeros(num_classes, device) for _ in range(2))
-    boundary = ClassMeans.zeros(num_classes, 1, device)
+    dtype = wide_dtype(next(model.parameters()))
+    clean_sums, adv_sums = (ClassSums.zeros(num_classes, device, dtype) for _ in range(2))
+    boundary = ClassMeans.zeros(num_classes, 1, device, dtype)
     with exact_fp32():
         for batch in attacked_batches(model, split, perturb, device=device, batch_size=batch_size, ranks=ranks):
             clean_sums.add(*class_sums(batch.clean_BK, batch.label_B, num_classes))
