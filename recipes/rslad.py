@@ -17,8 +17,8 @@ from retemper.recipes.settings import JUDGED_ON_TEST, ON_BOTH, distillation
 @dataclass(frozen=True, kw_only=True)
 class Rslad(Method):
     # released: the split and the choice of the authors' script, which saves every twentieth epoch, and each from 215
-    # on, under the name of its accuracy under attack; fp32. Left out: their CIFAR-100 teacher answers in half precision,
-    # and the step of one MobileNetV2 script is 0.0078, half a percent less.
+    # on, under the name of its accuracy under attack; fp32. Left out: their CIFAR-100 teacher answers in half
+    # precision, and the step of one MobileNetV2 script is 0.0078, half a percent less.
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "released": {**JUDGED_ON_TEST, "select_by": "robust", "select_every": 20}
