@@ -42,7 +42,9 @@ class Networks(Options):
         False, "the student first subtracts its data set's mean from the pixels and divides by their deviation"
     )
     teacher_model: str | None = option(None, "the teacher's architecture", choices=(None, *MODELS))
-    teacher_recipe: str | None = option(None, "the METHOD:SETTING that trains such a teacher")
+    teacher_recipe: str | None = option(
+        None, "the METHOD:SETTING that trains such a teacher, or robustbench:NAME where it is published"
+    )
     train_teacher: bool = option(False, "train missing teachers and starts first, where none is given")
     clean_teacher_model: str | None = option(
         None, "the architecture of the second teacher, trained without attacks", choices=(None, *MODELS)

@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from retemper.engine import Targets, run_recipe
-from retemper.recipes.fair import Fair
-from retemper.recipes.fair_rslad import LAST_EPOCH
+from retemper.recipes.fair import RELEASED, Fair
 from retemper.recipes.mtard import SHORT, Mtard
 from retemper.recipes.settings import ON_DIGITS, distillation
 
@@ -21,8 +20,8 @@ from retemper.recipes.settings import ON_DIGITS, distillation
 @dataclass(frozen=True, kw_only=True)
 class FairMtard(Mtard, Fair):
     # released: the clean task too is held against T(x'), the robust teacher on the attack: the authors' code asks the
-    # clean teacher and forgets its answer; MTARD's FLOOR; and as Fair-RSLAD Nesterov's momentum, and no choice
-    variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {"released": LAST_EPOCH}
+    # clean teacher and forgets its answer; MTARD's FLOOR; the rest as in Fair
+    variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = RELEASED
 
     def teacher_of(self, task: str, targets: Targets) -> Tensor:
         return super().teacher_of("adv" if self.variant == "released" else task, targets)

@@ -13,19 +13,16 @@ from torch import Tensor
 
 from retemper.engine import EpochStats, Targets, run_recipe
 from retemper.kernels import class_temperature_kl
-from retemper.recipes.fair import FLOOR, Fair
+from retemper.recipes.fair import FLOOR, RELEASED, Fair
 from retemper.recipes.rslad import SHORT, Rslad
 from retemper.recipes.settings import ON_BOTH, distillation
-
-# what `released` sets here and in Fair-MTARD: Nesterov's momentum, all training images, and no epoch is chosen
-LAST_EPOCH: Mapping[str, Any] = dict(nesterov=True, holdout_per_class=0, precision="fp32")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FairRslad(Rslad, Fair):
-    # released: LAST_EPOCH, and no 1e-5 is added to kappa in this one of the authors' four scripts. It divides by zero
-    # where a class is never classified correctly: such a class has kappa = 1e-5 here.
-    variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {"released": LAST_EPOCH}
+    # released: as Fair, but that this one of the authors' four scripts adds no 1e-5 to kappa. It divides by zero where a
+    # class is never classified correctly: such a class has kappa = 1e-5 here.
+    variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = RELEASED
 
     def kappa(self, stats: EpochStats) -> Tensor:
         kappa_K = super().kappa(stats)

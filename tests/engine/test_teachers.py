@@ -95,3 +95,10 @@ def test_a_finished_teacher_is_found_in_runs_if_it_agrees(trained: list[Job], tm
 def test_the_command_for_a_teacher_that_takes_days_has_what_was_changed(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"train trades:cifar10_wrn34_10 --eps 4/255 --out \S*-seed0-eps4_255$"):
         teachers.with_teacher(job_of("absld:cifar10_resnet18", tmp_path / "run", eps="4/255"))
+
+
+def test_a_published_teacher_is_named_and_not_trained(trained: list[Job], tmp_path: Path) -> None:
+    job = job_of("adaad:cifar10_resnet18_authors_teacher", tmp_path / "run")
+    assert teachers.with_teacher(job).teacher == "robustbench:Chen2021LTD_WRN34_20@cifar10/Linf" and not trained
+    own = replace(job, teacher=tmp_path / "own.pt")
+    assert teachers.with_teacher(own).teacher == tmp_path / "own.pt"

@@ -140,6 +140,17 @@ def test_an_epoch_weighs_by_the_class_means_of_kappa() -> None:
         torch.testing.assert_close(moved["class_weight"], expected)
 
 
+def test_the_released_kappa_is_a_sum_over_the_mean_size_of_a_class() -> None:
+    label_B = torch.tensor([0, 0, 0, 1, 2, 2])
+    means = ClassMeans.zeros(3, 1, torch.device("cpu"))
+    means.add(torch.tensor([5.0, 7, 6, 4, 9, 9]), label_B)
+    for variant, kappa in (("paper", [6.0, 4, 9]), ("released", [9.0, 2, 9])):
+        recipe = Recipe.of(FairArd, dataset="digits", student="tiny_resnet", variant=variant)
+        state = recipe.method.class_state(3, recipe)
+        moved = recipe.method.next_class_state(state, EpochStats(measured={"kappa": means}), 1, recipe)
+        torch.testing.assert_close(moved["class_weight"], class_weight(torch.tensor(kappa)))
+
+
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.rpartition(".")[2])
 def test_the_full_settings_are_the_authors(module) -> None:
     paper: Recipe = module.SETTINGS["cifar10_resnet18"].recipe

@@ -17,6 +17,7 @@ import torch
 from retemper.cli import run
 from retemper.engine import create_model, save_weights
 from retemper.engine.catalogue import find_setting, method_module, methods
+from retemper.engine.checkpoints.published import published
 from retemper.engine.models import MODELS
 from retemper.engine.models.wide_resnet import WideResNet
 from retemper.loaders import load_split
@@ -106,7 +107,10 @@ def test_what_it_builds_on_is_trained_by_the_recipe_that_it_names(name: str) -> 
         (recipe.networks.clean_teacher_model, recipe.networks.clean_teacher_recipe, False),
         (recipe.networks.student, recipe.networks.start_recipe, True),
     ):
-        if trained_by:
+        if trained_by and trained_by.startswith("robustbench:"):
+            known = published(trained_by)
+            assert known is not None and known.dataset == recipe.data.dataset
+        elif trained_by:
             found = find_setting(trained_by)[2].recipe
             assert (found.networks.student, found.data.dataset) == (model, recipe.data.dataset)
             assert (found.data.image_size, found.networks.teacher_model) == (recipe.data.image_size, None)
