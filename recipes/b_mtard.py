@@ -47,7 +47,7 @@ class BMtard(Mtard):
         own = {
             "temperature_adv": torch.ones(1),
             "temperature_clean": torch.ones(1),
-            "temperature_rate": torch.full((1,), self.temperature_rate),
+            "temperature_rate": torch.full((1,), self.temperature_rate, dtype=torch.float64),
         }
         return super().class_state(num_classes, recipe) | own
 

@@ -65,7 +65,7 @@ class Mtard(LabelAttack):
     def class_state(self, num_classes: int, recipe: Recipe) -> dict[str, Tensor]:
         own = {
             "clean_task_weight": torch.full((1,), 0.5),
-            "task_rate": torch.full((1,), self.task_rate),
+            "task_rate": torch.full((1,), self.task_rate, dtype=torch.float64),  # what a student in float64 learns by
             "first_adv_loss": torch.zeros(1),  # 0: no step yet
             "first_clean_loss": torch.zeros(1),
         }
