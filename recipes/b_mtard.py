@@ -51,7 +51,7 @@ class BMtard(Mtard):
         }
         return super().class_state(num_classes, recipe) | own
 
-    def by_class(self, task: str, targets: Targets) -> dict[str, Tensor]:
+    def by_class(self, task: str, targets: Targets) -> dict[str, Any]:
         num_classes = self.teacher_of(task, targets).shape[1]
         return {"temperature": targets.state[f"temperature_{task}"].repeat(num_classes)}
 

@@ -26,7 +26,7 @@ class FairMtard(Mtard, Fair):
     def teacher_of(self, task: str, targets: Targets) -> Tensor:
         return super().teacher_of("adv" if self.variant == "released" else task, targets)
 
-    def by_class(self, task: str, targets: Targets) -> dict[str, Tensor]:
+    def by_class(self, task: str, targets: Targets) -> dict[str, Any]:
         return {"class_weight": targets.state["class_weight"]}
 
 

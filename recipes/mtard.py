@@ -75,7 +75,7 @@ class Mtard(LabelAttack):
         """Return the logits, (B, K), that the task "adv" or "clean" is held against."""
         return given(targets.teacher_adv_BK if task == "adv" else targets.clean_teacher_BK)
 
-    def by_class(self, task: str, targets: Targets) -> dict[str, Tensor]:
+    def by_class(self, task: str, targets: Targets) -> dict[str, Any]:
         """Return what `class_temperature_kl` is told of the classes in a task: (K,) by the name of its argument."""
         return {}
 
