@@ -107,6 +107,9 @@ CLEAN_TEACHERS: dict[str, tuple[str, str]] = {  # of the methods that have a sec
 }
 
 
+# what `released` sets in RSLAD and the methods after it: their scripts train on all training images, and judge the test
+# images by 20 steps of 0.003
+JUDGED_ON_TEST: Mapping[str, Any] = dict(select_on="test", select_step=0.003, precision="fp32")
 NO_OPTIONS: Mapping[str, Any] = {}
 NO_STATUS: Mapping[str, str] = {}
 NO_TEACHERS: Mapping[str, tuple[str, str]] = {}
