@@ -15,7 +15,9 @@ TITLES = {  # of the architectures, as RobustBench writes them
     "resnet18": "ResNet-18",
     "mobilenet_v2": "MobileNetV2",
     "wrn34_10": "WideResNet-34-10",
+    "wrn34_20": "WideResNet-34-20",
     "preact_resnet18": "PreActResNet-18",
+    "preact_resnet18_frl": "PreActResNet-18 without its last norm",
     "preact_resnet34": "PreActResNet-34",
     "resnet56": "ResNet-56",
 }
@@ -31,7 +33,8 @@ class ExportedNetwork:
         config: the run's config.json, without paths of this machine.
         evaluation: the content of evaluation.json; empty if these weights were not evaluated.
         image_shape: (C, H, W).
-        build: the expression that makes the network, once the function in it is imported from model.py.
+        build: the expression that makes the network, once `imports` are imported from model.py.
+        normalises: whether the network begins with a layer that normalises the images.
     """
 
     name: str
@@ -42,11 +45,13 @@ class ExportedNetwork:
     evaluation: dict[str, Any]
     image_shape: tuple[int, int, int]
     build: str
+    normalises: bool
 
     @property
-    def function(self) -> str:
-        """Return the name of the function in model.py that makes the network."""
-        return self.build.partition("(")[0]
+    def imports(self) -> str:
+        """Return the names in model.py that make the network, as one imports them."""
+        names = self.build.split("(")
+        return ", ".join(names[: 1 + self.normalises])
 
     @property
     def title(self) -> str:
