@@ -162,7 +162,7 @@ def distillation(
     return _settings(method, table, authors, status, changes)
 
 
-# no attack, in training or in choosing the best epoch; eps is what an evaluation attacks with
+# no attack, in training or in choosing the best epoch
 CLEAN: dict[str, Any] = dict(attack_steps=0, attack_start="none", select_steps=0)
 CLEAN_200: dict[str, Any] = CLEAN | dict(epochs=200, lr_drops=(100, 150), select_always_from=150)
 FASHION_TEACHER: dict[str, Any] = FASHION | dict(
