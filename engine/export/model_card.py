@@ -8,6 +8,7 @@ from typing import Any
 from retemper.commands import command
 from retemper.engine.catalogue import method_module, methods
 from retemper.engine.checkpoints.header import Facts
+from retemper.loaders import usual_eps
 from retemper.templates import render
 
 TITLES = {  # of the architectures, as RobustBench writes them
@@ -115,7 +116,8 @@ def _evaluate(network: ExportedNetwork, robustbench: bool) -> str:
     if robustbench:  # whose files do not say what they hold
         told = {"model": network.facts.model, "dataset": network.facts.dataset}
         return command("retemper", "evaluate", f"models/{network.path}.pt", **told, data_root=root, eps=network.eps)
-    return command("retemper", "evaluate", "model.safetensors", data_root=root)
+    is_usual = network.protocol.get("eps") in (None, usual_eps(str(network.facts.dataset)))
+    return command("retemper", "evaluate", "model.safetensors", data_root=root, eps=None if is_usual else network.eps)
 
 
 def model_info(network: ExportedNetwork) -> dict[str, Any]:

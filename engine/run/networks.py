@@ -171,7 +171,7 @@ class NetworkLoader:
         """Say how well the teachers of `run` know images that they have not learned from.
 
         A published teacher is held to its authors' accuracy on test images. Of another nothing is known but that chance
-        is too little; it is told on the held-out images, where there are some.
+        is too little; it is told on the images that choose the best epoch, where there are some.
 
         Raises:
             DataError: a published teacher falls short.
@@ -181,7 +181,8 @@ class NetworkLoader:
                 require_stated_accuracy(teacher, known, data_root, self.device)
             elif held is not None:
                 accuracy, images = clean_accuracy(teacher, held, self.device)
-                say(f"{run}: the teacher classifies {accuracy:.1%} of {images} held-out images correctly")
+                kind = "test" if held.split == "test" else "held-out"
+                say(f"{run}: the teacher classifies {accuracy:.1%} of {images} {kind} images correctly")
                 chance = 1 / len(self.split.classes)
                 if accuracy < chance + margin(chance, images):
                     say("warning: that is little better than chance: mind its pixel range, classes and channels")

@@ -25,13 +25,14 @@ CARRIED = {  # the options that a teacher or a start shares with the student, an
     "image_size": "px",
     "images_per_class": "perclass",
     "padding": "padding",
+    "padding_mode": "",
     "flip": "flip",
     "eps": "eps",
     "attack_step": "step",
     "student": "",
     "normalise": "normalise",
 }
-VARIED = ("padding", "flip")
+VARIED = ("padding", "padding_mode", "flip")
 SAME_NETWORK = ("student", "normalise")  # that a start shares with the student, and a teacher does not
 
 
