@@ -1,8 +1,8 @@
 """Settings of full size start, take two steps and are evaluated, on files in their data set's own format.
 
 All those of four methods, and one of each other method: they share the options of recipes/settings.py.
-WRN-34-10 and -20 would take most of the time and of the memory, and are narrow here; tests/engine/test_models.py has the first
-whole.
+WRN-34-10 and -20 would take most of the time and of the memory, and are narrow here; tests/engine/test_models.py has
+the first whole.
 """
 
 import json
