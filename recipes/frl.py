@@ -126,6 +126,7 @@ SETTINGS = adversarial_training(
     digits=DIGITS_SHORT,
     fashion_mnist_small=FASHION_SHORT,
     fashion_mnist_resnet18=FINE_TUNE,
+    svhn_resnet18=dict(lr=0.001),  # the authors', to fine-tune
     cifar100_resnet18=dict(holdout_per_class=30),  # the authors' share, of classes of 500
     tiny_imagenet_preact_resnet18=FINE_TUNE | dict(holdout_per_class=30),
 )

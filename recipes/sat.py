@@ -38,6 +38,7 @@ STUDENTS = adversarial_training(
     cifar10_resnet18=RICE,
     cifar10_preact_resnet18=RICE,
     cifar100_resnet18=RICE,
+    svhn_resnet18=RICE,
     tiny_imagenet_preact_resnet18=OURS,
 )
 STATUS = dict(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retemper.engine import OwnPredictionAttack, Recipe, Setting, Targets, option, run_recipe
-from retemper.recipes.settings import DIGITS, ON_BOTH, adversarial_training, as_student
+from retemper.recipes.settings import DIGITS, ON_BOTH, SVHN, adversarial_training, as_student
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,10 @@ SETTINGS = {
         note="CIFAR-100, WRN-34-10: a teacher of which no checkpoint is public",
         recipe=Recipe.of(Trades, **AUTHORS, dataset="cifar100", holdout_per_class=10, **WRN34_10),
     ),
+    "svhn_wrn34_10": Setting(
+        note="SVHN, WRN-34-10: a teacher of which no checkpoint is public",
+        recipe=Recipe.of(Trades, **AUTHORS | SVHN, **WRN34_10),
+    ),
     "tiny_imagenet_preact_resnet34": Setting(
         note="Tiny-ImageNet, PreActResNet-34: a teacher of which no checkpoint is public",
         recipe=Recipe.of(
@@ -58,7 +62,13 @@ SETTINGS = {
 # the students alone, to compare other methods with at equal size
 RESNET18: dict[str, Any] = dict(epochs=100, lr_drops=(74, 89, 99), select_always_from=74)
 STUDENTS = adversarial_training(
-    Trades, AUTHORS, ON_BOTH, cifar10_resnet18=RESNET18, cifar10_preact_resnet18=RESNET18, cifar100_resnet18=RESNET18
+    Trades,
+    AUTHORS,
+    ON_BOTH,
+    cifar10_resnet18=RESNET18,
+    cifar10_preact_resnet18=RESNET18,
+    cifar100_resnet18=RESNET18,
+    svhn_resnet18=RESNET18,
 )
 SETTINGS = {as_student(name): setting for name, setting in STUDENTS.items()} | SETTINGS
 
