@@ -1,15 +1,16 @@
 """SAT, TRADES, MART, FRL and FAAL: free steps of the variant `released` end where the authors' scripts end.
 
-The scripts are train_cifar.py of locuslab/robust_overfitting, trades.py and train_trades_cifar10.py of yaodongyu/TRADES,
-train_trades_cifar.py of csdongxian/AWP (trades_AWP), mart.py of YisenWang/MART, frlrmrw.py, frlrw.py and utils_frl2.py
-of hannxu123/fair_robust, ft_prn.py, FAAL.py and utils_awp.py of TrustAI/FAAL. Each reference is one step of theirs, in
-the order of their lines. Dimension key: B batch, K classes.
+The scripts are train_cifar.py of locuslab/robust_overfitting, trades.py and train_trades_cifar10.py of TRADES (by
+yaodongyu), train_trades_cifar.py of csdongxian/AWP (trades_AWP), mart.py of YisenWang/MART, frlrmrw.py, frlrw.py and
+utils_frl2.py of hannxu123/fair_robust, ft_prn.py, FAAL.py and utils_awp.py of TrustAI/FAAL. Each reference is one step
+of theirs, in the order of their lines. Dimension key: B batch, K classes.
 """
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,23 +28,34 @@ Loss = Callable[[nn.Module, Batch, Tensor], Tensor]  # (network in training mode
 
 def on_label(run: Run) -> Attack:
     """Return the attack on the cross-entropy, from the start that the run draws; the student's mode is left alone."""
+    own = run.recipe.attack
 
     def attack(student: nn.Module, batch: Batch) -> Tensor:
-        return climb(
-            batch.image, started(run, batch), run.recipe.attack, lambda x: F.cross_entropy(student(x), batch.label)
-        )
+        value = partial(cross_entropy, student, batch)
+        return climb(batch.image, started(run, batch), value, eps=own.eps, step=own.step, steps=own.steps)
 
     return attack
 
 
 def on_prediction(run: Run) -> Attack:
     """Return the attack on the divergence from the student's prediction, as `on_label`."""
+    own = run.recipe.attack
 
     def attack(student: nn.Module, batch: Batch) -> Tensor:
-        away = lambda x: divergence(student(x), student(batch.image))  # noqa: E731
-        return climb(batch.image, started(run, batch), run.recipe.attack, away)
+        value = partial(away, student, batch)
+        return climb(batch.image, started(run, batch), value, eps=own.eps, step=own.step, steps=own.steps)
 
     return attack
+
+
+def cross_entropy(student: nn.Module, batch: Batch, adv: Tensor) -> Tensor:
+    """Return the mean cross-entropy of attacked images."""
+    return F.cross_entropy(student(adv), batch.label)
+
+
+def away(student: nn.Module, batch: Batch, adv: Tensor) -> Tensor:
+    """Return how far the student's answers to attacked images lie from those to the clean ones, summed."""
+    return divergence(student(adv), student(batch.image))
 
 
 def started(run: Run, batch: Batch) -> Tensor:
@@ -201,8 +213,8 @@ class Frl:
         assert image is not None and label is not None
         student.eval()
         start = self.run.start(image, eps, torch.tensor([0]), "uniform", True)
-        judge = SimpleNamespace(eps=eps, step=eps / 4, steps=20)
-        adv = climb(image, start, judge, lambda x: F.cross_entropy(student(x), label))
+        value = partial(cross_entropy, student, Batch(image, label, torch.tensor([0])))
+        adv = climb(image, start, value, eps=eps, step=eps / 4, steps=20)
         right = [(student(x).argmax(1) == label).double() for x in (image, adv)]
         clean, robust = (torch.stack([one[label == k].mean() for k in range(10)]) for one in right)
         return clean, robust
@@ -217,10 +229,10 @@ class Frl:
         return torch.stack([0.1 + 0.9 * lam[k] - 0.1 * (lam.sum() - lam[k]) for k in range(10)])
 
     def attack(self, student: nn.Module, batch: Batch) -> Tensor:
-        eps = (self.run.recipe.attack.eps * (2 * self.lam2).exp().clamp(0.98, 3)[batch.label]).view(-1, 1, 1, 1)
-        attack = SimpleNamespace(eps=eps, step=eps.max() / 4, steps=self.run.recipe.attack.steps)
-        away = lambda x: divergence(student(x), student(batch.image))  # noqa: E731
-        return climb(batch.image, started(self.run, batch), attack, away)
+        own, factor_K = self.run.recipe.attack, (2 * self.lam2).exp().clamp(0.98, 3)
+        eps: Any = own.eps * factor_K[batch.label].view(-1, 1, 1, 1)
+        value = partial(away, student, batch)
+        return climb(batch.image, started(self.run, batch), value, eps=eps, step=eps.max() / 4, steps=own.steps)
 
     def loss(self, student: nn.Module, batch: Batch, adv: Tensor) -> Tensor:
         label = batch.label
@@ -270,10 +282,7 @@ def test_faal(gamma: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         weight_K = torch.from_numpy(worst_distribution(class_values(adv_BK.detach(), label), 0.5))
         return (F.cross_entropy(adv_BK, label, reduction="none") * weight_K[label]).sum() * 10 / len(label)
 
-    def uphill(student: nn.Module, batch: Batch, adv: Tensor) -> Tensor:
-        return F.cross_entropy(student(adv), batch.label)
-
-    student, rates = replay(run, on_label(run), loss, uphill=uphill if gamma else None)
+    student, rates = replay(run, on_label(run), loss, uphill=cross_entropy if gamma else None)
     assert assert_same(run, student, lr=rates) < 1e-10
 
 
