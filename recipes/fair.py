@@ -84,10 +84,13 @@ class Fair(Method):
     def measured(self, logits: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
         return super().measured(logits, targets) | {"kappa": targets.watched.count_B}
 
+    def kappa(self, stats: EpochStats) -> Tensor:
+        """Return kappa, (K,), as `class_weight` takes it."""
+        kappa = stats.measured["kappa"]
+        return kappa.total_KD.squeeze(1) / kappa.count_K.mean() if self.variant == "released" else kappa.mean_K
+
     def next_class_state(
         self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int, recipe: Recipe
     ) -> dict[str, Tensor]:
-        kappa = stats.measured["kappa"]
-        kappa_K = kappa.total_KD.squeeze(1) / kappa.count_K.mean() if self.variant == "released" else kappa.mean_K
-        weight_K = class_weight(kappa_K, self.beta, self.weight_lower, self.weight_upper)
+        weight_K = class_weight(self.kappa(stats), self.beta, self.weight_lower, self.weight_upper)
         return super().next_class_state(state, stats, epoch, recipe) | {"class_weight": weight_K}
