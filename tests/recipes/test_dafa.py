@@ -72,10 +72,11 @@ def test_no_weight_is_negative() -> None:
     assert moved["class_weight"].min() == 0
 
 
-def test_variants_differ_in_nesterov_alone() -> None:
+def test_variants_differ_as_stated() -> None:
     paper = SETTINGS["cifar10_resnet18"].recipe
     one, other = paper.flat(), paper.as_variant("released").flat()
-    assert {name: other[name] for name in one if one[name] != other[name]} == {"variant": "released", "nesterov": True}
+    changed = {name: other[name] for name in one if one[name] != other[name]}
+    assert changed == {"variant": "released", "nesterov": True, "holdout_per_class": 0, "precision": "fp32"}
 
 
 def test_the_full_setting_is_the_authors() -> None:

@@ -6,6 +6,7 @@ Each is broken once, and must then be told from the run. Dimension key: B batch,
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from driver import Batch, Run, assert_same, free_run
 from reference import by_image, climb
 
 CLASSES = 10
+LEARNS: dict[str, Any] = dict(padding=0, flip=False, eps=0.02)  # or 40 steps end in classes that are never right
+CFA: dict[str, Any] = LEARNS | dict(calibrate_from=1, holdout_per_class=8, epochs=3, lr_drops=(2,))
 FAR = 2**62  # from the noise seed of BAT's first attack to that of its second
 
 
@@ -70,7 +73,7 @@ def traded(mean_KK: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_dafa(broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = free_run("dafa:cifar10_resnet18", tmp_path, monkeypatch, warm_up=1)
+    run = free_run("dafa:cifar10_resnet18", tmp_path, monkeypatch, warm_up=1, **LEARNS)
     attack, student, rates = run.recipe.attack, run.student0, []
     optimizer = optimizer_of(student, 5e-4, nesterov=not broken)
     weight_K = torch.ones(CLASSES, dtype=torch.float64)
@@ -103,11 +106,10 @@ def compare(
 ) -> None:
     """Hold the run to its reference, from which one that is broken must differ."""
     if broken:
-        with pytest.raises(AssertionError, match="conv1"):
+        with pytest.raises(AssertionError, match="conv1|num_batches"):
             assert_same(run, student)
         return
-    largest = assert_same(run, student, kept=kept, class_state=class_state, lr=rates)
-    print(f"largest difference {largest:.1e}")
+    assert assert_same(run, student, kept=kept, class_state=class_state or None, lr=rates) < 1e-12
 
 
 def wat_costs(run: Run, student: nn.Module, *, padded: bool) -> Tensor:
@@ -130,7 +132,7 @@ def wat_costs(run: Run, student: nn.Module, *, padded: bool) -> Tensor:
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_wat(broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = free_run("wat:cifar10_resnet18", tmp_path, monkeypatch, holdout_per_class=5)
+    run = free_run("wat:cifar10_resnet18", tmp_path, monkeypatch, holdout_per_class=5, **LEARNS)
     student, rates = run.student0, []
     optimizer = optimizer_of(student, 2e-4)
     weight, costs = torch.ones(CLASSES + 1, dtype=torch.float64), torch.zeros(CLASSES + 1, dtype=torch.float64)
@@ -191,7 +193,7 @@ def bat_attack(run: Run, student: nn.Module, batch: Batch, seed: Tensor) -> tupl
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_bat(broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = free_run("bat:cifar10_resnet18", tmp_path, monkeypatch)
+    run = free_run("bat:cifar10_resnet18", tmp_path, monkeypatch, **LEARNS)
     student, rates = run.student0, []
     optimizer = optimizer_of(student, 2e-4)
     uniform_BK = torch.full((8, CLASSES), 0.1, dtype=torch.float64)
@@ -239,12 +241,12 @@ def withstood(adv_BK: Tensor, label_B: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_cfa_of_trades(broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = free_run("cfa:cifar10_preact_resnet18", tmp_path, monkeypatch, calibrate_from=1, **SHORT_CFA)
+    run = free_run("cfa:cifar10_preact_resnet18", tmp_path, monkeypatch, average_above=0.2, **CFA)
     attack, student, rates, average = run.recipe.attack, run.student0, [], CfaAverage(run)
     optimizer = optimizer_of(student, 5e-4)
-    eps_K, share_K = torch.full((CLASSES,), attack.eps).double(), torch.full((CLASSES,), 6 / 7).double()
+    eps_K, share_K = torch.full((CLASSES,), attack.eps, dtype=torch.float64), torch.full((CLASSES,), 6 / 7, dtype=torch.float64)
     for epoch, batches in enumerate(run.batches, 1):
-        set_rate(optimizer, 0.1 if epoch < 2 else 0.01)
+        set_rate(optimizer, 0.1 if epoch < 3 else 0.01)
         right_K = torch.zeros(CLASSES, dtype=torch.float64)
         for batch in batches:
             adv = away_from_itself(run, student, batch, eps_K[batch.label])
@@ -261,19 +263,19 @@ def test_cfa_of_trades(broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyP
         beta_K = (0.5 + robust_K) * 6
         eps_K, share_K = (0.5 + robust_K) * attack.eps, beta_K / (1 + beta_K)
         average.look(student)
-    assert broken or average.taken == TAKEN
+    assert broken or average.taken == [False, True, True]
     state = dict(margin=eps_K, ce_weight=1 - share_K, kl_weight=share_K)
     compare(run, student, rates, broken, kept=average.values, **state)
 
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_cfa_of_adversarial_training(broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = free_run("cfa:cifar10_preact_resnet18_at", tmp_path, monkeypatch, calibrate_from=1, **SHORT_CFA)
+    run = free_run("cfa:cifar10_preact_resnet18_at", tmp_path, monkeypatch, average_above=0.3, **CFA)
     attack, student, rates, average = run.recipe.attack, run.student0, [], CfaAverage(run)
     optimizer = optimizer_of(student, 5e-4)
-    eps_K = torch.full((CLASSES,), attack.eps).double()
+    eps_K = torch.full((CLASSES,), attack.eps, dtype=torch.float64)
     for epoch, batches in enumerate(run.batches, 1):
-        set_rate(optimizer, 0.1 if epoch < 2 else 0.01)
+        set_rate(optimizer, 0.1 if epoch < 3 else 0.01)
         right_K = torch.zeros(CLASSES, dtype=torch.float64)
         for batch in batches:
             student.train(not broken)  # the attack too moves the statistics
@@ -289,5 +291,5 @@ def test_cfa_of_adversarial_training(broken: bool, tmp_path: Path, monkeypatch: 
             rates.append(optimizer.param_groups[0]["lr"])
         eps_K = (0.5 + right_K * CLASSES / sum(len(batch.label) for batch in batches)) * attack.eps
         average.look(student)
-    assert broken or average.taken == TAKEN
+    assert broken or average.taken == [False, True, False]
     compare(run, student, rates, broken, kept=average.values, margin=eps_K)
