@@ -11,6 +11,7 @@ from retemper.engine.groups import TrainingAttack
 from retemper.engine.losses import (
     KlObjective,
     Objective,
+    at_least_float32,
     cross_entropy_objective,
     cross_entropy_rows,
     cw_objective,
@@ -18,7 +19,7 @@ from retemper.engine.losses import (
     kl_rows,
 )
 from retemper.engine.models import create_model
-from retemper.engine.recipe import LabelAttack, Method, OwnPredictionAttack, Recipe, Setting, Targets, given
+from retemper.engine.recipe import Forwards, LabelAttack, Method, OwnPredictionAttack, Recipe, Setting, Targets, given
 from retemper.engine.state import State
 from retemper.engine.step import train_step
 from retemper.errors import Diverged
@@ -32,9 +33,9 @@ def run_recipe(file: str) -> None:
 
 
 __all__ = [
-    "MOST_EPOCHS", "WHOLE", "ClassMeans", "ClassReport", "ClassSums", "Diverged", "EpochStats", "HeldOut",
-    "KlObjective", "LabelAttack", "Method", "Objective", "OwnPredictionAttack", "Part", "Recipe", "Setting",
-    "State", "Targets", "TrainingAttack", "Watcher", "class_report", "create_model", "cross_entropy_objective",
-    "cross_entropy_rows", "cw_objective", "given", "intervals", "is_label", "kl_rows", "load_checkpoint", "option",
-    "pgd", "require_order", "run_recipe", "save_weights", "train_step",
+    "MOST_EPOCHS", "WHOLE", "ClassMeans", "ClassReport", "ClassSums", "Diverged", "EpochStats", "Forwards", "HeldOut",
+    "KlObjective", "LabelAttack", "Method", "Objective", "OwnPredictionAttack", "Part", "Recipe", "Setting", "State",
+    "Targets", "TrainingAttack", "Watcher", "at_least_float32", "class_report", "create_model",
+    "cross_entropy_objective", "cross_entropy_rows", "cw_objective", "given", "intervals", "is_label", "kl_rows",
+    "load_checkpoint", "option", "pgd", "require_order", "run_recipe", "save_weights", "train_step",
 ]  # fmt: skip

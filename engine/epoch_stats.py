@@ -19,9 +19,9 @@ class ClassSums:
     count_K: Tensor
 
     @classmethod
-    def zeros(cls, num_classes: int, device: torch.device) -> "ClassSums":
-        """Return sums of no image."""
-        loss, correct, count = torch.zeros(3, num_classes, device=device)
+    def zeros(cls, num_classes: int, device: torch.device, dtype: torch.dtype = torch.float32) -> "ClassSums":
+        """Return sums of no image; those of losses are of `dtype`."""
+        loss, correct, count = torch.zeros(3, num_classes, device=device, dtype=dtype)
         return cls(loss_K=loss, correct_K=correct.long(), count_K=count.long())
 
     def add(self, loss_K: Tensor, correct_K: Tensor, count_K: Tensor) -> None:
@@ -49,15 +49,17 @@ class ClassMeans:
     count_K: Tensor
 
     @classmethod
-    def zeros(cls, num_classes: int, values: int, device: torch.device) -> "ClassMeans":
-        """Return sums of no image."""
-        total = torch.zeros(num_classes, values, device=device)
-        return cls(total_KD=total, count_K=torch.zeros(num_classes, device=device))
+    def zeros(
+        cls, num_classes: int, values: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> "ClassMeans":
+        """Return sums of no image, of `dtype`."""
+        total = torch.zeros(num_classes, values, device=device, dtype=dtype)
+        return cls(total_KD=total, count_K=torch.zeros(num_classes, device=device, dtype=dtype))
 
     def add(self, value_BD: Tensor, label_B: Tensor) -> None:
         """Count one more batch of (B, D) values, or (B,) where D = 1, with (B,) int64 labels."""
-        value_BD = value_BD.detach().float().view(len(label_B), -1)
-        own_KB = (torch.arange(len(self.count_K), device=label_B.device)[:, None] == label_B).float()
+        value_BD = value_BD.detach().to(self.total_KD.dtype).view(len(label_B), -1)
+        own_KB = (torch.arange(len(self.count_K), device=label_B.device)[:, None] == label_B).to(value_BD.dtype)
         self.total_KD.add_(own_KB @ value_BD)  # not index_add_: on a GPU that adds in no fixed order
         self.count_K.add_(own_KB.sum(1))
 

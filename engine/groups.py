@@ -23,6 +23,9 @@ class Data(Options):
         None, "train on so many images of each class (none: on all)", positive=True, at_most=10**7
     )
     padding: int = option(4, "pad by so many pixels and crop at random; 0 switches cropping off", at_most=128)
+    padding_mode: Literal["zeros", "reflect"] = option(
+        "zeros", "what lies outside an image that is cropped at random: black, or its mirror image"
+    )
     flip: bool = option(True, "mirror half of the images")
 
 
@@ -34,6 +37,9 @@ class Networks(Options):
         help="the architecture that is trained, or net.py:build (your own nn.Module)",
         choices=tuple(MODELS),
         or_file=True,
+    )
+    normalise: bool = option(
+        False, "the student first subtracts its data set's mean from the pixels and divides by their deviation"
     )
     teacher_model: str | None = option(None, "the teacher's architecture", choices=(None, *MODELS))
     teacher_recipe: str | None = option(None, "the METHOD:SETTING that trains such a teacher")
@@ -76,6 +82,9 @@ class Optimisation(Options):
     lr_drop_of: Literal["last", "first"] = option(
         "last", "whether a drop multiplies the last rate or the first; of the first, later drops change nothing"
     )
+    lr_drop_early: bool = option(
+        False, "let a drop hold in the last step of its epoch already, as schedules of fractional epochs do"
+    )
     momentum: float = option(0.9, "SGD's momentum", at_most=1)
     nesterov: bool = option(False, "take Nesterov's momentum")
     weight_decay: float = option(2e-4, "L2 penalty on all weights", at_most=10)
@@ -111,32 +120,38 @@ class Optimisation(Options):
         drops = sum(drop <= epoch for drop in self.lr_drops)
         return self.lr_factor ** (min(drops, 1) if self.lr_drop_of == "first" else drops)
 
-    def lr_at(self, epoch: int) -> float:
-        """Return the learning rate during `epoch` (from 1)."""
-        return self.lr * self.decay(epoch - 1)
+    def lr_at(self, epoch: int, *, in_last_step: bool = False) -> float:
+        """Return the learning rate during `epoch` (from 1), or in its last step."""
+        return self.lr * self.decay(epoch if in_last_step and self.lr_drop_early else epoch - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection(Options):
-    """The choice of the epoch that is kept: the largest average + worst-class robust accuracy."""
+    """The choice of the epoch that is kept, and the images that are held out of training."""
 
     select_on: Literal["holdout", "test"] = option(
         "holdout", "the images that choose: held-out training images, or the test images, as the papers did"
     )
+    select_by: Literal["robust+worst", "robust", "clean+robust"] = option(
+        "robust+worst",
+        "what is largest at the kept epoch: average + worst class under attack, that average, or clean average + it",
+    )
     holdout_per_class: int = option(
-        100, "training images of each class that are held out; 0 keeps the last epoch", at_most=10**7
+        100,
+        "training images of each class that are held out, where they choose or the method learns from them; 0: none, "
+        "and the last epoch is kept unless test images choose",
+        at_most=10**7,
+    )
+    holdout_from: Literal["random", "end"] = option(
+        "random", "which images of a class are held out: drawn at random, or its last ones in the order of the files"
     )
     select_every: int = option(10, "look every so many epochs", positive=True, at_most=MOST_EPOCHS)
     select_always_from: int = option(215, "look after every epoch from here on", at_most=MOST_EPOCHS)
     select_from: int = option(1, "the first epoch that may be kept as the best", at_most=MOST_EPOCHS)
-    select_steps: int = option(
-        20, "steps of the PGD attack that judges (eps/4 each); 0 judges clean images", at_most=10_000
+    select_steps: int = option(20, "steps of the PGD attack that judges; 0 judges clean images", at_most=10_000)
+    select_step: float | None = option(
+        None, "the size of such a step, in [0, 1] pixels (none: eps/4)", positive=True, at_most=1
     )
-
-    @property
-    def holds_out(self) -> bool:
-        """True where training images are held out."""
-        return self.select_on == "holdout" and self.holdout_per_class > 0
 
     def is_due(self, epoch: int, epochs: int) -> bool:
         """Say whether `epoch`, from 1, of `epochs` is looked at."""

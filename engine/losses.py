@@ -95,7 +95,7 @@ class LabelObjective:
         """Return the objective of (B, K) logits, a scalar. Raises TypeError or ValueError where they do not fit."""
         require_labelled(logits, self.label)
         label = self.label.clone() if self.label.is_inference() else self.label  # autograd keeps no inference tensor
-        return self.total(_at_least_float32(logits), label)
+        return self.total(at_least_float32(logits), label)
 
     def claims(self, logits: Tensor) -> list[Claim]:
         """Return what must hold of the values beside these logits. Raises as a call does."""
@@ -140,7 +140,7 @@ def cross_entropy_rows(logits_BK: Tensor, label_B: Tensor) -> Tensor:
         TypeError, ValueError: shapes, dtypes or devices do not fit.
     """
     require_labelled(logits_BK, label_B)
-    return F.cross_entropy(_at_least_float32(logits_BK), as_label(label_B), reduction="none", ignore_index=NO_LABEL)
+    return F.cross_entropy(at_least_float32(logits_BK), as_label(label_B), reduction="none", ignore_index=NO_LABEL)
 
 
 def kl_rows(clean_BK: Tensor, adv_BK: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def kl_rows(clean_BK: Tensor, adv_BK: Tensor) -> Tensor:
     if clean_BK.shape != adv_BK.shape or clean_BK.device != adv_BK.device:
         places = (f"{tuple(one.shape)} on {one.device}" for one in (clean_BK, adv_BK))
         raise ValueError("clean has shape {}, adv {}: they must agree".format(*places))
-    clean, adv = _at_least_float32(clean_BK).log_softmax(1), _at_least_float32(adv_BK).log_softmax(1)
+    clean, adv = at_least_float32(clean_BK).log_softmax(1), at_least_float32(adv_BK).log_softmax(1)
     return (clean.exp() * (clean - adv)).sum(1)
 
 
@@ -217,6 +217,9 @@ def _labels_are_classes(label_B: Tensor, logits_BK: Tensor) -> Claim:
     ).all(), f"label: it must lie in 0 .. {classes - 1} for {classes} logits"
 
 
-def _at_least_float32(logits_BK: Tensor) -> Tensor:
-    """Return half precision as float32: a sum over a batch has no digits left in half precision."""
+def at_least_float32(logits_BK: Tensor) -> Tensor:
+    """Return logits of half precision as float32, and wider ones as they are.
+
+    A sum over a batch has no digits left in half precision.
+    """
     return logits_BK.float() if logits_BK.element_size() < 4 else logits_BK

@@ -31,8 +31,8 @@ class Average:
 
     Attributes:
         network: the average, in eval mode, frozen.
-        active: 0-dim float32; while it is 0, the average follows the student itself.
-        count: 0-dim float32, how many times the student was taken in since then.
+        active: 0-dim; while it is 0, the average follows the student itself.
+        count: 0-dim, how many times the student was taken in since then.
     """
 
     def __init__(self, student: nn.Module, kind: str, decay: float) -> None:
@@ -41,8 +41,8 @@ class Average:
         values = self.network.state_dict().values()
         self.real = [value for value in values if value.is_floating_point()]
         self.whole = [value for value in values if not value.is_floating_point()]  # counts of batches
-        device = next(student.parameters()).device
-        self.active, self.count = torch.zeros(2, device=device)
+        first = next(student.parameters())
+        self.active, self.count = torch.zeros(2, device=first.device, dtype=wide_dtype(first))
 
     @torch.no_grad()
     def follow(self, student: nn.Module) -> None:
@@ -71,6 +71,11 @@ class Average:
         """Go on from a saved state, in place."""
         self.network.load_state_dict(saved["network"])
         self.count.copy_(saved["count"])
+
+
+def wide_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype of what is computed beside a network of such weights: float64 where they are, or float32."""
+    return torch.float64 if weight.dtype is torch.float64 else torch.float32
 
 
 def perturb_weights(

@@ -5,7 +5,8 @@
     cw      30 steps of eps/4 on the margin with confidence 50, uniform start (Carlini & Wagner, S&P 2017)
 
 The network itself gives the answers. The gradients are those of its twin with batch norm folded (speed/fold.py), the
-same function at less cost. An image counts as robust when it is classified correctly before and after the attack.
+same function at less cost. An image counts as robust when it is classified correctly before and after the attack;
+published evaluations look at the attacked image alone (`Attack.alone`; evaluation/protocols.py has theirs).
 
 Dimension key: B batch, C H W image, K classes, N images.
 """
@@ -39,21 +40,27 @@ class Attack:
         loss: what it raises, "cross-entropy" or "margin".
         steps: how many steps; an attack of none is left out by `predictions`.
         step: the size of a step in units of eps.
-        start: "uniform" for a random start in the ball, "none" for the clean image.
+        start: "uniform" for a random start in the ball, "normal" for 0.001 times a Gaussian, "none" for neither.
+        clip_start: whether the random start is clipped to [0, 1].
+        alone: whether the attacked image alone is judged: one that is wrong without an attack may then count as right.
     """
 
     loss: str = "cross-entropy"
     steps: int
     step: float = 1 / 4
     start: str = "uniform"
+    clip_start: bool = True
+    alone: bool = False
 
     def __post_init__(self) -> None:
         if self.loss not in ("cross-entropy", "margin") or self.steps < 0 or not 0 <= self.step <= 1:
             raise ValueError(f"{self}: the loss is cross-entropy or margin, steps >= 0, a step of 0 to 1 times eps")
 
     def described(self, eps: float) -> dict[str, Any]:
-        """Return the attack as evaluation.json names it, the step in pixel units."""
-        return asdict(self) | {"step": self.step * eps}
+        """Return the attack as evaluation.json names it, the step in pixel units; what is usual is left out."""
+        usual = {"clip_start": True, "alone": False}
+        known = {name: value for name, value in asdict(self).items() if usual.get(name) != value}
+        return known | {"step": self.step * eps}
 
     def on(self, network: nn.Module, eps: float) -> Perturb:
         """Return the function that attacks `network` within the radius `eps`, in pixel units."""
@@ -62,10 +69,9 @@ class Attack:
         objective = cross_entropy_objective if self.loss == "cross-entropy" else cw_objective
 
         def perturb(clean: Tensor, clean_BK: Tensor, label_B: Tensor, seed: int) -> Tensor:
+            start: dict[str, Any] = dict(start=self.start, clip_start=self.clip_start, seed=seed)
             step, raised = self.step * eps, objective(label_B)
-            return ascend(
-                network, clean, objective=raised, steps=self.steps, step=step, eps=eps, start=self.start, seed=seed
-            )
+            return ascend(network, clean, objective=raised, steps=self.steps, step=step, eps=eps, **start)
 
         return perturb
 
@@ -120,7 +126,7 @@ def predictions(
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
 ) -> Tensor:
-    """Return the class that each image is given under attack, or clean where that is wrong already.
+    """Return the class that each image is given under attack, or clean where that is wrong already and counts.
 
     Args:
         model: (B, C, H, W) float32 pixels in [0, 1] to (B, K) logits, on `device`; it is put into eval mode.
@@ -140,7 +146,7 @@ def predictions(
     options: dict[str, Any] = dict(indices=indices, batch_size=batch_size, seed=seed, ranks=ranks)
     for batch in attacked_batches(model, split, perturb, device=device, **options):
         size = len(batch.label_B)
-        given_N[batch.first : batch.first + size] = batch.predicted_B
+        given_N[batch.first : batch.first + size] = predicted(batch.adv_BK) if attack.alone else batch.predicted_B
         if progress is not None:
             progress.advance(min(size * ranks.world_size, images - batch.first))
     return ranks.all_reduce_(given_N.cpu())

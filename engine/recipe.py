@@ -15,6 +15,7 @@ from retemper.engine.distributed.ranks import WHOLE, Part
 from retemper.engine.epoch_stats import EpochStats
 from retemper.engine.groups import Data, Networks, Optimisation, Selection, TrainingAttack
 from retemper.engine.losses import KlObjective, Objective, cross_entropy_objective
+from retemper.engine.models import PIXELS
 from retemper.engine.speed.execution import EXACTNESS, Execution
 from retemper.errors import nearest
 from retemper.options import Option, Options, option, options_of
@@ -66,6 +67,21 @@ def given(logits_BK: Tensor | None) -> Tensor:
     return logits_BK
 
 
+@dataclass(frozen=True)
+class Forwards:
+    """The student's forwards in training mode in one step, by the names of their images.
+
+    All of them move the batch-norm statistics. Authors' code takes some of them for nothing else.
+
+    Attributes:
+        before: in their order, before the backward pass. The first of a name enters the loss; a repeat is of no use.
+        after: those after the optimizer's step, of no use either.
+    """
+
+    before: tuple[str, ...]
+    after: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method(Options):
     """A method as its paper defines it: the constants, the class state, the attack's objective, the training loss.
@@ -76,6 +92,7 @@ class Method(Options):
         variants: the forms that the method has, the paper's first.
         variant_options: the options of the run that a variant sets otherwise.
         forwards: the student's training forwards, in order. "adv" and "clean" are the attacked and the clean images.
+        released_forwards: those of the variant `released`, where the authors' code takes others.
         needs_own_prediction: whether `Targets.own` is computed before the attack.
         teacher_sees, clean_teacher_sees: the images that each teacher is asked about, of "clean" and "adv".
         attacks_teacher: whether the attack goes through the teacher too; its logits are then (B, 2 K), the student's
@@ -91,6 +108,7 @@ class Method(Options):
     variants: ClassVar[tuple[str, ...]] = ("paper",)
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     forwards: ClassVar[tuple[str, ...]] = ("adv", "clean")
+    released_forwards: ClassVar[Forwards | None] = None
     needs_own_prediction: ClassVar[bool] = False
     teacher_sees: ClassVar[tuple[str, ...]] = ("clean",)
     clean_teacher_sees: ClassVar[tuple[str, ...]] = ()
@@ -113,13 +131,23 @@ class Method(Options):
         """Return what looks on at the attack, or None."""
         return None
 
+    def forwards_in(self, epoch: int, recipe: "Recipe") -> Forwards:
+        """Return the student's forwards in each step of `epoch`, from 1."""
+        if self.variant == "released" and self.released_forwards is not None:
+            return self.released_forwards
+        return Forwards(self.forwards)
+
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         """Return what training lowers: a scalar, a mean over these rows.
 
         Args:
-            logits: (B, K) for each of `forwards`, with gradient.
+            logits: (B, K) for each of the images of `forwards_in`, with gradient.
         """
         raise NotImplementedError
+
+    def perturbing_loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
+        """Return what adversarial weight perturbation raises. Arguments and value are as for `loss`."""
+        return self.loss(logits, targets)
 
     def measured(self, logits: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
         """Return what is averaged over each class's images in an epoch, by name: (B,) or (B, D)."""
@@ -183,15 +211,29 @@ class Recipe:
     execution: Execution
 
     def __post_init__(self) -> None:
-        if self.method.validates_by and not self.selection.holds_out:
+        if self.method.validates_by and not self.holds_out:
             raise ValueError("this method learns from held-out training images: holdout_per_class must be above 0")
-        if self.optim.average_above and (self.optim.average_every != "epoch" or not self.selection.holds_out):
+        if self.optim.average_above and (self.optim.average_every != "epoch" or not self.holds_out):
             raise ValueError(
                 f"average_above = {self.optim.average_above}: held-out training images decide, once an epoch; "
                 "set average_every = 'epoch' and holdout_per_class above 0"
             )
+        if self.networks.normalise and self.data.dataset not in PIXELS:
+            raise ValueError(
+                f"normalise = True: no mean and deviation are known of the pixels of {self.data.dataset}, but of "
+                f"{', '.join(PIXELS)}: set normalise = False"
+            )
         if self.method.attacks_teacher and self.attack.bn_mode != "eval":
             raise ValueError("attack_bn = 'train': an attack on the teacher too would move its statistics")
+        judging = self.selection.select_step
+        if judging is not None and judging > self.attack.eps:
+            raise ValueError(f"select_step = {judging}: the attack that judges stays within eps = {self.attack.eps:g}")
+
+    @property
+    def holds_out(self) -> bool:
+        """True where training images are held out: they choose the epoch, or the run learns from them."""
+        learned_from = self.method.validates_by is not None or self.optim.average_above > 0
+        return self.selection.holdout_per_class > 0 and (learned_from or self.selection.select_on == "holdout")
 
     @classmethod
     def of(cls, method: type[Method], **options: Any) -> "Recipe":

@@ -14,7 +14,7 @@ from retemper.engine.distributed.gradient_bucket import GradientBucket
 from retemper.engine.distributed.ranks import ALONE, Part, Ranks
 from retemper.engine.epoch_stats import ClassMeans, ClassSums
 from retemper.engine.models import MODELS, channels_last
-from retemper.engine.optim import Average, Guard, sgd
+from retemper.engine.optim import Average, Guard, sgd, wide_dtype
 from retemper.engine.recipe import Method, Recipe, Targets
 from retemper.engine.speed.fold import Folded
 from retemper.kernels import augment, class_sums
@@ -23,11 +23,14 @@ from retemper.kernels import augment, class_sums
 class State:
     """The state of a run. No tensor in it changes its address, so that a step can be captured in a CUDA graph.
 
+    A student in float64 is trained in float64 throughout.
+
     Attributes:
         teacher, clean_teacher: frozen; folded as `Execution.fold` says, where torch.fx can trace them.
         twin: the student as the attack sees it, folded anew in every step; None where it sees the student itself.
         guard: holds updates back once something is not finite.
         noise_seed: (1,) int64, the seed of the next random start; every step adds one.
+        forwards: the student's forwards in each step of the epoch.
         sums, measured, loss_sum: of the epoch so far; `start_epoch` empties them.
         average: of the student's weights, where the recipe asks for one.
         awp_gamma: how far the weights are perturbed, 0-dim; None where they never are.
@@ -65,13 +68,15 @@ class State:
         if execution.fused_sgd and not self.scaler.is_enabled():  # as a scaler sets it
             self.optimizer.found_inf = self.guard.found_inf  # pyright: ignore[reportAttributeAccessIssue]
         class_state = method.class_state(num_classes, recipe)
-        self.class_state = {name: value.to(device) for name, value in class_state.items()}
+        self.dtype = dtype = wide_dtype(next(student.parameters()))
+        self.class_state = {name: value.to(device, dtype) for name, value in class_state.items()}
+        self.forwards = method.forwards_in(1, recipe)
         self.noise_seed = torch.zeros(1, dtype=torch.int64, device=device)
-        self.sums = {name: ClassSums.zeros(num_classes, device) for name in method.forwards}
+        self.sums = {name: ClassSums.zeros(num_classes, device, dtype) for name in method.forwards}
         self.measured: dict[str, ClassMeans] = {}
-        self.loss_sum = torch.zeros((), device=device)
+        self.loss_sum = torch.zeros((), device=device, dtype=dtype)
         self.average = None if optim.average == "none" else Average(student, optim.average, optim.ema_decay)
-        self.awp_gamma = torch.zeros((), device=device) if optim.awp_gamma else None
+        self.awp_gamma = torch.zeros((), device=device, dtype=dtype) if optim.awp_gamma else None
         self.part = Part.begin(ranks, device)
         self.bucket = GradientBucket(student, ranks) if ranks.joined else None
 
@@ -86,7 +91,8 @@ class State:
 
     def start_epoch(self, recipe: Recipe, epoch: int, noise_seed: int) -> None:
         """Empty the sums, and set what depends on the epoch, and the seed of the first random start."""
-        optim, lr = recipe.optim, recipe.optim.lr_at(epoch)
+        optim = recipe.optim
+        self.forwards = recipe.method.forwards_in(epoch, recipe)
         for total in self.epoch_sums():
             total.zero_()
         if self.awp_gamma is not None:
@@ -94,6 +100,10 @@ class State:
         if self.average is not None:
             self.average.active.fill_(epoch >= optim.average_from)
         self.noise_seed.fill_(noise_seed)
+        self.set_lr(optim.lr_at(epoch))
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of the next steps."""
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
@@ -123,7 +133,7 @@ class State:
         for name, value_BD in method.measured(logits, targets).items():
             if name not in self.measured:  # in the first step, which is not captured
                 values = value_BD.numel() // max(1, len(value_BD))
-                self.measured[name] = ClassMeans.zeros(self.num_classes, values, self.device)
+                self.measured[name] = ClassMeans.zeros(self.num_classes, values, self.device, self.dtype)
             if counts:
                 self.measured[name].add(value_BD, label_B)
         method.after_step(self.class_state, logits, targets)
@@ -153,7 +163,8 @@ def clean_images(recipe: Recipe, image: Tensor, view: Tensor, index: Tensor | No
     Args:
         image, view, index: what a loader gives, as `augment` takes it.
     """
-    clean = augment(image, view, index=index, padding=recipe.data.padding)
+    data = recipe.data
+    clean = augment(image, view, index=index, padding=data.padding, padding_mode=data.padding_mode)
     return clean if recipe.execution.channels_last else clean.contiguous()
 
 

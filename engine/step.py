@@ -121,7 +121,7 @@ def descend(state: State, recipe: Recipe, images: Mapping[str, Tensor], targets:
     if state.awp_gamma is not None:
 
         def scaled() -> Tensor:
-            return state.scaler.scale(part.weigh(forward(state, recipe, images, targets)[1]))
+            return state.scaler.scale(part.weigh(perturbing_loss(state, recipe, images, targets)))
 
         before = perturb_weights(state.student, state.awp_gamma, scaled, part.ranks.all_reduced)
     logits, loss = forward(state, recipe, images, targets)
@@ -133,6 +133,9 @@ def descend(state: State, recipe: Recipe, images: Mapping[str, Tensor], targets:
             weight.copy_(value)
     whole = loss.detach() if state.bucket is None else state.bucket.all_reduce(share.detach())
     update(state, whole)
+    with torch.no_grad(), state.autocast():
+        for name in state.forwards.after:
+            state.student(images[name])
     state.count(recipe.method, logits, targets, loss.detach())
     if state.average is not None and recipe.optim.average_every == "step":
         state.average.follow(state.student)
@@ -143,14 +146,36 @@ def forward(
     state: State, recipe: Recipe, images: Mapping[str, Tensor], targets: Targets
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return the student's logits on each of the training forwards' images, (B, K), and the loss, a scalar."""
-    names = recipe.method.forwards
     with state.autocast():
-        if recipe.optim.joint:
-            together = state.student(torch.cat([images[name] for name in names]))
-            logits = dict(zip(names, together.split([len(images[name]) for name in names]), strict=True))
-        else:
-            logits = {name: state.student(images[name]) for name in names}
+        logits = _joint(state, images) if recipe.optim.joint else _one_by_one(state, images, state.forwards.before)
         return logits, recipe.method.loss(logits, targets)
+
+
+def perturbing_loss(state: State, recipe: Recipe, images: Mapping[str, Tensor], targets: Targets) -> Tensor:
+    """Return the loss that the weights are perturbed along, a scalar; what it does to statistics is undone."""
+    with state.autocast():
+        names = tuple(dict.fromkeys(state.forwards.before))
+        logits = _joint(state, images) if recipe.optim.joint else _one_by_one(state, images, names)
+        return recipe.method.perturbing_loss(logits, targets)
+
+
+def _one_by_one(state: State, images: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return the student's logits on the images of each name; a name that comes again moves the statistics alone."""
+    logits: dict[str, Tensor] = {}
+    for name in names:
+        if name not in logits:
+            logits[name] = state.student(images[name])
+            continue
+        with torch.no_grad():
+            state.student(images[name])
+    return logits
+
+
+def _joint(state: State, images: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the student's logits on the images of each name, from one forward of all of them."""
+    names = tuple(dict.fromkeys(state.forwards.before))
+    together = state.student(torch.cat([images[name] for name in names]))
+    return dict(zip(names, together.split([len(images[name]) for name in names]), strict=True))
 
 
 def update(state: State, loss: Tensor) -> None:

@@ -1,11 +1,12 @@
-"""A crop of the zero-padded image and a flip, the augmentation of CIFAR since He et al., CVPR 2016.
+"""A crop of the padded image and a flip, the augmentation of CIFAR since He et al., CVPR 2016.
 
     out[b, c, y, x] = padded[index[b]][y + dy, (W - 1 - x if flip else x) + dx, c] / 255
     view            = (dy (2 p + 1) + dx) 2 + flip,   dy, dx in 0 ... 2 p
 
-p is the padding. One integer, the view, says which crop and whether to flip. One pass over uint8 images that stay on
-the device gathers, crops, flips, scales and writes channels-last. The numbers are those of torchvision's RandomCrop,
-RandomHorizontalFlip and ToTensor, to the bit. Bound by memory: one byte read and four written for each value.
+p is the padding: of zeros, or of the image's reflection, in which the pixels of the border are not repeated. One
+integer, the view, says which crop and whether to flip. One pass over uint8 images that stay on the device gathers,
+crops, flips, scales and writes channels-last. The numbers are those of torchvision's RandomCrop, RandomHorizontalFlip
+and ToTensor, to the bit. Bound by memory: one byte read and four written for each value.
 """
 
 from typing import Any
@@ -37,6 +38,8 @@ COLS = (128, 64, 32)
 WHOLE = tl.constexpr(257 / 65536)
 REST = tl.constexpr(1 / 255 - 257 / 65536)
 
+PADDING_MODES = ("zeros", "reflect")
+
 
 def num_views(padding: int) -> int:
     """Return the number of views of an image with that padding, in pixels: their ids are 0 to one less."""
@@ -49,7 +52,13 @@ def identity_view(padding: int) -> int:
 
 
 def augment_reference(
-    image: Tensor, view: Tensor, *, index: Tensor | None = None, padding: int = 4, dtype: torch.dtype = torch.float32
+    image: Tensor,
+    view: Tensor,
+    *,
+    index: Tensor | None = None,
+    padding: int = 4,
+    padding_mode: str = "zeros",
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Compute the views in plain PyTorch: the truth for the tests, and the path on a CPU.
 
@@ -59,7 +68,11 @@ def augment_reference(
         image = image[index.clamp(0, image.shape[0] - 1)]
     batch, height, width, channels = image.shape
     view, side = view.clamp(0, num_views(padding) - 1), 2 * padding + 1
-    padded = torch.nn.functional.pad(image, (0, 0, padding, padding, padding, padding))
+    if padding_mode == "reflect":
+        rows, columns = (_reflected_places(length, padding, image.device) for length in (height, width))
+        padded = image.index_select(1, rows).index_select(2, columns)  # torch's pad reflects no bytes
+    else:
+        padded = torch.nn.functional.pad(image, (0, 0, padding, padding, padding, padding))
     down, along = padded.stride(1), padded.stride(2)
     crops = padded.as_strided(  # all crops of all images, without a copy
         (batch, side, side, height, width * channels), (padded.stride(0), down, along, down, 1)
@@ -68,6 +81,12 @@ def augment_reference(
     crop = crops[sample, view // 2 // side, view // 2 % side].view(batch, height, width, channels)
     crop = torch.where((view % 2 == 1)[:, None, None, None], crop.flip(2), crop)  # still bytes: a quarter of the memory
     return crop.float().div_(255).to(dtype).permute(0, 3, 1, 2)
+
+
+def _reflected_places(length: int, padding: int, device: torch.device) -> Tensor:
+    """Return where each pixel of a padded line of `length` pixels comes from, (length + 2 padding,) int64."""
+    place = torch.arange(-padding, length + padding, device=device)
+    return length - 1 - (length - 1 - place.abs()).abs()
 
 
 def view_tile(height: int, row: int) -> dict[str, int]:
@@ -84,6 +103,12 @@ def view_tile(height: int, row: int) -> dict[str, int]:
 
 
 @triton.jit
+def _reflected(place, last: tl.constexpr):
+    """Return the place in 0 ... last that an outer one mirrors; it lies outside by at most `last`."""
+    return last - tl.abs(last - tl.abs(place))
+
+
+@triton.jit
 def _augment_kernel(
     image_ptr,
     view_ptr,
@@ -94,6 +119,7 @@ def _augment_kernel(
     WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr,
     PADDING: tl.constexpr,
+    REFLECT: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
@@ -113,33 +139,44 @@ def _augment_kernel(
     from_col = tl.where(view % 2 == 1, mirrored, col) + (view // 2 % side - PADDING) * CHANNELS
     y = tile // across * ROWS + tl.arange(0, ROWS)
     down = view // 2 // side - PADDING
-    inside = ((y + down >= 0) & (y + down < HEIGHT))[:, None] & ((from_col >= 0) & (from_col < row))
+    from_y = y
+    if REFLECT:
+        inside = (y < HEIGHT)[:, None] & (col < row)
+        from_y, down = _reflected(y + down, HEIGHT - 1), 0
+        channel = col % CHANNELS
+        from_col = _reflected(from_col - channel, row - CHANNELS) + channel
+    else:
+        inside = ((y + down >= 0) & (y + down < HEIGHT))[:, None] & ((from_col >= 0) & (from_col < row))
     # a column's address, computed once for all rows, plus a row's constant: in int64, so that no sum needs widening
     column_ptr = image_ptr + source * (HEIGHT * row) + down * row + from_col.to(tl.int64)
-    pixel = tl.load(column_ptr + (y.to(tl.int64) * row)[:, None], mask=inside, other=0).to(tl.float32)
+    pixel = tl.load(column_ptr + (from_y.to(tl.int64) * row)[:, None], mask=inside, other=0).to(tl.float32)
     pixel = tl.fma(pixel, WHOLE, pixel * REST)
     place = sample * (HEIGHT * row) + (y * row)[:, None] + col
     tl.store(out_ptr + place, pixel.to(out_ptr.dtype.element_ty), mask=(y < HEIGHT)[:, None] & (col < row))
 
 
 @torch.library.custom_op("retemper::augment", mutates_args=())
-def _augment_op(image: Tensor, view: Tensor, index: Tensor | None, padding: int, dtype: torch.dtype) -> Tensor:
-    _check(image, view, index, padding, dtype)
+def _augment_op(
+    image: Tensor, view: Tensor, index: Tensor | None, padding: int, dtype: torch.dtype, padding_mode: str = "zeros"
+) -> Tensor:
+    _check(image, view, index, dtype)
+    _check_padding(image, padding, padding_mode)
     if not runs_triton(image):
-        return augment_reference(image, view, index=index, padding=padding, dtype=dtype)
+        return augment_reference(image, view, index=index, padding=padding, padding_mode=padding_mode, dtype=dtype)
     _, height, width, channels = image.shape
     out = image.new_empty((view.shape[0], height, width, channels), dtype=dtype)
     if out.numel():
         tile = view_tile(height, width * channels)
-        shape = {"HEIGHT": height, "WIDTH": width, "CHANNELS": channels, "PADDING": padding}
+        shape = {"HEIGHT": height, "WIDTH": width, "CHANNELS": channels}
+        border = {"PADDING": padding, "REFLECT": padding_mode == "reflect"}
         tiles = triton.cdiv(height, tile["ROWS"]) * triton.cdiv(width * channels, tile["COLS"])
-        options: dict[str, Any] = {**shape, **tile, **EXACT}
+        options: dict[str, Any] = {**shape, **border, **tile, **EXACT}
         with launching(image):
             _augment_kernel[(view.shape[0] * tiles,)](image, view, index, out, image.shape[0], **options)
     return out.permute(0, 3, 1, 2)
 
 
-def _check(image: Tensor, view: Tensor, index: Tensor | None, padding: int, dtype: torch.dtype) -> None:
+def _check(image: Tensor, view: Tensor, index: Tensor | None, dtype: torch.dtype) -> None:
     if image.dim() != 4 or image.dtype != torch.uint8:
         raise ValueError(f"image: {image.dtype} of shape {tuple(image.shape)}; needs uint8 (N, H, W, C)")
     if not image.is_contiguous():
@@ -152,19 +189,35 @@ def _check(image: Tensor, view: Tensor, index: Tensor | None, padding: int, dtyp
         raise ValueError(f"view: {batch} ids for {image.shape[0]} images; needs one each, or give an index")
     if batch and image.numel() == 0:
         raise ValueError(f"image: shape {tuple(image.shape)} holds nothing to look at")
-    if padding < 0:
-        raise ValueError(f"padding: {padding}; needs 0 or more")
     if dtype not in TRITON_FLOATS:
         raise ValueError(f"dtype: {dtype}; needs one of {', '.join(map(str, TRITON_FLOATS))}")
 
 
+def _check_padding(image: Tensor, padding: int, padding_mode: str) -> None:
+    if padding_mode not in PADDING_MODES:
+        raise ValueError(f"padding_mode: {padding_mode!r}; needs one of {', '.join(PADDING_MODES)}")
+    if padding < 0:
+        raise ValueError(f"padding: {padding}; needs 0 or more")
+    side = min(image.shape[1:3])
+    if padding_mode == "reflect" and 0 < side <= padding:
+        raise ValueError(f"padding: {padding}; must be below {side} to reflect an image of {side} pixels a side")
+
+
 @_augment_op.register_fake
-def _(image: Tensor, view: Tensor, index: Tensor | None, padding: int, dtype: torch.dtype) -> Tensor:
+def _(
+    image: Tensor, view: Tensor, index: Tensor | None, padding: int, dtype: torch.dtype, padding_mode: str = "zeros"
+) -> Tensor:
     return image.new_empty((view.shape[0], *image.shape[1:]), dtype=dtype).permute(0, 3, 1, 2)
 
 
 def augment(
-    image: Tensor, view: Tensor, *, index: Tensor | None = None, padding: int = 4, dtype: torch.dtype = torch.float32
+    image: Tensor,
+    view: Tensor,
+    *,
+    index: Tensor | None = None,
+    padding: int = 4,
+    padding_mode: str = "zeros",
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Crop, flip and scale images: one view of each, as pixels in [0, 1]. The formula is in the module docstring.
 
@@ -172,13 +225,14 @@ def augment(
         image: (N, H, W, C) uint8, contiguous, H and W at least 1.
         view: (B,) int64, ids below `num_views(padding)`; others are clamped to the range.
         index: (B,) int64, the image of each view, clamped to the range; without it, B is N and the order is kept.
-        padding: pixels of zeros on each side; a crop moves by at most that many.
+        padding: pixels on each side; a crop moves by at most that many.
+        padding_mode: "zeros", or "reflect" as in numpy.pad, where the padding must be below H and W.
         dtype: float32, float16 or bfloat16.
 
     Returns:
         (B, C, H, W) of `dtype` in channels-last layout.
 
     Raises:
-        ValueError: a shape, dtype, device or stride does not fit; a negative padding.
+        ValueError: a shape, dtype, device or stride does not fit; no such padding.
     """
-    return _augment_op(image, view, index, padding, dtype)
+    return _augment_op(image, view, index, padding, dtype, padding_mode)

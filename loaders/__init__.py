@@ -3,7 +3,7 @@
 from retemper.errors import DataError, UsageError
 from retemper.loaders.beton import beton_split, convert, verify
 from retemper.loaders.choose import LoaderKind, make_loader
-from retemper.loaders.datasets import DATASETS, load_split
+from retemper.loaders.datasets import DATASETS, load_split, usual_eps
 from retemper.loaders.ffcv_library import ffcv_problem
 from retemper.loaders.loader import Batch, Loader
 from retemper.loaders.split import Split, split_of_arrays
@@ -26,5 +26,6 @@ __all__ = [
     "load_split",
     "make_loader",
     "split_of_arrays",
+    "usual_eps",
     "verify",
 ]

@@ -1,4 +1,4 @@
-"""The data sets by name: digits, Fashion-MNIST, CIFAR, Tiny-ImageNet and folders of images."""
+"""The data sets by name: digits, Fashion-MNIST, CIFAR, SVHN, Tiny-ImageNet and folders of images."""
 
 from pathlib import Path
 
@@ -10,11 +10,18 @@ from retemper.loaders.cifar import load_cifar
 from retemper.loaders.fashion_mnist import load_fashion_mnist
 from retemper.loaders.image_folders import load_folder, load_tiny_imagenet
 from retemper.loaders.split import Split, fingerprint_of, split_of_arrays
+from retemper.loaders.svhn import load_svhn
 from retemper.loaders.views import permutation
 
-DATASETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "folder")
+DATASETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "svhn", "tiny-imagenet", "folder")
 SPLITS = ("train", "test")
+USUAL_EPS = {"digits": 0.15, "fashion-mnist": 0.1}  # of the others 8/255
 DIGITS_SEED = 1797  # of our own split of digits: another seed would make another data set
+
+
+def usual_eps(dataset: str) -> float:
+    """Return the L-inf radius that networks on a data set are evaluated at, in pixel units, so that all are alike."""
+    return USUAL_EPS.get(dataset, 8 / 255)
 
 
 def load_split(dataset: str, split: str, data_root: str | Path | None = None, image_size: int | None = None) -> Split:
@@ -55,6 +62,8 @@ def _load(dataset: str, split: str, data_root: Path | None, image_size: int | No
         return load_digits_split(split)
     if dataset == "fashion-mnist":
         return load_fashion_mnist(split, data_root)
+    if dataset == "svhn":
+        return load_svhn(split, data_root)
     if dataset == "tiny-imagenet":
         return load_tiny_imagenet(split, data_root)
     if dataset == "folder":

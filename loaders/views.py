@@ -80,13 +80,16 @@ class ViewSpace:
         return ids.astype(np.int64)
 
 
-def holdout_split(labels: np.ndarray, per_class: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def holdout_split(
+    labels: np.ndarray, per_class: int, seed: int = 0, place: str = "random"
+) -> tuple[np.ndarray, np.ndarray]:
     """Hold `per_class` images of every class out of training.
 
     Args:
         labels: (N,) int64.
         per_class: images of each class.
-        seed: decides which ones.
+        seed: decides which ones, where they are drawn.
+        place: "random" to draw them, "end" to take the last ones of each class.
 
     Returns:
         Positions to train on and positions held out, both sorted and int64; together they are 0 ... N - 1.
@@ -101,5 +104,6 @@ def holdout_split(labels: np.ndarray, per_class: int, seed: int = 0) -> tuple[np
         members = np.flatnonzero(labels == k)
         if per_class >= len(members):
             raise UsageError(f"cannot hold out {per_class} images of each class: class {k} has {len(members)}")
-        held[members[permutation(len(members), seed, int(k), HOLDOUT)[:per_class]]] = True
+        order = np.arange(len(members))[::-1] if place == "end" else permutation(len(members), seed, int(k), HOLDOUT)
+        held[members[order[:per_class]]] = True
     return np.flatnonzero(~held), np.flatnonzero(held)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.io
 from PIL import Image
 
 Truth = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -79,6 +80,19 @@ def make_fashion_mnist(root: Path, n: int = 30, packed: bool = True) -> Truth:
             name = f"{stem}-{kind}-ubyte"
             (root / (name + ".gz" if packed else name)).write_bytes(gzip.compress(raw) if packed else raw)
         truth[split] = images, labels
+    return truth
+
+
+def make_svhn(root: Path, n: int = 20) -> Truth:
+    """`n` training images, half of them of the digit 1, and as many test images, in two MATLAB files."""
+    root.mkdir(parents=True, exist_ok=True)
+    truth = {
+        "train": (pixels(5, n, 32, 32, 3), np.where(np.arange(n) % 2, 1, np.arange(n) // 2 % 10)),
+        "test": (pixels(6, n, 32, 32, 3), np.arange(n)[::-1] % 10),
+    }
+    for half, (images, labels) in truth.items():
+        content = {"X": images.transpose(1, 2, 3, 0), "y": np.where(labels, labels, 10).astype(np.uint8)[:, None]}
+        scipy.io.savemat(root / f"{half}_32x32.mat", content, do_compression=True)
     return truth
 
 

@@ -10,10 +10,9 @@ from torch import nn
 
 from retemper.engine.checkpoints.content import few, read_content
 from retemper.engine.checkpoints.external import build_student, require_same_source
-from retemper.engine.checkpoints.normalised import Normalised
 from retemper.engine.checkpoints.unwrap import fits, nearest_state
 from retemper.engine.checkpoints.weights import load_with_pixels
-from retemper.engine.models import MODELS, channels_last, create_model
+from retemper.engine.models import MODELS, Normalised, channels_last, create_model
 from retemper.errors import DataError, UsageError
 
 
@@ -133,27 +132,35 @@ def load_network(weights: Path, facts: Facts, device: torch.device, entry: str |
         raise UsageError(str(error)) from None
     pixels = load_with_pixels(weights, model, entry)
     require_finite(weights, model)
-    model = model if pixels is None else Normalised(model, pixels)
+    model = model if pixels is None else Normalised(model, pixels.mean, pixels.std)
     return channels_last(model, device).eval().requires_grad_(False)
 
 
 def fitting_models(weights: Path) -> list[str]:
-    """Return the names in `MODELS` whose tensors are all in a file, each of its shape. Raises as `read_content`."""
+    """Return the names in `MODELS` whose tensors are all in a file, each of its shape. Raises as `read_content`.
+
+    A network that is another one without some of its tensors is left out where that fits.
+    """
     content = read_content(weights)
-    return [name for name in MODELS if _fits(name, content)]
+    fitting = {name: names for name in MODELS if (names := _fitting(name, content))}
+    return [name for name, names in fitting.items() if not any(names < others for others in fitting.values())]
 
 
-def _fits(model: str, content: object) -> bool:
-    """Say whether a model's tensors are all in the content of a file, for as many classes and channels as that has."""
+def _fitting(model: str, content: object) -> set[str]:
+    """Return the names of a model's tensors where all are in the content of a file, and none where one is lacking.
+
+    The model is built for as many classes and channels as that has.
+    """
     with torch.device("meta"):
         own = create_model(model, 10).state_dict()
         state = nearest_state(content, own)
         if {name for name in own if not name.endswith("num_batches_tracked")} - state.keys():
-            return False
+            return set()
         first = next(state[name] for name, value in own.items() if value.dim() == 4)  # (features, channels, ...)
         last = next(state[name] for name, value in reversed(own.items()) if value.dim() == 2)  # (classes, features)
         classes, channels = max(1, last.shape[0]), max(1, first.shape[1]) if first.dim() == 4 else 1
-        return fits(state, create_model(model, classes, channels=channels).state_dict())
+        same = fits(state, create_model(model, classes, channels=channels).state_dict())
+        return set(own) if same else set()
 
 
 def require_finite(weights: Path, model: nn.Module) -> None:

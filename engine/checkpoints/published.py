@@ -54,11 +54,15 @@ PUBLISHED = (
     ),
     Published(
         "robustbench:Chen2021LTD_WRN34_20@cifar10/Linf",
-        "LTD's WRN-34-20, AdaAD's CIFAR-10 teacher", "WRN-34-20", "cifar10", 0.8603,
+        "LTD's WRN-34-20, AdaAD's CIFAR-10 teacher", "wrn34_20", "cifar10", 0.8603,
+    ),
+    Published(
+        "robustbench:Chen2021LTD_WRN34_10@cifar10/Linf",
+        "LTD's WRN-34-10 for CIFAR-10", "wrn34_10", "cifar10", 0.8521,
     ),
     Published(
         "robustbench:Chen2021LTD_WRN34_10@cifar100/Linf",
-        "LTD's WRN-34-10, AdaAD's CIFAR-100 teacher", "WRN-34-10", "cifar100", 0.6407,
+        "LTD's WRN-34-10, AdaAD's CIFAR-100 teacher", "wrn34_10", "cifar100", 0.6407,
     ),
     Published(
         "robustbench:Gowal2020Uncovering@cifar100/Linf",

@@ -36,6 +36,11 @@ class Pixels:
     mean: Tensor
     std: Tensor
 
+    def agrees(self, other: "Pixels") -> bool:
+        """Say whether both do the same to images, to float32's rounding."""
+        pairs = (self.mean, other.mean), (self.std, other.std)
+        return all(bool(torch.isclose(one.double(), that.double(), rtol=1e-6, atol=0).all()) for one, that in pairs)
+
     def __str__(self) -> str:
         """Return both in words."""
         mean, std = (", ".join(f"{value:.4g}" for value in values.tolist()) for values in (self.mean, self.std))
@@ -269,7 +274,7 @@ def _split_pixels(
     Raises:
         CheckpointError: two pairs differ, or one is not of pixels in [0, 1].
     """
-    channels = next((tensor.shape[1] for tensor in target.values() if tensor.dim() == 4), 1)
+    channels = next((tensor.shape[1] for tensor in target.values() if tensor.dim() == 4), 3)
     found, rest = [], dict(left)
     for name in left:
         if (match := MEAN.fullmatch(name)) is None:

@@ -57,15 +57,15 @@ def load_with_pixels(path: str | os.PathLike[str], model: nn.Module, entry: str 
     return _copy_into(model, path, read_content(Path(path)), entry, pixels_wanted=True)
 
 
-def load_state(whose: str, state: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Copy a state_dict into `model`, as `load_checkpoint` does.
+def load_state(whose: str, state: Mapping[str, Tensor], model: nn.Module) -> Pixels | None:
+    """Copy a state_dict into `model`, as `load_with_pixels` does; return what must be done to images first.
 
     Args:
         whose: where the state_dict comes from, to begin the message with.
     Raises:
         CheckpointError: it does not fit; the model is as it was.
     """
-    _copy_into(model, whose, state, None, pixels_wanted=False)
+    return _copy_into(model, whose, state, None, pixels_wanted=True)
 
 
 def split_entry(path: str | os.PathLike[str]) -> tuple[Path, str | None]:

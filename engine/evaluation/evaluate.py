@@ -1,9 +1,8 @@
 """The evaluation of a run or a checkpoint: it writes evaluation.json beside it, the protocol with the numbers."""
 
 import hashlib
-import re
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,18 @@ from retemper.engine.distributed.ranks import ALONE, Ranks
 from retemper.engine.evaluation.autoattack import (
     SuiteRequest,
     left_out,
-    library_version,
     require_foldable,
     suite_attacks,
     suite_entry,
 )
 from retemper.engine.evaluation.evaluation_file import EvaluationFile, Outcome
 from retemper.engine.evaluation.ledger import Ledger
-from retemper.engine.evaluation.places import place
+from retemper.engine.evaluation.library import FULL, library_version
+from retemper.engine.evaluation.places import destination, label, weights_name
 from retemper.engine.evaluation.preflight import gradient_flags, require_room, zero_gradients
+from retemper.engine.evaluation.protocols import PROTOCOLS, STANDARD, radius, result_name
 from retemper.engine.evaluation.shards import Shard, evaluate_suite, require_images
-from retemper.engine.predict import ATTACKS, balanced_order, labelled_batches, predictions
+from retemper.engine.predict import Attack, balanced_order, labelled_batches, predictions
 from retemper.engine.run.commands import absolute
 from retemper.engine.run.job import default_cache
 from retemper.engine.run.run_folder import RunFolder
@@ -36,6 +36,7 @@ from retemper.engine.sanity.check import IMAGES, check_evaluated
 from retemper.engine.sanity.ladder import CheckRequest
 from retemper.errors import DataError, UsageError
 from retemper.loaders import Split, load_split
+from retemper.options import shown_value
 from retemper.provenance import versions
 
 PROBED = 32  # images that are tried on a CPU before the first attack
@@ -49,7 +50,9 @@ class EvaluationRequest:
     Attributes:
         target: a run's folder, a checkpoint, or another network by name (checkpoints/find.py).
         out: the folder of the files; None for the folder of the weights.
-        attacks: names of `ATTACKS`, and "autoattack".
+        protocol: one of `PROTOCOLS`.
+        attacks: names of the protocol's attacks, and "autoattack".
+        eps: the radius in pixel units; "trained" for that of the network's training, None for the data set's usual one.
         limit, autoattack_limit: how many images, balanced over the classes; None for all.
         weights: which of a run's, "best" or "last".
         seed: of the random starts.
@@ -61,7 +64,9 @@ class EvaluationRequest:
 
     target: str | Path
     out: Path | None = None
+    protocol: str = STANDARD
     attacks: tuple[str, ...] = ("clean", "fgsm", "pgd20", "cw")
+    eps: float | str | None = None
     data_root: Path | None = None
     limit: int | None = None
     weights: str = "best"
@@ -77,6 +82,10 @@ class EvaluationRequest:
     budget_s: float | None = None
     check: bool = False
 
+    def attack(self, name: str) -> Attack:
+        """Return an attack of the protocol. AutoAttack is none of them."""
+        return PROTOCOLS[self.protocol].attacks[name]
+
 
 def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
     """Run the attacks on a network and write evaluation.json and evaluation.csv.
@@ -90,11 +99,14 @@ def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
         DataError, UsageError: the target or the data cannot be used.
     """
     _require_effect(request)
+    if request.protocol != STANDARD:
+        request = replace(request, suite=PROTOCOLS[request.protocol].suite)
     network = find_network(request.target, dataset=request.facts.dataset, which=request.weights)
     facts, split, data_root = _test_images(network, request.facts, request.data_root)
     order = balanced_order(split.labels, request.limit)
-    path = _destination(network, request.out)
-    require_room(path.parent, len(order), [path, path.with_suffix(".csv"), _ledger_path(path)])
+    eps = _radius(request, network, split.name, facts.eps)
+    path = destination(network, request.out)
+    require_room(path.parent, len(order), [path, path.with_suffix(".csv"), _ledger_path(path, request.suite)])
     if "autoattack" in request.attacks:
         _require_autoattack(request, path, split, order)
     model, source = network.load(facts, split.shape, request.device, default_cache())
@@ -103,10 +115,10 @@ def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
         model=model,
         split=split,
         order=order,
-        eps=8 / 255 if facts.eps is None else facts.eps,
+        eps=eps,
         zero=_probe(request, network, model, split, order),
     )
-    protocol = _protocol(request, network, split, order, evaluation.eps, source["sha256"])
+    protocol = _protocol(request, network, split, order, eps, source["sha256"])
     first = request.ranks.is_first
     file = EvaluationFile.begin(path, protocol) if first else EvaluationFile(path, protocol)
     file.content["protocol"]["data_root"] = absolute(data_root)
@@ -140,6 +152,8 @@ def _require_effect(request: EvaluationRequest) -> None:
     }
     if "autoattack" not in request.attacks and (given := [option for option, is_given in of_suite.items() if is_given]):
         raise UsageError(f"{given[0]} is for AutoAttack: name it in --attacks too, or leave out {given[0]}")
+    if request.suite != "standard" and request.protocol != STANDARD:
+        raise UsageError(f"--suite {request.suite}: --protocol {request.protocol} has a suite of its own, leave it out")
     if request.weights != "best" and Path(request.target).is_file():
         raise UsageError(
             f"--weights {request.weights} chooses among a run's: {request.target} is one file, leave it out"
@@ -173,15 +187,20 @@ class _Evaluation:
         return self._autoattack(file) if name == "autoattack" else self._attack(name)
 
     def _attack(self, name: str) -> Outcome:
-        """Run one attack of `ATTACKS`."""
-        attack, order, ranks = ATTACKS[name], self.order, self.request.ranks
+        """Run one attack of the protocol."""
+        attack, order, ranks = self.request.attack(name), self.order, self.request.ranks
+        called = result_name(name, self.request.protocol)
         chosen: dict[str, Any] = dict(indices=order, ranks=ranks) | self.options
-        with Progress(name, len(order)) as progress:
+        with Progress(called, len(order)) as progress:
             given_N = predictions(self.model, self.split, attack, progress=progress, **chosen)
         flags = gradient_flags(attack.loss, self.zero) if attack.steps else []
         if lost := int((given_N < 0).sum()):
             flags.append(f"the network's answers to {lost:,} images are not finite: they count as wrong")
-        return Outcome(name, attack.described(self.eps), order, given_N.numpy(), {"flags": flags} if flags else {})
+        more: dict[str, Any] = {"flags": flags} if flags else {}
+        described = attack.described(self.eps)
+        if called != name:
+            described, more = described | {"protocol": self.request.protocol}, more | {"upper_bound": True}
+        return Outcome(called, described, order, given_N.numpy(), more)
 
     def _autoattack(self, file: EvaluationFile) -> Outcome | None:
         """Run AutoAttack, or the shard of it that is asked for."""
@@ -192,7 +211,7 @@ class _Evaluation:
         images = self.order[: asked.autoattack_limit]
         known = {name: file.content["protocol"][name] for name in IDENTIFYING}
         known["images_sha256"] = _digest(self.split, images)
-        pieces: dict[str, Any] = dict(path=_ledger_path(file.main), shard=asked.shard, ranks=asked.ranks)
+        pieces: dict[str, Any] = dict(path=_ledger_path(file.main, suite.suite), shard=asked.shard, ranks=asked.ranks)
         ledger = evaluate_suite(self.model, self.split, images, suite, known=known, **pieces)
         if ledger is None:
             return None
@@ -202,14 +221,16 @@ class _Evaluation:
             "attacks": list(suite.attacks),
             "images": len(images),
             "shards": ledger.facts.get("shards", 1),
+            **({"protocol": asked.protocol, **asdict(suite.strength)} if suite.strength != FULL else {}),
         }
         entry = suite_entry(ledger, suite.suite, classes)
         return Outcome(name, described, images, ledger.predicted_under(suite.attacks), entry)
 
 
-def _ledger_path(path: Path) -> Path:
-    """Return the path of AutoAttack's ledger beside an evaluation."""
-    return path.with_name(path.name.replace("evaluation", "autoattack", 1)).with_suffix(".csv")
+def _ledger_path(path: Path, suite: str) -> Path:
+    """Return the path of AutoAttack's ledger beside an evaluation; the fast suite begins the standard one's."""
+    name = "autoattack" if suite in ("standard", "fast") else f"autoattack-{suite}"
+    return path.with_name(path.name.replace("evaluation", name, 1)).with_suffix(".csv")
 
 
 def _require_autoattack(request: EvaluationRequest, path: Path, split: Split, order: np.ndarray) -> None:
@@ -218,7 +239,7 @@ def _require_autoattack(request: EvaluationRequest, path: Path, split: Split, or
     suite_attacks(request.suite, len(split.classes))
     number, shards = request.shard or (request.ranks.rank + 1, request.ranks.world_size)
     require_images(number, shards, len(order[: request.autoattack_limit]))
-    ledger = _ledger_path(path)
+    ledger = _ledger_path(path, request.suite)
     if ledger.exists():
         Ledger.read(ledger)
     if request.ranks.is_first and (without := left_out(request.suite, len(split.classes))):
@@ -234,7 +255,7 @@ def _probe(
     """
     if request.fold and "autoattack" in request.attacks:
         require_foldable(model, request.device)
-    if not len(order) or not any(name == "autoattack" or ATTACKS[name].steps for name in request.attacks):
+    if not len(order) or not any(name == "autoattack" or request.attack(name).steps for name in request.attacks):
         return {}
     indices = order[: request.batch_size if request.device.type == "cuda" else min(PROBED, request.batch_size)]
     _, image, label_B = next(labelled_batches(split, request.device, indices=indices, batch_size=len(indices)))
@@ -272,6 +293,15 @@ def _test_images(network: Network, told: Facts, data_root: Path | None) -> tuple
     return facts.or_else(known), split, data_root
 
 
+def _radius(request: EvaluationRequest, network: Network, dataset: str, trained: float | None) -> float:
+    """Return the radius of the evaluation; say so where the network was trained at another one."""
+    eps = radius(request.eps, dataset, trained, network.name)
+    if trained is not None and abs(trained - eps) > 1e-9 and request.ranks.is_first:
+        hint = " (--eps trained: at its own)" if request.eps is None else ""
+        say(f"note: {label(network)} was trained at eps {shown_value(trained)}, evaluated at {shown_value(eps)}{hint}")
+    return eps
+
+
 def _protocol(
     request: EvaluationRequest, network: Network, split: Split, order: np.ndarray, eps: float, sha256: str
 ) -> dict[str, Any]:
@@ -290,8 +320,8 @@ def _protocol(
         "precision": "fp32",
         "seed": request.seed,
         "batch_size": request.batch_size,
-        "network": _label(network),
-        "weights": _weights_name(network),
+        "network": label(network),
+        "weights": weights_name(network),
         "weights_sha256": sha256,
         "classes": list(split.classes),
         "versions": versions(),
@@ -301,38 +331,3 @@ def _protocol(
 def _digest(split: Split, order: np.ndarray) -> str:
     """Return the SHA-256 of the pixels of some images, 64 hexadecimal digits."""
     return hashlib.sha256(split.images[order].tobytes()).hexdigest()
-
-
-def _destination(network: Network, out: Path | None) -> Path:
-    """Return where the evaluation goes: in `out`, or else beside the weights; each network has a file of its own.
-
-    For weights of a run that are not its best the name is another: evaluation-last.json.
-    """
-    weights = network.weights
-    if weights is None:
-        return place(
-            out or _default_out(network.name), network.name, _label(network), best=True, chosen=out is not None
-        )
-    best = weights.name == "best.safetensors" or not is_run(weights.parent)
-    return place(out or weights.parent, _weights_name(network), _label(network), best=best, chosen=out is not None)
-
-
-def _weights_name(network: Network) -> str:
-    """Return the name of a network's weights: that of their file, and behind a colon of the entry that was chosen."""
-    if network.weights is None:
-        return network.name
-    return network.weights.name if network.entry is None else f"{network.weights.name}:{network.entry}"
-
-
-def _label(network: Network) -> str:
-    """Return a short name of a network: of a run its folder's, of a checkpoint its file's."""
-    if network.weights is None:
-        return _default_out(network.name).name
-    folder = network.weights.resolve().parent
-    return folder.name if is_run(folder) else network.weights.name
-
-
-def _default_out(name: str) -> Path:
-    """Return the folder for the evaluation of an external network: runs/robustbench-NAME, runs/net-factory."""
-    plain = re.sub(r"[^\w.-]+", "-", re.sub(r"^.*/(?=[^/]*\.py:)|\.py(?=:)", "", name))
-    return Path("runs") / plain

@@ -14,7 +14,8 @@ from retemper.engine.evaluation.places import beside, content_of, free_name, ful
 from retemper.engine.evaluation.verdicts import Evaluated, Verdicts, write_verdicts
 from retemper.errors import DataError
 from retemper.files import locked, write_json
-from retemper.loaders import Split
+from retemper.loaders import Split, usual_eps
+from retemper.options import shown_value
 
 NAMES = ("network", "data_root")  # of a protocol: what the numbers do not depend on
 LATER = ("images_sha256",)  # what evaluations of earlier versions do not say
@@ -96,14 +97,15 @@ class EvaluationFile:
             if self.path == self.main or not self.path.exists():
                 return
             there = content_of(self.main)
-            if there is not None and _says_more(there, self.content):
-                say(f"{self.main} stays: it was made on more images or with more attacks; this one is {self.path}")
+            if there is not None and (why := _stays(there, self.content)):
+                say(f"{self.main} stays: it was made {why}; this one is {self.path}")
                 return
             aside = free_name(self.main)
             _rename(self.main, aside)
             _rename(self.path, self.main)
             _rename(aside, self.path)
-            say(f"{self.main} was made under another protocol and is now {self.path}")
+            what = _changed(there, self.content)
+            say(f"{self.main} was made under another protocol{what} and is now {self.path}")
             self.path = self.main
 
     def _locked(self) -> AbstractContextManager[None]:
@@ -154,13 +156,26 @@ def _says_less(entry: dict[str, Any], held: dict[str, Any] | None) -> bool:
     return fewer or entry.get("complete") is False
 
 
-def _says_more(there: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Say whether the evaluation that is there must keep its place: of these weights, on more images or attacks."""
+def _stays(there: dict[str, Any], new: dict[str, Any]) -> str:
+    """Return why the evaluation that is there keeps its place, in words; "" where it does not.
+
+    It does where it is of these weights, and alone of the data set's usual radius, or on more images or attacks.
+    """
     was, now = there["protocol"], new["protocol"]
     if was.get("weights_sha256") != now["weights_sha256"]:
-        return False
+        return ""
+    usual = usual_eps(now["dataset"])
+    if was.get("eps") == usual != now["eps"]:
+        return f"at {now['dataset']}'s usual radius, {shown_value(usual)}"
     (images, attacks), (new_images, new_attacks) = fullness(there), fullness(new)
-    return images > new_images or (same_question(was, now) and images == new_images and attacks > new_attacks)
+    more = images > new_images or (same_question(was, now) and images == new_images and attacks > new_attacks)
+    return "on more images or with more attacks" if more else ""
+
+
+def _changed(there: dict[str, Any] | None, new: dict[str, Any]) -> str:
+    """Return in words at which radius an evaluation was made, where the new one is at another; else ""."""
+    eps = None if there is None else there["protocol"].get("eps")
+    return f" (eps {shown_value(eps)})" if isinstance(eps, float) and eps != new["protocol"]["eps"] else ""
 
 
 def _known_verdicts(path: Path, content: dict[str, Any], names: Iterable[str] | None = None) -> Verdicts:

@@ -14,6 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from retemper.engine.checkpoints.find import Network
 from retemper.engine.checkpoints.header import is_run
 from retemper.engine.evaluation.content import read_evaluation
 from retemper.errors import DataError
@@ -102,3 +103,36 @@ def place(folder: Path, weights: str, network: str, *, best: bool, chosen: bool)
     names = (first, *own, f"evaluation-{stem}", f"evaluation-{weights}")
     paths = [folder / f"{re.sub(UNSAFE, '-', name)}.json" for name in names]
     return next((path for path in paths if is_own(path)), paths[-1])
+
+
+def destination(network: Network, out: Path | None) -> Path:
+    """Return where the evaluation goes: in `out`, or else beside the weights; each network has a file of its own.
+
+    For weights of a run that are not its best the name is another: evaluation-last.json.
+    """
+    weights = network.weights
+    if weights is None:
+        return place(out or _default_out(network.name), network.name, label(network), best=True, chosen=out is not None)
+    best = weights.name == "best.safetensors" or not is_run(weights.parent)
+    return place(out or weights.parent, weights_name(network), label(network), best=best, chosen=out is not None)
+
+
+def weights_name(network: Network) -> str:
+    """Return the name of a network's weights: that of their file, and behind a colon of the entry that was chosen."""
+    if network.weights is None:
+        return network.name
+    return network.weights.name if network.entry is None else f"{network.weights.name}:{network.entry}"
+
+
+def label(network: Network) -> str:
+    """Return a short name of a network: of a run its folder's, of a checkpoint its file's."""
+    if network.weights is None:
+        return _default_out(network.name).name
+    folder = network.weights.resolve().parent
+    return folder.name if is_run(folder) else network.weights.name
+
+
+def _default_out(name: str) -> Path:
+    """Return the folder for the evaluation of an external network: runs/robustbench-NAME, runs/net-factory."""
+    plain = re.sub(r"[^\w.-]+", "-", re.sub(r"^.*/(?=[^/]*\.py:)|\.py(?=:)", "", name))
+    return Path("runs") / plain

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch import nn
 
 from retemper.console import say
 from retemper.engine.distributed.ranks import ALONE, Ranks
-from retemper.engine.evaluation.autoattack import SuiteRequest, library_version, run_suite
+from retemper.engine.evaluation.autoattack import SuiteRequest, run_suite
 from retemper.engine.evaluation.ledger import Ledger, lock_on
+from retemper.engine.evaluation.library import FULL, library_version
 from retemper.errors import UsageError
 from retemper.loaders import Split
 
@@ -56,6 +57,7 @@ def evaluate_suite(
         "batch_size": request.batch_size,
         "fold": request.fold,
         "library": library_version(),
+        **({"strength": asdict(request.strength)} if request.strength != FULL else {}),
         **({"shard": [number, shards]} if shard or shards > 1 else {}),
     }
     own = _shard_path(path, number, shards)

@@ -11,13 +11,16 @@ from typing import Any
 from retemper.commands import command
 from retemper.engine.checkpoints.header import is_run
 from retemper.engine.evaluation.content import AGAIN, read_evaluation
-from retemper.engine.evaluation.places import fullest, is_stale
+from retemper.engine.evaluation.places import beside, content_of, fullest, is_stale
+from retemper.engine.evaluation.protocols import strongest_first
 from retemper.engine.run.commands import evaluate_again
 from retemper.errors import DataError, UsageError
 from retemper.files import write_atomically
+from retemper.loaders import usual_eps
+from retemper.options import shown_value
 
-STRONGEST = ("autoattack", "autoattack-fast", "pgd20", "cw", "fgsm", "clean")
-MUST_AGREE = ("dataset", "split", "image_size", "eps", "norm", "precision", "classes")
+STRONGEST = strongest_first()
+MUST_AGREE = ("dataset", "split", "image_size", "norm", "precision", "classes")
 Verdicts = dict[str, dict[int, tuple[int, bool]]]  # attack -> image -> (label, correct), only where it was attacked
 
 
@@ -154,8 +157,32 @@ def _same_pixels(first: Evaluated, run: Evaluated) -> list[tuple[str, Any, Any]]
     return [("the digest of the images", was["images_sha256"], now["images_sha256"])]
 
 
+def require_same_radius(first: Evaluated, run: Evaluated) -> None:
+    """Raise UsageError, with what helps, where two evaluations are at different radii."""
+    if first.protocol["eps"] == run.protocol["eps"]:
+        return
+    usual = usual_eps(str(run.protocol.get("dataset")))
+    other, good = (first, run) if run.protocol["eps"] == usual else (run, first)
+    eps = good.protocol["eps"]
+    folder = other.path.parent
+    there = [one for one in (folder / "evaluation.json", *beside(folder / "evaluation.json")) if _radius_of(one) == eps]
+    again = evaluate_again(folder, {**other.content, "protocol": other.protocol | {"eps": eps}})
+    raise UsageError(
+        f"{run.name} cannot be compared with {first.name}: they were evaluated at eps "
+        f"{shown_value(run.protocol['eps'])} and {shown_value(first.protocol['eps'])}: "
+        + (f"name {there[0]} in place of {other.name}" if there else f"run `{again}`")
+    )
+
+
+def _radius_of(path: Path) -> Any:
+    """Return the radius of an evaluation; None where there is none."""
+    content = content_of(path)
+    return None if content is None else content["protocol"].get("eps")
+
+
 def require_same(first: Evaluated, run: Evaluated, attack: str) -> None:
     """Raise UsageError unless two evaluations differ in nothing but the network: protocol, attack, images, labels."""
+    require_same_radius(first, run)
     pairs = [(name, first.protocol.get(name), run.protocol.get(name)) for name in MUST_AGREE]
     was, now = (one.protocol.get("attacks", {}).get(attack, {}) for one in (first, run))
     pairs += _same_pixels(first, run)

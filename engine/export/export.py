@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from retemper.commands import command
 from retemper.console import say
 from retemper.engine.checkpoints.external import users_network
-from retemper.engine.checkpoints.header import find_weights, is_run, load_network, read_facts, read_header
+from retemper.engine.checkpoints.header import Facts, find_weights, is_run, load_network, read_facts, read_header
 from retemper.engine.evaluation.content import read_evaluation
 from retemper.engine.evaluation.places import fullest
 from retemper.engine.export.model_card import ExportedNetwork, model_card, model_info
-from retemper.engine.models import MODELS, blocks
+from retemper.engine.models import MODELS, Normalised, blocks, normalised
 from retemper.engine.run.run_folder import RunFolder
 from retemper.errors import DataError, UsageError
 from retemper.files import file_digest, json_bytes, write_atomically
@@ -48,7 +49,7 @@ def export(run: str | Path, out: str | Path, form: str, which: str = "best", nam
             "RobustBench takes networks of the literature, this one is of your own code: export safetensors"
         )
     files = _safetensors(network) if form == "safetensors" else _robustbench(network)
-    files["model.py"] = architecture_source(str(network.facts.model)).encode()
+    files["model.py"] = architecture_source(str(network.facts.model), network.normalises).encode()
     sums = "".join(f"{sha256(data).hexdigest()}  {path}\n" for path, data in sorted(files.items()))
     for path, data in (files | {"SHA256SUMS": sums.encode()}).items():
         try:
@@ -65,7 +66,7 @@ def _read_network(run: Path, which: str, name: str | None) -> ExportedNetwork:
     weights = find_weights(run, which)
     config, facts = RunFolder(run).read_config(), read_facts(weights)
     config |= {"training_cut": cut} if (cut := read_header(weights).get("cut")) else {}
-    load_network(weights, facts, torch.device("cpu"))  # so that nothing damaged goes out
+    model = load_network(weights, facts, torch.device("cpu"))  # so that nothing damaged goes out
     assert facts.model is not None and facts.num_classes is not None and facts.channels is not None
     digest = file_digest(weights)
     evaluation = _read_evaluation(run, which, digest)
@@ -78,12 +79,17 @@ def _read_network(run: Path, which: str, name: str | None) -> ExportedNetwork:
         config=_without_paths(config),
         evaluation=evaluation,
         image_shape=(facts.channels, side, side),
-        build=_call(facts.model, facts.num_classes, facts.channels),
+        build=_call(model, facts),
+        normalises=isinstance(model, Normalised),
     )
 
 
-def _call(model: str, num_classes: int, channels: int) -> str:
-    """Return the call that makes the network, with the exported model.py imported."""
+def _call(network: nn.Module, facts: Facts) -> str:
+    """Return the call that makes the network of `facts`, with the exported model.py imported."""
+    if isinstance(network, Normalised):
+        mean, std = (", ".join(f"{value:.7g}" for value in values.flatten()) for values in (network.mean, network.std))
+        return f"Normalised({_call(network.network, facts)}, mean=[{mean}], std=[{std}])"
+    model, num_classes, channels = str(facts.model), facts.num_classes or 0, facts.channels or 0
     if own := users_network(model):
         return own.call(num_classes, channels)
     keywords = {"channels": channels} | getattr(MODELS[model], "keywords", {})
@@ -121,11 +127,17 @@ def _read_evaluation(run: Path, which: str, digest: str) -> dict[str, Any]:
     return content | {"protocol": content["protocol"] | {"data_root": None}}
 
 
-def architecture_source(model: str) -> str:
+def architecture_source(model: str, normalises: bool = False) -> str:
     """Return the source of an architecture as one file that needs torch alone.
 
     What it shares with other architectures takes the place of the import.
+
+    Args:
+        normalises: whether the layer that normalises the images is to stand below it.
     """
+    if normalises:
+        layer = inspect.getsource(normalised).partition('"""\n')[2]  # without the module's docstring
+        return f"{architecture_source(model).rstrip()}\n\n\n{layer.lstrip()}"
     if own := users_network(model):
         say(f"note: model.py is a copy of {own.file}; what it imports from beside it is not in the export")
         return own.file.read_text()

@@ -8,13 +8,16 @@ from typing import Any
 from retemper.commands import command
 from retemper.engine.catalogue import method_module, methods
 from retemper.engine.checkpoints.header import Facts
+from retemper.loaders import usual_eps
 from retemper.templates import render
 
 TITLES = {  # of the architectures, as RobustBench writes them
     "resnet18": "ResNet-18",
     "mobilenet_v2": "MobileNetV2",
     "wrn34_10": "WideResNet-34-10",
+    "wrn34_20": "WideResNet-34-20",
     "preact_resnet18": "PreActResNet-18",
+    "preact_resnet18_frl": "PreActResNet-18 without its last norm",
     "preact_resnet34": "PreActResNet-34",
     "resnet56": "ResNet-56",
 }
@@ -30,7 +33,8 @@ class ExportedNetwork:
         config: the run's config.json, without paths of this machine.
         evaluation: the content of evaluation.json; empty if these weights were not evaluated.
         image_shape: (C, H, W).
-        build: the expression that makes the network, once the function in it is imported from model.py.
+        build: the expression that makes the network, once `imports` are imported from model.py.
+        normalises: whether the network begins with a layer that normalises the images.
     """
 
     name: str
@@ -41,11 +45,13 @@ class ExportedNetwork:
     evaluation: dict[str, Any]
     image_shape: tuple[int, int, int]
     build: str
+    normalises: bool
 
     @property
-    def function(self) -> str:
-        """Return the name of the function in model.py that makes the network."""
-        return self.build.partition("(")[0]
+    def imports(self) -> str:
+        """Return the names in model.py that make the network, as one imports them."""
+        names = self.build.split("(")
+        return ", ".join(names[: 1 + self.normalises])
 
     @property
     def title(self) -> str:
@@ -110,7 +116,8 @@ def _evaluate(network: ExportedNetwork, robustbench: bool) -> str:
     if robustbench:  # whose files do not say what they hold
         told = {"model": network.facts.model, "dataset": network.facts.dataset}
         return command("retemper", "evaluate", f"models/{network.path}.pt", **told, data_root=root, eps=network.eps)
-    return command("retemper", "evaluate", "model.safetensors", data_root=root)
+    is_usual = network.protocol.get("eps") in (None, usual_eps(str(network.facts.dataset)))
+    return command("retemper", "evaluate", "model.safetensors", data_root=root, eps=None if is_usual else network.eps)
 
 
 def model_info(network: ExportedNetwork) -> dict[str, Any]:

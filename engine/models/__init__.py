@@ -12,17 +12,21 @@ from torch import nn
 
 from retemper.engine.models.cifar_resnet import resnet56
 from retemper.engine.models.mobilenet_v2 import mobilenet_v2
-from retemper.engine.models.preact_resnet import preact_resnet18, preact_resnet34
+from retemper.engine.models.normalised import Normalised
+from retemper.engine.models.pixels import PIXELS, normalising
+from retemper.engine.models.preact_resnet import preact_resnet18, preact_resnet18_frl, preact_resnet34
 from retemper.engine.models.resnet import resnet18, tiny_resnet
-from retemper.engine.models.wide_resnet import wrn34_10
+from retemper.engine.models.wide_resnet import wrn34_10, wrn34_20
 
-__all__ = ["MODELS", "channels_last", "create_model"]
+__all__ = ["MODELS", "PIXELS", "Normalised", "channels_last", "create_model", "normalising"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": resnet18,
     "mobilenet_v2": mobilenet_v2,
     "wrn34_10": wrn34_10,
+    "wrn34_20": wrn34_20,
     "preact_resnet18": preact_resnet18,
+    "preact_resnet18_frl": preact_resnet18_frl,
     "preact_resnet34": preact_resnet34,
     "resnet56": resnet56,
     "tiny_resnet": tiny_resnet,
@@ -30,25 +34,29 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def create_model(name: str, num_classes: int, *, channels: int | None = None) -> nn.Module:
+def create_model(
+    name: str, num_classes: int, *, channels: int | None = None, normalise: str | None = None
+) -> nn.Module:
     """Build a network with fresh weights: float32, on the CPU, in training mode.
 
     Args:
         name: a key of `MODELS`.
         num_classes: K.
         channels: of the input; None means 1 (grey) for the tiny networks and 3 (colour) for all others.
+        normalise: the data set, a key of `PIXELS`, whose mean the network first subtracts from its pixels and by whose
+            deviation it divides them; None for one that takes its pixels as they are.
     Returns:
-        A network from (B, C, H, W) pixels in [0, 1] to (B, K) logits. It normalises nothing, and H and W are free: 28,
-        32 and 64 pixels all work.
+        A network from (B, C, H, W) pixels in [0, 1] to (B, K) logits. H and W are free: 28, 32 and 64 pixels all work.
     Raises:
-        ValueError: no network has this name, or `num_classes` or `channels` is below 1.
+        ValueError: no network or data set has this name, or `num_classes` or `channels` is below 1.
     """
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown model {name!r}; the nearest is {near!r}, all are {', '.join(MODELS)}")
     if num_classes < 1 or (channels is not None and channels < 1):
         raise ValueError(f"num_classes and channels must be at least 1, not {num_classes} and {channels}")
-    return MODELS[name](num_classes) if channels is None else MODELS[name](num_classes, channels)
+    network = MODELS[name](num_classes) if channels is None else MODELS[name](num_classes, channels)
+    return network if normalise is None else normalising(network, normalise)
 
 
 def channels_last(model: nn.Module, device: torch.device) -> nn.Module:

@@ -8,7 +8,7 @@ from retemper.engine.report.page import Text
 from retemper.engine.report.read import as_number, attack_title
 from retemper.engine.report.run_set import RunSet
 from retemper.engine.report.trust import check_warnings
-from retemper.engine.report.words import at_most, called, percent
+from retemper.engine.report.words import at_most, called, percent, pixels
 
 FEW_IMAGES = 100  # in a class: the 95 % interval at 50 % is then 19 points wide
 Subjects = Sequence[tuple[str, Result]]
@@ -67,8 +67,14 @@ def warnings(runs: RunSet) -> list[Text]:
             again = f"{run.evaluate} --attacks {runs.reference}"
             text = f"{run.label} was not evaluated under {attack_title(runs.reference)}, which the headline is about."
             out.append(Text(f"{text} To do it:", again))
+    for run in runs.elsewhere:
+        was, here = pixels(run.protocol["eps"]), pixels(runs.eps)
+        text = (
+            f"{run.label} was evaluated at eps {was}, the others at {here}: it has lines of its own in the summary, and"
+        )
+        out.append(Text(f"{text} is left out of all else. To evaluate it at {here}:", run.evaluate_at(runs.eps)))
     for run in runs.evaluated:
-        if run not in runs.comparable:
+        if run.classes != runs.classes:
             out.append(Text(f"{run.label} has other classes: it is left out of the tables and figures by class."))
     counts = [n for run in runs.comparable for r in run.results.values() for n in r.report.count if n]
     if counts and min(counts) < FEW_IMAGES:

@@ -15,6 +15,7 @@ from retemper.engine.checkpoints.header import read_header
 from retemper.engine.class_report import Result, read_result
 from retemper.engine.evaluation.content import read_evaluation
 from retemper.engine.evaluation.places import content_of, fullest, is_stale
+from retemper.engine.evaluation.protocols import STANDARD, protocol_of
 from retemper.engine.report.page import Text
 from retemper.engine.run.commands import evaluate_again, train_again
 from retemper.engine.run.content import EpochLine
@@ -28,6 +29,8 @@ ATTACKS = {
     "fgsm": "FGSM",
     "pgd20": "PGD-20",
     "cw": "CW",
+    "pgd-sat": "PGD-SAT",
+    "pgd-trades": "PGD-TRADES",
     "autoattack-fast": "AutoAttack, fast suite",
     "autoattack": "AutoAttack",
 }
@@ -64,6 +67,10 @@ class RunRecord:
     def evaluate_by(self, attack: str | None) -> str:
         """Return the shell command that runs one attack again, as evaluation.json names it."""
         return evaluate_again(self.folder, {"protocol": self.protocol, "asked": self.asked}, attack)
+
+    def evaluate_at(self, eps: float | None) -> str:
+        """Return the shell command that evaluates the network at another radius."""
+        return evaluate_again(self.folder, {"protocol": self.protocol | {"eps": eps}, "asked": self.asked})
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -176,7 +183,9 @@ def as_number(value: Any) -> float:
 
 
 def attack_title(attack: str) -> str:
-    return ATTACKS.get(attack, shorten(attack, 40))
+    name, protocol = protocol_of(attack)
+    title = ATTACKS.get(name, shorten(name, 40))
+    return title if protocol == STANDARD else f"{title} ({protocol}, weaker)"
 
 
 def weakest_first(accuracy_K: Sequence[float]) -> list[int]:

@@ -10,6 +10,7 @@ from retemper.engine.report.figures import looks
 from retemper.engine.report.fonts import find_fonts
 from retemper.engine.report.read import ATTACKS, RunRecord, as_dict, attack_title
 from retemper.engine.report.words import at_most, isolated, percent
+from retemper.loaders import usual_eps
 from retemper.text import shorten, shorten_all
 
 CLASS, SAID, RUN = 60, 40, 40  # columns of a class's name in a table, and in a sentence; of a run's
@@ -25,7 +26,9 @@ class RunSet:
         drawn: what figures call the classes.
         fonts: of the figures, the first that has a letter first.
         evaluated: the runs that have results.
-        comparable: the evaluated runs with the classes of the first; tables and figures by class are of these.
+        eps: the radius of the report: the data set's usual one where a run was evaluated at it, else the first run's.
+        comparable: the evaluated runs at that radius with the classes of the first; tables and figures are of these.
+        elsewhere: those with the same classes at another radius; they have lines of their own in the summary.
         attacks: all that a comparable run was evaluated under, the known ones first.
         reference: the strongest attack that all comparable runs share, or else that any has; the headline is about it.
         differing: the protocol's fields that differ between comparable runs, with their values.
@@ -42,7 +45,10 @@ class RunSet:
         self.fonts, lacking = find_fonts([*labels, *self.names])
         self.drawn, called = _drawn("class", 0, self.names, lacking), _drawn("run", 1, labels, lacking)
         self.look = dict(zip(labels, looks(called, [run.is_teacher for run in self.runs]), strict=True))
-        self.comparable = [run for run in self.evaluated if run.classes == self.classes]
+        alike = [run for run in self.evaluated if run.classes == self.classes]
+        self.eps = _common_radius(alike)
+        self.comparable = [run for run in alike if run.protocol.get("eps") in (None, self.eps)]
+        self.elsewhere = [run for run in alike if run not in self.comparable]
         found = {attack for run in self.comparable for attack in run.results}
         self.attacks = [a for a in ATTACKS if a in found] + sorted(found - set(ATTACKS))
         shared = [a for a in self.attacks if len(self.results(a)) == len(self.comparable)]
@@ -87,6 +93,13 @@ class RunSet:
         names = [*COMPARED, *map(attack_title, shared)]
         values = {name: list(dict.fromkeys(fact.get(name, "?") for fact in facts)) for name in names}
         return {name: found for name, found in values.items() if len(found) > 1}
+
+
+def _common_radius(runs: Sequence[RunRecord]) -> float | None:
+    """Return the usual radius of the data set where a run was evaluated at it, else that of the first; None for none."""
+    known = [run for run in runs if isinstance(run.protocol.get("eps"), float | int)]
+    usual = [run for run in known if run.protocol["eps"] == usual_eps(str(run.protocol.get("dataset")))]
+    return next((run.protocol["eps"] for run in usual + known), None)
 
 
 def _drawn(kind: str, first: int, names: Sequence[str], lacking: frozenset[str]) -> list[str]:

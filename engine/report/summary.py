@@ -14,7 +14,7 @@ from retemper.engine.report.figures import INK, Look, as_plot, limits, new_figur
 from retemper.engine.report.page import Cell, Table
 from retemper.engine.report.read import attack_title
 from retemper.engine.report.run_set import RunSet
-from retemper.engine.report.words import at_most, called, columns
+from retemper.engine.report.words import at_most, called, columns, pixels
 from retemper.text import shorten
 
 
@@ -23,7 +23,8 @@ def summary_blocks(runs: RunSet) -> list[Any]:
     if not runs.attacks:
         return []
     titles = {name: column.title for name, column in columns(len(runs.classes)).items()}
-    groups = [(_heading(runs, attack), _rows(runs, attack)) for attack in runs.in_order]
+    groups = [(_heading(runs.results(attack), attack), _rows(runs, runs.results(attack))) for attack in runs.in_order]
+    groups += _elsewhere(runs)
     blocks: list[Any] = [Table(_caption(runs), ["run", *titles.values()], groups)]
     results = runs.results(runs.reference)
     if len(results) > 1:
@@ -33,7 +34,10 @@ def summary_blocks(runs: RunSet) -> list[Any]:
 
 
 def _caption(runs: RunSet) -> str:
-    caption = "Correct, %, with 95 % intervals. NSD: spread of the class accuracies over their mean, 0 is fair."
+    within = "" if runs.eps is None else f" under attacks within eps {pixels(runs.eps)}"
+    caption = (
+        f"Correct, %,{within} with 95 % intervals. NSD: spread of the class accuracies over their mean, 0 is fair."
+    )
     if "worst_tenth" in columns(len(runs.classes)):
         caption += " Worst tenth: mean of the weakest tenth of the classes, steadier than the weakest alone."
     if len(runs.comparable) > 1 and not runs.differing:
@@ -41,17 +45,27 @@ def _caption(runs: RunSet) -> str:
     if "autoattack" not in runs.attacks:
         caption += " Without AutoAttack, read robust accuracies as upper bounds."
     if any(result.upper_bound for run in runs.comparable for result in run.results.values()):
-        caption += " ≤: an upper bound, from a part of AutoAttack's standard suite."
+        caption += " ≤: an upper bound, from a part of AutoAttack's standard suite or from a weaker protocol."
     return caption
 
 
-def _heading(runs: RunSet, attack: str) -> str:
-    images = sorted({sum(r.report.count) for r in runs.results(attack).values()})
+def _elsewhere(runs: RunSet) -> list[tuple[str, list[list[Cell]]]]:
+    """Return the lines of runs that were evaluated at other radii: a group for each radius and attack."""
+    found: dict[tuple[str, str], dict[str, Result]] = {}
+    for run in runs.elsewhere:
+        for attack, result in run.results.items():
+            found.setdefault((pixels(run.protocol["eps"]), attack), {})[run.label] = result
+    return [
+        (f"eps {eps}: {_heading(results, attack)}", _rows(runs, results)) for (eps, attack), results in found.items()
+    ]
+
+
+def _heading(results: Mapping[str, Result], attack: str) -> str:
+    images = sorted({sum(r.report.count) for r in results.values()})
     return f"{attack_title(attack)}, {' or '.join(f'{n:,}' for n in images)} images"
 
 
-def _rows(runs: RunSet, attack: str) -> list[list[Cell]]:
-    results = runs.results(attack)
+def _rows(runs: RunSet, results: Mapping[str, Result]) -> list[list[Cell]]:
     rows = [[Cell(run, runs.undrawn.get(run, ""), colour=runs.look[run].colour)] for run in results]
     for name, column in columns(len(runs.classes)).items():
         column = column._replace(digits=min(2, column.digits))

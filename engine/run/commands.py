@@ -13,6 +13,7 @@ from retemper.engine.catalogue import find_setting
 from retemper.engine.checkpoints.header import is_run
 from retemper.engine.run.run_folder import RunFolder
 from retemper.errors import DataError, UsageError
+from retemper.loaders import usual_eps
 
 SOURCES = ("teacher", "clean_teacher", "start")  # the networks that config.json names
 BATCH_SIZE = 256  # of an evaluation for which none is named
@@ -79,7 +80,7 @@ def evaluate_again(folder: Path, content: Mapping[str, Any], attack: str | None 
         "model": asked.get("model"),
         "dataset": asked.get("dataset"),
         "data_root": None if root == config.get("data_root") else root,
-        "eps": None if eps in (None, config.get("recipe", {}).get("eps")) else _typed(eps),
+        "eps": None if eps in (None, usual_eps(str(protocol.get("dataset")))) else _typed(eps),
         "limit": protocol.get("images") if limited else None,
         "seed": protocol.get("seed") or None,
         "batch_size": None if protocol.get("batch_size") == BATCH_SIZE else protocol.get("batch_size"),
@@ -92,11 +93,15 @@ def evaluate_again(folder: Path, content: Mapping[str, Any], attack: str | None 
 
 def _attack_options(protocol: Mapping[str, Any], attack: str | None) -> dict[str, Any]:
     """Return the options for one attack: the names of AutoAttack's suites are no names of attacks."""
-    if attack is None or not attack.startswith("autoattack"):
-        return {"attacks": attack}
+    if attack is None:
+        return {}
     described = (protocol.get("attacks") or {}).get(attack) or {}
+    named = described.get("protocol")
+    if not attack.startswith("autoattack"):
+        return {"attacks": attack.removesuffix(f"-{named}"), "protocol": named}
     images = described.get("images")
-    found: dict[str, Any] = {"attacks": "autoattack", "suite": attack.partition("-")[2] or None}
+    suite = None if named else attack.partition("-")[2] or None
+    found: dict[str, Any] = {"attacks": "autoattack", "protocol": named, "suite": suite}
     found["autoattack_limit"] = None if images == protocol.get("images") else images
     return found
 

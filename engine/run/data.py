@@ -1,4 +1,4 @@
-"""The images of a run: those it trains on, batch by batch, and those that choose its best epoch."""
+"""The images of a run: those it trains on, batch by batch, those held out, and those that choose its best epoch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from retemper.loaders import (
     split_of_arrays,
 )
 
-SIDES_PX = {"digits": 8, "fashion-mnist": 28, "cifar10": 32, "cifar100": 32, "tiny-imagenet": 64}
+SIDES_PX = {"digits": 8, "fashion-mnist": 28, "cifar10": 32, "cifar100": 32, "svhn": 32, "tiny-imagenet": 64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,22 +32,33 @@ class TrainingData:
     Attributes:
         split: all training images of the data set.
         loader: the batches that it trains on.
-        held: the images that choose the best epoch: held out of the training images, and in memory, or the test images
-            where the recipe says so. None where the last epoch is kept.
+        held: the images held out of training, in memory; None where there are none.
+        judged: the images that choose the best epoch: those held out, or the test images where the recipe says so.
+            None where the last epoch is kept.
     """
 
     split: Split
     loader: Loader
     held: Split | None
+    judged: Split | None
 
 
 def training_split(data: Data, data_root: Path | None, beton: Path | None) -> Split:
     """Return all training images of the data set: a converted file serves by itself where no root is named.
 
     Raises:
-        UsageError: no such data set, or the converted file has images of another size than the recipe says.
+        UsageError: no such data set; the converted file has images of another size than the recipe says; or they are
+            too small to be reflected as far as the recipe pads them.
         DataError: the images cannot be read, or the converted file holds others.
     """
+    split = _split(data, data_root, beton)
+    side = min(split.shape[:2])
+    if data.padding_mode == "reflect" and data.padding >= side:
+        raise UsageError(f"--padding {data.padding}: images of {side} px a side can be reflected by {side - 1} at most")
+    return split
+
+
+def _split(data: Data, data_root: Path | None, beton: Path | None) -> Split:
     if beton is None or data_root is not None:
         return load_split(data.dataset, "train", data_root, data.image_size)
     split = beton_split(beton)
@@ -81,6 +92,10 @@ def load_data(
         UsageError: the backend is not there, or batches and processes do not fit.
         DataError: the images cannot be read.
     """
+    test = None
+    if recipe.selection.select_on == "test":
+        test = load_split(recipe.data.dataset, "test", data_root, recipe.data.image_size)
+        say("note: the best epoch is chosen on the test images: the test accuracy of this run flatters it")
     train_indices, held_indices = chosen_indices(split, recipe)
     loader = make_loader(
         recipe.execution.loader,
@@ -102,20 +117,19 @@ def load_data(
             f"on {ranks.world_size} processes: use another --batch-size"
         )
     held = None
-    if recipe.selection.select_on == "test":
-        held = load_split(recipe.data.dataset, "test", data_root, recipe.data.image_size)
-    elif len(held_indices):  # read through the loader, as a split of their own
+    if len(held_indices):  # read through the loader, as a split of their own
         images = np.concatenate([batch.image.cpu().numpy() for batch in loader.walk(held_indices)])
         labels = split.labels[held_indices]
         held = split_of_arrays(split.name, "train", images, labels, split.classes, split.fingerprint)
-    return TrainingData(split=split, loader=loader, held=held)
+    return TrainingData(split=split, loader=loader, held=held, judged=held if test is None else test)
 
 
 def chosen_indices(split: Split, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
     """Return the positions in `split` of the images to train on and of those held out, both int64."""
     train, held = np.arange(len(split)), np.arange(0)
-    if recipe.selection.holds_out:
-        train, held = holdout_split(split.labels, recipe.selection.holdout_per_class)
+    if recipe.holds_out:
+        per_class, place = recipe.selection.holdout_per_class, recipe.selection.holdout_from
+        train, held = holdout_split(split.labels, per_class, place=place)
     if recipe.data.images_per_class is not None:
         train = _first_of_each_class(split, train, recipe.data.images_per_class)
     return train, held

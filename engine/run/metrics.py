@@ -30,7 +30,8 @@ def epoch_line(epoch: int, recipe: Recipe, state: State, images: int, seconds: f
         "images_per_second": images / seconds,
         "seconds": seconds,
     }
-    for name, sums in state.sums.items():
+    for name in dict.fromkeys(state.forwards.before):
+        sums = state.sums[name]
         suffix = "" if name == "adv" else f"_{name}"
         line[f"class_loss{suffix}"] = sums.mean_loss_K.tolist()
         line[f"class_accuracy{suffix}"] = sums.accuracy_K.tolist()
@@ -50,9 +51,11 @@ def epoch_words(line: dict[str, Any], recipe: Recipe, classes: Sequence[str], is
 
 
 def held_out_words(held: dict[str, Any], recipe: Recipe, classes: Sequence[str]) -> str:
-    """Return the report on the held-out images in words."""
+    """Return the report on the images that choose the best epoch in words."""
     kind, worst = "robust" if recipe.selection.select_steps else "clean", classes[held["worst_class"]]
-    return f"held-out {kind} {held['average']:.1%}, worst {held['worst']:.1%} ({worst})"
+    where = "test" if recipe.selection.select_on == "test" else "held-out"
+    clean = f", clean {held['clean_average']:.1%}" if "clean_average" in held else ""
+    return f"{where} {kind} {held['average']:.1%}, worst {held['worst']:.1%} ({worst}){clean}"
 
 
 class Board:

@@ -1,6 +1,7 @@
 """The networks that a run builds on: its teachers, and the weights that the student begins with."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,14 +11,17 @@ from torch import nn
 
 from retemper.console import say
 from retemper.engine.attack import module_mode
+from retemper.engine.checkpoints.content import CheckpointError
 from retemper.engine.checkpoints.external import build_student, require_usable, users_network
 from retemper.engine.checkpoints.find import Network, Source, find_network
-from retemper.engine.checkpoints.header import Facts, require_finite, require_same_images
+from retemper.engine.checkpoints.header import Facts, fitting_models, require_finite, require_same_images
 from retemper.engine.checkpoints.probe import IMAGES, require_sound
 from retemper.engine.checkpoints.published import Published, clean_accuracy, margin, require_stated_accuracy
-from retemper.engine.checkpoints.weights import load_checkpoint, load_state
+from retemper.engine.checkpoints.unwrap import Pixels, by_bare_name, take
+from retemper.engine.checkpoints.weights import load_state, load_with_pixels
 from retemper.engine.distributed.ranks import Ranks
 from retemper.engine.groups import Data
+from retemper.engine.models import MODELS, Normalised, normalising
 from retemper.engine.recipe import Recipe
 from retemper.engine.run.told_apart import tell_apart
 from retemper.engine.state import State
@@ -41,7 +45,10 @@ def begin_state(
     wanted, num_classes = recipe.networks, len(networks.split.classes)
     torch.manual_seed(seed)
     student = build_student(wanted.student, num_classes, channels=networks.split.shape[2])
+    if wanted.normalise:
+        student = normalising(student, recipe.data.dataset)
     if users_network(wanted.student):
+        require_readable(wanted.student, student)
         layout = torch.channels_last if recipe.execution.channels_last else torch.contiguous_format
         require_usable(wanted.student, student, num_classes, networks.split.shape, layout)
         networks.unprobed.append((f"--student {wanted.student}", student, True))
@@ -55,6 +62,41 @@ def begin_state(
     except ValueError as error:
         raise UsageError(str(error)) from None
     return state, {"teacher": robust_source, "clean_teacher": clean_source, "start": start}
+
+
+def require_readable(model: str, student: nn.Module) -> None:
+    """Check that a file of a user's network says as it should how the network normalises its images.
+
+    Raises:
+        UsageError: its own tensors hide the mean and the deviation there.
+    """
+    if not isinstance(student, Normalised):
+        return
+    with suppress(CheckpointError):
+        if take(model, student.state_dict(), by_bare_name(model, student.network.state_dict())).pixels is not None:
+            return
+    raise UsageError(
+        f"--normalise true: in a file of {model} its own tensors would hide the mean and the deviation: let it "
+        "normalise its images itself, and leave out --normalise"
+    )
+
+
+def require_same_pixels(whose: str, pixels: Pixels | None, student: nn.Module) -> None:
+    """Check that a student normalises its images as the network does whose weights it begins with.
+
+    Args:
+        whose: the network in words, to begin the message with.
+        pixels: what that network does to its images first.
+    Raises:
+        UsageError: the student does something else.
+    """
+    own = Pixels(student.mean.flatten(), student.std.flatten()) if isinstance(student, Normalised) else None
+    if own is None and pixels is not None:
+        raise UsageError(f"{whose}: its network first takes {pixels}, the student does not: give --normalise true")
+    if own is not None and pixels is None:
+        raise UsageError(f"{whose}: its network takes pixels as they are, the student {own}: leave out --normalise")
+    if own is not None and pixels is not None and not own.agrees(pixels):
+        raise UsageError(f"{whose}: its network first takes {pixels}, the student {own}: name another start")
 
 
 @dataclass(kw_only=True)
@@ -105,7 +147,8 @@ class NetworkLoader:
             return self._copied(network, facts, student)
         if facts.model != model:
             raise UsageError(f"--start {name}: it is a {facts.model}, the student is a {model}")
-        load_checkpoint(network.name if network.entry else network.weights, student)
+        pixels = load_with_pixels(network.weights, _behind_normalisation(student), network.entry)
+        require_same_pixels(f"--start {name}", pixels, student)
         require_finite(network.weights, student)
         return network.source(facts, student)
 
@@ -128,7 +171,7 @@ class NetworkLoader:
         """Say how well the teachers of `run` know images that they have not learned from.
 
         A published teacher is held to its authors' accuracy on test images. Of another nothing is known but that chance
-        is too little; it is told on the held-out images, where there are some.
+        is too little; it is told on the images that choose the best epoch, where there are some.
 
         Raises:
             DataError: a published teacher falls short.
@@ -138,7 +181,8 @@ class NetworkLoader:
                 require_stated_accuracy(teacher, known, data_root, self.device)
             elif held is not None:
                 accuracy, images = clean_accuracy(teacher, held, self.device)
-                say(f"{run}: the teacher classifies {accuracy:.1%} of {images} held-out images correctly")
+                kind = "test" if held.split == "test" else "held-out"
+                say(f"{run}: the teacher classifies {accuracy:.1%} of {images} {kind} images correctly")
                 chance = 1 / len(self.split.classes)
                 if accuracy < chance + margin(chance, images):
                     say("warning: that is little better than chance: mind its pixel range, classes and channels")
@@ -147,7 +191,7 @@ class NetworkLoader:
         """Copy the weights of a start that is built by other code: the same weights must then give the same answers."""
         model, source = network.load(facts, self.split.shape, self.device, self.cache)
         self.unprobed.append((f"--start {network.name}", model, False))
-        load_state(f"--start {network.name}", model.state_dict(), student)
+        load_state(f"--start {network.name}", model.state_dict(), _behind_normalisation(student))
         H, W, C = self.split.shape
         image = torch.linspace(0, 1, 2 * C * H * W).view(2, C, H, W)
         with torch.no_grad():
@@ -155,7 +199,8 @@ class NetworkLoader:
         student.train()
         if not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3 * float(theirs.abs().max())):
             raise DataError(
-                f"--start {network.name}: with its weights the student answers otherwise; does it normalise its images?"
+                f"--start {network.name}: with its weights the student answers otherwise; does it normalise its images "
+                "(--normalise true)?"
             )
         return source
 
@@ -167,4 +212,21 @@ class NetworkLoader:
         if network.published is not None:
             say(f"{whose} {name} is {network.published.title}")
         tell_apart(whose, network, self.split, self.data, None if whose == CLEAN else self.eps)
+        model = model if facts.model is not None else _recognised(whose, network, model)
         return network, facts.or_else(Facts(model=model, num_classes=num_classes, channels=channels, dataset=dataset))
+
+
+def _behind_normalisation(student: nn.Module) -> nn.Module:
+    """Return the network behind the layer that normalises the images; where there is none, the student itself."""
+    return student.network if isinstance(student, Normalised) else student
+
+
+def _recognised(whose: str, network: Network, model: str) -> str:
+    """Return the architecture of a network that says none: `model`, unless its tensors are those of one other alone."""
+    if network.weights is None or network.entry is not None or model not in MODELS:
+        return model
+    fitting = fitting_models(network.weights)
+    if model in fitting or len(fitting) != 1:
+        return model
+    say(f"{whose} {network.name} is a {fitting[0]}, by its tensors")
+    return fitting[0]

@@ -1,11 +1,13 @@
-"""The held-out images after an epoch: how the student does on them, and whether the epoch is the best so far.
+"""After an epoch: how the student does on images that it has not learned from, and how good the epoch is by that.
 
 Dimension key: B batch, K classes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ from retemper.engine.class_report import by_class
 from retemper.engine.device import exact_fp32
 from retemper.engine.distributed.ranks import ALONE, Ranks
 from retemper.engine.epoch_stats import ClassMeans, ClassSums, HeldOut
+from retemper.engine.optim import wide_dtype
 from retemper.engine.predict import Attack, attacked_batches, predictions
 from retemper.engine.recipe import Recipe, Targets
 from retemper.engine.run.run_folder import RunFolder
@@ -26,12 +29,12 @@ from retemper.loaders import Split
 
 @dataclass(frozen=True)
 class Best:
-    """The best epoch so far: the one with the largest average + worst-class robust accuracy.
+    """The best epoch so far: the one with the largest score (`score`).
 
     The score stands in the file of the weights as well: a kill between that file and the state must not part the two.
 
     Attributes:
-        score: average + worst-class accuracy, fractions; -1 before any epoch.
+        score: -1 before any epoch.
         epoch: from 1; 0 before any.
     """
 
@@ -60,18 +63,33 @@ def newest_best(folder: RunFolder, state: dict[str, Any] | None) -> Best:
     return Best(float(header["score"]), epoch) if epoch > saved.epoch else saved
 
 
-def judge(
-    network: nn.Module, held: Split, *, eps: float, steps: int, device: torch.device, ranks: Ranks
-) -> dict[str, Any]:
-    """Return the report by class of `network` on the held-out images under PGD on the cross-entropy.
+def judging_attack(recipe: Recipe) -> Attack:
+    """Return the attack that judges: PGD on the cross-entropy, from a uniform start clipped to [0, 1]."""
+    steps, step = recipe.selection.select_steps, recipe.selection.select_step
+    return Attack(steps=steps) if step is None else Attack(steps=steps, step=step / recipe.attack.eps)
 
-    Args:
-        eps: the radius, in [0, 1] pixels.
-        steps: how many steps of eps/4; 0 judges clean images.
+
+def judge(network: nn.Module, recipe: Recipe, images: Split, device: torch.device, ranks: Ranks) -> dict[str, Any]:
+    """Return the report by class of `network` on `images` under `judging_attack`.
+
+    Where the clean accuracy takes part in the choice, it is in the report as "clean_average".
     """
-    given = predictions(network, held, Attack(steps=steps), eps=eps, device=device, ranks=ranks)
-    report = by_class(given.numpy(), held.labels, len(held.classes))
-    return {name: value for name, value in report.items() if name not in ("count", "interval", "confusion")}
+
+    def answers(attack: Attack) -> np.ndarray:
+        eps = recipe.attack.eps
+        return predictions(network, images, attack, eps=eps, device=device, ranks=ranks).numpy()
+
+    report = by_class(answers(judging_attack(recipe)), images.labels, len(images.classes))
+    kept = {name: value for name, value in report.items() if name not in ("count", "interval", "confusion")}
+    if recipe.selection.select_by == "clean+robust":
+        kept["clean_average"] = float((answers(Attack(steps=0)) == images.labels).mean())
+    return kept
+
+
+def score(report: Mapping[str, Any], recipe: Recipe) -> float:
+    """Return by how much an epoch is chosen, from what `judge` returned: a sum of fractions, or one of them."""
+    added = {"robust+worst": "worst", "clean+robust": "clean_average"}.get(recipe.selection.select_by)
+    return report["average"] + (report[added] if added else 0)
 
 
 def validate(
@@ -85,9 +103,9 @@ def validate(
 ) -> HeldOut:
     """Return how `model`, left in eval mode, does on the images of `split`, clean and attacked.
 
-    `Method.validates_by` says which attack. "pgd" takes `select_steps` steps of eps/4 on the cross-entropy. "training
-    attack" is the method's own before its class state moves anything: its objective and start, at the recipe's eps and
-    step. Several processes take turns at the batches.
+    `Method.validates_by` says which attack. "pgd" is the one that judges. "training attack" is the method's own before
+    its class state moves anything: its objective and start, at the recipe's eps and step. Several processes take turns
+    at the batches.
     """
     attack = recipe.attack
 
@@ -96,10 +114,11 @@ def validate(
         options = {name: getattr(attack, name) for name in ("steps", "step", "eps", "start", "clip_start")}
         return ascend(model, clean, objective=objective, seed=seed, **options)
 
-    judging = Attack(steps=recipe.selection.select_steps).on(model, attack.eps)
+    judging = judging_attack(recipe).on(model, attack.eps)
     perturb = trained if recipe.method.validates_by == "training attack" else judging
-    clean_sums, adv_sums = (ClassSums.zeros(num_classes, device) for _ in range(2))
-    boundary = ClassMeans.zeros(num_classes, 1, device)
+    dtype = wide_dtype(next(model.parameters()))
+    clean_sums, adv_sums = (ClassSums.zeros(num_classes, device, dtype) for _ in range(2))
+    boundary = ClassMeans.zeros(num_classes, 1, device, dtype)
     with exact_fp32():
         for batch in attacked_batches(model, split, perturb, device=device, batch_size=batch_size, ranks=ranks):
             clean_sums.add(*class_sums(batch.clean_BK, batch.label_B, num_classes))

@@ -138,6 +138,8 @@ def _table(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
     }
+    if recipe.data.padding_mode != "zeros":  # what earlier versions, whose tables are still read, did not have
+        facts["padding_mode"] = recipe.data.padding_mode
     earlier = facts | {"teacher": source["sha256"]}  # runs of earlier versions knew the teacher's file alone
     if table_folder(cache, *size, earlier).exists():
         facts = earlier

@@ -20,16 +20,20 @@ from retemper.engine.run.train import train
 from retemper.errors import DataError, UsageError
 from retemper.options import shown_value
 
-CARRIED = {  # the options that a teacher shares with its student, and how the folder's name shows them
+CARRIED = {  # the options that a teacher or a start shares with the student, and how the folder's name shows them
     "dataset": "",
     "image_size": "px",
     "images_per_class": "perclass",
     "padding": "padding",
+    "padding_mode": "",
     "flip": "flip",
     "eps": "eps",
     "attack_step": "step",
+    "student": "",
+    "normalise": "normalise",
 }
-VARIED = ("padding", "flip")
+VARIED = ("padding", "padding_mode", "flip")
+SAME_NETWORK = ("student", "normalise")  # that a start shares with the student, and a teacher does not
 
 
 def with_teacher(job: Job) -> Job:
@@ -60,6 +64,9 @@ def _with(job: Job, what: str, model: str | None, name: str | None) -> Job:
         raise UsageError(f"{job.name} needs a {called}: name a {model} checkpoint or run with {option}")
     method, setting, found = find_setting(name)
     carried = carried_options(job, found.recipe)
+    if what == "start":
+        now, theirs = job.recipe.flat(), found.recipe.flat()
+        carried |= {name: now[name] for name in SAME_NETWORK if now[name] != theirs[name]}
     folder = default_out(method, setting, 0).name + _suffix(carried, job)
     # always seed 0: runs that differ in their seed share one teacher, and are compared under it
     first = replace(job, method=method, setting=setting, recipe=found.recipe.replace(**carried), seed=0)
@@ -93,7 +100,7 @@ def carried_options(job: Job, recipe: Recipe) -> dict[str, Any]:
     if (variant := job.recipe.method.variant) != own.method.variant:
         own = own.as_variant(variant)
     before, now, theirs = own.flat(), job.recipe.flat(), recipe.flat()
-    changed = [name for name in CARRIED if now[name] != before[name]]
+    changed = [name for name in CARRIED if name not in SAME_NETWORK and now[name] != before[name]]
     follow = [name for name in changed if name not in VARIED or theirs[name] == before[name]]
     return {name: now[name] for name in follow if now[name] != theirs[name]}
 

@@ -25,13 +25,12 @@ from retemper.engine.run.networks import NetworkLoader, begin_state
 from retemper.engine.run.pace import Pace
 from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.run.saving import Saver
-from retemper.engine.run.selection import judge, validate
+from retemper.engine.run.selection import judge, score, validate
 from retemper.engine.run.steps import Steps
 from retemper.engine.run.teacher_logits import teacher_logits
 from retemper.engine.state import State
 from retemper.errors import Diverged
 from retemper.interrupts import undisturbed
-from retemper.loaders import Split
 
 
 def train(job: Job) -> Path:
@@ -63,7 +62,7 @@ def train(job: Job) -> Path:
         steps = Steps(data.loader, teacher, saver, FiniteWatch(state, folder, split.classes), pace)
 
         if ranks.is_first and not folder.state.exists():
-            networks.check_teachers(data.held, run=job.name, data_root=job.data_root)
+            networks.check_teachers(data.judged, run=job.name, data_root=job.data_root)
         if saver.resume(job.config(data, sources)):
             _move_classes(job, state, data, epoch=0)
         if saver.finished >= recipe.optim.epochs:
@@ -101,17 +100,17 @@ def _cut(job: Job, state: State, data: TrainingData, saver: Saver, steps: Steps)
     epoch = saver.finished + 1
     steps.save_here()
     state.all_reduce()
-    score = -1.0
+    reached = -1.0
     if saver.done:
         _average(job, state, data, epoch)
-    if saver.best.epoch == 0 and data.held is not None:
-        report = _judged(job, state, data.held)
-        score = report["average"] + report["worst"]
+    if saver.best.epoch == 0 and data.judged is not None:
+        report = judge(state.kept, job.recipe, data.judged, job.device, job.ranks)
+        reached = score(report, job.recipe)
         say(f"{job.name}: {held_out_words(report, job.recipe, data.split.classes)}")
     taken = saver.finished * len(data.loader) + saver.done
     cut = f"after {taken:,} steps, in epoch {epoch} of {job.recipe.optim.epochs}"
     with undisturbed():
-        saver.save_cut(score, cut)
+        saver.save_cut(reached, cut)
     say(
         f"{job.name}: cut {cut}, so this is no full run; next: {_next(job)}; the same command with more --max-steps, "
         "or without, goes on"
@@ -162,22 +161,16 @@ def _average(job: Job, state: State, data: TrainingData, epoch: int) -> None:
 
 
 def _select(job: Job, state: State, data: TrainingData, saver: Saver, line: dict[str, Any]) -> None:
-    """Attack the held-out images when it is time, and keep the weights if they are the best so far."""
+    """Judge the weights when it is time, and keep them if they are the best so far."""
     selection, epoch, epochs = job.recipe.selection, line["epoch"], job.recipe.optim.epochs
-    if data.held is None:
+    if data.judged is None:
         if epoch == epochs:
             saver.keep_as_best(-1.0, epoch)
     elif selection.is_due(epoch, epochs):
-        line["holdout"] = report = _judged(job, state, data.held)
-        score = report["average"] + report["worst"]
-        if score > saver.best.score and (epoch == epochs or epoch >= selection.select_from):
-            saver.keep_as_best(score, epoch)
-
-
-def _judged(job: Job, state: State, held: Split) -> dict[str, Any]:
-    """Return the report by class that decides which epoch is the best."""
-    eps, steps = job.recipe.attack.eps, job.recipe.selection.select_steps
-    return judge(state.kept, held, eps=eps, steps=steps, device=job.device, ranks=job.ranks)
+        line["holdout"] = report = judge(state.kept, job.recipe, data.judged, job.device, job.ranks)
+        reached = score(report, job.recipe)
+        if reached > saver.best.score and (epoch == epochs or epoch >= selection.select_from):
+            saver.keep_as_best(reached, epoch)
 
 
 def _validated(job: Job, state: State, data: TrainingData) -> HeldOut:

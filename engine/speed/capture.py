@@ -5,7 +5,7 @@ copied into tensors of the graph's own. A replay runs the kernels of the eager s
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -24,22 +24,24 @@ class Captured:
     """A step that is called as the original is, and is replayed from its fourth call on.
 
     Each combination of shapes, strides and dtypes of the arguments has its own recording, so that the last, smaller
-    batch of an epoch is replayed as well.
+    batch of an epoch is replayed as well; and so has each phase.
 
     Args:
         step: takes tensors or None, and returns one tensor; on the current GPU.
         record: records a call: `CudaGraphs`, or a stand-in for it in tests without a GPU.
+        phase: returns what else decides which work a call does.
     """
 
-    def __init__(self, step: Step, record: Record) -> None:
-        self.step, self.record = step, record
+    def __init__(self, step: Step, record: Record, phase: Callable[[], Hashable] = lambda: None) -> None:
+        self.step, self.record, self.phase = step, record, phase
         self.calls: Counter[Any] = Counter()
         self.own: dict[Any, tuple[Tensor | None, ...]] = {}
         self.recorded: dict[Any, Recorded] = {}
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
         """Run or replay the step on copies of `inputs`, and return a copy of its result."""
-        shape = tuple(None if given is None else (given.shape, given.stride(), given.dtype) for given in inputs)
+        shapes = tuple(None if given is None else (given.shape, given.stride(), given.dtype) for given in inputs)
+        shape = shapes, self.phase()
         if shape not in self.own:
             self.own[shape] = tuple(None if given is None else given.clone() for given in inputs)
         own = self.own[shape]  # in the warm-up too: what is compiled for them then is what is recorded
@@ -81,8 +83,12 @@ class CudaGraphs:
         return graph.replay, result
 
 
-def captured(step: Step) -> Step:
-    """Return `step` for the current GPU, warmed up on a stream of its own and then replayed from CUDA graphs."""
+def captured(step: Step, phase: Callable[[], Hashable] = lambda: None) -> Step:
+    """Return `step` for the current GPU, warmed up on a stream of its own and then replayed from CUDA graphs.
+
+    Args:
+        phase: as for `Captured`.
+    """
     stream = torch.cuda.Stream()
 
     def aside(*inputs: Tensor | None) -> Tensor:
@@ -95,4 +101,4 @@ def captured(step: Step) -> Step:
         torch.cuda.current_stream().wait_stream(stream)
         return result
 
-    return Captured(aside, CudaGraphs())
+    return Captured(aside, CudaGraphs(), phase)

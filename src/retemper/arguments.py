@@ -4,7 +4,6 @@ import argparse
 import re
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -14,7 +13,6 @@ from retemper.index import Listed, read_index
 from retemper.options import Option, parse_value, shown_value
 
 NETWORK = "a run's folder, a checkpoint file, robustbench:NAME, or net.py:build (your own nn.Module)"
-ATTACKS = "clean,fgsm,pgd20,cw"
 FEW = 4  # choices; more stand behind the option's meaning, not before it
 GROUPS = {  # of the recipe's options, in the order of the help
     "method": "the method",
@@ -137,7 +135,11 @@ ROUNDS = _kind(int, lambda number: 1 <= number <= 10_000, "so many rounds are 1 
 YEAR_S = 365 * 24 * 3600
 PATH = _kind(_path, lambda _: True, "name a file or a folder (. is the one that you are in)")
 PERIOD = _kind(float, lambda seconds: 0 <= seconds <= YEAR_S, "write it in seconds, from 0 to a year")
-RADIUS = _kind(partial(parse_value, float), lambda eps: 0 <= eps <= 1, "write it in [0, 1] pixels, 8/255 not 8")
+RADIUS = _kind(
+    lambda text: text if text == "trained" else parse_value(float, text),
+    lambda eps: eps == "trained" or 0 <= eps <= 1,
+    "write it in [0, 1] pixels, 8/255 not 8",
+)
 SHARD = _kind(_pair, lambda pair: 1 <= pair[0] <= pair[1], "write it as 1/4 to 4/4")
 MINUTES = _kind(float, lambda minutes: 0 < minutes <= YEAR_S / 60, "write it in minutes, above 0 and up to a year")
 
@@ -182,10 +184,22 @@ OPTIONS: dict[str, tuple[str | tuple[str, dict[str, Any]], ...]] = {  # of each 
         _option("target", NETWORK, "NETWORK"),
         _option(
             "--attacks",
-            "of clean, fgsm, pgd20, cw, autoattack (the first four)",
+            "of clean, fgsm, pgd20, cw, autoattack; of rslad clean, fgsm, pgd-sat, pgd-trades, cw, autoattack (all but "
+            "autoattack)",
             "NAMES",
-            default="clean,fgsm,pgd20,cw",
-            completes=verbs.ATTACKS,
+            completes=sorted({name for names in verbs.PROTOCOLS.values() for name in names}),
+        ),
+        _option(
+            "--protocol",
+            "standard, or a paper's own evaluation, which is weaker, to compare with its numbers (standard)",
+            choices=tuple(verbs.PROTOCOLS),
+            default="standard",
+        ),
+        _option(
+            "--eps",
+            "the radius, in [0, 1] pixels, or `trained`: that of its training (8/255; digits 0.15, Fashion-MNIST 0.1)",
+            "X",
+            type=RADIUS,
         ),
         _option("--data-root", "where the data set lies (as in training)", "DIR", type=PATH),
         _option("--out", "where evaluation.json goes (beside the weights)", "DIR", type=PATH),
@@ -209,7 +223,6 @@ OPTIONS: dict[str, tuple[str | tuple[str, dict[str, Any]], ...]] = {  # of each 
         "what a bare checkpoint does not say",
         _option("--model", f"its architecture: {', '.join(INDEX.models)}", "NAME", completes=INDEX.models),
         _option("--dataset", f"its data set: {', '.join(INDEX.datasets)}", "NAME", completes=INDEX.datasets),
-        _option("--eps", "the radius, in [0, 1] pixels (8/255)", "X", type=RADIUS),
     ),
     "report": (
         _option("runs", "the folder of a run or of an evaluation", "RUN", type=PATH, nargs="+"),

@@ -9,7 +9,11 @@ from retemper.errors import UsageError, nearest
 from retemper.index import read_index
 from retemper.options import read_options, shown_value
 
-ATTACKS = ("clean", "fgsm", "pgd20", "cw", "autoattack")
+PROTOCOLS = {  # of an evaluation, with their attacks: those of retemper.engine.evaluation.protocols
+    "standard": ("clean", "fgsm", "pgd20", "cw", "autoattack"),
+    "fair-ard": ("clean", "fgsm", "pgd20", "cw", "autoattack"),
+    "rslad": ("clean", "fgsm", "pgd-sat", "pgd-trades", "cw", "autoattack"),
+}
 
 
 def train(arguments: Namespace) -> None:
@@ -51,12 +55,7 @@ def train(arguments: Namespace) -> None:
 
 def evaluate(arguments: Namespace) -> None:
     """Attack a trained network and report by class."""
-    attacks = tuple(name.strip() for name in arguments.attacks.split(",") if name.strip())
-    if not attacks:
-        raise UsageError(f"--attacks names none: choose of {', '.join(ATTACKS)}")
-    for name in attacks:
-        if name not in ATTACKS:
-            raise UsageError(f"there is no attack {name!r}{nearest(name, ATTACKS)}: choose of {', '.join(ATTACKS)}")
+    attacks = _attacks(arguments)
     if arguments.check and arguments.shard:
         raise UsageError("--check is not for a shard: give it once, in a run without --shard")
     if arguments.shard and attacks != ("autoattack",):
@@ -67,22 +66,36 @@ def evaluate(arguments: Namespace) -> None:
     from retemper.engine.evaluation.evaluate import EvaluationRequest, evaluate_target
     from retemper.engine.evaluation.summary import summary
 
-    same = "target out data_root limit weights batch_size seed suite fold autoattack_limit check shard".split()
+    same = "target out data_root limit weights batch_size seed suite fold autoattack_limit check shard eps protocol"
     with joined(arguments.device) as (ranks, device):
         if arguments.shard and ranks.joined:
             raise UsageError("--shard is for separate commands: torchrun shares the images out itself")
         request = EvaluationRequest(
-            **{name: getattr(arguments, name) for name in same},
+            **{name: getattr(arguments, name) for name in same.split()},
             attacks=attacks,
             device=device,
             ranks=ranks,
-            facts=Facts(model=arguments.model, dataset=arguments.dataset, eps=arguments.eps),
+            facts=Facts(model=arguments.model, dataset=arguments.dataset),
             budget_s=arguments.budget and 60 * arguments.budget,
         )
         path, content = evaluate_target(request)
     if ranks.is_first:
         print(summary(content))
         print(path)
+
+
+def _attacks(arguments: Namespace) -> tuple[str, ...]:
+    """Return the attacks that are asked for: of no --attacks, all of the protocol but AutoAttack."""
+    known = PROTOCOLS[arguments.protocol]
+    if arguments.attacks is None:
+        return known[:-1]
+    attacks = tuple(name.strip() for name in arguments.attacks.split(",") if name.strip())
+    if not attacks:
+        raise UsageError(f"--attacks names none: choose of {', '.join(known)}")
+    for name in attacks:
+        if name not in known:
+            raise UsageError(f"there is no attack {name!r}{nearest(name, known)}: choose of {', '.join(known)}")
+    return attacks
 
 
 def report(arguments: Namespace) -> None:

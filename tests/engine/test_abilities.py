@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from retemper.engine import (
     EpochStats,
+    Forwards,
     HeldOut,
     Method,
     Objective,
@@ -344,3 +345,64 @@ def test_joint_forwards_are_one_batch_to_batch_norm(joint: bool, device: torch.d
     for (name, value), expected in zip(state.student.named_buffers(), by_hand.buffers(), strict=True):
         torch.testing.assert_close(value, expected, msg=name)
     assert state.student.get_submodule("bn1").state_dict()["num_batches_tracked"] == (1 if joint else 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AsTheyRan(Plain):
+    """A method whose authors take more forwards than the loss needs, from the second epoch on."""
+
+    variants: ClassVar[tuple[str, ...]] = ("paper", "released")
+    released_forwards: ClassVar[Forwards | None] = Forwards(("clean", "adv", "clean"), ("adv",))
+
+    def forwards_in(self, epoch: int, recipe: Recipe) -> Forwards:
+        return super().forwards_in(epoch, recipe) if epoch > 1 else Forwards(("adv",))
+
+
+def test_forwards_of_no_use_move_the_statistics_alone_and_in_their_order(device: torch.device) -> None:
+    recipe = small(AsTheyRan, variant="released", attack_steps=1, fused_sgd=False, fold=False)
+    assert small(AsTheyRan).method.forwards_in(2, recipe) == Forwards(("adv", "clean"))
+    state = begin(recipe, device)
+    clean, label = torch.rand(8, 1, 8, 8, device=device), torch.arange(8, device=device)
+    state.start_epoch(recipe, 1, 0)
+    train_step(state, recipe, clean, label)
+    assert int(state.student.get_buffer("bn1.num_batches_tracked")) == 1 and not state.sums["clean"].count_K.any()
+
+    state.start_epoch(recipe, 2, 100)
+    adv = attack(state, recipe, state.student, clean, Targets(label_B=label, state={}))
+    theirs = copy.deepcopy(state.student).train()
+    sgd = torch.optim.SGD(theirs.parameters(), lr=recipe.optim.lr, momentum=0.9, weight_decay=2e-4)
+    sgd.load_state_dict(copy.deepcopy(state.optimizer.state_dict()))
+    loss = F.cross_entropy(theirs(clean), label) + F.cross_entropy(theirs(adv), label)
+    theirs(clean)
+    loss.backward()
+    sgd.step()
+    theirs(adv)
+    train_step(state, recipe, clean, label)
+    for name, value in state.student.state_dict().items():
+        torch.testing.assert_close(value, theirs.state_dict()[name], msg=name)
+
+
+def test_weights_are_perturbed_along_the_loss_that_the_method_names(device: torch.device) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Nowhere(Plain):
+        def perturbing_loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
+            return 0 * self.loss(logits, targets)  # no slope: no move
+
+    def weights(method: type[Method], gamma: float) -> Tensor:
+        recipe = small(method, awp_gamma=gamma, attack_steps=1)
+        state = begin(recipe, device)
+        state.start_epoch(recipe, 1, 0)
+        gen = torch.Generator().manual_seed(0)
+        train_step(state, recipe, torch.rand(8, 1, 8, 8, generator=gen).to(device), torch.arange(8, device=device))
+        return state.student.get_parameter("conv1.weight").detach()
+
+    here, along, nowhere = weights(Plain, 0.0), weights(Plain, 0.01), weights(Nowhere, 0.01)
+    torch.testing.assert_close(nowhere, here)
+    assert (along - here).abs().max() > 1e-4
+
+
+def test_a_drop_may_hold_in_the_last_step_of_its_epoch_already() -> None:
+    late, early = (small(Plain, lr=0.5, lr_drops=(2,), lr_drop_early=early).optim for early in (False, True))
+    assert [late.lr_at(epoch, in_last_step=True) for epoch in (1, 2, 3)] == [0.5, 0.5, 0.05]
+    assert [early.lr_at(epoch, in_last_step=True) for epoch in (1, 2, 3)] == [0.5, 0.05, 0.05]
+    assert [early.lr_at(epoch) for epoch in (1, 2, 3)] == [0.5, 0.5, 0.05]

@@ -161,3 +161,24 @@ def test_each_shape_is_recorded_once() -> None:
         step(torch.ones(4), None)
         step(torch.ones(3), None)
     assert [float(value) for value in recorded] == [4, 3]
+
+
+def test_each_phase_has_its_own_recording() -> None:
+    phase, total = [1], torch.zeros(1)
+
+    def step(add: Tensor) -> Tensor:
+        for _ in range(phase[0]):  # what a recording cannot know
+            total.add_(add)
+        return total.clone()
+
+    def recorded(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        before = total.clone()
+        with Recorder() as recorder:
+            result = work()
+        total.copy_(before)
+        return recorder.replay, result
+
+    replay, found = Captured(step, recorded, lambda: phase[0]), []
+    for phase[0] in (1, 2):
+        found += [float(replay(torch.ones(1))) for _ in range(WARM_UP + 2)]
+    assert found == [1, 2, 3, 4, 5, 7, 9, 11, 13, 15]

@@ -6,11 +6,14 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 
 from retemper.cli import run
 from retemper.engine.catalogue import find_setting
 from retemper.engine.groups import Data
 from retemper.engine.run.data import chosen_indices, training_split
+from retemper.engine.state import clean_images
+from retemper.kernels import augment_reference
 from retemper.loaders import DataError, UsageError, convert, load_split, split_of_arrays
 
 
@@ -62,3 +65,21 @@ def test_a_converted_file_of_another_size_is_not_trained_on_by_itself(tmp_path: 
     with pytest.raises(UsageError, match="holds images of 4 px a side: give --image-size 4"):
         training_split(Data(dataset="digits"), None, tmp_path / "small.beton")
     assert training_split(Data(dataset="digits", image_size=4), None, tmp_path / "small.beton").shape == (4, 4, 1)
+
+
+def test_images_are_padded_as_the_recipe_says() -> None:
+    recipe = find_setting("sat:digits")[2].recipe.replace(padding=3)
+    image = torch.from_numpy(load_split("digits", "test").images[:98])
+    view = torch.arange(98)
+    seen = {mode: clean_images(recipe.replace(padding_mode=mode), image, view) for mode in ("zeros", "reflect")}
+    for mode, found in seen.items():
+        assert torch.equal(found, augment_reference(image, view, padding=3, padding_mode=mode))
+    assert torch.equal(clean_images(recipe, image, view), seen["zeros"]) and not torch.equal(*seen.values())
+
+
+def test_images_are_reflected_as_far_as_they_reach(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = Data(dataset="digits", padding_mode="reflect", padding=7)
+    assert training_split(data, None, None).shape == (8, 8, 1)
+    command = ["train", "sat:digits", "--padding-mode", "reflect", "--padding", "8", "--out", str(tmp_path / "run")]
+    assert run(command) == 2
+    assert "--padding 8: images of 8 px a side can be reflected by 7 at most" in capsys.readouterr().err

@@ -174,9 +174,9 @@ class Both(Method):
     [
         (Method, dict(average_above=0.2, average_every="step"), "average_above = 0.2"),
         (Method, dict(average_above=0.2, average_every="epoch", holdout_per_class=0), "average_above = 0.2"),
-        (Method, dict(average_above=0.2, average_every="epoch", select_on="test"), "average_above = 0.2"),
+        (Method, dict(select_step=0.2), "select_step = 0.2"),
         (Validating, dict(holdout_per_class=0), "holdout_per_class must be above 0"),
-        (Validating, dict(select_on="test"), "holdout_per_class must be above 0"),
+        (Validating, dict(select_on="test", holdout_per_class=0), "holdout_per_class must be above 0"),
         (Both, dict(attack_bn="train"), "attack_bn = 'train'"),
         (Method, dict(nesterov=True, momentum=0.0), "momentum = 0.0"),
         (Method, dict(eps=8.0), "8/255, not 8"),

@@ -201,6 +201,17 @@ def test_a_table_that_is_not_the_teachers_is_refused(
     assert "does not hold this teacher's answers" in capsys.readouterr().err
 
 
+def test_another_border_is_another_table(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The views of reflected images have the ids of the others; two seeds of one mode share a table."""
+    command, table = filled_by_a_run(teacher, tmp_path)
+    assert run([*command, str(tmp_path / "reflected"), "--padding-mode", "reflect"]) == 0
+    (other,) = set(table.folder.parent.iterdir()) - {table.folder}
+    assert json.loads((other / "facts.json").read_text())["padding_mode"] == "reflect"
+    assert capsys.readouterr().err.count(" 0.0% known so far") == 2
+    assert run([*command, str(tmp_path / "zeros"), "--seed", "1"]) == 0
+    assert " 0.0% known" not in capsys.readouterr().err and len([*table.folder.parent.iterdir()]) == 2
+
+
 def test_damaged_answers_are_told_of_and_asked_for_again(
     teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -66,6 +66,12 @@ def test_every_network_that_is_trained_first_follows(trained: list[Job], tmp_pat
     assert [job.recipe.attack.eps for job in trained] == [8 / 255, 8 / 255, 0.15]
 
 
+def test_how_images_are_varied_is_followed(trained: list[Job], tmp_path: Path) -> None:
+    found = teachers.with_teacher(job_of("absld:digits", tmp_path / "run", padding_mode="reflect"))
+    assert found.teacher == tmp_path / "sat-digits-seed0-reflect"
+    assert trained[0].recipe.data.padding_mode == "reflect"
+
+
 def test_what_the_user_left_alone_stays_the_teachers_own(trained: list[Job], tmp_path: Path) -> None:
     found = teachers.with_teacher(job_of("absld:digits", tmp_path / "run", epochs="1", attack_steps="2"))
     assert found.teacher == tmp_path / "sat-digits-seed0"

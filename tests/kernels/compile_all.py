@@ -88,8 +88,8 @@ def by_class(dtype: str) -> Iterator[Case]:
 def augmentation(dtype: str) -> Iterator[Case]:
     types = {"image_ptr": "*u8", "view_ptr": "*i64", "index_ptr": "*i64", "out_ptr": f"*{dtype}", "N": "i32"}
     absent = {} if OPTIONAL[dtype] else {"index_ptr": None}
-    for side, channels in ((32, 3), (28, 1)):
-        shape = {"HEIGHT": side, "WIDTH": side, "CHANNELS": channels, "PADDING": 4}
+    for side, channels, reflect in ((32, 3, False), (28, 1, False), (32, 3, True)):
+        shape = {"HEIGHT": side, "WIDTH": side, "CHANNELS": channels, "PADDING": 4, "REFLECT": reflect}
         yield views._augment_kernel, types, absent | shape | views.view_tile(side, side * channels)
 
 

@@ -1,15 +1,19 @@
 """The views of an image against one pixel at a time, and against torchvision's arithmetic."""
 
 from collections.abc import Callable
+from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from retemper.kernels import augment, augment_reference, identity_view, num_views
 
+MODES: dict[str, Literal["constant", "reflect"]] = {"zeros": "constant", "reflect": "reflect"}  # numpy's names
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # one ulp below 1 in bfloat16, because the interpreter truncates where a GPU rounds; otherwise to the bit
 TOLERANCE = {torch.float32: 0.0, torch.float16: 0.0, torch.bfloat16: 2**-8}
@@ -19,17 +23,17 @@ def images(shape: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.randint(1, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def pixel_by_pixel(image: Tensor, view: int, padding: int) -> Tensor:
-    """Return the view of one (H, W, C) image pixel by pixel: the definition of a view."""
+def pixel_by_pixel(image: Tensor, view: int, padding: int, mode: str) -> Tensor:
+    """Return the view of one (H, W, C) image pixel by pixel, of numpy's padding: the definition of a view."""
     height, width, channels = image.shape
     side = 2 * padding + 1
     dy, dx, flip = view // 2 // side, view // 2 % side, view % 2
+    border = ((padding, padding), (padding, padding), (0, 0))
+    padded = torch.from_numpy(np.pad(image.numpy(), border, mode=MODES[mode]))
     out = torch.zeros(channels, height, width)
     for y in range(height):
         for x in range(width):
-            from_y, from_x = y + dy - padding, (width - 1 - x if flip else x) + dx - padding
-            if 0 <= from_y < height and 0 <= from_x < width:
-                out[:, y, x] = image[from_y, from_x].float() / 255
+            out[:, y, x] = padded[y + dy, (width - 1 - x if flip else x) + dx].float() / 255
     return out
 
 
@@ -37,12 +41,15 @@ def pixel_by_pixel(image: Tensor, view: int, padding: int) -> Tensor:
 @given(
     shape=st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.integers(1, 4)),
     padding=st.integers(0, 5),
+    mode=st.sampled_from(["zeros", "reflect"]),
     seed=st.integers(0, 2**32),
     gather=st.booleans(),
 )
 def test_every_view_is_what_it_says(
-    shape: tuple[int, int, int, int], padding: int, seed: int, gather: bool, device: torch.device
+    shape: tuple[int, int, int, int], padding: int, mode: str, seed: int, gather: bool, device: torch.device
 ) -> None:
+    if mode == "reflect":  # as far as an image reaches
+        padding = min(padding, shape[1] - 1, shape[2] - 1)
     gen = torch.Generator().manual_seed(seed)
     image = images(shape, device)
     number = 3 if gather else shape[0]
@@ -50,9 +57,9 @@ def test_every_view_is_what_it_says(
     index = torch.randint(shape[0], (number,), generator=gen) if gather else None
     order = range(shape[0]) if index is None else index.tolist()
     expected = torch.stack(
-        [pixel_by_pixel(image[i].cpu(), v, padding) for i, v in zip(order, view.tolist(), strict=True)]
+        [pixel_by_pixel(image[i].cpu(), v, padding, mode) for i, v in zip(order, view.tolist(), strict=True)]
     )
-    on_device = {"index": None if index is None else index.to(device), "padding": padding}
+    on_device = {"index": None if index is None else index.to(device), "padding": padding, "padding_mode": mode}
     assert torch.equal(augment(image, view.to(device), **on_device).cpu(), expected)
     assert torch.equal(augment_reference(image, view.to(device), **on_device).cpu(), expected)
 
@@ -67,6 +74,21 @@ def test_the_views_are_as_many_as_ids(padding: int, device: torch.device) -> Non
     identity = views[identity_view(padding)]
     assert torch.equal(identity, image[0].permute(2, 0, 1) / 255)
     assert torch.equal(views[identity_view(padding) + 1], identity.flip(2))
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32, 3), (2, 28, 28, 1), (2, 31, 33, 3), (1, 2, 9, 4)], ids=str)
+def test_reflects_as_torchvision_does(shape: tuple[int, ...], device: torch.device) -> None:
+    image, padding = images(shape, device), min(4, shape[1] - 1)
+    count, side = num_views(padding), 2 * padding + 1
+    view, index = torch.arange(count, device=device), torch.arange(count, device=device) % shape[0]
+    out = augment(image, view, index=index, padding=padding, padding_mode="reflect")
+    pixels = image.cpu().permute(0, 3, 1, 2).float().div(255)
+    padded = F.pad(pixels, (padding,) * 4, mode="reflect")
+    for v in range(count):
+        dy, dx = v // 2 // side, v // 2 % side
+        crop = padded[v % shape[0], :, dy : dy + shape[1]]
+        crop = crop[..., dx : dx + shape[2]] if v % 2 == 0 else crop.flip(2)[..., 2 * padding - dx :][..., : shape[2]]
+        assert torch.equal(out[v].cpu(), crop), v
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -120,6 +142,8 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
         (r"index: shape \(2,\); needs \(3,\)", (image, view), {"index": view[:2]}),
         (r"index: torch.int32; needs torch.int64", (image, view), {"index": view.int()}),
         (r"padding: -1; needs 0 or more", (image, view), {"padding": -1}),
+        (r"padding: 8; must be below 8 to reflect", (image, view), {"padding": 8, "padding_mode": "reflect"}),
+        (r"padding_mode: 'edge'; needs one of zeros, reflect", (image, view), {"padding_mode": "edge"}),
         (r"dtype: torch.float64; needs one of", (image, view), {"dtype": torch.float64}),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -41,10 +41,10 @@ def test_unknown_names_are_refused() -> None:
         load_split("digits", "val")
     with pytest.raises(UsageError, match="image-size 32"):
         load_split("digits", "train", image_size=32)
-    assert set(DATASETS) == {"digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "folder"}
+    assert set(DATASETS) == {"digits", "fashion-mnist", "cifar10", "cifar100", "svhn", "tiny-imagenet", "folder"}
 
 
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "tiny-imagenet", "folder"])
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "svhn", "tiny-imagenet", "folder"])
 def test_a_data_root_is_asked_for_by_name(dataset: str, tmp_path) -> None:
     with pytest.raises(DataError, match=f"{dataset} needs --data-root"):
         load_split(dataset, "train")

@@ -1,0 +1,67 @@
+"""The attacks of the library pyautoattack (the extra `eval`), set up as a suite has them."""
+
+from copy import copy
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import nn
+
+from retemper.engine.sanity.flags import DLR_CLASSES
+from retemper.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strength:
+    """The strength of the library's attacks in a suite.
+
+    Attributes:
+        steps: of APGD and FAB, each target's.
+        targets: how many classes are targets at most; None for all.
+        square_rescaled: whether Square's schedule, made for 10,000 queries, is run through in its 5,000.
+    """
+
+    steps: int = 100
+    targets: int | None = 9
+    square_rescaled: bool = False
+
+
+FULL = Strength()
+WEAKER = {"fair-ard": Strength(steps=10, targets=None, square_rescaled=True)}  # of the suites; the others are full
+
+
+def library_version() -> str:
+    """Return the library's name and version. Raises UsageError if it is not installed."""
+    try:
+        return f"pyautoattack {version('pyautoattack')}"
+    except PackageNotFoundError:
+        raise UsageError("AutoAttack is not installed: pip install 'retemper[eval]'") from None
+
+
+def library_attacks(
+    model: nn.Module, num_classes: int, eps: float, seed: int, device: torch.device, strength: Strength = FULL
+) -> dict[str, Any]:
+    """Return the library's attack objects, set up as its standard suite has them: each has `perturb(clean, label)`.
+
+    Where an attack has targets, they are all classes but the label, at most nine; `strength` may say otherwise. Take
+    those of `suite_attacks`: on fewer than four classes the loss of "apgd-t" is not defined, and "apgd-dlr" is there on
+    three alone.
+    """
+    from pyautoattack import AutoAttack
+
+    suite = AutoAttack(model, eps=eps, norm="Linf", version="standard", seed=seed, device=str(device))
+    suite.apgd.loss, suite.apgd.seed = "ce", seed
+    suite.fab.targeted = True
+    for targeted in (suite.apgd_targeted, suite.fab):
+        targeted.n_target_classes = min(strength.targets or num_classes, num_classes - 1)
+    suite.fab.n_iter = steps = strength.steps
+    for apgd in (suite.apgd, suite.apgd_targeted):  # whose step is looked at, and perhaps halved, after shares of all
+        apgd.n_iter = steps
+        apgd.n_iter_2, apgd.n_iter_min, apgd.size_decr = (max(int(share * steps), 1) for share in (0.22, 0.06, 0.03))
+    suite.square.rescale_schedule = strength.square_rescaled
+    found = {"apgd-ce": suite.apgd, "apgd-t": suite.apgd_targeted, "fab-t": suite.fab, "square": suite.square}
+    if num_classes < DLR_CLASSES:
+        found["apgd-dlr"] = copy(suite.apgd)
+        found["apgd-dlr"].loss = "dlr"
+    return found

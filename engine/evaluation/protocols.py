@@ -1,0 +1,99 @@
+"""The evaluations by name: which attacks each has, and at which radius.
+
+    standard   the library's own: predict.py's attacks, AutoAttack's standard suite
+    fair-ard   what Fair-ARD's authors ran (NISP-official/Fair-ARD, eval.py): FGSM from a little noise, C&W of 20 steps,
+               random starts that may leave [0, 1], and AutoAttack as torchattacks has it since 3.3.0 (autoattack.py)
+    rslad      the columns of the RSLAD and MTARD papers: PGD with the step of SAT (2/255) and of TRADES (0.003)
+
+The last two judge the attacked image alone. They are weaker than the standard one, and there to compare published
+numbers like with like: their results have names of their own ("cw-fair-ard") and are called upper bounds.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from retemper.engine.predict import ATTACKS, Attack
+from retemper.errors import UsageError
+from retemper.loaders import usual_eps
+
+STANDARD = "standard"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """An evaluation by name.
+
+    Attributes:
+        attacks: by the names that --attacks takes; "autoattack" comes with each protocol.
+        suite: of AutoAttack.
+    """
+
+    attacks: Mapping[str, Attack]
+    suite: str = STANDARD
+
+
+PROTOCOLS = {
+    STANDARD: Protocol(attacks=ATTACKS),
+    "fair-ard": Protocol(
+        attacks={
+            "clean": ATTACKS["clean"],
+            "fgsm": Attack(steps=1, step=1, start="normal", clip_start=False, alone=True),
+            "pgd20": Attack(steps=20, clip_start=False, alone=True),
+            "cw": Attack(steps=20, loss="margin", clip_start=False, alone=True),
+        },
+        suite="fair-ard",
+    ),
+    "rslad": Protocol(
+        attacks={
+            "clean": ATTACKS["clean"],
+            "fgsm": Attack(steps=1, step=1, start="none", alone=True),
+            "pgd-sat": Attack(steps=20, alone=True),
+            "pgd-trades": Attack(steps=20, step=0.003 * 255 / 8, alone=True),  # 0.003 at 8/255
+            "cw": Attack(steps=30, loss="margin", alone=True),
+        }
+    ),
+}
+
+
+def result_name(attack: str, protocol: str) -> str:
+    """Return what the files call an attack of a protocol: what is as in the standard one has the same name there."""
+    of = PROTOCOLS[protocol]
+    if attack == "autoattack":
+        return attack if of.suite == STANDARD else f"{attack}-{of.suite}"
+    return attack if of.attacks[attack] == ATTACKS.get(attack) else f"{attack}-{protocol}"
+
+
+def protocol_of(result: str) -> tuple[str, str]:
+    """Return the attack and the protocol that a result is named after; one of the standard protocol names none."""
+    for name in PROTOCOLS.keys() - {STANDARD}:
+        if result.endswith(f"-{name}"):
+            return result.removesuffix(f"-{name}"), name
+    return result, STANDARD
+
+
+def radius(asked: float | str | None, dataset: str, trained: float | None, name: str) -> float:
+    """Return the radius that a network is evaluated at, in pixel units.
+
+    Args:
+        asked: the radius; None for the data set's usual one, "trained" for that of the network's training.
+        trained: the radius that the network was trained for, where that is known.
+        name: the network's.
+    Raises:
+        UsageError: "trained" is asked for, and unknown.
+    """
+    if asked == "trained":
+        if trained is None:
+            raise UsageError(f"--eps trained: {name} does not say its radius: give it in [0, 1] pixels (--eps 8/255)")
+        return trained
+    return usual_eps(dataset) if asked is None else float(asked)
+
+
+def strongest_first() -> tuple[str, ...]:
+    """Return the names of all results, those of stronger attacks first, of the standard protocol before others."""
+    rank = ("autoattack", "autoattack-fast", "pgd20", "cw", "fgsm")
+    others = [
+        result_name(attack, name)
+        for name, protocol in PROTOCOLS.items()
+        for attack in ("autoattack", *reversed(protocol.attacks))
+    ]
+    return tuple(dict.fromkeys((*rank, *(name for name in others if name != "clean"), "clean")))
