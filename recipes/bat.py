@@ -70,8 +70,8 @@ def certainty(logits_BK: Tensor) -> Tensor:
 @dataclass(frozen=True, kw_only=True)
 class Bat(OwnPredictionAttack):
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")
-    # released: each side comes from an attack of its own, which goes on from another start; train.py trains on all
-    # images and keeps every epoch, hence the last
+    # released: each side comes from an attack of its own, from another start; all images are trained on, and the last
+    # epoch is kept
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "released": dict(holdout_per_class=0, precision="fp32")
     }

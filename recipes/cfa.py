@@ -51,8 +51,9 @@ def full(num_classes: int, value: float) -> Tensor:
     return torch.full((num_classes,), value, dtype=torch.float64)
 
 
-# both releases: the whole of train.py, whose threshold is on the first images of each class and whose choice is on the test
-# images; an average that begins with the first epoch that is good enough
+# released, of both: the code's constants; an average that begins with the first epoch that is good enough on the first
+# images of each class; the best epoch on test images; a forward of clean images after each step. While no epoch was good
+# enough, theirs keeps a network that was never trained, and ours the student.
 RELEASED: dict[str, Any] = dict(
     margin_offset=0.5,
     ema_decay=0.88,
@@ -93,8 +94,7 @@ class ClassRadius(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Cfa(ClassRadius, OwnPredictionAttack):
-    # paper: the constants that it names for TRADES. released: the code's defaults; the TRADES of the first epochs is
-    # divided by 1 + beta, like the loss after them; a third forward, of clean images, and a fourth after the step
+    # released: the TRADES of the first epochs is divided by 1 + beta, like the loss after them; a third forward
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {"released": RELEASED | dict(average_above=0.24)}
     forwards: ClassVar[tuple[str, ...]] = ("clean", "adv")
     released_forwards: ClassVar[Forwards] = Forwards(("clean", "adv", "clean"), after=("clean",))
@@ -118,7 +118,6 @@ class Cfa(ClassRadius, OwnPredictionAttack):
 
 @dataclass(frozen=True, kw_only=True)
 class CfaAt(ClassRadius, LabelAttack):
-    # released: a forward of clean images after the step
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {"released": RELEASED}
     forwards: ClassVar[tuple[str, ...]] = ("adv",)
     released_forwards: ClassVar[Forwards] = Forwards(("adv",), after=("clean",))
@@ -143,7 +142,7 @@ AUTHORS: dict[str, Any] = dict(
 )
 AUTHORS_AT: dict[str, Any] = AUTHORS | dict(attack_start="uniform", clip_start=True, attack_bn="train")
 # a twentieth and a quarter of the epochs, as of the authors' 200; the second half may be kept
-CHANGES: dict[str, dict[str, Any]] = dict(
+CHANGES: dict[str, Any] = dict(
     digits=dict(calibrate_from=1, average_from=5),
     fashion_mnist_small=dict(calibrate_from=1, average_from=3, select_from=6),
     fashion_mnist_resnet18=dict(calibrate_from=3, average_from=15, select_from=31),

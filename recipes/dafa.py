@@ -47,8 +47,8 @@ def traded_weight(mean_probability_KK: Tensor, scale: float = 1.0) -> Tensor:
 @dataclass(frozen=True, kw_only=True)
 class Dafa(OwnPredictionAttack):
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")
-    # released: train.py inverts its flag, so that its SGD is Nesterov's; it trains on all images and keeps the last epoch.
-    # A weight below 0 stays so there, and is 0 here: no weight of theirs has come near.
+    # released: the script inverts its flag, so that its SGD is Nesterov's; all images are trained on, and the last
+    # epoch is kept. A weight below 0, which a network that gives one answer to all leads to, is 0 here and not there.
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "released": dict(nesterov=True, holdout_per_class=0, precision="fp32")
     }
@@ -78,7 +78,7 @@ class Dafa(OwnPredictionAttack):
         if epoch != self.warm_up:
             return dict(state)
         weight_K = traded_weight(stats.measured["probability"].mean_KD, self.scale)
-        return {"class_weight": weight_K.clamp(min=0)}  # only a network that gives one answer to all gets below
+        return {"class_weight": weight_K.clamp(min=0)}
 
 
 AUTHORS: dict[str, Any] = dict(

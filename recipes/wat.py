@@ -48,8 +48,8 @@ LAST_EPOCH: dict[str, Any] = dict(select_from=MOST_EPOCHS, select_always_from=MO
 @dataclass(frozen=True, kw_only=True)
 class Wat(OwnPredictionAttack):
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")
-    # released: the costs are divided by the images of so many full batches (3000 / 3072 of the mean on CIFAR-10); the
-    # last images of each class are held out, and the last epoch is kept. Theirs saves every third epoch, hence the 99th.
+    # released: the costs are divided by the images of so many full batches, on CIFAR-10 3072 in the place of 3000; the
+    # last images of each class are held out, and the last epoch is kept (theirs writes the 99th of 100)
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "released": dict(holdout_from="end", precision="fp32") | LAST_EPOCH
     }

@@ -69,6 +69,7 @@ def test_the_code_takes_each_side_from_an_attack_of_its_own() -> None:
     for attack, side in enumerate(("last_clean", "adv")):
         targets = Targets(label_B=torch.tensor([0, 0]), state={}, attack=attack)
         watched = released.method.watcher(clean, targets)
+        assert watched is not None
         watched(clean, torch.eye(2))
         assert watched.images(clean).keys() == {side}
 
