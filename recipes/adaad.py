@@ -13,8 +13,7 @@ from torch import Tensor
 
 from retemper.engine import Method, Objective, Targets, given, kl_rows, option, run_recipe
 from retemper.kernels import class_temperature_kl
-from retemper.recipes.iad import BY_PGD_10
-from retemper.recipes.settings import ON_DIGITS, distillation
+from retemper.recipes.settings import BY_PGD_10, ON_DIGITS, distillation
 
 
 def disagreement(both_B2K: Tensor) -> Tensor:

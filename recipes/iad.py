@@ -27,7 +27,7 @@ from retemper.engine import (
     run_recipe,
 )
 from retemper.recipes.ard import AUTHORS, Ard
-from retemper.recipes.settings import ON_DIGITS, distillation
+from retemper.recipes.settings import BY_PGD_10, ON_DIGITS, distillation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +66,6 @@ class Trust(Method):
     ) -> dict[str, Tensor]:
         begun = torch.full_like(state["begun"], self.begun_after(epoch, recipe))
         return super().next_class_state(state, stats, epoch, recipe) | {"begun": begun}
-
-
-# what `released` sets where the authors look at every epoch and keep the best one, by its average under PGD-10 on test
-BY_PGD_10: Mapping[str, Any] = dict(
-    select_on="test", select_by="robust", select_steps=10, select_every=1, select_from=1, precision="fp32"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
