@@ -97,6 +97,10 @@ class Optimisation(Options):
     awp_gamma: float = option(
         0.0, "adversarial weight perturbation, relative to each layer's norm; 0 is off", at_most=1
     )
+    awp_decay: Literal["own", "perturbed"] = option(
+        "own",
+        "with awp_gamma: what weight decay pulls at, the weights themselves or, as the authors' code, the perturbed",
+    )
     awp_from: int = option(1, "the first epoch that perturbs weights", at_most=MOST_EPOCHS)
     average: Literal["none", "ema", "swa"] = option("none", "the average of the weights that is evaluated and kept")
     average_from: int = option(1, "the first epoch that the average takes in", at_most=MOST_EPOCHS)

@@ -96,7 +96,7 @@ class RunSet:
 
 
 def _common_radius(runs: Sequence[RunRecord]) -> float | None:
-    """Return the usual radius of the data set where a run was evaluated at it, else that of the first; None for none."""
+    """Return the usual radius of the data set where a run was evaluated at it, else the first run's; None for none."""
     known = [run for run in runs if isinstance(run.protocol.get("eps"), float | int)]
     usual = [run for run in known if run.protocol["eps"] == usual_eps(str(run.protocol.get("dataset")))]
     return next((run.protocol["eps"] for run in usual + known), None)

@@ -7,7 +7,9 @@ Dimension key: B batch, K classes.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +49,12 @@ def replay(
     return student, rates
 
 
+def asked(teacher: nn.Module | None, image: Tensor) -> Tensor:
+    """Return a teacher's logits on images, (B, K)."""
+    assert teacher is not None
+    return teacher(image)
+
+
 def kl_BK(taught_BK: Tensor, student_BK: Tensor, t: float = 1.0) -> Tensor:
     """Return the terms of KL(taught || student) of two softmaxes at temperature t."""
     return F.kl_div((student_BK / t).log_softmax(1), (taught_BK / t).softmax(1), reduction="none")
@@ -72,19 +80,21 @@ def trust(teacher_BK: Tensor, label: Tensor) -> Tensor:
 
 
 def ard(run: Run, epoch: int, student: nn.Module, batch: Batch) -> Tensor:
+    """Take the forwards of a step of ARD's main.py; return its loss."""
     attacked = label_attack(run, student, batch)
     adv_BK = student(attacked)
-    taught_BK = run.teacher(batch.image)
+    taught_BK = asked(run.teacher, batch.image)
     clean_BK = student(batch.image)
     return 30 * 30 * kl_BK(taught_BK, adv_BK, 30).mean() + 0.0 * F.cross_entropy(clean_BK, batch.label)
 
 
 def iad(run: Run, epoch: int, student: nn.Module, batch: Batch) -> Tensor:
-    taught_BK = run.teacher(batch.image)
+    """Take the forwards of a step of IAD-I.py; return its loss."""
+    taught_BK = asked(run.teacher, batch.image)
     attacked = label_attack(run, student, batch)
     adv_BK = student(attacked)
     student(attacked)  # "basicop"
-    guide_BK = run.teacher(attacked)
+    guide_BK = asked(run.teacher, attacked)
     loss = kl_BK(taught_BK, adv_BK).sum() / len(adv_BK)
     if epoch >= 1:
         own_B = kl_BK(student(batch.image), adv_BK).sum(1)
@@ -93,12 +103,13 @@ def iad(run: Run, epoch: int, student: nn.Module, batch: Batch) -> Tensor:
 
 
 def iad_ii(run: Run, epoch: int, student: nn.Module, batch: Batch) -> Tensor:
+    """Take the forwards of a step of IAD-II.py; return its loss."""
     attacked = label_attack(run, student, batch)
     adv_BK = student(attacked)
-    robust_B = kl_BK(run.teacher(attacked), adv_BK).sum(1)
-    clean_B = kl_BK(run.clean_teacher(attacked), adv_BK).sum(1)
+    robust_B = kl_BK(asked(run.teacher, attacked), adv_BK).sum(1)
+    clean_B = kl_BK(asked(run.clean_teacher, attacked), adv_BK).sum(1)
     if epoch >= 1:
-        trust_B = trust(run.teacher(attacked), batch.label)
+        trust_B = trust(asked(run.teacher, attacked), batch.label)
         own_B = kl_BK(student(batch.image), adv_BK).sum(1)
         robust_B = robust_B * trust_B + own_B * (1 - trust_B)
     return 0.25 * F.cross_entropy(adv_BK, batch.label) + 0.5 * robust_B.mean() + 0.25 * clean_B.mean()
@@ -112,7 +123,7 @@ def disagreement_attack(run: Run, student: nn.Module, batch: Batch) -> Tensor:
     attacked = climb(
         batch.image,
         start,
-        lambda at: kl_BK(run.teacher(at), student(at)).sum(),
+        lambda at: kl_BK(asked(run.teacher, at), student(at)).sum(),
         eps=attack.eps,
         step=attack.step,
         steps=attack.steps,
@@ -122,18 +133,21 @@ def disagreement_attack(run: Run, student: nn.Module, batch: Batch) -> Tensor:
 
 
 def adaad(run: Run, epoch: int, student: nn.Module, batch: Batch) -> Tensor:
+    """Take the forwards of a step of AdaAD in its main.py; return its loss."""
     attacked = disagreement_attack(run, student, batch)
     clean_BK = student(batch.image)
     adv_BK = student(attacked)
-    adv, clean = kl_BK(run.teacher(attacked), adv_BK).mean(), kl_BK(run.teacher(batch.image), clean_BK).mean()
+    adv = kl_BK(asked(run.teacher, attacked), adv_BK).mean()
+    clean = kl_BK(asked(run.teacher, batch.image), clean_BK).mean()
     return 1.0 * adv + 0.0 * clean
 
 
 def adaiad(run: Run, epoch: int, student: nn.Module, batch: Batch) -> Tensor:
+    """Take the forwards of a step of AdaIAD in AdaAD's main.py; return its loss."""
     attacked = disagreement_attack(run, student, batch)
     student(batch.image)  # for a number that the script prints
     adv_BK = student(attacked)
-    guide_BK = run.teacher(attacked)
+    guide_BK = asked(run.teacher, attacked)
     loss = 30 * 30 * kl_BK(guide_BK, adv_BK, 30).sum() / len(adv_BK)
     if epoch >= 1:
         own_B = kl_BK(student(batch.image), adv_BK).sum(1)
@@ -168,9 +182,10 @@ class Reweighting:
 
 
 def fair_ard(weights: Reweighting, run: Run, epoch: int, student: nn.Module, batch: Batch) -> Tensor:
+    """Take the forwards of a step of Fair-ARD.py; return its loss."""
     attacked = label_attack(run, student, batch, weights.see(batch.label))
     adv_BK = student(attacked)
-    taught_BK = run.teacher(batch.image)
+    taught_BK = asked(run.teacher, batch.image)
     clean_BK = student(batch.image)
     weight_B = weights.weight_K[batch.label]
     soft_B = kl_BK(taught_BK, adv_BK, 30).mean(1)
@@ -179,15 +194,66 @@ def fair_ard(weights: Reweighting, run: Run, epoch: int, student: nn.Module, bat
 
 
 def fair_iad(weights: Reweighting, run: Run, epoch: int, student: nn.Module, batch: Batch) -> Tensor:
-    taught_BK = run.teacher(batch.image)
+    """Take the forwards of a step of Fair-IAD.py; return its loss."""
+    taught_BK = asked(run.teacher, batch.image)
     attacked = label_attack(run, student, batch, weights.see(batch.label))
     adv_BK = student(attacked)
     clean_BK = student(batch.image)
     student(attacked)  # "basicop"
-    guide_BK = run.teacher(attacked)
+    guide_BK = asked(run.teacher, attacked)
     weight_B = weights.weight_K[batch.label]
     loss = (weight_B * kl_BK(taught_BK, adv_BK).sum(1)).sum() / len(adv_BK)
     if epoch >= 1:
         own_B = kl_BK(clean_BK, adv_BK).sum(1) * (1 - trust(guide_BK, batch.label))
         loss = loss + (weight_B * own_B).sum() / len(adv_BK)
     return loss
+
+
+ADAAD: dict[str, Any] = {"weight_decay": 5e-4, "drops_multiply_first": False}
+BEGUN = {"begun": torch.ones(1)}
+IN_THE_SECOND_EPOCH = {"begin": 0.5}  # of two
+
+
+@pytest.mark.parametrize(
+    ("setting", "step", "options", "optimiser", "class_state"),
+    [
+        ("ard:cifar10_resnet18", ard, {"epochs": 3, "lr_drops": (1, 2)}, {}, {}),
+        ("iad:cifar10_resnet18", iad, IN_THE_SECOND_EPOCH, {}, BEGUN),
+        ("iad:cifar10_resnet18_ii", iad_ii, IN_THE_SECOND_EPOCH, {}, BEGUN),
+        ("adaad:cifar10_resnet18", adaad, {"epochs": 3, "lr_drops": (1, 2)}, ADAAD, {}),
+        ("adaiad:cifar10_resnet18", adaiad, IN_THE_SECOND_EPOCH, ADAAD, BEGUN),
+    ],
+    ids=["ard", "iad", "iad_ii", "adaad", "adaiad"],
+)
+def test_free_steps_end_where_the_script_ends(
+    setting: str,
+    step: Callable[[Run, int, nn.Module, Batch], Tensor],
+    options: dict[str, Any],
+    optimiser: dict[str, Any],
+    class_state: dict[str, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = free_run(setting, tmp_path, monkeypatch, **options)
+    student, rates = replay(run, partial(step, run), **optimiser)
+    assert_same(run, student, class_state=class_state or None, lr=rates)
+    assert run.held is None  # all images are trained on
+    assert setting != "ard:cifar10_resnet18" or run.best_epoch == 3  # nothing is chosen
+
+
+@pytest.mark.parametrize(("setting", "step"), [("fair_ard", fair_ard), ("fair_iad", fair_iad)])
+def test_free_steps_with_class_weights_end_where_the_script_ends(
+    setting: str,
+    step: Callable[[Reweighting, Run, int, nn.Module, Batch], Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begin: dict[str, Any] = IN_THE_SECOND_EPOCH if setting == "fair_iad" else {}
+    run = free_run(f"{setting}:cifar10_resnet18", tmp_path, monkeypatch, **begin)
+    weights = Reweighting(run)
+    student, rates = replay(run, partial(step, weights, run), nesterov=True, after_epoch=weights.after_epoch)
+    state = {"class_weight": weights.weight_K} | (BEGUN if begin else {})
+    assert_same(run, student, class_state=state, lr=rates)
+    assert (run.held, run.best_epoch) == (None, 2)  # all images are trained on, nothing is chosen
+    for ours, theirs in zip(run.class_state, weights.weights, strict=True):
+        torch.testing.assert_close(ours["class_weight"], theirs, rtol=0, atol=1e-10)
