@@ -52,8 +52,8 @@ def full(num_classes: int, value: float) -> Tensor:
 
 
 # released, of both: the code's constants; an average that begins with the first epoch that is good enough on the first
-# images of each class; the best epoch on test images; a forward of clean images after each step. While no epoch is good
-# enough, theirs keeps a network that was never trained, and ours the student.
+# images of each class; the best epoch on test images; a forward of clean images after each step. While no epoch was
+# good enough, theirs keeps a network that was never trained, and ours the student.
 RELEASED: dict[str, Any] = dict(
     margin_offset=0.5,
     ema_decay=0.88,

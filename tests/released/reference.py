@@ -5,33 +5,26 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from retemper.engine import TrainingAttack
-
 
 def climb(
     image: Tensor,
     start: Tensor,
-    attack: TrainingAttack,
     value: Callable[[Tensor], Tensor],
     *,
-    eps: Tensor | None = None,
-    step: Tensor | None = None,
+    eps: float | Tensor,
+    step: float | Tensor,
+    steps: int,
 ) -> Tensor:
-    """Return where the signed steps of an attack lead that raises `value`, a scalar of images, from `start`.
+    """Return where signed gradient steps from `start` lead, inside the ball around `image`; they raise `value`.
 
     Args:
-        eps, step: (B,), where each image has its own.
+        eps, step: a number, or (B,) or (B, 1, 1, 1) where each image has its own.
     """
-    radius, length = attack.eps if eps is None else by_image(eps), attack.step if step is None else by_image(step)
+    eps, step = (one[:, None, None, None] if isinstance(one, Tensor) and one.dim() == 1 else one for one in (eps, step))
     at = start
-    for _ in range(attack.steps):
+    for _ in range(steps):
         at = at.detach().requires_grad_()
         (grad,) = torch.autograd.grad(value(at), at)
-        at = at.detach() + length * grad.sign()
-        at = torch.min(torch.max(at, image - radius), image + radius).clamp(0, 1)
+        at = at.detach() + step * grad.sign()
+        at = torch.min(torch.max(at, image - eps), image + eps).clamp(0, 1)
     return at.detach()
-
-
-def by_image(value_B: Tensor) -> Tensor:
-    """Return (B,) values as (B, 1, 1, 1), a number for each image."""
-    return value_B[:, None, None, None]

@@ -57,9 +57,14 @@ class Script:
         """Return the images that TRADES' attack finds; the student is left in eval mode."""
         self.student.eval()
         attack = self.run.recipe.attack
-        start = self.run.start(batch.image, attack.eps if eps is None else eps, batch.seed, "normal", clip=False)
+        eps, step = attack.eps if eps is None else eps, attack.step if step is None else step
+        start = self.run.start(batch.image, eps, batch.seed, "normal", clip=False)
         own_BK = self.student(batch.image).detach()
-        return climb(batch.image, start, attack, lambda adv: kl(self.student(adv), own_BK).sum(), eps=eps, step=step)
+
+        def value(adv: Tensor) -> Tensor:
+            return kl(self.student(adv), own_BK).sum()
+
+        return climb(batch.image, start, value, eps=eps, step=step, steps=attack.steps)
 
 
 @dataclass
@@ -82,6 +87,11 @@ def hold(run: Run, end: End, broken: End) -> None:
 def kl(adv_BK: Tensor, clean_BK: Tensor) -> Tensor:
     """Return KL(clean || attacked) of each image, (B,)."""
     return F.kl_div(adv_BK.log_softmax(1), clean_BK.softmax(1), reduction="none").sum(1)
+
+
+def pgd(student: nn.Module, start: Tensor, image: Tensor, label_B: Tensor, **lengths: Any) -> Tensor:
+    """Return where PGD on the cross-entropy leads, the student in the mode in which it is."""
+    return climb(image, start, lambda at: F.cross_entropy(student(at), label_B), **lengths)
 
 
 def of_each_class(value: float) -> Tensor:
@@ -234,9 +244,9 @@ class CfaAverage:
         """Take the student in, weights and statistics, or leave it out."""
         run, batch = self.run, held_batch(self.run)
         student.eval()
-        attack = run.recipe.replace(attack_steps=10, attack_step=run.recipe.attack.eps / 4).attack
-        start = run.start(batch.image, attack.eps, batch.seed, "uniform", clip=True)
-        adv = climb(batch.image, start, attack, lambda at: F.cross_entropy(student(at), batch.label))
+        eps = run.recipe.attack.eps
+        start = run.start(batch.image, eps, batch.seed, "uniform", clip=True)
+        adv = pgd(student, start, batch.image, batch.label, eps=eps, step=eps / 4, steps=10)
         right_K = withstood(student(adv), batch.label) / torch.bincount(batch.label, minlength=CLASSES)
         self.taken.append(float(right_K.min()) >= run.recipe.optim.average_above)
         if not self.taken[-1]:
@@ -288,7 +298,7 @@ def cfa_of_at(run: Run, average: CfaAverage, *, attack_in_training: bool = True)
         for image, label, seed in ((batch.image, batch.label, batch.seed) for batch in batches):
             student.train(attack_in_training)  # there, the attack too moves the statistics
             start = run.start(image, eps_K[label], seed, "uniform", clip=True)
-            adv = climb(image, start, attack, lambda at, y=label: F.cross_entropy(student(at), y), eps=eps_K[label])
+            adv = pgd(student, start, image, label, eps=eps_K[label], step=attack.step, steps=attack.steps)
             student.train()
             adv_BK = student(adv)
             script.step(F.cross_entropy(adv_BK, label))
