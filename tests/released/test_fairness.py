@@ -57,14 +57,14 @@ class Script:
         """Return the images that TRADES' attack finds; the student is left in eval mode."""
         self.student.eval()
         attack = self.run.recipe.attack
-        eps, step = attack.eps if eps is None else eps, attack.step if step is None else step
-        start = self.run.start(batch.image, eps, batch.seed, "normal", clip=False)
+        radius, length = attack.eps if eps is None else eps, attack.step if step is None else step
+        start = self.run.start(batch.image, radius, batch.seed, "normal", clip=False)
         own_BK = self.student(batch.image).detach()
 
         def value(adv: Tensor) -> Tensor:
             return kl(self.student(adv), own_BK).sum()
 
-        return climb(batch.image, start, value, eps=eps, step=step, steps=attack.steps)
+        return climb(batch.image, start, value, eps=radius, step=length, steps=attack.steps)
 
 
 @dataclass
