@@ -98,6 +98,13 @@ def test_the_command_for_a_teacher_that_takes_days_has_what_was_changed(tmp_path
         teachers.with_teacher(job_of("absld:cifar10_resnet18", tmp_path / "run", eps="4/255"))
 
 
+def test_a_published_teacher_is_named_and_not_trained(trained: list[Job], tmp_path: Path) -> None:
+    job = job_of("adaad:cifar10_resnet18_authors_teacher", tmp_path / "run")
+    assert teachers.with_teacher(job).teacher == "robustbench:Chen2021LTD_WRN34_20@cifar10/Linf" and not trained
+    own = replace(job, teacher=tmp_path / "own.pt")
+    assert teachers.with_teacher(own).teacher == tmp_path / "own.pt"
+
+
 def test_a_start_is_the_students_network(trained: list[Job], tmp_path: Path) -> None:
     texts = {"student": "tiny_resnet_wide", "normalise": "true"}
     found = teachers.with_teacher(job_of("faal:digits", tmp_path / "run", **texts))
