@@ -42,7 +42,9 @@ class Networks(Options):
         False, "the student first subtracts its data set's mean from the pixels and divides by their deviation"
     )
     teacher_model: str | None = option(None, "the teacher's architecture", choices=(None, *MODELS))
-    teacher_recipe: str | None = option(None, "the METHOD:SETTING that trains such a teacher")
+    teacher_recipe: str | None = option(
+        None, "the METHOD:SETTING that trains such a teacher, or robustbench:NAME where it is published"
+    )
     train_teacher: bool = option(False, "train missing teachers and starts first, where none is given")
     clean_teacher_model: str | None = option(
         None, "the architecture of the second teacher, trained without attacks", choices=(None, *MODELS)
@@ -95,6 +97,10 @@ class Optimisation(Options):
     awp_gamma: float = option(
         0.0, "adversarial weight perturbation, relative to each layer's norm; 0 is off", at_most=1
     )
+    awp_decay: Literal["own", "perturbed"] = option(
+        "own",
+        "with awp_gamma: what weight decay pulls at, the weights themselves or, as the authors' code, the perturbed",
+    )
     awp_from: int = option(1, "the first epoch that perturbs weights", at_most=MOST_EPOCHS)
     average: Literal["none", "ema", "swa"] = option("none", "the average of the weights that is evaluated and kept")
     average_from: int = option(1, "the first epoch that the average takes in", at_most=MOST_EPOCHS)
@@ -142,8 +148,9 @@ class Selection(Options):
         "and the last epoch is kept unless test images choose",
         at_most=10**7,
     )
-    holdout_from: Literal["random", "end"] = option(
-        "random", "which images of a class are held out: drawn at random, or its last ones in the order of the files"
+    holdout_from: Literal["random", "start", "end"] = option(
+        "random",
+        "which images of a class are held out: drawn at random, or its first or last in the order of the files",
     )
     select_every: int = option(10, "look every so many epochs", positive=True, at_most=MOST_EPOCHS)
     select_always_from: int = option(215, "look after every epoch from here on", at_most=MOST_EPOCHS)

@@ -105,7 +105,7 @@ def view_tile(height: int, row: int) -> dict[str, int]:
 @triton.jit
 def _reflected(place, last: tl.constexpr):
     """Return the place in 0 ... last that an outer one mirrors; it lies outside by at most `last`."""
-    return last - tl.abs(last - tl.abs(place))
+    return tl.minimum(tl.abs(place), 2 * last - tl.abs(place))
 
 
 @triton.jit

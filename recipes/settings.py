@@ -45,6 +45,10 @@ CIFAR10: dict[str, Any] = dict(dataset="cifar10", teacher_model="wrn34_10", teac
 CIFAR100: dict[str, Any] = dict(
     dataset="cifar100", teacher_model="wrn34_10", teacher_recipe="trades:cifar100_wrn34_10", holdout_per_class=10
 )
+# The rate, and images as they are, neither cropped nor mirrored: Rice's script for SVHN; FRL's takes them so too. The
+# step is the usual one of papers on SVHN. Students, teachers and the methods' own schedules are ours: the authors of
+# Fair-ARD, who report on SVHN, released scripts for CIFAR-10 alone.
+SVHN: dict[str, Any] = dict(dataset="svhn", padding=0, flip=False, attack_step=1 / 255, lr=0.01)
 TINY_IMAGENET: dict[str, Any] = dict(
     dataset="tiny-imagenet",
     teacher_model="preact_resnet34",
@@ -89,6 +93,10 @@ DISTILLATION: dict[str, tuple[str, dict[str, Any]]] = {
     "cifar10_resnet18": ("CIFAR-10, ResNet-18, the authors' setting", CIFAR10 | dict(student="resnet18")),
     "cifar10_mobilenet_v2": ("CIFAR-10, MobileNetV2", CIFAR10 | dict(student="mobilenet_v2")),
     "cifar100_resnet18": ("CIFAR-100, ResNet-18", CIFAR100 | dict(student="resnet18")),
+    "svhn_resnet18": (
+        "SVHN, ResNet-18, at Rice's learning rate for it",
+        SVHN | dict(student="resnet18", teacher_model="wrn34_10", teacher_recipe="trades:svhn_wrn34_10"),
+    ),
     "tiny_imagenet_preact_resnet18": (
         "Tiny-ImageNet, PreActResNet-18",
         TINY_IMAGENET | dict(student="preact_resnet18"),
@@ -103,12 +111,17 @@ CLEAN_TEACHERS: dict[str, tuple[str, str]] = {  # of the methods that have a sec
     "cifar10_resnet18": ("resnet56", "sat:cifar10_resnet56_clean"),
     "cifar10_mobilenet_v2": ("resnet56", "sat:cifar10_resnet56_clean"),
     "cifar100_resnet18": ("resnet18", "sat:cifar100_resnet18_clean"),
+    "svhn_resnet18": ("resnet56", "sat:svhn_resnet56_clean"),
     "tiny_imagenet_preact_resnet18": ("preact_resnet34", "sat:tiny_imagenet_preact_resnet34_clean"),
 }
 
 
+# what `released` sets in RSLAD and the methods after it: their scripts train on all training images, and judge the test
+# images by 20 steps of 0.003
+JUDGED_ON_TEST: Mapping[str, Any] = dict(select_on="test", select_step=0.003, precision="fp32")
 NO_OPTIONS: Mapping[str, Any] = {}
 NO_STATUS: Mapping[str, str] = {}
+NO_TEACHERS: Mapping[str, tuple[str, str]] = {}
 
 
 def _settings(
@@ -133,6 +146,8 @@ def distillation(
     method: type[Method],
     authors: Mapping[str, Any] = NO_OPTIONS,
     status: Mapping[str, str] = NO_STATUS,
+    *,
+    own_teachers: Mapping[str, tuple[str, str]] = NO_TEACHERS,
     **changes: Mapping[str, Any],
 ) -> dict[str, Setting]:
     """Return every setting of the distillation methods, for `method`.
@@ -140,6 +155,8 @@ def distillation(
     Args:
         authors: the options that the method's authors have otherwise, where the setting does not say.
         status: what was measured, by setting.
+        own_teachers: the teachers, model and recipe, that the authors themselves have in a setting; it is there with
+            either, theirs under a name of its own.
         changes: the options that the method has otherwise in a setting, by setting.
     """
     table = dict(DISTILLATION)
@@ -147,6 +164,10 @@ def distillation(
         for name, (model, trained_by) in CLEAN_TEACHERS.items():
             note, options = table[name]
             table[name] = note, {**options, "clean_teacher_model": model, "clean_teacher_recipe": trained_by}
+    for name, (model, trained_by) in own_teachers.items():
+        note, options = table[name]
+        teacher = {"teacher_model": model, "teacher_recipe": trained_by}
+        table[f"{name}_authors_teacher"] = f"{note}, under their own teacher: {trained_by}", options | teacher
     return _settings(method, table, authors, status, changes)
 
 
@@ -188,6 +209,10 @@ TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "cifar100_resnet18_clean": (
         "CIFAR-100, ResNet-18, no attack: a clean teacher, for a GPU",
         CLEAN_200 | dict(dataset="cifar100", student="resnet18", holdout_per_class=10),
+    ),
+    "svhn_resnet56_clean": (
+        "SVHN, ResNet-56, no attack: a clean teacher, for a GPU",
+        SVHN | CLEAN_200 | dict(student="resnet56"),
     ),
     "tiny_imagenet_preact_resnet34_clean": (
         "Tiny-ImageNet, PreActResNet-34, no attack: a clean teacher, for a GPU",
@@ -236,6 +261,7 @@ ADVERSARIAL_TRAINING: dict[str, tuple[str, dict[str, Any]]] = {
         "CIFAR-100, ResNet-18, the schedule of CIFAR-10",
         dict(dataset="cifar100", student="resnet18", holdout_per_class=10),
     ),
+    "svhn_resnet18": ("SVHN, ResNet-18, at Rice's learning rate for it", SVHN | dict(student="resnet18")),
     "tiny_imagenet_preact_resnet18": (
         "Tiny-ImageNet, PreActResNet-18",
         dict(

@@ -221,14 +221,14 @@ def test_two_radii_are_refused_with_what_helps(tmp_path: Path) -> None:
     other = write_run(tmp_path / "other", verdicts(1, 1, 1), eps=0.031)
     for a, b in ((usual, other), (other, usual)):  # it is always the other one that has to change
         with pytest.raises(
-            UsageError, match="at eps (8/255 and 0.031|0.031 and 8/255): run `retemper evaluate "
+            UsageError, match=r"at eps (8/255 and 0.031|0.031 and 8/255): run `retemper evaluate "
         ) as error:
             against(a, b)
         assert str(error.value).endswith(f"--out {other}`") and "--eps" not in str(error.value)
     (other / "evaluation.1.json").write_bytes((usual / "evaluation.json").read_bytes())
-    with pytest.raises(UsageError, match=f"name {other}/evaluation.1.json in place of other"):
+    with pytest.raises(UsageError, match=rf"name {other}/evaluation\.1\.json in place of other"):
         against(usual, other)
-    with pytest.raises(UsageError, match="--eps 0.05"):
+    with pytest.raises(UsageError, match=r"--eps 0\.05"):
         against(write_run(tmp_path / "one", verdicts(1, 1, 1), eps=0.05), other)
 
 
