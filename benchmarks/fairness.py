@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from records import RECORDS, pack, unpack
 from runs import DEVICE, Protocol, commits, folder_of, settings_on, trained_and_evaluated
-from summary import markdown, mean_and_range, words_of, write_summary
+from summary import common_radius, markdown, mean_and_range, words_of, write_summary
 
 from retemper.cli import reported
 from retemper.console import Progress, say
@@ -69,6 +69,7 @@ def table(found: Evaluations, differences: dict[str, Comparison], attack: str, d
 
     It has means and ranges over the seeds, and the difference from RSLAD.
     """
+    radius = common_radius(one for seeds in found.values() for one in seeds)
     settings = settings_on(data) | {TEACHER: f"sat:{data}"}
     columns = "clean|average|worst class|NSD|worst class less RSLAD's, points|command".split("|")
     rows = [
@@ -83,7 +84,7 @@ def table(found: Evaluations, differences: dict[str, Comparison], attack: str, d
         ]
         for name in sorted(found, key=lambda name: -_mean(found[name], attack, "worst"))
     ]
-    return markdown([TITLES[attack], *columns], rows)
+    return markdown([f"{TITLES[attack]}, eps {radius}", *columns], rows)
 
 
 def ours_table(differences: dict[str, Comparison], attack: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runs import DEVICE, Protocol, settings_on, trained_and_evaluated
-from summary import markdown, mean_and_range, words_of, write_summary
+from summary import common_radius, markdown, mean_and_range, words_of, write_summary
 
 from retemper.console import Progress, say
 
@@ -24,7 +24,11 @@ def measured(name: str, out: Path, seed: int) -> dict[str, Any]:
     content = trained_and_evaluated(name, seed, Protocol(out=out, attacks=ATTACKS))
     attacks = content["attacks"]
     figures = {attack: {key: attacks[attack][key] for key in ("average", "worst", "nsd")} for attack in ATTACKS}
-    return {**figures, "seconds": content["seconds"]}
+    return {
+        **figures,
+        "protocol": {key: content["protocol"][key] for key in ("eps", "network")},
+        "seconds": content["seconds"],
+    }
 
 
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:
@@ -33,7 +37,8 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     def mean(name: str, attack: str, key: str) -> float:
         return statistics.mean(one[attack][key] for one in rows[name])
 
-    head = ["method", "clean", "PGD-20 average", "worst class", "NSD", "seconds"]
+    radius = common_radius(one for seeds in rows.values() for one in seeds)
+    head = ["method", "clean", f"PGD-20 average, eps {radius}", "worst class", "NSD", "seconds"]
     lines = [
         [
             name,

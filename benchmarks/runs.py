@@ -15,6 +15,7 @@ from retemper.engine.run.job import Job, default_cache, default_out
 from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.run.teachers import with_teacher
 from retemper.engine.run.train import train
+from retemper.loaders import usual_eps
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -81,6 +82,8 @@ def trained_and_evaluated(name: str, seed: int, protocol: Protocol) -> dict[str,
     train(with_teacher(job))
     folder = RunFolder(out)
     content = json.loads(folder.evaluation.read_text()) if folder.evaluation.exists() else {"attacks": {}}
+    if content["attacks"] and content["protocol"]["eps"] != usual_eps(content["protocol"]["dataset"]):
+        content = {"attacks": {}}  # it stays, beside the new one
     # AutoAttack's ledger knows whether it was run under this protocol, and then has nothing left to do
     missing = tuple(name for name in protocol.attacks if name == "autoattack" or name not in _done(content))
     for _ in range(2):  # an evaluation of other versions or weights is put aside, and what it had is missing again

@@ -3,14 +3,16 @@
 import argparse
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from retemper.engine.device import device_name
+from retemper.errors import UsageError
 from retemper.files import write_atomically
+from retemper.options import shown_value
 from retemper.provenance import commit, versions
 
 
@@ -29,6 +31,23 @@ def mean_and_range(values: Sequence[float], form: str = ".1%") -> str:
     """Return the mean over the seeds, and of several seeds the lowest and the highest, all in one format."""
     mean = format(statistics.mean(values), form)
     return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
+
+
+def common_radius(evaluations: Iterable[Mapping[str, Any]]) -> str:
+    """Return the radius that the networks of one table were evaluated at, as one types it.
+
+    Args:
+        evaluations: the content of each evaluation.json.
+    Raises:
+        UsageError: they are several.
+    """
+    found: dict[str, list[str]] = {}
+    for protocol in (one["protocol"] for one in evaluations):
+        found.setdefault(shown_value(protocol["eps"]), []).append(protocol.get("network", protocol.get("weights")))
+    if len(found) > 1:
+        radii = "; ".join(f"eps {eps}: {', '.join(map(str, names))}" for eps, names in found.items())
+        raise UsageError(f"one table is of one radius, these are of {len(found)} ({radii}): evaluate them anew at one")
+    return next(iter(found))
 
 
 def write_summary(path: Path | None, content: dict[str, Any], device: torch.device) -> None:

@@ -38,7 +38,7 @@ class ClassSums:
     @property
     def accuracy_K(self) -> Tensor:
         """The share of each class's images classified correctly, (K,); 0 where there were none."""
-        return self.correct_K / self.count_K.clamp(min=1)
+        return self.correct_K.to(self.loss_K.dtype) / self.count_K.clamp(min=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,9 @@ class Networks(Options):
         False, "the student first subtracts its data set's mean from the pixels and divides by their deviation"
     )
     teacher_model: str | None = option(None, "the teacher's architecture", choices=(None, *MODELS))
-    teacher_recipe: str | None = option(None, "the METHOD:SETTING that trains such a teacher")
+    teacher_recipe: str | None = option(
+        None, "the METHOD:SETTING that trains such a teacher, or robustbench:NAME where it is published"
+    )
     train_teacher: bool = option(False, "train missing teachers and starts first, where none is given")
     clean_teacher_model: str | None = option(
         None, "the architecture of the second teacher, trained without attacks", choices=(None, *MODELS)
@@ -94,6 +96,10 @@ class Optimisation(Options):
     joint: bool = option(False, "make all forwards of a step one batch to batch norm")
     awp_gamma: float = option(
         0.0, "adversarial weight perturbation, relative to each layer's norm; 0 is off", at_most=1
+    )
+    awp_decay: Literal["own", "perturbed"] = option(
+        "own",
+        "with awp_gamma: what weight decay pulls at, the weights themselves or, as the authors' code, the perturbed",
     )
     awp_from: int = option(1, "the first epoch that perturbs weights", at_most=MOST_EPOCHS)
     average: Literal["none", "ema", "swa"] = option("none", "the average of the weights that is evaluated and kept")

@@ -6,8 +6,8 @@
     SGD     v <- momentum v + g + decay w;   w <- w - lr v        (Nesterov's momentum: Sutskever et al., ICML 2013)
 
 Averages take in batch-norm statistics as they do weights (as CFA does); the statistics are not measured again. AWP's
-gradient is taken at the perturbed weights and applied to the weights themselves, as is their decay (the authors' code
-decays the perturbed ones).
+gradient is taken at the perturbed weights and applied to the weights themselves, as is their decay; the authors' code
+decays the perturbed ones, and so does `awp_decay = "perturbed"`.
 """
 
 import copy
@@ -105,6 +105,19 @@ def perturb_weights(
             move = gamma * weight.norm() / (gradient.norm() + 1e-12) * gradient
             weight += torch.where(gradient.isfinite().all(), move, 0)  # an overflow moves nothing
     return before
+
+
+@torch.no_grad()
+def put_back(before: Mapping[nn.Parameter, Tensor], decay: float, scaler: torch.amp.GradScaler) -> None:
+    """Give perturbed weights the values of before, `perturb_weights`, once their gradients are known.
+
+    Args:
+        decay: the weight decay where it is that of the perturbed weights: what it lacks is added to the gradients.
+    """
+    for weight, value in before.items():
+        if decay and weight.grad is not None:
+            weight.grad += scaler.scale(decay * (weight - value))
+        weight.copy_(value)
 
 
 class Guard:

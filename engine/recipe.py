@@ -116,7 +116,7 @@ class Method(Options):
     validates_by: ClassVar[Literal["pgd", "training attack"] | None] = None
 
     def class_state(self, num_classes: int, recipe: "Recipe") -> dict[str, Tensor]:
-        """Return the state at the start, float32 by name; (K,) where there is one number for each class."""
+        """Return the state at the start, float32 or float64 by name; (K,) where there is one number for each class."""
         return {}
 
     def objective(self, targets: Targets) -> Objective:

@@ -128,8 +128,9 @@ class State:
         logits = {name: logits_BK.detach() for name, logits_BK in logits.items()}
         if counts:
             self.loss_sum += loss * label_B.numel()
-            for name, logits_BK in logits.items():
-                self.sums[name].add(*class_sums(logits_BK, label_B, self.num_classes))
+            for name, sums in self.sums.items():
+                if name in logits:
+                    sums.add(*class_sums(logits[name], label_B, self.num_classes))
         for name, value_BD in method.measured(logits, targets).items():
             if name not in self.measured:  # in the first step, which is not captured
                 values = value_BD.numel() // max(1, len(value_BD))

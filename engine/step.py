@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from retemper.engine.attack import ascend, module_mode
 from retemper.engine.losses import as_label
-from retemper.engine.optim import perturb_weights
+from retemper.engine.optim import perturb_weights, put_back
 from retemper.engine.recipe import Recipe, Targets
 from retemper.engine.state import State
 
@@ -128,10 +128,9 @@ def descend(state: State, recipe: Recipe, images: Mapping[str, Tensor], targets:
     share = part.weigh(loss)
     share = share + state.guard.poison if state.scaler.is_enabled() else share
     state.scaler.scale(share).backward()
-    with torch.no_grad():
-        for weight, value in before.items():
-            weight.copy_(value)
     whole = loss.detach() if state.bucket is None else state.bucket.all_reduce(share.detach())
+    decay = recipe.optim.weight_decay if recipe.optim.awp_decay == "perturbed" else 0.0
+    put_back(before, decay, state.scaler)
     update(state, whole)
     with torch.no_grad(), state.autocast():
         for name in state.forwards.after:

@@ -10,14 +10,14 @@ t[k] <- clip(t[k] - rate * g[k] / max|g|, 1/2, 5)   where   g[k] = L[k] - mean L
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from retemper.engine import EpochStats, KlObjective, Method, Recipe, Targets, option, require_order, run_recipe
 from retemper.kernels import class_temperature_kl
-from retemper.recipes.settings import ON_BOTH, distillation
+from retemper.recipes.settings import JUDGED_ON_TEST, ON_BOTH, distillation
 
 
 def class_gap(loss_K: Tensor) -> Tensor:
@@ -49,8 +49,10 @@ def next_temperature(
 @dataclass(frozen=True, kw_only=True)
 class Absld(Method):
     # paper: separate temperatures for the two terms. released: the authors' code divides one storage twice in place, so
-    # that the attack and both terms see the teacher at the product t_adv[y] * t_clean[y].
+    # that the attack and both terms see the teacher at the product t_adv[y] * t_clean[y]. It takes a class's sum of the
+    # cross-entropy, which is wrong where classes differ in size; and their split, their choice, and fp32.
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")
+    variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {"released": JUDGED_ON_TEST}
     adv_weight: float = option(5 / 6, "weight of the attacked term (a)", at_most=1)
     kl_scale: float = option(0.1, "factor on the loss; the authors average over 10 classes", at_most=1000)
     temperature_rate: float = option(
@@ -94,11 +96,11 @@ class Absld(Method):
             return dict(state)
         rate = self.temperature_rate * recipe.optim.decay(epoch)
         bounds = self.temperature_lower, self.temperature_upper
-        # the authors take sums: the same step for classes of equal size, and wrong for others
-        return {
-            f"temperature_{name}": next_temperature(state[f"temperature_{name}"], sums.mean_loss_K, rate, *bounds)
-            for name, sums in stats.forwards.items()
-        }
+        moved = {}
+        for name, sums in stats.forwards.items():
+            loss_K = sums.loss_K if self.variant == "released" else sums.mean_loss_K
+            moved[f"temperature_{name}"] = next_temperature(state[f"temperature_{name}"], loss_K, rate, *bounds)
+        return moved
 
 
 # one or two thousand steps are too few for the authors' tenth of the loss, ten or twenty epochs for their rate

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from retemper.engine import Method, Objective, Targets, given, kl_rows, option, run_recipe
 from retemper.kernels import class_temperature_kl
+from retemper.recipes.iad import BY_PGD_10
 from retemper.recipes.settings import ON_DIGITS, distillation
 
 
@@ -24,7 +25,11 @@ def disagreement(both_B2K: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class AdaAd(Method):
-    # paper alone: 8/255 by steps of 2/255, as the authors' commands have it; their defaults are twice that
+    # 8/255 by steps of 2/255, as the authors' commands have it; their defaults are twice that
+    # released: the epoch is chosen on test images, by PGD-10, and training is in fp32. The authors' teachers, of LTD,
+    # are those of the settings `.._authors_teacher`.
+    variants: ClassVar[tuple[str, ...]] = ("paper", "released")
+    variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {"released": BY_PGD_10}
     forwards: ClassVar[tuple[str, ...]] = ("clean", "adv")  # the authors' order
     teacher_sees: ClassVar[tuple[str, ...]] = ("clean", "adv")
     attacks_teacher: ClassVar[bool] = True
@@ -44,7 +49,20 @@ class AdaAd(Method):
 
 AUTHORS: dict[str, Any] = dict(epochs=200, lr_drops=(100, 150), select_always_from=100, weight_decay=5e-4)
 SUMMED = dict(kl_scale=1.0)  # CIFAR-100: the authors' sum. The short ones: too few steps for a tenth of the loss
-SETTINGS = distillation(AdaAd, AUTHORS, ON_DIGITS, digits=SUMMED, fashion_mnist_small=SUMMED, cifar100_resnet18=SUMMED)
+OWN_TEACHERS = {
+    "cifar10_resnet18": ("wrn34_20", "robustbench:Chen2021LTD_WRN34_20@cifar10/Linf"),
+    "cifar100_resnet18": ("wrn34_10", "robustbench:Chen2021LTD_WRN34_10@cifar100/Linf"),
+}
+SETTINGS = distillation(
+    AdaAd,
+    AUTHORS,
+    ON_DIGITS,
+    own_teachers=OWN_TEACHERS,
+    digits=SUMMED,
+    fashion_mnist_small=SUMMED,
+    cifar100_resnet18=SUMMED,
+    cifar100_resnet18_authors_teacher=SUMMED,
+)
 
 if __name__ == "__main__":
     run_recipe(__file__)

@@ -13,16 +13,18 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from retemper.engine import Targets, cross_entropy_rows, given, kl_rows, option, run_recipe
+from retemper.engine import Forwards, Targets, cross_entropy_rows, given, kl_rows, option, run_recipe
 from retemper.kernels import class_temperature_kl
-from retemper.recipes.adaad import AUTHORS, AdaAd
+from retemper.recipes.adaad import AUTHORS, OWN_TEACHERS, AdaAd
 from retemper.recipes.iad import Trust
 from retemper.recipes.settings import ON_DIGITS, distillation
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaIad(AdaAd, Trust):
-    # the authors' code takes a second and a third clean forward, which move the batch-norm statistics again; here one
+    # released: as AdaAD's, and a second forward of the clean images, with a third once the student's own answer counts
+    released_forwards: ClassVar[Forwards | None] = Forwards(("clean", "adv", "clean", "clean"))
+    released_at_first: ClassVar[Forwards | None] = Forwards(("clean", "adv", "clean"))
     teacher_sees: ClassVar[tuple[str, ...]] = ("adv",)
     temperature: float = option(30.0, "temperature of both networks (t)", positive=True, at_most=1000)
     kl_scale: float = option(1.0, "factor on the soft terms", at_most=1000)
@@ -37,7 +39,7 @@ class AdaIad(AdaAd, Trust):
         return loss
 
 
-SETTINGS = distillation(AdaIad, AUTHORS, ON_DIGITS)
+SETTINGS = distillation(AdaIad, AUTHORS, ON_DIGITS, own_teachers=OWN_TEACHERS)
 
 if __name__ == "__main__":
     run_recipe(__file__)

@@ -53,17 +53,20 @@ class Kappa(Watcher):
         self.count_B += predicts(logits_BK, self.label_B)
 
 
-# what `released` sets in the methods of the family that build on ARD: ARD's own, and Nesterov's momentum
-RELEASED: Mapping[str, Mapping[str, Any]] = {"released": dict(nesterov=True, lr_drop_of="first")}
+# what `released` sets in the whole family, and in the methods of it that build on ARD
+RELEASED: Mapping[str, Mapping[str, Any]] = {"released": dict(nesterov=True, holdout_per_class=0, precision="fp32")}
+RELEASED_BY_ARD: Mapping[str, Mapping[str, Any]] = {"released": dict(RELEASED["released"], lr_drop_of="first")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fair(Method):
     """The class weights, for a method that multiplies its loss by `targets.state["class_weight"]`."""
 
-    # released: the authors' code takes Nesterov's momentum, which the methods that it builds on do not
+    # released: the authors' code takes Nesterov's momentum, which the methods that it builds on do not. It divides a
+    # class's sum of kappa by N / K, which is the number of its images where classes are of equal size. It trains on all
+    # images in fp32 and keeps every epoch without choosing one: here the last.
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")
-    variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {"released": dict(nesterov=True)}
+    variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = RELEASED
     beta: float = option(2.0, "how strongly the difficulty of a class counts; 0 weighs all alike", at_most=STEEPEST)
     weight_lower: float = option(5 / 6, "the least weight of a class", at_most=1000)
     weight_upper: float = option(5 / 2, "the largest weight of a class", positive=True, at_most=1000)
@@ -81,9 +84,13 @@ class Fair(Method):
     def measured(self, logits: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
         return super().measured(logits, targets) | {"kappa": targets.watched.count_B}
 
+    def kappa(self, stats: EpochStats) -> Tensor:
+        """Return kappa, (K,), as `class_weight` takes it."""
+        kappa = stats.measured["kappa"]
+        return kappa.total_KD.squeeze(1) / kappa.count_K.mean() if self.variant == "released" else kappa.mean_K
+
     def next_class_state(
         self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int, recipe: Recipe
     ) -> dict[str, Tensor]:
-        # the authors divide by N / K: the same for classes of equal size, and wrong for others
-        weight_K = class_weight(stats.measured["kappa"].mean_K, self.beta, self.weight_lower, self.weight_upper)
+        weight_K = class_weight(self.kappa(stats), self.beta, self.weight_lower, self.weight_upper)
         return super().next_class_state(state, stats, epoch, recipe) | {"class_weight": weight_K}

@@ -11,19 +11,20 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from retemper.engine import Targets, run_recipe
+from retemper.engine import Forwards, Targets, run_recipe
 from retemper.recipes.ard import AUTHORS
-from retemper.recipes.fair import RELEASED, Fair
+from retemper.recipes.fair import RELEASED_BY_ARD, Fair
 from retemper.recipes.iad import Iad
 from retemper.recipes.settings import ON_DIGITS, distillation
 
 
 @dataclass(frozen=True, kw_only=True)
 class FairIad(Iad, Fair):
-    # released: the second drop of the learning rate changes nothing (Ard), and Nesterov's momentum (Fair). The authors'
-    # code also takes one more forward of the attacked images, whose answer it throws away: its trace in the batch-norm
-    # statistics is left out in both.
-    variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = RELEASED
+    # released: as ARD's and Fair's, and a second forward of the attacked images, in every epoch. With soft_weight
+    # below 1, the authors' cross-entropy is that of the attacked images; here, as in IAD, of the clean ones.
+    released_forwards: ClassVar[Forwards | None] = Forwards(("adv", "clean", "adv"))
+    released_at_first: ClassVar[Forwards | None] = released_forwards
+    variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = RELEASED_BY_ARD
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         weight_B = targets.state["class_weight"][targets.label_B]

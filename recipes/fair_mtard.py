@@ -7,12 +7,12 @@ w is the rule of fair.py; v, the weight of the clean task, follows from the weig
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from retemper.engine import Targets, given, run_recipe
-from retemper.kernels import class_temperature_kl
-from retemper.recipes.fair import Fair
+from retemper.engine import Targets, run_recipe
+from retemper.recipes.fair import RELEASED, Fair
 from retemper.recipes.mtard import SHORT, Mtard
 from retemper.recipes.settings import ON_DIGITS, distillation
 
@@ -20,14 +20,14 @@ from retemper.recipes.settings import ON_DIGITS, distillation
 @dataclass(frozen=True, kw_only=True)
 class FairMtard(Mtard, Fair):
     # released: the clean task too is held against T(x'), the robust teacher on the attack: the authors' code asks the
-    # clean teacher and forgets its answer; and Nesterov's momentum (Fair)
-    def task_losses(self, logits: Mapping[str, Tensor], targets: Targets) -> tuple[Tensor, Tensor]:
-        label_B, weight_K = targets.label_B, targets.state["class_weight"]
-        robust_BK = given(targets.teacher_adv_BK)
-        clean_BK = robust_BK if self.variant == "released" else given(targets.clean_teacher_BK)
-        adv = class_temperature_kl(logits["adv"], robust_BK, label_B, class_weight=weight_K)
-        clean = class_temperature_kl(logits["clean"], clean_BK, label_B, class_weight=weight_K)
-        return self.kl_scale * adv, self.kl_scale * clean
+    # clean teacher and forgets its answer; MTARD's FLOOR; the rest as in Fair
+    variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = RELEASED
+
+    def teacher_of(self, task: str, targets: Targets) -> Tensor:
+        return super().teacher_of("adv" if self.variant == "released" else task, targets)
+
+    def by_class(self, task: str, targets: Targets) -> dict[str, Any]:
+        return {"class_weight": targets.state["class_weight"]}
 
 
 SETTINGS = distillation(FairMtard, status=ON_DIGITS, digits=SHORT, fashion_mnist_small=SHORT)

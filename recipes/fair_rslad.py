@@ -7,20 +7,27 @@ w is the rule of fair.py and leaves the attack alone; the rest is RSLAD's.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from retemper.engine import Targets, run_recipe
+from retemper.engine import EpochStats, Targets, run_recipe
 from retemper.kernels import class_temperature_kl
-from retemper.recipes.fair import Fair
+from retemper.recipes.fair import FLOOR, RELEASED, Fair
 from retemper.recipes.rslad import SHORT, Rslad
 from retemper.recipes.settings import ON_BOTH, distillation
 
 
 @dataclass(frozen=True, kw_only=True)
 class FairRslad(Rslad, Fair):
-    # released: Nesterov's momentum (Fair). This one of the authors' four scripts adds no 1e-5 to kappa, and divides by
-    # zero where a class is never classified correctly: left out in both.
+    # released: as Fair, but that this one of the authors' four scripts adds no 1e-5 to kappa. It divides by zero where
+    # a class is never classified correctly: such a class has kappa = 1e-5 here.
+    variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = RELEASED
+
+    def kappa(self, stats: EpochStats) -> Tensor:
+        kappa_K = super().kappa(stats)
+        return kappa_K.clamp(min=FLOOR) - FLOOR if self.variant == "released" else kappa_K
+
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         label_B, weight_K = targets.label_B, targets.state["class_weight"]
         adv = class_temperature_kl(logits["adv"], targets.teacher, label_B, class_weight=weight_K)

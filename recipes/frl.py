@@ -19,6 +19,7 @@ from torch import Tensor
 from retemper.engine import (
     MOST_EPOCHS,
     EpochStats,
+    Forwards,
     OwnPredictionAttack,
     Part,
     Recipe,
@@ -49,11 +50,21 @@ def weighted_mean(loss_B: Tensor, weight_B: Tensor, part: Part) -> Tensor:
     return (weight_B * loss_B).mean() / part.mean(weight_B.mean())
 
 
+REWEIGHT: dict[str, Any] = dict(delta=0.1, margin_rate=0.0)
+SCRIPT: dict[str, Any] = dict(holdout_from="end", select_from=MOST_EPOCHS, precision="fp32")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Frl(OwnPredictionAttack):
-    # remargin: weights and margins. reweight: weights alone, for which the authors take another bound.
-    variants: ClassVar[tuple[str, ...]] = ("remargin", "reweight")
-    variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {"reweight": dict(delta=0.1, margin_rate=0.0)}
+    # remargin: weights and margins. reweight: weights alone, for which the authors take another bound. released and
+    # released-reweight: their scripts, which look at the clean images twice, hold the last images of each class out and
+    # keep the last epoch.
+    variants: ClassVar[tuple[str, ...]] = ("remargin", "reweight", "released", "released-reweight")
+    variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "reweight": REWEIGHT,
+        "released": SCRIPT,
+        "released-reweight": SCRIPT | REWEIGHT,
+    }
     forwards: ClassVar[tuple[str, ...]] = ("clean", "adv")
     validates_by: ClassVar = "pgd"
     variant: str = option("remargin", "weights and margins, or weights alone", choices="variants")
@@ -71,6 +82,9 @@ class Frl(OwnPredictionAttack):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_order(self, "margin_lower", "margin_upper")
+
+    def forwards_in(self, epoch: int, recipe: Recipe) -> Forwards:
+        return Forwards(("clean", "adv", "clean") if self.variant.startswith("released") else self.forwards)
 
     def class_state(self, num_classes: int, recipe: Recipe) -> dict[str, Tensor]:
         return {f"multiplier_{name}": torch.zeros(num_classes) for name in ("clean", "boundary", "margin")}

@@ -9,20 +9,36 @@ x' = argmax CE(S(x'), y) in the eps ball, as in ARD. A = T(x')[y] ** trust_power
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from retemper.engine import EpochStats, Method, Recipe, Targets, cross_entropy_rows, given, kl_rows, option, run_recipe
+from retemper.engine import (
+    EpochStats,
+    Forwards,
+    Method,
+    Recipe,
+    Targets,
+    cross_entropy_rows,
+    given,
+    kl_rows,
+    option,
+    run_recipe,
+)
 from retemper.recipes.ard import AUTHORS, Ard
 from retemper.recipes.settings import ON_DIGITS, distillation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trust(Method):
-    """The trust in the teacher, for methods that build on IAD."""
+    """The trust in the teacher, for methods that build on IAD.
 
+    Attributes:
+        released_at_first: the forwards of the variant `released` in the epochs that trust the teacher in full.
+    """
+
+    released_at_first: ClassVar[Forwards | None] = None
     trust_power: float = option(
         0.1, "power of the teacher's probability of the label that it is trusted by", at_most=100
     )
@@ -34,6 +50,11 @@ class Trust(Method):
     def begun_after(self, epoch: int, recipe: Recipe) -> float:
         """Return 1 where the epoch after `epoch` trusts the teacher in part, 0 where it does so in full."""
         return float(epoch >= round(self.begin * recipe.optim.epochs))
+
+    def forwards_in(self, epoch: int, recipe: Recipe) -> Forwards:
+        if self.variant == "released" and self.released_at_first and not self.begun_after(epoch - 1, recipe):
+            return self.released_at_first
+        return super().forwards_in(epoch, recipe)
 
     def distrust(self, targets: Targets) -> Tensor:
         """Return 1 - A of each image, (B,)."""
@@ -47,10 +68,20 @@ class Trust(Method):
         return super().next_class_state(state, stats, epoch, recipe) | {"begun": begun}
 
 
+# what `released` sets where the authors look at every epoch and keep the best one, by its average under PGD-10 on test
+BY_PGD_10: Mapping[str, Any] = dict(
+    select_on="test", select_by="robust", select_steps=10, select_every=1, select_from=1, precision="fp32"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Iad(Ard, Trust):
-    # released: as in ARD, the second drop of the learning rate changes nothing. Two clean forwards of it, each of them
-    # moving the batch-norm statistics, are one here.
+    # released: as in ARD, the second drop of the learning rate changes nothing. The attacked images have a second
+    # forward, and the clean ones too once IAD has begun. The epoch is chosen on test images, by PGD-10. The authors'
+    # teacher, an adversarially trained ResNet-18, is that of the settings `.._authors_teacher`.
+    variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {"released": dict(lr_drop_of="first", **BY_PGD_10)}
+    released_forwards: ClassVar[Forwards | None] = Forwards(("adv", "adv", "clean", "clean"))
+    released_at_first: ClassVar[Forwards | None] = Forwards(("adv", "adv", "clean"))
     teacher_sees: ClassVar[tuple[str, ...]] = ("clean", "adv")
     temperature: float = option(1.0, "temperature of both networks", positive=True, at_most=1000)
     kl_scale: float = option(1.0, "factor on the soft terms", at_most=1000)
@@ -62,26 +93,30 @@ class Iad(Ard, Trust):
 
 @dataclass(frozen=True, kw_only=True)
 class Iad2(Iad):
+    # released: as IAD-I's, but one forward of the attacked images, and none of the clean ones until IAD begins
+    released_forwards: ClassVar[Forwards | None] = Forwards(("adv", "clean"))
+    released_at_first: ClassVar[Forwards | None] = Forwards(("adv",))
     teacher_sees: ClassVar[tuple[str, ...]] = ("adv",)
     clean_teacher_sees: ClassVar[tuple[str, ...]] = ("adv",)
     soft_weight: float = option(0.5, "weight of the soft terms (a)", at_most=1)
-    # the authors begin after 40 of 200 epochs, and take no clean forward until then
     clean_teacher_weight: float = option(0.25, "weight of the clean teacher (b)", at_most=1)
-    begin: float = option(0.2, "share of the epochs that trust the teacher in full", at_most=1)
+    begin: float = option(0.2, "share of the epochs that trust the teacher in full", at_most=1)  # 40 of 200
 
     def image_loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         adv_BK, distrust_B = logits["adv"], self.distrust(targets)
         hard_B = cross_entropy_rows(adv_BK, targets.label_B)
         robust_B = (1 - distrust_B) * self.soft_loss(adv_BK, given(targets.teacher_adv_BK), targets)
-        own_B = self.temperature**2 * distrust_B * kl_rows(logits["clean"], adv_BK)
+        if "clean" in logits:
+            robust_B = robust_B + self.temperature**2 * distrust_B * kl_rows(logits["clean"], adv_BK)
         clean_B = self.soft_loss(adv_BK, given(targets.clean_teacher_adv_BK), targets)
         hard_weight = 1 - self.soft_weight - self.clean_teacher_weight
-        return hard_weight * hard_B + self.soft_weight * (robust_B + own_B) + self.clean_teacher_weight * clean_B
+        return hard_weight * hard_B + self.soft_weight * robust_B + self.clean_teacher_weight * clean_B
 
 
-SETTINGS = distillation(Iad, AUTHORS, ON_DIGITS) | {
+OWN_TEACHERS = {name: ("resnet18", f"sat:{name}") for name in ("cifar10_resnet18", "cifar100_resnet18")}
+SETTINGS = distillation(Iad, AUTHORS, ON_DIGITS, own_teachers=OWN_TEACHERS) | {
     f"{name}_ii": replace(setting, note=f"IAD-II: {setting.note}")
-    for name, setting in distillation(Iad2, AUTHORS, ON_DIGITS).items()
+    for name, setting in distillation(Iad2, AUTHORS, ON_DIGITS, own_teachers=OWN_TEACHERS).items()
 }
 
 if __name__ == "__main__":

@@ -116,8 +116,12 @@ CLEAN_TEACHERS: dict[str, tuple[str, str]] = {  # of the methods that have a sec
 }
 
 
+# what `released` sets in RSLAD and the methods after it: their scripts train on all training images, and judge the test
+# images by 20 steps of 0.003
+JUDGED_ON_TEST: Mapping[str, Any] = dict(select_on="test", select_step=0.003, precision="fp32")
 NO_OPTIONS: Mapping[str, Any] = {}
 NO_STATUS: Mapping[str, str] = {}
+NO_TEACHERS: Mapping[str, tuple[str, str]] = {}
 
 
 def _settings(
@@ -142,6 +146,8 @@ def distillation(
     method: type[Method],
     authors: Mapping[str, Any] = NO_OPTIONS,
     status: Mapping[str, str] = NO_STATUS,
+    *,
+    own_teachers: Mapping[str, tuple[str, str]] = NO_TEACHERS,
     **changes: Mapping[str, Any],
 ) -> dict[str, Setting]:
     """Return every setting of the distillation methods, for `method`.
@@ -149,6 +155,8 @@ def distillation(
     Args:
         authors: the options that the method's authors have otherwise, where the setting does not say.
         status: what was measured, by setting.
+        own_teachers: the teachers, model and recipe, that the authors themselves have in a setting; it is there with
+            either, theirs under a name of its own.
         changes: the options that the method has otherwise in a setting, by setting.
     """
     table = dict(DISTILLATION)
@@ -156,10 +164,14 @@ def distillation(
         for name, (model, trained_by) in CLEAN_TEACHERS.items():
             note, options = table[name]
             table[name] = note, {**options, "clean_teacher_model": model, "clean_teacher_recipe": trained_by}
+    for name, (model, trained_by) in own_teachers.items():
+        note, options = table[name]
+        teacher = {"teacher_model": model, "teacher_recipe": trained_by}
+        table[f"{name}_authors_teacher"] = f"{note}, under their own teacher: {trained_by}", options | teacher
     return _settings(method, table, authors, status, changes)
 
 
-# no attack, in training or in choosing the best epoch; eps is what an evaluation attacks with
+# no attack, in training or in choosing the best epoch
 CLEAN: dict[str, Any] = dict(attack_steps=0, attack_start="none", select_steps=0)
 CLEAN_200: dict[str, Any] = CLEAN | dict(epochs=200, lr_drops=(100, 150), select_always_from=150)
 FASHION_TEACHER: dict[str, Any] = FASHION | dict(

@@ -10,20 +10,40 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from retemper.engine import OwnPredictionAttack, Recipe, Setting, Targets, option, run_recipe
+from retemper.engine import (
+    Forwards,
+    OwnPredictionAttack,
+    Recipe,
+    Setting,
+    Targets,
+    at_least_float32,
+    option,
+    run_recipe,
+)
 from retemper.recipes.settings import DIGITS, ON_BOTH, SVHN, adversarial_training, as_student
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trades(OwnPredictionAttack):
+    # released: the authors' script, or with awp_gamma that of AWP's authors. Both look at the clean images twice, train
+    # on all images and choose no epoch; with AWP the optimizer's step begins at the perturbed weights.
+    variants: ClassVar[tuple[str, ...]] = ("paper", "released")
+    variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "released": dict(holdout_per_class=0, awp_decay="perturbed", precision="fp32")
+    }
     forwards: ClassVar[tuple[str, ...]] = ("clean", "adv")  # the authors' order
     beta: float = option(6.0, "weight of the robust term", at_most=1000)
 
+    def forwards_in(self, epoch: int, recipe: Recipe) -> Forwards:
+        if self.variant != "released":
+            return Forwards(self.forwards)
+        return Forwards(("adv", "clean", "clean") if recipe.optim.awp_gamma else ("clean", "adv", "clean"))
+
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
-        clean = F.cross_entropy(logits["clean"].float(), targets.label_B)
+        clean = F.cross_entropy(at_least_float32(logits["clean"]), targets.label_B)
         # the clean prediction is not detached: both networks' outputs move towards each other
-        own_BK = logits["clean"].float().softmax(1)
-        return clean + self.beta * F.kl_div(logits["adv"].float().log_softmax(1), own_BK, reduction="batchmean")
+        own_BK, adv_BK = at_least_float32(logits["clean"]).softmax(1), at_least_float32(logits["adv"])
+        return clean + self.beta * F.kl_div(adv_BK.log_softmax(1), own_BK, reduction="batchmean")
 
 
 AUTHORS: dict[str, Any] = dict(eps=0.031, attack_step=0.007)  # not 8/255 and 2/255
@@ -36,6 +56,20 @@ SETTINGS = {
     "cifar10_wrn34_10": Setting(
         note="CIFAR-10, WRN-34-10, as the authors trained it: the teacher of the distillation papers",
         recipe=Recipe.of(Trades, **AUTHORS, dataset="cifar10", **WRN34_10),
+    ),
+    "cifar10_wrn34_10_awp": Setting(
+        note="CIFAR-10, WRN-34-10, with adversarial weight perturbation, as AWP's authors trained it",
+        recipe=Recipe.of(
+            Trades,
+            dataset="cifar10",
+            student="wrn34_10",
+            epochs=200,
+            lr_drops=(99, 149),
+            weight_decay=5e-4,
+            awp_gamma=5e-3,
+            awp_from=10,
+            select_always_from=149,
+        ),
     ),
     "cifar100_wrn34_10": Setting(
         note="CIFAR-100, WRN-34-10: a teacher of which no checkpoint is public",

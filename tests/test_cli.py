@@ -48,7 +48,7 @@ def fails(capsys: Capture, code: int, *words: object) -> str:
         (["train", "absld:digits", "--eps", "8/0"], "--eps 8/0: it must be a number or a fraction"),
         (["train", "absld:digits", "--eps", "8"], "8/255, not 8"),
         (["train", "absld:digits", "--variant", "secret"], "paper, released"),
-        (["train", "rslad:digits", "--variant", "released"], "variant"),
+        (["train", "label_trust:digits", "--variant", "released"], "variant"),
         (["train", "absld:digits", "--seed", "-1"], "seed"),
         (["train", "absld:digits", "--device", "tpu"], "cpu, cuda or cuda:N"),
         (["evaluate", "x", "--attacks", "pgd"], "there is no attack 'pgd'"),

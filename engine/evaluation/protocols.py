@@ -94,6 +94,6 @@ def strongest_first() -> tuple[str, ...]:
     others = [
         result_name(attack, name)
         for name, protocol in PROTOCOLS.items()
-        for attack in ("autoattack", *reversed(protocol.attacks))
+        for attack in ("autoattack", *reversed(tuple(protocol.attacks)))
     ]
     return tuple(dict.fromkeys((*rank, *(name for name in others if name != "clean"), "clean")))

@@ -56,8 +56,9 @@ class PreActResNet(nn.Module):
         """Map (B, C, H, W) pixels of any H and W to (B, K) logits."""
         x = self.layer2(self.layer1(self.conv1(image_BCHW)))
         x = self.layer4(self.layer3(x))
-        x = x if self.bn is None else F.relu(self.bn(x))
-        return self.linear(x.mean((2, 3)))
+        if self.bn is None:  # the gradient of this pool is channels-last, as both ways of the last block need it
+            return self.linear(F.avg_pool2d(x, x.shape[2:]).flatten(1))
+        return self.linear(F.relu(self.bn(x)).mean((2, 3)))
 
 
 def preact_resnet18(num_classes: int, channels: int = 3) -> PreActResNet:

@@ -30,8 +30,9 @@ def epoch_line(epoch: int, recipe: Recipe, state: State, images: int, seconds: f
         "images_per_second": images / seconds,
         "seconds": seconds,
     }
-    for name in dict.fromkeys(state.forwards.before):
-        sums = state.sums[name]
+    for name, sums in state.sums.items():
+        if name not in state.forwards.before:
+            continue
         suffix = "" if name == "adv" else f"_{name}"
         line[f"class_loss{suffix}"] = sums.mean_loss_K.tolist()
         line[f"class_accuracy{suffix}"] = sums.accuracy_K.tolist()

@@ -146,7 +146,9 @@ class NetworkLoader:
         if network.weights is None:
             return self._copied(network, facts, student)
         if facts.model != model:
-            raise UsageError(f"--start {name}: it is a {facts.model}, the student is a {model}")
+            raise UsageError(
+                f"--start {name}: it is a {facts.model}, the student is a {model}: give --student {facts.model}"
+            )
         pixels = load_with_pixels(network.weights, _behind_normalisation(student), network.entry)
         require_same_pixels(f"--start {name}", pixels, student)
         require_finite(network.weights, student)

@@ -19,7 +19,7 @@ from retemper.engine.catalogue import find_setting
 from retemper.engine.evaluation.autoattack import SuiteRequest
 from retemper.engine.evaluation.evaluate import EvaluationRequest
 from retemper.engine.evaluation.ledger import Ledger
-from retemper.errors import DataError
+from retemper.errors import DataError, UsageError
 from retemper.loaders import Split, holdout_split, load_split
 
 made = SimpleNamespace(
@@ -129,6 +129,24 @@ def test_the_comparison_pairs_ours_with_each_and_each_with_the_baseline(fairness
     assert "| RSLAD | +10.0 (" in text and text.count("\n") == 4
 
 
+def test_a_table_is_of_one_radius_and_names_it(fairness: ModuleType) -> None:
+    def evaluated(eps: float, network: str) -> dict[str, Any]:
+        numbers = {"average": 0.5, "worst": 0.25, "nsd": 0.1}
+        return {"protocol": {"eps": eps, "network": network}, **{name: numbers for name in ("clean", "pgd20")},
+                "attacks": {name: numbers for name in ("clean", "pgd20")}, "seconds": 1.0}  # fmt: skip
+
+    alike = {"rslad": [evaluated(0.15, "a"), evaluated(0.15, "b")], "absld": [evaluated(0.15, "c")]}
+    mixed = alike | {"absld": [evaluated(0.031, "c")]}
+    methods = script("methods").table
+    for make, head in (
+        (lambda found: fairness.table(found, {}, "pgd20", "digits"), "| PGD-20, eps 0.15 | clean |"),
+        (methods, "| PGD-20 average, eps 0.15 |"),
+    ):
+        assert head in make(alike).splitlines()[0]
+        with pytest.raises(UsageError, match=r"these are of 2 \(eps 0.15: a, b; eps 0.031: c\)"):
+            make(mixed)
+
+
 @pytest.mark.parametrize("out", ["/home/someone/runs/a-run", "runs/deep/a-run"])
 def test_records_lose_the_machines_folders_alone(records: ModuleType, out: str, tmp_path: Path) -> None:
     text = (
@@ -227,3 +245,20 @@ def test_what_was_evaluated_under_other_versions_is_evaluated_again(
     content = runs.trained_and_evaluated("rslad:digits", 0, protocol)
     assert asked == [(("autoattack",), False), (("clean", "pgd20"), True)]
     assert content["attacks"].keys() == {"clean", "pgd20", "autoattack"}
+
+
+def test_what_was_evaluated_at_another_radius_is_evaluated_again(
+    runs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made.make_run(runs.folder_of("rslad:digits", 0, tmp_path), RSLAD, protocol={"eps": 0.031})
+    asked: list[tuple[str, ...]] = []
+
+    def evaluate(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
+        asked.append(request.attacks)
+        return run, {"attacks": {name: {} for name in request.attacks}}
+
+    monkeypatch.setattr(runs, "train", lambda job: None)
+    monkeypatch.setattr(runs, "with_teacher", lambda job: job)
+    monkeypatch.setattr(runs, "evaluate_target", evaluate)
+    runs.trained_and_evaluated("rslad:digits", 0, runs.Protocol(out=tmp_path, attacks=("clean", "pgd20")))
+    assert asked == [("clean", "pgd20")]

@@ -71,7 +71,7 @@ def make_run(folder: Path, accuracy: list[float], classes: list[str] = DIGITS, *
         "dataset": "digits",
         "split": "test",
         "images": count * len(classes),
-        "eps": 8 / 255,
+        "eps": 0.15,
         "norm": "linf",
         "precision": "fp32",
         "seed": 0,

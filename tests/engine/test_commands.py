@@ -110,6 +110,10 @@ def test_a_suite_of_autoattack_is_named_as_the_command_line_takes_it(tmp_path: P
     content = {
         "protocol": {"images": 100, "attacks": {"autoattack-fast": {"images": 50}, "autoattack": {"images": 100}}}
     }
+    content["protocol"]["attacks"] |= {f"{name}-fair-ard": {"protocol": "fair-ard"} for name in ("cw", "autoattack")}
+    for name in ("cw", "autoattack"):
+        weaker = words(evaluate_again(tmp_path, content, f"{name}-fair-ard"))
+        assert weaker[-4:] == f"--attacks {name} --protocol fair-ard".split()
     fast = words(evaluate_again(tmp_path, content, "autoattack-fast"))
     assert fast[-6:] == "--attacks autoattack --suite fast --autoattack-limit 50".split()
     assert words(evaluate_again(tmp_path, content, "autoattack"))[-2:] == ["--attacks", "autoattack"]

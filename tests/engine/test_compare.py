@@ -205,7 +205,6 @@ def test_what_has_no_value_is_called_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"eps": 4 / 255}, "eps is 0.0156"),
         ({"dataset": "cars"}, "dataset is cars, not pets"),
         ({"attacks": {"clean": {"steps": 0}, "pgd20": {"steps": 10}}}, "pgd20's steps is 10, not 20"),
     ],
@@ -215,6 +214,22 @@ def test_other_settings_are_refused(tmp_path: Path, change: dict[str, Any], said
     with pytest.raises(UsageError, match=said) as error:
         against(a, b, attack="pgd20")
     assert "b cannot be compared with a" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_two_radii_are_refused_with_what_helps(tmp_path: Path) -> None:
+    usual = write_run(tmp_path / "usual", verdicts(1, 1, 1))
+    other = write_run(tmp_path / "other", verdicts(1, 1, 1), eps=0.031)
+    for a, b in ((usual, other), (other, usual)):  # it is always the other one that has to change
+        with pytest.raises(
+            UsageError, match=r"at eps (8/255 and 0.031|0.031 and 8/255): run `retemper evaluate "
+        ) as error:
+            against(a, b)
+        assert str(error.value).endswith(f"--out {other}`") and "--eps" not in str(error.value)
+    (other / "evaluation.1.json").write_bytes((usual / "evaluation.json").read_bytes())
+    with pytest.raises(UsageError, match=rf"name {other}/evaluation\.1\.json in place of other"):
+        against(usual, other)
+    with pytest.raises(UsageError, match=r"--eps 0\.05"):
+        against(write_run(tmp_path / "one", verdicts(1, 1, 1), eps=0.05), other)
 
 
 def test_other_images_are_refused(tmp_path: Path) -> None:

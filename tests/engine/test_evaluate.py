@@ -246,7 +246,7 @@ def test_what_would_stop_a_later_attack_stops_the_first(
     assert run(words) == 3 and "damaged" in capsys.readouterr().err
     (tmp_path / "autoattack.csv").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("retemper.engine.evaluation.autoattack.version", missing)
+        patch.setattr("retemper.engine.evaluation.library.version", missing)
         assert run(words) == 2 and "retemper[eval]" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr(tempfile, "TemporaryFile", refused)

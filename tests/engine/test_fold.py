@@ -46,8 +46,8 @@ def lived_in(model: nn.Module) -> nn.Module:
 def network(name: str, device: torch.device) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     channels, size = (1, 8) if name.startswith("tiny") else (3, 16)
-    narrow = WideResNet(10, 3, depth=34, widen=1)  # for WRN-34-10: a hundredth of its memory, and the same modules
-    model = channels_last(lived_in(narrow if name == "wrn34_10" else create_model(name, 10)), device)
+    narrow = WideResNet(10, 3, depth=34, widen=1)  # for WRN-34: a hundredth of its memory, and the same modules
+    model = channels_last(lived_in(narrow if name.startswith("wrn34") else create_model(name, 10)), device)
     return model, torch.rand(4, channels, size, size).to(device, memory_format=torch.channels_last)
 
 

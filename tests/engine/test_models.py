@@ -20,7 +20,9 @@ SIZES = {  # name: classes, parameters, entries of the state_dict, millions of m
     "resnet18": (10, 11_173_962, 122, 555.4),
     "mobilenet_v2": (10, 2_296_922, 344, 91.2),
     "wrn34_10": (10, 46_160_474, 191, 6659.0),
+    "wrn34_20": (10, 184_531_674, 191, 26582.0),
     "preact_resnet18": (200, 11_269_640, 107, 555.5),
+    "preact_resnet18_frl": (10, 11_171_146, 102, 555.4),
     "preact_resnet34": (200, 21_377_800, 203, 1159.5),
     "resnet56": (10, 853_018, 332, 125.5),
     "tiny_resnet": (10, 77_754, 56, 12.207),
@@ -30,6 +32,8 @@ KEYS = {
     "resnet18": ["conv1.weight", "bn1.running_var", "layer2.0.shortcut.0.weight", "layer2.0.shortcut.1.bias"],
     "mobilenet_v2": ["layers.16.bn3.weight", "layers.0.shortcut.0.weight", "conv2.weight", "linear.bias"],
     "wrn34_10": ["block1.layer.0.convShortcut.weight", "block3.layer.4.bn2.weight", "bn1.weight", "fc.weight"],
+    "wrn34_20": ["block1.layer.0.convShortcut.weight", "block3.layer.4.bn2.weight", "bn1.weight", "fc.weight"],
+    "preact_resnet18_frl": ["layer4.0.shortcut.0.weight", "layer4.1.bn2.weight", "linear.weight"],
     "preact_resnet18": ["layer4.0.shortcut.0.weight", "layer4.1.bn2.weight", "bn.running_mean", "linear.weight"],
     "preact_resnet34": ["layer3.5.conv2.weight", "bn.weight"],
     "resnet56": ["layer3.8.conv2.weight", "layer2.0.bn1.weight", "linear.weight"],
@@ -41,11 +45,14 @@ RELEASED = {  # the first three logits of `filled` networks, by the released cod
     "mobilenet_v2": [-24.5620477, -30.3432114, 50.916313],
     "wrn16_2": [1.68134062, -2.09041827, 1.0324704],
     "preact_resnet18": [-6.39996413, 6.53503079, -6.13186681],
+    "preact_resnet18_frl": [-2.66532836, 2.19839475, -1.33155521],
     "preact_resnet34": [-6.29354922, 6.46159309, -6.09374875],
     "resnet56": [2.86852047, -0.276552179, -2.53967554],
 }
 each_model = pytest.mark.parametrize("name", MODELS)
-each_small_model = pytest.mark.parametrize("name", [name for name in MODELS if name != "wrn34_10"])
+# WRN-34-20 has the modules of WRN-34-10, four times as large
+each_light_model = pytest.mark.parametrize("name", [name for name in MODELS if name != "wrn34_20"])
+each_small_model = pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("wrn34")])
 
 
 def meta_model(name: str, num_classes: int, channels: int | None = None) -> nn.Module:
@@ -138,7 +145,7 @@ class LayoutWatch(TorchDispatchMode):
 
 @pytest.mark.own_process
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
-@each_model
+@each_light_model
 def test_stays_channels_last_forward_and_backward(name: str, autocast: bool) -> None:
     model = channels_last(create_model(name, 10)).eval().requires_grad_(False)
     pixels = image(name).to(memory_format=torch.channels_last).requires_grad_()

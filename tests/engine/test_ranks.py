@@ -28,6 +28,7 @@ from retemper.engine.device import is_out_of_memory
 from retemper.engine.distributed.join import join
 from retemper.engine.distributed.pulse import Pulse
 from retemper.engine.distributed.ranks import ALONE, RankLost, Ranks
+from retemper.engine.models import normalising
 from retemper.engine.run.state_file import unpack
 from retemper.engine.speed.capture import captured
 from retemper.engine.speed.fold import Folded
@@ -133,7 +134,7 @@ METHODS: dict[str, dict[str, Any]] = {  # all that is done with a batch as a who
     "absld": {},
     "mtard": {},
     "b_mtard": {},
-    "fair_rslad": {},
+    "fair_rslad": dict(normalise=True, average="swa"),
     "frl": {},
     "faal": {},
     "rslad": dict(awp_gamma=0.01, average="ema", ema_decay=0.9),
@@ -151,6 +152,7 @@ def trained(ranks: Ranks) -> dict[str, Any]:
         recipe = find_setting(f"{method}:digits")[2].recipe.replace(attack_steps=2, fold=False, lr=0.3, **fields)
         torch.manual_seed(1)
         student, *teachers = (Plain(width).double() for width in (6, 8, 8))
+        student = normalising(student, "digits") if recipe.networks.normalise else student
         wanted = recipe.networks.teacher_model, recipe.networks.clean_teacher_model
         teacher, clean_teacher = (one if name else None for one, name in zip(teachers, wanted, strict=True))
         state = State(recipe, student, teacher, 10, CPU, clean_teacher, ranks)

@@ -131,7 +131,7 @@ def test_the_tables_hold_the_numbers(markdown: str) -> None:
     assert "| absld | 73.0 (" in markdown and "**61.0** (class 3; " in markdown
     low, high = intervals([43], [100])["class"][0]
     assert f"**43.0 ▼** ({100 * low:.1f} to {100 * high:.1f})" in markdown
-    assert "| eps | 8/255 |" in markdown and "steps 20, step 2/255" in markdown
+    assert "| eps | 0.15 |" in markdown and "steps 20, step 2/255" in markdown
     assert "teacher of rslad, absld" in markdown
 
 
@@ -232,13 +232,58 @@ def test_holes_in_the_numbers_are_left_blank(tmp_path: Path) -> None:
 def test_different_protocols_are_pointed_out(tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path / "a", RSLAD, epochs=1, attacks=("pgd20",)),
-        make_run(tmp_path / "b", ABSLD, epochs=1, attacks=("pgd20",), count=40, protocol={"eps": 4 / 255}),
+        make_run(tmp_path / "b", ABSLD, epochs=1, attacks=("pgd20",), count=40, protocol={"seed": 1}),
     ]
     write_report([str(run) for run in runs], str(tmp_path / "out"))
     markdown = (tmp_path / "out/report.md").read_text()
-    assert "different protocols, do not compare them: images (1000, 400); eps (8/255, 4/255)." in markdown
+    assert "different protocols, do not compare them: images (1000, 400); seed (0, 1)." in markdown
     assert "Few test images: 40 in the smallest class." in markdown
     assert "best of its column" not in markdown
+
+
+def test_runs_at_two_radii_have_lines_apart(tmp_path: Path) -> None:
+    usual, other = 0.15, {"eps": 0.031}
+    runs = [
+        make_run(tmp_path / "narrow", ABSLD, epochs=1, attacks=("pgd20",), protocol=other, verdicts=True),
+        make_run(tmp_path / "a", RSLAD, epochs=1, attacks=("pgd20",), verdicts=True),
+        make_run(tmp_path / "b", RSLAD, epochs=1, attacks=("pgd20",), verdicts=True),
+    ]
+    report = RunSet([read_run(run) for run in runs])
+    assert (report.eps, [run.label for run in report.comparable]) == (usual, ["a", "b"])
+    assert not report.differing and [run.label for run in report.elsewhere] == ["narrow"]
+    note = warnings(report)[0]
+    assert note.text.startswith("narrow was evaluated at eps 0.031, the others at 0.15")
+    assert note.code == f"retemper evaluate {runs[0]}"
+    write_report([str(run) for run in runs], str(tmp_path / "out"))
+    markdown = (tmp_path / "out/report.md").read_text()
+    summary, paired = (markdown.partition(f"## {name}")[2].partition("\n## ")[0] for name in ("Summary", "Differences"))
+    assert "under attacks within eps 0.15" in summary and "eps 0.031: PGD-20, 1,000 images" in summary
+    own = summary.partition("eps 0.031: PGD-20")[2]
+    assert "narrow" in own and "narrow" not in summary.partition("eps 0.031: PGD-20")[0] and "| b" not in own
+    assert (
+        "narrow" not in paired and "narrow" not in markdown.partition("## For a paper's table")[2].partition("\n## ")[0]
+    )
+
+
+def test_without_the_usual_radius_a_report_is_at_the_first_ones(tmp_path: Path) -> None:
+    radii = {"a": 4 / 255, "b": 8 / 255, "c": 4 / 255}
+    runs = [make_run(tmp_path / name, RSLAD, epochs=1, protocol={"eps": eps}) for name, eps in radii.items()]
+    report = RunSet([read_run(run) for run in runs])
+    assert [run.label for run in report.comparable] == ["a", "c"]
+    assert warnings(report)[0].code == f"retemper evaluate {runs[1]} --eps 4/255"
+
+
+def test_a_papers_own_evaluation_is_called_weaker(tmp_path: Path) -> None:
+    attacks = ("clean", "pgd20", "cw", "pgd20-fair-ard", "cw-fair-ard", "autoattack-fair-ard")
+    weaker = attacks[3:]
+    runs = [make_run(tmp_path / name, RSLAD, attacks=attacks, partly=weaker, epochs=1) for name in ("a", "b")]
+    report = RunSet([read_run(run) for run in runs])
+    assert report.reference == "pgd20"
+    write_report([str(run) for run in runs], str(tmp_path / "out"))
+    markdown = (tmp_path / "out/report.md").read_text()
+    for title in ("PGD-20", "CW", "AutoAttack"):
+        assert f"{title} (fair-ard, weaker), 1,000 images" in markdown
+    assert "from a weaker protocol" in markdown
 
 
 def test_a_recipe_that_selects_on_the_test_images_is_pointed_out(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from retemper.engine.catalogue import find_setting, override
 from retemper.engine.checkpoints.weights import save_weights
 from retemper.engine.run import teachers
+from retemper.engine.run.commands import train_again
 from retemper.engine.run.job import Job
 from retemper.engine.run.run_folder import RunFolder
 from retemper.errors import UsageError
@@ -95,3 +96,49 @@ def test_a_finished_teacher_is_found_in_runs_if_it_agrees(trained: list[Job], tm
 def test_the_command_for_a_teacher_that_takes_days_has_what_was_changed(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"train trades:cifar10_wrn34_10 --eps 4/255 --out \S*-seed0-eps4_255$"):
         teachers.with_teacher(job_of("absld:cifar10_resnet18", tmp_path / "run", eps="4/255"))
+
+
+def test_a_published_teacher_is_named_and_not_trained(trained: list[Job], tmp_path: Path) -> None:
+    job = job_of("adaad:cifar10_resnet18_authors_teacher", tmp_path / "run")
+    assert teachers.with_teacher(job).teacher == "robustbench:Chen2021LTD_WRN34_20@cifar10/Linf" and not trained
+    own = replace(job, teacher=tmp_path / "own.pt")
+    assert teachers.with_teacher(own).teacher == tmp_path / "own.pt"
+
+
+def test_a_start_is_the_students_network(trained: list[Job], tmp_path: Path) -> None:
+    texts = {"student": "tiny_resnet_wide", "normalise": "true"}
+    found = teachers.with_teacher(job_of("faal:digits", tmp_path / "run", **texts))
+    assert found.start == tmp_path / "sat-digits_student-seed0-tiny_resnet_wide-normalisetrue"
+    assert (trained[0].recipe.networks.student, trained[0].recipe.networks.normalise) == ("tiny_resnet_wide", True)
+    assert teachers.with_teacher(job_of("absld:digits", tmp_path / "other", **texts)).teacher == (
+        tmp_path / "sat-digits-seed0"  # a teacher goes its own way
+    )
+    long = r"train sat:cifar10_preact_resnet18 --student preact_resnet18_frl --out \S*-preact_resnet18_frl$"
+    with pytest.raises(UsageError, match=f"name a preact_resnet18_frl checkpoint with --start, .*{long}"):
+        teachers.with_teacher(job_of("frl:cifar10_preact_resnet18", tmp_path / "c", student="preact_resnet18_frl"))
+
+
+@pytest.fixture
+def other_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the authors' code of ABSLD have another teacher than its paper."""
+    options = {"released": dict(teacher_model="tiny_resnet", teacher_recipe="sat:digits_student")}
+    monkeypatch.setattr(type(find_setting("absld:digits")[2].recipe.method), "variant_options", options)
+
+
+@pytest.mark.usefixtures("other_teacher")
+def test_a_variant_may_have_a_teacher_of_its_own(trained: list[Job], tmp_path: Path) -> None:
+    job = job_of("absld:digits", tmp_path / "run", variant="released", eps="0.3")
+    assert teachers.with_teacher(job).teacher == tmp_path / "sat-digits_student-seed0-eps0.3"
+    assert (trained[0].recipe.networks.student, trained[0].recipe.attack.eps) == ("tiny_resnet", 0.3)
+    paper = job_of("absld:digits", tmp_path / "paper")
+    assert teachers.with_teacher(paper).teacher == tmp_path / "sat-digits-seed0"
+
+
+@pytest.mark.usefixtures("other_teacher")
+def test_the_commands_of_a_variants_own_teacher_name_it(tmp_path: Path) -> None:
+    job = job_of("absld:digits", tmp_path / "run", variant="released", train_teacher="false")
+    with pytest.raises(UsageError, match=r"name a tiny_resnet checkpoint with --teacher, .* train sat:digits_student "):
+        teachers.with_teacher(job)
+    said = {"method": "absld", "setting": "digits", "recipe": job.recipe.flat(), "seed": 0}
+    again = train_again(said, tmp_path)
+    assert "--variant released" in again and "--train-teacher false" in again and "--teacher-" not in again

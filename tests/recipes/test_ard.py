@@ -1,10 +1,14 @@
 """ARD: the loss by its formula in float64, the attack's, and the schedule of the authors' code."""
 
+from types import ModuleType
+
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from retemper.engine import Targets
+from retemper.recipes import ard, fair_ard
 from retemper.recipes.ard import SETTINGS, Ard
 
 GEN = torch.Generator().manual_seed(0)
@@ -49,6 +53,7 @@ def test_the_second_drop_changes_nothing_in_the_released_code_alone() -> None:
     released = paper.as_variant("released")
     assert [round(released.optim.lr_at(e), 9) for e in epochs] == [0.1, 0.1, 0.01, 0.01, 0.01, 0.01]
     assert not paper.optim.nesterov and not released.optim.nesterov
+    assert (released.selection.holdout_per_class, released.execution.precision) == (0, "fp32")
     same = Ard(variant="released").loss(LOGITS, TARGETS)
     assert torch.equal(same, Ard().loss(LOGITS, TARGETS))
 
@@ -63,3 +68,10 @@ def test_the_full_setting_is_the_authors() -> None:
     assert (method.temperature, method.soft_weight, method.kl_scale) == (30, 1, 0.1)
     assert method.forwards == ("adv", "clean")  # the clean one too moves the batch-norm statistics
     assert SETTINGS["cifar100_resnet18"].recipe.optim.batch_size == 256
+
+
+@pytest.mark.parametrize("module", [ard, fair_ard], ids=["ard", "fair_ard"])
+def test_the_loss_is_a_mean_over_the_classes_of_each_data_set(module: ModuleType) -> None:
+    for name, classes in (("cifar10_resnet18", 10), ("cifar100_resnet18", 100), ("tiny_imagenet_preact_resnet18", 200)):
+        method = module.SETTINGS[name].recipe.method
+        assert isinstance(method, Ard) and method.kl_scale == 1 / classes

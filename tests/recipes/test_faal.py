@@ -42,6 +42,12 @@ def test_the_distribution_is_the_one_a_solver_finds(classes: int, radius: float)
     np.testing.assert_allclose(ours.numpy(), solved(margin, radius), atol=2e-4)
 
 
+@pytest.mark.parametrize("radius", [0.01, 0.5, 3.0])
+def test_in_float64_the_radius_is_met_to_rounding(radius: float) -> None:
+    margin = torch.randn(10, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    assert divergence(worst_distribution(margin, radius)) == pytest.approx(radius, abs=1e-12)
+
+
 @pytest.mark.parametrize("radius", [1e-3, 0.5, 3.0])
 @pytest.mark.parametrize("classes", [2, 10, 200])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
@@ -94,6 +100,12 @@ def test_loss_is_the_formula_and_the_weights_are_constants_in_it(variant: str) -
     gradient = 4 / 11 * weight[label, None] * (prob - torch.nn.functional.one_hot(label, 4))
     assert moving.grad is not None
     torch.testing.assert_close(moving.grad, gradient, rtol=5e-3, atol=1e-5)
+
+
+def test_weights_are_perturbed_along_the_plain_cross_entropy() -> None:
+    method, logits, targets = case()
+    plain = torch.nn.functional.cross_entropy(logits, targets.label_B)
+    torch.testing.assert_close(method.perturbing_loss({"adv": logits}, targets), plain)
 
 
 def test_variants_differ_where_classes_differ_in_number() -> None:

@@ -94,9 +94,18 @@ def test_fair_mtards_released_code_asks_the_wrong_teacher() -> None:
         adv, clean = method.task_losses(logits, targets)
         for loss, name, taught in ((adv, "adv", targets.teacher_adv_BK), (clean, "clean", teacher)):
             assert taught is not None
-            kl_BK = F.kl_div(logits[name].log_softmax(1), taught.softmax(1), reduction="none")
+            p_BK, floor = taught.softmax(1), 1e-5 if variant == "released" else 0
+            kl_BK = p_BK * ((p_BK + floor).log() - logits[name].log_softmax(1))
             expected = (WEIGHT[LABEL] * kl_BK.sum(1)).sum() / 8 / 10
             torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+
+
+def test_fair_rslads_released_code_adds_nothing_to_kappa() -> None:
+    means = ClassMeans.zeros(3, 1, torch.device("cpu"))
+    means.add(torch.tensor([4.0, 2, 0]), torch.arange(3))
+    stats = EpochStats(measured={"kappa": means})
+    for variant, kappa in (("paper", [4.0, 2, 0]), ("released", [4 - 1e-5, 2 - 1e-5, 0])):  # class_weight adds 1e-5
+        torch.testing.assert_close(FairRslad(variant=variant).kappa(stats), torch.tensor(kappa), rtol=1e-6, atol=1e-9)
 
 
 def test_kappa_counts_the_iterates_before_each_step_that_are_still_correct() -> None:
@@ -129,6 +138,17 @@ def test_an_epoch_weighs_by_the_class_means_of_kappa() -> None:
         assert moved.keys() == state.keys()
         expected = class_weight(torch.tensor([7.0, 1.5, 9.5]), 0.5, 0.7, 1.5)  # classes of four, two and two images
         torch.testing.assert_close(moved["class_weight"], expected)
+
+
+def test_the_released_kappa_is_a_sum_over_the_mean_size_of_a_class() -> None:
+    label_B = torch.tensor([0, 0, 0, 1, 2, 2])
+    means = ClassMeans.zeros(3, 1, torch.device("cpu"))
+    means.add(torch.tensor([5.0, 7, 6, 4, 9, 9]), label_B)
+    for variant, kappa in (("paper", [6.0, 4, 9]), ("released", [9.0, 2, 9])):
+        recipe = Recipe.of(FairArd, dataset="digits", student="tiny_resnet", variant=variant)
+        state = recipe.method.class_state(3, recipe)
+        moved = recipe.method.next_class_state(state, EpochStats(measured={"kappa": means}), 1, recipe)
+        torch.testing.assert_close(moved["class_weight"], class_weight(torch.tensor(kappa)))
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.rpartition(".")[2])

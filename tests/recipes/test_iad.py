@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from retemper.engine import EpochStats, Recipe, Targets
+from retemper.engine import EpochStats, Forwards, Recipe, Targets
+from retemper.recipes.adaiad import AdaIad
 from retemper.recipes.ard import AUTHORS
-from retemper.recipes.iad import SETTINGS, Iad, Iad2
+from retemper.recipes.fair_iad import FairIad
+from retemper.recipes.iad import SETTINGS, Iad, Iad2, Trust
 
 LABEL = torch.arange(7) % 5
 
@@ -66,6 +68,31 @@ def test_losses_and_gradients_are_the_formulas(method: type[Iad], formula, begun
     assert clean is not None and bool(clean.any()) == bool(begun)  # the student's own answer is not detached
 
 
+@pytest.mark.parametrize(
+    ("method", "first", "then"),
+    [
+        (Iad, ("adv", "adv", "clean"), ("adv", "adv", "clean", "clean")),
+        (Iad2, ("adv",), ("adv", "clean")),
+        (AdaIad, ("clean", "adv", "clean"), ("clean", "adv", "clean", "clean")),
+        (FairIad, ("adv", "clean", "adv"), ("adv", "clean", "adv")),
+    ],
+)
+def test_the_released_forwards_change_when_the_student_begins_to_trust_itself(
+    method: type[Trust], first: tuple[str, ...], then: tuple[str, ...]
+) -> None:
+    paper = Recipe.of(method, dataset="digits", student="tiny_resnet", epochs=10, begin=0.3)
+    released = paper.as_variant("released")
+    for epoch in range(1, 11):
+        expected = first if epoch <= 3 else then
+        assert released.method.forwards_in(epoch, released) == Forwards(expected)
+        assert paper.method.forwards_in(epoch, paper) == Forwards(method.forwards)
+
+
+def test_iad_ii_needs_no_clean_answer_before_it_begins() -> None:
+    at = logits_of("adv", "clean")
+    torch.testing.assert_close(Iad2().loss({"adv": at["adv"]}, targets(0)), Iad2().loss(at, targets(0)), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(("method", "begin"), [(Iad, 60), (Iad2, 40)])
 def test_the_teacher_is_trusted_in_full_until_the_authors_epoch(method: type[Iad], begin: int) -> None:
     recipe = Recipe.of(method, **AUTHORS, dataset="digits", student="tiny_resnet")
@@ -81,9 +108,12 @@ def test_the_teacher_is_trusted_in_full_until_the_authors_epoch(method: type[Iad
         recipe.replace(begin=60.0)
 
 
-def test_variants_differ_in_the_schedule_alone() -> None:
+def test_variants_differ_in_the_schedule_the_choice_and_the_forwards() -> None:
     paper, released = SETTINGS["cifar10_resnet18"].recipe, SETTINGS["cifar10_resnet18"].recipe.as_variant("released")
     assert [round(r.optim.lr_at(200), 9) for r in (paper, released)] == [0.001, 0.01]
+    assert [r.selection.select_on for r in (paper, released)] == ["holdout", "test"]
+    assert (released.selection.select_by, released.selection.select_steps) == ("robust", 10)
+    assert all(released.selection.is_due(epoch, 200) for epoch in range(1, 201))
     losses = [recipe.method.loss(logits_of("adv", "clean"), targets(1)) for recipe in (paper, released)]
     assert torch.equal(*losses)
 

@@ -1,5 +1,6 @@
 """MART: the loss written out in float64, what is boosted in it, and the authors' constants."""
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -46,6 +47,12 @@ def test_the_attack_raises_the_cross_entropy() -> None:
     logits, label = random_logits()
     raised = Mart().objective(targets(label))(logits["adv"])
     torch.testing.assert_close(raised, F.cross_entropy(logits["adv"], label, reduction="sum"))
+
+
+def test_the_wide_network_has_the_constants_of_its_own_script() -> None:
+    recipe = SETTINGS["cifar10_wrn34_10"].recipe
+    assert (recipe.optim.weight_decay, recipe.optim.epochs, recipe.flat()["beta"]) == (7e-4, 90, 6.0)
+    assert [recipe.optim.lr_at(epoch) for epoch in (74, 75, 90)] == pytest.approx([0.1, 0.01, 0.001])
 
 
 def test_the_full_setting_is_the_authors() -> None:

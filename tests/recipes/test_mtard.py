@@ -12,7 +12,7 @@ from retemper.cli import run
 from retemper.engine import EpochStats, Recipe, Targets
 from retemper.recipes.b_mtard import SETTINGS as B_SETTINGS
 from retemper.recipes.b_mtard import BMtard
-from retemper.recipes.mtard import SETTINGS, Mtard, next_clean_weight
+from retemper.recipes.mtard import SETTINGS, Mtard, floor_cost, next_clean_weight
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/recipes.json").read_text())["mtard_weight"]
 LABEL = torch.arange(7) % 5
@@ -88,6 +88,22 @@ def test_the_loss_is_the_formula() -> None:
         method.after_step(state, logits, targets(robust, sure, state))
 
 
+@pytest.mark.parametrize("temperature", [None, [0.5, 1.0, 2.0, 3.0, 1.5]])
+@pytest.mark.parametrize("weight", [None, [1.0, 2.5, 0.8, 1.0, 1.2]])
+def test_the_floor_raises_the_loss_by_what_the_authors_logarithm_does(
+    temperature: list[float] | None, weight: list[float] | None
+) -> None:
+    _, robust, _ = drawn(0)
+    t, w = (torch.tensor(value or [1.0] * 5).double() for value in (temperature, weight))
+    p = (robust / t[LABEL, None]).softmax(1)
+    expected = (w[LABEL] * (p * ((p + 1e-5).log() - p.log())).sum(1)).mean()
+    cost = floor_cost(robust, LABEL, None if temperature is None else t, None if weight is None else w)
+    torch.testing.assert_close(cost, expected, rtol=1e-9, atol=0)
+    assert 0 < cost < w.max() * 5 * 1e-5
+    sure = torch.tensor([[0.0, -2000.0]])
+    assert floor_cost(sure, torch.zeros(1, dtype=torch.int64)) == torch.tensor(1 + 1e-5).log()  # and no 0 * inf
+
+
 def test_the_weights_carry_no_gradient() -> None:
     method = Mtard()
     state = double(start_of(method)) | {"first_adv_loss": torch.ones(1).double()}
@@ -113,7 +129,7 @@ def test_a_student_that_is_the_teacher_stays_finite() -> None:
 
 def test_the_rates_fall_with_the_learning_rate() -> None:
     recipe = Recipe.of(BMtard, dataset="digits", student="tiny_resnet", lr_drops=(5,))
-    state = start_of(BMtard())
+    state = {name: value.float() for name, value in start_of(BMtard()).items()}
     for epoch, share in ((4, 1.0), (5, 0.1)):
         state = recipe.method.next_class_state(state, EpochStats(), epoch, recipe)
         torch.testing.assert_close(state["task_rate"], torch.tensor([0.025 * share]))

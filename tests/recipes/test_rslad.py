@@ -1,9 +1,13 @@
 """RSLAD: its loss by hand and against PyTorch's KL in float64."""
 
+from typing import Any
+
+import pytest
 import torch
 from torch.nn import functional as F
 
 from retemper.engine import Targets
+from retemper.engine.catalogue import find_setting
 from retemper.recipes.rslad import Rslad
 
 
@@ -30,3 +34,29 @@ def test_loss_equals_pytorchs_kl() -> None:
     torch.testing.assert_close(Rslad().loss({"adv": adv, "clean": clean}, targets), expected, rtol=1e-12, atol=0)
     attack = F.kl_div(adv.log_softmax(1), teacher.softmax(1), reduction="sum")
     torch.testing.assert_close(Rslad().objective(targets)(adv), attack, rtol=1e-12, atol=0)
+
+
+ON_TEST = dict(select_on="test", select_steps=20, select_step=0.003, precision="fp32", nesterov=False)
+LAST = dict(select_on="holdout", holdout_per_class=0, precision="fp32", nesterov=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("rslad", dict(ON_TEST, select_by="robust", select_every=20)),
+        ("absld", dict(ON_TEST, select_by="robust+worst", select_every=10)),
+        ("mtard", dict(ON_TEST, select_by="robust", select_every=20)),
+        ("b_mtard", dict(ON_TEST, select_by="clean+robust", select_every=20)),
+        ("fair_rslad", LAST),
+        ("fair_mtard", LAST),
+    ],
+)
+def test_released_has_the_split_the_choice_and_the_precision_of_the_authors(
+    method: str, options: dict[str, Any]
+) -> None:
+    found = find_setting(f"{method}:cifar10_resnet18")[2].recipe.as_variant("released")
+    flat = found.flat()
+    assert {name: flat[name] for name in options} == options
+    assert (flat["select_always_from"], flat["select_from"]) == (215, 1)
+    assert not found.holds_out and found.method.kl_scale == 0.1
+    assert find_setting(f"{method}:cifar100_resnet18")[2].recipe.method.kl_scale == 0.1  # 10 / 100, as in their scripts

@@ -20,6 +20,13 @@ def test_sees_adversarial_images_alone() -> None:
     assert all(setting.recipe.networks.teacher_model is None for setting in SETTINGS.values())
 
 
+def test_students_are_attacked_in_training_mode_and_teachers_in_evaluation_mode() -> None:
+    modes = {name: setting.recipe.attack.bn_mode for name, setting in SETTINGS.items()}
+    students = {name for name, mode in modes.items() if mode == "train"}
+    assert students == {name for name, setting in SETTINGS.items() if "teacher" not in setting.note}
+    assert modes["cifar10_preact_resnet18"] == "train" and modes["digits"] == "eval"
+
+
 def test_the_clean_teachers_are_trained_and_chosen_without_an_attack() -> None:
     found = [setting.recipe for name, setting in SETTINGS.items() if name.endswith("_clean")]
     assert len(found) == 6

@@ -1,8 +1,8 @@
 """Settings of full size start, take two steps and are evaluated, on files in their data set's own format.
 
 All those of four methods, and one of each other method: they share the options of recipes/settings.py.
-WRN-34-10 would take most of the time and of the memory, and is a tenth as wide here; tests/engine/test_models.py has it
-whole.
+WRN-34-10 and -20 would take most of the time and of the memory, and are narrow here; tests/engine/test_models.py has
+the first whole.
 """
 
 import json
@@ -16,6 +16,7 @@ import torch
 from retemper.cli import run
 from retemper.engine import create_model, save_weights
 from retemper.engine.catalogue import find_setting, method_module, methods
+from retemper.engine.checkpoints.published import published
 from retemper.engine.models import MODELS
 from retemper.engine.models.wide_resnet import WideResNet
 from retemper.loaders import load_split, usual_eps
@@ -64,6 +65,7 @@ def test_starts_steps_and_is_evaluated(
     name: str, data_root: Callable[[str, bool], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(MODELS, "wrn34_10", lambda classes, channels=3: WideResNet(classes, channels, 34, 1))
+    monkeypatch.setitem(MODELS, "wrn34_20", lambda classes, channels=3: WideResNet(classes, channels, 34, 2))
     recipe = find_setting(name)[2].recipe
     learns_from_held_out = bool(recipe.method.validates_by) or recipe.optim.average_above > 0
     root = data_root(recipe.data.dataset, learns_from_held_out)
@@ -106,7 +108,10 @@ def test_what_it_builds_on_is_trained_by_the_recipe_that_it_names(name: str) -> 
         (recipe.networks.clean_teacher_model, recipe.networks.clean_teacher_recipe, False),
         (recipe.networks.student, recipe.networks.start_recipe, True),
     ):
-        if trained_by:
+        if trained_by and trained_by.startswith("robustbench:"):
+            known = published(trained_by)
+            assert known is not None and known.dataset == recipe.data.dataset
+        elif trained_by:
             found = find_setting(trained_by)[2].recipe
             assert (found.networks.student, found.data.dataset) == (model, recipe.data.dataset)
             assert (found.data.image_size, found.networks.teacher_model) == (recipe.data.image_size, None)

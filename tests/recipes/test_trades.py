@@ -1,5 +1,6 @@
 """TRADES: the loss by PyTorch's own terms, and its gradient through both predictions."""
 
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -42,3 +43,7 @@ def test_the_full_setting_is_the_authors() -> None:
     assert (recipe.attack.eps, recipe.attack.step, recipe.attack.steps) == (0.031, 0.007, 10)
     assert recipe.optim.epochs == 76
     assert recipe.method.forwards == ("clean", "adv")
+    awp = SETTINGS["cifar10_wrn34_10_awp"].recipe
+    assert (awp.attack.eps, awp.attack.step, awp.optim.weight_decay) == (8 / 255, 2 / 255, 5e-4)
+    assert (awp.optim.awp_gamma, awp.optim.awp_from, awp.optim.epochs) == (0.005, 10, 200)
+    assert [awp.optim.lr_at(epoch) for epoch in (99, 100, 150)] == pytest.approx([0.1, 0.01, 0.001])

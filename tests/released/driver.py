@@ -85,7 +85,7 @@ class Run:
         teacher, clean_teacher: frozen, in eval mode; None where the method has none.
         batches: by epoch.
         lr: the learning rate of each step.
-        held, test: the images that the method learns from but is not trained on, and those of the test set.
+        held, judged: the images that are held out of training, and those that choose the epoch.
         class_state: by epoch; the first is that of the first epoch, the last what the last epoch has led to.
         student, kept: the weights and statistics in the end, of the student and of what is kept.
         best_epoch: the epoch whose weights are kept as the best, from 1.
@@ -98,7 +98,7 @@ class Run:
     batches: list[list[Batch]] = field(default_factory=list)
     lr: list[float] = field(default_factory=list)
     held: tuple[Tensor, Tensor] | None = None
-    test: tuple[Tensor, Tensor] | None = None
+    judged: tuple[Tensor, Tensor] | None = None
     class_state: list[dict[str, Tensor]] = field(default_factory=list)
     student: dict[str, Tensor] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
@@ -160,7 +160,7 @@ def _watch(run: Run, monkeypatch: pytest.MonkeyPatch) -> list[State]:
 
     def loaded(*arguments: Any, **options: Any) -> Any:
         data = load(*arguments, **options)
-        run.held, run.test = _images(getattr(data, "held", None)), _images(getattr(data, "test", None))
+        run.held, run.judged = _images(data.held), _images(data.judged)
         return data
 
     def started(state: State, recipe: Recipe, epoch: int, noise_seed: int) -> None:
