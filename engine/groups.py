@@ -148,8 +148,9 @@ class Selection(Options):
         "and the last epoch is kept unless test images choose",
         at_most=10**7,
     )
-    holdout_from: Literal["random", "end"] = option(
-        "random", "which images of a class are held out: drawn at random, or its last ones in the order of the files"
+    holdout_from: Literal["random", "start", "end"] = option(
+        "random",
+        "which images of a class are held out: drawn at random, or its first or last in the order of the files",
     )
     select_every: int = option(10, "look every so many epochs", positive=True, at_most=MOST_EPOCHS)
     select_always_from: int = option(215, "look after every epoch from here on", at_most=MOST_EPOCHS)

@@ -35,6 +35,7 @@ class Targets:
         teacher_adv_BK: the teacher's logits on the attacked images; None during the attack (`Method.teacher_sees`).
         clean_teacher_BK, clean_teacher_adv_BK: the second teacher's logits (`Method.clean_teacher_sees`).
         watched: what `Method.watcher` returned, after the attack.
+        attack: which attack of the step this is, from 0, where the method takes several.
         state: the method's class state.
         part: the rows of the batch that these are, where several processes train. A method asks it for what it needs of
             the batch as a whole.
@@ -47,6 +48,7 @@ class Targets:
     clean_teacher_BK: Tensor | None = None
     clean_teacher_adv_BK: Tensor | None = None
     watched: Any = None
+    attack: int = 0
     state: Mapping[str, Tensor]
     part: Part = WHOLE
 
@@ -126,6 +128,13 @@ class Method(Options):
     def margins(self, targets: Targets, attack: TrainingAttack) -> tuple[float | Tensor, float | Tensor]:
         """Return the attack's radius and step in pixel units: numbers, or (B,) where each class has its own."""
         return attack.eps, attack.step
+
+    def attacks(self) -> int:
+        """Return how many attacks a step takes, each from a random start of its own.
+
+        The images of a later one take the place of those of the same name. A `watcher` may keep some from that.
+        """
+        return 1
 
     def watcher(self, clean_BCHW: Tensor, targets: Targets) -> Watcher | None:
         """Return what looks on at the attack, or None."""

@@ -15,6 +15,8 @@ from retemper.engine.optim import perturb_weights, put_back
 from retemper.engine.recipe import Recipe, Targets
 from retemper.engine.state import State
 
+FAR = 2**62  # between the noise seeds of two attacks of a step: further than those of any two steps of a run
+
 
 def train_step(
     state: State, recipe: Recipe, clean_BCHW: Tensor, label_B: Tensor, teacher_BK: Tensor | None = None
@@ -40,11 +42,13 @@ def train_step(
         recipe = recipe.replace(attack_bn="eval")  # an image that counts for nothing must move no statistics
     attacked = state.attacked()
     targets = observe(state, recipe, attacked, clean_BCHW, label_B, teacher_BK)
-    adv_BCHW = attack(state, recipe, attacked, clean_BCHW, targets)
-    targets = observe_attacked(state, recipe, adv_BCHW, targets)
-    images = {"clean": clean_BCHW, "adv": adv_BCHW}
-    if targets.watched is not None:
-        images |= targets.watched.images(adv_BCHW)
+    images = {"clean": clean_BCHW}
+    for number in range(recipe.method.attacks()):
+        targets = begin_attack(recipe, clean_BCHW, targets, number) if number else targets
+        images["adv"] = attack(state, recipe, attacked, clean_BCHW, targets)
+        if targets.watched is not None:
+            images |= targets.watched.images(images["adv"])
+    targets = observe_attacked(state, recipe, images["adv"], targets)
     loss = descend(state, recipe, images, targets)
     state.noise_seed += 1
     return loss
@@ -78,7 +82,13 @@ def observe(
         if method.needs_own_prediction:
             with module_mode(attacked, recipe.attack.bn_mode):
                 targets = replace(targets, own_BK=attacked(clean_BCHW))
-    return replace(targets, watched=method.watcher(clean_BCHW, targets))
+    return begin_attack(recipe, clean_BCHW, targets, number=0)
+
+
+def begin_attack(recipe: Recipe, clean_BCHW: Tensor, targets: Targets, number: int) -> Targets:
+    """Return the targets of one attack of the step, with a watcher of its own where the method has one."""
+    targets = replace(targets, attack=number, watched=None)
+    return replace(targets, watched=recipe.method.watcher(clean_BCHW, targets))
 
 
 def attack(state: State, recipe: Recipe, attacked: nn.Module, clean_BCHW: Tensor, targets: Targets) -> Tensor:
@@ -99,7 +109,7 @@ def attack(state: State, recipe: Recipe, attacked: nn.Module, clean_BCHW: Tensor
             clip_start=recipe.attack.clip_start,
             rows=state.part.ranks.rows,
             bn_mode=recipe.attack.bn_mode,
-            seed=state.noise_seed,
+            seed=state.noise_seed + FAR * targets.attack if targets.attack else state.noise_seed,
             watch=targets.watched,
         )
 

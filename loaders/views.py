@@ -89,7 +89,7 @@ def holdout_split(
         labels: (N,) int64.
         per_class: images of each class.
         seed: decides which ones, where they are drawn.
-        place: "random" to draw them, "end" to take the last ones of each class.
+        place: "random" to draw them, "start" or "end" to take the first or the last ones of each class.
 
     Returns:
         Positions to train on and positions held out, both sorted and int64; together they are 0 ... N - 1.
@@ -104,6 +104,7 @@ def holdout_split(
         members = np.flatnonzero(labels == k)
         if per_class >= len(members):
             raise UsageError(f"cannot hold out {per_class} images of each class: class {k} has {len(members)}")
-        order = np.arange(len(members))[::-1] if place == "end" else permutation(len(members), seed, int(k), HOLDOUT)
-        held[members[order[:per_class]]] = True
+        if place == "random":
+            members = members[permutation(len(members), seed, int(k), HOLDOUT)]
+        held[members[len(members) - per_class :] if place == "end" else members[:per_class]] = True
     return np.flatnonzero(~held), np.flatnonzero(held)

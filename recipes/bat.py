@@ -15,15 +15,30 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from retemper.engine import OwnPredictionAttack, Targets, Watcher, cross_entropy_rows, kl_rows, option, run_recipe
+from retemper.engine import (
+    OwnPredictionAttack,
+    Targets,
+    Watcher,
+    at_least_float32,
+    cross_entropy_rows,
+    kl_rows,
+    option,
+    run_recipe,
+)
 from retemper.recipes.settings import ON_DIGITS, adversarial_training
 
 
 class Boundary(Watcher):
-    """Watches an attack and keeps the iterates on either side of the boundary."""
+    """Watches an attack and keeps the iterates on either side of the boundary.
 
-    def __init__(self, clean_BCHW: Tensor, label_B: Tensor, tau: int) -> None:
-        self.label_B, self.tau = label_B, tau
+    Args:
+        sides: those that are asked for, of "last_clean" and "adv".
+    """
+
+    def __init__(
+        self, clean_BCHW: Tensor, label_B: Tensor, tau: int, sides: tuple[str, ...] = ("last_clean", "adv")
+    ) -> None:
+        self.label_B, self.tau, self.sides = label_B, tau, sides
         self.before_BCHW: Tensor | None = None  # the iterate before this one
         self.last_clean_BCHW = self.first_adv_BCHW = clean_BCHW
         self.errors_B = torch.zeros_like(label_B)
@@ -42,24 +57,37 @@ class Boundary(Watcher):
         errors_B111 = self.errors_B[:, None, None, None]
         last_clean_BCHW = torch.where(errors_B111 > 0, self.last_clean_BCHW, adv_BCHW)
         first_adv_BCHW = torch.where(errors_B111 > self.tau, self.first_adv_BCHW, adv_BCHW)
-        return {"last_clean": last_clean_BCHW, "adv": first_adv_BCHW}
+        found = {"last_clean": last_clean_BCHW, "adv": first_adv_BCHW}
+        return {side: found[side] for side in self.sides}
 
 
 def certainty(logits_BK: Tensor) -> Tensor:
     """Return KL(softmax(logits) || U) of each image, (B,)."""
-    log_p_BK = logits_BK.float().log_softmax(1)
+    log_p_BK = at_least_float32(logits_BK).log_softmax(1)
     return math.log(logits_BK.shape[1]) + (log_p_BK.exp() * log_p_BK).sum(1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bat(OwnPredictionAttack):
+    variants: ClassVar[tuple[str, ...]] = ("paper", "released")
+    # released: each side comes from an attack of its own, from another start; all images are trained on, and the last
+    # epoch is kept
+    variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "released": dict(holdout_per_class=0, precision="fp32")
+    }
     forwards: ClassVar[tuple[str, ...]] = ("last_clean", "adv", "clean")  # x_c, x_a, x in the authors' order
     beta: float = option(6.0, "weight of the robust term", at_most=1000)
     tau: int = option(1, "wrong iterates before the one that is learned from", at_most=1000)
     uniform_weight: float = option(1.0, "weight of the pull towards the uniform distribution", at_most=1000)
 
+    def attacks(self) -> int:
+        return 2 if self.variant == "released" else 1
+
     def watcher(self, clean_BCHW: Tensor, targets: Targets) -> Boundary:
-        return Boundary(clean_BCHW, targets.label_B, self.tau)
+        sides = ("last_clean", "adv")
+        if self.attacks() == 2:
+            sides = sides[targets.attack : targets.attack + 1]
+        return Boundary(clean_BCHW, targets.label_B, self.tau, sides)
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         clean_B = cross_entropy_rows(logits["last_clean"], targets.label_B)

@@ -21,6 +21,7 @@ from retemper.engine import (
     Recipe,
     Targets,
     TrainingAttack,
+    at_least_float32,
     cross_entropy_rows,
     kl_rows,
     option,
@@ -46,8 +47,11 @@ def traded_weight(mean_probability_KK: Tensor, scale: float = 1.0) -> Tensor:
 @dataclass(frozen=True, kw_only=True)
 class Dafa(OwnPredictionAttack):
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")
-    # the released script inverts its flag: its SGD is Nesterov's
-    variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {"released": dict(nesterov=True)}
+    # released: the script inverts its flag, so that its SGD is Nesterov's; all images are trained on, and the last
+    # epoch is kept. A weight below 0, which a network that gives one answer to all leads to, is 0 here and not there.
+    variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "released": dict(nesterov=True, holdout_per_class=0, precision="fp32")
+    }
     forwards: ClassVar[tuple[str, ...]] = ("adv", "clean")  # the authors' order
     beta: float = option(6.0, "weight of the robust term", at_most=1000)
     scale: float = option(1.0, "how much similar classes trade (lambda)", at_most=100)
@@ -66,7 +70,7 @@ class Dafa(OwnPredictionAttack):
         return (clean_B + self.beta * kl_rows(logits["clean"], logits["adv"])).mean()
 
     def measured(self, logits: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
-        return {"probability": logits["adv"].float().softmax(1)}
+        return {"probability": at_least_float32(logits["adv"]).softmax(1)}
 
     def next_class_state(
         self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int, recipe: Recipe
@@ -74,7 +78,7 @@ class Dafa(OwnPredictionAttack):
         if epoch != self.warm_up:
             return dict(state)
         weight_K = traded_weight(stats.measured["probability"].mean_KD, self.scale)
-        return {"class_weight": weight_K.clamp(min=0)}  # only a network that gives one answer to all gets below
+        return {"class_weight": weight_K.clamp(min=0)}
 
 
 AUTHORS: dict[str, Any] = dict(

@@ -7,6 +7,7 @@ where x' = argmax KL(S(x) || S(x')). After each epoch, by Hedge over the K class
 w = K softmax(eta sum over epochs of c)   where   c[k] = held-out CE + beta KL of class k,  c[K + 1] = that of all
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from retemper.engine import (
+    MOST_EPOCHS,
     EpochStats,
     OwnPredictionAttack,
     Recipe,
@@ -39,8 +41,18 @@ def hedge_weight(loss_history: Tensor, eta: float = 0.1) -> Tensor:
     return num_classes * (eta * loss_history.sum(0)).softmax(0)
 
 
+# the images that are held out for the weights choose no epoch
+LAST_EPOCH: dict[str, Any] = dict(select_from=MOST_EPOCHS, select_always_from=MOST_EPOCHS, select_every=MOST_EPOCHS)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Wat(OwnPredictionAttack):
+    variants: ClassVar[tuple[str, ...]] = ("paper", "released")
+    # released: the costs are divided by the images of so many full batches, on CIFAR-10 3072 in the place of 3000; the
+    # last images of each class are held out, and the last epoch is kept (theirs writes the 99th of 100)
+    variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "released": dict(holdout_from="end", precision="fp32") | LAST_EPOCH
+    }
     forwards: ClassVar[tuple[str, ...]] = ("clean", "adv")  # the authors' order
     validates_by: ClassVar = "training attack"
     beta: float = option(6.0, "weight of the robust term", at_most=1000)
@@ -59,13 +71,21 @@ class Wat(OwnPredictionAttack):
         weight_B = targets.state["class_weight"][targets.label_B] + targets.state["mean_weight"]
         return (weight_B * trades_B).mean()
 
+    def cost_share(self, num_classes: int, recipe: Recipe) -> float:
+        """Return what the costs are multiplied by: 1, or the share of the held-out images in their full batches."""
+        if self.variant == "paper":
+            return 1.0
+        images, size = num_classes * recipe.selection.holdout_per_class, recipe.optim.batch_size
+        return images / (math.ceil(images / size) * size)
+
     def next_class_state(
         self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int, recipe: Recipe
     ) -> dict[str, Tensor]:
         if epoch == 0:  # the first epoch weighs all alike
             return dict(state)
         assert stats.held is not None
-        loss_K = state["loss_so_far"] + stats.held.clean_loss_K + self.beta * stats.held.boundary_loss_K
+        cost_K = stats.held.clean_loss_K + self.beta * stats.held.boundary_loss_K
+        loss_K = state["loss_so_far"] + self.cost_share(len(cost_K), recipe) * cost_K
         weight = hedge_weight(torch.cat([loss_K, loss_K.mean()[None]])[None], self.eta)
         return {"loss_so_far": loss_K, "class_weight": weight[:-1], "mean_weight": weight[-1:]}
 

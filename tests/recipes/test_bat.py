@@ -58,6 +58,22 @@ def test_images_go_by_the_names_of_the_forwards() -> None:
     assert shift == {"last_clean": [3, 1], "adv": [3, 3], "clean": [0, 0]}
 
 
+def test_the_code_takes_each_side_from_an_attack_of_its_own() -> None:
+    paper = SETTINGS["cifar10_resnet18"].recipe
+    released = paper.as_variant("released")
+    one, other = paper.flat(), released.flat()
+    changed = {name: other[name] for name in one if one[name] != other[name]}
+    assert changed == {"variant": "released", "holdout_per_class": 0, "precision": "fp32"}
+    assert (paper.method.attacks(), released.method.attacks()) == (1, 2)
+    clean = torch.rand(2, 1, 4, 4)
+    for attack, side in enumerate(("last_clean", "adv")):
+        targets = Targets(label_B=torch.tensor([0, 0]), state={}, attack=attack)
+        watched = released.method.watcher(clean, targets)
+        assert watched is not None
+        watched(clean, torch.eye(2))
+        assert watched.images(clean).keys() == {side}
+
+
 def test_loss_is_the_formula() -> None:
     gen = torch.Generator().manual_seed(0)
     method = Bat()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from retemper.engine import ClassSums, EpochStats, Recipe, Targets
-from retemper.recipes.cfa import AUTHORS, SETTINGS, Cfa, class_radius, loss_weights
+from retemper.recipes.cfa import AUTHORS, AUTHORS_AT, SETTINGS, Cfa, CfaAt, class_radius, loss_weights
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/recipes.json").read_text())["cfa_margin"]
 
@@ -48,7 +48,7 @@ def test_the_first_epochs_are_trades_which_the_code_divides_by_seven(variant: st
     torch.testing.assert_close(loss.double(), (ce + 6 * kl).mean() / scale, rtol=1e-6, atol=0)
     assert recipe.method.next_class_state(state, EpochStats(), 9, recipe) == state
     eps, step = recipe.method.margins(targets(state, label), recipe.attack)
-    torch.testing.assert_close(eps, torch.full((7,), 8 / 255))
+    torch.testing.assert_close(eps, torch.full((7,), 8 / 255, dtype=torch.float64))
     assert step == 2 / 255
 
 
@@ -70,23 +70,50 @@ def test_from_then_on_each_class_has_its_own() -> None:
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
 
 
-def test_variants_differ_as_stated() -> None:
-    paper = SETTINGS["cifar10_preact_resnet18"].recipe
+WHOLE_SCRIPT = {
+    "variant": ("paper", "released"),
+    "ema_decay": (0.85, 0.88),
+    "average_from": (50, 1),
+    "select_on": ("holdout", "test"),
+    "holdout_from": ("random", "start"),
+    "normalise": (False, True),
+    "padding_mode": ("zeros", "reflect"),
+    "precision": ("auto", "fp32"),
+}
+CONSTANTS = {"margin_offset": (0.3, 0.5), "average_above": (0.2, 0.24)}
+
+
+@pytest.mark.parametrize(("name", "constants"), [("", CONSTANTS), ("_at", {})])
+def test_variants_differ_as_stated(name: str, constants: dict[str, tuple[float, float]]) -> None:
+    paper = SETTINGS[f"cifar10_preact_resnet18{name}"].recipe
     released = paper.as_variant("released")
     one, other = paper.flat(), released.flat()
     changed = {name: (one[name], other[name]) for name in one if one[name] != other[name]}
-    assert changed == {
-        "variant": ("paper", "released"),
-        "margin_offset": (0.3, 0.5),
-        "ema_decay": (0.85, 0.88),
-        "average_above": (0.2, 0.24),
-        "average_from": (50, 1),
-    }
+    assert changed == WHOLE_SCRIPT | constants
     assert (paper.optim.average, paper.optim.average_every, paper.optim.nesterov) == ("ema", "epoch", False)
 
 
-def test_the_full_setting_is_the_authors() -> None:
-    recipe = SETTINGS["cifar10_preact_resnet18"].recipe
+@pytest.mark.parametrize("name", ["", "_at"])
+def test_the_full_setting_is_the_authors(name: str) -> None:
+    setting = SETTINGS[f"cifar10_preact_resnet18{name}"]
+    recipe, selection = setting.recipe, setting.recipe.selection
     assert (recipe.optim.epochs, recipe.optim.lr_drops, recipe.optim.weight_decay) == (200, (100, 150), 5e-4)
-    assert recipe.attack.eps == 8 / 255
-    assert (recipe.attack.steps, recipe.selection.holdout_per_class, recipe.selection.select_from) == (10, 100, 100)
+    assert (recipe.attack.eps, recipe.attack.step, recipe.attack.steps) == (8 / 255, 2 / 255, 10)
+    # epochs count from 1, and theirs from 0: the first that may be kept is number 100 there
+    assert (selection.holdout_per_class, selection.select_from, selection.select_steps) == (100, 101, 10)
+    assert setting.note.startswith("AT + CFA: ") == bool(name)
+
+
+def test_at_has_the_radii_alone_and_the_attack_of_its_script() -> None:
+    recipe = Recipe.of(CfaAt, **AUTHORS_AT, dataset="digits", student="tiny_resnet")
+    attack, method = recipe.attack, recipe.method
+    assert (attack.start, attack.clip_start, attack.bn_mode) == ("uniform", True, "train")
+    sums = ClassSums(loss_K=torch.zeros(2), correct_K=torch.tensor([1, 9]), count_K=torch.tensor([10, 10]))
+    state = method.class_state(2, recipe)
+    assert method.next_class_state(state, EpochStats(), 9, recipe) == state
+    state = method.next_class_state(state, EpochStats(forwards={"adv": sums}), 10, recipe)
+    torch.testing.assert_close(state, {"margin": torch.tensor([0.6, 1.4]) * 8 / 255})
+    logits, label, _, _ = random_logits()
+    q = logits["adv"].softmax(1)
+    loss = method.loss(logits, targets(state, label))
+    torch.testing.assert_close(loss, -q[torch.arange(7), label].log().mean())

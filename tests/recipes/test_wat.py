@@ -2,17 +2,19 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
-from retemper.engine import EpochStats, HeldOut, Recipe, Targets
+from retemper.engine import MOST_EPOCHS, EpochStats, HeldOut, Recipe, Targets
 from retemper.recipes.wat import AUTHORS, SETTINGS, Wat, hedge_weight
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/recipes.json").read_text())["wat_weight"]
 
 
-def wat() -> Recipe:
-    return Recipe.of(Wat, **AUTHORS, dataset="digits", student="tiny_resnet")
+def wat(**options: Any) -> Recipe:
+    return Recipe.of(Wat, **AUTHORS | options, dataset="digits", student="tiny_resnet")
 
 
 def test_weights_are_the_known_ones() -> None:
@@ -62,6 +64,28 @@ def test_costs_add_up_from_the_first_epoch_on() -> None:
     assert {name: value.shape for name, value in state.items()} == {
         name: value.shape for name, value in recipe.method.class_state(3, recipe).items()
     }
+
+
+@pytest.mark.parametrize(("held", "batch_size", "images"), [(300, 128, 1024), (4, 4, 12), (1, 128, 128)])
+def test_the_code_divides_by_full_batches(held: int, batch_size: int, images: int) -> None:
+    recipe = wat(variant="released", holdout_per_class=held, batch_size=batch_size)
+    cost = torch.rand(3)
+    stats = EpochStats(
+        held=HeldOut(clean_accuracy_K=cost, robust_accuracy_K=cost, clean_loss_K=cost, boundary_loss_K=cost)
+    )
+    state = recipe.method.next_class_state(recipe.method.class_state(3, recipe), stats, 1, recipe)
+    torch.testing.assert_close(state["loss_so_far"], 7 * cost * 3 * held / images)
+
+
+def test_variants_differ_as_stated() -> None:
+    paper = SETTINGS["cifar10_resnet18"].recipe
+    released = paper.as_variant("released")
+    one, other = paper.flat(), released.flat()
+    changed = {name: other[name] for name in one if one[name] != other[name]}
+    never = {name: MOST_EPOCHS for name in ("select_every", "select_always_from", "select_from")}
+    assert changed == {"variant": "released", "holdout_from": "end", "precision": "fp32"} | never
+    assert not any(released.selection.is_due(epoch, 100) for epoch in range(1, 100))
+    assert released.selection.is_due(100, 100)
 
 
 def test_the_full_setting_is_the_authors() -> None:
