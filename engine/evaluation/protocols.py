@@ -24,17 +24,20 @@ class Protocol:
     """An evaluation by name.
 
     Attributes:
+        name: as --protocol takes it.
         attacks: by the names that --attacks takes; "autoattack" comes with each protocol.
         suite: of AutoAttack.
     """
 
+    name: str
     attacks: Mapping[str, Attack]
     suite: str = STANDARD
 
 
-PROTOCOLS = {
-    STANDARD: Protocol(attacks=ATTACKS),
-    "fair-ard": Protocol(
+_ALL = (
+    Protocol(name=STANDARD, attacks=ATTACKS),
+    Protocol(
+        name="fair-ard",
         attacks={
             "clean": ATTACKS["clean"],
             "fgsm": Attack(steps=1, step=1, start="normal", clip_start=False, alone=True),
@@ -43,16 +46,18 @@ PROTOCOLS = {
         },
         suite="fair-ard",
     ),
-    "rslad": Protocol(
+    Protocol(
+        name="rslad",
         attacks={
             "clean": ATTACKS["clean"],
             "fgsm": Attack(steps=1, step=1, start="none", alone=True),
             "pgd-sat": Attack(steps=20, alone=True),
             "pgd-trades": Attack(steps=20, step=0.003 * 255 / 8, alone=True),  # 0.003 at 8/255
             "cw": Attack(steps=30, loss="margin", alone=True),
-        }
+        },
     ),
-}
+)
+PROTOCOLS = {one.name: one for one in _ALL}
 
 
 def result_name(attack: str, protocol: str) -> str:

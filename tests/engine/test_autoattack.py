@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from retemper.cli import run
-from retemper.engine.evaluation import autoattack
+from retemper.engine.evaluation import autoattack, library
 from retemper.engine.evaluation.autoattack import SUITES, SuiteRequest, run_suite, suite_attacks, suite_entry
 from retemper.engine.evaluation.ledger import Ledger
 from retemper.engine.evaluation.shards import evaluate_suite
@@ -193,7 +193,7 @@ def test_a_missing_library_is_told_in_a_line(
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(autoattack, "version", missing)
+    monkeypatch.setattr(library, "version", missing)
     words = ["--attacks", "autoattack", "--limit", "8", "--out", str(tmp_path)]
     assert run(["evaluate", str(teacher), *words]) == 2
     error = capsys.readouterr().err
