@@ -13,8 +13,7 @@ from torch import Tensor
 
 from retemper.engine import Method, Objective, Targets, given, kl_rows, option, run_recipe
 from retemper.kernels import class_temperature_kl
-from retemper.recipes.iad import BY_PGD_10
-from retemper.recipes.settings import ON_DIGITS, distillation
+from retemper.recipes.settings import BY_PGD_10, ON_DIGITS, distillation
 
 
 def disagreement(both_B2K: Tensor) -> Tensor:
@@ -25,7 +24,7 @@ def disagreement(both_B2K: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class AdaAd(Method):
-    # 8/255 by steps of 2/255, as the authors' commands have it; their defaults are twice that
+    # 8/255 by steps of 2/255, as the authors' commands have it; their defaults are twice that.
     # released: the epoch is chosen on test images, by PGD-10, and training is in fp32. The authors' teachers, of LTD,
     # are those of the settings `.._authors_teacher`.
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")

@@ -27,7 +27,7 @@ from retemper.engine import (
     run_recipe,
 )
 from retemper.recipes.ard import AUTHORS, Ard
-from retemper.recipes.settings import ON_DIGITS, distillation
+from retemper.recipes.settings import BY_PGD_10, ON_DIGITS, distillation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +68,6 @@ class Trust(Method):
         return super().next_class_state(state, stats, epoch, recipe) | {"begun": begun}
 
 
-# what `released` sets where the authors look at every epoch and keep the best one, by its average under PGD-10 on test
-BY_PGD_10: Mapping[str, Any] = dict(
-    select_on="test", select_by="robust", select_steps=10, select_every=1, select_from=1, precision="fp32"
-)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Iad(Ard, Trust):
     # released: as in ARD, the second drop of the learning rate changes nothing. The attacked images have a second
@@ -93,14 +87,15 @@ class Iad(Ard, Trust):
 
 @dataclass(frozen=True, kw_only=True)
 class Iad2(Iad):
-    # released: as IAD-I's, but one forward of the attacked images, and none of the clean ones until IAD begins
+    # released: as IAD-I's, but one forward of the attacked images, and none of the clean ones until IAD begins: after
+    # 40 of 200 epochs in one of the authors' versions, at once in another. Their clean teacher too is a ResNet-18.
     released_forwards: ClassVar[Forwards | None] = Forwards(("adv", "clean"))
     released_at_first: ClassVar[Forwards | None] = Forwards(("adv",))
     teacher_sees: ClassVar[tuple[str, ...]] = ("adv",)
     clean_teacher_sees: ClassVar[tuple[str, ...]] = ("adv",)
     soft_weight: float = option(0.5, "weight of the soft terms (a)", at_most=1)
     clean_teacher_weight: float = option(0.25, "weight of the clean teacher (b)", at_most=1)
-    begin: float = option(0.2, "share of the epochs that trust the teacher in full", at_most=1)  # 40 of 200
+    begin: float = option(0.2, "share of the epochs that trust the teacher in full", at_most=1)
 
     def image_loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         adv_BK, distrust_B = logits["adv"], self.distrust(targets)

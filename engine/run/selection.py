@@ -64,9 +64,13 @@ def newest_best(folder: RunFolder, state: dict[str, Any] | None) -> Best:
 
 
 def judging_attack(recipe: Recipe) -> Attack:
-    """Return the attack that judges: PGD on the cross-entropy, from a uniform start clipped to [0, 1]."""
-    steps, step = recipe.selection.select_steps, recipe.selection.select_step
-    return Attack(steps=steps) if step is None else Attack(steps=steps, step=step / recipe.attack.eps)
+    """Return the attack that judges: PGD on the cross-entropy, from a uniform start clipped to [0, 1].
+
+    On test images the attacked image alone is judged, as in the authors' scripts.
+    """
+    chosen = recipe.selection
+    step = 1 / 4 if chosen.select_step is None else chosen.select_step / recipe.attack.eps
+    return Attack(steps=chosen.select_steps, step=step, alone=chosen.select_on == "test")
 
 
 def judge(network: nn.Module, recipe: Recipe, images: Split, device: torch.device, ranks: Ranks) -> dict[str, Any]:

@@ -24,6 +24,7 @@ OPTIONS = {  # of the engine, beside the methods
     "absld, averaged": dict(average="ema", ema_decay=0.9),
     "absld, weights perturbed": dict(awp_gamma=0.01),
     "rslad, in bf16": dict(precision="bf16"),
+    "bat, of two attacks": dict(variant="released"),
 }
 METHODS = [*(name for name in methods() if "digits" in method_module(name).SETTINGS), *OPTIONS]
 STEPS = 20

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from retemper.engine import Recipe, create_model, cross_entropy_objective, load_checkpoint, pgd
 from retemper.engine.catalogue import find_setting
@@ -133,6 +134,20 @@ def test_the_judge_takes_the_steps_and_the_radius_of_the_recipe(teacher: Path) -
         assert score(report, found) == pytest.approx(clean + both)
         robust.append(both)
     assert 0 < robust[0] < robust[1] < 1
+
+
+@pytest.mark.parametrize(("select_on", "robust"), [("holdout", 0.0), ("test", 1.0)])
+def test_on_test_images_the_attacked_image_alone_is_judged(select_on: str, robust: float) -> None:
+    class FooledByNothing(nn.Module):
+        """Gives class 1 to a clean image, all of whose pixels are 0, and class 0 to any other."""
+
+        def forward(self, image: Tensor) -> Tensor:
+            changed = image.sum((1, 2, 3))[:, None]
+            return torch.cat([changed, torch.full_like(changed, 1e-6)], 1)
+
+    images = split_of_arrays("toy", "test", np.zeros((4, 8, 8, 1), np.uint8), np.zeros(4, np.int64), ("a", "b"), "")
+    report = judge(FooledByNothing(), recipe("sat:digits", select_on=select_on, select_steps=1), images, CPU, ALONE)
+    assert report["average"] == robust
 
 
 def test_a_step_of_the_judge_stays_within_the_radius() -> None:

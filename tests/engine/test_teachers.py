@@ -142,3 +142,10 @@ def test_the_commands_of_a_variants_own_teacher_name_it(tmp_path: Path) -> None:
     said = {"method": "absld", "setting": "digits", "recipe": job.recipe.flat(), "seed": 0}
     again = train_again(said, tmp_path)
     assert "--variant released" in again and "--train-teacher false" in again and "--teacher-" not in again
+
+
+def test_a_teacher_of_the_students_size_may_take_the_place_of_the_settings(tmp_path: Path) -> None:
+    texts = {"teacher_model": "resnet18", "teacher_recipe": "sat:cifar10_resnet18"}  # as IAD's own
+    said = r"iad:cifar10_resnet18 needs a teacher: name a resnet18 checkpoint .* train sat:cifar10_resnet18 --out "
+    with pytest.raises(UsageError, match=said):
+        teachers.with_teacher(job_of("iad:cifar10_resnet18", tmp_path / "run", **texts))

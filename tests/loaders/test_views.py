@@ -87,10 +87,15 @@ def test_the_held_out_part_is_balanced_and_apart(labels: list[int], per_class: i
     assert all((label_N[held] == k).sum() == per_class for k in np.unique(label_N))
 
 
-def test_the_held_out_part_can_be_the_end_of_each_class() -> None:
+@pytest.mark.parametrize(
+    ("place", "train", "held"), [("start", [4, 5, 6], [0, 1, 2, 3]), ("end", [0, 1, 3], [2, 4, 5, 6])]
+)
+def test_the_held_out_part_can_be_the_start_or_the_end_of_each_class(
+    place: str, train: list[int], held: list[int]
+) -> None:
     labels = np.array([0, 1, 1, 0, 0, 1, 0])
-    assert [part.tolist() for part in holdout_split(labels, 2, place="end")] == [[0, 1, 3], [2, 4, 5, 6]]
-    assert holdout_split(labels, 0, place="end")[1].tolist() == []
+    assert [part.tolist() for part in holdout_split(labels, 2, place=place)] == [train, held]
+    assert holdout_split(labels, 0, place=place)[1].tolist() == []
 
 
 def test_the_held_out_part_follows_its_seed() -> None:

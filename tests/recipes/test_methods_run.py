@@ -23,6 +23,7 @@ NAMES = [
     for name, setting in method_module(method).SETTINGS.items()
     if setting.recipe.data.dataset == "digits"
 ]
+VARIANTS = [(name, variant) for name in NAMES for variant in find_setting(name)[2].recipe.method.variants]
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal"}
 
 
@@ -70,7 +71,7 @@ def test_trains_and_goes_on_where_it_was(
     first = recipe.method.class_state(10, recipe)
     assert saved["class_state"].keys() == again["class_state"].keys() == first.keys()
     for state, value in first.items():
-        assert value.dtype is torch.float32
+        assert saved["class_state"][state].dtype is torch.float32
         assert saved["class_state"][state].shape == value.shape and saved["class_state"][state].isfinite().all()
         assert torch.equal(saved["class_state"][state], again["class_state"][state])
         assert all(torch.tensor(line[state]).shape == value.shape for line in lines(whole))
@@ -80,11 +81,11 @@ def test_trains_and_goes_on_where_it_was(
     assert all(torch.equal(weights[key], others[key]) for key in weights)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_step_never_waits_for_the_device_and_keeps_its_state_in_place(name: str) -> None:
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_a_step_never_waits_for_the_device_and_keeps_its_state_in_place(name: str, variant: str) -> None:
     """What a step must do to be captured in a CUDA graph; on a CPU, where every call of an operator can be seen."""
     torch.manual_seed(0)
-    recipe = find_setting(name)[2].recipe.replace(attack_steps=2, precision="fp32")
+    recipe = find_setting(name)[2].recipe.as_variant(variant).replace(attack_steps=2, precision="fp32")
     cpu = torch.device("cpu")
     networks = [recipe.networks.teacher_model, recipe.networks.clean_teacher_model]
     teacher, clean_teacher = (

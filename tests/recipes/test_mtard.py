@@ -167,6 +167,17 @@ def test_b_mtard_moves_temperatures_as_the_authors_code(scale: float) -> None:
     assert (t_adv > 1, t_nat > 1) == (scale < 1, scale > 1)
 
 
+def test_released_compares_the_teachers_by_entropies_with_the_floor() -> None:
+    _, robust, sure = drawn(0)
+    for variant, floor in (("paper", 0.0), ("released", 1e-5)):
+        method = BMtard(variant=variant)
+        state = double(start_of(method))
+        state["temperature_adv"].fill_(2.5)
+        p = (robust / 2.5).softmax(1)
+        expected = -(p * (p + floor).log()).sum(1).mean()
+        torch.testing.assert_close(method.entropy("adv", targets(robust, sure, state)), expected, rtol=1e-9, atol=0)
+
+
 def test_the_full_settings_are_the_authors() -> None:
     for settings in (SETTINGS, B_SETTINGS):
         recipe = settings["cifar10_resnet18"].recipe
