@@ -58,7 +58,7 @@ SCRIPT: dict[str, Any] = dict(holdout_from="end", select_from=MOST_EPOCHS, preci
 class Frl(OwnPredictionAttack):
     # remargin: weights and margins. reweight: weights alone, for which the authors take another bound. released and
     # released-reweight: their scripts, which look at the clean images twice, hold the last images of each class out and
-    # keep the last epoch.
+    # keep the last epoch. Their network has no last batch norm: --student preact_resnet18_frl.
     variants: ClassVar[tuple[str, ...]] = ("remargin", "reweight", "released", "released-reweight")
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "reweight": REWEIGHT,

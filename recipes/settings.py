@@ -45,9 +45,9 @@ CIFAR10: dict[str, Any] = dict(dataset="cifar10", teacher_model="wrn34_10", teac
 CIFAR100: dict[str, Any] = dict(
     dataset="cifar100", teacher_model="wrn34_10", teacher_recipe="trades:cifar100_wrn34_10", holdout_per_class=10
 )
-# The rate, and images as they are, neither cropped nor mirrored: Rice's script for SVHN; FRL's takes them so too. The
-# step is the usual one of papers on SVHN. Students, teachers and the methods' own schedules are ours: the authors of
-# Fair-ARD, who report on SVHN, released scripts for CIFAR-10 alone.
+# The rate, and images neither cropped nor mirrored: Rice's script for SVHN (whose step is 2/255); FRL's loader shows
+# the images so too. The step: the scripts built on Rice's. Networks and schedules are ours: the authors of Fair-ARD,
+# who report on SVHN, released scripts for CIFAR-10 alone.
 SVHN: dict[str, Any] = dict(dataset="svhn", padding=0, flip=False, attack_step=1 / 255, lr=0.01)
 TINY_IMAGENET: dict[str, Any] = dict(
     dataset="tiny-imagenet",

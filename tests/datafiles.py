@@ -84,14 +84,12 @@ def make_fashion_mnist(root: Path, n: int = 30, packed: bool = True) -> Truth:
 
 
 def make_svhn(root: Path, n: int = 20) -> Truth:
-    """`n` training images, half of them of the digit 1, and as many test images, in two MATLAB files."""
+    """`n` training images and as many test images, half of them and more of the digit 1, in two MATLAB files."""
     root.mkdir(parents=True, exist_ok=True)
-    truth = {
-        "train": (pixels(5, n, 32, 32, 3), np.where(np.arange(n) % 2, 1, np.arange(n) // 2 % 10)),
-        "test": (pixels(6, n, 32, 32, 3), np.arange(n)[::-1] % 10),
-    }
-    for half, (images, labels) in truth.items():
-        content = {"X": images.transpose(1, 2, 3, 0), "y": np.where(labels, labels, 10).astype(np.uint8)[:, None]}
+    labels = np.where(np.arange(n) % 2, 1, np.arange(n) // 2 % 10)
+    truth = {"train": (pixels(5, n, 32, 32, 3), labels), "test": (pixels(6, n, 32, 32, 3), labels[::-1])}
+    for half, (images, digits) in truth.items():
+        content = {"X": images.transpose(1, 2, 3, 0), "y": np.where(digits, digits, 10).astype(np.uint8)[:, None]}
         scipy.io.savemat(root / f"{half}_32x32.mat", content, do_compression=True)
     return truth
 

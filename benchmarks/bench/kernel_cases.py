@@ -156,29 +156,37 @@ def start_case(size: KernelSize) -> Case:
     return size.case(ours, eager_start, (clean,), check, 2 * bytes_of(clean))
 
 
-def eager_augment(image: Tensor, view: Tensor, dtype: torch.dtype) -> Tensor:
+def eager_augment(image: Tensor, view: Tensor, dtype: torch.dtype, mode: str) -> Tensor:
     """Pad, then gather by index, as a data set on the device is usually cropped and flipped."""
-    padded = F.pad(image, (0, 0, 4, 4, 4, 4))
-    place = torch.arange(image.shape[1], device=image.device)
+    side = image.shape[1]
+    place = torch.arange(side, device=image.device)
     x = torch.where((view % 2 == 1)[:, None], place.flip(0), place) + (view // 2 % 9)[:, None]
     y = place + (view // 18)[:, None]
+    if mode == "reflect":  # by index, since torch reflects no bytes
+        x, y = (side - 1 - (side - 1 - (at - 4).abs()).abs() for at in (x, y))
+    else:
+        image = F.pad(image, (0, 0, 4, 4, 4, 4))
     sample = torch.arange(len(image), device=image.device)[:, None, None]
-    return (padded[sample, y[:, :, None], x[:, None, :]].float() / 255).to(dtype).permute(0, 3, 1, 2)
+    return (image[sample, y[:, :, None], x[:, None, :]].float() / 255).to(dtype).permute(0, 3, 1, 2)
 
 
 def augment_case(size: KernelSize) -> Case:
-    """Return the case of the random crop and flip of bytes, padded by 4, and their conversion to pixels in [0, 1]."""
+    """Return the case of the random crop and flip of bytes, padded by 4, and their conversion to pixels in [0, 1].
+
+    The form is the padding's mode.
+    """
     image = torch.randint(256, (size.batch, 32, 32, 3), dtype=torch.uint8, device=size.device)
     view = torch.randint(num_views(4), (size.batch,), device=size.device)
-    expected = augment_reference(image[:CHECKED].cpu(), view[:CHECKED].cpu(), dtype=size.dtype)
+    few = image[:CHECKED].cpu(), view[:CHECKED].cpu()
+    expected = augment_reference(*few, padding_mode=size.form, dtype=size.dtype)
     ours = Contender(
         name=OURS,
-        call=lambda: augment(image, view, dtype=size.dtype),
+        call=lambda: augment(image, view, padding_mode=size.form, dtype=size.dtype),
         exactness="bitwise",
         check=equal_to(expected, lambda result: result[:CHECKED]),
     )
     must_move = image.numel() * (1 + size.dtype.itemsize) + 8 * size.batch
-    return size.case(ours, eager_augment, (image, view, size.dtype), size.near(expected), must_move)
+    return size.case(ours, eager_augment, (image, view, size.dtype, size.form), size.near(expected), must_move)
 
 
 def eager_epilogue(x: Tensor, shift: Tensor, scale: Tensor | None, residual: Tensor | None) -> Tensor:

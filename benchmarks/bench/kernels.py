@@ -24,12 +24,14 @@ from retemper.bench.sweep import sweep
 from retemper.engine.device import DTYPES
 
 LARGE_BYTES = {"cuda": 2**28, "cpu": 2**22}  # of one tensor; on a GPU far beyond its cache
-ON_IMAGES: dict[str, Callable[[KernelSize], Case]] = {
-    "pgd_step_": kernel_cases.pgd_case,
-    "random_start_": kernel_cases.start_case,
-    "augment": kernel_cases.augment_case,
+Cases = dict[str, tuple[Callable[[KernelSize], Case], str]]  # with the form
+ON_IMAGES: Cases = {
+    "pgd_step_": (kernel_cases.pgd_case, ""),
+    "random_start_": (kernel_cases.start_case, ""),
+    "augment": (kernel_cases.augment_case, "zeros"),
+    "augment reflected": (kernel_cases.augment_case, "reflect"),
 }
-ON_LOGITS: dict[str, tuple[Callable[[KernelSize], Case], str]] = {  # with the form
+ON_LOGITS: Cases = {
     "class_temperature_kl forward": (kernel_cases.kl_case, ""),
     "class_temperature_kl forward and backward": (kernel_cases.kl_case, "backward"),
     "class_temperature_kl_grad_": (kernel_cases.kl_grad_case, ""),
@@ -56,8 +58,8 @@ def _cases(request: Request) -> Iterator[PlannedCase]:
         item = DTYPES[precision].itemsize
         size = KernelSize(title="", request=request, precision=precision, batch=0)
         for batch in _batches(request, 3 * 32 * 32 * item):
-            for name, build in ON_IMAGES.items():
-                yield _planned(f"{name} {precision} {batch}x3x32x32", build, replace(size, batch=batch))
+            for name, (build, form) in ON_IMAGES.items():
+                yield _planned(f"{name} {precision} {batch}x3x32x32", build, replace(size, batch=batch, form=form))
         for batch in request.batches((128, 1024) if request.on_gpu else (16, 128), 2):
             for form in EPILOGUES:
                 title = f"epilogue {form} {precision} {batch}x64x32x32"

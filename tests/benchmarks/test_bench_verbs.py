@@ -95,7 +95,7 @@ def test_a_wrong_kernel_is_refused_a_time(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(
         kernel_cases, "pgd_step_", lambda adv, grad, clean, by, eps: step(adv, grad, clean, by, 2 * eps)
     )
-    monkeypatch.setattr(kernel_cases, "augment", lambda image, view, dtype: views(image, view ^ 1, dtype=dtype))
+    monkeypatch.setattr(kernel_cases, "augment", lambda image, view, **options: views(image, view ^ 1, **options))
     monkeypatch.setattr(
         kernel_cases, "class_temperature_kl_grad_", lambda own, other, label, k: gradient(own, other, label, k.flip(0))
     )
@@ -197,7 +197,7 @@ def test_a_case_that_cannot_be_built_does_not_end_the_others(
     def out_of_memory(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setitem(kernels.ON_IMAGES, "pgd_step_", out_of_memory)
+    monkeypatch.setitem(kernels.ON_IMAGES, "pgd_step_", (out_of_memory, ""))
     words = ["bench", "kernels", "--quick", "--rounds", "1", "--device", "cpu", "--json", str(tmp_path / "x.json")]
     assert run([*words, "--only", "pgd_step_ fp32", "random_start_ fp32"]) == 0
     rows = json.loads((tmp_path / "x.json").read_text())["rows"]

@@ -251,7 +251,7 @@ class Frl:
 
     def attack(self, student: nn.Module, batch: Batch) -> Tensor:
         own, factor_K = self.run.recipe.attack, (2 * self.lam2).exp().clamp(0.98, 3)
-        eps: Any = own.eps * factor_K[batch.label].view(-1, 1, 1, 1)
+        eps = own.eps * factor_K[batch.label]
         value = partial(away, student, batch)
         return climb(batch.image, started(self.run, batch), value, eps=eps, step=eps.max() / 4, steps=own.steps)
 
