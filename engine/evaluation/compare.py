@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from retemper.engine.class_report import SUMMARIES, Pair, both_ways, class_report, percentiles, summaries
-from retemper.engine.evaluation.verdicts import Evaluated, require_attack, require_same, strongest
+from retemper.engine.evaluation.verdicts import Evaluated, require_attack, require_same, require_same_radius, strongest
 from retemper.errors import DataError, UsageError
 from retemper.text import number, pad, shorten, shorten_all, text_width
 
@@ -102,6 +102,8 @@ def compare(
     if len(a) != len(b) or not a:
         raise UsageError(f"as many seeds on both sides are needed, to be paired in order, not {len(a)} and {len(b)}")
     runs = [*a, *b]
+    for run in runs:
+        require_same_radius(runs[0], run)
     attack = attack or strongest(runs)
     for run in runs:
         require_attack(run, attack)

@@ -182,7 +182,6 @@ def _radius_of(path: Path) -> Any:
 
 def require_same(first: Evaluated, run: Evaluated, attack: str) -> None:
     """Raise UsageError unless two evaluations differ in nothing but the network: protocol, attack, images, labels."""
-    require_same_radius(first, run)
     pairs = [(name, first.protocol.get(name), run.protocol.get(name)) for name in MUST_AGREE]
     was, now = (one.protocol.get("attacks", {}).get(attack, {}) for one in (first, run))
     pairs += _same_pixels(first, run)

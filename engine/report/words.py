@@ -60,11 +60,11 @@ def at_most(result: Result, name: str = "average") -> str:
 
 
 def pixels(value: Any) -> str:
-    """Return a distance in pixel units as text, in 255ths where it is a whole or half number of them (8/255)."""
+    """Return a distance in pixel units as text, in 255ths where that is shorter: of a whole or half number of them."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return plain(value)
-    halves = 2 * 255 * value
-    return f"{round(halves) / 2:g}/255" if value and abs(halves - round(halves)) < 1e-3 else f"{value:g}"
+    halves, text = 2 * 255 * value, f"{value:g}"
+    return f"{round(halves) / 2:g}/255" if len(text) > 5 and abs(halves - round(halves)) < 1e-3 else text
 
 
 def plain(value: Any) -> str:

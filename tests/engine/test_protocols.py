@@ -37,7 +37,7 @@ def network() -> nn.Module:
 
 
 def written_out(model: nn.Module, clean: Tensor, label: Tensor, begin: Tensor, name: str) -> Tensor:
-    """Return the classes that Fair-ARD's script sees: one or 20 steps on the loss, the answer to what comes out."""
+    """Return the images that Fair-ARD's script makes: one or 20 steps on the loss."""
     steps, step = (1, EPS) if name == "fgsm" else (20, EPS / 4)
     adv = begin
     for _ in range(steps):
@@ -51,7 +51,7 @@ def written_out(model: nn.Module, clean: Tensor, label: Tensor, begin: Tensor, n
             loss = F.cross_entropy(logits, label)
         (gradient,) = torch.autograd.grad(loss, adv)
         adv = (clean + (adv.detach() + step * gradient.sign() - clean).clamp(-EPS, EPS)).clamp(0, 1)
-    return model(adv).argmax(1)
+    return adv
 
 
 @pytest.mark.parametrize("name", ["fgsm", "pgd20", "cw"])
@@ -65,7 +65,9 @@ def test_fair_ards_attacks_are_its_scripts(name: str) -> None:
     spread = 0.001 if name == "fgsm" else EPS / 3**0.5  # a Gaussian's, and a uniform draw's
     assert abs((begin - clean).std() / spread - 1) < 0.1
     found = predictions(model, digits, attack, eps=EPS, device=CPU, indices=order.numpy())
-    assert torch.equal(found, written_out(model, clean, label, begin, name))
+    wanted = written_out(model, clean, label, begin, name)
+    torch.testing.assert_close(attack.on(model, EPS)(clean, model(clean), label, 0), wanted)
+    assert torch.equal(found, model(wanted).argmax(1))
 
 
 @pytest.mark.parametrize("protocol", ["fair-ard", "rslad"])

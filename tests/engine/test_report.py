@@ -28,6 +28,7 @@ from retemper.engine.report.paired import paired_blocks
 from retemper.engine.report.read import RunRecord, read_run
 from retemper.engine.report.run_set import RunSet
 from retemper.engine.report.training import training_blocks
+from retemper.engine.report.words import pixels
 from retemper.errors import DataError, UsageError
 
 made = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("made_runs.py"))))  # the tests are no package
@@ -239,6 +240,11 @@ def test_different_protocols_are_pointed_out(tmp_path: Path) -> None:
     assert "different protocols, do not compare them: images (1000, 400); seed (0, 1)." in markdown
     assert "Few test images: 40 in the smallest class." in markdown
     assert "best of its column" not in markdown
+
+
+def test_a_radius_is_written_as_one_types_it() -> None:
+    written = {8 / 255: "8/255", 2.5 / 255: "2.5/255", 0.1: "0.1", 0.15: "0.15", 0.031: "0.031", 0: "0"}
+    assert {value: pixels(value) for value in written} == written
 
 
 def test_runs_at_two_radii_have_lines_apart(tmp_path: Path) -> None:
