@@ -156,9 +156,7 @@ class Selection(Options):
     select_always_from: int = option(215, "look after every epoch from here on", at_most=MOST_EPOCHS)
     select_from: int = option(1, "the first epoch that may be kept as the best", at_most=MOST_EPOCHS)
     select_steps: int = option(20, "steps of the PGD attack that judges; 0 judges clean images", at_most=10_000)
-    select_step: float | None = option(
-        None, "the size of such a step, in [0, 1] pixels (none: eps/4)", positive=True, at_most=1
-    )
+    select_step: float = option(1 / 4, "the size of such a step, as a share of eps", positive=True, at_most=1)
 
     def is_due(self, epoch: int, epochs: int) -> bool:
         """Say whether `epoch`, from 1, of `epochs` is looked at."""

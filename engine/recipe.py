@@ -234,9 +234,6 @@ class Recipe:
             )
         if self.method.attacks_teacher and self.attack.bn_mode != "eval":
             raise ValueError("attack_bn = 'train': an attack on the teacher too would move its statistics")
-        judging = self.selection.select_step
-        if judging is not None and judging > self.attack.eps:
-            raise ValueError(f"select_step = {judging}: the attack that judges stays within eps = {self.attack.eps:g}")
 
     @property
     def holds_out(self) -> bool:

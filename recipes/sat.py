@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retemper.engine import Forwards, LabelAttack, Targets, at_least_float32, run_recipe
-from retemper.recipes.settings import ON_BOTH, adversarial_training, as_student, teachers
+from retemper.recipes.settings import BY_PGD_10, ON_BOTH, adversarial_training, as_student, teachers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,24 +23,18 @@ class Sat(LabelAttack):
     # in an epoch's last step, and keeps the epoch that is best on the test images under PGD-10.
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "released": dict(
-            attack_bn="train",
-            padding_mode="reflect",
-            normalise=True,
-            lr_drop_early=True,
-            select_on="test",
-            select_by="robust",
-            select_steps=10,
-            select_every=1,
-            select_from=1,
-            precision="fp32",
-        )
+        "released": dict(attack_bn="train", padding_mode="reflect", normalise=True, lr_drop_early=True, **BY_PGD_10)
     }
     forwards: ClassVar[tuple[str, ...]] = ("adv",)
     released_forwards: ClassVar = Forwards(("adv", "adv"), after=("clean",))
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         return F.cross_entropy(at_least_float32(logits["adv"]), targets.label_B)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clean(Sat):
+    variants: ClassVar[tuple[str, ...]] = ("paper",)  # the script attacks, and clean teachers are ours
 
 
 AUTHORS: dict[str, Any] = dict(attack_start="uniform", clip_start=True)
@@ -64,7 +58,9 @@ STUDENTS = adversarial_training(
 STATUS = dict(
     digits="3 seeds on a 2-core CPU: docs/fairness.md", fashion_mnist_small="1 seed on a 2-core CPU: docs/fairness.md"
 )
-SETTINGS = {as_student(name): setting for name, setting in STUDENTS.items()} | teachers(Sat, STATUS, AUTHORS, **OURS)
+CLEAN = {name: one for name, one in teachers(Clean, {}, AUTHORS, **OURS).items() if name.endswith("_clean")}
+TEACHERS = teachers(Sat, STATUS, AUTHORS, **OURS) | CLEAN
+SETTINGS = {as_student(name): setting for name, setting in STUDENTS.items()} | TEACHERS
 
 if __name__ == "__main__":
     run_recipe(__file__)

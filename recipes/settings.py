@@ -117,9 +117,9 @@ CLEAN_TEACHERS: dict[str, tuple[str, str]] = {  # of the methods that have a sec
 
 
 # what `released` sets in RSLAD and the methods after it: their scripts train on all training images, and judge the test
-# images by 20 steps of 0.003
-JUDGED_ON_TEST: Mapping[str, Any] = dict(select_on="test", select_step=0.003, precision="fp32")
-# and in IAD's and AdaAD's: the best of all epochs by its average on test images under 10 steps of eps/4
+# images by 20 steps of 0.003, at 8/255
+JUDGED_ON_TEST: Mapping[str, Any] = dict(select_on="test", select_step=0.003 * 255 / 8, precision="fp32")
+# and in SAT's, IAD's and AdaAD's: the best of all epochs by its average on test images under 10 steps of eps/4
 BY_PGD_10: Mapping[str, Any] = dict(
     select_on="test", select_by="robust", select_steps=10, select_every=1, select_from=1, precision="fp32"
 )

@@ -69,8 +69,7 @@ def judging_attack(recipe: Recipe) -> Attack:
     On test images the attacked image alone is judged, as in the authors' scripts.
     """
     chosen = recipe.selection
-    step = 1 / 4 if chosen.select_step is None else chosen.select_step / recipe.attack.eps
-    return Attack(steps=chosen.select_steps, step=step, alone=chosen.select_on == "test")
+    return Attack(steps=chosen.select_steps, step=chosen.select_step, alone=chosen.select_on == "test")
 
 
 def judge(network: nn.Module, recipe: Recipe, images: Split, device: torch.device, ranks: Ranks) -> dict[str, Any]:

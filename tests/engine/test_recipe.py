@@ -174,7 +174,7 @@ class Both(Method):
     [
         (Method, dict(average_above=0.2, average_every="step"), "average_above = 0.2"),
         (Method, dict(average_above=0.2, average_every="epoch", holdout_per_class=0), "average_above = 0.2"),
-        (Method, dict(select_step=0.2), "select_step = 0.2"),
+        (Method, dict(select_step=1.2), "select_step = 1.2"),
         (Validating, dict(holdout_per_class=0), "holdout_per_class must be above 0"),
         (Validating, dict(select_on="test", holdout_per_class=0), "holdout_per_class must be above 0"),
         (Both, dict(attack_bn="train"), "attack_bn = 'train'"),

@@ -1,5 +1,6 @@
 """SAT: cross-entropy on the adversarial images, and nothing else."""
 
+import pytest
 import torch
 
 from retemper.engine import State, Targets, create_model, train_step
@@ -32,6 +33,8 @@ def test_the_clean_teachers_are_trained_and_chosen_without_an_attack() -> None:
     assert len(found) == 7
     seen = {(recipe.attack.steps, recipe.attack.start, recipe.selection.select_steps) for recipe in found}
     assert seen == {(0, "none", 0)}
+    with pytest.raises(ValueError, match="variant"):  # the script would choose the epoch by an attack
+        found[0].as_variant("released")
 
 
 def test_without_attack_steps_the_images_are_the_clean_ones() -> None:

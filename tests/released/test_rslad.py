@@ -80,7 +80,7 @@ class Script:
             own = label[chosen]
             start = self.run.start(image[chosen], eps, chosen[:1], "uniform", clip=True)
             value = lambda at, own=own: F.cross_entropy(self.student(at), own)  # noqa: E731
-            adv = climb(image[chosen], start, value, eps=eps, step=0.003, steps=20)
+            adv = climb(image[chosen], start, value, eps=eps, step=0.003 / (8 / 255) * eps, steps=20)
             right.append(self.student(adv).argmax(1) == own)
         clean = (self.student(image).argmax(1) == label).double().mean().item()
         return clean, torch.stack([torch.cat(right)[label == k].double().mean() for k in range(10)])
