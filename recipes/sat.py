@@ -35,6 +35,7 @@ class Sat(LabelAttack):
 @dataclass(frozen=True, kw_only=True)
 class Clean(Sat):
     variants: ClassVar[tuple[str, ...]] = ("paper",)  # the script attacks, and clean teachers are ours
+    variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
 
 AUTHORS: dict[str, Any] = dict(attack_start="uniform", clip_start=True)
