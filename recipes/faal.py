@@ -67,8 +67,8 @@ def worst_distribution(margin_K: Tensor, radius: float) -> Tensor:
 class Faal(LabelAttack):
     # released: the authors' script. Its objective is summed over the images, so that a class's margin counts once for
     # each; it looks at the clean images too, normalises the images, and with AWP steps from the perturbed weights. It
-    # keeps the epoch that is best on 2,560 test images under 10 steps on the margin, we on all under PGD-10. Its solver
-    # is exact to 1e-8.
+    # chooses between its two epochs on 2,560 test images under 10 steps on the margin, we on all of them under PGD-10;
+    # its solver is exact to 1e-8.
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "released": dict(

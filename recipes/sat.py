@@ -24,6 +24,7 @@ class Sat(LabelAttack):
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "released": dict(
+            attack_bn="train",
             padding_mode="reflect",
             normalise=True,
             lr_drop_early=True,

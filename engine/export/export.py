@@ -89,7 +89,8 @@ def _call(network: nn.Module, facts: Facts) -> str:
     if isinstance(network, Normalised):
         mean, std = (", ".join(f"{value:.7g}" for value in values.flatten()) for values in (network.mean, network.std))
         return f"Normalised({_call(network.network, facts)}, mean=[{mean}], std=[{std}])"
-    model, num_classes, channels = str(facts.model), facts.num_classes or 0, facts.channels or 0
+    model, num_classes, channels = str(facts.model), facts.num_classes, facts.channels
+    assert num_classes is not None and channels is not None
     if own := users_network(model):
         return own.call(num_classes, channels)
     keywords = {"channels": channels} | getattr(MODELS[model], "keywords", {})

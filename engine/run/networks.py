@@ -77,7 +77,7 @@ def require_readable(model: str, student: nn.Module) -> None:
             return
     raise UsageError(
         f"--normalise true: in a file of {model} its own tensors would hide the mean and the deviation: let it "
-        "normalise its images itself, and leave out --normalise"
+        "normalise its images itself, and give --normalise false"
     )
 
 
@@ -94,7 +94,7 @@ def require_same_pixels(whose: str, pixels: Pixels | None, student: nn.Module) -
     if own is None and pixels is not None:
         raise UsageError(f"{whose}: its network first takes {pixels}, the student does not: give --normalise true")
     if own is not None and pixels is None:
-        raise UsageError(f"{whose}: its network takes pixels as they are, the student {own}: leave out --normalise")
+        raise UsageError(f"{whose}: its network takes pixels as they are, the student {own}: give --normalise false")
     if own is not None and pixels is not None and not own.agrees(pixels):
         raise UsageError(f"{whose}: its network first takes {pixels}, the student {own}: name another start")
 

@@ -155,7 +155,9 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
 def test_is_a_well_formed_op(channels: int, gather: bool, device: torch.device) -> None:
     image = images((3, 8, 8, channels), device)
     view = torch.arange(3, device=device)
-    torch.library.opcheck(torch.ops.retemper.augment.default, (image, view, view if gather else None, 4, torch.float32))
+    given = image, view, view if gather else None, 4, torch.float32
+    for more in ((), ("reflect",)):
+        torch.library.opcheck(torch.ops.retemper.augment.default, (*given, *more))
 
 
 @pytest.mark.parametrize("channels", [1, 3])

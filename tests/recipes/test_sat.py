@@ -29,7 +29,7 @@ def test_students_are_attacked_in_training_mode_and_teachers_in_evaluation_mode(
 
 def test_the_clean_teachers_are_trained_and_chosen_without_an_attack() -> None:
     found = [setting.recipe for name, setting in SETTINGS.items() if name.endswith("_clean")]
-    assert len(found) == 6
+    assert len(found) == 7
     seen = {(recipe.attack.steps, recipe.attack.start, recipe.selection.select_steps) for recipe in found}
     assert seen == {(0, "none", 0)}
 

@@ -6,6 +6,7 @@ Fair-RSLAD.py and Fair-MTARD.py of NISP-official/Fair-ARD. All of them take a st
 mode, then in training mode the attacked images and the clean ones. Dimension key: B batch, K classes.
 """
 
+import json
 from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
@@ -19,6 +20,7 @@ from reference import climb
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from retemper.engine.run.selection import score
 from retemper.loaders import load_split
 
 
@@ -28,6 +30,7 @@ class Script:
     Attributes:
         factor: what the rates of the script have been multiplied by so far.
         rates: the learning rate of each step.
+        scores: what the script chooses an epoch by, by epoch; none where it chooses none.
     """
 
     nesterov = False
@@ -35,6 +38,7 @@ class Script:
     def __init__(self, run: Run) -> None:
         self.run, self.student, self.factor = run, run.student0, 1.0
         self.rates: list[float] = []
+        self.scores: list[float] = []
         self.begin()
 
     def begin(self) -> None:
@@ -66,6 +70,30 @@ class Script:
         """End an epoch: move what the script holds; return the class state by the names of the run."""
         return {}
 
+    def judge(self) -> tuple[float, Tensor]:
+        """Return the clean accuracy on the test images, and under their PGD which of each class are right: (K,)."""
+        assert self.run.judged is not None
+        image, label = self.run.judged
+        eps, right = self.run.recipe.attack.eps, []
+        self.student.eval()
+        for chosen in torch.arange(len(label)).split(256):
+            own = label[chosen]
+            start = self.run.start(image[chosen], eps, chosen[:1], "uniform", clip=True)
+            value = lambda at, own=own: F.cross_entropy(self.student(at), own)  # noqa: E731
+            adv = climb(image[chosen], start, value, eps=eps, step=0.003, steps=20)
+            right.append(self.student(adv).argmax(1) == own)
+        clean = (self.student(image).argmax(1) == label).double().mean().item()
+        return clean, torch.stack([torch.cat(right)[label == k].double().mean() for k in range(10)])
+
+    def average(self, robust_K: Tensor) -> float:
+        """Return the average over the images of a test set, from that of each class."""
+        assert self.run.judged is not None
+        return (robust_K @ self.run.judged[1].bincount().double()).item() / len(self.run.judged[1])
+
+    def score(self) -> float | None:
+        """Return what the script chooses the epoch by that has ended."""
+        return None
+
     def play(self) -> float:
         """Train; hold the run to the result; return the largest difference."""
         optim, state = self.run.recipe.optim, {}
@@ -81,6 +109,8 @@ class Script:
                 self.factor *= 0.1
                 sgd.param_groups[0]["lr"] *= 0.1
             state = self.conclude()
+            self.scores += [score] if (score := self.score()) is not None else []
+            self.student.train()
         return assert_same(self.run, self.student, kept=self.student, class_state=state or None, lr=self.rates)
 
 
@@ -101,6 +131,9 @@ class Rslad(Script):
         adv_BK = self.student(adv)
         clean_BK = self.student(batch.image)
         return 5 / 6 * kl_BK(adv_BK, target_BK).mean() + 1 / 6 * kl_BK(clean_BK, target_BK).mean()
+
+    def score(self) -> float:
+        return self.average(self.judge()[1])
 
 
 class Absld(Script):
@@ -134,6 +167,10 @@ class Absld(Script):
             self.temperature[name] = moved.clamp(0.5, 5)
         self.forget()
         return {f"temperature_{name}": value for name, value in self.temperature.items()}
+
+    def score(self) -> float:
+        robust_K = self.judge()[1]
+        return self.average(robust_K) + robust_K.min().item()
 
 
 class Mtard(Script):
@@ -174,6 +211,9 @@ class Mtard(Script):
             "first_clean_loss": one(self.first["clean"]),
         }
 
+    def score(self) -> float | None:
+        return self.average(self.judge()[1])
+
 
 class BMtard(Mtard):
     """Both weights move and are made to add up to 1; temperatures move in every step, after the losses are taken."""
@@ -206,6 +246,10 @@ class BMtard(Mtard):
         own = {f"temperature_{name}": one(value) for name, value in self.temperature.items()}
         return super().conclude() | own | {"temperature_rate": one(self.temperature_rate * self.factor)}
 
+    def score(self) -> float:
+        clean, robust_K = self.judge()
+        return clean + self.average(robust_K)
+
 
 class Fair(Script):
     """The rule of the family: kappa counts the iterates before each step that are still classified correctly."""
@@ -226,6 +270,9 @@ class Fair(Script):
         self.class_weight = (inverse * 10 / inverse.sum()).clamp(5 / 6, 5 / 2)
         self.kappa = torch.zeros_like(self.kappa)
         return super().conclude() | {"class_weight": self.class_weight}
+
+    def score(self) -> None:
+        return None
 
 
 class FairRslad(Fair):
@@ -295,4 +342,9 @@ def test_free_steps_end_where_the_script_ends(method: str, tmp_path: Path, monke
     name = f"{method}:cifar10_resnet18"
     run = free_run(name, tmp_path, monkeypatch, eps=0.1, attack_step=0.05, padding=1, flip=False)
     assert [len(batches) for batches in run.batches] == [20, 20]
-    assert SCRIPTS[method](run).play() < 1e-12
+    script = SCRIPTS[method](run)
+    assert script.play() < 1e-12
+    judged = [json.loads(line).get("holdout") for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [score(report, run.recipe) for report in judged if report] == pytest.approx(script.scores, abs=1e-12)
+    assert len(script.scores) == (0 if method.startswith("fair") else 2)
+    assert run.best_epoch == (1 + script.scores.index(max(script.scores)) if script.scores else 2)
