@@ -20,12 +20,14 @@ from retemper.engine.speed.capture import WARM_UP, Captured, captured
 from retemper.engine.state import clean_images
 from retemper.kernels import num_views
 
-OPTIONS = {  # of the engine, beside the methods
+OPTIONS: dict[str, dict[str, Any]] = {  # of the engine, beside the methods
     "absld, averaged": dict(average="ema", ema_decay=0.9),
     "absld, weights perturbed": dict(awp_gamma=0.01),
     "rslad, in bf16": dict(precision="bf16"),
-    "bat, of two attacks": dict(variant="released"),
 }
+# those whose steps are others, or change where IAD begins
+RELEASED = "sat trades cfa frl faal iad fair_iad adaiad mtard b_mtard bat".split()
+OPTIONS |= {f"{method}, released": dict(variant="released") for method in RELEASED}
 METHODS = [*(name for name in methods() if "digits" in method_module(name).SETTINGS), *OPTIONS]
 STEPS = 20
 
@@ -104,10 +106,11 @@ def run(name: str, device: torch.device, capture: bool) -> tuple[list[Tensor], l
         return train_step(state, recipe, clean_images(recipe, image, view), label, teacher_BK)
 
     if capture:
-        step = captured(step) if device.type == "cuda" else Captured(step, record(state))
+        phase = lambda: state.forwards  # noqa: E731
+        step = captured(step, phase) if device.type == "cuda" else Captured(step, record(state), phase)
     gen, losses = torch.Generator().manual_seed(1), []
     for epoch in range(2):
-        state.start_epoch(recipe.replace(lr=0.05 / (1 + epoch)), 1, 1000 * epoch)
+        state.start_epoch(recipe.replace(lr=0.05 / (1 + epoch), lr_drops=()), 1 + 19 * epoch, 1000 * epoch)
         for number in range(STEPS // 2):
             size = 8 if number in (4, 9) else 16
             image = torch.randint(256, (size, 8, 8, 1), dtype=torch.uint8, generator=gen)
