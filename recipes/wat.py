@@ -84,8 +84,9 @@ class Wat(OwnPredictionAttack):
         if epoch == 0:  # the first epoch weighs all alike
             return dict(state)
         assert stats.held is not None
-        cost_K = stats.held.clean_loss_K + self.beta * stats.held.boundary_loss_K
-        loss_K = state["loss_so_far"] + self.cost_share(len(cost_K), recipe) * cost_K
+        share = self.cost_share(len(state["loss_so_far"]), recipe)
+        clean_K, boundary_K = share * stats.held.clean_loss_K, share * self.beta * stats.held.boundary_loss_K
+        loss_K = state["loss_so_far"] + clean_K + boundary_K
         weight = hedge_weight(torch.cat([loss_K, loss_K.mean()[None]])[None], self.eta)
         return {"loss_so_far": loss_K, "class_weight": weight[:-1], "mean_weight": weight[-1:]}
 
