@@ -38,7 +38,7 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
         return statistics.mean(one[attack][key] for one in rows[name])
 
     radius = common_radius(one for seeds in rows.values() for one in seeds)
-    head = ["method", "clean", f"PGD-20 average, eps {radius}", "worst class", "NSD", "seconds"]
+    head = ["method", "clean", f"PGD-20 average, eps {radius}", "worst class", "NSD"]
     lines = [
         [
             name,
@@ -46,7 +46,6 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
             f"{mean(name, 'pgd20', 'average'):.1%}",
             mean_and_range([one["pgd20"]["worst"] for one in rows[name]]),
             f"{mean(name, 'pgd20', 'nsd'):.3f}",
-            f"{statistics.mean(one['seconds'] for one in rows[name]):.0f}",
         ]
         for name in sorted(rows, key=lambda name: -mean(name, "pgd20", "worst"))
     ]
