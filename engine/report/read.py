@@ -66,7 +66,8 @@ class RunRecord:
 
     def evaluate_by(self, attack: str) -> str:
         """Return the shell command that runs one attack again, as evaluation.json names it."""
-        return evaluate_again(self.folder, {"protocol": self.protocol, "asked": self.asked}, **attack_options(attack, self.protocol))
+        content = {"protocol": self.protocol, "asked": self.asked}
+        return evaluate_again(self.folder, content, **attack_options(attack, self.protocol))
 
     def evaluate_at(self, eps: float | None) -> str:
         """Return the shell command that evaluates the network at another radius."""
