@@ -11,6 +11,7 @@ numbers like with like: their results have names of their own ("cw-fair-ard") an
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from retemper.engine.predict import ATTACKS, Attack
 from retemper.errors import UsageError
@@ -74,6 +75,24 @@ def protocol_of(result: str) -> tuple[str, str]:
         if result.endswith(f"-{name}"):
             return result.removesuffix(f"-{name}"), name
     return result, STANDARD
+
+
+def attack_options(result: str, protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of `retemper evaluate` that lead to a result: the names of results are no names of attacks.
+
+    Args:
+        result: as evaluation.json names it, or another evaluation's.
+        protocol: of evaluation.json.
+    """
+    attack, paper = protocol_of(result)
+    attack, _, suite = attack.partition("-") if attack.startswith("autoattack") else (attack, "", "")
+    images = ((protocol.get("attacks") or {}).get(result) or {}).get("images")
+    return {
+        "attacks": attack,
+        "protocol": None if paper == STANDARD else paper,
+        "suite": suite or None,
+        "autoattack_limit": None if images == protocol.get("images") else images,
+    }
 
 
 def radius(asked: float | str | None, dataset: str, trained: float | None, name: str) -> float:

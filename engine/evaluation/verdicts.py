@@ -12,9 +12,9 @@ from retemper.commands import command
 from retemper.engine.checkpoints.header import is_run
 from retemper.engine.evaluation.content import AGAIN, read_evaluation
 from retemper.engine.evaluation.places import beside, content_of, fullest, is_stale
-from retemper.engine.evaluation.protocols import strongest_first
+from retemper.engine.evaluation.protocols import attack_options, strongest_first
 from retemper.engine.run.commands import evaluate_again
-from retemper.errors import DataError, UsageError
+from retemper.errors import DataError, UsageError, nearest
 from retemper.files import write_atomically
 from retemper.loaders import usual_eps
 from retemper.options import shown_value
@@ -129,7 +129,10 @@ def strongest(runs: Sequence[Evaluated]) -> str:
 
 def require_attack(run: Evaluated, attack: str) -> None:
     """Raise UsageError unless the evaluation has every verdict under `attack`."""
-    again = f"run `{evaluate_again(run.path.parent, run.content, attack)}`"
+    if attack not in STRONGEST and attack not in run.verdicts:
+        has = ", ".join(run.verdicts)
+        raise UsageError(f"there is no attack {attack!r}{nearest(attack, run.verdicts)}: {run.name} has {has}")
+    again = f"run `{evaluate_again(run.path.parent, run.content, **attack_options(attack, run.protocol))}`"
     if not run.verdicts.get(attack) or attack not in run.content["attacks"]:
         raise UsageError(f"{run.name} has no verdicts under {attack}: {again}")
     if run.content["attacks"][attack].get("complete") is False:

@@ -64,9 +64,8 @@ def warnings(runs: RunSet) -> list[Text]:
         )
     for run in runs.comparable:
         if runs.reference not in run.results:
-            again = f"{run.evaluate} --attacks {runs.reference}"
             text = f"{run.label} was not evaluated under {attack_title(runs.reference)}, which the headline is about."
-            out.append(Text(f"{text} To do it:", again))
+            out.append(Text(f"{text} To do it:", run.evaluate_by(runs.reference)))
     for run in runs.elsewhere:
         was, here = pixels(run.protocol["eps"]), pixels(runs.eps)
         text = (

@@ -15,7 +15,7 @@ from retemper.engine.checkpoints.header import read_header
 from retemper.engine.class_report import Result, read_result
 from retemper.engine.evaluation.content import read_evaluation
 from retemper.engine.evaluation.places import content_of, fullest, is_stale
-from retemper.engine.evaluation.protocols import STANDARD, protocol_of
+from retemper.engine.evaluation.protocols import STANDARD, attack_options, protocol_of
 from retemper.engine.report.page import Text
 from retemper.engine.run.commands import evaluate_again, train_again
 from retemper.engine.run.content import EpochLine
@@ -62,11 +62,12 @@ class RunRecord:
     @property
     def evaluate(self) -> str:
         """Return the shell command that evaluates the network again."""
-        return self.evaluate_by(None)
+        return evaluate_again(self.folder, {"protocol": self.protocol, "asked": self.asked})
 
-    def evaluate_by(self, attack: str | None) -> str:
+    def evaluate_by(self, attack: str) -> str:
         """Return the shell command that runs one attack again, as evaluation.json names it."""
-        return evaluate_again(self.folder, {"protocol": self.protocol, "asked": self.asked}, attack)
+        content = {"protocol": self.protocol, "asked": self.asked}
+        return evaluate_again(self.folder, content, **attack_options(attack, self.protocol))
 
     def evaluate_at(self, eps: float | None) -> str:
         """Return the shell command that evaluates the network at another radius."""

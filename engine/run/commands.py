@@ -60,13 +60,13 @@ def _typed(value: Any) -> str:
     return ",".join(map(_typed, value)) if isinstance(value, tuple | list) else str(value)
 
 
-def evaluate_again(folder: Path, content: Mapping[str, Any], attack: str | None = None) -> str:
+def evaluate_again(folder: Path, content: Mapping[str, Any], **attack: object) -> str:
     """Return the command that evaluates a network again under the protocol that it was evaluated under.
 
     Args:
         folder: that of the run or, for a network from elsewhere, of its evaluation.
         content: of evaluation.json; empty where there is none yet.
-        attack: the one attack to run, as evaluation.json names it; None for those that are run by default.
+        attack: the options of the one attack to run (`attack_options`); none for those that are run by default.
     """
     protocol = content.get("protocol") or {}
     before = {} if is_run(folder) else {"target": protocol.get("weights"), "dataset": protocol.get("dataset")}
@@ -88,22 +88,7 @@ def evaluate_again(folder: Path, content: Mapping[str, Any], attack: str | None 
         "out": None if is_run(folder) else folder,
     }
     target = folder if is_run(folder) else asked.get("target") or "NETWORK"
-    return command("retemper", "evaluate", target, **options, **_attack_options(protocol, attack))
-
-
-def _attack_options(protocol: Mapping[str, Any], attack: str | None) -> dict[str, Any]:
-    """Return the options for one attack: the names of AutoAttack's suites are no names of attacks."""
-    if attack is None:
-        return {}
-    described = (protocol.get("attacks") or {}).get(attack) or {}
-    named = described.get("protocol")
-    if not attack.startswith("autoattack"):
-        return {"attacks": attack.removesuffix(f"-{named}"), "protocol": named}
-    images = described.get("images")
-    suite = None if named else attack.partition("-")[2] or None
-    found: dict[str, Any] = {"attacks": "autoattack", "protocol": named, "suite": suite}
-    found["autoattack_limit"] = None if images == protocol.get("images") else images
-    return found
+    return command("retemper", "evaluate", target, **options, **attack)
 
 
 def _number(value: float) -> str:

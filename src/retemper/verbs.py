@@ -1,6 +1,7 @@
 """The verbs of the command line: what each does with the words that the user gave."""
 
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,17 @@ def _attacks(arguments: Namespace) -> tuple[str, ...]:
         raise UsageError(f"--attacks names none: choose of {', '.join(known)}")
     for name in attacks:
         if name not in known:
-            raise UsageError(f"there is no attack {name!r}{nearest(name, known)}: choose of {', '.join(known)}")
+            raise UsageError(f"there is no attack {name!r}{_hint(name, known)}: choose of {', '.join(known)}")
     return attacks
+
+
+def _hint(name: str, known: Sequence[str]) -> str:
+    """Return in brackets what was meant: an attack of another protocol, or of this one, under another name."""
+    for protocol, names in PROTOCOLS.items():
+        attack = name.removesuffix(f"-{protocol}")
+        if attack in names:
+            return f" (--attacks {attack} is for --protocol {protocol})"
+    return nearest(name, known)
 
 
 def report(arguments: Namespace) -> None:

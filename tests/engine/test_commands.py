@@ -12,6 +12,7 @@ from retemper.cli import run
 from retemper.commands import command
 from retemper.engine import create_model, save_weights
 from retemper.engine.catalogue import find_setting, override
+from retemper.engine.evaluation.protocols import attack_options
 from retemper.engine.recipe import Recipe, flat_options
 from retemper.engine.report.read import read_run
 from retemper.engine.run.commands import absolute, evaluate_again, train_again
@@ -107,16 +108,16 @@ def test_the_command_for_a_network_from_elsewhere_goes_on_with_its_evaluation(
 
 
 def test_a_suite_of_autoattack_is_named_as_the_command_line_takes_it(tmp_path: Path) -> None:
-    content = {
-        "protocol": {"images": 100, "attacks": {"autoattack-fast": {"images": 50}, "autoattack": {"images": 100}}}
-    }
-    content["protocol"]["attacks"] |= {f"{name}-fair-ard": {"protocol": "fair-ard"} for name in ("cw", "autoattack")}
-    for name in ("cw", "autoattack"):
-        weaker = words(evaluate_again(tmp_path, content, f"{name}-fair-ard"))
-        assert weaker[-4:] == f"--attacks {name} --protocol fair-ard".split()
-    fast = words(evaluate_again(tmp_path, content, "autoattack-fast"))
-    assert fast[-6:] == "--attacks autoattack --suite fast --autoattack-limit 50".split()
-    assert words(evaluate_again(tmp_path, content, "autoattack"))[-2:] == ["--attacks", "autoattack"]
+    protocol = {"images": 100, "attacks": {"autoattack-fast": {"images": 50}, "autoattack": {"images": 100}}}
+
+    def told(result: str) -> list[str]:
+        return words(evaluate_again(tmp_path, {"protocol": protocol}, **attack_options(result, protocol)))
+
+    for name in ("cw", "autoattack"):  # of which the evaluation has none yet
+        assert told(f"{name}-fair-ard")[-4:] == f"--attacks {name} --protocol fair-ard".split()
+    assert told("pgd-sat-rslad")[-4:] == "--attacks pgd-sat --protocol rslad".split()
+    assert told("autoattack-fast")[-6:] == "--attacks autoattack --suite fast --autoattack-limit 50".split()
+    assert told("autoattack")[-2:] == ["--attacks", "autoattack"]
 
 
 @pytest.mark.parametrize(

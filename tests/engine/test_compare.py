@@ -247,6 +247,10 @@ def test_what_is_missing_or_unfinished_is_refused(tmp_path: Path) -> None:
     a, b = (write_run(tmp_path / name, verdicts(1, 1, 1)) for name in "ab")
     with pytest.raises(UsageError, match=r"b has no verdicts under autoattack|a has no verdicts under autoattack"):
         against(a, b, attack="autoattack")
+    with pytest.raises(UsageError, match=r"a has no verdicts under pgd20-fair-ard: .* pgd20 --protocol fair-ard"):
+        against(a, b, attack="pgd20-fair-ard")
+    with pytest.raises(UsageError, match=r"there is no attack 'pgd-20' \(did you mean 'pgd20'\?\): a has .*pgd20"):
+        against(a, b, attack="pgd-20")
     with pytest.raises(UsageError, match="as many seeds"):
         compare([read_evaluated(a)], [])
     content = json.loads((b / "evaluation.json").read_text())

@@ -89,6 +89,7 @@ def test_the_card_says_what_was_measured(evaluated: Path, tmp_path: Path) -> Non
         attacks__autoattack=result | {"upper_bound": True, "flags": ["Square broke 9 images"]},
         protocol__attacks__autoattack={"suite": "standard"},
     )
+    edit(copy / "config.json", recipe__selection__select_on="test")
     assert run(["export", str(copy), "--out", str(out), "--name", "Mine 2026"]) == 0
     card = (out / "README.md").read_text()
     _, head, body = card.split("---\n", 2)
@@ -99,6 +100,7 @@ def test_the_card_says_what_was_measured(evaluated: Path, tmp_path: Path) -> Non
     low, high = result["interval"]["worst"]
     assert f"{result['worst']:.1%} ({low:.1%} to {high:.1%})" in body
     assert "- autoattack: Square broke 9 images" in body and "eps 0.15" in body and "599 test images" in body
+    assert "**Its best epoch was chosen on the test images: its numbers flatter it.**" in body
 
 
 def test_no_evaluation_of_other_weights_is_told(

@@ -190,7 +190,10 @@ def test_the_command_line_names_the_same_protocols() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("--protocol rslad --attacks pgd20", "there is no attack 'pgd20'"),
+        ("--protocol rslad --attacks pgd20", "attack 'pgd20' (--attacks pgd20 is for --protocol standard): choose of"),
+        ("--attacks pgd-sat", "there is no attack 'pgd-sat' (--attacks pgd-sat is for --protocol rslad)"),
+        ("--attacks cw-fair-ard", "there is no attack 'cw-fair-ard' (--attacks cw is for --protocol fair-ard)"),
+        ("--attacks pgd", "there is no attack 'pgd' (did you mean 'pgd20'?)"),
         ("--protocol fair-ard --attacks autoattack --suite fast", "has a suite of its own, leave it out"),
         ("--protocol ard", "invalid choice"),
     ],

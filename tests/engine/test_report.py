@@ -565,6 +565,9 @@ def test_a_run_without_the_attack_of_the_headline_comes_with_the_command(tmp_pat
     (note,) = warnings(report)
     assert note.text.startswith("a was not evaluated under AutoAttack")
     assert note.code == f"retemper evaluate {runs[0]} --attacks autoattack"
+    runs = [make_run(tmp_path / run, RSLAD, attacks=(a,)) for run, a in (("c", "clean"), ("d", "autoattack-fair-ard"))]
+    (note,) = warnings(RunSet([read_run(run) for run in runs]))
+    assert note.code == f"retemper evaluate {runs[0]} --attacks autoattack --protocol fair-ard"
     (table,) = protocol_blocks(report.runs)
     (row,) = [row for _, rows in table.groups for row in rows if row[0].text == "AutoAttack"]
     assert row[1].text == "not run" and row[2].text.startswith("loss cross-entropy")
