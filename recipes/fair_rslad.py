@@ -21,7 +21,7 @@ from retemper.recipes.settings import ON_BOTH, distillation
 @dataclass(frozen=True, kw_only=True)
 class FairRslad(Rslad, Fair):
     # released: as Fair, but that this one of the authors' four scripts adds no 1e-5 to kappa. It divides by zero where
-    # a class is never classified correctly: such a class has kappa = 1e-5 here.
+    # a class is never classified correctly, and its losses are NaN from then on: such a class has kappa = 1e-5 here.
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = RELEASED
 
     def kappa(self, stats: EpochStats) -> Tensor:

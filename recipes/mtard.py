@@ -50,7 +50,8 @@ def whole_batch(targets: Targets, adv: Tensor, clean: Tensor) -> tuple[Tensor, T
 @dataclass(frozen=True, kw_only=True)
 class Mtard(LabelAttack):
     # released: FLOOR, about 3e-5 of a loss; the split and the choice of the authors' script, which saves every
-    # twentieth epoch, and each from 215 on, under the name of its accuracy under attack; fp32.
+    # twentieth epoch, and each from 215 on, under the name of its accuracy under attack; fp32. Left out: it judges the
+    # first epoch too.
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "released": {**JUDGED_ON_TEST, "select_by": "robust", "select_every": 20}

@@ -249,7 +249,8 @@ def test_free_steps_with_class_weights_end_where_the_script_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     begin: dict[str, Any] = IN_THE_SECOND_EPOCH if setting == "fair_iad" else {}
-    run = free_run(f"{setting}:cifar10_resnet18", tmp_path, monkeypatch, **begin)
+    run = free_run(f"{setting}:cifar10_resnet18", tmp_path, monkeypatch, images_per_class=17, **begin)
+    assert [len(batch.label) for batch in run.batches[0]] == [8] * 21 + [2]  # the scripts keep the last, short batch
     weights = Reweighting(run)
     student, rates = replay(run, partial(step, weights, run), nesterov=True, after_epoch=weights.after_epoch)
     state = {"class_weight": weights.weight_K} | (BEGUN if begin else {})
