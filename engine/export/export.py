@@ -105,7 +105,9 @@ def _function(model: str) -> Any:
 
 def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
     """Return the config for others to read: with the names of the networks that were used, not their folders."""
-    config = config | {"out": None, "data_root": None}
+    recipe = config["recipe"]
+    student = Path(recipe["student"]).name  # of net.py:build the file alone
+    config = config | {"out": None, "data_root": None, "recipe": recipe | {"student": student}}
     for whose in ("teacher", "clean_teacher", "start"):
         if config.get(whose):
             config[whose] = config[whose] | {"path": Path(config[whose]["path"]).name}

@@ -8,6 +8,7 @@ from typing import Any
 from retemper.commands import command
 from retemper.engine.catalogue import method_module, methods
 from retemper.engine.checkpoints.header import Facts
+from retemper.engine.models import MODELS
 from retemper.loaders import usual_eps
 from retemper.templates import render
 
@@ -56,7 +57,12 @@ class ExportedNetwork:
     @property
     def title(self) -> str:
         """Return the name of the architecture, as RobustBench writes it where it is known."""
-        return TITLES.get(str(self.facts.model), str(self.facts.model))
+        return TITLES.get(str(self.facts.model), Path(str(self.facts.model)).name)
+
+    @property
+    def is_known(self) -> bool:
+        """Return whether retemper can build the network wherever it is: one of net.py:build it cannot."""
+        return self.facts.model in MODELS
 
     @property
     def path(self) -> str:

@@ -56,7 +56,10 @@ def test_a_student_of_ones_own_is_trained_and_used(tmp_path: Path, capsys: pytes
     assert run(["report", str(out), "--out", str(tmp_path / "page")]) == 0
     assert run(["export", str(out), "--out", str(tmp_path / "given")]) == 0
     assert (tmp_path / "given" / "model.py").read_text() == NET
-    assert "build(num_classes=10, channels=1)" in (tmp_path / "given" / "README.md").read_text()
+    card = (tmp_path / "given" / "README.md").read_text()
+    assert "build(num_classes=10, channels=1)" in card and "A net.py:build for digits" in card
+    assert "create_model" not in card  # which builds networks of the literature alone
+    assert str(net) not in card + (tmp_path / "given" / "config.json").read_text()
     assert run(["export", str(out), "--out", str(tmp_path / "bench"), "--format", "robustbench"]) == 2
     net.write_text(NET + "\n")
     capsys.readouterr()
