@@ -67,9 +67,9 @@ def worst_distribution(margin_K: Tensor, radius: float) -> Tensor:
 class Faal(LabelAttack):
     # released: the authors' script. Its objective is summed over the images, so that a class's margin counts once for
     # each; it looks at the clean images too, normalises the images, and with AWP steps from the perturbed weights. It
-    # judges its two epochs by the worst class on 2,560 test images under 10 steps on the margin, we on all under PGD-10;
-    # of equals it keeps the later, we the earlier. Its solver is exact to 1e-8: after 40 steps weights lie 6e-8 apart,
-    # with AWP 2e-6.
+    # judges its two epochs by the worst class on 2,560 test images under 10 steps on the margin, we on all of them by
+    # PGD-10; of equals it keeps the later, we the earlier. Its solver is exact to 1e-8: after 40 steps weights lie 6e-8
+    # apart, with AWP 2e-6.
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "released": dict(
