@@ -138,9 +138,9 @@ class Selection(Options):
     select_on: Literal["holdout", "test"] = option(
         "holdout", "the images that choose: held-out training images, or the test images, as the papers did"
     )
-    select_by: Literal["robust+worst", "robust", "clean+robust"] = option(
+    select_by: Literal["robust+worst", "robust", "worst", "clean+robust"] = option(
         "robust+worst",
-        "what is largest at the kept epoch: average + worst class under attack, that average, or clean average + it",
+        "what is largest at the kept epoch: average + worst class under attack, either alone, or clean + that average",
     )
     holdout_per_class: int = option(
         100,

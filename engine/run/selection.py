@@ -91,8 +91,13 @@ def judge(network: nn.Module, recipe: Recipe, images: Split, device: torch.devic
 
 def score(report: Mapping[str, Any], recipe: Recipe) -> float:
     """Return by how much an epoch is chosen, from what `judge` returned: a sum of fractions, or one of them."""
-    added = {"robust+worst": "worst", "clean+robust": "clean_average"}.get(recipe.selection.select_by)
-    return report["average"] + (report[added] if added else 0)
+    parts = {
+        "robust+worst": ("average", "worst"),
+        "robust": ("average",),
+        "worst": ("worst",),
+        "clean+robust": ("average", "clean_average"),
+    }
+    return sum(report[part] for part in parts[recipe.selection.select_by])
 
 
 def validate(

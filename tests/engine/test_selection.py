@@ -100,16 +100,17 @@ JUDGED = [  # by epoch; each rule prefers another one
     dict(average=0.50, worst=0.30, clean_average=0.60),
     dict(average=0.60, worst=0.10, clean_average=0.60),
     dict(average=0.40, worst=0.20, clean_average=0.90),
+    dict(average=0.45, worst=0.32, clean_average=0.60),
 ]
 
 
-@pytest.mark.parametrize(("by", "best"), [("robust+worst", 1), ("robust", 2), ("clean+robust", 3)])
+@pytest.mark.parametrize(("by", "best"), [("robust+worst", 1), ("robust", 2), ("clean+robust", 3), ("worst", 4)])
 def test_the_kept_epoch_is_the_largest_by_the_rule(
     by: str, best: int, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reports = iter(JUDGED)
     monkeypatch.setattr(training, "judge", lambda *_: next(reports) | {"worst_class": 0})
-    every = "--epochs 3 --select-every 1 --select-from 1 --attack-steps 1".split()
+    every = "--epochs 4 --select-every 1 --select-from 1 --attack-steps 1".split()
     assert train("rslad:digits", tmp_path / "run", "--select-by", by, *every) == 0
     state = torch.load(tmp_path / "run/last.state", weights_only=True)
     assert state["best"]["epoch"] == best

@@ -35,8 +35,8 @@ SCRIPTS: dict[str, dict[str, Any]] = {
     ),
     "faal:cifar10_preact_resnet18": dict(
         student="preact_resnet18", normalise=True, padding=4, padding_mode="zeros", eps=8 / 255, attack_step=2 / 255,
-        attack_steps=10, epochs=2, lr=0.01, lr_drops=(1,), weight_decay=5e-4, select_on="test", select_steps=10,
-        select_every=1, select_from=1,
+        attack_steps=10, epochs=2, lr=0.01, lr_drops=(1,), weight_decay=5e-4, select_on="test", select_by="worst",
+        select_steps=10, select_every=1, select_from=1,
     ),
 }  # fmt: skip
 
