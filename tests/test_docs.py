@@ -17,7 +17,9 @@ import retemper.recipes
 from retemper.arguments import command_line
 from retemper.cli import run
 from retemper.engine.catalogue import method_module, methods
+from retemper.engine.recipe import GROUPS
 from retemper.loaders import DATASETS
+from retemper.options import options_of
 
 ROOT = Path(__file__).parent.parent
 README, ARCHITECTURE = ROOT / "README.md", ROOT / "docs/architecture.md"
@@ -147,6 +149,12 @@ def test_every_option_that_the_pages_name_exists(capsys: pytest.CaptureFixture[s
         code = " ".join([*inline_code(page), *blocks(page, "bash")])
         unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code)) - known
         assert not unknown, (page, unknown)
+
+
+def test_the_page_on_training_names_every_option_that_all_methods_have() -> None:
+    named_there = inline_code(ROOT / "docs" / "training.md")
+    options = [f"--{name.replace('_', '-')}" for kind in GROUPS.values() for name in options_of(kind)]
+    assert not set(options) - set(named_there)
 
 
 def slugs(page: Path) -> set[str]:

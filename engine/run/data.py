@@ -94,7 +94,7 @@ def load_data(
     """
     test = None
     if recipe.selection.select_on == "test":
-        test = load_split(recipe.data.dataset, "test", data_root, recipe.data.image_size)
+        test = _test_split(recipe.data, data_root)
         say("note: the best epoch is chosen on the test images: the test accuracy of this run flatters it")
     train_indices, held_indices = chosen_indices(split, recipe)
     loader = make_loader(
@@ -122,6 +122,14 @@ def load_data(
         labels = split.labels[held_indices]
         held = split_of_arrays(split.name, "train", images, labels, split.classes, split.fingerprint)
     return TrainingData(split=split, loader=loader, held=held, judged=held if test is None else test)
+
+
+def _test_split(data: Data, data_root: Path | None) -> Split:
+    """Return the test images, for a choice of the epoch that the authors made on them."""
+    try:
+        return load_split(data.dataset, "test", data_root, data.image_size)
+    except DataError as error:
+        raise DataError(f"{error}; the test images choose the epoch: --select-on holdout does without them") from error
 
 
 def chosen_indices(split: Split, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:

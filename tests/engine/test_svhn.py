@@ -19,6 +19,17 @@ def root(tmp_path: Path, datafiles: ModuleType) -> Path:
     return tmp_path / "data"
 
 
+def test_without_test_images_a_choice_by_them_is_refused(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "test_32x32.mat").unlink()
+    words = ["train", "sat:svhn_resnet18", "--data-root", str(root), "--out", str(tmp_path / "run"), *SHORT]
+    assert run([*words, "--variant", "released"]) == 3
+    said = capsys.readouterr().err
+    assert "no test_32x32.mat" in said and "test images choose the epoch: --select-on holdout does without" in said
+    assert run([*words, *HELD]) == 0
+
+
 def test_it_is_trained_on_evaluated_exported_and_reported(
     root: Path, tmp_path: Path, datafiles: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
