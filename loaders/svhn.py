@@ -48,6 +48,8 @@ def _of_matlab(path: Path, split: str) -> Split:
     label_N = np.ravel(_matlab(path, "loadmat", variable_names=["y"]).get("y", ()))
     if len(label_N) != number or label_N.dtype.kind not in "uif" or not np.isin(label_N, range(11)).all():
         raise DataError(f"{path} has no {number:,} labels from 1 to 10 under 'y': {_again(path)}")
+    if {0, 10} <= set(label_N.tolist()):  # either is the digit 0
+        raise DataError(f"{path} has labels 0 and 10 under 'y', which are one class here: {_again(path)}")
 
     def read() -> np.ndarray:
         return _matlab(path, "loadmat", variable_names=["X"])["X"].transpose(3, 0, 1, 2)

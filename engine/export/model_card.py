@@ -110,6 +110,7 @@ def model_card(network: ExportedNetwork, robustbench: bool = False) -> str:
         paper=(method_module(method).__doc__ or "").partition("\n")[0] if method in methods() else "",
         evaluate=_evaluate(network, robustbench),
         protocol=network.protocol,
+        attacks={name: _in_words(how) for name, how in network.protocol.get("attacks", {}).items()},
         results=results,
         table=_table(results, network.protocol.get("classes", [])),
         flags=_flags(network),
@@ -162,6 +163,12 @@ def _table(results: Mapping[str, Any], classes: list[str]) -> list[list[str]]:
     for title, name, write in written:
         rows.append([f"**{title}**", *(_with_interval(result, name, write) for result in results.values())])
     return rows
+
+
+def _in_words(how: Mapping[str, Any]) -> str:
+    """Return the constants of an attack on one line: numbers to six digits, and what is so by its name alone."""
+    shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in how.items()}
+    return ", ".join(name if value is True else f"{name} {value}" for name, value in shown.items())
 
 
 def _share(value: float | None) -> str:

@@ -87,7 +87,7 @@ def test_the_card_says_what_was_measured(evaluated: Path, tmp_path: Path) -> Non
     edit(
         copy / "evaluation.json",
         attacks__autoattack=result | {"upper_bound": True, "flags": ["Square broke 9 images"]},
-        protocol__attacks__autoattack={"suite": "standard"},
+        protocol__attacks__autoattack={"suite": "standard", "step": 0.003 * 255 / 8 * 0.15, "alone": True},
     )
     edit(copy / "config.json", recipe__selection__select_on="test")
     assert run(["export", str(copy), "--out", str(out), "--name", "Mine 2026"]) == 0
@@ -99,6 +99,7 @@ def test_the_card_says_what_was_measured(evaluated: Path, tmp_path: Path) -> Non
     assert f"| 3 | {json.loads((out / 'evaluation.json').read_text())['attacks']['clean']['accuracy'][3]:.1%} |" in body
     low, high = result["interval"]["worst"]
     assert f"{result['worst']:.1%} ({low:.1%} to {high:.1%})" in body
+    assert "- autoattack: suite standard, step 0.0143437, alone\n" in body
     assert "- autoattack: Square broke 9 images" in body and "eps 0.15" in body and "599 test images" in body
     assert "**Its best epoch was chosen on the test images: its numbers flatter it.**" in body
 

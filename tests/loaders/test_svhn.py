@@ -102,6 +102,7 @@ def test_damaged_files_are_named(tmp_path: Path, datafiles: ModuleType) -> None:
         ({"X": pixels, "y": one + 9}, r"no 20 labels from 1 to 10 under 'y'"),
         ({"X": pixels, "y": one / 2}, r"no 20 labels from 1 to 10 under 'y'"),
         ({"X": pixels, "y": "one two"}, r"no 20 labels from 1 to 10 under 'y'"),
+        ({"X": pixels, "y": np.resize([0, 10, 1], one.shape)}, r"labels 0 and 10 under 'y', which are one class here"),
     ]:
         scipy.io.savemat(path, content)
         with pytest.raises(DataError, match=message):
