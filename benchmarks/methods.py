@@ -1,6 +1,7 @@
 """How do the methods compare when teacher, schedule, selection and evaluation are the same for all?
 
     python benchmarks/methods.py --data digits --seeds 3 --json benchmarks/results/methods_digits.json
+    python benchmarks/methods.py --variant released --out runs/released --json benchmarks/results/methods_released.json
 
 All students are the same small ResNet; the distillation methods share one robust teacher (and one clean one), the
 fine-tuning ones begin with one SAT student. What is finished under --out is not repeated. Prints a table: means over
@@ -15,13 +16,14 @@ from runs import DEVICE, Protocol, settings_on, trained_and_evaluated
 from summary import common_radius, markdown, mean_and_range, words_of, write_summary
 
 from retemper.console import Progress, say
+from retemper.engine.catalogue import find_setting
 
 ATTACKS = ("clean", "pgd20")
 
 
-def measured(name: str, out: Path, seed: int) -> dict[str, Any]:
+def measured(name: str, out: Path, seed: int, variant: str | None = None) -> dict[str, Any]:
     """Return the figures of METHOD:SETTING, trained and evaluated under `out` unless that is done."""
-    content = trained_and_evaluated(name, seed, Protocol(out=out, attacks=ATTACKS))
+    content = trained_and_evaluated(name, seed, Protocol(out=out, attacks=ATTACKS, variant=variant))
     attacks = content["attacks"]
     figures = {attack: {key: attacks[attack][key] for key in ("average", "worst", "nsd")} for attack in ATTACKS}
     return {
@@ -59,16 +61,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/methods"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", help="methods, separated by commas")
+    parser.add_argument("--variant", help="of the methods that have it; its runs need an --out of their own")
     words = parser.parse_args()
     chosen = settings_on(words.data)
     if words.only:
         chosen = {name: chosen[name] for name in words.only.split(",")}
+    if words.variant:
+        having = {name: find_setting(setting)[2].recipe.method.variants for name, setting in chosen.items()}
+        chosen = {name: setting for name, setting in chosen.items() if words.variant in having[name]}
     rows: dict[str, list[dict[str, Any]]] = {}
     with Progress("methods", len(chosen) * words.seeds) as progress:
         for seed in range(words.seeds):
             for name, setting in chosen.items():
                 say(f"{setting}, seed {seed}")
-                rows.setdefault(name, []).append(measured(setting, words.out, seed))
+                rows.setdefault(name, []).append(measured(setting, words.out, seed, words.variant))
                 progress.advance(1)
     teacher = measured(f"sat:{words.data}", words.out, 0)
     print(table({"the teacher (SAT, twice as wide)": [teacher], **rows}))

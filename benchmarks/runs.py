@@ -31,6 +31,7 @@ class Protocol:
         fold: attack the folded network, which computes the same with fewer operations.
         suite: of AutoAttack's attacks, "standard" or "fast".
         check: look for masked gradients, too.
+        variant: of the methods; None for each setting's own. A teacher or start that is trained first has its own.
     """
 
     out: Path
@@ -39,6 +40,7 @@ class Protocol:
     fold: bool = False
     suite: str = "standard"
     check: bool = False
+    variant: str | None = None
 
 
 def settings_on(data: str) -> dict[str, str]:
@@ -78,7 +80,8 @@ def trained_and_evaluated(name: str, seed: int, protocol: Protocol) -> dict[str,
     """
     method, setting, found = find_setting(name)
     out, cache = folder_of(name, seed, protocol.out), default_cache()
-    job = Job(method=method, setting=setting, recipe=found.recipe, out=out, seed=seed, cache=cache, device=DEVICE)
+    recipe = found.recipe if protocol.variant is None else found.recipe.as_variant(protocol.variant)
+    job = Job(method=method, setting=setting, recipe=recipe, out=out, seed=seed, cache=cache, device=DEVICE)
     train(with_teacher(job))
     folder = RunFolder(out)
     content = json.loads(folder.evaluation.read_text()) if folder.evaluation.exists() else {"attacks": {}}
