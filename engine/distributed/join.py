@@ -65,9 +65,9 @@ def join(device: torch.device) -> Ranks:
         raise UsageError(f"{places}: a launcher sets RANK below WORLD_SIZE, and a port of 1 .. 65535")
     with Ranks(rank, world_size).checked():
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=limit, device_id=device if on_gpu else None)
-        host = dist.new_group(backend="gloo", timeout=limit) if on_gpu else dist.group.WORLD
-        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
         pulse = pulse_of(rank, world_size, limit.total_seconds())
+        host = dist.new_group(backend="gloo", timeout=limit) if on_gpu else dist.group.WORLD
+        patient = dist.new_group(backend="gloo", timeout=PATIENCE)  # waits for all, so that none leaves with the store
     return Ranks(rank, world_size, True, host, patient, pulse)
 
 

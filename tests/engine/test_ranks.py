@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,7 +27,7 @@ from retemper.engine import EpochStats, State, create_model, train_step
 from retemper.engine.catalogue import find_setting
 from retemper.engine.device import is_out_of_memory
 from retemper.engine.distributed.join import join
-from retemper.engine.distributed.pulse import Pulse
+from retemper.engine.distributed.pulse import Pulse, pulse_of
 from retemper.engine.distributed.ranks import ALONE, RankLost, Ranks
 from retemper.engine.models import normalising
 from retemper.engine.run.state_file import unpack
@@ -297,6 +298,16 @@ def test_values_reach_all_processes(tmp_path: Path) -> None:
     assert [one["rank"] for one in first[1]] == [0, 1] and second[1] == []
     assert [len(one["tensor"]) for one in first[1]] == [1, 2]
     assert first[0]["rank"] == second[0]["rank"] == 0 and torch.equal(second[0]["tensor"], torch.tensor([0.1]))
+
+
+def test_no_process_leaves_before_all_have_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(rank: int, *rest: Any) -> Pulse:
+        """Come to the store last, when a process that does not wait is gone, and the store with it."""
+        time.sleep(rank)
+        return pulse_of(rank, *rest)
+
+    monkeypatch.setattr("retemper.engine.distributed.join.pulse_of", late)
+    assert in_processes(2, lambda ranks: ranks.rank, tmp_path) == [0, 1]
 
 
 @pytest.mark.parametrize("kind", ["resident", "ffcv"])
