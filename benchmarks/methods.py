@@ -1,7 +1,7 @@
 """How do the methods compare when teacher, schedule, selection and evaluation are the same for all?
 
     python benchmarks/methods.py --data digits --seeds 3 --json benchmarks/results/methods_digits.json
-    python benchmarks/methods.py --variant released --out runs/released --json benchmarks/results/methods_released.json
+    python benchmarks/methods.py --data digits --seeds 3 --variant released
 
 All students are the same small ResNet; the distillation methods share one robust teacher (and one clean one), the
 fine-tuning ones begin with one SAT student. What is finished under --out is not repeated. Prints a table: means over
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/methods"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", help="methods, separated by commas")
-    parser.add_argument("--variant", help="of the methods that have it; its runs need an --out of their own")
+    parser.add_argument("--variant", help="of the methods that have it, in folders named after it")
     words = parser.parse_args()
     chosen = settings_on(words.data)
     if words.only:

@@ -31,7 +31,7 @@ class Protocol:
         fold: attack the folded network, which computes the same with fewer operations.
         suite: of AutoAttack's attacks, "standard" or "fast".
         check: look for masked gradients, too.
-        variant: of the methods; None for each setting's own. A teacher or start that is trained first has its own.
+        variant: of the methods; None for each setting's own, as a teacher or a start that is trained first has it.
     """
 
     out: Path
@@ -80,7 +80,9 @@ def trained_and_evaluated(name: str, seed: int, protocol: Protocol) -> dict[str,
     """
     method, setting, found = find_setting(name)
     out, cache = folder_of(name, seed, protocol.out), default_cache()
-    recipe = found.recipe if protocol.variant is None else found.recipe.as_variant(protocol.variant)
+    recipe = found.recipe
+    if protocol.variant is not None:  # in a folder of its own, beside that of a start of the same setting
+        recipe, out = recipe.as_variant(protocol.variant), out.with_name(f"{out.name}-{protocol.variant}")
     job = Job(method=method, setting=setting, recipe=recipe, out=out, seed=seed, cache=cache, device=DEVICE)
     train(with_teacher(job))
     folder = RunFolder(out)
