@@ -139,7 +139,7 @@ def radius(value, sample, channel, CHANNELS: tl.constexpr, BY: tl.constexpr):
     """Return `number`, one of a tensor below 0 taken as 0: of those, the host has not seen the sign."""
     result = number(value, sample, channel, CHANNELS, BY)
     if BY != "none":
-        result = tl.maximum(result, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        result = tl.where(result < 0, 0.0, result)
     return result
 
 
@@ -191,8 +191,8 @@ def place(offset, sample, pixel, STRIDES: tl.constexpr):
         inner: tl.constexpr = STRIDES[0][2]
         middle: tl.constexpr = STRIDES[0][1]
         strides: tl.constexpr = STRIDES[1]
-        at = sample * strides[0] + (pixel // (middle * inner)) * strides[1]
-        at += (pixel // inner % middle) * strides[2] + (pixel % inner) * strides[3]
+        at = (pixel // (middle * inner)) * strides[1] + (pixel // inner % middle) * strides[2]
+        at = sample * strides[0] + (at + (pixel % inner) * strides[3])
     return at
 
 

@@ -56,18 +56,25 @@ def steps(dtype: str) -> Iterator[Case]:
     usual = types | (dict.fromkeys(["step", "eps"], "*fp32") if by_sample else {})
     yield pgd._linf_kernel, usual, plain | by_sample | ({} if by_sample else {"blocks": None})
     yield pgd._l2_kernel, usual, plain | by_sample
+    yield pgd._l2_kernel, usual, plain | by_sample | {"CLIP_FIRST": True}
     yield pgd._momentum_kernel, types, plain
 
     # All at once: numbers by channel, a mask, and tensors of another dtype and in other layouts.
     all_numbers = dict.fromkeys(["step", "eps", "lower", "upper"], "*fp32")
     types |= all_numbers | {"grad_ptr": "*fp32", "clean_ptr": "*bf16", "momentum_ptr": "*fp32"}
     strides = ((3, 32, 32), (3072, 1, 96, 3))
-    here = {"BLOCK": pgd.BLOCK, "PIXELS": 3 * 32 * 32, "CLIP_FIRST": True, "CHANNELS": (3, 1024), "other_layout": True}
+    here = {
+        "BLOCK": pgd.STRIDED_BLOCK,
+        "PIXELS": 3 * 32 * 32,
+        "CLIP_FIRST": False,
+        "CHANNELS": (3, 1024),
+        "other_layout": True,
+    }
     here |= {"GRAD": strides, "CLEAN": strides, "MASK": ((3, 32, 32), (1, 0, 0, 0))}
     bounds = {"LOWER_BY": "channel", "UPPER_BY": "one"}
     yield pgd._linf_kernel, types, here | bounds | {"STEP_BY": "both", "EPS_BY": "channel"}
     yield pgd._l2_kernel, types, here | bounds | {"STEP_BY": "one", "EPS_BY": "sample"}
-    alone = {"STEP_BY": "none", "EPS_BY": "sample", "grad_ptr": None}  # a projection
+    alone = {"STEP_BY": "none", "EPS_BY": "sample", "grad_ptr": None, "CLIP_FIRST": True}  # a projection
     yield pgd._l2_kernel, types | {"step": "fp32"}, here | bounds | alone
     yield pgd._momentum_kernel, types, here
 
