@@ -29,9 +29,11 @@ from torch import Tensor
 from retemper.kernels.ascent import Number, Step, ascend
 from retemper.kernels.ascent_kernels import launch
 from retemper.kernels.operators import is_symbol, operator, overwritten, rewritten
+from retemper.kernels.pixels import NORMS as NORMS
 from retemper.kernels.pixels import grid, named_norm, rows_or_pixels, split
 from retemper.kernels.runtime import (
     FLOATS,
+    compute_dtype,
     is_dense_batch_first,
     require_no_grad,
     require_one_device,
@@ -130,13 +132,27 @@ _take_op = operator("pgd_step_" + _SCHEMA.replace("NUMBER", "float"), fake=lambd
 
 
 @rewritten("pgd_step_number_" + _SCHEMA.replace("NUMBER", "Scalar"))
-def _take_symbols(adv: Tensor, grad: Tensor, clean: Tensor, *given: Any) -> None:
+def _take_symbols(
+    adv: Tensor,
+    grad: Tensor,
+    clean: Tensor,
+    step: Any,
+    eps: Any,
+    lower: Any,
+    upper: Any,
+    norm: str,
+    step_by: Tensor | None = None,
+    eps_by: Tensor | None = None,
+    lower_by: Tensor | None = None,
+    upper_by: Tensor | None = None,
+    *rest: Any,
+) -> None:
     """Take the step of numbers some of which may be symbols of torch.compile."""
-    numbers, by = list(given[:4]), list(given[5:9])
+    numbers, by = [step, eps, lower, upper], [step_by, eps_by, lower_by, upper_by]
     for place, number in enumerate(numbers):
         if is_symbol(number):
-            numbers[place], by[place] = 0.0, adv.new_ones(1) * number
-    _take_op(adv, grad, clean, *numbers, given[4], *by, *given[9:])
+            numbers[place], by[place] = 0.0, adv.new_ones(1, dtype=compute_dtype(adv, grad, clean)) * number
+    _take_op(adv, grad, clean, *numbers, norm, *by, *rest)
 
 
 def pgd_step_(

@@ -45,7 +45,7 @@ def split(name: str, value: float | Tensor, stand_in: float = 0.0) -> tuple[floa
         return stand_in, value
     try:
         return float(value), None
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(f"{name}: a {type(value).__name__}; needs a number or a tensor of floats") from None
 
 
