@@ -204,24 +204,30 @@ def class_temperature_kl_grad_reference(
 
 
 class Softmax(NamedTuple):
-    """A softmax that is not divided yet: (B, K), (B, K) and (B, 1), as in the module's formula.
+    """A softmax that need not be divided yet.
 
-    Of a side whose probabilities nobody asks for, `exps` is None: `shifted` is its logarithm then, and the total 1.
+    Attributes:
+        shifted: (B, K), its logarithm plus that of `total`.
+        exps: (B, K), its values times `total`; None where nobody asks for them.
+        total: (B, 1), or None where it is 1.
     """
 
     shifted: Tensor
     exps: Tensor | None
-    total: Tensor
+    total: Tensor | None
+
+    def over_total(self) -> Any:
+        """Return the values, in place of `exps`."""
+        return self.exps if self.exps is None or self.total is None else self.exps.div_(self.total)
 
 
 def _softmax(logits: Tensor, temperature: float | Tensor, exps: bool = True) -> Softmax:
-    if exps or not _is_one(temperature) or logits.shape[1] < WIDE:
+    if not _is_one(temperature):
+        logits = (logits - logits.detach().amax(1, keepdim=True)).div_(temperature)
+    if logits.shape[1] >= WIDE:
+        return Softmax(logits.log_softmax(1), logits.softmax(1) if exps else None, None)
+    if _is_one(temperature):
         logits = logits - logits.detach().amax(1, keepdim=True)
-        if not _is_one(temperature):
-            logits.div_(temperature)
-    if not exps and logits.shape[1] >= WIDE:
-        shifted = logits.log_softmax(1)
-        return Softmax(shifted, None, shifted[:, :1].exp() * 0 + 1)  # NaN where the row is
     powers = logits.exp()
     return Softmax(logits, powers, powers.sum(1, keepdim=True))
 
@@ -229,8 +235,7 @@ def _softmax(logits: Tensor, temperature: float | Tensor, exps: bool = True) -> 
 def _probabilities(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """Return softmax(logits / temperature), when no logarithm is needed."""
     if logits.shape[1] < WIDE:
-        _, exps, total = _softmax(logits, temperature)
-        return exps.div_(total)
+        return _softmax(logits, temperature).over_total()
     if not _is_one(temperature):
         logits = (logits - logits.amax(1, keepdim=True)).div_(temperature)
     return logits.softmax(1)
@@ -246,7 +251,7 @@ class _Rows(NamedTuple):
     temperature: float | Tensor
     scale: Tensor | None  # NaN where the label is no class
     trust: Tensor | None
-    label: Tensor | None  # clamped to the classes
+    label: Tensor | None  # (B,), clamped to the classes
     ignored: Tensor | None
 
 
@@ -254,21 +259,26 @@ def _rows(inputs: Inputs, dtype: torch.dtype) -> _Rows:
     _, _, label, temperatures, class_weight, label_trust, row_weight, temperature, *_ = inputs
     ignored = scale = trust = None
     if label is not None:
-        label = label.long()[:, None]
+        label = label.long()
         if not inputs.known:
             given, label = label, label.clamp(0, inputs.student.shape[1] - 1)
-            scale = torch.where(label == given, 1.0, torch.nan)
-            ignored = None if inputs.ignore_index is None else given == inputs.ignore_index
+            scale = torch.where(label == given, 1.0, torch.nan)[:, None]
+            ignored = None if inputs.ignore_index is None else (given == inputs.ignore_index)[:, None]
     if temperatures is not None:
-        own = temperatures.reshape(-1, 1) if inputs.by_row else temperatures[label]
-        temperature = torch.where(own > 0, own, torch.nan).to(dtype)
+        own = temperatures.reshape(-1, 1) if inputs.by_row else _of_class(temperatures, label)
+        temperature = own.to(dtype).clamp(min=0)  # at 0 a row is NaN: its peak is 0 / 0
     if class_weight is not None:
-        scale = _product(scale, class_weight[label])
+        scale = _product(scale, _of_class(class_weight, label))
     if row_weight is not None:
         scale = _product(scale, row_weight[:, None])
     if label_trust is not None:
-        trust = label_trust[label].to(dtype)
+        trust = _of_class(label_trust, label).to(dtype)
     return _Rows(temperature, None if scale is None else scale.to(dtype), trust, label, ignored)
+
+
+def _of_class(value: Tensor, label: Any) -> Tensor:
+    """Return the value of each row's class, (B, 1)."""
+    return value.index_select(0, label)[:, None]
 
 
 def _product(scale: Tensor | None, factor: Tensor) -> Tensor:
@@ -305,8 +315,8 @@ def _finished(value: Any, rows: _Rows) -> Any:
 
 
 def _of_logits(
-    source: Softmax,
-    q: Softmax,
+    source: Any,  # two Softmax
+    q: Any,
     p_temperature: float | Tensor,
     q_temperature: float | Tensor,
     trust: Tensor | None,
@@ -319,65 +329,71 @@ def _of_logits(
     Tensors are overwritten where nothing needs them any more, autograd included: fresh memory costs a CPU as much time
     as the arithmetic. Where a gradient is computed here, autograd must be off.
     """
-    p = source if trust is None or label is None else _mixed(source, label, trust)
-    log_totals = (q.total / p.total).log()
+    p = source if trust is None else _mixed(source, label, trust)
+    if p.total is None or q.total is None:  # NaN in a row that is, otherwise 0
+        log_totals = (p.exps[:, :1] + (q.shifted[:, :1].exp() if q.exps is None else q.exps[:, :1])) * 0
+    else:
+        log_totals = (q.total / p.total).log()
     apart = p.shifted.sub_(q.shifted)
     from_source = source.exps * apart if p_grad and trust is not None else None
     terms = apart.mul_(p.exps)
-    # a term that is NaN has p = 0; of a row that is NaN the total is as well
-    kl = torch.addcdiv(log_totals, terms.nansum(1, keepdim=True), p.total)
+    mean = _mean(terms, p)
     p_found = q_found = None
+    kl = mean + log_totals
     if p_grad:
-        terms = terms if from_source is None else from_source
-        mean = log_totals - torch.addcdiv(log_totals, terms.nansum(1, keepdim=True), p.total)
-        p_found = terms.nan_to_num_(0.0, torch.inf, -torch.inf).addcmul_(source.exps, mean)
-        share = (1 if trust is None else 1 - trust) / source.total / p_temperature
-        p_found = p_found.mul_(share)
+        if from_source is not None:
+            terms, mean = from_source, _mean(from_source, source)
+        share = (1 if trust is None else 1 - trust) / p_temperature
+        p_found = terms.nan_to_num_(0.0, torch.inf, -torch.inf).addcmul_(source.exps, log_totals * 0 - mean)
+        p_found = p_found.mul_(share if source.total is None else share / source.total)
     if q_grad:
-        q_found = q.exps.div_(q.total).sub_(p.exps.div_(p.total))
+        q_found = q.over_total().sub_(p.over_total())
         q_found = q_found if _is_one(q_temperature) else q_found.div_(q_temperature)
     return kl.clamp(min=0), p_found, q_found  # only rounding makes it negative
 
 
-def _mixed(p: Softmax, label: Tensor, trust: Tensor) -> Softmax:
+def _mean(terms: Tensor, p: Softmax) -> Tensor:
+    """Return the sums of each row's terms, over the total. A term is NaN where p = 0, and then counts nothing."""
+    total = terms.nansum(1, keepdim=True)
+    return total if p.total is None else total / p.total
+
+
+def _mixed(p: Softmax, label: Any, trust: Tensor) -> Softmax:
     """Return P after it moved towards the one-hot label by its trust; the total stays."""
-    log_total = p.total.log()
-    own = p.shifted.gather(1, label)
+    log_total = 0 if p.total is None else p.total.log()
+    own = p.shifted.gather(1, label[:, None])
     log_own = own - log_total
     short = (trust - 1) * log_own.expm1()  # what P lacks of 1 at the label: where that is small, it keeps its digits
     far = ((1 - trust) * log_own.exp() + trust).log()
     log_own = torch.where(short > 0.5, far, (-short.clamp(max=0.5)).log1p())
     own = torch.where(trust == 0, own, log_own + log_total)
-    shifted = (p.shifted + (-trust).log1p()).scatter(1, label, own)
-    return Softmax(shifted, shifted.exp(), p.total)
+    shifted = (p.shifted + (-trust).log1p()).scatter(1, label[:, None], own)
+    return Softmax(shifted, torch.where(trust == 0, p.exps, shifted.exp()), p.total)
 
 
 def _of_probabilities(
-    p: Tensor, q: Softmax, temperature: float, q_grad: bool, p_grad: bool
+    p: Tensor, q: Any, temperature: float, q_grad: bool, p_grad: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return sum p (log p - log Q) as (B, 1), and the gradients at Q's logits and at p, which need not add up to 1."""
-    mass, log_total = p.sum(1, keepdim=True), q.total.log()
-    loss = torch.xlogy(p, p).sum(1, keepdim=True) - (p * q.shifted).nansum(1, keepdim=True) + mass * log_total
-    q_found = (q.exps * (mass / q.total)).sub_(p).div_(temperature) if q_grad else None
-    p_found = p.log() + 1 - q.shifted + log_total if p_grad else None
+    mass = p.sum(1, keepdim=True)
+    log_q = q.shifted if q.total is None else q.shifted - q.total.log()
+    loss = torch.xlogy(p, p).sum(1, keepdim=True) - (p * log_q).nansum(1, keepdim=True)
+    loss = loss + q.exps[:, :1] * 0  # NaN in a row that is
+    q_found = (q.over_total() * mass).sub_(p).div_(temperature) if q_grad else None
+    p_found = p.log() + 1 - log_q if p_grad else None
     return loss, q_found, p_found
 
 
-def _direction(inputs: Inputs) -> Tensor:
-    """Return the student's gradient alone."""
-    if inputs.reverse:
-        return compute(inputs, True)[1]  # type: ignore[return-value]
-    dtype = compute_dtype(inputs.student, inputs.teacher)
-    rows, p = _rows(inputs, dtype), inputs.teacher.to(dtype)
-    q = _probabilities(inputs.student.to(dtype), inputs.student_temperature)
-    if inputs.given:
-        q = q * p.sum(1, keepdim=True)
-    else:
-        p = _probabilities(p, rows.temperature)
-    if rows.trust is not None:
-        p = (p * (1 - rows.trust)).scatter_add(1, rows.label, rows.trust)
-    q.sub_(p)
-    return _finished(q if _is_one(inputs.student_temperature) else q.div_(inputs.student_temperature), rows)
+def _direction(inputs: Inputs) -> Any:
+    """Return the student's gradient alone, which needs no logarithm unless P is the student's or was mixed."""
+    if inputs.reverse or inputs.given or inputs.label_trust is not None:
+        return compute(inputs, True)[1]
+    dtype, own = compute_dtype(inputs.student, inputs.teacher), inputs.student_temperature
+    rows = _rows(inputs, dtype)
+    apart = _probabilities(inputs.student.to(dtype), own).sub_(
+        _probabilities(inputs.teacher.to(dtype), rows.temperature)
+    )
+    return _finished(apart if _is_one(own) else apart.div_(own), rows)
 
 
 def evaluate(inputs: Inputs, of_student: bool = False, of_teacher: bool = False) -> Any:
