@@ -106,7 +106,7 @@ def test_radius_and_bounds_differ_by_sample_and_by_channel(
             adv = started(clean, eps, seed=3, **given, **bounds)
             lower, upper = (b if isinstance(b, float) else b.view(-1, 1, 1) for b in bounds.values())
             expected = clean + within(free, eps.view(-1, 1, 1, 1) if eps.dim() == 1 else eps, noise, norm)
-            torch.testing.assert_close(adv, expected.clamp(lower, upper), rtol=0, atol=2**-20)
+            torch.testing.assert_close(adv, expected.clamp(min=lower).clamp(max=upper), rtol=0, atol=2**-20)
 
 
 def within(free: Tensor, eps: Tensor, noise: str, norm: str) -> Tensor:
