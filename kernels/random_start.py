@@ -135,7 +135,8 @@ def _numbers(
 
 
 @rewritten(
-    f"random_start_number_({_TENSORS}, Scalar eps, Tensor? eps_by, {_DRAW}, Scalar lower=0, Scalar upper=1, {_BY}) -> ()"
+    f"random_start_number_({_TENSORS}, Scalar eps, Tensor? eps_by, {_DRAW},"
+    f" Scalar lower=0, Scalar upper=1, {_BY}) -> ()"
 )
 def _of_symbols(
     adv: Tensor,
