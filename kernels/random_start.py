@@ -23,6 +23,7 @@ from retemper.kernels.noise import fill, launch
 from retemper.kernels.operators import is_symbol, operator, overwritten, rewritten
 from retemper.kernels.pixels import grid, laid_out, named_norm, split
 from retemper.kernels.runtime import (
+    FLOATS,
     require_float,
     require_no_grad,
     require_one_device,
@@ -32,12 +33,13 @@ from retemper.kernels.runtime import (
     runs_triton,
 )
 
+Number = float | Tensor
 NOISES = ("uniform", "normal")
 
 
 def random_start_reference(
     clean: Tensor,
-    eps: float | Tensor,
+    eps: Number,
     *,
     seed: Tensor,
     noise: str = "uniform",
@@ -45,8 +47,8 @@ def random_start_reference(
     clip: bool = True,
     rows: tuple[int, int] = (0, 1),
     norm: str = "linf",
-    lower: float | Tensor = 0.0,
-    upper: float | Tensor = 1.0,
+    lower: Number = 0.0,
+    upper: Number = 1.0,
 ) -> Tensor:
     """Compute the start in plain PyTorch: the truth for the tests, and the path on a CPU.
 
@@ -86,29 +88,30 @@ def _random_start_op(
     norm: str = "linf",
 ) -> None:
     _check(adv, clean, seed, noise, scale, first_row, rows_apart)
-    require_one_device(adv=adv, clean=clean, seed=seed, eps=eps_by, lower=lower_by, upper=upper_by)
-    numbers = _numbers(
-        adv,
-        norm,
-        eps if eps_by is None else eps_by,
-        lower if lower_by is None else lower_by,
-        upper if upper_by is None else upper_by,
-    )
+    numbers: tuple[Number, Number, Number] = (eps, lower, upper)
+    if not (eps_by is None and lower_by is None and upper_by is None):
+        require_one_device(adv=adv, eps=eps_by, lower=lower_by, upper=upper_by)
+        given = ((eps, eps_by), (lower, lower_by), (upper, upper_by))
+        numbers = _numbers(adv, norm, *(number if by is None else by for number, by in given))
     if adv.numel() == 0:
         return
     rows = (first_row, rows_apart)
     if not runs_triton(adv, clean):
         fill(adv, clean, seed, noise, scale, clip, rows, norm, *numbers)
         return
-    launch(adv, laid_out(clean, adv), seed, noise == "uniform", scale, clip, rows, norm, *numbers)
+    launch(adv, laid_out(clean, adv), seed, noise, scale, clip, rows, norm, *numbers)
     overwritten(adv)
 
 
 def _check(adv: Tensor, clean: Tensor, seed: Tensor, noise: str, scale: float, first_row: int, rows_apart: int) -> None:
-    require_one_layout(adv=adv)
-    require_float(clean=clean)
+    if adv.dtype not in FLOATS or clean.dtype not in FLOATS:
+        require_float(adv=adv, clean=clean)
     if clean.shape != adv.shape:
         raise ValueError(f"clean: shape {tuple(clean.shape)}, but adv has {tuple(adv.shape)}")
+    if not adv.is_contiguous() or not adv.shape:
+        require_one_layout(adv=adv)
+    if not adv.device == clean.device == seed.device:
+        require_one_device(adv=adv, clean=clean, seed=seed)
     if seed.numel() != 1 or seed.dtype != torch.int64:
         raise ValueError(f"seed: {seed.dtype} of shape {tuple(seed.shape)}; needs an int, or one int64 in a tensor")
     if noise not in NOISES:
@@ -119,9 +122,7 @@ def _check(adv: Tensor, clean: Tensor, seed: Tensor, noise: str, scale: float, f
         raise ValueError(f"rows: ({first_row}, {rows_apart}); needs a row from 0 on, and a distance of 1 or more")
 
 
-def _numbers(
-    adv: Tensor, norm: str, eps: float | Tensor, lower: float | Tensor, upper: float | Tensor
-) -> tuple[float | Tensor, float | Tensor, float | Tensor]:
+def _numbers(adv: Tensor, norm: str, eps: Number, lower: Number, upper: Number) -> tuple[Number, Number, Number]:
     """Return the radius and the bounds, tensors as `grid` makes them."""
     if isinstance(eps, Tensor):
         eps = grid("eps", eps, adv)
@@ -167,7 +168,7 @@ def _of_symbols(
 def random_start_(
     adv: Tensor,
     clean: Tensor,
-    eps: float | Tensor,
+    eps: Number,
     *,
     noise: str = "uniform",
     scale: float = 0.001,
@@ -175,8 +176,8 @@ def random_start_(
     clip: bool = True,
     rows: tuple[int, int] = (0, 1),
     norm: str | float = "linf",
-    lower: float | Tensor = 0.0,
-    upper: float | Tensor = 1.0,
+    lower: Number = 0.0,
+    upper: Number = 1.0,
 ) -> Tensor:
     """Fill `adv`, in place, with `clean` plus random noise inside the eps ball. What `adv` held before is not read.
 

@@ -71,11 +71,13 @@ def starts(dtype: str) -> Iterator[Case]:
     elif dtype == "fp16":  # numbers by channel are loaded one by one, whatever is aligned
         types |= {"eps": "*fp32", "lower": "*fp32", "upper": "*fp32", "clean_ptr": "*fp32"}
         by = {"CHANNELS": (3, 1024), "EPS": "one", "LOWER": "channel", "UPPER": "one"}
+    by |= {"CLIP": dtype != "fp16"}
     absent = {} if OPTIONAL[dtype] else dict.fromkeys(["blocks", "first_row", "rows_apart"])
+    yield noise._uniform_start_kernel, types, absent | by | {"BLOCK": noise.BLOCK}
+    yield noise._normal_start_kernel, types, by | {"BLOCK": noise.BLOCK // 2, "num_warps": noise.WARPS}
     for uniform in (True, False):
-        draw = {"BLOCK": noise.BLOCK, "UNIFORM": uniform, "CLIP": dtype != "fp32" or uniform, **by}
-        yield noise._random_start_kernel, types, absent | draw
-        yield noise._random_start_l2_kernel, types, draw | {"PIXELS": 3 * 32 * 32}
+        of_image = {"UNIFORM": uniform, "PIXELS": 3 * 32 * 32, "HALF": 3 * 64, "BLOCK": noise.BLOCK}
+        yield noise._ball_start_kernel, types, by | of_image
 
 
 def by_class(dtype: str) -> Iterator[Case]:

@@ -23,7 +23,9 @@ SIZE = {"fp32": 4, "bf16": 2}
 LOADS_WIDE = {
     "_linf_kernel",
     "_l2_kernel",
-    "_random_start_kernel",
+    "_uniform_start_kernel",
+    "_normal_start_kernel",
+    "_ball_start_kernel",
     "_kl_kernel",
     "_epilogue_kernel",
     "_epilogue_grad_kernel",
