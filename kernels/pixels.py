@@ -122,7 +122,7 @@ def channel_of(pixel, CHANNELS: tl.constexpr):
 def number(value, sample, channel, CHANNELS: tl.constexpr, BY: tl.constexpr):
     """Return the number of a sample's pixels as float32: it is `value`, or where `value` points to."""
     if BY == "none":
-        result = value.to(tl.float32)  # the interpreter takes it as float64 where float32 cannot hold it
+        result = tl.full((), value, tl.float32)  # the interpreter would take one that float32 cannot hold as float64
     elif BY == "one":
         result = tl.load(value).to(tl.float32)
     elif BY == "sample":

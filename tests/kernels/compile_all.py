@@ -37,12 +37,44 @@ SIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 kl = import_module("retemper.kernels.kl_divergence")
 rows = import_module("retemper.kernels.logit_rows")
 sums = import_module("retemper.kernels.class_sums")
+<<<<<<< HEAD
 pgd = import_module("retemper.kernels.pgd_step")
 noise = import_module("retemper.kernels.noise")
+=======
+pgd = import_module("retemper.kernels.ascent_kernels")
+start = import_module("retemper.kernels.random_start")
+>>>>>>> step
 views = import_module("retemper.kernels.augment")
 after = import_module("retemper.kernels.epilogue")
 
 Case = tuple[Any, dict[str, str], dict[str, Any]]  # a kernel; the types of its arguments; its constants
+
+
+def steps(dtype: str) -> Iterator[Case]:
+    types = dict.fromkeys(["adv_ptr", "grad_ptr", "clean_ptr", "momentum_ptr", "previous_ptr"], f"*{dtype}")
+    types |= {"mask_ptr": "*i1", "pixels": "i32", "blocks": "i32"}
+    types |= dict.fromkeys(["step", "eps", "lower", "upper", "decay", "inertia", "rest"], "fp32")
+    names = ("STEP_BY", "EPS_BY", "LOWER_BY", "UPPER_BY")
+    plain = dict.fromkeys(["mask_ptr", "previous_ptr", "inertia", "rest", "CHANNELS", "GRAD", "CLEAN", "MASK"])
+    plain |= {"BLOCK": pgd.BLOCK, "PIXELS": 3 * 32 * 32, "CLIP_FIRST": False, **dict.fromkeys(names, "none")}
+    by_sample = {"STEP_BY": "sample", "EPS_BY": "sample"} if OPTIONAL[dtype] else {}
+    usual = types | (dict.fromkeys(["step", "eps"], "*fp32") if by_sample else {})
+    yield pgd._linf_kernel, usual, plain | by_sample | ({} if by_sample else {"blocks": None})
+    yield pgd._l2_kernel, usual, plain | by_sample
+    yield pgd._momentum_kernel, types, plain
+
+    # All at once: numbers by channel, a mask, and tensors of another dtype and in other layouts.
+    all_numbers = dict.fromkeys(["step", "eps", "lower", "upper"], "*fp32")
+    types |= all_numbers | {"grad_ptr": "*fp32", "clean_ptr": "*bf16", "momentum_ptr": "*fp32"}
+    strides = ((3, 32, 32), (3072, 1, 96, 3))
+    here = {"BLOCK": pgd.BLOCK, "PIXELS": 3 * 32 * 32, "CLIP_FIRST": True, "CHANNELS": (3, 1024), "other_layout": True}
+    here |= {"GRAD": strides, "CLEAN": strides, "MASK": ((3, 32, 32), (1, 0, 0, 0))}
+    bounds = {"LOWER_BY": "channel", "UPPER_BY": "one"}
+    yield pgd._linf_kernel, types, here | bounds | {"STEP_BY": "both", "EPS_BY": "channel"}
+    yield pgd._l2_kernel, types, here | bounds | {"STEP_BY": "one", "EPS_BY": "sample"}
+    alone = {"STEP_BY": "none", "EPS_BY": "sample", "grad_ptr": None}  # a projection
+    yield pgd._l2_kernel, types | {"step": "fp32"}, here | bounds | alone
+    yield pgd._momentum_kernel, types, here
 
 
 def elementwise(dtype: str) -> Iterator[Case]:
@@ -52,6 +84,7 @@ def elementwise(dtype: str) -> Iterator[Case]:
     )
     types |= {"pixels": "i32", "blocks": "i32", "seed_ptr": "*i64", "step_ptr": "*fp32", "eps_ptr": "*fp32"}
     absent = {} if OPTIONAL[dtype] else dict.fromkeys(["step_ptr", "eps_ptr", "blocks"])
+<<<<<<< HEAD
     yield pgd._linf_kernel, types, absent | {"BLOCK": pgd.BLOCK}
     yield pgd._l2_kernel, types, absent | {"BLOCK": pgd.BLOCK, "PIXELS": 3 * 32 * 32}
 
@@ -75,6 +108,10 @@ def starts(dtype: str) -> Iterator[Case]:
     absent = {} if OPTIONAL[dtype] else dict.fromkeys(["blocks", "first_row", "rows_apart"])
     yield noise._uniform_start_kernel, types, absent | by | {"BLOCK": noise.BLOCK}
     yield noise._normal_start_kernel, types, by | {"BLOCK": noise.BLOCK // 2, "num_warps": noise.WARPS}
+=======
+    types |= {"first_row": "i32", "rows_apart": "i32"}
+    absent |= dict.fromkeys(["first_row", "rows_apart"]) if absent else {}
+>>>>>>> step
     for uniform in (True, False):
         of_image = {"UNIFORM": uniform, "PIXELS": 3 * 32 * 32, "HALF": 3 * 64, "BLOCK": noise.BLOCK}
         yield noise._ball_start_kernel, types, by | of_image
@@ -171,14 +208,20 @@ def report(folder: str, name: str) -> None:
     with open(Path(folder) / arch, "w") as file:
         for dtype, aligned in ALIGNED.items():
             for case in (
+<<<<<<< HEAD
                 *elementwise(dtype),
                 *starts(dtype),
+=======
+                *steps(dtype),
+                *elementwise(dtype),
+>>>>>>> step
                 *by_class(dtype),
                 *augmentation(dtype),
                 *convolution(dtype),
             ):
                 compiled = compile_case(case, target, aligned)
                 what = {"kernel": case[0].__name__, "dtype": dtype, "aligned": aligned, "row": row(case[2])}
+                what["wide"] = aligned and not case[2].get("other_layout")
                 what["writes_rows"] = case[2].get("GRAD") is False  # one number for each
                 print(json.dumps(what | {"usage": usage(compiled, target), **accesses(compiled)}), file=file)
 

@@ -176,7 +176,7 @@ def test_is_a_well_formed_op(layout: torch.memory_format, by_sample: bool, norm:
     adv, grad, clean = (t.contiguous(memory_format=layout) for t in batch((2, 3, 8, 8), torch.float32, device))
     step, eps = margins(2, device) if by_sample else (None, None)
     torch.library.opcheck(
-        torch.ops.retemper.pgd_step_.default, (adv, grad, clean, STEP, EPS, step, eps, norm, 0.0, 1.0)
+        torch.ops.retemper.pgd_step_.default, (adv, grad, clean, STEP, EPS, 0.0, 1.0, norm, step, eps)
     )
 
 
