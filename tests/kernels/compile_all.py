@@ -37,13 +37,8 @@ SIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 kl = import_module("retemper.kernels.kl_divergence")
 rows = import_module("retemper.kernels.logit_rows")
 sums = import_module("retemper.kernels.class_sums")
-<<<<<<< HEAD
-pgd = import_module("retemper.kernels.pgd_step")
-noise = import_module("retemper.kernels.noise")
-=======
 pgd = import_module("retemper.kernels.ascent_kernels")
-start = import_module("retemper.kernels.random_start")
->>>>>>> step
+noise = import_module("retemper.kernels.noise")
 views = import_module("retemper.kernels.augment")
 after = import_module("retemper.kernels.epilogue")
 
@@ -77,18 +72,6 @@ def steps(dtype: str) -> Iterator[Case]:
     yield pgd._momentum_kernel, types, here
 
 
-def elementwise(dtype: str) -> Iterator[Case]:
-    image = f"*{dtype}"
-    types = dict.fromkeys(["adv_ptr", "grad_ptr", "clean_ptr"], image) | dict.fromkeys(
-        ["step", "eps", "lower", "upper", "scale"], "fp32"
-    )
-    types |= {"pixels": "i32", "blocks": "i32", "seed_ptr": "*i64", "step_ptr": "*fp32", "eps_ptr": "*fp32"}
-    absent = {} if OPTIONAL[dtype] else dict.fromkeys(["step_ptr", "eps_ptr", "blocks"])
-<<<<<<< HEAD
-    yield pgd._linf_kernel, types, absent | {"BLOCK": pgd.BLOCK}
-    yield pgd._l2_kernel, types, absent | {"BLOCK": pgd.BLOCK, "PIXELS": 3 * 32 * 32}
-
-
 def starts(dtype: str) -> Iterator[Case]:
     types = dict.fromkeys(["eps", "scale", "lower", "upper"], "fp32") | dict.fromkeys(["blocks", "first_row"], "i32")
     types |= {
@@ -104,14 +87,10 @@ def starts(dtype: str) -> Iterator[Case]:
     elif dtype == "fp16":  # numbers by channel are loaded one by one, whatever is aligned
         types |= {"eps": "*fp32", "lower": "*fp32", "upper": "*fp32", "clean_ptr": "*fp32"}
         by = {"CHANNELS": (3, 1024), "EPS": "one", "LOWER": "channel", "UPPER": "one"}
-    by |= {"CLIP": dtype != "fp16"}
+    by["CLIP"] = dtype != "fp32"
     absent = {} if OPTIONAL[dtype] else dict.fromkeys(["blocks", "first_row", "rows_apart"])
     yield noise._uniform_start_kernel, types, absent | by | {"BLOCK": noise.BLOCK}
     yield noise._normal_start_kernel, types, by | {"BLOCK": noise.BLOCK // 2, "num_warps": noise.WARPS}
-=======
-    types |= {"first_row": "i32", "rows_apart": "i32"}
-    absent |= dict.fromkeys(["first_row", "rows_apart"]) if absent else {}
->>>>>>> step
     for uniform in (True, False):
         of_image = {"UNIFORM": uniform, "PIXELS": 3 * 32 * 32, "HALF": 3 * 64, "BLOCK": noise.BLOCK}
         yield noise._ball_start_kernel, types, by | of_image
@@ -198,7 +177,9 @@ def accesses(compiled: Any) -> dict[str, dict[str, int]]:
 
 def row(constants: dict[str, Any]) -> int:
     """Return the number of values that lie side by side; one access may take a divisor of it."""
-    return constants.get("K") or constants.get("WIDTH", 16) * constants.get("CHANNELS", 1)
+    if "WIDTH" in constants:
+        return constants["WIDTH"] * constants["CHANNELS"]
+    return constants.get("K", 16)
 
 
 def report(folder: str, name: str) -> None:
@@ -208,13 +189,8 @@ def report(folder: str, name: str) -> None:
     with open(Path(folder) / arch, "w") as file:
         for dtype, aligned in ALIGNED.items():
             for case in (
-<<<<<<< HEAD
-                *elementwise(dtype),
-                *starts(dtype),
-=======
                 *steps(dtype),
-                *elementwise(dtype),
->>>>>>> step
+                *starts(dtype),
                 *by_class(dtype),
                 *augmentation(dtype),
                 *convolution(dtype),
