@@ -40,7 +40,7 @@ kl = import_module("retemper.kernels.kl_kernel")
 rows = import_module("retemper.kernels.logit_rows")
 sums = import_module("retemper.kernels.class_sums")
 pgd = import_module("retemper.kernels.ascent_kernels")
-start = import_module("retemper.kernels.random_start")
+noise = import_module("retemper.kernels.noise")
 views = import_module("retemper.kernels.augment")
 after = import_module("retemper.kernels.epilogue")
 
@@ -81,18 +81,28 @@ def steps(dtype: str) -> Iterator[Case]:
     yield pgd._momentum_kernel, types, here
 
 
-def elementwise(dtype: str) -> Iterator[Case]:
-    image = f"*{dtype}"
-    types = dict.fromkeys(["adv_ptr", "grad_ptr", "clean_ptr"], image) | dict.fromkeys(
-        ["step", "eps", "lower", "upper", "scale"], "fp32"
-    )
-    types |= {"pixels": "i32", "blocks": "i32", "seed_ptr": "*i64", "step_ptr": "*fp32", "eps_ptr": "*fp32"}
-    absent = {} if OPTIONAL[dtype] else dict.fromkeys(["step_ptr", "eps_ptr", "blocks"])
-    types |= {"first_row": "i32", "rows_apart": "i32"}
-    absent |= dict.fromkeys(["first_row", "rows_apart"]) if absent else {}
+def starts(dtype: str) -> Iterator[Case]:
+    types = dict.fromkeys(["eps", "scale", "lower", "upper"], "fp32") | dict.fromkeys(["blocks", "first_row"], "i32")
+    types |= {
+        "adv_ptr": f"*{dtype}",
+        "clean_ptr": f"*{dtype}",
+        "seed_ptr": "*i64",
+        "pixels": "i32",
+        "rows_apart": "i32",
+    }
+    by = {"CHANNELS": None, "EPS": "none", "LOWER": "none", "UPPER": "none"}
+    if dtype == "bf16":
+        types["eps"], by["EPS"] = "*fp32", "sample"
+    elif dtype == "fp16":  # numbers by channel are loaded one by one, whatever is aligned
+        types |= {"eps": "*fp32", "lower": "*fp32", "upper": "*fp32", "clean_ptr": "*fp32"}
+        by = {"CHANNELS": (3, 1024), "EPS": "one", "LOWER": "channel", "UPPER": "one"}
+    by["CLIP"] = dtype != "fp32"
+    absent = {} if OPTIONAL[dtype] else dict.fromkeys(["blocks", "first_row", "rows_apart"])
+    yield noise._uniform_start_kernel, types, absent | by | {"BLOCK": noise.BLOCK}
+    yield noise._normal_start_kernel, types, by | {"BLOCK": noise.BLOCK // 2, "num_warps": noise.WARPS}
     for uniform in (True, False):
-        draw = {"BLOCK": start.BLOCK, "UNIFORM": uniform, "CLIP": dtype != "fp16"}
-        yield start._random_start_kernel, types, absent | draw
+        of_image = {"UNIFORM": uniform, "PIXELS": 3 * 32 * 32, "HALF": 3 * 64, "BLOCK": noise.BLOCK}
+        yield noise._ball_start_kernel, types, by | of_image
 
 
 def by_class(dtype: str) -> Iterator[Case]:
@@ -184,7 +194,9 @@ def accesses(compiled: Any) -> dict[str, dict[str, int]]:
 
 def row(constants: dict[str, Any]) -> int:
     """Return the number of values that lie side by side; one access may take a divisor of it."""
-    return constants.get("K") or constants.get("WIDTH", 16) * constants.get("CHANNELS", 1)
+    if "WIDTH" in constants:
+        return constants["WIDTH"] * constants["CHANNELS"]
+    return constants.get("K", 16)
 
 
 def report(folder: str, name: str) -> None:
@@ -195,7 +207,7 @@ def report(folder: str, name: str) -> None:
         for dtype, aligned in ALIGNED.items():
             for case in (
                 *steps(dtype),
-                *elementwise(dtype),
+                *starts(dtype),
                 *by_class(dtype),
                 *augmentation(dtype),
                 *convolution(dtype),
