@@ -40,7 +40,7 @@ from retemper.kernels.runtime import (
 )
 
 # Chosen from the code for sm_90, not yet measured on a GPU.
-WIDEST = 128  # classes whose sums a program can hold beside its rows
+WIDEST = 16  # classes whose sums a program can hold beside its rows
 PARTS = 1024  # the most programs of that kind: about as many as a GPU runs at once, and a second launch adds up quickly
 SLICE = 1024  # rows of a program that goes through rows for its block of classes
 BLOCK, TILE = 32, 4096  # classes of that block, and how many rows times classes a program looks at at once
@@ -126,12 +126,11 @@ def _of_classes(cls, label, cross_entropy, hit):
 
 
 @triton.jit
-def _store(loss_ptr, correct_ptr, count_ptr, loss, correct, count, part, cls, K: tl.constexpr):
-    """Write three times (BLOCK,) to the row `part` of the three (parts, K)."""
-    place = part.to(tl.int64) * K + cls
-    tl.store(loss_ptr + place, loss, mask=cls < K)
-    tl.store(correct_ptr + place, correct, mask=cls < K)
-    tl.store(count_ptr + place, count, mask=cls < K)
+def _store(loss_ptr, correct_ptr, count_ptr, place, loss, correct, count, inside):
+    """Write the three sums, (BLOCK,) each, to their places."""
+    tl.store(loss_ptr + place, loss, mask=inside)
+    tl.store(correct_ptr + place, correct, mask=inside)
+    tl.store(count_ptr + place, count, mask=inside)
 
 
 @triton.jit
@@ -150,19 +149,19 @@ def _class_sums_kernel(
     WIDTH: tl.constexpr,
 ):
     """Write the sums of the program's rows: every so many tiles one, from all over the batch."""
-    part = tl.program_id(0)
+    part = tl.program_id(0).to(tl.int64)
     cls = tl.arange(0, WIDTH)
     loss = tl.zeros((WIDTH,), tl.float32)
     correct = tl.zeros((WIDTH,), tl.int32)
     count = tl.zeros((WIDTH,), tl.int32)
-    for first in range(part.to(tl.int64) * ROWS, B, tl.num_programs(0) * ROWS):
+    for first in range(part * ROWS, B, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)
         label, cross_entropy, hit = _row_losses(logits_ptr, label_ptr, row, B, STRIDE, K, ROWS, LANES, STEPS)
         more_loss, more_correct, more = _of_classes(cls, label, cross_entropy, hit)
         loss += more_loss
         correct += more_correct
         count += more
-    _store(loss_ptr, correct_ptr, count_ptr, loss, correct, count, part, cls, K)
+    _store(loss_ptr, correct_ptr, count_ptr, part * K + cls, loss, correct, count, cls < K)
 
 
 @triton.jit
@@ -200,24 +199,24 @@ def _slice_sums_kernel(
     SLICE: tl.constexpr,
 ):
     """Write the sums of a block of classes over a slice of the rows."""
-    block, part = tl.program_id(0), tl.program_id(1)
+    block, part = tl.program_id(0), tl.program_id(1).to(tl.int64)
     cls = block * BLOCK + tl.arange(0, BLOCK)
     loss = tl.zeros((BLOCK,), tl.float32)
     correct = tl.zeros((BLOCK,), tl.int32)
     count = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, SLICE, TALL):
-        row = part.to(tl.int64) * SLICE + start + tl.arange(0, TALL)
+        row = part * SLICE + start + tl.arange(0, TALL)
         label = tl.load(label_ptr + row, mask=row < B, other=-1).to(tl.int64)
         inside = (row < B) & (label // BLOCK == block)
         if tl.max(inside.to(tl.int32), 0) > 0:  # of many classes, most blocks have no row
             cross_entropy = tl.load(cross_entropy_ptr + row, mask=inside, other=0.0)
             hit = tl.load(hit_ptr + row, mask=inside, other=0) > 0
-            label = tl.where(inside, label, -1).to(tl.int32)
-            more_loss, more_correct, more = _of_classes(cls, label, cross_entropy, hit)
+            near = tl.where(inside, label, -1).to(tl.int32)
+            more_loss, more_correct, more = _of_classes(cls, near, cross_entropy, hit)
             loss += more_loss
             correct += more_correct
             count += more
-    _store(loss_ptr, correct_ptr, count_ptr, loss, correct, count, part, cls, K)
+    _store(loss_ptr, correct_ptr, count_ptr, part * K + cls, loss, correct, count, cls < K)
 
 
 @triton.jit
@@ -245,12 +244,11 @@ def _total_kernel(
     TALL: tl.constexpr,
 ):
     """Write the sums of a block of classes over all parts."""
-    block = tl.program_id(0)
-    cls = block * BLOCK + tl.arange(0, BLOCK)
+    cls = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     loss = _column_total(part_loss_ptr, parts, cls, K, BLOCK, TALL, tl.float32)
     correct = _column_total(part_correct_ptr, parts, cls, K, BLOCK, TALL, tl.int64)
     count = _column_total(part_count_ptr, parts, cls, K, BLOCK, TALL, tl.int64)
-    _store(loss_ptr, correct_ptr, count_ptr, loss, correct, count, block * 0, cls, K)
+    _store(loss_ptr, correct_ptr, count_ptr, cls, loss, correct, count, cls < K)
 
 
 def _launch(logits: Tensor, label: Tensor, sums: tuple[Tensor, ...]) -> None:
