@@ -38,7 +38,7 @@ SIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 kl = import_module("retemper.kernels.kl_divergence")
 rows = import_module("retemper.kernels.logit_rows")
 sums = import_module("retemper.kernels.class_sums")
-js = import_module("retemper.kernels.jensen_shannon")
+js = import_module("retemper.kernels.js_kernel")
 pgd = import_module("retemper.kernels.pgd_step")
 start = import_module("retemper.kernels.random_start")
 views = import_module("retemper.kernels.augment")
@@ -84,9 +84,8 @@ def by_class(dtype: str) -> Iterator[Case]:
 
 
 def class_sums(dtype: str) -> Iterator[Case]:
-    whole = "*i64" if ALIGNED[dtype] else "*i32"  # the result, or the parts of it
     types = {"logits_ptr": f"*{dtype}", "label_ptr": "*i64" if ALIGNED[dtype] else "*u8", "hit_ptr": "*i8"}
-    types |= {"part_correct_ptr": "*i32", "part_count_ptr": "*i32", "correct_ptr": whole, "count_ptr": whole}
+    types |= dict.fromkeys(["part_correct_ptr", "part_count_ptr", "correct_ptr", "count_ptr"], "*i64")
     types |= dict.fromkeys(["loss_ptr", "part_loss_ptr", "cross_entropy_ptr"], "*fp32") | {"B": "i32", "parts": "i32"}
     for classes in (10, sums.WIDEST, 100, 1000):
         tiles = rows.row_tiles(classes, gcd(classes, 16 // SIZE[dtype])) | {"STRIDE": classes}
