@@ -52,12 +52,13 @@ def _row_numbers(
     real,
     temperature_stride,
     row_weight_stride,
+    ignore_index,
     temperature,
     BY_ROW: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Return the label, the teacher's temperature and the weight of each row, (ROWS,) each.
+    """Return the teacher's temperature and the weight of each row, and whether it is ignored: (ROWS,) each.
 
     The temperature is NaN in a row that has no class, and where it is not above 0.
     """
@@ -76,7 +77,10 @@ def _row_numbers(
         scale *= tl.load(weight_ptr + label, mask=known, other=0.0).to(tl.float32)
     if row_weight_ptr is not None:
         scale *= tl.load(row_weight_ptr + real * row_weight_stride).to(tl.float32)
-    return label, tl.where(known & (own > 0), own, float("nan")), scale
+    ignored = tl.zeros((ROWS,), tl.int1)
+    if ignore_index is not None:
+        ignored = label == ignore_index
+    return tl.where(known & (own > 0), own, float("nan")), scale, ignored
 
 
 @triton.jit
@@ -86,10 +90,9 @@ def _log_softmax(logits, peak, rate, log_total):
 
 
 @triton.jit
-def _store_grad(grad_ptr, grad, row, cls, label, ignore_index, B, K: tl.constexpr):
+def _store_grad(grad_ptr, grad, row, cls, ignored, B, K: tl.constexpr):
     """Write a block (ROWS, LANES) of a dense gradient, 0 in rows that are ignored."""
-    if ignore_index is not None:
-        grad = tl.where((label == ignore_index)[:, None], 0.0, grad)
+    grad = tl.where(ignored[:, None], 0.0, grad)
     inside = (row < B)[:, None] & (cls < K)
     tl.store(grad_ptr + (row * K)[:, None] + cls, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
@@ -129,9 +132,9 @@ def _js_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     real = tl.minimum(row, B - 1)  # rows past the end repeat the last one, and are not stored
     student_row, teacher_row = student_ptr + real * STUDENT_STRIDE, teacher_ptr + real * TEACHER_STRIDE
-    label, own_temperature, scale = _row_numbers(
+    own_temperature, scale, ignored = _row_numbers(
         label_ptr, temperature_ptr, weight_ptr, row_weight_ptr, real,
-        temperature_stride, row_weight_stride, temperature, BY_ROW, K, ROWS,
+        temperature_stride, row_weight_stride, ignore_index, temperature, BY_ROW, K, ROWS,
     )  # fmt: skip
     if row_grad_ptr is not None:
         scale *= tl.load(row_grad_ptr + real * row_grad_stride)
@@ -159,9 +162,7 @@ def _js_kernel(
     if loss_ptr is not None:
         loss = LN2 * (beta * mean_p + (1 - beta) * mean_q)
         loss = scale * tl.maximum(loss, 0.0, propagate_nan=tl.PropagateNan.ALL)  # only rounding makes it negative
-        if ignore_index is not None:
-            loss = tl.where(label == ignore_index, 0.0, loss)
-        tl.store(loss_ptr + row, loss, mask=row < B)
+        tl.store(loss_ptr + row, tl.where(ignored, 0.0, loss), mask=row < B)
     else:
         scale_p = beta * scale * rate_p * (LN2 * LN2)  # a rate is 1 / (LN2 temperature)
         scale_q = (1 - beta) * scale * rate_q * (LN2 * LN2)
@@ -175,10 +176,10 @@ def _js_kernel(
                 cls = start + step * LANES + tl.arange(0, LANES)
                 if teacher_grad_ptr is not None:
                     grad = scale_p[:, None] * (of_p - p * tl.expand_dims(mean_p, 1))
-                    _store_grad(teacher_grad_ptr, grad, row, cls, label, ignore_index, B, K)
+                    _store_grad(teacher_grad_ptr, grad, row, cls, ignored, B, K)
                 if student_grad_ptr is not None:
                     grad = scale_q[:, None] * (of_q - q * tl.expand_dims(mean_q, 1))
-                    _store_grad(student_grad_ptr, grad, row, cls, label, ignore_index, B, K)
+                    _store_grad(student_grad_ptr, grad, row, cls, ignored, B, K)
 
 
 def launch(
