@@ -22,11 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retemper.kernels.class_temperature_kl import REDUCTIONS, _check, _constant, _reduced, class_temperature_kl
+from retemper.kernels.class_temperature_kl import REDUCTIONS, _check, _constant, _divisor, class_temperature_kl
 from retemper.kernels.js_kernel import launch
-from retemper.kernels.kl_divergence import Inputs, _rows, _softmax, arguments
+from retemper.kernels.kl_divergence import Inputs, _rows, arguments
 from retemper.kernels.operators import differentiable, operator, rewritten
 from retemper.kernels.runtime import compute_dtype, require_no_grad, runs_triton
+
+FEW = 16  # classes; shorter rows are slow on a CPU unless they are columns: they fill none of its vectors
 
 
 def class_temperature_js_reference(
@@ -55,31 +57,31 @@ def _compute(
     """Return the losses of the rows, (B,), and the gradients that are wanted, (B, K), all in the dtype of the sums."""
     dtype = compute_dtype(inputs.student, inputs.teacher)
     rows = _rows(inputs, dtype)
-    p, log_p = _distribution(inputs.teacher.to(dtype), rows.temperature)
-    q, log_q = _distribution(inputs.student.to(dtype), inputs.student_temperature)
-    log_m = torch.lerp(q, p, beta).log()
+    log_p = _log_softmax(inputs.teacher.to(dtype), rows.temperature)
+    log_q = _log_softmax(inputs.student.to(dtype), inputs.student_temperature)
+    p, q = log_p.exp(), log_q.exp()
+    log_m = torch.lerp(q, p, beta).clamp(min=torch.finfo(dtype).tiny).log()  # the smallest p, times beta, is 0
     p_terms, q_terms = _terms(p, log_p - log_m), _terms(q, log_q - log_m)
     p_mean, q_mean = p_terms.sum(1, keepdim=True), q_terms.sum(1, keepdim=True)
-    scale = torch.ones_like(p_mean) if rows.scale is None else rows.scale
-    if rows.unknown is not None:
-        scale = scale.masked_fill(rows.unknown, torch.nan)
 
     def finished(value: Tensor) -> Tensor:
+        value = value if rows.scale is None else value * rows.scale  # NaN where the label is no class
         return value if rows.ignored is None else value.masked_fill(rows.ignored, 0)
 
-    loss = finished((beta * p_mean + (1 - beta) * q_mean).clamp(min=0) * scale)  # only rounding makes it negative
+    loss = finished((beta * p_mean + (1 - beta) * q_mean).clamp(min=0))  # only rounding makes it negative
     student_grad = teacher_grad = None
     if of_student:
-        student_grad = finished((q_terms - q * q_mean) * (scale * ((1 - beta) / inputs.student_temperature)))
+        student_grad = finished((q_terms - q * q_mean) * ((1 - beta) / inputs.student_temperature))
     if of_teacher:
-        teacher_grad = finished((p_terms - p * p_mean) * (scale * beta / rows.temperature))
+        teacher_grad = finished((p_terms - p * p_mean) * (beta / rows.temperature))
     return loss.squeeze(1), student_grad, teacher_grad
 
 
-def _distribution(logits: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Return softmax(logits / temperature) and its logarithm, (B, K) each."""
-    shifted, exps, total = _softmax(logits, temperature)
-    return exps / total, shifted - total.log()
+def _log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """Return log softmax(logits / temperature): (B, K), of any strides."""
+    if isinstance(temperature, Tensor) or temperature != 1:
+        logits = (logits - logits.detach().amax(1, keepdim=True)) / temperature
+    return logits.log_softmax(1) if logits.shape[1] >= FEW else logits.t().log_softmax(0).t()
 
 
 def _terms(weight: Tensor, apart: Tensor) -> Tensor:
@@ -109,7 +111,7 @@ def _joined(inputs: Inputs, beta: float) -> tuple[Any, ...]:
     return *tensors, i.temperature, i.student_temperature, beta, i.by_row, i.ignore_index
 
 
-def _fake_forward(student: Tensor, teacher: Tensor, *_: Any) -> Tensor:
+def _fake_rows(student: Tensor, teacher: Tensor, *_: Any) -> Tensor:
     return student.new_empty(student.shape[0], dtype=compute_dtype(student, teacher))
 
 
@@ -121,14 +123,14 @@ def _fake_backward(row_grad: Tensor, student: Tensor, teacher: Tensor, *rest: An
     return student_grad, teacher_grad
 
 
-@operator(f"class_temperature_js_forward({_REAL}) -> Tensor", fake=_fake_forward)
-def _forward_op(*arguments: Any) -> Tensor:
+@operator(f"class_temperature_js_rows({_REAL}) -> Tensor", fake=_fake_rows)
+def _rows_op(*arguments: Any) -> Tensor:
     """Return the losses of the rows."""
     inputs, beta = _split(arguments)
     _check(inputs)
     if not runs_triton(inputs.student, inputs.teacher):
         return _compute(inputs, beta)[0]
-    loss = _fake_forward(*arguments)
+    loss = _fake_rows(*arguments)
     launch(inputs, beta, loss=loss)
     return loss
 
@@ -165,14 +167,14 @@ def _backward(ctx: Any, row_grad: Tensor) -> tuple[Tensor | None, ...]:
     return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *[None] * 9
 
 
-differentiable(_forward_op, _backward, _setup)
+differentiable(_rows_op, _backward, _setup)
 
 
 @rewritten(f"class_temperature_js({_ANY}) -> Tensor")
 def _loss_op(*arguments: Any) -> Tensor:
     """Return the losses of the rows, whatever the temperatures are."""
     inputs, beta = _split(arguments)
-    return _forward_op(*_joined(_constant(inputs), beta))
+    return _rows_op(*_joined(_constant(inputs), beta))
 
 
 def class_temperature_js(
@@ -226,7 +228,7 @@ def class_temperature_js(
     require_no_grad(temperature=temperature, class_weight=class_weight, row_weight=row_weight)
     inputs = arguments(student, teacher, label, temperature, **options)
     given = _joined(inputs, beta)
-    loss = _loss_op(*given) if torch.compiler.is_compiling() else _forward_op(*given)
+    loss = _loss_op(*given) if torch.compiler.is_compiling() else _rows_op(*given)
     if reduction == "none":
         return loss if student.dim() == 2 else loss.view(student.movedim(class_dim, -1).shape[:-1])
-    return _reduced(loss, inputs, reduction)
+    return loss.sum() / _divisor(inputs, reduction)

@@ -25,6 +25,7 @@ LOADS_WIDE = {
     "_l2_kernel",
     "_random_start_kernel",
     "_kl_kernel",
+    "_js_kernel",
     "_class_sums_kernel",
     "_row_losses_kernel",
     "_epilogue_kernel",
