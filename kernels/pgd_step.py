@@ -200,7 +200,7 @@ def pgd_step_(
 
     A pixel whose gradient is zero or NaN does not move. With L2, neither does one whose gradient is infinite, and a
     sample inside the ball is not rescaled. In float16 and bfloat16 the result is rounded after the projection, so it
-    may leave the ball by half an ulp. The formulas, their sources and the shapes of numbers are in the module docstring.
+    may leave the ball by half an ulp. Formulas, sources and the shapes of numbers: the module docstring.
 
     Args:
         adv: (B, ...), floats, dense with the batch outermost, in any order of the other dimensions (channels-last).
