@@ -37,7 +37,7 @@ NO_LENGTH = tl.constexpr(1e-30)  # below that of any sample: divides zeros
 # program of half the threads in L-inf. Chosen from the code for sm_90, not yet measured on a GPU: it takes 38
 # instructions a pixel of uniform noise and 62 of normal noise, where the memory leaves time for 55 in fp32.
 BLOCK = 1024
-WARPS = 2
+NORMAL_WARPS = 2
 
 
 def spare(noise: str, norm: str) -> int:
@@ -281,7 +281,7 @@ def launch(
         else:
             block = min(block, BLOCK // 2)
             blocks = cdiv(half * DRAWS.value, block)
-            options |= {"BLOCK": block, "num_warps": WARPS}
+            options |= {"BLOCK": block, "num_warps": NORMAL_WARPS}
             kernel, programs = _normal_start_kernel, adv.shape[0] * blocks
             arguments = (eps, scale, *bounds, pixels, blocks, *rows)
     with launching(adv):
