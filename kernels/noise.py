@@ -34,8 +34,8 @@ from retemper.kernels.runtime import EXACT, clamp, launching, locate, pixel_runs
 NO_LENGTH = tl.constexpr(1e-30)  # below that of any sample: divides zeros
 
 # The pixels of a program: 8 for each thread of 4 warps, so one counter. A thread of normal noise makes 16, and has a
-# program of half the threads in L-inf. Chosen from the code for sm_90, not yet measured on a GPU: it takes 38
-# instructions a pixel of uniform noise and 62 of normal noise, where the memory leaves time for 55 in fp32.
+# program of half the threads in L-inf. Chosen from the code for sm_90, not yet measured on a GPU: it takes 36
+# instructions a pixel of uniform noise and 60 of normal noise, where the memory leaves time for 55 in fp32.
 BLOCK = 1024
 NORMAL_WARPS = 2
 

@@ -5,9 +5,9 @@ words of 64 bits, so eight of 32, the lower half of each before its upper half. 
 from Triton on a GPU, from NumPy's generator on a CPU, and from plain PyTorch where NumPy is missing or the seed is on a
 GPU.
 
-A draw is a word of 32 bits taken as a signed number, rounded to float32 and divided by 2**31: it lies in [-1, 1]. The
-draws a and b make two normal numbers (Box and Muller, 1958): sqrt(-2 ln |a|) times the
-cosine and the sine of pi b. They are at most sqrt(-2 ln 2**-32) = 6.7.
+A draw is a word of 32 bits taken as a signed number, rounded to float32 and divided by 2**31: it lies in [-1, 1]. Two
+draws a and b make two normal numbers (Box and Muller, 1958): sqrt(-2 ln |a|) times the cosine and the sine of pi b.
+They are at most sqrt(-2 ln 2**-32) = 6.7.
 """
 
 import math
@@ -154,6 +154,7 @@ def to_normal(draws: Tensor) -> None:
 
 @triton.jit
 def _draw(word):
+    """Return the draw that the lower 32 bits of a word make."""
     return word.to(tl.uint32).to(tl.int32, bitcast=True).to(tl.float32) * UNIT
 
 
