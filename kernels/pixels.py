@@ -45,7 +45,7 @@ def split(name: str, value: float | Tensor, stand_in: float = 0.0) -> tuple[floa
         return stand_in, value
     try:
         return float(value), None
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(f"{name}: a {type(value).__name__}; needs a number or a tensor of floats") from None
 
 
@@ -139,7 +139,7 @@ def radius(value, sample, channel, CHANNELS: tl.constexpr, BY: tl.constexpr):
     """Return `number`, one of a tensor below 0 taken as 0: of those, the host has not seen the sign."""
     result = number(value, sample, channel, CHANNELS, BY)
     if BY != "none":
-        result = tl.maximum(result, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        result = tl.where(result < 0, 0.0, result)
     return result
 
 
@@ -191,8 +191,8 @@ def place(offset, sample, pixel, STRIDES: tl.constexpr):
         inner: tl.constexpr = STRIDES[0][2]
         middle: tl.constexpr = STRIDES[0][1]
         strides: tl.constexpr = STRIDES[1]
-        at = sample * strides[0] + (pixel // (middle * inner)) * strides[1]
-        at += (pixel // inner % middle) * strides[2] + (pixel % inner) * strides[3]
+        at = (pixel // (middle * inner)) * strides[1] + (pixel // inner % middle) * strides[2]
+        at = sample * strides[0] + (at + (pixel % inner) * strides[3])
     return at
 
 
@@ -214,3 +214,11 @@ def rows_or_pixels(mask: Tensor, image: Tensor) -> Tensor:
     except RuntimeError:
         shapes = f"shape {tuple(mask.shape)}, which does not broadcast to {tuple(image.shape)}"
         raise ValueError(f"mask: {shapes}; needs ({image.shape[0]},) or the shape of adv") from None
+
+
+def same_memory(one: Tensor, other: Tensor) -> bool:
+    """Say whether two tensors begin at one address; inside a transform of torch.func, which has none, they may."""
+    try:
+        return one.data_ptr() == other.data_ptr()
+    except RuntimeError:
+        return True

@@ -25,6 +25,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from retemper.kernels.language import next_power_of_2
 from retemper.kernels.runtime import EXACT
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -39,6 +40,7 @@ OF_CLASS = ["temperature_ptr", "weight_ptr", "trust_ptr"]
 kl = import_module("retemper.kernels.kl_kernel")
 rows = import_module("retemper.kernels.logit_rows")
 sums = import_module("retemper.kernels.class_sums")
+js = import_module("retemper.kernels.js_kernel")
 pgd = import_module("retemper.kernels.ascent_kernels")
 noise = import_module("retemper.kernels.noise")
 views = import_module("retemper.kernels.augment")
@@ -58,18 +60,25 @@ def steps(dtype: str) -> Iterator[Case]:
     usual = types | (dict.fromkeys(["step", "eps"], "*fp32") if by_sample else {})
     yield pgd._linf_kernel, usual, plain | by_sample | ({} if by_sample else {"blocks": None})
     yield pgd._l2_kernel, usual, plain | by_sample
+    yield pgd._l2_kernel, usual, plain | by_sample | {"CLIP_FIRST": True}
     yield pgd._momentum_kernel, types, plain
 
     # All at once: numbers by channel, a mask, and tensors of another dtype and in other layouts.
     all_numbers = dict.fromkeys(["step", "eps", "lower", "upper"], "*fp32")
     types |= all_numbers | {"grad_ptr": "*fp32", "clean_ptr": "*bf16", "momentum_ptr": "*fp32"}
     strides = ((3, 32, 32), (3072, 1, 96, 3))
-    here = {"BLOCK": pgd.BLOCK, "PIXELS": 3 * 32 * 32, "CLIP_FIRST": True, "CHANNELS": (3, 1024), "other_layout": True}
+    here = {
+        "BLOCK": pgd.STRIDED_BLOCK,
+        "PIXELS": 3 * 32 * 32,
+        "CLIP_FIRST": False,
+        "CHANNELS": (3, 1024),
+        "other_layout": True,
+    }
     here |= {"GRAD": strides, "CLEAN": strides, "MASK": ((3, 32, 32), (1, 0, 0, 0))}
     bounds = {"LOWER_BY": "channel", "UPPER_BY": "one"}
     yield pgd._linf_kernel, types, here | bounds | {"STEP_BY": "both", "EPS_BY": "channel"}
     yield pgd._l2_kernel, types, here | bounds | {"STEP_BY": "one", "EPS_BY": "sample"}
-    alone = {"STEP_BY": "none", "EPS_BY": "sample", "grad_ptr": None}  # a projection
+    alone = {"STEP_BY": "none", "EPS_BY": "sample", "grad_ptr": None, "CLIP_FIRST": True}  # a projection
     yield pgd._l2_kernel, types | {"step": "fp32"}, here | bounds | alone
     yield pgd._momentum_kernel, types, here
 
@@ -100,11 +109,11 @@ def starts(dtype: str) -> Iterator[Case]:
 
 def by_class(dtype: str) -> Iterator[Case]:
     """Yield what recipes launch, with and without all that is by class; and once each what else may be asked for."""
-    types = {"label_ptr": "*i64", "temperature": "fp32", "student_temperature": "fp32", "B": "i32", "stride": "i32"}
+    types = {"label_ptr": "*i64", "temperature": "fp32", "student_temperature": "fp32", "B": "i32"}
     types |= dict.fromkeys(["temperature_stride", "row_weight_stride", "row_grad_stride", "ignore_index"], "i32")
-    types |= dict.fromkeys(["p_ptr", "q_ptr", "logits_ptr", "p_grad_ptr", "q_grad_ptr"], f"*{dtype}")
+    types |= dict.fromkeys(["p_ptr", "q_ptr", "p_grad_ptr", "q_grad_ptr"], f"*{dtype}")
     types |= dict.fromkeys(["temperature_ptr", "weight_ptr", "trust_ptr", "row_weight_ptr", "row_grad_ptr"], "*fp32")
-    types |= {"loss_ptr": "*fp32", "count_ptr": "*i32", "p_ptr": f"*{dtype}" if ALIGNED[dtype] else "*bf16"}
+    types |= {"loss_ptr": "*fp32", "p_ptr": f"*{dtype}" if ALIGNED[dtype] else "*bf16"}
     rare = dict.fromkeys(["row_weight_ptr", "ignore_index", "p_grad_ptr"])
     absent = rare if OPTIONAL[dtype] else rare | dict.fromkeys(OF_CLASS) | {"row_grad_ptr": None}
     flags = dict.fromkeys(["BY_ROW", "REVERSE", "GIVEN"], False)
@@ -116,8 +125,6 @@ def by_class(dtype: str) -> Iterator[Case]:
             yield kl._kl_kernel, types, absent | flags | tiles | strides | out
         if dtype == "fp32":
             yield from rarely(types, flags | tiles | strides)
-    for classes in (10, 100):
-        yield sums._class_sums_kernel, types, sums.sum_tiles(classes)
 
 
 def rarely(types: dict[str, str], constants: dict[str, Any]) -> Iterator[Case]:
@@ -128,6 +135,37 @@ def rarely(types: dict[str, str], constants: dict[str, Any]) -> Iterator[Case]:
         yield kl._kl_kernel, types, constants | out  # all at once
         yield kl._kl_kernel, types, constants | out | {**dict.fromkeys(OF_CLASS[1:]), "BY_ROW": True, "REVERSE": True}
         yield kl._kl_kernel, types, constants | out | unlabelled | {"GIVEN": True}
+
+
+def class_sums(dtype: str) -> Iterator[Case]:
+    types = {"logits_ptr": f"*{dtype}", "label_ptr": "*i64" if ALIGNED[dtype] else "*u8", "hit_ptr": "*i8"}
+    types |= dict.fromkeys(["part_correct_ptr", "part_count_ptr", "correct_ptr", "count_ptr"], "*i64")
+    types |= dict.fromkeys(["loss_ptr", "part_loss_ptr", "cross_entropy_ptr"], "*fp32") | {"B": "i32", "parts": "i32"}
+    for classes in (10, sums.WIDEST, 100, 1000):
+        tiles = rows.row_tiles(classes, gcd(classes, 16 // SIZE[dtype])) | {"STRIDE": classes}
+        if classes <= sums.WIDEST:
+            yield sums._class_sums_kernel, types, tiles | {"WIDTH": next_power_of_2(classes)}
+        else:
+            yield sums._row_losses_kernel, types, tiles
+    for classes in (10, 1000):
+        yield sums._total_kernel, types, sums.sum_tiles(classes)
+    yield sums._slice_sums_kernel, types, sums.sum_tiles(1000) | {"SLICE": sums.SLICE}
+
+
+def jensen_shannon(dtype: str) -> Iterator[Case]:
+    aligned, logits = ALIGNED[dtype], {"student_ptr": f"*{dtype}", "teacher_ptr": f"*{dtype}"}
+    types = logits | {"student_grad_ptr": f"*{dtype}", "teacher_grad_ptr": f"*{dtype}", "loss_ptr": "*fp32"}
+    types |= dict.fromkeys(["temperature_ptr", "weight_ptr", "row_weight_ptr", "row_grad_ptr"], "*fp32")
+    types |= dict.fromkeys(["temperature", "student_temperature", "beta"], "fp32") | {"label_ptr": "*i64", "B": "i32"}
+    types |= dict.fromkeys(["temperature_stride", "row_weight_stride", "row_grad_stride", "ignore_index"], "i32")
+    optional = ["label_ptr", "temperature_ptr", "weight_ptr", "row_weight_ptr", "row_grad_ptr", "ignore_index"]
+    absent = {} if OPTIONAL[dtype] else dict.fromkeys(optional)
+    for classes in (10, 100, 1000, 100_000) if aligned else (10, 1000):
+        tiles = rows.row_tiles(classes, gcd(classes, 16 // SIZE[dtype]))
+        tiles |= {"STUDENT_STRIDE": classes, "TEACHER_STRIDE": classes, "BY_ROW": dtype == "fp16"}
+        both, one = ["loss_ptr"], ["loss_ptr", "teacher_grad_ptr"]
+        for left_out in (["student_grad_ptr", "teacher_grad_ptr"], one, *([both] if classes < 100_000 else [])):
+            yield js._js_kernel, types, absent | tiles | dict.fromkeys(left_out)
 
 
 def augmentation(dtype: str) -> Iterator[Case]:
@@ -202,6 +240,8 @@ def report(folder: str, name: str) -> None:
                 *steps(dtype),
                 *starts(dtype),
                 *by_class(dtype),
+                *class_sums(dtype),
+                *jensen_shannon(dtype),
                 *augmentation(dtype),
                 *convolution(dtype),
             ):
