@@ -66,9 +66,9 @@ def grid(name: str, numbers: Tensor, image: Tensor, by_sample: bool = True) -> T
         ValueError: another shape or dtype.
     """
     batch, channels = image.shape[0], image.shape[1] if image.dim() > 1 else 1
-    count, axis = numbers.numel(), max(0, numbers.dim() - image.dim() + 1)  # axis: where channels would be
-    along_channels = count == channels and 0 < numbers.dim() <= image.dim() and numbers.shape[axis] == channels
-    along_channels &= numbers.dim() == 1 or numbers.dim() >= image.dim() - 1
+    count, ranks = numbers.numel(), (1, image.dim() - 1, image.dim())
+    along_channels = image.dim() > 1 and count == channels and numbers.dim() in ranks
+    along_channels = along_channels and numbers.shape[max(0, numbers.dim() - image.dim() + 1)] == channels
     shape = None
     if count == 1:
         shape = (1, 1)
@@ -85,9 +85,9 @@ def grid(name: str, numbers: Tensor, image: Tensor, by_sample: bool = True) -> T
     return numbers.reshape(shape).contiguous()
 
 
-def spread(grid: Tensor, image: Tensor, dtype: torch.dtype) -> Tensor:
+def spread(numbers: Tensor, image: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the numbers that `grid` made, in a dtype, as (rows, columns, 1, ...), to be broadcast to the image."""
-    return grid.to(dtype).view(*grid.shape[: image.dim()], *[1] * (image.dim() - 2))
+    return numbers.to(dtype).view(*numbers.shape[: image.dim()], *[1] * (image.dim() - 2))
 
 
 def differs_by(numbers: Tensor | None) -> str:
@@ -122,7 +122,7 @@ def channel_of(pixel, CHANNELS: tl.constexpr):
 def number(value, sample, channel, CHANNELS: tl.constexpr, BY: tl.constexpr):
     """Return the number of a sample's pixels as float32: it is `value`, or where `value` points to."""
     if BY == "none":
-        result = value
+        result = value.to(tl.float32)  # the interpreter takes it as float64 where float32 cannot hold it
     elif BY == "one":
         result = tl.load(value).to(tl.float32)
     elif BY == "sample":
@@ -163,6 +163,25 @@ def strides_beside(tensor: Tensor, image: Tensor) -> tuple[Any, ...] | None:
     return lengths, (tensor.stride(0), *missing, *(tensor.stride(dim) for dim in order))
 
 
+def beside(tensor: Tensor, image: Tensor) -> tuple[Tensor, tuple[Any, ...] | None]:
+    """Return a tensor of the image's shape and its strides beside the image, as `place` takes them.
+
+    It is copied where it has more than 4 dimensions and another layout than the image.
+    """
+    if tensor.stride() == image.stride():
+        return tensor, None
+    if image.dim() > 4:
+        return laid_out(tensor, image), None
+    return tensor, strides_beside(tensor, image)
+
+
+def laid_out(tensor: Tensor, image: Tensor) -> Tensor:
+    """Return a tensor in the layout of the image, which is dense: itself where it has that layout, else a copy."""
+    if tensor.stride() == image.stride() or strides_beside(tensor, image) is None:
+        return tensor
+    return torch.empty_like(image, dtype=tensor.dtype).copy_(tensor)
+
+
 @triton.jit
 def place(offset, sample, pixel, STRIDES: tl.constexpr):
     """Return where a tensor has pixels, given as places in a sample, that lie at `offset` in the image."""
@@ -175,3 +194,23 @@ def place(offset, sample, pixel, STRIDES: tl.constexpr):
         at = sample * strides[0] + (pixel // (middle * inner)) * strides[1]
         at += (pixel // inner % middle) * strides[2] + (pixel % inner) * strides[3]
     return at
+
+
+def rows_or_pixels(mask: Tensor, image: Tensor) -> Tensor:
+    """Return a mask like the image, without a copy.
+
+    Args:
+        mask: (B,) bool, of samples; or bool of a shape that broadcasts to that of the image.
+
+    Raises:
+        ValueError: another dtype or shape.
+    """
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask: {mask.dtype}; needs torch.bool")
+    if mask.shape == image.shape[:1]:
+        mask = mask.view(-1, *[1] * (image.dim() - 1))
+    try:
+        return mask.expand(image.shape)
+    except RuntimeError:
+        shapes = f"shape {tuple(mask.shape)}, which does not broadcast to {tuple(image.shape)}"
+        raise ValueError(f"mask: {shapes}; needs ({image.shape[0]},) or the shape of adv") from None
