@@ -234,8 +234,6 @@ def _climb(
         logits = model(adv)
         see(adv.detach(), logits)
         grad = _input_gradient(logits, adv, objective)
-        if grad.stride() != adv.stride():  # some convolutions answer in the other memory format
-            grad = torch.empty_like(adv).copy_(grad)
         adv = pgd_step_(adv.detach(), grad, clean, plan.step, plan.eps, **options)
     return adv
 

@@ -11,7 +11,8 @@ from retemper.kernels.class_temperature_kl import class_temperature_kl, class_te
 from retemper.kernels.epilogue import epilogue, epilogue_reference
 from retemper.kernels.kl_divergence import class_temperature_kl_grad_reference, class_temperature_kl_reference
 from retemper.kernels.pgd_step import pgd_step_
-from retemper.kernels.random_start import philox_reference, random_start_, random_start_reference
+from retemper.kernels.philox import philox_reference
+from retemper.kernels.random_start import random_start_, random_start_reference
 
 __all__ = [
     "augment",
