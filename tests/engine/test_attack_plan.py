@@ -63,7 +63,7 @@ def test_the_plan_has_the_choices_of_the_attack() -> None:
 def test_a_negative_step_lowers_the_objective(norm: str, model: nn.Module, clean: Tensor, label: Tensor) -> None:
     target = (label + 1) % 10
     towards = cross_entropy_objective(target)
-    options: dict[str, Any] = dict(norm=norm, eps=0.8 if norm == "l2" else EPS, step=0.2 if norm == "l2" else STEP)
+    options: dict[str, Any] = dict(norm=norm, eps=0.8 if norm == "l2" else EPS, step=0.25 if norm == "l2" else 0.0625)
     expected = attacked(model, clean, label, objective=lambda logits: -towards(logits), **options)
     options["step"] = -options["step"]
     adv = attacked(model, clean, label, objective=towards, **options)
@@ -190,7 +190,7 @@ def test_a_mask_keeps_pixels(norm: str, start: str, model: nn.Module, clean: Ten
     options: dict[str, Any] = dict(norm=norm, start=start)
     left = torch.arange(8, device=clean.device) < 4
     adv = attacked(model, clean, label, mask=left, **options)
-    assert torch.equal(adv[..., 4:], clean[..., 4:]) and (adv[..., :4] != clean[..., :4]).float().mean() > 0.9
+    assert torch.equal(adv[..., 4:], clean[..., 4:]) and (adv[..., :4] != clean[..., :4]).float().mean() > 0.8
     some = label % 2 == 0
     adv = attacked(model, clean, label, mask=some, **options)
     assert torch.equal(adv[~some], clean[~some])
