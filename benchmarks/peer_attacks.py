@@ -193,7 +193,7 @@ class Contest:
             start=start,
             left=[left(model, one, classes, aim) for one in theirs],
             ours_left=[left(model, one, classes, aim) for one in ours],
-            equal=None if start == "own" or options else int(near.sum()),
+            equal=None if start == "own" else int(near.sum()),
             inside=bool(inside),
         )
 

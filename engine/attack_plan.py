@@ -74,7 +74,11 @@ def first_iterate(clean: Tensor, plan: Plan, restart: int = 0) -> Tensor:
 def _seed(seed: int | Tensor | None, device: torch.device, restart: int) -> int | Tensor:
     if seed is None:
         return torch.randint(2**63 - 1, (1,), device=device)
-    return torch.as_tensor(seed, device=device) + restart if restart else seed  # a tensor, which wraps around
+    if restart == 0:
+        return seed
+    if not isinstance(seed, Tensor):
+        seed = torch.full((1,), seed, device=device)
+    return seed + restart  # which wraps around
 
 
 def step_options(clean: Tensor, plan: Plan) -> dict[str, Any]:
