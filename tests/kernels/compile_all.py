@@ -34,7 +34,9 @@ OPTIONAL = {"fp32": None, "fp16": "*fp32", "bf16": "*fp32"}
 ALIGNED = {"fp32": True, "fp16": False, "bf16": True}
 SIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 
-kl = import_module("retemper.kernels.kl_divergence")
+OF_CLASS = ["temperature_ptr", "weight_ptr", "trust_ptr"]
+
+kl = import_module("retemper.kernels.kl_kernel")
 rows = import_module("retemper.kernels.logit_rows")
 sums = import_module("retemper.kernels.class_sums")
 pgd = import_module("retemper.kernels.pgd_step")
@@ -79,27 +81,35 @@ def starts(dtype: str) -> Iterator[Case]:
 
 
 def by_class(dtype: str) -> Iterator[Case]:
-    types = {"label_ptr": "*i64", "temperature": "fp32", "student_temperature": "fp32", "B": "i32"}
-    types |= {"row_grad_stride": "i32", "stride": "i32", "student_ptr": f"*{dtype}", "logits_ptr": f"*{dtype}"}
-    types |= {
-        "temperature_ptr": "*fp32",
-        "weight_ptr": "*fp32",
-        "trust_ptr": "*fp32",
-        "row_grad_ptr": "*fp32",
-        "loss_ptr": "*fp32",
-        "count_ptr": "*i32",
-    }
-    types |= {"teacher_ptr": f"*{dtype}" if ALIGNED[dtype] else "*bf16"}
-    absent = {} if OPTIONAL[dtype] else dict.fromkeys(["temperature_ptr", "weight_ptr", "trust_ptr", "row_grad_ptr"])
+    """Yield what recipes launch, with and without all that is by class; and once each what else may be asked for."""
+    types = {"label_ptr": "*i64", "temperature": "fp32", "student_temperature": "fp32", "B": "i32", "stride": "i32"}
+    types |= dict.fromkeys(["temperature_stride", "row_weight_stride", "row_grad_stride", "ignore_index"], "i32")
+    types |= dict.fromkeys(["p_ptr", "q_ptr", "logits_ptr", "p_grad_ptr", "q_grad_ptr"], f"*{dtype}")
+    types |= dict.fromkeys(["temperature_ptr", "weight_ptr", "trust_ptr", "row_weight_ptr", "row_grad_ptr"], "*fp32")
+    types |= {"loss_ptr": "*fp32", "count_ptr": "*i32", "p_ptr": f"*{dtype}" if ALIGNED[dtype] else "*bf16"}
+    rare = dict.fromkeys(["row_weight_ptr", "ignore_index", "p_grad_ptr"])
+    absent = rare if OPTIONAL[dtype] else rare | dict.fromkeys(OF_CLASS) | {"row_grad_ptr": None}
+    flags = dict.fromkeys(["BY_ROW", "REVERSE", "GIVEN"], False)
     # of 100 classes, fp16 differs from bf16 in its alignment alone, which 10 and 1,000 classes cover
     for classes in (10, 100, 1000) if ALIGNED[dtype] else (10, 1000):
         tiles = rows.row_tiles(classes, gcd(classes, 16 // SIZE[dtype]))
-        dense = dict.fromkeys(["STUDENT_STRIDE", "TEACHER_STRIDE", "OUT_STRIDE"], classes)
-        for grad in (True, False):
-            out = {"out_ptr": f"*{dtype}" if grad else "*fp32"}
-            yield kl._kl_kernel, types | out, absent | tiles | dense | {"GRAD": grad}
+        strides = dict.fromkeys(["P_STRIDE", "Q_STRIDE", "P_GRAD_STRIDE", "Q_GRAD_STRIDE"], classes)
+        for out in ({"loss_ptr": None}, {"q_grad_ptr": None}):
+            yield kl._kl_kernel, types, absent | flags | tiles | strides | out
+        if dtype == "fp32":
+            yield from rarely(types, flags | tiles | strides)
     for classes in (10, 100):
         yield sums._class_sums_kernel, types, sums.sum_tiles(classes)
+
+
+def rarely(types: dict[str, str], constants: dict[str, Any]) -> Iterator[Case]:
+    """Yield what the KL may be asked for beside: both gradients, reversed, of probabilities, by row, with rows left out."""
+    both, loss = {"loss_ptr": None}, dict.fromkeys(["p_grad_ptr", "q_grad_ptr"])
+    unlabelled = dict.fromkeys([*OF_CLASS, "label_ptr", "ignore_index"])
+    for out in (both, loss):
+        yield kl._kl_kernel, types, constants | out  # all at once
+        yield kl._kl_kernel, types, constants | out | {**dict.fromkeys(OF_CLASS[1:]), "BY_ROW": True, "REVERSE": True}
+        yield kl._kl_kernel, types, constants | out | unlabelled | {"GIVEN": True}
 
 
 def augmentation(dtype: str) -> Iterator[Case]:
@@ -177,7 +187,7 @@ def report(folder: str, name: str) -> None:
             ):
                 compiled = compile_case(case, target, aligned)
                 what = {"kernel": case[0].__name__, "dtype": dtype, "aligned": aligned, "row": row(case[2])}
-                what["writes_rows"] = case[2].get("GRAD") is False  # one number for each
+                what["writes_rows"] = case[2].get("loss_ptr", 0) is not None and "loss_ptr" in case[0].arg_names
                 print(json.dumps(what | {"usage": usage(compiled, target), **accesses(compiled)}), file=file)
 
 
