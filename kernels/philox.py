@@ -6,11 +6,12 @@ from Triton on a GPU, from NumPy's generator on a CPU, and from plain PyTorch wh
 GPU.
 
 A draw is a word of 32 bits taken as a signed number, rounded to float32 and divided by 2**31: it lies in [-1, 1]. The
-two draws a and b of one word of 64 bits make two normal numbers (Box and Muller, 1958): sqrt(-2 ln |a|) times the
+draws a and b make two normal numbers (Box and Muller, 1958): sqrt(-2 ln |a|) times the
 cosine and the sine of pi b. They are at most sqrt(-2 ln 2**-32) = 6.7.
 """
 
 import math
+import threading
 from functools import cache
 from typing import Any
 
@@ -23,6 +24,8 @@ MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)  # of words 0 and 2
 KEY_STEPS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)  # the golden ratio and sqrt(3) - 1, in 64 bits
 ROUNDS = 10
 LOW = 0xFFFFFFFF  # the lower 32 bits of an int64
+WORD = 0xFFFFFFFFFFFFFFFF  # the 64 bits of a word
+EMPTY = {"buffer": [0] * 4, "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}  # what NumPy keeps of words it has drawn
 DRAWS = tl.constexpr(8)  # words of 32 bits that one counter gives
 UNIT = tl.constexpr(2.0**-31)
 HALF_TURN = tl.constexpr(math.pi / 2)
@@ -77,6 +80,24 @@ def _numpy() -> Any:
     return numpy
 
 
+class _Generator(threading.local):
+    """NumPy's generator, one for each thread: to make one takes as long as all else of a small start."""
+
+    source: Any = None
+
+    def at(self, numpy: Any, key: int, counter: int) -> Any:
+        """Return the generator, which draws the words of this counter next."""
+        if self.source is None:
+            self.source = numpy.random.Philox(0)
+        before = (counter - 1) % 2**256  # it counts up before it draws
+        state = {"counter": [before >> place & WORD for place in (0, 64, 128, 192)], "key": [key, 0]}
+        self.source.state = {"bit_generator": "Philox", "state": state, **EMPTY}
+        return self.source
+
+
+_generator = _Generator()
+
+
 def random_words(seed: Tensor, rows: tuple[int, int], batch: int, counters: int, stream: int = 0) -> Tensor:
     """Return random words for some rows of a larger batch.
 
@@ -94,8 +115,7 @@ def random_words(seed: Tensor, rows: tuple[int, int], batch: int, counters: int,
     if numpy is None:
         return _words_of_torch(seed, rows, batch, counters, stream)
     first, apart = rows
-    before = (stream << 64) + first * counters - 1  # NumPy counts up before it draws
-    source = numpy.random.Philox(key=int(seed) % 2**64, counter=before % 2**256)
+    source = _generator.at(numpy, int(seed) & WORD, (stream << 64) + first * counters)
     if apart == 1 or batch == 1:
         return torch.from_numpy(source.random_raw(4 * counters * batch).view("int32")).view(batch, -1)
     parts = []
@@ -115,13 +135,13 @@ def _words_of_torch(seed: Tensor, rows: tuple[int, int], batch: int, counters: i
 
 
 def to_normal(draws: Tensor) -> None:
-    """Turn words of 32 bits, (B, 8 n) floats, into normal numbers, in place: each two that are side by side into two.
+    """Turn words of 32 bits, (B, 2 n) floats, into normal numbers, in place: the first half of a row with its second.
 
     NumPy has the same functions as PyTorch, and on a CPU computes those of float32 three times as fast.
     """
     numpy = _numpy() if draws.device.type == "cpu" else None
-    library, flat = (torch, draws.view(-1)) if numpy is None else (numpy, draws.view(-1).numpy())
-    first, second = flat[0::2], flat[1::2]
+    library, rows = (torch, draws) if numpy is None else (numpy, draws.numpy())
+    first, second = rows[:, : rows.shape[1] // 2], rows[:, rows.shape[1] // 2 :]
     length = library.log(positive(library, first))
     length *= -2
     library.sqrt(length, out=length)
@@ -144,7 +164,7 @@ def _draw(word):
 
 @triton.jit
 def first_draw(seed, counter, stream):
-    """Return the first draw of one counter."""
+    """Return the first draw in [-1, 1] of one counter."""
     counter += tl.arange(0, 1)
     zero = counter * 0
     word, _, _, _ = tl.philox(seed, counter, zero + stream, zero, zero)
@@ -152,13 +172,13 @@ def first_draw(seed, counter, stream):
 
 
 @triton.jit
-def _normal_pairs(low, high):
+def _normal_pairs(first, second):
     """Return the normal numbers that pairs of draws make, by series for |angle| <= pi/2, to 2**-23.
 
     The angle is halved and the result doubled. tl.sin takes any angle, and may need stack memory for the large ones.
     """
-    length = tl.sqrt(-2 * tl.log(tl.maximum(tl.abs(low), SMALLEST)))
-    half = high * HALF_TURN
+    length = tl.sqrt(-2 * tl.log(tl.maximum(tl.abs(first), SMALLEST)))
+    half = second * HALF_TURN
     square = half * half
     sine = tl.fma(square, 1 / 6227020800, -1 / 39916800)
     sine = tl.fma(square, sine, 1 / 362880)
@@ -177,12 +197,15 @@ def _normal_pairs(low, high):
 
 
 @triton.jit
-def random_draws(seed, counter, UNIFORM: tl.constexpr, BLOCK: tl.constexpr):
-    """Return draws for BLOCK pixels side by side, 8 for each counter: uniform in [-1, 1], or normal."""
+def uniform_draws(seed, counter, BLOCK: tl.constexpr):
+    """Return the draws in [-1, 1] of BLOCK / 8 counters, those of one side by side."""
     zero = counter * 0
     word0, word1, word2, word3 = tl.philox(seed, counter, zero, zero, zero)
     words = tl.join(tl.join(word0, word2), tl.join(word1, word3))  # (BLOCK / 8, 2, 2), in their order
-    low, high = _draw(words), _draw(words >> 32)
-    if not UNIFORM:
-        low, high = _normal_pairs(low, high)
-    return tl.reshape(tl.join(low, high), (BLOCK,))
+    return tl.reshape(tl.join(_draw(words), _draw(words >> 32)), (BLOCK,))
+
+
+@triton.jit
+def normal_draws(seed, counter, apart, BLOCK: tl.constexpr):
+    """Return the normal numbers of BLOCK / 8 counters and of those `apart` from them, those of one side by side."""
+    return _normal_pairs(uniform_draws(seed, counter, BLOCK), uniform_draws(seed, counter + apart, BLOCK))
