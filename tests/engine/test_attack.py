@@ -183,7 +183,8 @@ def test_a_random_start_in_l2_is_uniform_in_the_ball(device: torch.device) -> No
     expected = (torch.arange(4000) + 0.5) / 4000
     assert (inside.sort().values - expected).abs().max() < 0.03  # Kolmogorov: 0.0307 is passed once in 1000 seeds
     assert (moved / lengths[:, None]).mean(0).abs().max() < 0.03 and (moved.T @ moved).fill_diagonal_(0).abs().max() < 3
-    near = (pgd(broken, clean, **options | {"eps": 0.002}, start="normal", seed=0) - clean).flatten(1).norm(dim=1)
+    options["eps"] = 0.002
+    near = (pgd(broken, clean, **options, start="normal", seed=0) - clean).flatten(1).norm(dim=1)
     assert near.max() <= 0.002 + 1e-6 and near.min() < 0.001
 
 
