@@ -233,3 +233,18 @@ def test_a_start_knows_the_range_of_its_images(start: str, norm: str, device: to
     assert adv.min() < -0.9 and -1 <= adv.min() and adv.max() <= 1
     drawn = random_start_(torch.empty_like(clean), clean, 0.25, noise=start, seed=2, lower=-1.0, norm=norm)
     assert torch.equal(adv, drawn)
+
+
+def test_a_random_start_in_l2_is_uniform_in_the_ball(device: torch.device) -> None:
+    clean, pixels = torch.full((4000, 1, 2, 3), 0.5, device=device), 6
+    options: dict[str, Any] = dict(objective=torch.sum, steps=0, step=0.1, eps=0.25, norm="l2", clip_start=False)
+    moved = (pgd(nn.Identity(), clean, **options, seed=0) - clean).flatten(1).double().cpu()
+    lengths = moved.norm(dim=1)
+    assert lengths.max() <= 0.25 * (1 + 1e-6)
+    inside = (lengths / 0.25) ** pixels  # uniform in [0, 1]: the share of the ball within the radius of an image
+    expected = (torch.arange(4000) + 0.5) / 4000
+    assert (inside.sort().values - expected).abs().max() < 0.03  # Kolmogorov: 0.0307 is passed once in 1000 seeds
+    assert (moved / lengths[:, None]).mean(0).abs().max() < 0.03 and (moved.T @ moved).fill_diagonal_(0).abs().max() < 3
+    options["eps"] = 0.002
+    near = (pgd(nn.Identity(), clean, **options, start="normal", seed=0) - clean).flatten(1).norm(dim=1)
+    assert near.max() <= 0.002 + 1e-6 and near.min() < 0.001
