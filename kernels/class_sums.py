@@ -43,7 +43,7 @@ from retemper.kernels.runtime import (
 WIDEST = 16  # classes whose sums a program can hold beside its rows
 PARTS = 1024  # the most programs of that kind: about as many as a GPU runs at once, and a second launch adds up quickly
 SLICE = 1024  # rows of a program that goes through rows for its block of classes
-BLOCK, TILE = 32, 4096  # classes of that block, and how many rows times classes a program looks at at once
+BLOCK, TILE = 64, 4096  # classes of that block, and how many rows times classes a program looks at at once
 FEW = 16  # classes; rows shorter than PyTorch's vectors are slow on a CPU, so that it gets them as columns
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -204,15 +204,16 @@ def _slice_sums_kernel(
     loss = tl.zeros((BLOCK,), tl.float32)
     correct = tl.zeros((BLOCK,), tl.int32)
     count = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, SLICE, TALL):
-        row = part * SLICE + start + tl.arange(0, TALL)
-        label = tl.load(label_ptr + row, mask=row < B, other=-1).to(tl.int64)
-        inside = (row < B) & (label // BLOCK == block)
-        if tl.sum(inside.to(tl.int32), 0) != 0:  # of many classes, most blocks have no row
-            cross_entropy = tl.load(cross_entropy_ptr + row, mask=inside, other=0.0)
-            hit = tl.load(hit_ptr + row, mask=inside, other=0) > 0
-            near = tl.where(inside, label, -1).to(tl.int32)
-            more_loss, more_correct, more = _of_classes(cls, near, cross_entropy, hit)
+    every = part * SLICE + tl.arange(0, SLICE)
+    label = tl.load(label_ptr + every, mask=every < B, other=0).to(tl.int64)
+    if tl.sum((label // BLOCK == block).to(tl.int32), 0) != 0:  # of many classes, most blocks have no row
+        for first in range(part * SLICE, tl.minimum(part * SLICE + SLICE, B), TALL):
+            row = first + tl.arange(0, TALL)
+            own = tl.load(label_ptr + row, mask=row < B, other=0).to(tl.int64)
+            own = tl.where(row < B, own, -1)
+            cross_entropy = tl.load(cross_entropy_ptr + row, mask=row < B, other=0.0)
+            hit = tl.load(hit_ptr + row, mask=row < B, other=0) != 0
+            more_loss, more_correct, more = _of_classes(cls, own, cross_entropy, hit)
             loss += more_loss
             correct += more_correct
             count += more
