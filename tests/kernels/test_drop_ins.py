@@ -16,7 +16,7 @@ from retemper.kernels import class_temperature_js, class_temperature_kl, class_t
 
 PAGE = Path(__file__).parents[2] / "docs/kernels/drop-ins.md"
 STEP, EPS = 2 / 255, 5 / 255
-STEP_L2, EPS_L2 = 0.4, 0.9
+STEP_L2, EPS_L2 = 0.4, 0.6
 LAST_PLACE = 3e-7  # a few roundings of a pixel in [0, 1]
 Advance = Callable[[Tensor, Tensor, Tensor], Tensor]  # adv, grad, clean -> adv
 

@@ -1,4 +1,4 @@
-"""torchattacks with our step: the attacks that the patch reaches give what they gave, and undoing it gives them back."""
+"""torchattacks with our step: the attacks give what they gave, and undoing the patch gives them back."""
 
 import sys
 from collections.abc import Callable
@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from retemper.kernels import patch_torchattacks
-from retemper.kernels import patches
+from retemper.kernels import patch_torchattacks, patches
 
 TO_THE_BIT = ("FGSM", "BIM")
 TO_ROUNDING = ("FFGSM", "RFGSM", "PGD", "EOTPGD", "MIFGSM", "DIFGSM", "PGDL2", "TPGD")
@@ -84,7 +83,9 @@ def test_it_is_our_step_that_runs(torchattacks: ModuleType, monkeypatch: pytest.
     monkeypatch.setattr(patches, "pgd_step_", lambda *args, **options: steps.append(1) or real(*args, **options))
     with patch_torchattacks():
         for name in (*TO_THE_BIT, *TO_ROUNDING):
-            made(getattr(torchattacks, name)(model), images, labels)
+            attack = getattr(torchattacks, name)(model)
+            attack.steps = 1  # the interpreter of Triton runs it
+            made(attack, images[:2], labels[:2])
             assert steps, name
             steps.clear()
 
@@ -105,7 +106,9 @@ def test_undoing_gives_the_methods_back_once(torchattacks: ModuleType) -> None:
 @pytest.mark.parametrize("name", STARTS_AT_RANDOM)
 def test_the_kernel_draws_the_starts_when_asked(torchattacks: ModuleType, name: str) -> None:
     model, images, labels = problem(torch.float32)
+    images, labels = images[:2], labels[:2]
     attack = getattr(torchattacks, name)(model)
+    attack.steps = 2
     plain = made(attack, images, labels)
     with patch_torchattacks(draws="kernel"):
         first, again = made(attack, images, labels), made(attack, images, labels)
@@ -120,7 +123,7 @@ def test_the_kernel_draws_the_starts_when_asked(torchattacks: ModuleType, name: 
 
 def test_other_versions_are_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchattacks", SimpleNamespace(__version__="3.4.0"))  # type: ignore[arg-type]
-    with pytest.raises(ImportError, match="torchattacks 3.4.0: .* pip install torchattacks==3.5.1"):
+    with pytest.raises(ImportError, match=r"torchattacks 3\.4\.0: .* pip install torchattacks==3\.5\.1"):
         patch_torchattacks()
 
 
