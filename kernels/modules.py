@@ -5,6 +5,7 @@ it is written in place, as a captured CUDA graph needs: `loss.temperature.copy_(
 neither.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,15 @@ class _WithSettings(nn.Module):
                 self.register_buffer(name, value)
             else:
                 setattr(self, name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move the buffers; of a network in half precision they stay in float32, which the kernels need."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return tensor.to(result.device) if result.dtype in (torch.float16, torch.bfloat16) else result
+
+        return super()._apply(moved, recurse)
 
     def settings(self) -> dict[str, Any]:
         """Return the settings by name, as they are now."""
@@ -57,6 +67,10 @@ class ClassTemperatureKL(_WithSettings):
         class_dim: the dimension of the classes.
         reduction: "batchmean", "mean", "sum" or "none".
     """
+
+    temperature: float | Tensor
+    class_weight: Tensor | None
+    label_trust: Tensor | None
 
     def __init__(
         self,
@@ -111,6 +125,9 @@ class ClassTemperatureJS(_WithSettings):
             `ClassTemperatureKL`.
     """
 
+    temperature: float | Tensor
+    class_weight: Tensor | None
+
     def __init__(
         self,
         temperature: float | Tensor = 1.0,
@@ -161,6 +178,11 @@ class PgdStep(_WithSettings):
         inertia: the share of the new step, where `forward` gets the previous images.
         clip_first: with "l2", whether to clip before the projection.
     """
+
+    step: float | Tensor
+    eps: float | Tensor
+    lower: float | Tensor
+    upper: float | Tensor
 
     def __init__(
         self,
@@ -228,6 +250,9 @@ class RandomStart(_WithSettings):
         norm: "linf" or "l2".
         lower, upper: the range of a valid pixel; a number, or (C, 1, 1).
     """
+
+    eps: float | Tensor
+    seed: Tensor
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ DRAWS = ("torch", "kernel")
 Forward = Callable[..., Tensor]  # an attack's method: itself, images, labels -> images
 Start = Callable[[Any, Tensor], Tensor]  # the attack, clean images -> a new tensor of images
 Slope = Callable[[Tensor], Tensor]  # images that require grad -> the gradient there
+Seen = Callable[[Tensor], Tensor]  # images -> what the model gets
 
 
 class Patch:
@@ -81,7 +82,6 @@ def patch_torchattacks(*, draws: str = "torch") -> Patch:
         )
     by_kernel = draws == "kernel"
     uniform = _uniform_by_kernel if by_kernel else _uniform
-    momentum = dict(has_momentum=True)
     forwards = {
         "FGSM": _loop(_at_clean, _of_label),
         "FFGSM": _loop(_uniform_by_kernel if by_kernel else _uniform_after_normal, _of_label),
@@ -89,8 +89,8 @@ def patch_torchattacks(*, draws: str = "torch") -> Patch:
         "BIM": _loop(_at_clean, _of_label),
         "PGD": _loop(uniform, _of_label),
         "EOTPGD": _loop(uniform, _summed),
-        "MIFGSM": _loop(_at_clean, _of_label, **momentum),
-        "DIFGSM": _loop(uniform, _of_diverse_inputs, **momentum),
+        "MIFGSM": _loop(_at_clean, _of_label, has_momentum=True),
+        "DIFGSM": _loop(uniform, _of_diverse_inputs, has_momentum=True),
         "PGDL2": _loop(_in_l2_ball_by_kernel if by_kernel else _in_l2_ball, _of_label, norm="l2"),
         "TPGD": _loop(_near_by_kernel if by_kernel else _near, _of_clean_prediction),
     }
@@ -116,13 +116,12 @@ def _loop(start: Start, objective: Callable[..., Slope], *, has_momentum: bool =
     return forward
 
 
-def _of_label(self: Any, clean: Tensor, labels: Tensor, logits: Callable[[Tensor], Tensor] | None = None) -> Slope:
+def _of_label(self: Any, clean: Tensor, labels: Tensor, seen: Seen = lambda adv: adv) -> Slope:
     """The gradient of the cross-entropy to the label, or of its negative to the target."""
     goal = self.get_target_label(clean, labels) if self.targeted else labels
-    logits = logits or self.get_logits
 
     def slope(adv: Tensor) -> Tensor:
-        cost = F.cross_entropy(logits(adv), goal)
+        cost = F.cross_entropy(self.get_logits(seen(adv)), goal)
         return torch.autograd.grad(-cost if self.targeted else cost, adv)[0]
 
     return slope
@@ -143,7 +142,7 @@ def _summed(self: Any, clean: Tensor, labels: Tensor) -> Slope:
 
 def _of_diverse_inputs(self: Any, clean: Tensor, labels: Tensor) -> Slope:
     """Such a gradient through the attack's random resizing."""
-    return _of_label(self, clean, labels, lambda adv: self.get_logits(self.input_diversity(adv)))
+    return _of_label(self, clean, labels, self.input_diversity)
 
 
 def _of_clean_prediction(self: Any, clean: Tensor, labels: Tensor | None) -> Slope:
