@@ -12,7 +12,8 @@ from retemper.kernels.epilogue import epilogue, epilogue_reference
 from retemper.kernels.kl_divergence import class_temperature_kl_grad_reference, class_temperature_kl_reference
 from retemper.kernels.patches import patch_torchattacks
 from retemper.kernels.pgd_step import pgd_step_
-from retemper.kernels.random_start import philox_reference, random_start_, random_start_reference
+from retemper.kernels.philox import philox_reference
+from retemper.kernels.random_start import random_start_, random_start_reference
 
 __all__ = [
     "augment",

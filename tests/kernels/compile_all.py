@@ -38,7 +38,7 @@ kl = import_module("retemper.kernels.kl_divergence")
 rows = import_module("retemper.kernels.logit_rows")
 sums = import_module("retemper.kernels.class_sums")
 pgd = import_module("retemper.kernels.pgd_step")
-start = import_module("retemper.kernels.random_start")
+noise = import_module("retemper.kernels.noise")
 views = import_module("retemper.kernels.augment")
 after = import_module("retemper.kernels.epilogue")
 
@@ -54,11 +54,28 @@ def elementwise(dtype: str) -> Iterator[Case]:
     absent = {} if OPTIONAL[dtype] else dict.fromkeys(["step_ptr", "eps_ptr", "blocks"])
     yield pgd._linf_kernel, types, absent | {"BLOCK": pgd.BLOCK}
     yield pgd._l2_kernel, types, absent | {"BLOCK": pgd.BLOCK, "PIXELS": 3 * 32 * 32}
-    types |= {"first_row": "i32", "rows_apart": "i32"}
-    absent |= dict.fromkeys(["first_row", "rows_apart"]) if absent else {}
+
+
+def starts(dtype: str) -> Iterator[Case]:
+    types = dict.fromkeys(["eps", "scale", "lower", "upper"], "fp32") | dict.fromkeys(["blocks", "first_row"], "i32")
+    types |= {
+        "adv_ptr": f"*{dtype}",
+        "clean_ptr": f"*{dtype}",
+        "seed_ptr": "*i64",
+        "pixels": "i32",
+        "rows_apart": "i32",
+    }
+    by = {"CHANNELS": None, "EPS": "none", "LOWER": "none", "UPPER": "none"}
+    if dtype == "bf16":
+        types["eps"], by["EPS"] = "*fp32", "sample"
+    elif dtype == "fp16":  # numbers by channel are loaded one by one, whatever is aligned
+        types |= {"eps": "*fp32", "lower": "*fp32", "upper": "*fp32", "clean_ptr": "*fp32"}
+        by = {"CHANNELS": (3, 1024), "EPS": "one", "LOWER": "channel", "UPPER": "one"}
+    absent = {} if OPTIONAL[dtype] else dict.fromkeys(["blocks", "first_row", "rows_apart"])
     for uniform in (True, False):
-        draw = {"BLOCK": start.BLOCK, "UNIFORM": uniform, "CLIP": dtype != "fp16"}
-        yield start._random_start_kernel, types, absent | draw
+        draw = {"BLOCK": noise.BLOCK, "UNIFORM": uniform, "CLIP": dtype != "fp32" or uniform, **by}
+        yield noise._random_start_kernel, types, absent | draw
+        yield noise._random_start_l2_kernel, types, draw | {"PIXELS": 3 * 32 * 32}
 
 
 def by_class(dtype: str) -> Iterator[Case]:
@@ -151,7 +168,13 @@ def report(folder: str, name: str) -> None:
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp_size))
     with open(Path(folder) / arch, "w") as file:
         for dtype, aligned in ALIGNED.items():
-            for case in (*elementwise(dtype), *by_class(dtype), *augmentation(dtype), *convolution(dtype)):
+            for case in (
+                *elementwise(dtype),
+                *starts(dtype),
+                *by_class(dtype),
+                *augmentation(dtype),
+                *convolution(dtype),
+            ):
                 compiled = compile_case(case, target, aligned)
                 what = {"kernel": case[0].__name__, "dtype": dtype, "aligned": aligned, "row": row(case[2])}
                 what["writes_rows"] = case[2].get("GRAD") is False  # one number for each
