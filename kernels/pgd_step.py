@@ -72,20 +72,16 @@ def _pgd_step_op(
     inertia: float = 0.75,
     clip_first: bool = False,
 ) -> None:
-    _require_images(adv, grad=grad, clean=clean, momentum=momentum, previous=previous)
-    numbers: tuple[Number, ...] = (step, eps, lower, upper)
-    by = (step_by, eps_by, lower_by, upper_by)
-    if any(tensor is not None for tensor in by):
-        numbers = _numbers(adv, norm, numbers, by)
+    _require_images(adv, grad, clean, momentum, previous)
+    numbers: tuple[Number, Number, Number, Number] = (step, eps, lower, upper)
+    if not (step_by is None and eps_by is None and lower_by is None and upper_by is None):
+        numbers = _numbers(adv, norm, numbers, (step_by, eps_by, lower_by, upper_by))
     if mask is not None:
         require_one_device(adv=adv, mask=mask)
         mask = rows_or_pixels(mask, adv)
     if adv.numel() == 0:
         return
-    step_, eps_, lower_, upper_ = numbers
-    given = Step(
-        adv, grad, clean, step_, eps_, norm, lower_, upper_, mask, momentum, decay, previous, inertia, clip_first
-    )
+    given = Step(adv, grad, clean, *numbers, norm, mask, momentum, decay, previous, inertia, clip_first)
     if not runs_triton(adv, grad, clean, momentum, previous):
         ascend(given)
         return
@@ -95,26 +91,31 @@ def _pgd_step_op(
             overwritten(tensor)
 
 
-def _require_images(adv: Tensor, **others: Tensor | None) -> None:
+def _require_images(adv: Tensor, *others: Tensor | None) -> None:
     """Raise ValueError unless all are floats of one shape and device, and `adv` is dense, the batch outermost."""
-    if adv.dim() == 0:
+    shape, device = adv.shape, adv.device
+    for tensor in (adv, *others):
+        if tensor is not None and (tensor.shape != shape or tensor.device != device or tensor.dtype not in FLOATS):
+            place = [one is tensor for one in (adv, *others)].index(True)
+            raise _misfit(("adv", "grad", "clean", "momentum", "previous")[place], tensor, adv)
+    if not shape:
         raise ValueError("adv: a scalar; needs a leading batch dimension")
     if not (adv.is_contiguous() or is_dense_batch_first(adv)):
         raise ValueError(f"adv: strides {adv.stride()} leave holes or overlap; call .contiguous() on it")
-    for name, tensor in (("adv", adv), *others.items()):
-        if tensor is None:
-            continue
-        if tensor.dtype not in FLOATS:
-            raise ValueError(f"{name}: {tensor.dtype}; needs one of {', '.join(map(str, FLOATS))}")
-        if tensor.shape != adv.shape:
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)}, but adv has {tuple(adv.shape)}")
-        if tensor.device != adv.device:
-            raise ValueError(f"{name}: on {tensor.device}, but adv is on {adv.device}; move it with .to()")
+
+
+def _misfit(name: str, tensor: Tensor, adv: Tensor) -> ValueError:
+    """Return the error of a tensor that is no image beside `adv`."""
+    if tensor.dtype not in FLOATS:
+        return ValueError(f"{name}: {tensor.dtype}; needs one of {', '.join(map(str, FLOATS))}")
+    if tensor.shape != adv.shape:
+        return ValueError(f"{name}: shape {tuple(tensor.shape)}, but adv has {tuple(adv.shape)}")
+    return ValueError(f"{name}: on {tensor.device}, but adv is on {adv.device}; move it with .to()")
 
 
 def _numbers(
     adv: Tensor, norm: str, numbers: tuple[Number, ...], tensors: tuple[Tensor | None, ...]
-) -> tuple[Number, ...]:
+) -> tuple[Number, Number, Number, Number]:
     """Return the numbers, and in place of some of them the tensors that are given, as `grid` makes them."""
     names = ("step", "eps", "lower", "upper")
     require_one_device(adv=adv, **dict(zip(names, tensors, strict=True)))
@@ -125,7 +126,8 @@ def _numbers(
         if norm == "l2" and by_sample and isinstance(made, Tensor) and made.shape[1] > 1:
             raise ValueError(f"{name}: it differs by channel; with norm='l2' a sample has one {name}")
         result.append(made)
-    return tuple(result)
+    step, eps, lower, upper = result
+    return step, eps, lower, upper
 
 
 @rewritten(f"pgd_step_number_({_TENSORS}, Scalar step, Scalar eps, {_BY}, Scalar lower, Scalar upper, {_REST}) -> ()")
