@@ -25,6 +25,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from retemper.kernels.language import next_power_of_2
 from retemper.kernels.runtime import EXACT
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -37,6 +38,7 @@ SIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 kl = import_module("retemper.kernels.kl_divergence")
 rows = import_module("retemper.kernels.logit_rows")
 sums = import_module("retemper.kernels.class_sums")
+js = import_module("retemper.kernels.jensen_shannon")
 pgd = import_module("retemper.kernels.pgd_step")
 noise = import_module("retemper.kernels.noise")
 views = import_module("retemper.kernels.augment")
@@ -86,8 +88,6 @@ def by_class(dtype: str) -> Iterator[Case]:
         "weight_ptr": "*fp32",
         "trust_ptr": "*fp32",
         "row_grad_ptr": "*fp32",
-        "loss_ptr": "*fp32",
-        "count_ptr": "*i32",
     }
     types |= {"teacher_ptr": f"*{dtype}" if ALIGNED[dtype] else "*bf16"}
     absent = {} if OPTIONAL[dtype] else dict.fromkeys(["temperature_ptr", "weight_ptr", "trust_ptr", "row_grad_ptr"])
@@ -98,8 +98,38 @@ def by_class(dtype: str) -> Iterator[Case]:
         for grad in (True, False):
             out = {"out_ptr": f"*{dtype}" if grad else "*fp32"}
             yield kl._kl_kernel, types | out, absent | tiles | dense | {"GRAD": grad}
-    for classes in (10, 100):
-        yield sums._class_sums_kernel, types, sums.sum_tiles(classes)
+
+
+def class_sums(dtype: str) -> Iterator[Case]:
+    whole = "*i64" if ALIGNED[dtype] else "*i32"  # the result, or the parts of it
+    types = {"logits_ptr": f"*{dtype}", "label_ptr": "*i64" if ALIGNED[dtype] else "*u8", "hit_ptr": "*i8"}
+    types |= {"part_correct_ptr": "*i32", "part_count_ptr": "*i32", "correct_ptr": whole, "count_ptr": whole}
+    types |= dict.fromkeys(["loss_ptr", "part_loss_ptr", "cross_entropy_ptr"], "*fp32") | {"B": "i32", "parts": "i32"}
+    for classes in (10, sums.WIDEST, 100, 1000):
+        tiles = rows.row_tiles(classes, gcd(classes, 16 // SIZE[dtype])) | {"STRIDE": classes}
+        if classes <= sums.WIDEST:
+            yield sums._class_sums_kernel, types, tiles | {"WIDTH": next_power_of_2(classes)}
+        else:
+            yield sums._row_losses_kernel, types, tiles
+    for classes in (10, 1000):
+        yield sums._total_kernel, types, sums.sum_tiles(classes)
+    yield sums._slice_sums_kernel, types, sums.sum_tiles(1000) | {"SLICE": sums.SLICE}
+
+
+def jensen_shannon(dtype: str) -> Iterator[Case]:
+    aligned, logits = ALIGNED[dtype], {"student_ptr": f"*{dtype}", "teacher_ptr": f"*{dtype}"}
+    types = logits | {"student_grad_ptr": f"*{dtype}", "teacher_grad_ptr": f"*{dtype}", "loss_ptr": "*fp32"}
+    types |= dict.fromkeys(["temperature_ptr", "weight_ptr", "row_weight_ptr", "row_grad_ptr"], "*fp32")
+    types |= dict.fromkeys(["temperature", "student_temperature", "beta"], "fp32") | {"label_ptr": "*i64", "B": "i32"}
+    types |= dict.fromkeys(["temperature_stride", "row_weight_stride", "row_grad_stride", "ignore_index"], "i32")
+    optional = ["label_ptr", "temperature_ptr", "weight_ptr", "row_weight_ptr", "row_grad_ptr", "ignore_index"]
+    absent = {} if OPTIONAL[dtype] else dict.fromkeys(optional)
+    for classes in (10, 100, 1000, 100_000) if aligned else (10, 1000):
+        tiles = rows.row_tiles(classes, gcd(classes, 16 // SIZE[dtype]))
+        tiles |= {"STUDENT_STRIDE": classes, "TEACHER_STRIDE": classes, "BY_ROW": dtype == "fp16"}
+        for left_out in (["student_grad_ptr", "teacher_grad_ptr"], ["loss_ptr"], ["loss_ptr", "teacher_grad_ptr"]):
+            # without a gradient it is the loss that is written, a number for each row
+            yield js._js_kernel, types, absent | tiles | dict.fromkeys(left_out) | {"GRAD": left_out[0] == "loss_ptr"}
 
 
 def augmentation(dtype: str) -> Iterator[Case]:
@@ -172,6 +202,8 @@ def report(folder: str, name: str) -> None:
                 *elementwise(dtype),
                 *starts(dtype),
                 *by_class(dtype),
+                *class_sums(dtype),
+                *jensen_shannon(dtype),
                 *augmentation(dtype),
                 *convolution(dtype),
             ):
