@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from retemper.kernels.language import cdiv, tl, triton
-from retemper.kernels.philox import DRAWS, SMALLEST, UNIT, first_draw, positive, random_draws, random_words, to_normal
+from retemper.kernels.philox import (
+    DRAWS,
+    SMALLEST,
+    UNIT,
+    first_draw,
+    normal_draws,
+    positive,
+    random_words,
+    to_normal,
+    uniform_draws,
+)
 from retemper.kernels.pixels import channel_of, channels_of, differs_by, number, radius, spread
 from retemper.kernels.runtime import EXACT, clamp, compute_dtype, launching, locate, pixel_runs
 
@@ -40,40 +50,44 @@ def fill(
     lower: float | Tensor,
     upper: float | Tensor,
 ) -> Tensor:
-    """Write the start to `adv`, which is dense with the batch outermost, and return it."""
+    """Write the start to `adv`, which is dense with the batch outermost, and return it.
+
+    Args:
+        eps, lower, upper: tensors of numbers as `pixels.grid` makes them.
+    """
     batch, pixels = adv.shape[0], adv.numel() // adv.shape[0]
-    if isinstance(eps, Tensor):
-        eps = spread(eps, adv, compute_dtype(adv, clean)).clamp(min=0)
     draws = random_words(seed, rows, batch, cdiv(pixels, DRAWS.value)).to(torch.float32).to(compute_dtype(adv, clean))
     noises = draws.as_strided(adv.shape, (draws.shape[1], *adv.stride()[1:]))  # as adv lies, rows of whole counters
+    if isinstance(eps, Tensor):
+        eps = spread(eps, adv, draws.dtype).clamp(min=0)
     if norm == "linf" and noise == "uniform":
         noises.mul_(eps * UNIT.value)
     elif norm == "linf":
         to_normal(draws)
-        noises.mul_(scale).clamp_(-eps, eps)
+        _clip(noises.mul_(scale), -eps, eps)
     else:
         to_normal(draws)
         length = torch.linalg.vector_norm(draws[:, :pixels], dim=1).clamp_(min=NO_LENGTH.value)
-        longest = eps / length.view(-1, *[1] * (adv.dim() - 1))
-        if noise == "uniform":
-            share = random_words(seed, rows, batch, 1, RADIUS_STREAM.value)[:, 0].to(torch.float32)
-            share = positive(torch, share.to(draws.dtype)).pow_(1 / pixels)
-            noises.mul_(longest * share.view(longest.shape))
+        factor = eps / length.view(-1, *[1] * (adv.dim() - 1))  # to the edge of the ball
+        if noise == "normal":
+            factor = factor.clamp(max=scale)
         else:
-            noises.mul_(longest.clamp_(max=scale))
+            share = random_words(seed, rows, batch, 1, RADIUS_STREAM.value)[:, 0].to(torch.float32).to(draws.dtype)
+            factor = factor * positive(torch, share).pow_(1 / pixels).view(factor.shape)
+        noises.mul_(factor)
     torch.add(clean, noises, out=adv)
-    return _clip(adv, lower, upper) if clip else adv
-
-
-def _clip(adv: Tensor, lower: float | Tensor, upper: float | Tensor) -> Tensor:
-    """Clip the image to the range of its pixels, in place, and return it."""
-    if not isinstance(lower, Tensor) and not isinstance(upper, Tensor):
-        return adv.clamp_(lower, upper)
-    for name, bound in (("lower", lower), ("upper", upper)):
-        if isinstance(bound, Tensor):
-            bound = spread(bound, adv, adv.dtype)
-        adv.clamp_(**{"min" if name == "lower" else "max": bound})
+    if clip:
+        lower, upper = (spread(b, adv, adv.dtype) if isinstance(b, Tensor) else b for b in (lower, upper))
+        _clip(adv, lower, upper)
     return adv
+
+
+def _clip(image: Tensor, lower: Any, upper: Any) -> None:
+    """Clip the image, in place, to numbers, or to tensors that broadcast to it."""
+    if isinstance(lower, Tensor) == isinstance(upper, Tensor):
+        image.clamp_(lower, upper)
+    else:
+        image.clamp_(min=lower).clamp_(max=upper)
 
 
 @triton.jit
@@ -106,8 +120,10 @@ def _random_start_kernel(
         counter += (first_row + sample * rows_apart) * tl.cdiv(pixels, DRAWS)
     channel = channel_of(offset - sample * pixels, CHANNELS)
     eps = radius(eps, sample, channel, CHANNELS, EPS)
-    draw = random_draws(tl.load(seed_ptr), counter, UNIFORM, BLOCK)
-    draw = draw * eps if UNIFORM else clamp(draw * scale, -eps, eps)
+    if UNIFORM:
+        draw = uniform_draws(tl.load(seed_ptr), counter, BLOCK) * eps
+    else:
+        draw = clamp(normal_draws(tl.load(seed_ptr), counter, BLOCK) * scale, -eps, eps)
     start = tl.load(clean_ptr + offset, mask=inside, other=0.0).to(tl.float32) + draw
     if CLIP:
         start = clamp(
@@ -144,7 +160,7 @@ def _random_start_l2_kernel(
 
     squares = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, PIXELS, BLOCK):
-        draw = random_draws(seed, counter + start // DRAWS, False, BLOCK)
+        draw = normal_draws(seed, counter + start // DRAWS, BLOCK)
         squares += tl.where(start + tl.arange(0, BLOCK) < PIXELS, draw * draw, 0.0)
     length = tl.maximum(tl.math.sqrt_rn(tl.sum(squares, 0)), NO_LENGTH)
 
@@ -157,7 +173,7 @@ def _random_start_l2_kernel(
 
     for start in range(0, PIXELS, BLOCK):
         pixel = start + tl.arange(0, BLOCK)
-        draw = random_draws(seed, counter + start // DRAWS, False, BLOCK) * longest
+        draw = normal_draws(seed, counter + start // DRAWS, BLOCK) * longest
         moved = tl.load(clean_ptr + sample * PIXELS + pixel, mask=pixel < PIXELS, other=0.0).to(tl.float32) + draw
         if CLIP:
             channel = channel_of(pixel, CHANNELS)
@@ -185,12 +201,14 @@ def launch(
     alone = rows == (0, 1) and channels is None and "sample" not in by and adv[:1].numel() % DRAWS.value == 0
     pixels, blocks, block, programs = pixel_runs(adv, BLOCK, not alone or norm == "l2")
     eps, lower, upper = numbers
-    arguments: tuple[Any, ...] = (adv, clean, seed, eps, scale, lower, upper)
     options: dict[str, Any] = {"UNIFORM": uniform, "CLIP": clip, "CHANNELS": channels, "BLOCK": block, **EXACT}
     options |= zip(("EPS", "LOWER", "UPPER"), by, strict=True)
+    arguments: tuple[Any, ...] = (adv, clean, seed, eps, scale, lower, upper)
+    if norm == "l2":
+        kernel, programs, arguments = _random_start_l2_kernel, adv.shape[0], (*arguments, *rows)
+        options["PIXELS"] = pixels
+    else:
+        places = (pixels, None, None, None) if blocks is None else (pixels, blocks, *rows)
+        kernel, arguments = _random_start_kernel, (*arguments, *places)
     with launching(adv):
-        if norm == "l2":
-            _random_start_l2_kernel[(adv.shape[0],)](*arguments, *rows, PIXELS=pixels, **options)
-        else:
-            places = (pixels, blocks, *rows) if blocks is not None else (pixels, None, None, None)
-            _random_start_kernel[(programs,)](*arguments, *places, **options)
+        kernel[(programs,)](*arguments, **options)

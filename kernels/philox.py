@@ -144,7 +144,7 @@ def _draw(word):
 
 @triton.jit
 def first_draw(seed, counter, stream):
-    """Return the first draw of one counter."""
+    """Return the first draw in [-1, 1] of one counter."""
     counter += tl.arange(0, 1)
     zero = counter * 0
     word, _, _, _ = tl.philox(seed, counter, zero + stream, zero, zero)
@@ -177,12 +177,24 @@ def _normal_pairs(low, high):
 
 
 @triton.jit
-def random_draws(seed, counter, UNIFORM: tl.constexpr, BLOCK: tl.constexpr):
-    """Return draws for BLOCK pixels side by side, 8 for each counter: uniform in [-1, 1], or normal."""
+def _pairs(seed, counter):
+    """Return the draws of (N,) counters: those of lower and of upper halves of words, each (N, 2, 2)."""
     zero = counter * 0
     word0, word1, word2, word3 = tl.philox(seed, counter, zero, zero, zero)
-    words = tl.join(tl.join(word0, word2), tl.join(word1, word3))  # (BLOCK / 8, 2, 2), in their order
-    low, high = _draw(words), _draw(words >> 32)
-    if not UNIFORM:
-        low, high = _normal_pairs(low, high)
+    words = tl.join(tl.join(word0, word2), tl.join(word1, word3))  # in their order
+    return _draw(words), _draw(words >> 32)
+
+
+@triton.jit
+def uniform_draws(seed, counter, BLOCK: tl.constexpr):
+    """Return the draws in [-1, 1] of BLOCK / 8 counters, those of one side by side."""
+    low, high = _pairs(seed, counter)
+    return tl.reshape(tl.join(low, high), (BLOCK,))
+
+
+@triton.jit
+def normal_draws(seed, counter, BLOCK: tl.constexpr):
+    """Return the normal numbers of BLOCK / 8 counters, those of one side by side."""
+    low, high = _pairs(seed, counter)
+    low, high = _normal_pairs(low, high)
     return tl.reshape(tl.join(low, high), (BLOCK,))

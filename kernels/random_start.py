@@ -23,7 +23,6 @@ from retemper.kernels.noise import fill, launch
 from retemper.kernels.operators import is_symbol, operator, overwritten, rewritten
 from retemper.kernels.pixels import grid, laid_out, named_norm, split
 from retemper.kernels.runtime import (
-    compute_dtype,
     require_float,
     require_no_grad,
     require_one_device,
@@ -60,14 +59,13 @@ def random_start_reference(
     return fill(adv, clean, seed, noise, scale, clip, rows, norm, *_numbers(adv, norm, eps, lower, upper))
 
 
-_REST = (
-    "str noise, float scale, bool clip, SymInt first_row=0, SymInt rows_apart=1, float lower=0.0, float upper=1.0,"
-    " Tensor? lower_tensor=None, Tensor? upper_tensor=None, str norm='linf'"
-)
+_TENSORS = "Tensor(a!) adv, Tensor clean, Tensor seed"
+_DRAW = "str noise, float scale, bool clip, SymInt first_row=0, SymInt rows_apart=1"
+_BY = "Tensor? lower_by=None, Tensor? upper_by=None, str norm='linf'"
 
 
 @operator(
-    f"random_start_(Tensor(a!) adv, Tensor clean, Tensor seed, float eps, Tensor? eps_tensor, {_REST}) -> ()",
+    f"random_start_({_TENSORS}, float eps, Tensor? eps_by, {_DRAW}, float lower=0.0, float upper=1.0, {_BY}) -> ()",
     fake=lambda *_: None,
 )
 def _random_start_op(
@@ -75,7 +73,7 @@ def _random_start_op(
     clean: Tensor,
     seed: Tensor,
     eps: float,
-    eps_tensor: Tensor | None,
+    eps_by: Tensor | None,
     noise: str,
     scale: float,
     clip: bool,
@@ -83,18 +81,18 @@ def _random_start_op(
     rows_apart: int = 1,
     lower: float = 0.0,
     upper: float = 1.0,
-    lower_tensor: Tensor | None = None,
-    upper_tensor: Tensor | None = None,
+    lower_by: Tensor | None = None,
+    upper_by: Tensor | None = None,
     norm: str = "linf",
 ) -> None:
     _check(adv, clean, seed, noise, scale, first_row, rows_apart)
-    require_one_device(adv=adv, clean=clean, seed=seed, eps=eps_tensor, lower=lower_tensor, upper=upper_tensor)
+    require_one_device(adv=adv, clean=clean, seed=seed, eps=eps_by, lower=lower_by, upper=upper_by)
     numbers = _numbers(
         adv,
         norm,
-        eps if eps_tensor is None else eps_tensor,
-        lower if lower_tensor is None else lower_tensor,
-        upper if upper_tensor is None else upper_tensor,
+        eps if eps_by is None else eps_by,
+        lower if lower_by is None else lower_by,
+        upper if upper_by is None else upper_by,
     )
     if adv.numel() == 0:
         return
@@ -136,10 +134,34 @@ def _numbers(
     return eps, lower, upper
 
 
-@rewritten(f"random_start_number_(Tensor(a!) adv, Tensor clean, Tensor seed, Scalar eps, {_REST}) -> ()")
-def _start_of_number(adv: Tensor, clean: Tensor, seed: Tensor, eps: Any, *rest: Any) -> None:
-    of_symbol = adv.new_ones((), dtype=compute_dtype(adv)) * eps if is_symbol(eps) else None
-    _random_start_op(adv, clean, seed, eps if of_symbol is None else 0.0, of_symbol, *rest)
+@rewritten(
+    f"random_start_number_({_TENSORS}, Scalar eps, Tensor? eps_by, {_DRAW},"
+    f" Scalar lower=0, Scalar upper=1, {_BY}) -> ()"
+)
+def _of_symbols(
+    adv: Tensor,
+    clean: Tensor,
+    seed: Tensor,
+    eps: Any,
+    eps_by: Tensor | None,
+    noise: str,
+    scale: float,
+    clip: bool,
+    first_row: int = 0,
+    rows_apart: int = 1,
+    lower: Any = 0.0,
+    upper: Any = 1.0,
+    lower_by: Tensor | None = None,
+    upper_by: Tensor | None = None,
+    norm: str = "linf",
+) -> None:
+    """Take numbers that are symbols of torch.compile too."""
+    (eps, eps_by), (lower, lower_by), (upper, upper_by) = (
+        (0.0, adv.new_ones(1) * number) if is_symbol(number) else (number, by)
+        for number, by in ((eps, eps_by), (lower, lower_by), (upper, upper_by))
+    )
+    draw = (noise, scale, clip, first_row, rows_apart)
+    _random_start_op(adv, clean, seed, eps, eps_by, *draw, lower, upper, lower_by, upper_by, norm)
 
 
 def random_start_(
@@ -183,27 +205,26 @@ def random_start_(
         `adv` itself.
 
     Raises:
-        TypeError: eps, lower or upper is neither a number nor a tensor.
+        TypeError: an argument is neither a tensor nor a number where it must be one.
         ValueError: a shape, dtype, device or stride does not fit; autograd is tracking `adv`, or another tensor
             requires a gradient, which is not computed; unknown noise or norm; the seed does not fit; rows that cannot
             be; eps is a number below 0 or above the range of a pixel; the range is empty.
     """
-    require_writable("adv", adv)
-    require_no_grad(clean=clean, eps=eps, lower=lower, upper=upper)
+    if not (isinstance(adv, Tensor) and isinstance(clean, Tensor)):
+        raise TypeError("adv, clean: they must be tensors")
+    if torch.is_grad_enabled():
+        require_writable("adv", adv)
+        require_no_grad(clean=clean, eps=eps, lower=lower, upper=upper)
     norm = named_norm(norm)
-    eps_number, eps_tensor = split("eps", eps)
-    low, lower_tensor = split("lower", lower)
-    high, upper_tensor = split("upper", upper, 1.0)
-    if lower_tensor is None and upper_tensor is None:
-        pixels = adv.numel() // adv.shape[0] if norm == "l2" and adv.numel() else 1
-        require_pixel_units(low, high, pixels, eps=eps_number)
+    eps, eps_by = split("eps", eps)
+    lower, lower_by = split("lower", lower, -math.inf)
+    upper, upper_by = split("upper", upper, math.inf)
+    pixels = 1 if norm == "linf" or not adv.numel() else adv.numel() // adv.shape[0]
+    require_pixel_units(lower, upper, pixels, eps=eps)
     if not isinstance(seed, Tensor):
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed: {seed} does not fit 64 bits")
         seed = torch.full((1,), seed, dtype=torch.int64, device=adv.device)
-    rest = (noise, scale, clip, *rows, low, high, lower_tensor, upper_tensor, norm)
-    if eps_tensor is None:
-        _start_of_number(adv, clean, seed, eps_number, *rest)
-    else:
-        _random_start_op(adv, clean, seed, 0.0, eps_tensor, *rest)
+    take = _of_symbols if torch.compiler.is_compiling() else _random_start_op
+    take(adv, clean, seed, eps, eps_by, noise, scale, clip, *rows, lower, upper, lower_by, upper_by, norm)
     return adv

@@ -104,9 +104,9 @@ def test_radius_and_bounds_differ_by_sample_and_by_channel(
     for eps in radii:
         for bounds in ({"lower": -1.0, "upper": 1.0}, of_channels, {"lower": -1.0, "upper": channels}):
             adv = started(clean, eps, seed=3, **given, **bounds)
-            lower, upper = (b if isinstance(b, float) else b.view(-1, 1, 1) for b in bounds.values())
+            lower, upper = (b.view(-1, 1, 1) if isinstance(b, Tensor) else b for b in bounds.values())
             expected = clean + within(free, eps.view(-1, 1, 1, 1) if eps.dim() == 1 else eps, noise, norm)
-            torch.testing.assert_close(adv, expected.clamp(lower, upper), rtol=0, atol=2**-20)
+            torch.testing.assert_close(adv, expected.clamp(min=lower).clamp(max=upper), rtol=0, atol=2**-20)
 
 
 def within(free: Tensor, eps: Tensor, noise: str, norm: str) -> Tensor:
@@ -178,8 +178,9 @@ def test_places_beyond_32_bits_are_told_apart(device: torch.device) -> None:
     seed = on_device(5, device)
     for noise, norm in KINDS:
         given: dict[str, Any] = {"noise": noise, "norm": norm, "seed": seed}
+        elsewhere: dict[str, Any] = given | {"seed": seed.cpu()}
         for rows in ((2**26, 1), (2**26 - 1, 1), (3, 2**27)):  # 64 counters * 2**26 = 2**32
-            expected = random_start_reference(clean.cpu(), 0.5, **given | {"seed": seed.cpu()}, rows=rows)
+            expected = random_start_reference(clean.cpu(), 0.5, **elsewhere, rows=rows)
             adv = started(clean, 0.5, rows=rows, **given).cpu()
             torch.testing.assert_close(adv, expected, rtol=0, atol=0 if (noise, norm) == KINDS[0] else 2**-20)
         assert not torch.equal(started(clean, 0.5, rows=(2**26, 1), **given), started(clean, 0.5, **given))
