@@ -120,7 +120,7 @@ class ClassTemperatureJS(_WithSettings):
     """The loss of `class_temperature_js`: the generalised Jensen-Shannon divergence with a temperature by class.
 
     Args:
-        beta: the teacher's share of the mixture, in (0, 1).
+        beta: the teacher's share of the mixture, from 0 to 1.
         temperature, student_temperature, class_weight, ignore_index, class_dim, reduction: as for
             `ClassTemperatureKL`.
     """
