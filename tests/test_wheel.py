@@ -23,7 +23,7 @@ from retemper.kernels import class_temperature_kl, pgd_step_
 x = torch.zeros(1, 1, 2, 2)
 pgd_step_(x, torch.ones_like(x), torch.zeros_like(x), 0.5, 1.0)
 assert x.eq(0.5).all()
-heavy = "retemper.engine retemper.loaders retemper.recipes sklearn scipy PIL ffcv matplotlib".split()
+heavy = "retemper.engine retemper.loaders retemper.recipes sklearn scipy PIL ffcv matplotlib torchattacks".split()
 print(*(name for name in heavy if name in sys.modules))
 """
 FROM_THE_WHEEL = """

@@ -1,7 +1,9 @@
 """torchattacks with our step: the attacks give what they gave, and undoing the patch gives them back."""
 
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -131,3 +133,12 @@ def test_other_versions_are_refused_in_words(monkeypatch: pytest.MonkeyPatch) ->
 def test_unknown_draws_are_refused() -> None:
     with pytest.raises(ValueError, match="draws: 'numpy'; needs one of torch, kernel"):
         patch_torchattacks(draws="numpy")
+
+
+def test_the_page_shows_both_ways(torchattacks: ModuleType) -> None:
+    page = Path(__file__).parents[2] / "docs/kernels/index.md"
+    (shown,) = re.findall(r"^```py\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    model, images, labels = problem(torch.float32)
+    before = torchattacks.PGD.forward
+    exec(compile(shown, page.name, "exec"), {"model": model, "images": images[:2], "labels": labels[:2]})
+    assert torchattacks.PGD.forward is before
