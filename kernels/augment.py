@@ -12,10 +12,10 @@ and ToTensor, to the bit. Bound by memory: one byte read and four written for ea
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from retemper.kernels.language import cdiv, next_power_of_2, tl, triton
+from retemper.kernels.operators import operator
 from retemper.kernels.runtime import (
     EXACT,
     TRITON_FLOATS,
@@ -98,8 +98,8 @@ def view_tile(height: int, row: int) -> dict[str, int]:
     """
     wide = [cols for cols in COLS if 8 * (-row % cols) <= row]  # longer runs of bytes are worth an eighth of padding
     cols = wide[0] if wide else min(COLS, key=lambda cols: -row % cols)
-    cols = min(cols, triton.next_power_of_2(row))
-    return {"ROWS": min(TILE // cols, triton.next_power_of_2(height)), "COLS": cols, "num_warps": WARPS}
+    cols = min(cols, next_power_of_2(row))
+    return {"ROWS": min(TILE // cols, next_power_of_2(height)), "COLS": cols, "num_warps": WARPS}
 
 
 @triton.jit
@@ -155,7 +155,15 @@ def _augment_kernel(
     tl.store(out_ptr + place, pixel.to(out_ptr.dtype.element_ty), mask=(y < HEIGHT)[:, None] & (col < row))
 
 
-@torch.library.custom_op("retemper::augment", mutates_args=())
+def _fake(image: Tensor, view: Tensor, index: Tensor | None, padding: int, dtype: torch.dtype, *_: object) -> Tensor:
+    return image.new_empty((view.shape[0], *image.shape[1:]), dtype=dtype).permute(0, 3, 1, 2)
+
+
+@operator(
+    "augment(Tensor image, Tensor view, Tensor? index, SymInt padding, ScalarType dtype, str padding_mode='zeros')"
+    " -> Tensor",
+    fake=_fake,
+)
 def _augment_op(
     image: Tensor, view: Tensor, index: Tensor | None, padding: int, dtype: torch.dtype, padding_mode: str = "zeros"
 ) -> Tensor:
@@ -169,7 +177,7 @@ def _augment_op(
         tile = view_tile(height, width * channels)
         shape = {"HEIGHT": height, "WIDTH": width, "CHANNELS": channels}
         border = {"PADDING": padding, "REFLECT": padding_mode == "reflect"}
-        tiles = triton.cdiv(height, tile["ROWS"]) * triton.cdiv(width * channels, tile["COLS"])
+        tiles = cdiv(height, tile["ROWS"]) * cdiv(width * channels, tile["COLS"])
         options: dict[str, Any] = {**shape, **border, **tile, **EXACT}
         with launching(image):
             _augment_kernel[(view.shape[0] * tiles,)](image, view, index, out, image.shape[0], **options)
@@ -201,13 +209,6 @@ def _check_padding(image: Tensor, padding: int, padding_mode: str) -> None:
     side = min(image.shape[1:3])
     if padding_mode == "reflect" and 0 < side <= padding:
         raise ValueError(f"padding: {padding}; must be below {side} to reflect an image of {side} pixels a side")
-
-
-@_augment_op.register_fake
-def _(
-    image: Tensor, view: Tensor, index: Tensor | None, padding: int, dtype: torch.dtype, padding_mode: str = "zeros"
-) -> Tensor:
-    return image.new_empty((view.shape[0], *image.shape[1:]), dtype=dtype).permute(0, 3, 1, 2)
 
 
 def augment(

@@ -13,10 +13,10 @@ scatters.
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from retemper.kernels.language import cdiv, next_power_of_2, tl, triton
+from retemper.kernels.operators import operator
 from retemper.kernels.runtime import (
     EXACT,
     compute_dtype,
@@ -33,7 +33,7 @@ WIDEST = 128  # classes of a tile; a wider one has so few rows that there are mo
 
 def sum_tiles(classes: int) -> dict[str, int]:
     """Return the constants of the kernel for that many classes: K, ROWS and BLOCK."""
-    block = min(triton.next_power_of_2(classes), WIDEST)
+    block = min(next_power_of_2(classes), WIDEST)
     return {"K": classes, "ROWS": TILE // block, "BLOCK": block}
 
 
@@ -85,7 +85,13 @@ def _class_sums_kernel(
         tl.store(count_ptr + program * K + place + K, tl.sum(member.to(tl.int32), 0), mask=cls < K)
 
 
-@torch.library.custom_op("retemper::class_sums", mutates_args=())
+def _fake(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    classes = logits.shape[1:]
+    loss = logits.new_empty(classes, dtype=compute_dtype(logits))
+    return loss, logits.new_empty(classes, dtype=torch.int64), logits.new_empty(classes, dtype=torch.int64)
+
+
+@operator("class_sums(Tensor logits, Tensor label) -> (Tensor, Tensor, Tensor)", fake=_fake)
 def _class_sums_op(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     require_rows(logits=logits)
     require_one_device(logits=logits, label=label)
@@ -94,20 +100,13 @@ def _class_sums_op(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tenso
     if not runs_triton(logits):
         return class_sums_reference(logits, label)
     options: dict[str, Any] = {**sum_tiles(classes), **EXACT}
-    programs = triton.cdiv(batch, options["ROWS"])
+    programs = cdiv(batch, options["ROWS"])
     loss = logits.new_empty((programs, classes), dtype=torch.float32)
     count = logits.new_empty((programs, 2, classes), dtype=torch.int32)
     if programs:
         with launching(logits):
             _class_sums_kernel[(programs,)](logits, label, loss, count, logits.stride(0), batch, **options)
     return loss.sum(0), count[:, 0].sum(0), count[:, 1].sum(0)
-
-
-@_class_sums_op.register_fake
-def _(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    classes = logits.shape[1:]
-    loss = logits.new_empty(classes, dtype=compute_dtype(logits))
-    return loss, logits.new_empty(classes, dtype=torch.int64), logits.new_empty(classes, dtype=torch.int64)
 
 
 def class_sums(logits: Tensor, label: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:

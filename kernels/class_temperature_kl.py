@@ -25,6 +25,7 @@ from retemper.kernels.kl_divergence import (
     class_temperature_kl_reference,
     launch,
 )
+from retemper.kernels.operators import differentiable, is_symbol, operator, overwritten, rewritten
 from retemper.kernels.runtime import (
     compute_dtype,
     require_one_device,
@@ -49,7 +50,16 @@ def _check(inputs: Inputs) -> None:
         require_vector(name, value, classes, torch.float32, torch.float64)
 
 
-@torch.library.custom_op("retemper::class_temperature_kl", mutates_args=())
+_INPUTS = (
+    "Tensor teacher, Tensor label, Tensor? temperature_by_class, Tensor? class_weight, Tensor? label_trust,"
+    " float temperature, float student_temperature"
+)
+
+
+@operator(
+    f"class_temperature_kl(Tensor student, {_INPUTS}) -> Tensor",
+    fake=lambda student, teacher, *_: student.new_empty(student.shape[0], dtype=compute_dtype(student, teacher)),
+)
 def _loss_op(
     student: Tensor,
     teacher: Tensor,
@@ -70,7 +80,10 @@ def _loss_op(
     return loss
 
 
-@torch.library.custom_op("retemper::class_temperature_kl_backward", mutates_args=())
+@operator(
+    f"class_temperature_kl_backward(Tensor row_grad, Tensor student, {_INPUTS}) -> Tensor",
+    fake=lambda row_grad, student, *_: torch.empty(student.shape, dtype=student.dtype, device=student.device),
+)
 def _backward_op(
     row_grad: Tensor,
     student: Tensor,
@@ -91,7 +104,7 @@ def _backward_op(
     return grad
 
 
-@torch.library.custom_op("retemper::class_temperature_kl_grad_", mutates_args=("student",))
+@operator(f"class_temperature_kl_grad_(Tensor(a!) student, {_INPUTS}) -> ()", fake=lambda *_: None)
 def _grad_op(
     student: Tensor,
     teacher: Tensor,
@@ -109,23 +122,9 @@ def _grad_op(
         raise ValueError(f"student: strides {student.stride()} overlap and cannot be overwritten; call .contiguous()")
     if runs_triton(student, teacher):
         launch(inputs, None, student)
+        overwritten(student)
     else:
         student.copy_(class_temperature_kl_grad_reference(**inputs.for_reference()))
-
-
-@_loss_op.register_fake
-def _(student: Tensor, teacher: Tensor, *args: object) -> Tensor:
-    return student.new_empty(student.shape[0], dtype=compute_dtype(student, teacher))
-
-
-@_backward_op.register_fake
-def _(row_grad: Tensor, student: Tensor, *args: object) -> Tensor:
-    return torch.empty(student.shape, dtype=student.dtype, device=student.device)
-
-
-@_grad_op.register_fake
-def _(*args: object) -> None:
-    return None
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -141,21 +140,16 @@ def _backward(ctx: Any, row_grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad, *[None] * 7
 
 
-_loss_op.register_autograd(_backward, setup_context=_setup)
+differentiable(_loss_op, _backward, _setup)
 
 
-# torch.compile makes a number a constant of its graph, and a symbol once it has seen a second value. A custom op cannot
-# take a symbol: PyTorch would compile the graph anew for each value, and give up after a few. The two operators below
-# can: PyTorch replaces them by what their functions call, where `_temperatures` has made the symbol a tensor.
 _REST = (
     "Tensor teacher, Tensor label, Tensor? class_weight, Tensor? label_trust,"
     " Scalar temperature, float student_temperature"
 )
-torch.library.define("retemper::class_temperature_kl_number", f"(Tensor student, {_REST}) -> Tensor")
-torch.library.define("retemper::class_temperature_kl_grad_number_", f"(Tensor(a!) student, {_REST}) -> ()")
 
 
-@torch.library.impl("retemper::class_temperature_kl_number", "CompositeImplicitAutograd")
+@rewritten(f"class_temperature_kl_number(Tensor student, {_REST}) -> Tensor")
 def _loss_of_number(
     student: Tensor,
     teacher: Tensor,
@@ -169,7 +163,7 @@ def _loss_of_number(
     return _loss_op(student, teacher, label, by_class, class_weight, label_trust, number, student_temperature)
 
 
-@torch.library.impl("retemper::class_temperature_kl_grad_number_", "CompositeImplicitAutograd")
+@rewritten(f"class_temperature_kl_grad_number_(Tensor(a!) student, {_REST}) -> ()")
 def _grad_of_number(
     student: Tensor,
     teacher: Tensor,
@@ -185,7 +179,7 @@ def _grad_of_number(
 
 def _temperatures(number: Any, student: Tensor, teacher: Tensor) -> tuple[Tensor | None, float]:
     """Return None and the number; or, of a symbol, (K,) temperatures and a number that is not read."""
-    if isinstance(number, torch.SymFloat | torch.SymInt):
+    if is_symbol(number):
         ones: Any = student.new_ones(student.shape[1:], dtype=compute_dtype(student, teacher))
         return ones * number, 1.0
     return None, number
@@ -235,9 +229,7 @@ def class_temperature_kl(
     if isinstance(temperature, Tensor):
         loss = _loss_op(student, teacher, label, temperature, class_weight, label_trust, 1.0, student_temperature)
     else:
-        loss = torch.ops.retemper.class_temperature_kl_number(
-            student, teacher, label, class_weight, label_trust, temperature, student_temperature
-        )
+        loss = _loss_of_number(student, teacher, label, class_weight, label_trust, temperature, student_temperature)
     if reduction == "none":
         return loss
     total = loss.sum()
@@ -273,7 +265,5 @@ def class_temperature_kl_grad_(
     if isinstance(temperature, Tensor):
         _grad_op(student, teacher, label, temperature, class_weight, label_trust, 1.0, student_temperature)
     else:
-        torch.ops.retemper.class_temperature_kl_grad_number_(
-            student, teacher, label, class_weight, label_trust, temperature, student_temperature
-        )
+        _grad_of_number(student, teacher, label, class_weight, label_trust, temperature, student_temperature)
     return student

@@ -11,10 +11,10 @@ import math
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from retemper.kernels.language import cdiv, tl, triton
+from retemper.kernels.operators import differentiable, operator
 from retemper.kernels.runtime import (
     EXACT,
     access_width,
@@ -143,7 +143,10 @@ def word_sizes(x: Tensor, other: Tensor | None) -> tuple[tuple[int, int, int], d
     return (words, plane // word, channels), {**constants, "SPAN": 1}
 
 
-@torch.library.custom_op("retemper::epilogue", mutates_args=())
+@operator(
+    "epilogue(Tensor x, Tensor shift, Tensor? scale, Tensor? residual, bool relu) -> Tensor",
+    fake=lambda x, *_: torch.empty_like(x),
+)
 def _epilogue_op(x: Tensor, shift: Tensor, scale: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
     _check(x, shift, scale, residual)
     if not runs_triton(x):
@@ -153,11 +156,14 @@ def _epilogue_op(x: Tensor, shift: Tensor, scale: Tensor | None, residual: Tenso
         sizes, constants = word_sizes(x, residual)
         options: dict[str, Any] = {"RELU": relu, **constants, **EXACT}
         with launching(x):
-            _epilogue_kernel[(triton.cdiv(sizes[0], WORDS),)](x, residual, scale, shift, y, *sizes, **options)
+            _epilogue_kernel[(cdiv(sizes[0], WORDS),)](x, residual, scale, shift, y, *sizes, **options)
     return y
 
 
-@torch.library.custom_op("retemper::epilogue_backward", mutates_args=())
+@operator(
+    "epilogue_backward(Tensor grad, Tensor y, Tensor? scale, bool both) -> Tensor[]",
+    fake=lambda grad, y, scale, both: [torch.empty_like(y) for _ in range(1 + both)],
+)
 def _backward_op(grad: Tensor, y: Tensor, scale: Tensor | None, both: bool) -> list[Tensor]:
     """Return the gradient of x and, with `both`, that of the residual. Without a scale the two are the same."""
     if grad.stride() != y.stride():
@@ -171,9 +177,7 @@ def _backward_op(grad: Tensor, y: Tensor, scale: Tensor | None, both: bool) -> l
         options: dict[str, Any] = {**constants, **EXACT}
         residual_grad = grads[1] if both else None
         with launching(y):
-            _epilogue_grad_kernel[(triton.cdiv(sizes[0], WORDS),)](
-                grad, y, scale, grads[0], residual_grad, *sizes, **options
-            )
+            _epilogue_grad_kernel[(cdiv(sizes[0], WORDS),)](grad, y, scale, grads[0], residual_grad, *sizes, **options)
     return grads
 
 
@@ -187,16 +191,6 @@ def _check(x: Tensor, shift: Tensor, scale: Tensor | None, residual: Tensor | No
     require_one_device(x=x, shift=shift, scale=scale)
     for name, vector in (("shift", shift), ("scale", scale)):
         require_vector(name, vector, x.shape[1], torch.float32, x.dtype)
-
-
-@_epilogue_op.register_fake
-def _(x: Tensor, *args: object) -> Tensor:
-    return torch.empty_like(x)
-
-
-@_backward_op.register_fake
-def _(grad: Tensor, y: Tensor, scale: Tensor | None, both: bool) -> list[Tensor]:
-    return [torch.empty_like(y) for _ in range(1 + both)]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -216,7 +210,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return x_grad, None, None, residual_grad if for_residual else None, None
 
 
-_epilogue_op.register_autograd(_backward, setup_context=_setup)
+differentiable(_epilogue_op, _backward, _setup)
 
 
 def epilogue(

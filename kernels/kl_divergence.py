@@ -11,10 +11,9 @@ launch reads 2 (B, K) tensors, where eager PyTorch takes ten launches, which wri
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from retemper.kernels.language import cdiv, tl, triton
 from retemper.kernels.logit_rows import row_log2_total, row_logits, row_peak, row_tiles
 from retemper.kernels.numerics import LN2, LOG2E, exp2_m1, log2_1m
 from retemper.kernels.runtime import EXACT, access_width, compute_dtype, launching
@@ -260,4 +259,4 @@ def launch(inputs: Inputs, row_grad: Tensor | None, out: Tensor) -> None:
     row_grad_stride = 0 if row_grad is None else row_grad.stride(0)
     arguments: Any = (*tensors, row_grad, out, row_grad_stride, temperature, student_temperature, batch)
     with launching(student):
-        _kl_kernel[(triton.cdiv(batch, tiles["ROWS"]),)](*arguments, **options)
+        _kl_kernel[(cdiv(batch, tiles["ROWS"]),)](*arguments, **options)

@@ -12,9 +12,7 @@ temperature: logits of 1e4 at temperature 0.05 would otherwise lose their differ
 
 from typing import Any
 
-import triton
-import triton.language as tl
-
+from retemper.kernels.language import cdiv, next_power_of_2, tl, triton
 from retemper.kernels.numerics import log2_total
 
 # How many logits of each tensor a thread holds, in how many steps, and the warps of a program. Chosen from the code for
@@ -36,9 +34,9 @@ def row_tiles(classes: int, width: int) -> dict[str, int]:
         width: how many logits of a row a thread loads at once.
     """
     steps = min(MOST_STEPS, PER_THREAD // width)
-    threads = min(32 * WARPS, triton.next_power_of_2(triton.cdiv(classes, steps * width)))
+    threads = min(32 * WARPS, next_power_of_2(cdiv(classes, steps * width)))
     lanes = threads * width
-    steps = min(steps, triton.cdiv(classes, lanes))
+    steps = min(steps, cdiv(classes, lanes))
     return {"K": classes, "ROWS": 32 * WARPS // threads, "LANES": lanes, "STEPS": steps, "num_warps": WARPS}
 
 

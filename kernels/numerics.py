@@ -10,8 +10,7 @@ functions below take the Taylor series, which keeps them. Each function takes an
 
 import math
 
-import triton
-import triton.language as tl
+from retemper.kernels.language import tl, triton
 
 LN2 = tl.constexpr(math.log(2))
 LOG2E = tl.constexpr(1 / math.log(2))

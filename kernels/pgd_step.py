@@ -11,10 +11,10 @@ PyTorch takes six launches, reads 9 and writes 6. L2 passes over each sample fou
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from retemper.kernels.language import tl, triton
+from retemper.kernels.operators import operator, overwritten
 from retemper.kernels.runtime import (
     EXACT,
     FLOATS,
@@ -179,7 +179,11 @@ def _moved(adv_ptr, grad_ptr, clean_ptr, offset, inside, unit, length, step):
     return adv + step * grad, clean
 
 
-@torch.library.custom_op("retemper::pgd_step_", mutates_args=("adv",))
+@operator(
+    "pgd_step_(Tensor(a!) adv, Tensor grad, Tensor clean, float step, float eps,"
+    " Tensor? step_per_sample, Tensor? eps_per_sample, str norm, float lower, float upper) -> ()",
+    fake=lambda *_: None,
+)
 def _pgd_step_op(
     adv: Tensor,
     grad: Tensor,
@@ -218,11 +222,7 @@ def _pgd_step_op(
         else:
             options["PIXELS"] = pixels
             _l2_kernel[(batch,)](*arguments, **options)
-
-
-@_pgd_step_op.register_fake
-def _(*args: object) -> None:
-    return None
+    overwritten(adv)
 
 
 def pgd_step_(

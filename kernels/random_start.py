@@ -20,10 +20,10 @@ import math
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from retemper.kernels.language import tl, triton
+from retemper.kernels.operators import operator, overwritten
 from retemper.kernels.runtime import (
     EXACT,
     FLOATS,
@@ -176,7 +176,11 @@ def _random_start_kernel(
     tl.store(adv_ptr + offset, start.to(adv_ptr.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("retemper::random_start_", mutates_args=("adv",))
+@operator(
+    "random_start_(Tensor(a!) adv, Tensor clean, Tensor seed, float eps, Tensor? eps_per_sample, str noise,"
+    " float scale, bool clip, SymInt first_row=0, SymInt rows_apart=1, float lower=0.0, float upper=1.0) -> ()",
+    fake=lambda *_: None,
+)
 def _random_start_op(
     adv: Tensor,
     clean: Tensor,
@@ -215,11 +219,7 @@ def _random_start_op(
     options: dict[str, Any] = {"UNIFORM": noise == "uniform", "CLIP": clip, "BLOCK": block, **EXACT}
     with launching(adv):
         _random_start_kernel[(programs,)](adv, clean, seed, *scalars, **options)
-
-
-@_random_start_op.register_fake
-def _(*args: object) -> None:
-    return None
+    overwritten(adv)
 
 
 def random_start_(

@@ -8,16 +8,14 @@ takes it, since the kernels compute in float32.
 import math
 from contextlib import AbstractContextManager
 
-import numpy as np
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton import knobs
+
+from retemper.kernels.language import HAS_TRITON, INTERPRETED, cdiv, next_power_of_2, tl, triton
 
 TRITON_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 FLOATS = (*TRITON_FLOATS, torch.float64)
-TRITON_ON_CPU: bool = knobs.runtime.interpret  # @triton.jit decides by the same value
+TRITON_ON_CPU: bool = INTERPRETED
 
 # The options of every launch. A multiplication and an addition keep their two roundings, as in PyTorch, so that random
 # starts and attack steps agree with those of a CPU to the bit. Triton 3.9 warns where a launch leaves the option out,
@@ -35,7 +33,7 @@ def clamp(x, lower, upper):
 def runs_triton(*tensors: Tensor | None) -> bool:
     """Say whether an operator on these tensors goes through Triton rather than the reference."""
     given = [tensor for tensor in tensors if tensor is not None]
-    return (given[0].is_cuda or TRITON_ON_CPU) and all(tensor.dtype != torch.float64 for tensor in given)
+    return ((given[0].is_cuda and HAS_TRITON) or TRITON_ON_CPU) and all(t.dtype != torch.float64 for t in given)
 
 
 def launching(tensor: Tensor) -> AbstractContextManager[object]:
@@ -44,7 +42,11 @@ def launching(tensor: Tensor) -> AbstractContextManager[object]:
     On a GPU it makes the tensor's device the current one. On a CPU it silences NumPy, with which the interpreter
     computes: NumPy warns of -inf - -inf and the like, a GPU does not.
     """
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else np.errstate(all="ignore")
+    if tensor.is_cuda:
+        return torch.cuda.device(tensor.device)
+    import numpy as np  # which Triton's interpreter needs, and nothing else here
+
+    return np.errstate(all="ignore")
 
 
 def pixel_runs(image: Tensor, block: int, by_sample: bool) -> tuple[int, int | None, int, int]:
@@ -64,8 +66,8 @@ def pixel_runs(image: Tensor, block: int, by_sample: bool) -> tuple[int, int | N
     """
     samples = image.shape[0] if by_sample else 1
     pixels = image.numel() // samples
-    block = min(block, max(128, triton.next_power_of_2(pixels)))
-    blocks = triton.cdiv(pixels, block)
+    block = min(block, max(128, next_power_of_2(pixels)))
+    blocks = cdiv(pixels, block)
     return pixels, blocks if by_sample else None, block, samples * blocks
 
 
@@ -152,6 +154,14 @@ def require_vector(name: str, vector: Tensor | None, length: int, *dtypes: torch
         raise ValueError(f"{name}: {vector.dtype}; needs {' or '.join(map(str, dtypes))}")
     if length > 1 and vector.stride(0) != 1:
         raise ValueError(f"{name}: stride {vector.stride(0)}; call .contiguous() on it")
+
+
+def require_no_grad(**tensors: object) -> None:
+    """Raise ValueError where autograd would need a gradient that is not computed; what is no tensor is passed over."""
+    if torch.is_grad_enabled():
+        for name, tensor in tensors.items():
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                raise ValueError(f"{name}: requires grad, and its gradient is not computed; pass {name}.detach()")
 
 
 def require_writable(name: str, tensor: Tensor) -> None:
