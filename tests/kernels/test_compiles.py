@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.triton
 HERE = Path(__file__).parent
 KERNELS = HERE.parent.parent / "kernels"
 Target = tuple[str, str, str]  # backend, architecture, threads in a warp

@@ -6,9 +6,8 @@ import subprocess
 import sys
 
 import pytest
-import triton
 
-from retemper.kernels.language import cdiv, next_power_of_2
+from retemper.kernels.language import cdiv, next_power_of_2, triton
 
 WITHOUT_TRITON = """
 import sys
@@ -39,6 +38,7 @@ def test_every_operation_works_without_triton_and_numpy() -> None:
     subprocess.run([sys.executable, "-c", WITHOUT_TRITON], env=os.environ | {"TRITON_INTERPRET": "0"}, check=True)
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 1023, 1024, 1025])
 def test_whole_numbers_are_tritons(number: int) -> None:
     assert next_power_of_2(number) == triton.next_power_of_2(number)
