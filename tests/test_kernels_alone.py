@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import zipfile
@@ -77,16 +78,8 @@ def run_beside_torch_alone(code: str, allowed: tuple[str, ...] = (), path: str =
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the wheel of the kernels through its source distribution, and return its path."""
     out = tmp_path_factory.mktemp("wheel")
-    build = [
-        sys.executable,
-        "-m",
-        "build",
-        "--no-isolation",
-        "--outdir",
-        str(out),
-        str(ROOT / "publish/retemper-kernels"),
-    ]
-    built = subprocess.run(build, capture_output=True, text=True)
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), "publish/retemper-kernels"]
+    built = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
     (found,) = out.glob("*.whl")
     return found
@@ -117,12 +110,8 @@ def test_every_operation_of_the_wheel_runs_beside_torch_alone(wheel: Path, tmp_p
 
 
 def test_every_operation_is_among_those_run() -> None:
-    sys.path.insert(0, str(ROOT / "tests"))
-    try:
-        from each_operation import run_each
-    finally:
-        sys.path.remove(str(ROOT / "tests"))
     operations = {name for name in kernels.__all__ if f"{name.rstrip('_')}_reference" in kernels.__all__}
+    run_each = runpy.run_path(str(ROOT / "tests/each_operation.py"))["run_each"]
     assert run_each(kernels).keys() == operations
 
 
