@@ -4,9 +4,9 @@
     make matrix COMBINATIONS="3.12:2.12:3.7 3.11:2.13:none"
 
 A combination is PYTHON:TORCH:TRITON; with "none" Triton and NumPy are left out, so that the tests see PyTorch alone.
-Into each environment goes retemper-kernels as it is published, then tests/kernels runs whole: without a GPU the kernels
-are interpreted, and compiled for GPUs that need not be there. An interpreter is looked for on the path, then among those
-of pyenv and uv. pip's own settings say where packages come from: with the index of PyTorch's builds for CPUs in
+Into each environment goes retemper-kernels as it is published, then tests/kernels runs whole. Without a GPU the kernels
+are interpreted, and compiled for GPUs that need not be there. An interpreter is looked for on the path, then among
+those of pyenv and uv. pip's own settings say where packages come from: with the index of PyTorch's builds for CPUs in
 PIP_EXTRA_INDEX_URL, an environment takes one gigabyte in place of seven.
 
 One line says how each went. The exit code is 1 where one failed, or none could be tried.
