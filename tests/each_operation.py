@@ -40,6 +40,11 @@ def run_each(kernels: ModuleType) -> dict[str, Tensor]:
     )
     torch.testing.assert_close(found["class_temperature_kl_grad_"], student.softmax(1) - target)
 
+    found["class_temperature_js"] = kernels.class_temperature_js(student, teacher, label, temperature, beta=0.3)
+    mixed = 0.3 * target + 0.7 * student.softmax(1)
+    parts = [w * F.kl_div(mixed.log(), p, reduction="batchmean") for w, p in ((0.3, target), (0.7, student.softmax(1)))]
+    torch.testing.assert_close(found["class_temperature_js"], sum(parts))
+
     found["class_sums"] = kernels.class_sums(student, label, 4)[0]
     each = F.cross_entropy(student, label, reduction="none")
     torch.testing.assert_close(found["class_sums"], torch.zeros(4).index_add(0, label, each))
