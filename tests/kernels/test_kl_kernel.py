@@ -86,7 +86,9 @@ def test_both_gradients_are_those_of_autograd(
     options, weight = forms(device, *shape)[form], torch.linspace(-1, 2, shape[0], device=device)
     if path == "reference" and shape[0] == 5:
         options = options | {"label": labels(5, device, 100)} if "label" not in options else options
-    found = gradients(lambda s, t: class_temperature_kl(s, t, **options, reduction="none"), student, teacher, weight)
+    found = gradients(
+        lambda s, t: class_temperature_kl(s, t, **options, reduction="none"), student, teacher, weight
+    )
     for ours, expected in zip(found, truth(student, teacher, weight, options), strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours.double(), expected, **TIGHT)
@@ -104,7 +106,9 @@ def test_both_gradients_in_any_two_dtypes(
 ) -> None:
     student, teacher = logits((BATCH, CLASSES), device, student_dtype, teacher_dtype)
     options, weight = forms(device)[form], torch.ones(BATCH, device=device)
-    found = gradients(lambda s, t: class_temperature_kl(s, t, **options, reduction="none"), student, teacher, weight)
+    found = gradients(
+        lambda s, t: class_temperature_kl(s, t, **options, reduction="none"), student, teacher, weight
+    )
     for ours, expected in zip(found[1:], truth(student, teacher, weight, options)[1:], strict=True):
         torch.testing.assert_close(ours.double(), expected, rtol=ULP[ours.dtype], atol=2**-19)
     assert (found[1].dtype, found[2].dtype) == (student_dtype, teacher_dtype)
@@ -261,12 +265,8 @@ def test_rows_that_are_left_out_count_nothing(form: str, ignored: int, path: str
     }
     label[0] = label[0] % CLASSES
     for reduction in ("none", "sum", "batchmean", "mean"):
-        loss = class_temperature_kl(
-            student, teacher, label % 10 if False else label, **options, ignore_index=ignored, reduction=reduction
-        )
-        expected = class_temperature_kl(
-            student[kept], teacher[kept], label[kept], **part, ignore_index=None, reduction=reduction
-        )
+        loss = class_temperature_kl(student, teacher, label % 10 if False else label, **options, ignore_index=ignored, reduction=reduction)
+        expected = class_temperature_kl(student[kept], teacher[kept], label[kept], **part, ignore_index=None, reduction=reduction)
         torch.testing.assert_close(loss[kept] if reduction == "none" else loss, expected, equal_nan=True)
         if reduction == "none":
             assert (loss[~kept] == 0).all()
