@@ -120,10 +120,10 @@ def install(folder: Path, *words: str) -> None:
 def tested(folder: Path) -> tuple[bool, str]:
     """Run the kernels' tests; return whether they passed, and what they say last."""
     begin = time.monotonic()
-    done = run(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels")
+    done = run(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=10", "--tb=short", "tests/kernels")
     lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["said nothing"]
     if done.returncode:
-        print(*lines[-60:-1], sep="\n", file=sys.stderr)
+        print(*lines[-200:-1], sep="\n", file=sys.stderr)
     return done.returncode == 0, f"{lines[-1].partition(' in ')[0]} in {time.monotonic() - begin:.0f} s"
 
 
