@@ -234,7 +234,7 @@ def accesses(compiled: Any) -> dict[str, dict[str, int]]:
 
 def row(constants: dict[str, Any]) -> int:
     """Return the number of values that lie side by side; one access may take a divisor of it."""
-    if "WIDTH" in constants:
+    if "HEIGHT" in constants:  # of images
         return constants["WIDTH"] * constants["CHANNELS"]
     return constants.get("K", 16)
 
