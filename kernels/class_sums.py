@@ -120,7 +120,7 @@ def _row_losses(
         peak = higher
     top = tl.max(peak, 1)
     total = tl.sum(total * tl.exp2((peak - tl.expand_dims(top, 1)) * LOG2E), 1)
-    cross_entropy = LN2 * tl.log2(total) - (own - top)
+    cross_entropy = tl.log2(total) * LN2 - (own - top)
     first = (own == top) & (tl.max(earlier, 1) < own)
     return label, cross_entropy, first & (cross_entropy == cross_entropy)  # a row with NaN predicts nothing
 

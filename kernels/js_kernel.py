@@ -160,7 +160,7 @@ def _js_kernel(
     mean_q = tl.sum(sum_q, 1)
 
     if loss_ptr is not None:
-        loss = LN2 * (beta * mean_p + (1 - beta) * mean_q)
+        loss = (beta * mean_p + (1 - beta) * mean_q) * LN2
         loss = scale * tl.maximum(loss, 0.0, propagate_nan=tl.PropagateNan.ALL)  # only rounding makes it negative
         tl.store(loss_ptr + row, tl.where(ignored, 0.0, loss), mask=row < B)
     else:

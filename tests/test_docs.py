@@ -25,9 +25,9 @@ ROOT = Path(__file__).parent.parent
 README, ARCHITECTURE = ROOT / "README.md", ROOT / "docs/architecture.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 KERNEL_PAGES = ROOT / "docs/kernels"  # their code runs from the installed wheel, in test_wheel.py
-OTHERS_OPTIONS = {  # of torchrun, pip and apt
+OTHERS_OPTIONS = {  # of torchrun, pip, apt and kernel-builder
     "--nproc-per-node", "--no-python", "--nnodes", "--node-rank", "--master-addr",
-    "--no-build-isolation", "--require-hashes",
+    "--no-build-isolation", "--require-hashes", "--repo-id",
 }  # fmt: skip
 VERBS = ("demo", "ls", "train", "evaluate", "report", "compare", "export", "convert", "bench", "doctor")
 
@@ -98,7 +98,7 @@ def test_the_readme_fits_on_a_page_and_begins_with_the_two_commands() -> None:
 
 def test_the_map_in_the_readme_is_the_tree() -> None:
     folders = re.findall(r"^\| `(\w+)/` \|", README.read_text(), flags=re.MULTILINE)
-    there = {"kernels", "loaders", "engine", "recipes", "tests", "benchmarks", "examples", "docs"}
+    there = {"kernels", "loaders", "engine", "recipes", "tests", "benchmarks", "publish", "examples", "docs"}
     assert set(folders) == there and all((ROOT / name).is_dir() for name in folders)
 
 

@@ -9,20 +9,19 @@ OF_A_HOOK = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # git sets them for 
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of retemper, torch, triton and Python."""
+    """Return the versions of retemper, torch, Python, and triton where it is installed."""
     import platform
 
     import torch
-    import triton
 
     from retemper import __version__
 
-    return {
-        "retemper": __version__,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-    }
+    found = {"retemper": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    try:
+        from triton import __version__ as triton
+    except ImportError:
+        return found
+    return found | {"triton": triton}
 
 
 def commit() -> str | None:

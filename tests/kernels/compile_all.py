@@ -211,8 +211,17 @@ def usage(compiled: Any, target: GPUTarget) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        report = subprocess.run([CUOBJDUMP, "-res-usage", file.name], check=True, capture_output=True, text=True)
-    return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", report.stdout + report.stderr)}
+        report = dump("-res-usage", file.name)
+        found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+        if found["STACK"]:  # bytes that some compilers set aside and never touch
+            found["STACK"] *= bool(re.search(r"\b(STL|LDL)\b", dump("-sass", file.name)))
+    return found
+
+
+def dump(*words: str) -> str:
+    """Return what NVIDIA's own tool says of a compiled file."""
+    done = subprocess.run([CUOBJDUMP, *words], check=True, capture_output=True, text=True)
+    return done.stdout + done.stderr
 
 
 def accesses(compiled: Any) -> dict[str, dict[str, int]]:
@@ -224,7 +233,7 @@ def accesses(compiled: Any) -> dict[str, dict[str, int]]:
 
 def row(constants: dict[str, Any]) -> int:
     """Return the number of values that lie side by side; one access may take a divisor of it."""
-    if "HEIGHT" in constants:
+    if "HEIGHT" in constants:  # of images
         return constants["WIDTH"] * constants["CHANNELS"]
     return constants.get("K", 16)
 
