@@ -29,7 +29,7 @@ LOADS_WIDE = {
     "_epilogue_grad_kernel",
 }
 STORES_WIDE = LOADS_WIDE | {"_augment_kernel"}  # whose loads are of a byte each, wherever the crop begins
-SCALARS = 7  # what a kernel loads beside its tensors: a row's label, temperature, weights, trust, own logit and gradient
+SCALARS = 7  # what a kernel loads beside its tensors: a row's label, temperature, weights, trust, own logit, gradient
 
 
 def entry_points() -> set[str]:
