@@ -37,7 +37,7 @@ LOADS_WIDE = {
 }
 WRITES_FEW = {"_class_sums_kernel", "_row_losses_kernel"}  # a number for each class or row
 STORES_WIDE = LOADS_WIDE - WRITES_FEW | {"_augment_kernel"}  # whose loads are of a byte each, wherever the crop begins
-SCALARS = 6  # what a kernel loads beside its tensors: a row's label, temperature, weight, trust, own logit and gradient
+SCALARS = 7  # what a kernel loads beside its tensors: a row's label, temperature, weights, trust, own logit, gradient
 
 
 def functions() -> list[ast.FunctionDef]:
