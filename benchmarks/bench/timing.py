@@ -84,14 +84,17 @@ def _take_turn(found: Measurement, device: torch.device, kept: bool) -> None:
     """Time `found.calls` calls; a turn that is not kept settles how many calls the next ones take."""
     assert found.contender.call is not None
     try:
-        ms, host_ms = _timed(found.contender.call, found.calls, device)
+        if found.contender.tells:
+            ms = host_ms = 1e3 * found.contender.call()
+        else:
+            ms, host_ms = _timed(found.contender.call, found.calls, device)
     except Exception as error:  # as in `_first_call`
         found.reason = f"{failure(error)} (after its first call)"
         return
     if kept:
         found.ms.append(ms / found.contender.calls)
         found.host_ms.append(host_ms / found.contender.calls)
-    else:
+    elif not found.contender.tells:
         found.calls = max(1, min(MAX_CALLS, round(1e3 * ROUND_S / max(ms, 1e-6))))
 
 
@@ -117,14 +120,15 @@ def _row(case: Case, found: Measurement, base: Measurement, device: torch.device
     """Return the row of a contender; without a time where there is a reason."""
     contender, timed = found.contender, found.reason is None
     ms = spread(found.ms) if timed else None
-    ratios = [own / other for own, other in zip(found.ms, base.ms, strict=True)] if timed and not base.reason else None
+    pairs = zip(found.host_ms, base.host_ms, strict=True) if case.by_host else zip(found.ms, base.ms, strict=True)
+    ratios = [own / other for own, other in pairs] if timed and not base.reason else None
     row: dict[str, Any] = {
         "table": case.name,
         "name": contender.name,
         "exactness": contender.exactness,
         "precision": case.precision,
         "reason": found.reason,
-        "start_up_s": found.start_up_s if timed else None,
+        "start_up_s": found.start_up_s if timed and not contender.tells else None,
         "rounds": len(found.ms) if timed else 0,
         "calls_a_round": found.calls,
         "round_ms": [float(f"{value:.5g}") for value in found.ms] if timed else None,
@@ -139,7 +143,8 @@ def _row(case: Case, found: Measurement, base: Measurement, device: torch.device
     bound_ms = rates.bound_ms(work, case.bound or case.precision)
     row |= {"bound_ms": bound_ms, "share_of_bound": bound_ms / ms["median"] if bound_ms and ms else None}
     row |= dict.fromkeys(("launches", "launches_kind", "kernel_ms", "peak_mb", "added_mb"))
-    if timed and contender.call and (device.type == "cuda" or not contender.compiled):
+    counted = not contender.tells and (device.type == "cuda" or not contender.compiled)
+    if timed and contender.call and counted:
         try:
             row |= count_launches(contender.call, device, contender.calls) | added_memory(contender.call, device)
         except Exception as error:  # a profiler that may not run here: the times stand all the same

@@ -3,26 +3,26 @@
 import os
 import shutil
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 OF_A_HOOK = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # git sets them for its hooks, of whatever repository
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of retemper, torch, triton and Python."""
+    """Return the versions of retemper, torch, triton (where it is installed) and Python."""
     import platform
 
     import torch
-    import triton
 
     from retemper import __version__
 
-    return {
-        "retemper": __version__,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-    }
+    found = {"retemper": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    if find_spec("triton"):
+        import triton
+
+        found["triton"] = triton.__version__
+    return found
 
 
 def commit() -> str | None:
