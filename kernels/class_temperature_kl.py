@@ -1,269 +1,357 @@
-"""The KL divergence from a student to a teacher whose temperature depends on the class, and its gradient.
+"""The KL divergence from a student to a teacher whose temperature depends on the class, and its gradients.
 
-    loss_i  = w[y_i] sum_k p_ik (log p_ik - log q_ik)
-    p_i     = (1 - l[y_i]) softmax(teacher_i / T[y_i]) + l[y_i] onehot(y_i),   q_i = softmax(student_i / Ts)
-    d loss_i / d student_ik = w[y_i] (q_ik - p_ik) / Ts
+    loss_i  = w_i sum_k p_ik (log p_ik - log q_ik)
+    p_i     = (1 - l[y_i]) softmax(teacher_i / T_i) + l[y_i] onehot(y_i),   q_i = softmax(student_i / Ts)
+    d loss_i / d student_ik = w_i (q_ik - p_ik) / Ts
+    d loss_i / d teacher_ik = w_i p_ik (log p_ik - log q_ik - KL_i) / T_i   without l, KL_i = loss_i / w_i
 
-Of row i, y_i is the label. Of each class, T is the temperature, w the weight, and l the trust: how far the label is
-trusted over the teacher. Without l, the target p is the teacher alone. A term with p = 0 counts 0, as in torch.xlogy.
+Of row i, y_i is the label, T_i the temperature, of its class or its own, and w_i the weight, of its class times its
+own. Of each class, l is the trust: how far the label is trusted over the teacher. Without l, the target p is the
+teacher alone. A term with p = 0 counts 0, as in torch.xlogy. `reverse` exchanges p and q in the sum.
 
 The loss and its class temperatures are those of ABSLD (Zhao et al., 2023). With one temperature of 1 it is the KL
 divergence of TRADES (Zhang et al., ICML 2019) and RSLAD (Zi et al., ICCV 2021).
 
-The arithmetic, in PyTorch and in Triton, is in kl_divergence.py. Here are the PyTorch operators and what users call.
+The arithmetic is in kl_divergence.py, and in Triton in kl_kernel.py. Here are the operators and what users call.
 """
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from retemper.kernels.kl_divergence import (
-    Inputs,
-    class_temperature_kl_grad_reference,
-    class_temperature_kl_reference,
-    launch,
-)
+from retemper.kernels.kl_divergence import Inputs, arguments, evaluate
+from retemper.kernels.kl_kernel import launch
 from retemper.kernels.operators import differentiable, is_symbol, operator, overwritten, rewritten
-from retemper.kernels.runtime import (
-    compute_dtype,
-    require_one_device,
-    require_rows,
-    require_vector,
-    require_writable,
-    runs_triton,
-)
+from retemper.kernels.rows import LABELS, NUMBERS, require_dense, require_each, require_logits
+from retemper.kernels.runtime import compute_dtype, require_no_grad, require_writable, runs_triton
 
 REDUCTIONS = ("batchmean", "mean", "sum", "none")
 
 
 def _check(inputs: Inputs) -> None:
     """Raise ValueError where a shape, dtype, device or stride does not fit."""
-    student, teacher, label, temperature, class_weight, label_trust, *_ = inputs
-    by_class = {"temperature": temperature, "class_weight": class_weight, "label_trust": label_trust}
-    require_rows(student=student, teacher=teacher)
-    require_one_device(student=student, teacher=teacher, label=label, **by_class)
+    student, teacher, label, temperatures, class_weight, label_trust, row_weight, *_ = inputs
+    require_logits(student=student, teacher=teacher)
     batch, classes = student.shape
-    require_vector("label", label, batch, torch.int64)
+    if label is not None:
+        require_each("label", label, batch, LABELS, student.device)
+        require_dense("label", label)
+    if row_weight is not None:
+        require_each("row_weight", row_weight, batch, NUMBERS, student.device)
+    by_class = {"class_weight": class_weight, "label_trust": label_trust}
+    if temperatures is not None:
+        if not inputs.by_row:
+            by_class["temperature"] = temperatures
+        elif temperatures.dim():
+            require_each("temperature", temperatures, batch, NUMBERS, student.device)
+        elif temperatures.device != student.device or temperatures.dtype not in NUMBERS:
+            raise ValueError(f"temperature: {temperatures.dtype} on {temperatures.device}; needs float32 or float64 there")
     for name, value in by_class.items():
-        require_vector(name, value, classes, torch.float32, torch.float64)
+        if value is not None:
+            require_each(name, value, classes, NUMBERS, student.device)
+            require_dense(name, value)
 
 
 _INPUTS = (
-    "Tensor teacher, Tensor label, Tensor? temperature_by_class, Tensor? class_weight, Tensor? label_trust,"
-    " float temperature, float student_temperature"
+    "Tensor teacher, Tensor? label, Tensor? temperatures, Tensor? class_weight, Tensor? label_trust, Tensor? row_weight,"
+    " {number} temperature, {number} student_temperature, bool by_row, int? ignore_index, bool reverse, bool given"
 )
+_REAL, _ANY = _INPUTS.format(number="float"), _INPUTS.format(number="Scalar")
+
+
+def _fake_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what the operator returns of such arguments, empty. Gradients are computed at once by the reference only."""
+    student, teacher, *_, of_student, of_teacher = inputs
+    dtype, on_gpu = compute_dtype(student, teacher), runs_triton(student, teacher)
+    loss = student.new_empty(student.shape[0], dtype=dtype)
+    of_student, of_teacher = (
+        student.new_empty(student.shape if wanted and not on_gpu else (0,), dtype=dtype)
+        for wanted in (of_student, of_teacher)
+    )
+    return loss, of_student, of_teacher
 
 
 @operator(
-    f"class_temperature_kl(Tensor student, {_INPUTS}) -> Tensor",
-    fake=lambda student, teacher, *_: student.new_empty(student.shape[0], dtype=compute_dtype(student, teacher)),
+    f"class_temperature_kl_forward(Tensor student, {_REAL}, bool of_student, bool of_teacher)"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=_fake_forward,
 )
-def _loss_op(
-    student: Tensor,
-    teacher: Tensor,
-    label: Tensor,
-    temperature_by_class: Tensor | None,
-    class_weight: Tensor | None,
-    label_trust: Tensor | None,
-    temperature: float,
-    student_temperature: float,
-) -> Tensor:
-    by_class = (temperature_by_class, class_weight, label_trust)
-    inputs = Inputs(student, teacher, label, *by_class, temperature, student_temperature)
+def _forward_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the losses of the rows, and on the path of the reference the gradients that are wanted.
+
+    On a CPU most of the time goes into the two softmaxes, which the gradients need as well.
+    """
+    *given, of_student, of_teacher = arguments
+    inputs = Inputs(*given)
     _check(inputs)
-    if not runs_triton(student, teacher):
-        return class_temperature_kl_reference(**inputs.for_reference())
-    loss = student.new_empty(student.shape[0], dtype=torch.float32)
-    launch(inputs, None, loss)
-    return loss
+    student = inputs.student
+    if runs_triton(student, inputs.teacher):
+        loss = student.new_empty(student.shape[0], dtype=torch.float32)
+        launch(inputs, loss=loss)
+        return loss, loss.new_empty(0), loss.new_empty(0)
+    loss, *grads = evaluate(inputs, of_student, of_teacher)
+    of_student, of_teacher = (loss.new_empty(0) if grad is None else grad for grad in grads)
+    return loss, of_student, of_teacher
+
+
+def _fake_backward(row_grad: Tensor, student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    of_student, of_teacher = (
+        torch.empty(logits.shape if wanted else (0,), dtype=logits.dtype, device=logits.device)
+        for logits, wanted in zip((student, teacher), rest[-2:], strict=True)
+    )
+    return of_student, of_teacher
 
 
 @operator(
-    f"class_temperature_kl_backward(Tensor row_grad, Tensor student, {_INPUTS}) -> Tensor",
-    fake=lambda row_grad, student, *_: torch.empty(student.shape, dtype=student.dtype, device=student.device),
+    f"class_temperature_kl_backward(Tensor row_grad, Tensor student, {_REAL}, bool of_student, bool of_teacher)"
+    " -> (Tensor, Tensor)",
+    fake=_fake_backward,
 )
-def _backward_op(
-    row_grad: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    label: Tensor,
-    temperature_by_class: Tensor | None,
-    class_weight: Tensor | None,
-    label_trust: Tensor | None,
-    temperature: float,
-    student_temperature: float,
-) -> Tensor:
-    by_class = (temperature_by_class, class_weight, label_trust)
-    inputs = Inputs(student, teacher, label, *by_class, temperature, student_temperature)
+def _backward_op(row_grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Return the gradients that are wanted, of the losses times `row_grad`; empty tensors for others."""
+    *given, of_student, of_teacher = arguments
+    inputs = Inputs(*given)
+    student, teacher, *_ = inputs
     if not runs_triton(student, teacher):
-        return class_temperature_kl_grad_reference(**inputs.for_reference(), row_grad=row_grad)
-    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    launch(inputs, row_grad, grad)
-    return grad
+        grads = evaluate(inputs, of_student, of_teacher)[1:]
+        scaled = (_scaled(grad, row_grad, x) for grad, x in zip(grads, (student, teacher), strict=True))
+        of_student, of_teacher = (student.new_empty(0) if grad is None else grad for grad in scaled)
+        return of_student, of_teacher
+    grads = _fake_backward(row_grad, *arguments)
+    wanted = (grad if want else None for grad, want in zip(grads, (of_student, of_teacher), strict=True))
+    launch(inputs, row_grad, **dict(zip(("student_grad", "teacher_grad"), wanted, strict=True)))
+    return grads
 
 
-@operator(f"class_temperature_kl_grad_(Tensor(a!) student, {_INPUTS}) -> ()", fake=lambda *_: None)
-def _grad_op(
-    student: Tensor,
-    teacher: Tensor,
-    label: Tensor,
-    temperature_by_class: Tensor | None,
-    class_weight: Tensor | None,
-    label_trust: Tensor | None,
-    temperature: float,
-    student_temperature: float,
-) -> None:
-    by_class = (temperature_by_class, class_weight, label_trust)
-    inputs = Inputs(student, teacher, label, *by_class, temperature, student_temperature)
+def _scaled(grad: Tensor | None, row_grad: Tensor, logits: Tensor) -> Tensor | None:
+    """Return the gradient of the losses, times that of each row, as the logits' dtype has it."""
+    return None if grad is None else (grad * row_grad[:, None]).to(logits.dtype)
+
+
+@operator(f"class_temperature_kl_overwrite_(Tensor(a!) student, {_REAL}) -> ()", fake=lambda *_: None)
+def _overwrite_op(*arguments: Any) -> None:
+    """Overwrite the student's logits with the gradient of the summed loss."""
+    inputs = Inputs(*arguments)
     _check(inputs)
+    student = inputs.student
     if student.shape[0] > 1 and student.stride(0) < student.shape[1]:
         raise ValueError(f"student: strides {student.stride()} overlap and cannot be overwritten; call .contiguous()")
-    if runs_triton(student, teacher):
-        launch(inputs, None, student)
+    if runs_triton(student, inputs.teacher):
+        launch(inputs, student_grad=student)
         overwritten(student)
     else:
-        student.copy_(class_temperature_kl_grad_reference(**inputs.for_reference()))
+        grad = evaluate(inputs, True, False)[1]
+        assert grad is not None
+        student.copy_(grad)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.temperature, ctx.student_temperature = inputs
-    ctx.save_for_backward(*tensors)
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, of_student, of_teacher = output
+    wanted = zip((of_student, of_teacher), ctx.needs_input_grad[:2], strict=True)
+    ctx.at_once = all(grad.dim() == 2 for grad, needed in wanted if needed)
+    ctx.mark_non_differentiable(of_student, of_teacher)
+    ctx.set_materialize_grads(False)
+    ctx.dtypes, ctx.rest = (inputs[0].dtype, inputs[1].dtype), inputs[7:]
+    ctx.save_for_backward(*((of_student, of_teacher) if ctx.at_once else inputs[:7]))
 
 
-def _backward(ctx: Any, row_grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradient of the student. The teacher is a constant, as in every method that uses this loss."""
-    grad = None
-    if ctx.needs_input_grad[0]:
-        grad = _backward_op(row_grad, *ctx.saved_tensors, ctx.temperature, ctx.student_temperature)
-    return grad, *[None] * 7
+def _backward(ctx: Any, row_grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of student and teacher."""
+    wanted = ctx.needs_input_grad[:2]
+    if row_grad is None:
+        grads = (None, None)
+    elif ctx.at_once:
+        scale = row_grad[:, None]
+        grads = [(g * scale).to(dtype) if g.dim() == 2 else None for g, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
+    else:
+        grads = _backward_op(row_grad, *ctx.saved_tensors, *ctx.rest[:-2], *wanted)
+    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *[None] * 13
 
 
-differentiable(_loss_op, _backward, _setup)
+differentiable(_forward_op, _backward, _setup)
 
 
-_REST = (
-    "Tensor teacher, Tensor label, Tensor? class_weight, Tensor? label_trust,"
-    " Scalar temperature, float student_temperature"
-)
+def _constant(inputs: Inputs) -> Inputs:
+    """Return the inputs with numbers in place of torch.compile's symbols, which no operator with code of its own takes.
+
+    A symbol of the teacher's temperature becomes a tensor, and the student's logits are divided by one of theirs.
+    """
+    student, dtype = inputs.student, compute_dtype(inputs.student, inputs.teacher)
+    if is_symbol(inputs.temperature):
+        ones: Any = student.new_ones((), dtype=dtype)
+        inputs = inputs._replace(temperatures=ones * inputs.temperature, by_row=True, temperature=1.0)
+    if is_symbol(inputs.student_temperature):
+        inputs = inputs._replace(student=student.to(dtype) / inputs.student_temperature, student_temperature=1.0)
+    return inputs
 
 
-@rewritten(f"class_temperature_kl_number(Tensor student, {_REST}) -> Tensor")
-def _loss_of_number(
-    student: Tensor,
-    teacher: Tensor,
-    label: Tensor,
-    class_weight: Tensor | None,
-    label_trust: Tensor | None,
-    temperature: Any,  # a number, or a symbol of torch.compile
-    student_temperature: float,
-) -> Tensor:
-    by_class, number = _temperatures(temperature, student, teacher)
-    return _loss_op(student, teacher, label, by_class, class_weight, label_trust, number, student_temperature)
+@rewritten(f"class_temperature_kl(Tensor student, {_ANY}) -> Tensor")
+def _loss_op(*arguments: Any) -> Tensor:
+    """Return the losses of the rows, whatever the temperatures are."""
+    return _loss(_constant(Inputs(*arguments)))
 
 
-@rewritten(f"class_temperature_kl_grad_number_(Tensor(a!) student, {_REST}) -> ()")
-def _grad_of_number(
-    student: Tensor,
-    teacher: Tensor,
-    label: Tensor,
-    class_weight: Tensor | None,
-    label_trust: Tensor | None,
-    temperature: Any,  # a number, or a symbol of torch.compile
-    student_temperature: float,
-) -> None:
-    by_class, number = _temperatures(temperature, student, teacher)
-    _grad_op(student, teacher, label, by_class, class_weight, label_trust, number, student_temperature)
+def _loss(inputs: Inputs) -> Tensor:
+    tracked = torch.is_grad_enabled()
+    wanted = (tracked and inputs.student.requires_grad, tracked and inputs.teacher.requires_grad)
+    return _forward_op(*inputs, *wanted)[0]
 
 
-def _temperatures(number: Any, student: Tensor, teacher: Tensor) -> tuple[Tensor | None, float]:
-    """Return None and the number; or, of a symbol, (K,) temperatures and a number that is not read."""
-    if is_symbol(number):
-        ones: Any = student.new_ones(student.shape[1:], dtype=compute_dtype(student, teacher))
-        return ones * number, 1.0
-    return None, number
-
-
-def _require_positive(**numbers: float | Tensor) -> None:
-    for name, number in numbers.items():
-        if not isinstance(number, Tensor) and not 0 < number < math.inf:
-            raise ValueError(f"{name}: {number}; needs a finite number above 0")
+@rewritten(f"class_temperature_kl_grad_(Tensor(a!) student, {_ANY}) -> ()")
+def _grad_op(*arguments: Any) -> None:
+    """Overwrite the student's logits with the gradient of the summed loss, whatever the temperatures are."""
+    inputs = Inputs(*arguments)
+    constant = _constant(inputs)
+    _overwrite_op(*constant)
+    if constant.student is not inputs.student:
+        inputs.student.copy_(constant.student / inputs.student_temperature)
 
 
 def class_temperature_kl(
     student: Tensor,
     teacher: Tensor,
-    label: Tensor,
+    label: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     *,
     student_temperature: float = 1.0,
     class_weight: Tensor | None = None,
     label_trust: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    teacher_is: str = "logits",
+    reverse: bool = False,
+    ignore_index: int | None = -100,
+    class_dim: int = -1,
     reduction: str = "batchmean",
 ) -> Tensor:
-    """Compute the KL divergence of each row at the temperature of its class. Differentiable, once, in `student`.
+    """Compute the KL divergence of each row at the temperature of its class. Differentiable in student and teacher.
 
-    With `label_trust` the target is (1 - trust) times the teacher's prediction plus trust times the one-hot label. A
-    row whose label is no class is NaN, and so is its gradient. The formula and its sources are in the module docstring.
+    With `label_trust` the target is (1 - trust) times the teacher's prediction plus trust times the one-hot label. The
+    formula and its sources are in the module docstring. B is the number of rows: leading dimensions are flattened.
+
+    A row with the label `ignore_index` counts nothing: its loss and gradients are 0, and "batchmean" and "mean" do not
+    divide by it. A row with another label that is no class is NaN, and so are its gradients; likewise one whose
+    temperature, given in a tensor, is not above 0.
 
     Args:
-        student, teacher: (B, K) logits, any two float dtypes, the K of a row side by side in memory.
-        label: (B,) int64, the class of each row.
-        temperature: of the teacher: one number above 0 for all classes, or (K,) float32 or float64 above 0.
-        student_temperature: one number above 0 for all classes.
+        student, teacher: (B, K) logits, (B, T, K), or with `class_dim=1` (B, K, H, W); any two float dtypes. The K of a
+            row of (B, K) lie side by side in memory; of more dimensions what does not is copied.
+        label: the class of each row, of any integer dtype: (B,), (B, T) or (B, H, W). Needed for what is by class.
+        temperature: of the teacher, above 0: one number, also as a tensor of no dimensions; (K,) by class; or by row,
+            (B,) or (B, 1). Where B is K and labels are given, (K,) is by class. Tensors are float32 or float64.
+        student_temperature: one number above 0 for all rows.
         class_weight: (K,) float32 or float64, a factor on the loss of each row of that class; 1 when left out.
         label_trust: (K,) float32 or float64 in [0, 1]; 0 when left out.
-        reduction: "batchmean" divides the sum by B, "mean" by B * K; "sum"; "none" returns the rows.
+        row_weight: (B,) or (B, 1) float32 or float64, a factor on the loss of each row; 1 when left out.
+        teacher_is: "logits"; or "probabilities", which are taken as they are, as in torch.nn.functional.kl_div, and
+            need not add up to 1. Without temperature then.
+        reverse: KL(student || teacher) in place of KL(teacher || student).
+        ignore_index: the label of rows that count nothing. None where there are none: no row is looked for, and the
+            means take no launch to count.
+        class_dim: the dimension of the classes.
+        reduction: "batchmean" divides the sum by the rows that count, "mean" by as many times K; "sum"; "none" returns
+            the rows.
 
     Returns:
-        A scalar, or (B,) for "none", in nats; float32, or float64 when student or teacher is. An empty batch gives 0.
+        A scalar, or for "none" one number a row, (B,), (B, T) or (B, H, W), in nats; float32, or float64 when student
+        or teacher is. Without a row that counts it is 0.
 
     Raises:
+        TypeError: what must be a tensor is none.
         ValueError: a shape, dtype, device or stride does not fit; a temperature given as a number is not finite or not
-            above 0; unknown reduction.
+            above 0; two arguments exclude each other; temperature, class_weight, label_trust or row_weight requires
+            grad: only student and teacher have gradients.
+        RuntimeError: a gradient is differentiated again.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: {reduction!r}; needs one of {', '.join(REDUCTIONS)}")
-    _require_positive(temperature=temperature, student_temperature=student_temperature)
-    if isinstance(temperature, Tensor):
-        loss = _loss_op(student, teacher, label, temperature, class_weight, label_trust, 1.0, student_temperature)
-    else:
-        loss = _loss_of_number(student, teacher, label, class_weight, label_trust, temperature, student_temperature)
+    require_no_grad(
+        temperature=temperature, class_weight=class_weight, label_trust=label_trust, row_weight=row_weight
+    )
+    inputs = arguments(
+        student,
+        teacher,
+        label,
+        temperature,
+        student_temperature=student_temperature,
+        class_weight=class_weight,
+        label_trust=label_trust,
+        row_weight=row_weight,
+        teacher_is=teacher_is,
+        reverse=reverse,
+        ignore_index=ignore_index,
+        class_dim=class_dim,
+    )
+    loss = _loss_op(*inputs) if torch.compiler.is_compiling() else _loss(inputs)
     if reduction == "none":
-        return loss
-    total = loss.sum()
-    if reduction == "sum":
-        return total
-    return total / max(1, student.shape[0] if reduction == "batchmean" else student.numel())
+        return loss if student.dim() == 2 else loss.view(student.movedim(class_dim, -1).shape[:-1])
+    return _reduced(loss, inputs, reduction)
+
+
+def _reduced(loss: Tensor, inputs: Inputs, reduction: str) -> Tensor:
+    """Return the sum of the losses, or their mean over the rows that count."""
+    batch, classes = inputs.student.shape
+    if reduction == "sum" or batch == 0:
+        return loss.sum()
+    if inputs.label is None or inputs.ignore_index is None:
+        mean = loss.mean()
+    else:
+        mean = loss.sum() / (inputs.label != inputs.ignore_index).sum().clamp_(min=1)
+    return mean if reduction == "batchmean" else mean / classes
 
 
 def class_temperature_kl_grad_(
     student: Tensor,
     teacher: Tensor,
-    label: Tensor,
+    label: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     *,
     student_temperature: float = 1.0,
     class_weight: Tensor | None = None,
     label_trust: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    teacher_is: str = "logits",
+    reverse: bool = False,
+    ignore_index: int | None = -100,
+    class_dim: int = -1,
 ) -> Tensor:
     """Overwrite the logits `student` with the gradient of the summed loss: what an attack needs of it.
 
     Args:
-        student: (B, K) logits, overwritten in place; its rows must not overlap.
+        student: logits, overwritten in place; its rows must not overlap.
         teacher, label, ...: as for `class_temperature_kl`.
 
     Returns:
         `student` itself.
 
     Raises:
-        ValueError: as `class_temperature_kl`; the rows of `student` overlap; autograd is tracking `student`.
+        TypeError, ValueError: as `class_temperature_kl`; the rows of `student` overlap; autograd is tracking `student`
+            or `teacher`.
     """
+    require_no_grad(
+        teacher=teacher,
+        temperature=temperature,
+        class_weight=class_weight,
+        label_trust=label_trust,
+        row_weight=row_weight,
+    )
+    inputs = arguments(
+        student,
+        teacher,
+        label,
+        temperature,
+        student_temperature=student_temperature,
+        class_weight=class_weight,
+        label_trust=label_trust,
+        row_weight=row_weight,
+        teacher_is=teacher_is,
+        reverse=reverse,
+        ignore_index=ignore_index,
+        class_dim=class_dim,
+    )
     require_writable("student", student)
-    _require_positive(temperature=temperature, student_temperature=student_temperature)
-    if isinstance(temperature, Tensor):
-        _grad_op(student, teacher, label, temperature, class_weight, label_trust, 1.0, student_temperature)
-    else:
-        _grad_of_number(student, teacher, label, class_weight, label_trust, temperature, student_temperature)
+    (_grad_op if torch.compiler.is_compiling() else _overwrite_op)(*inputs)
+    if inputs.student is not student and not (class_dim in (-1, student.dim() - 1) and student.is_contiguous()):
+        rows = student.movedim(class_dim, -1)
+        rows.copy_(inputs.student.view(rows.shape))  # they may have been copied to lie side by side
     return student

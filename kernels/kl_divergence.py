@@ -1,262 +1,351 @@
-"""The arithmetic of class_temperature_kl: the reference in PyTorch, and the Triton kernel that must agree with it.
+"""The arithmetic of class_temperature_kl in plain PyTorch: the reference of the kernel, and the path on a CPU.
 
-The formula stands in class_temperature_kl.py. Bound by memory and, at the sizes of a training step, by the launch. One
-launch reads 2 (B, K) tensors, where eager PyTorch takes ten launches, which write and read 7 more.
+The formula stands in class_temperature_kl.py. Here one side of the divergence is P, of which the expectation is taken,
+and the other is Q: teacher and student, or with `reverse` student and teacher. Of a row of logits z at temperature T,
+
+    shifted_k = (z_k - max z) / T      exps_k = exp(shifted_k)      total = sum_k exps_k
+
+    KL = sum_k exps_p (shifted_p - shifted_q) / total_p + ln(total_q / total_p)
+
+The peak is subtracted before the division: logits of 1e4 at temperature 0.05 would lose their differences to rounding.
+Computed in float32, or in float64 as soon as one of the logits is: the tests have their truth from there.
 """
 
-# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
-# (Triton declares that static_range never returns, so pyright lets no loop go over it. And pyright does not see that
-# two `if` on the same constant go together.)
-
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from retemper.kernels.language import cdiv, tl, triton
-from retemper.kernels.logit_rows import row_log2_total, row_logits, row_peak, row_tiles
-from retemper.kernels.numerics import LN2, LOG2E, exp2_m1, log2_1m
-from retemper.kernels.runtime import EXACT, access_width, compute_dtype, launching
+from retemper.kernels.rows import as_rows, by_row, require_class_dim, require_positive, row_shapes
+from retemper.kernels.runtime import compute_dtype
+
+# How many logits of a tensor each thread of a CPU works on at a time: what it computes of them stays in its cache. Whole
+# (512, 32000) tensors would go through memory once for every line of `compute`.
+PART = 2**16
 
 
 class Inputs(NamedTuple):
     """The arguments of the operators, in their order.
 
     Attributes:
-        student, teacher: (B, K) logits.
-        label: (B,) int64.
-        temperature_by_class: (K,) temperatures of the teacher; None where the number `temperature` holds for all.
+        student, teacher: (B, K) logits; the teacher's are probabilities where `given`.
+        label: (B,) whole numbers, or None.
+        temperatures: of the teacher: (B,) or a single one where `by_row`, otherwise (K,); None: `temperature` holds.
         class_weight, label_trust: (K,) or None.
+        row_weight: (B,) or None.
         temperature, student_temperature: numbers above 0.
+        by_row: what `temperatures` are.
+        ignore_index: rows with this label count nothing; None leaves none out.
+        reverse: KL(student || teacher) in place of KL(teacher || student).
+        given: the teacher's probabilities are given as they are.
     """
 
     student: Tensor
     teacher: Tensor
-    label: Tensor
-    temperature_by_class: Tensor | None
+    label: Tensor | None
+    temperatures: Tensor | None
     class_weight: Tensor | None
     label_trust: Tensor | None
+    row_weight: Tensor | None
     temperature: float
     student_temperature: float
+    by_row: bool
+    ignore_index: int | None
+    reverse: bool
+    given: bool
 
-    def for_reference(self) -> dict[str, Any]:
-        """Return the keyword arguments of the references."""
-        by_class = self.temperature_by_class
-        return {
-            "student": self.student,
-            "teacher": self.teacher,
-            "label": self.label,
-            "temperature": self.temperature if by_class is None else by_class,
-            "student_temperature": self.student_temperature,
-            "class_weight": self.class_weight,
-            "label_trust": self.label_trust,
-        }
+    def parts(self, size: int) -> Iterator[tuple[slice, "Inputs"]]:
+        """Cut the rows into parts of at most `size` rows."""
+        for start in range(0, self.student.shape[0], size):
+            rows = slice(start, start + size)
+            cut = {"student": self.student[rows], "teacher": self.teacher[rows]}
+            for name in ("label", "row_weight", *(["temperatures"] if self.by_row else [])):
+                value = getattr(self, name)
+                cut[name] = value[rows] if value is not None and value.dim() else value
+            yield rows, self._replace(**cut)
 
 
-def class_temperature_kl_reference(
+def arguments(
     student: Tensor,
     teacher: Tensor,
-    label: Tensor,
+    label: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     *,
     student_temperature: float = 1.0,
     class_weight: Tensor | None = None,
     label_trust: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    teacher_is: str = "logits",
+    reverse: bool = False,
+    ignore_index: int | None = -100,
+    class_dim: int = -1,
+) -> Inputs:
+    """Return what users call with as the operators take it. The arguments are those of `class_temperature_kl`.
+
+    Raises:
+        TypeError: student, teacher, label or row_weight is no tensor.
+        ValueError: two arguments exclude each other, a dimension is missing, or a number is out of its range.
+    """
+    require_class_dim("student", student, class_dim)
+    require_class_dim("teacher", teacher, class_dim)
+    shapes = row_shapes(student, class_dim)
+    classes = student.shape[class_dim]
+    given = teacher_is == "probabilities"
+    if not given and teacher_is != "logits":
+        raise ValueError(f"teacher_is: {teacher_is!r}; needs 'logits' or 'probabilities'")
+    if given or reverse or label is None:
+        _require_combination(teacher_is, label, temperature, class_weight, label_trust, reverse)
+    require_positive(student_temperature=student_temperature)
+    temperatures, of_rows = None, False
+    if isinstance(temperature, Tensor):
+        temperatures, of_rows = _temperatures(temperature, classes, shapes, label is not None)
+        temperature = 1.0
+    else:
+        require_positive(temperature=temperature)
+    if student.shape != teacher.shape:
+        raise ValueError(f"teacher: shape {tuple(teacher.shape)}, but student has {tuple(student.shape)}")
+    return Inputs(
+        as_rows(student, class_dim),
+        as_rows(teacher, class_dim),
+        None if label is None else by_row("label", label, shapes[:1]),
+        temperatures,
+        class_weight,
+        label_trust,
+        None if row_weight is None else by_row("row_weight", row_weight, shapes),
+        temperature,
+        student_temperature,
+        of_rows,
+        None if label is None else ignore_index,
+        reverse,
+        given,
+    )
+
+
+def _require_combination(
+    teacher_is: str,
+    label: Tensor | None,
+    temperature: float | Tensor,
+    class_weight: Tensor | None,
+    label_trust: Tensor | None,
+    reverse: bool,
+) -> None:
+    """Raise ValueError where one of the arguments leaves no meaning to another."""
+    if label is None:
+        for name, value in (("class_weight", class_weight), ("label_trust", label_trust)):
+            if value is not None:
+                raise ValueError(f"label: None; needs the class of each row, as {name} is by class")
+    if reverse and label_trust is not None:
+        raise ValueError("label_trust: needs reverse=False")
+    if teacher_is == "logits":
+        return
+    if label_trust is not None:
+        raise ValueError("label_trust: needs teacher_is='logits'")
+    if reverse:
+        raise ValueError("reverse: needs teacher_is='logits'; the logits of probabilities are their teacher.log()")
+    if isinstance(temperature, Tensor) or temperature != 1:
+        raise ValueError("temperature: needs teacher_is='logits'; probabilities are taken as they are")
+
+
+def _temperatures(
+    value: Tensor, classes: int, shapes: tuple[torch.Size, torch.Size], labelled: bool
+) -> tuple[Tensor, bool]:
+    """Return temperatures as (K,) by class, as (B,) by row, or as a single one; and whether they are not by class."""
+    if value.dim() == 0:
+        return value, True
+    if labelled and value.shape == (classes,):
+        return value, False
+    if value.shape in shapes:
+        return value.reshape(-1), True
+    forms = f"({classes},) by class, {tuple(shapes[0])} by row" if labelled else f"{tuple(shapes[0])} by row"
+    raise ValueError(f"temperature: shape {tuple(value.shape)}; needs {forms}, or one number")
+
+
+def class_temperature_kl_reference(
+    student: Tensor, teacher: Tensor, label: Tensor | None = None, temperature: float | Tensor = 1.0, **options: Any
 ) -> Tensor:
-    """Compute the loss of each row in plain PyTorch and in float64: the truth for the tests, and the path on a CPU.
+    """Compute the loss of each row in plain PyTorch, differentiable in every argument.
 
     Args:
-        student, teacher, label, ...: as for `class_temperature_kl`, but not checked.
+        student, teacher, ...: as for `class_temperature_kl` without `reduction`, but shapes and dtypes not checked.
 
     Returns:
-        (B,) in nats; float32, or float64 when student or teacher is.
+        (B,) in nats, leading dimensions flattened; float32, or float64 when student or teacher is.
     """
-    temperature = _filled(temperature, student, teacher)
-    label, temperature, class_weight, label_trust = _of_class(label, temperature, class_weight, label_trust)
-    log_p = _log_softmax(teacher.double(), temperature)
-    log_q = _log_softmax(student.double(), student_temperature)
-    p = log_p.exp()
-    if label_trust is not None:
-        p = _mixed(p, label, label_trust)
-        log_p = torch.where(label_trust == 0, log_p, p.log())
-    kl = torch.where(p == 0, 0, p * (log_p - log_q)).sum(1)
-    kl = torch.where(kl < 0, 0, kl)  # only rounding makes it negative; NaN stays
-    kl = kl if class_weight is None else kl * class_weight[:, 0]
-    return kl.to(compute_dtype(student, teacher))
+    return compute(arguments(student, teacher, label, temperature, **options))[0]
 
 
 def class_temperature_kl_grad_reference(
     student: Tensor,
     teacher: Tensor,
-    label: Tensor,
+    label: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     *,
-    student_temperature: float = 1.0,
-    class_weight: Tensor | None = None,
-    label_trust: Tensor | None = None,
     row_grad: Tensor | None = None,
+    of_teacher: bool = False,
+    **options: Any,
 ) -> Tensor:
-    """Compute d(sum_i row_grad_i loss_i) / d(student) in plain PyTorch and in float64, into a new tensor.
+    """Compute d(sum_i row_grad_i loss_i) / d(student), or with `of_teacher` / d(teacher), without autograd.
 
     Args:
-        student, teacher, label, ...: as for `class_temperature_kl`, but not checked.
+        student, teacher, ...: as for `class_temperature_kl` without `reduction`, but shapes and dtypes not checked.
         row_grad: (B,) float; 1 for each row when left out.
 
     Returns:
-        (B, K) of the student's dtype.
+        (B, K) of the student's or the teacher's dtype, leading dimensions flattened.
     """
-    temperature = _filled(temperature, student, teacher)
-    label, temperature, class_weight, label_trust = _of_class(label, temperature, class_weight, label_trust)
-    p = _log_softmax(teacher.double(), temperature).exp_()
-    if label_trust is not None:
-        p = _mixed(p, label, label_trust)
-    grad = _log_softmax(student.double(), student_temperature).exp_().sub_(p).div_(student_temperature)
-    if class_weight is not None:
-        grad *= class_weight
-    if row_grad is not None:
-        grad *= row_grad[:, None]
-    return grad.to(student.dtype)
+    inputs = arguments(student, teacher, label, temperature, **options)
+    grad = compute(inputs, of_student=not of_teacher, of_teacher=of_teacher)[2 if of_teacher else 1]
+    assert grad is not None
+    grad = grad if row_grad is None else grad * row_grad[:, None]
+    return grad.to(teacher.dtype if of_teacher else student.dtype)
 
 
-def _filled(temperature: float | Tensor, student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the (K,) temperatures. A number is written K times, rounded to the dtype in which the loss is returned."""
-    if isinstance(temperature, Tensor):
-        return temperature
-    return student.new_full(student.shape[1:], temperature, dtype=compute_dtype(student, teacher))
+class Softmax(NamedTuple):
+    """A softmax that is not divided yet: (B, K), (B, K) and (B, 1), as in the module's formula."""
+
+    shifted: Tensor
+    exps: Tensor
+    total: Tensor
 
 
-def _of_class(label: Tensor, *by_class: Tensor | None) -> list[Any]:
-    """Return the labels, clamped to the classes, and for each (K,) tensor the value of each row's class as (B, 1).
-
-    A row whose label is no class gets NaN. All tensors are looked up at once: on a CPU, one operation more in each
-    attack step shows in the time of a training.
-    """
-    given = torch.stack([value for value in by_class if value is not None]).double()
-    known, label = (label >= 0) & (label < given.shape[1]), label.clamp(0, given.shape[1] - 1)
-    columns = iter(torch.where(known, given.index_select(1, label), float("nan"))[:, :, None])
-    return [label, *(None if value is None else next(columns) for value in by_class)]
+def _softmax(logits: Tensor, temperature: float | Tensor) -> Softmax:
+    shifted = logits - logits.detach().amax(1, keepdim=True)
+    if isinstance(temperature, Tensor) or temperature != 1:
+        shifted = shifted / temperature
+    exps = shifted.exp()
+    return Softmax(shifted, exps, exps.sum(1, keepdim=True))
 
 
-def _mixed(p: Tensor, label: Tensor, trust: Tensor) -> Tensor:
-    """Move the teacher's probabilities, in place, towards the one-hot label by its trust."""
-    one_hot = torch.eye(p.shape[1], dtype=p.dtype, device=p.device).index_select(0, label)
-    return p.lerp_(one_hot, trust)
+class _Rows(NamedTuple):
+    """What holds of each row, as (B, 1): None where it changes nothing."""
+
+    temperature: float | Tensor
+    scale: Tensor | None
+    trust: Tensor | None
+    label: Tensor  # clamped to the classes
+    unknown: Tensor | None  # whose label is no class
+    ignored: Tensor | None
 
 
-def _log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
-    """Return log softmax(logits / temperature), with the peak subtracted first as in logit_rows.py."""
-    return ((logits - logits.amax(1, keepdim=True)) / temperature).log_softmax(1)
+def _rows(inputs: Inputs, dtype: torch.dtype) -> _Rows:
+    label, temperature, unknown, ignored = inputs.student, inputs.temperature, None, None
+    if inputs.label is not None:
+        given = inputs.label.long()[:, None]
+        label = given.clamp(0, inputs.student.shape[1] - 1)
+        unknown = label != given
+        ignored = None if inputs.ignore_index is None else given == inputs.ignore_index
+
+    def of_class(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.to(dtype).index_select(0, label[:, 0])[:, None]
+
+    if inputs.temperatures is not None:
+        own = inputs.temperatures.to(dtype).reshape(-1, 1) if inputs.by_row else of_class(inputs.temperatures)
+        assert own is not None
+        temperature = torch.where(own > 0, own, torch.nan)
+    scale = of_class(inputs.class_weight)
+    if inputs.row_weight is not None:
+        scale = inputs.row_weight.to(dtype)[:, None] * (1 if scale is None else scale)
+    return _Rows(temperature, scale, of_class(inputs.label_trust), label, unknown, ignored)
 
 
-@triton.jit
-def _mixed_own(log_p, trust):
-    """Return log2 of the target at the label, ((1 - trust) p + trust), from log2 of the teacher's p there."""
-    short = -(1 - trust) * exp2_m1(log_p)  # what the target lacks of 1: where that is small, it keeps its digits
-    mixed = tl.where(short > 0.5, tl.log2((1 - trust) * tl.exp2(log_p) + trust), log2_1m(short))
-    return tl.where(trust == 0, log_p, mixed)
+def compute(
+    inputs: Inputs, *, of_student: bool = False, of_teacher: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the losses of the rows, (B,), and the gradients that are wanted, (B, K), all in the dtype of the sums."""
+    dtype = compute_dtype(inputs.student, inputs.teacher)
+    rows = _rows(inputs, dtype)
+    student = _softmax(inputs.student.to(dtype), inputs.student_temperature)
+    if rows.unknown is not None:  # all that follows of such a row is NaN
+        student = student._replace(total=student.total.masked_fill(rows.unknown, torch.nan))
+    if inputs.given:
+        loss, *grads = _of_probabilities(inputs.teacher.to(dtype), student, inputs, of_student, of_teacher)
+    else:
+        teacher = _softmax(inputs.teacher.to(dtype), rows.temperature)
+        if inputs.reverse:
+            temperatures = (inputs.student_temperature, rows.temperature)
+            loss, of_p, of_q = _of_logits(student, teacher, temperatures, rows, of_student, of_teacher)
+            grads = [of_p, of_q]
+        else:
+            temperatures = (rows.temperature, inputs.student_temperature)
+            loss, of_p, of_q = _of_logits(teacher, student, temperatures, rows, of_teacher, of_student)
+            grads = [of_q, of_p]
+
+    def finish(value: Tensor | None) -> Tensor | None:
+        if value is not None and rows.scale is not None:
+            value = value * rows.scale
+        return value if value is None or rows.ignored is None else value.masked_fill(rows.ignored, 0)
+
+    total = finish(loss)
+    assert total is not None
+    return total.squeeze(1), finish(grads[0]), finish(grads[1])
 
 
-@triton.jit
-def _difference(log_p, log_q):
-    """Return q - p as the larger of the two times what the smaller lacks: subtracting would lose the digits."""
-    larger = tl.exp2(tl.maximum(log_p, log_q, propagate_nan=tl.PropagateNan.ALL))
-    ratio = log_q - log_p
-    apart = larger * exp2_m1(-tl.abs(ratio))
-    return tl.where(larger == 0, 0.0, tl.where(ratio <= 0, apart, -apart))
+def _of_logits(
+    source: Softmax, q: Softmax, temperatures: tuple[Any, Any], rows: _Rows, grad_p: bool, grad_q: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return KL(P || Q) as (B, 1), and the gradients at the logits of both; P is `source`, moved towards the label."""
+    p = source if rows.trust is None else _mixed(source, rows.label, rows.trust)
+    apart = p.shifted - q.shifted
+    terms = p.exps * apart
+    log_totals = (q.total / p.total).log()
+    kl = terms.nansum(1, keepdim=True) / p.total + log_totals  # NaN: a term with p = 0, or a row whose totals are NaN
+    of_p = of_q = None
+    if grad_p:
+        terms, mean = (terms, kl) if rows.trust is None else _of_source(source, apart, log_totals)
+        share = (1.0 if rows.trust is None else 1 - rows.trust) / source.total / temperatures[0]
+        terms = terms.nan_to_num(0.0, torch.inf, -torch.inf)
+        of_p = (terms + source.exps * (log_totals - mean)) * share
+    if grad_q:
+        of_q = q.exps * (1 / q.total / temperatures[1]) - p.exps * (1 / p.total / temperatures[1])
+    return kl.clamp(min=0), of_p, of_q  # only rounding makes it negative
 
 
-@triton.jit
-def _kl_kernel(
-    student_ptr,
-    teacher_ptr,
-    label_ptr,
-    temperature_ptr,
-    weight_ptr,
-    trust_ptr,
-    row_grad_ptr,
-    out_ptr,
-    row_grad_stride,
-    temperature,
-    student_temperature,
-    B,
-    STUDENT_STRIDE: tl.constexpr,  # constant as K is: what divides it decides how wide an access may be
-    TEACHER_STRIDE: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    K: tl.constexpr,
-    GRAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-    STEPS: tl.constexpr,
-):
-    """Write the weighted loss of each row to out (B,), or its gradient to out (B, K), which may be the student itself.
-
-    Without temperature_ptr, `temperature` is that of every class.
-    """
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    real = tl.minimum(row, B - 1)  # rows past the end repeat the last one, and are not stored
-    student_row, teacher_row = student_ptr + real * STUDENT_STRIDE, teacher_ptr + real * TEACHER_STRIDE
-    label = tl.load(label_ptr + real)
-    known = (label >= 0) & (label < K)
-    own_temperature = tl.where(known, temperature, float("nan"))
-    if temperature_ptr is not None:
-        own_temperature = tl.load(temperature_ptr + label, mask=known, other=float("nan"))
-    rate_p = LOG2E / own_temperature
-    rate_q = tl.full((ROWS,), LOG2E, tl.float32) / student_temperature
-    scale = tl.full((ROWS,), 1.0, tl.float32)
-    if weight_ptr is not None:
-        scale *= tl.load(weight_ptr + label, mask=known, other=float("nan"))
-    if row_grad_ptr is not None:
-        scale *= tl.load(row_grad_ptr + real * row_grad_stride)
-
-    peak_p = row_peak(teacher_row, K, ROWS, LANES, STEPS)
-    peak_q = row_peak(student_row, K, ROWS, LANES, STEPS)
-    log_total_p = row_log2_total(teacher_row, peak_p, rate_p, K, ROWS, LANES, STEPS)
-    log_total_q = row_log2_total(student_row, peak_q, rate_q, K, ROWS, LANES, STEPS)
-    if trust_ptr is not None:
-        trust = tl.load(trust_ptr + label, mask=known, other=float("nan"))
-        own = tl.load(teacher_row + label, mask=known, other=float("nan")).to(tl.float32)
-        log_own = _mixed_own((own - peak_p) * rate_p - log_total_p, trust)
-        log_kept = log2_1m(trust)
-    if GRAD:
-        scale = scale / student_temperature
-    kl = tl.zeros((ROWS, LANES), tl.float32)
-    for start in range(0, K, STEPS * LANES):
-        teacher = row_logits(teacher_row, start, K, LANES, STEPS)
-        student = row_logits(student_row, start, K, LANES, STEPS)
-        for step in tl.static_range(STEPS):
-            log_p = (teacher[step] - peak_p[:, None]) * rate_p[:, None] - log_total_p[:, None]
-            log_q = (student[step] - peak_q[:, None]) * rate_q[:, None] - log_total_q[:, None]
-            cls = start + step * LANES + tl.arange(0, LANES)
-            if trust_ptr is not None:
-                log_p = tl.where(cls == label[:, None], log_own[:, None], log_p + log_kept[:, None])
-            if GRAD:
-                grad = (scale[:, None] * _difference(log_p, log_q)).to(out_ptr.dtype.element_ty)
-                tl.store(out_ptr + (row * OUT_STRIDE)[:, None] + cls, grad, mask=(row < B)[:, None] & (cls < K))
-            else:
-                p = tl.exp2(log_p)
-                kl += tl.where(p == 0, 0.0, p * (log_p - log_q))
-    if not GRAD:
-        # only rounding makes a sum negative; NaN stays
-        loss = tl.maximum(LN2 * tl.sum(kl, 1), 0.0, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(out_ptr + row, scale * loss, mask=row < B)
+def _of_source(source: Softmax, apart: Tensor, log_totals: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each term, and the mean, of log P - log Q as the softmax weighs it from which P was mixed."""
+    terms = source.exps * apart
+    return terms, terms.nansum(1, keepdim=True) / source.total + log_totals
 
 
-def _row_stride(rows: Tensor) -> int:
-    """Return the stride from row to row. That of a single row means nothing, and is not worth a kernel of its own."""
-    return rows.stride(0) if rows.shape[0] > 1 else rows[0].numel()
+def _mixed(p: Softmax, label: Tensor, trust: Tensor) -> Softmax:
+    """Return P after it moved towards the one-hot label by its trust; the total stays."""
+    log_total = p.total.log()
+    own = p.shifted.gather(1, label)
+    log_own = own - log_total
+    short = (trust - 1) * log_own.expm1()  # what P lacks of 1 at the label: where that is small, it keeps its digits
+    far = ((1 - trust) * log_own.exp() + trust).log()
+    log_own = torch.where(short > 0.5, far, (-short.clamp(max=0.5)).log1p())
+    own = torch.where(trust == 0, own, log_own + log_total)
+    shifted = (p.shifted + (-trust).log1p()).scatter(1, label, own)
+    return Softmax(shifted, shifted.exp(), p.total)
 
 
-def launch(inputs: Inputs, row_grad: Tensor | None, out: Tensor) -> None:
-    """Fill `out` by the Triton kernel: (B,) with the loss of each row, or (B, K) with its gradient times `row_grad`."""
-    student, teacher, label, *by_class, temperature, student_temperature = inputs
-    batch, classes = student.shape
-    if batch == 0:
-        return
-    tiles = row_tiles(classes, access_width(classes, student, teacher))
-    strides = {f"{name}_STRIDE": _row_stride(rows) for name, rows in (("STUDENT", student), ("TEACHER", teacher))}
-    options: dict[str, Any] = {**strides, "OUT_STRIDE": _row_stride(out), "GRAD": out.dim() == 2, **tiles, **EXACT}
-    tensors = (student, teacher, label, *(None if value is None else value.float() for value in by_class))
-    row_grad_stride = 0 if row_grad is None else row_grad.stride(0)
-    arguments: Any = (*tensors, row_grad, out, row_grad_stride, temperature, student_temperature, batch)
-    with launching(student):
-        _kl_kernel[(cdiv(batch, tiles["ROWS"]),)](*arguments, **options)
+def _of_probabilities(
+    p: Tensor, q: Softmax, inputs: Inputs, of_student: bool, of_teacher: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return sum p (log p - log Q) as (B, 1), and the gradients at Q's logits and at p, which need not add up to 1."""
+    mass, log_total = p.sum(1, keepdim=True), q.total.log()
+    loss = torch.xlogy(p, p).sum(1, keepdim=True) - (p * q.shifted).nansum(1, keepdim=True) + mass * log_total
+    of_q = (q.exps * (mass / q.total) - p) / inputs.student_temperature if of_student else None
+    of_p = p.log() + 1 - q.shifted + log_total if of_teacher else None
+    return loss, of_q, of_p
+
+
+def evaluate(
+    inputs: Inputs, of_student: bool, of_teacher: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return what `compute` does, on a CPU part by part."""
+    batch, classes = inputs.student.shape
+    size = max(1, PART * torch.get_num_threads() // classes)
+    if batch <= size or inputs.student.is_cuda:
+        return compute(inputs, of_student=of_student, of_teacher=of_teacher)
+    dtype = compute_dtype(inputs.student, inputs.teacher)
+    loss = inputs.student.new_empty(batch, dtype=dtype)
+    shapes = ((batch, classes) if wanted else None for wanted in (of_student, of_teacher))
+    grads = [None if shape is None else inputs.student.new_empty(shape, dtype=dtype) for shape in shapes]
+    for rows, part in inputs.parts(size):
+        loss[rows], *computed = compute(part, of_student=of_student, of_teacher=of_teacher)
+        for grad, found in zip(grads, computed, strict=True):
+            if grad is not None:
+                grad[rows] = found
+    return loss, grads[0], grads[1]
