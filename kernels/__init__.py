@@ -4,12 +4,13 @@ Each operation has a module of its name, and the arithmetic of class_temperature
 modules share is in runtime.py, logit_rows.py and numerics.py.
 """
 
+from retemper.kernels.ascent import pgd_step_reference
 from retemper.kernels.augment import augment, augment_reference, identity_view, num_views
 from retemper.kernels.class_sums import class_sums, class_sums_reference
 from retemper.kernels.class_temperature_kl import class_temperature_kl, class_temperature_kl_grad_
 from retemper.kernels.epilogue import epilogue, epilogue_reference
 from retemper.kernels.kl_divergence import class_temperature_kl_grad_reference, class_temperature_kl_reference
-from retemper.kernels.pgd_step import pgd_step_, pgd_step_reference
+from retemper.kernels.pgd_step import pgd_step_
 from retemper.kernels.random_start import philox_reference, random_start_, random_start_reference
 
 __all__ = [

@@ -4,184 +4,52 @@
     L2:     moved = adv + step grad / ||grad||;  delta = moved - clean
             adv <- clip(clean + delta min(1, eps / ||delta||), lower, upper)
 
-The L2 norms are those of a sample. Bound by memory: L-inf reads 3 tensors and writes 1 in one launch, where eager
-PyTorch takes six launches, reads 9 and writes 6. L2 passes over each sample four times, mostly in the cache.
+With `momentum` (MI-FGSM; Dong et al., CVPR 2018), the step follows it in place of the gradient:
+
+    momentum <- decay momentum + grad / ||grad||_1
+
+With `previous`, the iterate before `adv`, it is the update of Auto-PGD (Croce and Hein, ICML 2020). P is the step's
+projection and clip, and z what the step above makes of `adv`:
+
+    adv, previous <- P(adv + inertia (z - adv) + (1 - inertia) (adv - previous)), adv
+
+Norms are those of a sample. Bound by memory: L-inf reads 3 tensors and writes 1 in one launch, where eager PyTorch
+takes six launches, reads 9 and writes 6. L2 passes over each sample four times, mostly in the cache.
+
+The arithmetic is in ascent.py in PyTorch, and in ascent_kernels.py in Triton. Here are the PyTorch operators and what
+users call.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from retemper.kernels.language import tl, triton
-from retemper.kernels.operators import operator, overwritten
+from retemper.kernels.ascent import Number, Step, ascend
+from retemper.kernels.ascent_kernels import launch
+from retemper.kernels.operators import is_symbol, operator, overwritten, rewritten
+from retemper.kernels.pixels import grid, named_norm, rows_or_pixels, split
 from retemper.kernels.runtime import (
-    EXACT,
     FLOATS,
-    clamp,
-    compute_dtype,
-    launching,
-    locate,
-    per_sample,
-    pixel_runs,
+    is_dense_batch_first,
+    require_no_grad,
     require_one_device,
-    require_one_layout,
     require_pixel_units,
-    require_vector,
     require_writable,
     runs_triton,
 )
 
-NORMS = ("linf", "l2")
-
-# The pixels of a program: 8 for each thread of 4 warps, so two loads of 16 bytes of each fp32 tensor. Chosen from the
-# code for sm_90, not yet measured on a GPU. It takes 17 instructions a pixel, where the memory leaves time for 110, and
-# 32 registers, so that 64 warps fit. With 512 pixels it takes 20 instructions a pixel, with 2048 it takes 16.
-BLOCK = 1024
-
-
-def pgd_step_reference(
-    adv: Tensor,
-    grad: Tensor,
-    clean: Tensor,
-    step: float | Tensor,
-    eps: float | Tensor,
-    *,
-    norm: str = "linf",
-    lower: float = 0.0,
-    upper: float = 1.0,
-) -> Tensor:
-    """Compute the step in plain PyTorch: the truth for the tests, and the path on a CPU.
-
-    Args: as for `pgd_step_`, but nothing is checked.
-
-    Returns:
-        A new tensor of the shape and dtype of `adv`.
-    """
-    compute = compute_dtype(adv)
-    wide_adv, wide_grad, wide_clean = adv.to(compute), grad.to(compute), clean.to(compute)
-    step = _column(step, wide_adv) if isinstance(step, Tensor) else step
-    eps = _column(eps, wide_adv) if isinstance(eps, Tensor) else eps
-    if norm == "linf":
-        moved = wide_grad.sign().mul_(step).add_(wide_adv)  # the sign of NaN is 0: such a pixel stays
-        bound = wide_clean - eps  # reused below: on a CPU, new memory takes ten times as long as the arithmetic
-        torch.maximum(moved, bound, out=moved)
-        torch.minimum(moved, torch.add(wide_clean, eps, out=bound), out=moved)
-    else:
-        moved = wide_adv + step * _direction(wide_grad)
-        delta = moved - wide_clean
-        length = _length(delta)
-        moved = torch.where(length > eps, wide_clean + delta * (eps / length), moved)
-    return moved.clamp_(lower, upper).to(adv.dtype)
-
-
-def _column(value: Tensor, like: Tensor) -> Tensor:
-    """Return the (B,) numbers as (B, 1, ...) of the dtype of `like`."""
-    return value.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
-
-
-def _length(x: Tensor) -> Tensor:
-    """Return the L2 norm of each sample, as (B, 1, ...)."""
-    return _column(x[..., None].flatten(1).square().sum(1).sqrt(), x)
-
-
-def _direction(grad: Tensor) -> Tensor:
-    """Return grad / ||grad||, entries that are not finite taken as 0; zeros for a sample without a gradient."""
-    grad = torch.where(grad.isfinite(), grad, 0)
-    peak = grad[..., None].flatten(1).abs().amax(1)
-    grad = grad / _column(torch.where(peak > 0, peak, 1), grad)  # float32 cannot hold the square of 1e-30 or 1e30
-    length = _length(grad)
-    return grad / torch.where(length > 0, length, 1)
-
-
-@triton.jit
-def _linf_kernel(
-    adv_ptr, grad_ptr, clean_ptr, step_ptr, eps_ptr, step, eps, lower, upper, pixels, blocks, BLOCK: tl.constexpr
-):
-    sample, offset, inside = locate(pixels, blocks, BLOCK)
-    if step_ptr is not None:
-        step = tl.load(step_ptr + sample).to(tl.float32)
-    if eps_ptr is not None:
-        eps = tl.load(eps_ptr + sample).to(tl.float32)
-    adv = tl.load(adv_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    grad = tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    clean = tl.load(clean_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    moved = adv + tl.where(grad > 0, step, tl.where(grad < 0, -step, 0.0))
-    moved = clamp(clamp(moved, clean - eps, clean + eps), lower, upper)
-    tl.store(adv_ptr + offset, moved.to(adv_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _finite(grad_ptr, offset, inside):
-    """Load the gradient as float32, with 0 for entries that are not finite."""
-    grad = tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    return tl.where(tl.abs(grad) < float("inf"), grad, 0.0)
-
-
-@triton.jit
-def _l2_kernel(
-    adv_ptr,
-    grad_ptr,
-    clean_ptr,
-    step_ptr,
-    eps_ptr,
-    step,
-    eps,
-    lower,
-    upper,
-    PIXELS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    sample = tl.program_id(0).to(tl.int64)
-    base = sample * PIXELS
-    if step_ptr is not None:
-        step = tl.load(step_ptr + sample).to(tl.float32)
-    if eps_ptr is not None:
-        eps = tl.load(eps_ptr + sample).to(tl.float32)
-
-    peak = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, PIXELS, BLOCK):
-        pixel = start + tl.arange(0, BLOCK)
-        peak = tl.maximum(peak, tl.abs(_finite(grad_ptr, base + pixel, pixel < PIXELS)))
-    unit = tl.max(peak, 0)  # divides the gradient, since float32 cannot hold the square of 1e-30 or 1e30
-    unit = tl.where(unit == 0, 1.0, unit)
-
-    squares = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, PIXELS, BLOCK):
-        pixel = start + tl.arange(0, BLOCK)
-        grad = tl.math.div_rn(_finite(grad_ptr, base + pixel, pixel < PIXELS), unit)
-        squares += grad * grad
-    length = tl.math.sqrt_rn(tl.sum(squares, 0))
-    length = tl.where(length == 0, 1.0, length)
-
-    squares = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, PIXELS, BLOCK):
-        pixel = start + tl.arange(0, BLOCK)
-        moved, clean = _moved(adv_ptr, grad_ptr, clean_ptr, base + pixel, pixel < PIXELS, unit, length, step)
-        squares += (moved - clean) * (moved - clean)
-    distance = tl.math.sqrt_rn(tl.sum(squares, 0))
-    shrink = eps / tl.where(distance > eps, distance, 1.0)
-
-    for start in range(0, PIXELS, BLOCK):
-        pixel = start + tl.arange(0, BLOCK)
-        moved, clean = _moved(adv_ptr, grad_ptr, clean_ptr, base + pixel, pixel < PIXELS, unit, length, step)
-        moved = tl.where(distance > eps, clean + (moved - clean) * shrink, moved)  # inside the ball nothing changes
-        moved = clamp(moved, lower, upper)
-        tl.store(adv_ptr + base + pixel, moved.to(adv_ptr.dtype.element_ty), mask=pixel < PIXELS)
-
-
-@triton.jit
-def _moved(adv_ptr, grad_ptr, clean_ptr, offset, inside, unit, length, step):
-    """Load pixels, and return them moved along the gradient but not projected, and the clean ones."""
-    adv = tl.load(adv_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    clean = tl.load(clean_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    grad = tl.math.div_rn(tl.math.div_rn(_finite(grad_ptr, offset, inside), unit), length)
-    return adv + step * grad, clean
+_TENSORS = "Tensor(a!) adv, Tensor grad, Tensor clean"
+_BY = "Tensor? step_by, Tensor? eps_by, str norm"
+_REST = (
+    "Tensor? lower_by=None, Tensor? upper_by=None, Tensor? mask=None, Tensor(b!)? momentum=None, float decay=1.0,"
+    " Tensor(c!)? previous=None, float inertia=0.75, bool clip_first=False"
+)
 
 
 @operator(
-    "pgd_step_(Tensor(a!) adv, Tensor grad, Tensor clean, float step, float eps,"
-    " Tensor? step_per_sample, Tensor? eps_per_sample, str norm, float lower, float upper) -> ()",
+    f"pgd_step_({_TENSORS}, float step, float eps, {_BY}, float lower, float upper, {_REST}) -> ()",
     fake=lambda *_: None,
 )
 def _pgd_step_op(
@@ -190,39 +58,98 @@ def _pgd_step_op(
     clean: Tensor,
     step: float,
     eps: float,
-    step_per_sample: Tensor | None,
-    eps_per_sample: Tensor | None,
+    step_by: Tensor | None,
+    eps_by: Tensor | None,
     norm: str,
     lower: float,
     upper: float,
+    lower_by: Tensor | None = None,
+    upper_by: Tensor | None = None,
+    mask: Tensor | None = None,
+    momentum: Tensor | None = None,
+    decay: float = 1.0,
+    previous: Tensor | None = None,
+    inertia: float = 0.75,
+    clip_first: bool = False,
 ) -> None:
-    require_one_layout(adv=adv, grad=grad, clean=clean)
-    require_one_device(adv=adv, step=step_per_sample, eps=eps_per_sample)
-    batch = adv.shape[0]
-    require_vector("step", step_per_sample, batch, *FLOATS)
-    require_vector("eps", eps_per_sample, batch, *FLOATS)
-    if norm not in NORMS:
-        raise ValueError(f"norm: {norm!r}; needs one of {', '.join(NORMS)}")
+    _require_images(adv, grad=grad, clean=clean, momentum=momentum, previous=previous)
+    numbers: tuple[Number, ...] = (step, eps, lower, upper)
+    by = (step_by, eps_by, lower_by, upper_by)
+    if any(tensor is not None for tensor in by):
+        numbers = _numbers(adv, norm, numbers, by)
+    if mask is not None:
+        require_one_device(adv=adv, mask=mask)
+        mask = rows_or_pixels(mask, adv)
     if adv.numel() == 0:
         return
-    if not runs_triton(adv):
-        step_or_steps = step if step_per_sample is None else step_per_sample
-        eps_or_epses = eps if eps_per_sample is None else eps_per_sample
-        adv.copy_(
-            pgd_step_reference(adv, grad, clean, step_or_steps, eps_or_epses, norm=norm, lower=lower, upper=upper)
-        )
+    step_, eps_, lower_, upper_ = numbers
+    given = Step(
+        adv, grad, clean, step_, eps_, norm, lower_, upper_, mask, momentum, decay, previous, inertia, clip_first
+    )
+    if not runs_triton(adv, grad, clean, momentum, previous):
+        ascend(given)
         return
-    by_sample = step_per_sample is not None or eps_per_sample is not None
-    pixels, blocks, block, programs = pixel_runs(adv, BLOCK, by_sample or norm == "l2")
-    options: dict[str, Any] = {"BLOCK": block, **EXACT}
-    arguments = (adv, grad, clean, step_per_sample, eps_per_sample, step, eps, lower, upper)
-    with launching(adv):
-        if norm == "linf":
-            _linf_kernel[(programs,)](*arguments, pixels, blocks, **options)
-        else:
-            options["PIXELS"] = pixels
-            _l2_kernel[(batch,)](*arguments, **options)
-    overwritten(adv)
+    launch(given)
+    for tensor in (adv, momentum, previous):
+        if tensor is not None:
+            overwritten(tensor)
+
+
+def _require_images(adv: Tensor, **others: Tensor | None) -> None:
+    """Raise ValueError unless all are floats of one shape and device, and `adv` is dense, the batch outermost."""
+    if adv.dim() == 0:
+        raise ValueError("adv: a scalar; needs a leading batch dimension")
+    if not (adv.is_contiguous() or is_dense_batch_first(adv)):
+        raise ValueError(f"adv: strides {adv.stride()} leave holes or overlap; call .contiguous() on it")
+    for name, tensor in (("adv", adv), *others.items()):
+        if tensor is None:
+            continue
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{name}: {tensor.dtype}; needs one of {', '.join(map(str, FLOATS))}")
+        if tensor.shape != adv.shape:
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)}, but adv has {tuple(adv.shape)}")
+        if tensor.device != adv.device:
+            raise ValueError(f"{name}: on {tensor.device}, but adv is on {adv.device}; move it with .to()")
+
+
+def _numbers(
+    adv: Tensor, norm: str, numbers: tuple[Number, ...], tensors: tuple[Tensor | None, ...]
+) -> tuple[Number, ...]:
+    """Return the numbers, and in place of some of them the tensors that are given, as `grid` makes them."""
+    names = ("step", "eps", "lower", "upper")
+    require_one_device(adv=adv, **dict(zip(names, tensors, strict=True)))
+    result: list[Number] = []
+    for name, value, tensor in zip(names, numbers, tensors, strict=True):
+        by_sample = name in ("step", "eps")
+        made = value if tensor is None else grid(name, tensor, adv, by_sample)
+        if norm == "l2" and by_sample and isinstance(made, Tensor) and made.shape[1] > 1:
+            raise ValueError(f"{name}: it differs by channel; with norm='l2' a sample has one {name}")
+        result.append(made)
+    return tuple(result)
+
+
+@rewritten(f"pgd_step_number_({_TENSORS}, Scalar step, Scalar eps, {_BY}, Scalar lower, Scalar upper, {_REST}) -> ()")
+def _of_symbols(
+    adv: Tensor,
+    grad: Tensor,
+    clean: Tensor,
+    step: Any,
+    eps: Any,
+    step_by: Tensor | None,
+    eps_by: Tensor | None,
+    norm: str,
+    lower: Any,
+    upper: Any,
+    lower_by: Tensor | None = None,
+    upper_by: Tensor | None = None,
+    *rest: Any,
+) -> None:
+    """Take numbers that are symbols of torch.compile too."""
+    given = ((step, step_by), (eps, eps_by), (lower, lower_by), (upper, upper_by))
+    (step, step_by), (eps, eps_by), (lower, lower_by), (upper, upper_by) = (
+        (0.0, adv.new_ones(1) * number) if is_symbol(number) else (number, by) for number, by in given
+    )
+    _pgd_step_op(adv, grad, clean, step, eps, step_by, eps_by, norm, lower, upper, lower_by, upper_by, *rest)
 
 
 def pgd_step_(
@@ -232,36 +159,67 @@ def pgd_step_(
     step: float | Tensor,
     eps: float | Tensor,
     *,
-    norm: str = "linf",
-    lower: float = 0.0,
-    upper: float = 1.0,
+    norm: str | float = "linf",
+    lower: float | Tensor = 0.0,
+    upper: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    momentum: Tensor | None = None,
+    decay: float = 1.0,
+    previous: Tensor | None = None,
+    inertia: float = 0.75,
+    clip_first: bool = False,
 ) -> Tensor:
     """Move `adv` one step along `grad`, in place, and project it to the eps ball around `clean` and to valid pixels.
 
     A pixel whose gradient is zero or NaN does not move. With L2, neither does one whose gradient is infinite, and a
     sample inside the ball is not rescaled. In float16 and bfloat16 the result is rounded after the projection, so it
-    may leave the ball by half an ulp. The formula and its source are in the module docstring.
+    may leave the ball by half an ulp. The formulas and their sources are in the module docstring.
 
     Args:
-        adv, grad, clean: (B, ...), one float dtype, one dense layout with the batch outermost.
-        step, eps: in pixel units (8/255, not 8); a number, or floats (B,) with one number for each sample; eps >= 0. A
-            number of either may not be above the width of the range (or 1) with "linf", nor its sqrt(pixels)-fold with
-            "l2".
-        norm: "linf" or "l2".
-        lower, upper: the range of a valid pixel.
+        adv: (B, ...), floats, dense with the batch outermost, in any order of the other dimensions (channels-last).
+        grad, clean: of the shape of `adv`, of any float dtype and any strides: they are read as they are. Those of more
+            than 4 dimensions and another layout than `adv` are copied on a GPU.
+        step, eps: in pixel units (8/255, not 8). A number; or floats: one, (B,) or of any shape that flattens to it, by
+            sample; (C,), (C, 1, 1) or (1, C, 1, 1), by channel, with "linf"; (B, C, 1, 1). With B = C, (B,) is by
+            sample. A number of either may not be above the width of the range (or 1) with "linf", nor its
+            sqrt(pixels)-fold with "l2". A negative step moves against the gradient: towards a target. eps >= 0; of a
+            tensor, what is below counts as 0.
+        norm: "linf" or "l2"; also as math.inf, "inf", 2, "2".
+        lower, upper: the range of a valid pixel. A number; or floats: one, or (C,), (C, 1, 1) or (1, C, 1, 1), by
+            channel. Where lower is above upper in a tensor, the pixel becomes upper.
+        mask: (B,) bool, or bool that broadcasts to `adv`. Where it is False, a pixel stays exactly as it is, its
+            gradient counts 0, and its distance from `clean` does not count.
+        momentum: of the shape of `adv`, any float dtype, zeros at first; overwritten.
+        decay: of the momentum.
+        previous: the iterate before `adv`, of its shape, any float dtype, at first a copy of `adv`; overwritten with
+            what `adv` was.
+        inertia: the weight of the new move, beside `previous`; Auto-PGD takes 1 at its first step, then 0.75.
+        clip_first: with "l2", whether to clip to valid pixels before the projection to the ball, and not after it.
 
     Returns:
         `adv` itself.
 
     Raises:
-        ValueError: the tensors differ in shape, dtype, device or strides; autograd is tracking `adv`; unknown norm; a
-            number for step or eps is not one of pixel units; the range of a pixel is empty.
+        TypeError: an argument is neither a tensor nor a number where it must be one.
+        ValueError: a shape, dtype, device or layout does not fit; an argument requires a gradient, which is not
+            computed; unknown norm; a number for step or eps is not one of pixel units; the range of a pixel is empty.
     """
-    require_writable("adv", adv)
-    batch = adv.shape[0] if adv.dim() else 0
-    step_scalar, step_per_sample = per_sample("step", step, batch)
-    eps_scalar, eps_per_sample = per_sample("eps", eps, batch)
-    pixels = 1 if norm == "linf" or not adv.numel() else adv.numel() // batch
-    require_pixel_units(lower, upper, pixels, step=abs(step_scalar), eps=eps_scalar)
-    _pgd_step_op(adv, grad, clean, step_scalar, eps_scalar, step_per_sample, eps_per_sample, norm, lower, upper)
+    if not (isinstance(adv, Tensor) and isinstance(grad, Tensor) and isinstance(clean, Tensor)):
+        raise TypeError("adv, grad, clean: they must be tensors")
+    if torch.is_grad_enabled():
+        require_writable("adv", adv)
+        require_no_grad(grad=grad, clean=clean, step=step, eps=eps, lower=lower, upper=upper, momentum=momentum)
+        require_no_grad(previous=previous)
+    norm = named_norm(norm)
+    if clip_first and norm == "linf":
+        raise ValueError("clip_first: it is for norm='l2'; in L-inf the order makes no difference")
+    step, step_by = split("step", step)
+    eps, eps_by = split("eps", eps)
+    lower, lower_by = split("lower", lower, -math.inf)
+    upper, upper_by = split("upper", upper, math.inf)
+    pixels = 1 if norm == "linf" or not adv.numel() else adv.numel() // adv.shape[0]
+    require_pixel_units(lower, upper, pixels, step=abs(step), eps=eps)
+    take = _of_symbols if torch.compiler.is_compiling() else _pgd_step_op
+    rest = (mask, momentum, decay, previous, inertia, clip_first)
+    take(adv, grad, clean, step, eps, step_by, eps_by, norm, lower, upper, lower_by, upper_by, *rest)
     return adv

@@ -1,0 +1,300 @@
+"""The arithmetic of pgd_step.py in Triton."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retemper.kernels.ascent import Step, go_on
+from retemper.kernels.language import tl, triton
+from retemper.kernels.pixels import beside, channel_of, channels_of, differs_by, laid_out, number, place, radius
+from retemper.kernels.runtime import EXACT, clamp, launching, locate, pixel_runs
+
+# The pixels of a program: 8 for each thread of 4 warps, so two loads of 16 bytes of each fp32 tensor. Chosen from the
+# code for sm_90, not yet measured on a GPU. It takes 17 instructions a pixel, where the memory leaves time for 110, and
+# 32 registers, so that 64 warps fit. With 512 pixels it takes 20 instructions a pixel, with 2048 it takes 16.
+BLOCK = 1024
+
+
+@triton.jit
+def _linf_kernel(
+    adv_ptr,
+    grad_ptr,
+    clean_ptr,
+    mask_ptr,
+    previous_ptr,
+    step,
+    eps,
+    lower,
+    upper,
+    inertia,
+    rest,
+    pixels,
+    blocks,
+    CHANNELS: tl.constexpr,
+    STEP_BY: tl.constexpr,
+    EPS_BY: tl.constexpr,
+    LOWER_BY: tl.constexpr,
+    UPPER_BY: tl.constexpr,
+    GRAD: tl.constexpr,
+    CLEAN: tl.constexpr,
+    MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sample, offset, inside = locate(pixels, blocks, BLOCK)
+    pixel = offset - sample * pixels
+    channel = channel_of(pixel, CHANNELS)
+    step = number(step, sample, channel, CHANNELS, STEP_BY)
+    eps = radius(eps, sample, channel, CHANNELS, EPS_BY)
+    lower = number(lower, sample, channel, CHANNELS, LOWER_BY)
+    upper = number(upper, sample, channel, CHANNELS, UPPER_BY)
+    adv = tl.load(adv_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + place(offset, sample, pixel, GRAD), mask=inside, other=0.0).to(tl.float32)
+    clean = tl.load(clean_ptr + place(offset, sample, pixel, CLEAN), mask=inside, other=0.0).to(tl.float32)
+    moved = adv + tl.where(grad > 0, step, tl.where(grad < 0, -step, 0.0))
+    moved = clamp(clamp(moved, clean - eps, clean + eps), lower, upper)
+    if previous_ptr is not None:
+        before = tl.load(previous_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        moved = (adv + (moved - adv) * inertia) + (adv - before) * rest
+        moved = clamp(clamp(moved, clean - eps, clean + eps), lower, upper)
+        tl.store(previous_ptr + offset, adv.to(previous_ptr.dtype.element_ty), mask=inside)
+    if mask_ptr is not None:
+        inside &= tl.load(mask_ptr + place(offset, sample, pixel, MASK), mask=inside, other=0) != 0
+    tl.store(adv_ptr + offset, moved.to(adv_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _kept(mask_ptr, sample, pixel, PIXELS: tl.constexpr, MASK: tl.constexpr):
+    """Return which pixels exist and are not masked."""
+    kept = pixel < PIXELS
+    if mask_ptr is not None:
+        kept &= tl.load(mask_ptr + place(sample * PIXELS + pixel, sample, pixel, MASK), mask=kept, other=0) != 0
+    return kept
+
+
+@triton.jit
+def _finite(grad_ptr, sample, pixel, kept, PIXELS: tl.constexpr, GRAD: tl.constexpr):
+    """Load the gradient as float32, with 0 for entries that are not finite."""
+    at = place(sample * PIXELS + pixel, sample, pixel, GRAD)
+    grad = tl.load(grad_ptr + at, mask=kept, other=0.0).to(tl.float32)
+    return tl.where(tl.abs(grad) < float("inf"), grad, 0.0)
+
+
+@triton.jit
+def _unit_and_length(
+    grad_ptr,
+    mask_ptr,
+    sample,
+    squared,
+    PIXELS: tl.constexpr,
+    GRAD: tl.constexpr,
+    MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Return the largest entry of a sample's gradient, and the L2 or L1 norm of the gradient divided by it; never 0."""
+    peak = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, PIXELS, BLOCK):
+        pixel = start + tl.arange(0, BLOCK)
+        kept = _kept(mask_ptr, sample, pixel, PIXELS, MASK)
+        peak = tl.maximum(peak, tl.abs(_finite(grad_ptr, sample, pixel, kept, PIXELS, GRAD)))
+    unit = tl.max(peak, 0)  # divides the gradient, since float32 cannot hold the square of 1e-30 or 1e30
+    unit = tl.where(unit == 0, 1.0, unit)
+
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, PIXELS, BLOCK):
+        pixel = start + tl.arange(0, BLOCK)
+        kept = _kept(mask_ptr, sample, pixel, PIXELS, MASK)
+        grad = tl.math.div_rn(_finite(grad_ptr, sample, pixel, kept, PIXELS, GRAD), unit)
+        total += grad * grad if squared else tl.abs(grad)
+    length = tl.sum(total, 0)
+    if squared:
+        length = tl.math.sqrt_rn(length)
+    return unit, tl.where(length == 0, 1.0, length)
+
+
+@triton.jit
+def _momentum_kernel(
+    momentum_ptr,
+    grad_ptr,
+    mask_ptr,
+    decay,
+    GRAD: tl.constexpr,
+    MASK: tl.constexpr,
+    PIXELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sample = tl.program_id(0).to(tl.int64)
+    unit, length = _unit_and_length(grad_ptr, mask_ptr, sample, False, PIXELS, GRAD, MASK, BLOCK)
+    for start in range(0, PIXELS, BLOCK):
+        pixel = start + tl.arange(0, BLOCK)
+        kept = _kept(mask_ptr, sample, pixel, PIXELS, MASK)
+        at = momentum_ptr + sample * PIXELS + pixel
+        grad = tl.math.div_rn(tl.math.div_rn(_finite(grad_ptr, sample, pixel, kept, PIXELS, GRAD), unit), length)
+        total = tl.load(at, mask=pixel < PIXELS, other=0.0).to(tl.float32) * decay + grad
+        tl.store(at, total.to(momentum_ptr.dtype.element_ty), mask=pixel < PIXELS)
+
+
+@triton.jit
+def _l2_kernel(
+    adv_ptr,
+    grad_ptr,
+    clean_ptr,
+    mask_ptr,
+    step,
+    eps,
+    lower,
+    upper,
+    CHANNELS: tl.constexpr,
+    STEP_BY: tl.constexpr,
+    EPS_BY: tl.constexpr,
+    LOWER_BY: tl.constexpr,
+    UPPER_BY: tl.constexpr,
+    GRAD: tl.constexpr,
+    CLEAN: tl.constexpr,
+    MASK: tl.constexpr,
+    CLIP_FIRST: tl.constexpr,
+    PIXELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sample = tl.program_id(0).to(tl.int64)
+    step = number(step, sample, 0, CHANNELS, STEP_BY)
+    eps = radius(eps, sample, 0, CHANNELS, EPS_BY)
+    unit, length = 1.0, 1.0
+    if grad_ptr is not None:
+        unit, length = _unit_and_length(grad_ptr, mask_ptr, sample, True, PIXELS, GRAD, MASK, BLOCK)
+
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, PIXELS, BLOCK):
+        pixel = start + tl.arange(0, BLOCK)
+        kept = _kept(mask_ptr, sample, pixel, PIXELS, MASK)
+        moved, clean = _moved(
+            adv_ptr, grad_ptr, clean_ptr, sample, pixel, kept, unit, length, step, PIXELS, GRAD, CLEAN
+        )
+        if CLIP_FIRST:
+            channel = channel_of(pixel, CHANNELS)
+            least = number(lower, sample, channel, CHANNELS, LOWER_BY)
+            moved = tl.where(kept, clamp(moved, least, number(upper, sample, channel, CHANNELS, UPPER_BY)), 0.0)
+        squares += (moved - clean) * (moved - clean)
+    distance = tl.math.sqrt_rn(tl.sum(squares, 0))
+    shrink = eps / tl.where(distance > eps, distance, 1.0)
+
+    for start in range(0, PIXELS, BLOCK):
+        pixel = start + tl.arange(0, BLOCK)
+        kept = _kept(mask_ptr, sample, pixel, PIXELS, MASK)
+        moved, clean = _moved(
+            adv_ptr, grad_ptr, clean_ptr, sample, pixel, kept, unit, length, step, PIXELS, GRAD, CLEAN
+        )
+        channel = channel_of(pixel, CHANNELS)
+        least = number(lower, sample, channel, CHANNELS, LOWER_BY)
+        most = number(upper, sample, channel, CHANNELS, UPPER_BY)
+        if CLIP_FIRST:
+            moved = clamp(moved, least, most)
+        moved = tl.where(distance > eps, clean + (moved - clean) * shrink, moved)  # inside the ball nothing changes
+        if not CLIP_FIRST:
+            moved = clamp(moved, least, most)
+        tl.store(adv_ptr + sample * PIXELS + pixel, moved.to(adv_ptr.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def _moved(
+    adv_ptr,
+    grad_ptr,
+    clean_ptr,
+    sample,
+    pixel,
+    kept,
+    unit,
+    length,
+    step,
+    PIXELS: tl.constexpr,
+    GRAD: tl.constexpr,
+    CLEAN: tl.constexpr,
+):
+    """Load pixels, and return them moved along the gradient but not projected, and the clean ones."""
+    offset = sample * PIXELS + pixel
+    moved = tl.load(adv_ptr + offset, mask=kept, other=0.0).to(tl.float32)
+    clean = tl.load(clean_ptr + place(offset, sample, pixel, CLEAN), mask=kept, other=0.0).to(tl.float32)
+    if grad_ptr is not None:
+        grad = _finite(grad_ptr, sample, pixel, kept, PIXELS, GRAD)
+        moved += step * tl.math.div_rn(tl.math.div_rn(grad, unit), length)
+    return moved, clean
+
+
+def launch(given: Step) -> None:
+    """Take the step in place, in Triton: in one launch, with momentum in two, in L2 with `previous` in some more."""
+    with launching(given.adv):
+        if given.momentum is not None:
+            given = given._replace(grad=_gather(given, given.momentum), momentum=None)
+        if given.norm == "linf":
+            _launch_linf(given)
+        elif given.previous is None:
+            _launch_l2(given, given.adv, given.grad)
+        else:
+            _launch_l2_twice(given, given.previous)
+
+
+def _gather(given: Step, momentum: Tensor) -> Tensor:
+    """Update the momentum in place, and return it in the layout of `adv`."""
+    total = laid_out(momentum, given.adv)
+    grad, grad_at = beside(given.grad, given.adv)
+    mask, mask_at = _mask(given)
+    pixels, _, block, _ = pixel_runs(given.adv, BLOCK, True)
+    options: dict[str, Any] = dict(GRAD=grad_at, MASK=mask_at, PIXELS=pixels, BLOCK=block, **EXACT)
+    _momentum_kernel[(total.shape[0],)](total, grad, mask, given.decay, **options)
+    if total is not momentum:
+        momentum.copy_(total)
+    return total
+
+
+def _launch_linf(given: Step) -> None:
+    adv, previous = given.adv, given.previous
+    grad, grad_at = beside(given.grad, adv)
+    clean, clean_at = beside(given.clean, adv)
+    mask, mask_at = _mask(given)
+    numbers, options = _numbers(given, adv)
+    by_sample = not {"sample", "channel", "both"}.isdisjoint(options.values())
+    by_sample = by_sample or any(at is not None for at in (grad_at, clean_at, mask_at))
+    pixels, blocks, block, programs = pixel_runs(adv, BLOCK, by_sample)
+    weights: Any = (None, None) if previous is None else (given.inertia, 1 - given.inertia)
+    before = previous if previous is None else laid_out(previous, adv)
+    options |= dict(GRAD=grad_at, CLEAN=clean_at, MASK=mask_at, BLOCK=block, **EXACT)
+    arguments: tuple[Any, ...] = (adv, grad, clean, mask, before, *numbers, *weights, pixels, blocks)
+    _linf_kernel[(programs,)](*arguments, **options)
+    if previous is not None and before is not None and before is not previous:
+        previous.copy_(before)
+
+
+def _launch_l2(given: Step, adv: Tensor, grad: Tensor | None) -> None:
+    """Take one step of `adv` in place; without a gradient, project it."""
+    grad, grad_at = (None, None) if grad is None else beside(grad, adv)
+    clean, clean_at = beside(given.clean, adv)
+    mask, mask_at = _mask(given)
+    numbers, options = _numbers(given, adv)
+    pixels, _, block, _ = pixel_runs(adv, BLOCK, True)
+    options |= dict(GRAD=grad_at, CLEAN=clean_at, MASK=mask_at, CLIP_FIRST=given.clip_first)
+    options |= dict(PIXELS=pixels, BLOCK=block, **EXACT)
+    _l2_kernel[(adv.shape[0],)](adv, grad, clean, mask, *numbers, **options)
+
+
+def _launch_l2_twice(given: Step, previous: Tensor) -> None:
+    """Take a step, go on along the last one, and project: two launches, and those of PyTorch between them."""
+    adv = given.adv
+    new = adv.to(torch.float32, copy=True)  # rounded once, at the end
+    old = new.clone()
+    _launch_l2(given, new, given.grad)
+    go_on(new, old, previous, given.inertia)
+    _launch_l2(given, new, None)
+    previous.copy_(adv)
+    adv.copy_(new if given.mask is None else torch.where(given.mask, new, old))
+
+
+def _mask(given: Step) -> tuple[Tensor | None, Any]:
+    return (None, None) if given.mask is None else beside(given.mask, given.adv)
+
+
+def _numbers(given: Step, adv: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the numbers as the kernels take them, and how each differs."""
+    numbers = (given.step, given.eps, given.lower, given.upper)
+    by = [differs_by(value) if isinstance(value, Tensor) else "none" for value in numbers]
+    names = ("STEP_BY", "EPS_BY", "LOWER_BY", "UPPER_BY")
+    return numbers, {"CHANNELS": channels_of(adv, *by), **dict(zip(names, by, strict=True))}
