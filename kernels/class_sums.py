@@ -5,108 +5,296 @@
     count[k]    = number of i with y_i = k
 
 The temperatures of ABSLD (Zhao et al., 2023) and the class weights of other methods follow from them.
-Deterministic: each program writes the sums of its own rows, which are then added in a fixed order, without atomics.
 Bound by memory: one pass over the logits, where eager PyTorch takes a log-softmax, an argmax, two gathers and three
-scatters.
+scatters. Deterministic, without atomics: whatever is added is added in a fixed order.
+
+Up to WIDEST classes a program adds up its own rows, class by class, and where there are several programs a second
+launch adds up what they wrote. With more classes, the first launch writes the cross-entropy and the hit of each row.
+In the second, each program takes a block of classes and a slice of rows. A third launch adds up the slices of a batch
+that has several. No program holds, and no launch writes, a number for each pair of a row and a class.
 """
+
+# pyright: reportGeneralTypeIssues=false
+# (Triton declares that static_range never returns, so pyright lets no loop go over it.)
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from retemper.kernels.language import cdiv, next_power_of_2, tl, triton
+from retemper.kernels.logit_rows import row_logits, row_tiles
+from retemper.kernels.numerics import LN2, LOG2E
 from retemper.kernels.operators import operator
 from retemper.kernels.runtime import (
     EXACT,
+    access_width,
     compute_dtype,
     launching,
+    require_no_grad,
     require_one_device,
     require_rows,
     require_vector,
     runs_triton,
 )
 
-TILE = 1024  # logits that a program holds: 8 for each thread of 4 warps; twice as many spill registers on sm_90
-WIDEST = 128  # classes of a tile; a wider one has so few rows that there are more partial sums than logits
+# Chosen from the code for sm_90, not yet measured on a GPU.
+WIDEST = 16  # classes whose sums a program can hold beside its rows
+PARTS = 1024  # the most programs of that kind: about as many as a GPU runs at once, and a second launch adds up quickly
+SLICE = 1024  # rows of a program that goes through rows for its block of classes
+BLOCK, TILE = 32, 4096  # classes of that block, and how many rows times classes a program looks at at once
+FEW = 16  # classes; rows shorter than PyTorch's vectors are slow on a CPU, so that it gets them as columns
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def sum_tiles(classes: int) -> dict[str, int]:
-    """Return the constants of the kernel for that many classes: K, ROWS and BLOCK."""
-    block = min(next_power_of_2(classes), WIDEST)
-    return {"K": classes, "ROWS": TILE // block, "BLOCK": block}
+    """Return the constants of a kernel that goes through rows, or parts, for a block of classes: K, BLOCK and TALL."""
+    block = min(next_power_of_2(classes), BLOCK)
+    return {"K": classes, "BLOCK": block, "TALL": TILE // block}
 
 
 def class_sums_reference(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the sums in plain PyTorch: the truth for the tests, and the path on a CPU.
 
-    Args and Returns: as for `class_sums`. Nothing is checked.
+    Args and Returns: as for `class_sums`. Nothing is checked. Differentiable in `logits`.
     """
-    wide = logits.to(compute_dtype(logits))
-    member = label[:, None] == torch.arange(logits.shape[1], device=logits.device)
-    cross_entropy = -wide.log_softmax(1).gather(1, label.clamp(0, logits.shape[1] - 1)[:, None])
-    hit = (logits.argmax(1, keepdim=True) == label[:, None]) & ~cross_entropy.isnan()
-    return torch.where(member, cross_entropy, 0).sum(0), (member & hit).sum(0), member.sum(0)
+    wide, label = logits.to(compute_dtype(logits)), label.long()
+    classes = wide.shape[1]
+    log_softmax = wide.log_softmax(1) if classes >= FEW else wide.t().log_softmax(0).t()
+    inner = label.clamp(0, classes - 1)
+    known = label == inner
+    cross_entropy = F.nll_loss(log_softmax, inner, reduction="none")
+    hit = (wide.max(1)[1] == label).logical_and_(cross_entropy == cross_entropy)  # a row with NaN predicts nothing
+    loss, none = wide.new_zeros(classes), label.new_zeros(classes)
+    return (
+        loss.index_add(0, inner, cross_entropy.masked_fill(~known, 0)),
+        none.index_add(0, inner, hit.long()),
+        none.index_add(0, inner, known.long()),
+    )
+
+
+@triton.jit
+def _row_losses(
+    logits_ptr,
+    label_ptr,
+    row,
+    B,
+    STRIDE: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Return the class of each row, -1 where it has none, its cross-entropy, and whether it is predicted: (ROWS,)."""
+    label = tl.load(label_ptr + row, mask=row < B, other=0).to(tl.int64)
+    known = (row < B) & (label >= 0) & (label < K)
+    label = tl.where(known, label, -1).to(tl.int32)
+    row_ptr = logits_ptr + tl.minimum(row, B - 1) * STRIDE
+    own = tl.load(row_ptr + label, mask=known, other=0.0).to(tl.float32)
+
+    peak = tl.full((ROWS, LANES), float("-inf"), tl.float32)
+    earlier = tl.full((ROWS, LANES), float("-inf"), tl.float32)  # the highest of the classes before the label
+    total = tl.zeros((ROWS, LANES), tl.float32)
+    for start in range(0, K, STEPS * LANES):
+        logits = row_logits(row_ptr, start, K, LANES, STEPS)
+        higher = peak
+        for step in tl.static_range(STEPS):
+            higher = tl.maximum(higher, logits[step])
+        shift = tl.where(higher == float("-inf"), 0.0, higher)  # while all are -inf: -inf - -inf is NaN
+        total *= tl.exp2((peak - shift) * LOG2E)
+        for step in tl.static_range(STEPS):
+            total += tl.exp2((logits[step] - shift) * LOG2E)
+            cls = start + step * LANES + tl.arange(0, LANES)
+            before = tl.where(cls[None, :] < label[:, None], logits[step], float("-inf"))
+            earlier = tl.maximum(earlier, before)
+        peak = higher
+    top = tl.max(peak, 1)
+    total = tl.sum(total * tl.exp2((peak - top[:, None]) * LOG2E), 1)
+    cross_entropy = LN2 * tl.log2(total) - (own - top)
+    first = (own == top) & (tl.max(earlier, 1) < own)
+    return label, cross_entropy, first & (cross_entropy == cross_entropy)  # a row with NaN predicts nothing
+
+
+@triton.jit
+def _of_classes(cls, label, cross_entropy, hit):
+    """Return the sums of the classes `cls` over the rows: three of (BLOCK,)."""
+    member = label[:, None] == cls[None, :]
+    loss = tl.sum(tl.where(member, cross_entropy[:, None], 0.0), 0)
+    correct = tl.sum((member & hit[:, None]).to(tl.int32), 0)
+    return loss, correct, tl.sum(member.to(tl.int32), 0)
+
+
+@triton.jit
+def _store(loss_ptr, correct_ptr, count_ptr, place, loss, correct, count, inside):
+    """Write the three sums, (BLOCK,) each, to their places."""
+    tl.store(loss_ptr + place, loss, mask=inside)
+    tl.store(correct_ptr + place, correct, mask=inside)
+    tl.store(count_ptr + place, count, mask=inside)
 
 
 @triton.jit
 def _class_sums_kernel(
-    logits_ptr, label_ptr, loss_ptr, count_ptr, stride, B, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    logits_ptr,
+    label_ptr,
+    loss_ptr,
+    correct_ptr,
+    count_ptr,
+    B,
+    STRIDE: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    row = program * ROWS + tl.arange(0, ROWS)
-    label = tl.load(label_ptr + row, mask=row < B, other=-1)
-    known = (label >= 0) & (label < K)
-    row_ptr = logits_ptr + tl.minimum(row, B - 1) * stride  # rows past the end: the last one, without a label
-    own = tl.load(row_ptr + label, mask=known, other=0.0).to(tl.float32)
+    """Write the sums of the program's rows: every so many tiles one, from all over the batch."""
+    part = tl.program_id(0).to(tl.int64)
+    cls = tl.arange(0, WIDTH)
+    loss = tl.zeros((WIDTH,), tl.float32)
+    correct = tl.zeros((WIDTH,), tl.int32)
+    count = tl.zeros((WIDTH,), tl.int32)
+    for first in range(part * ROWS, B, tl.num_programs(0) * ROWS):
+        row = first + tl.arange(0, ROWS)
+        label, cross_entropy, hit = _row_losses(logits_ptr, label_ptr, row, B, STRIDE, K, ROWS, LANES, STEPS)
+        more_loss, more_correct, more = _of_classes(cls, label, cross_entropy, hit)
+        loss += more_loss
+        correct += more_correct
+        count += more
+    _store(loss_ptr, correct_ptr, count_ptr, part * K + cls, loss, correct, count, cls < K)
 
-    peak = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    better = tl.zeros((ROWS,), tl.int32)  # how many logits an argmax would prefer to that of the label
-    for start in range(0, K, BLOCK):
-        cls = (start + tl.arange(0, BLOCK))[None, :]
-        logit = tl.load(row_ptr[:, None] + cls, mask=cls < K, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(peak, tl.max(logit, 1))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)  # while all are -inf: -inf - -inf is NaN
-        total = total * tl.exp(peak - shift) + tl.sum(tl.exp(logit - shift[:, None]), 1)
-        peak = higher
-        first_among_equals = (logit == own[:, None]) & (cls < label[:, None])
-        better += tl.sum(((logit > own[:, None]) | first_among_equals).to(tl.int32), 1)
-    cross_entropy = tl.log(total) - (own - peak)
-    hit = (better == 0) & (cross_entropy == cross_entropy)  # a row with NaN predicts nothing
 
-    for start in range(0, K, BLOCK):
-        cls = start + tl.arange(0, BLOCK)
-        member = label[:, None] == cls[None, :]
-        place = program * K + cls
-        tl.store(loss_ptr + place, tl.sum(tl.where(member, cross_entropy[:, None], 0.0), 0), mask=cls < K)
-        correct = tl.sum((member & hit[:, None]).to(tl.int32), 0)
-        tl.store(count_ptr + program * K + place, correct, mask=cls < K)
-        tl.store(count_ptr + program * K + place + K, tl.sum(member.to(tl.int32), 0), mask=cls < K)
+@triton.jit
+def _row_losses_kernel(
+    logits_ptr,
+    label_ptr,
+    cross_entropy_ptr,
+    hit_ptr,
+    B,
+    STRIDE: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Write the cross-entropy of each row and whether it is predicted: (B,) each."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    _, cross_entropy, hit = _row_losses(logits_ptr, label_ptr, row, B, STRIDE, K, ROWS, LANES, STEPS)
+    tl.store(cross_entropy_ptr + row, cross_entropy, mask=row < B)
+    tl.store(hit_ptr + row, hit, mask=row < B)
+
+
+@triton.jit
+def _slice_sums_kernel(
+    label_ptr,
+    cross_entropy_ptr,
+    hit_ptr,
+    loss_ptr,
+    correct_ptr,
+    count_ptr,
+    B,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TALL: tl.constexpr,
+    SLICE: tl.constexpr,
+):
+    """Write the sums of a block of classes over a slice of the rows."""
+    block, part = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    cls = block * BLOCK + tl.arange(0, BLOCK)
+    loss = tl.zeros((BLOCK,), tl.float32)
+    correct = tl.zeros((BLOCK,), tl.int32)
+    count = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, SLICE, TALL):
+        row = part * SLICE + start + tl.arange(0, TALL)
+        label = tl.load(label_ptr + row, mask=row < B, other=-1).to(tl.int64)
+        inside = (row < B) & (label // BLOCK == block)
+        if tl.max(inside.to(tl.int32), 0) > 0:  # of many classes, most blocks have no row
+            cross_entropy = tl.load(cross_entropy_ptr + row, mask=inside, other=0.0)
+            hit = tl.load(hit_ptr + row, mask=inside, other=0) > 0
+            near = tl.where(inside, label, -1).to(tl.int32)
+            more_loss, more_correct, more = _of_classes(cls, near, cross_entropy, hit)
+            loss += more_loss
+            correct += more_correct
+            count += more
+    _store(loss_ptr, correct_ptr, count_ptr, part * K + cls, loss, correct, count, cls < K)
+
+
+@triton.jit
+def _column_total(ptr, parts, cls, K: tl.constexpr, BLOCK: tl.constexpr, TALL: tl.constexpr, DTYPE: tl.constexpr):
+    """Return the sums over the parts of a block of columns of (parts, K): (BLOCK,)."""
+    total = tl.zeros((TALL, BLOCK), DTYPE)
+    for start in range(0, parts, TALL):
+        part = start + tl.arange(0, TALL)
+        inside = (part < parts)[:, None] & (cls < K)[None, :]
+        total += tl.load(ptr + part.to(tl.int64)[:, None] * K + cls, mask=inside, other=0).to(DTYPE)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _total_kernel(
+    part_loss_ptr,
+    part_correct_ptr,
+    part_count_ptr,
+    loss_ptr,
+    correct_ptr,
+    count_ptr,
+    parts,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TALL: tl.constexpr,
+):
+    """Write the sums of a block of classes over all parts."""
+    cls = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    loss = _column_total(part_loss_ptr, parts, cls, K, BLOCK, TALL, tl.float32)
+    correct = _column_total(part_correct_ptr, parts, cls, K, BLOCK, TALL, tl.int64)
+    count = _column_total(part_count_ptr, parts, cls, K, BLOCK, TALL, tl.int64)
+    _store(loss_ptr, correct_ptr, count_ptr, cls, loss, correct, count, cls < K)
+
+
+def _launch(logits: Tensor, label: Tensor, sums: tuple[Tensor, ...]) -> None:
+    """Fill the three (K,) of `sums` by one, two or three launches."""
+    batch, classes = logits.shape
+    tiles: dict[str, Any] = row_tiles(classes, access_width(classes, logits))
+    tiles |= {"STRIDE": logits.stride(0) if batch > 1 else classes, **EXACT}
+    blocks: dict[str, Any] = {**sum_tiles(classes), **EXACT}
+    programs = cdiv(batch, tiles["ROWS"])
+    by_tile = classes <= WIDEST
+    parts = max(1, min(programs, PARTS) if by_tile else cdiv(batch, SLICE))
+    to = sums if parts == 1 else _empty(logits, (parts, classes), torch.int32)
+    if by_tile:
+        _class_sums_kernel[(parts,)](logits, label, *to, batch, **tiles, WIDTH=next_power_of_2(classes))
+    else:
+        cross_entropy = logits.new_empty(batch, dtype=torch.float32)
+        hit = logits.new_empty(batch, dtype=torch.int8)
+        if batch:
+            _row_losses_kernel[(programs,)](logits, label, cross_entropy, hit, batch, **tiles)
+        grid = cdiv(classes, blocks["BLOCK"]), parts
+        _slice_sums_kernel[grid](label, cross_entropy, hit, *to, batch, **blocks, SLICE=SLICE)
+    if parts > 1:
+        _total_kernel[(cdiv(classes, blocks["BLOCK"]),)](*to, *sums, parts, **blocks)
+
+
+def _empty(logits: Tensor, shape: tuple[int, ...], integer: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return room for sums of losses, hits and rows."""
+    loss = logits.new_empty(shape, dtype=compute_dtype(logits))
+    return loss, logits.new_empty(shape, dtype=integer), logits.new_empty(shape, dtype=integer)
 
 
 def _fake(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    classes = logits.shape[1:]
-    loss = logits.new_empty(classes, dtype=compute_dtype(logits))
-    return loss, logits.new_empty(classes, dtype=torch.int64), logits.new_empty(classes, dtype=torch.int64)
+    return _empty(logits, logits.shape[1:], torch.int64)
 
 
 @operator("class_sums(Tensor logits, Tensor label) -> (Tensor, Tensor, Tensor)", fake=_fake)
 def _class_sums_op(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     require_rows(logits=logits)
     require_one_device(logits=logits, label=label)
-    batch, classes = logits.shape
-    require_vector("label", label, batch, torch.int64)
+    require_vector("label", label, logits.shape[0], *INTEGERS)
     if not runs_triton(logits):
         return class_sums_reference(logits, label)
-    options: dict[str, Any] = {**sum_tiles(classes), **EXACT}
-    programs = cdiv(batch, options["ROWS"])
-    loss = logits.new_empty((programs, classes), dtype=torch.float32)
-    count = logits.new_empty((programs, 2, classes), dtype=torch.int32)
-    if programs:
-        with launching(logits):
-            _class_sums_kernel[(programs,)](logits, label, loss, count, logits.stride(0), batch, **options)
-    return loss.sum(0), count[:, 0].sum(0), count[:, 1].sum(0)
+    sums = _fake(logits, label)
+    with launching(logits):
+        _launch(logits, label, sums)
+    return sums
 
 
 def class_sums(logits: Tensor, label: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,8 +304,8 @@ def class_sums(logits: Tensor, label: Tensor, num_classes: int) -> tuple[Tensor,
     adds nothing. Of equal logits the first is the prediction. The formula is in the module docstring.
 
     Args:
-        logits: (B, K), any float dtype, the K of a row side by side in memory.
-        label: (B,) int64.
+        logits: (B, K), any float dtype, the K of a row side by side in memory; detached, where autograd is on.
+        label: (B,), any integer dtype.
         num_classes: K; a model with more outputs than the data has classes is refused.
 
     Returns:
@@ -125,8 +313,10 @@ def class_sums(logits: Tensor, label: Tensor, num_classes: int) -> tuple[Tensor,
         correct, count: (K,) int64.
 
     Raises:
-        ValueError: a shape, dtype, device or stride does not fit; K is not `num_classes`.
+        ValueError: a shape, dtype, device or stride does not fit; K is not `num_classes`; `logits` requires a gradient
+            while autograd is on.
     """
     if logits.dim() != 2 or logits.shape[1] != num_classes:
         raise ValueError(f"logits: shape {tuple(logits.shape)}; needs (B, {num_classes}), as num_classes says")
-    return _class_sums_op(logits.detach(), label)
+    require_no_grad(logits=logits)
+    return _class_sums_op(logits, label)

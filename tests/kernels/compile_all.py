@@ -25,6 +25,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from retemper.kernels.language import next_power_of_2
 from retemper.kernels.runtime import EXACT
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -69,8 +70,6 @@ def by_class(dtype: str) -> Iterator[Case]:
         "weight_ptr": "*fp32",
         "trust_ptr": "*fp32",
         "row_grad_ptr": "*fp32",
-        "loss_ptr": "*fp32",
-        "count_ptr": "*i32",
     }
     types |= {"teacher_ptr": f"*{dtype}" if ALIGNED[dtype] else "*bf16"}
     absent = {} if OPTIONAL[dtype] else dict.fromkeys(["temperature_ptr", "weight_ptr", "trust_ptr", "row_grad_ptr"])
@@ -81,8 +80,22 @@ def by_class(dtype: str) -> Iterator[Case]:
         for grad in (True, False):
             out = {"out_ptr": f"*{dtype}" if grad else "*fp32"}
             yield kl._kl_kernel, types | out, absent | tiles | dense | {"GRAD": grad}
-    for classes in (10, 100):
-        yield sums._class_sums_kernel, types, sums.sum_tiles(classes)
+
+
+def class_sums(dtype: str) -> Iterator[Case]:
+    whole = "*i64" if ALIGNED[dtype] else "*i32"  # the result, or the parts of it
+    types = {"logits_ptr": f"*{dtype}", "label_ptr": "*i64" if ALIGNED[dtype] else "*u8", "hit_ptr": "*i8"}
+    types |= {"part_correct_ptr": "*i32", "part_count_ptr": "*i32", "correct_ptr": whole, "count_ptr": whole}
+    types |= dict.fromkeys(["loss_ptr", "part_loss_ptr", "cross_entropy_ptr"], "*fp32") | {"B": "i32", "parts": "i32"}
+    for classes in (10, sums.WIDEST, 100, 1000):
+        tiles = rows.row_tiles(classes, gcd(classes, 16 // SIZE[dtype])) | {"STRIDE": classes}
+        if classes <= sums.WIDEST:
+            yield sums._class_sums_kernel, types, tiles | {"WIDTH": next_power_of_2(classes)}
+        else:
+            yield sums._row_losses_kernel, types, tiles
+    for classes in (10, 1000):
+        yield sums._total_kernel, types, sums.sum_tiles(classes)
+    yield sums._slice_sums_kernel, types, sums.sum_tiles(1000) | {"SLICE": sums.SLICE}
 
 
 def augmentation(dtype: str) -> Iterator[Case]:
@@ -151,7 +164,13 @@ def report(folder: str, name: str) -> None:
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp_size))
     with open(Path(folder) / arch, "w") as file:
         for dtype, aligned in ALIGNED.items():
-            for case in (*elementwise(dtype), *by_class(dtype), *augmentation(dtype), *convolution(dtype)):
+            for case in (
+                *elementwise(dtype),
+                *by_class(dtype),
+                *class_sums(dtype),
+                *augmentation(dtype),
+                *convolution(dtype),
+            ):
                 compiled = compile_case(case, target, aligned)
                 what = {"kernel": case[0].__name__, "dtype": dtype, "aligned": aligned, "row": row(case[2])}
                 what["writes_rows"] = case[2].get("GRAD") is False  # one number for each
