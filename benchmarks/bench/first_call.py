@@ -52,7 +52,7 @@ if device != "cpu":
     torch.cuda.synchronize()
 print(perf_counter() - start)
 """
-CALLS = {  # of a kernel, with the names of INPUTS: ours, and the chain
+CALLS = {  # a name of kernels.py -> ours and the chain, with the names of INPUTS
     "pgd_step_": (
         "pgd_step_(adv, grad, clean, 0.01, 0.03)",
         "torch.min(torch.max(adv + 0.01 * grad.sign(), clean - 0.03), clean + 0.03).clamp(0, 1)",
@@ -61,11 +61,11 @@ CALLS = {  # of a kernel, with the names of INPUTS: ours, and the chain
         "random_start_(adv, clean, 0.03, seed=seed)",
         "(clean + torch.empty_like(clean).uniform_(-0.03, 0.03)).clamp_(0, 1)",
     ),
-    "class_temperature_kl": (
+    "class_temperature_kl forward": (
         "class_temperature_kl(student, teacher, label, temperature)",
         "F.kl_div(student.log_softmax(1), (teacher / temperature[label][:, None]).softmax(1), reduction='batchmean')",
     ),
-    "class_temperature_kl and backward": (
+    "class_temperature_kl forward and backward": (
         "class_temperature_kl(student, teacher, label, temperature).backward()",
         "F.kl_div(student.log_softmax(1), (teacher / temperature[label][:, None]).softmax(1), reduction='batchmean')"
         ".backward()",
@@ -79,7 +79,7 @@ CALLS = {  # of a kernel, with the names of INPUTS: ours, and the chain
         "zeros.index_add(0, label, F.cross_entropy(student, label, reduction='none'))",
     ),
     "augment": ("augment(image, view)", "image.flip(2).permute(0, 3, 1, 2).float() / 255"),
-    "epilogue": ("epilogue(x, shift)", "F.relu(x + shift[:, None, None])"),
+    "epilogue shift relu": ("epilogue(x, shift)", "F.relu(x + shift[:, None, None])"),
 }
 
 
