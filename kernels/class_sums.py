@@ -68,9 +68,9 @@ def class_sums_reference(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor,
     hit = (wide.max(1)[1] == label).logical_and_(cross_entropy == cross_entropy)  # a row with NaN predicts nothing
     loss, none = wide.new_zeros(classes), label.new_zeros(classes)
     return (
-        loss.index_add(0, inner, cross_entropy.masked_fill(~known, 0)),
+        loss.index_add_(0, inner, cross_entropy.masked_fill_(~known, 0)),
         none.index_add(0, inner, hit.long()),
-        none.index_add(0, inner, known.long()),
+        none.index_add_(0, inner, known.long()),
     )
 
 

@@ -38,6 +38,7 @@ SIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 kl = import_module("retemper.kernels.kl_divergence")
 rows = import_module("retemper.kernels.logit_rows")
 sums = import_module("retemper.kernels.class_sums")
+js = import_module("retemper.kernels.jensen_shannon")
 pgd = import_module("retemper.kernels.pgd_step")
 start = import_module("retemper.kernels.random_start")
 views = import_module("retemper.kernels.augment")
@@ -96,6 +97,22 @@ def class_sums(dtype: str) -> Iterator[Case]:
     for classes in (10, 1000):
         yield sums._total_kernel, types, sums.sum_tiles(classes)
     yield sums._slice_sums_kernel, types, sums.sum_tiles(1000) | {"SLICE": sums.SLICE}
+
+
+def jensen_shannon(dtype: str) -> Iterator[Case]:
+    aligned, logits = ALIGNED[dtype], {"student_ptr": f"*{dtype}", "teacher_ptr": f"*{dtype}"}
+    types = logits | {"student_grad_ptr": f"*{dtype}", "teacher_grad_ptr": f"*{dtype}", "loss_ptr": "*fp32"}
+    types |= dict.fromkeys(["temperature_ptr", "weight_ptr", "row_weight_ptr", "row_grad_ptr"], "*fp32")
+    types |= dict.fromkeys(["temperature", "student_temperature", "beta"], "fp32") | {"label_ptr": "*i64", "B": "i32"}
+    types |= dict.fromkeys(["temperature_stride", "row_weight_stride", "row_grad_stride", "ignore_index"], "i32")
+    optional = ["label_ptr", "temperature_ptr", "weight_ptr", "row_weight_ptr", "row_grad_ptr", "ignore_index"]
+    absent = {} if OPTIONAL[dtype] else dict.fromkeys(optional)
+    for classes in (10, 100, 1000, 100_000) if aligned else (10, 1000):
+        tiles = rows.row_tiles(classes, gcd(classes, 16 // SIZE[dtype]))
+        tiles |= {"STUDENT_STRIDE": classes, "TEACHER_STRIDE": classes, "BY_ROW": dtype == "fp16"}
+        for left_out in (["student_grad_ptr", "teacher_grad_ptr"], ["loss_ptr"], ["loss_ptr", "teacher_grad_ptr"]):
+            # without a gradient it is the loss that is written, a number for each row
+            yield js._js_kernel, types, absent | tiles | dict.fromkeys(left_out) | {"GRAD": left_out[0] == "loss_ptr"}
 
 
 def augmentation(dtype: str) -> Iterator[Case]:
@@ -168,6 +185,7 @@ def report(folder: str, name: str) -> None:
                 *elementwise(dtype),
                 *by_class(dtype),
                 *class_sums(dtype),
+                *jensen_shannon(dtype),
                 *augmentation(dtype),
                 *convolution(dtype),
             ):
