@@ -19,6 +19,7 @@ ROUNDS = 5
 INPUTS = """
 import torch
 from retemper.kernels import *
+from retemper.kernels.jensen_shannon import class_temperature_js
 from torch.nn import functional as F
 clean, adv, grad, x = torch.rand(4, 4, 3, 4, 4).unbind()
 student, teacher = torch.randn(2, 4, 10).unbind()
@@ -73,6 +74,10 @@ CALLS = {  # a name of kernels.py -> ours and the chain, with the names of INPUT
     "class_temperature_kl_grad_": (
         "class_temperature_kl_grad_(student, teacher, label, temperature)",
         "student.softmax(1) - (teacher / temperature[label][:, None]).softmax(1)",
+    ),
+    "class_temperature_js forward": (
+        "class_temperature_js(student, teacher, label, temperature)",
+        "F.kl_div(((student.softmax(1) + teacher.softmax(1)) / 2).log(), teacher.softmax(1), reduction='batchmean')",
     ),
     "class_sums": (
         "class_sums(student, label, 10)",

@@ -1,5 +1,6 @@
 """The cases of the kernels on logits: the KL, its gradient, the Jensen-Shannon divergence and the sums by class."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from retemper.kernels import (
     class_temperature_kl_grad_reference,
     class_temperature_kl_reference,
 )
+from retemper.kernels.jensen_shannon import class_temperature_js, class_temperature_js_reference
 
 SUM_TOLERANCE = 1e-3  # of a sum over millions of rows in float32, which an eager chain adds up one by one
 
@@ -84,6 +86,36 @@ def kl_grad_case(size: KernelSize) -> Case:
         prepare=lambda: own.copy_(student),
     )
     return size.case(ours, eager_kl_grad, given, check, 3 * bytes_of(student) + 8 * size.batch)
+
+
+def eager_js(student: Tensor, teacher: Tensor, label: Tensor, temperature: Tensor) -> Tensor:
+    log_q = student.float().log_softmax(1)
+    log_p = (teacher.float() / temperature[label][:, None]).log_softmax(1)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    of_teacher = F.kl_div(log_m, log_p, reduction="batchmean", log_target=True)
+    return 0.5 * of_teacher + 0.5 * F.kl_div(log_m, log_q, reduction="batchmean", log_target=True)
+
+
+def js_case(size: KernelSize) -> Case:
+    """Return the case of the Jensen-Shannon divergence, or with the form "backward" of the student's gradient."""
+    student, teacher, label, temperature = given = size.logits()
+    backward = size.form == "backward"
+    few = student[:CHECKED].double().requires_grad_(backward), teacher[:CHECKED], label[:CHECKED], temperature
+    if backward:
+        truth = torch.autograd.grad(class_temperature_js_reference(*few).sum(), few[0])[0] / size.batch
+        check = size.near(truth)
+    else:
+        truth = class_temperature_js_reference(student.double(), *given[1:]).mean()
+        check = near_to(truth, size.tolerance)
+    student.requires_grad_(backward)
+
+    def whole(loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        return (lambda: torch.autograd.grad(loss(), student)[0]) if backward else loss
+
+    call = whole(lambda: class_temperature_js(*given))
+    ours = Contender(name=OURS, call=call, exactness="rounding", check=check)
+    must_move = (3 if backward else 2) * bytes_of(student) + 12 * size.batch
+    return size.case(ours, eager_js, given, check, must_move, wrap=whole)
 
 
 def eager_sums(student: Tensor, label: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor]:
