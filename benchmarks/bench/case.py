@@ -104,6 +104,8 @@ class Case:
         bound: the precision whose matrix rate bounds the work, where it is another.
         rounds, warm_up: where a turn takes long, fewer than asked for.
         by_host: ratios are of the time that a call holds the host; on a CPU there is no other.
+        own_time: on a CPU the time is what the processor spent on this thread, to which other processes add little; for
+            calls that stay in it.
         close: frees what the contenders share; called when the case is done.
         conclude: makes of the rows a line for the result's notes, or None.
     """
@@ -116,6 +118,7 @@ class Case:
     rounds: int | None = None
     warm_up: int = WARM_UP
     by_host: bool = False
+    own_time: bool = False
     close: Callable[[], object] = lambda: None
     conclude: Callable[[list[dict[str, Any]]], str | None] = lambda rows: None
 

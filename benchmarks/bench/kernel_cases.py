@@ -91,7 +91,8 @@ class KernelSize:
             compiled = Contender(name=COMPILED, call=wrap(lambda: fast(*given)), check=check, compiled=True)
         contenders = [ours, eager, compiled, *others]
         work = Work(bytes=must_move)
-        return Case(name=self.title, contenders=contenders, work=work, precision=self.precision, conclude=slower)
+        about: dict[str, Any] = {"work": work, "precision": self.precision, "own_time": True, "conclude": slower}
+        return Case(name=self.title, contenders=contenders, **about)
 
 
 def bytes_of(tensor: Tensor) -> int:

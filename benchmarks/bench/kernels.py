@@ -67,7 +67,12 @@ def cases(request: Request) -> Iterator[PlannedCase]:
 
 def notes(request: Request) -> list[str]:
     """Return the remarks that a reader of the figures needs."""
-    return [] if request.on_gpu else ["On a CPU our kernels are their plain PyTorch references, not Triton."]
+    if request.on_gpu:
+        return []
+    return [
+        "On a CPU our kernels are their plain PyTorch references, not Triton.",
+        "With one thread the times are the processor's own: what else runs on the machine adds little to them.",
+    ]
 
 
 def _sized(request: Request) -> Iterator[PlannedCase]:
