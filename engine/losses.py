@@ -34,7 +34,7 @@ class KlObjective:
     value and without autograd.
 
     Attributes:
-        teacher: (B, K) logits.
+        teacher: (B, K) logits; a constant to the attack.
         label: (B,) whole numbers; they are kept as int64.
         temperature: a number above 0, or (K,) of them for a temperature of each class.
         label_trust: (K,) in [0, 1]; None trusts the teacher alone.
@@ -50,12 +50,19 @@ class KlObjective:
 
     def __post_init__(self) -> None:
         _require_tensor("teacher", self.teacher)
-        object.__setattr__(self, "label", as_label(self.label))  # the way of a frozen dataclass
+        object.__setattr__(self, "teacher", self.teacher.detach())  # the way of a frozen dataclass
+        object.__setattr__(self, "label", as_label(self.label))
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Return the objective of (B, K) logits, a scalar."""
         return class_temperature_kl(
-            logits, self.teacher, self.label, self.temperature, label_trust=self.label_trust, reduction="sum"
+            logits,
+            self.teacher,
+            self.label,
+            self.temperature,
+            label_trust=self.label_trust,
+            ignore_index=None,
+            reduction="sum",
         )
 
     def rows(self, logits: Tensor) -> Tensor:
@@ -69,7 +76,7 @@ class KlObjective:
         _require_tensor("logits", logits)
         logits = logits.detach().clone()  # the network may need its output again for its own gradient
         return class_temperature_kl_grad_(
-            logits, self.teacher, self.label, self.temperature, label_trust=self.label_trust
+            logits, self.teacher, self.label, self.temperature, label_trust=self.label_trust, ignore_index=None
         )
 
     def claims(self, logits: Tensor) -> list[Claim]:

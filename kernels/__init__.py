@@ -9,15 +9,19 @@ from retemper.kernels.augment import augment, augment_reference, identity_view, 
 from retemper.kernels.class_sums import class_sums, class_sums_reference
 from retemper.kernels.class_temperature_kl import class_temperature_kl, class_temperature_kl_grad_
 from retemper.kernels.epilogue import epilogue, epilogue_reference
+from retemper.kernels.jensen_shannon import class_temperature_js, class_temperature_js_reference
 from retemper.kernels.kl_divergence import class_temperature_kl_grad_reference, class_temperature_kl_reference
 from retemper.kernels.pgd_step import pgd_step_
-from retemper.kernels.random_start import philox_reference, random_start_, random_start_reference
+from retemper.kernels.philox import philox_reference
+from retemper.kernels.random_start import random_start_, random_start_reference
 
 __all__ = [
     "augment",
     "augment_reference",
     "class_sums",
     "class_sums_reference",
+    "class_temperature_js",
+    "class_temperature_js_reference",
     "class_temperature_kl",
     "class_temperature_kl_grad_",
     "class_temperature_kl_grad_reference",

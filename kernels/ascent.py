@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from retemper.kernels.pixels import grid, named_norm, rows_or_pixels, spread
-from retemper.kernels.runtime import compute_dtype
 
 Number = float | Tensor
+
+
+ONE, ZERO = torch.ones(()), torch.zeros(())  # a number beside a tensor is made one at each call, which takes a while
 
 
 class Step(NamedTuple):
@@ -19,9 +21,9 @@ class Step(NamedTuple):
     clean: Tensor
     step: Number
     eps: Number
-    norm: str
     lower: Number
     upper: Number
+    norm: str
     mask: Tensor | None
     momentum: Tensor | None
     decay: float
@@ -67,31 +69,37 @@ def pgd_step_reference(
 
 def ascend(given: Step) -> None:
     """Take the step in place, in plain PyTorch."""
-    adv, grad, clean, step, eps, norm, lower, upper, mask, momentum, _, previous, *_ = given
-    compute = compute_dtype(adv, grad, clean)
-    adv, grad, clean = adv.to(compute), grad.to(compute), clean.to(compute)
-    if clean.data_ptr() == adv.data_ptr():  # one tensor as both: what is overwritten must not be the centre
+    adv, grad, clean, *numbers, norm, mask, momentum, decay, previous, inertia, clip_first = given
+    compute = torch.float64 if torch.float64 in (adv.dtype, grad.dtype, clean.dtype) else torch.float32
+    if not adv.dtype == grad.dtype == clean.dtype == compute:
+        adv, grad, clean = adv.to(compute), grad.to(compute), clean.to(compute)
+    if _starts_with(clean, adv):  # one tensor as both: what is overwritten must not be the centre
         clean = clean.clone()
-    old = adv.clone() if mask is not None or previous is not None else None
+    old = adv if mask is None and previous is None else adv.clone()
     if momentum is not None:
-        grad = gather(momentum, grad, given.decay, mask)
-    step, eps, lower, upper = (_wide(number, adv) for number in (step, eps, lower, upper))
-    ball = (clean, eps.clamp(min=0) if isinstance(eps, Tensor) else eps, lower, upper)
-    if norm == "linf":
-        sign = grad.sign()  # of NaN it is 0: such a pixel stays
-        adv.addcmul_(sign, step) if isinstance(step, Tensor) else adv.add_(sign, alpha=step)
-        _into_cube(adv, *ball, room=sign)
-    else:
-        adv.add_(_scaled(_finite(grad, mask), step, 2))
-        _into_ball(adv, *ball, mask, given.clip_first)
-    if previous is not None and old is not None:
-        go_on(adv, old, previous, given.inertia)
-        _into_cube(adv, *ball, room=None) if norm == "linf" else _into_ball(adv, *ball, mask, given.clip_first)
+        grad = _gather(momentum, grad, decay, mask)
+    if Tensor in map(type, numbers):
+        numbers = [spread(one, adv, compute) if isinstance(one, Tensor) else one for one in numbers]
+    step, eps, lower, upper = numbers
+    project = _into_cube if norm == "linf" else _into_ball
+    room = (_move_by_sign if norm == "linf" else _move_along)(adv, grad, step, mask)
+    project(adv, clean, eps, lower, upper, room, mask, clip_first)
+    if previous is not None:
+        go_on(adv, old, previous, inertia)
+        project(adv, clean, eps, lower, upper, room, mask, clip_first)
         previous.copy_(old)
-    if mask is not None and old is not None:
+    if mask is not None:
         adv = torch.where(mask, adv, old)
     if adv is not given.adv:
         given.adv.copy_(adv)
+
+
+def _starts_with(one: Tensor, other: Tensor) -> bool:
+    """Say whether two tensors begin at one address; inside a transform of torch.func, which has none, they may."""
+    try:
+        return one.data_ptr() == other.data_ptr()
+    except RuntimeError:
+        return True
 
 
 def go_on(adv: Tensor, old: Tensor, before: Tensor, inertia: float) -> None:
@@ -99,15 +107,26 @@ def go_on(adv: Tensor, old: Tensor, before: Tensor, inertia: float) -> None:
     adv.sub_(old).mul_(inertia).add_(old).add_((old - before.to(old.dtype)).mul_(1 - inertia))
 
 
-def gather(momentum: Tensor, grad: Tensor, decay: float, mask: Tensor | None) -> Tensor:
-    """Decay the momentum and add the gradient to it, divided by its L1 norm; return it in the dtype of `grad`."""
-    unit = _scaled(_finite(grad, mask), 1.0, 1)
-    momentum.copy_(unit.add_(momentum.to(grad.dtype) * decay))
+def _gather(momentum: Tensor, grad: Tensor, decay: float, mask: Tensor | None) -> Tensor:
+    """Decay the momentum, in place, add the gradient divided by its L1 norm, and return it in the dtype of `grad`."""
+    grad = _finite(grad, mask)
+    momentum.copy_(torch.addcmul(momentum.to(grad.dtype).mul(decay), grad, _inverse_norm(grad, 1)))
     return momentum.to(grad.dtype)
 
 
-def _wide(number: Number, image: Tensor) -> Number:
-    return spread(number, image, image.dtype) if isinstance(number, Tensor) else number
+def _move_by_sign(adv: Tensor, grad: Tensor, step: Number, _: Tensor | None) -> Tensor:
+    """Move by the step, in place, and return memory that may be overwritten."""
+    sign = grad.sign()  # of NaN it is 0: such a pixel stays
+    adv.addcmul_(sign, step) if isinstance(step, Tensor) else adv.add_(sign, alpha=step)
+    return sign
+
+
+def _move_along(adv: Tensor, grad: Tensor, step: Number, mask: Tensor | None) -> Tensor:
+    """Move along the gradient by the step, in place, and return memory that may be overwritten."""
+    grad = _finite(grad, mask)
+    factor = _inverse_norm(grad, 2)
+    adv.addcmul_(grad, factor * step) if isinstance(step, Tensor) else adv.addcmul_(grad, factor, value=step)
+    return grad
 
 
 def _finite(grad: Tensor, mask: Tensor | None) -> Tensor:
@@ -116,46 +135,59 @@ def _finite(grad: Tensor, mask: Tensor | None) -> Tensor:
     return grad if mask is None else grad.mul_(mask)
 
 
-def _norm(image: Tensor, order: int) -> Tensor:
-    """Return the norm of each sample as (B, 1, ...): in float64, which holds the square of any float32."""
+def _norm(image: Tensor, order: int, dtype: torch.dtype) -> Tensor:
+    """Return the norm of each sample, computed in a dtype, as (B, 1, ...)."""
     if image.dim() == 1:
-        return image.abs().double()
-    return torch.linalg.vector_norm(image, order, tuple(range(1, image.dim())), keepdim=True, dtype=torch.float64)
+        return image.abs().to(dtype)
+    return torch.linalg.vector_norm(image, order, tuple(range(1, image.dim())), True, dtype=dtype)
 
 
-def _scaled(image: Tensor, length: Number, order: int) -> Tensor:
-    """Bring the norm of each sample to `length`, in place; a sample of zeros stays."""
-    most = torch.finfo(image.dtype).max
-    factor = (length / _norm(image, order).clamp_(min=1e-300)).clamp_(-most, most)
-    return image.mul_(factor.to(image.dtype))
+def _inverse_norm(grad: Tensor, order: int) -> Tensor:
+    """Return 1 / norm of each sample, and a finite number for a sample of zeros.
+
+    It is computed in float64, which holds the square of any float32.
+    """
+    inverse = _norm(grad, order, torch.float64).reciprocal_()
+    return inverse.clamp_max_(torch.finfo(grad.dtype).max).to(grad.dtype)
 
 
 def _clip(adv: Tensor, lower: Number, upper: Number) -> None:
     if isinstance(lower, Tensor) or isinstance(upper, Tensor):
-        adv.clamp_(min=lower).clamp_(max=upper)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        torch.clamp(torch.clamp(adv, min=lower, out=adv), max=upper, out=adv)
     else:
         adv.clamp_(lower, upper)
 
 
-def _into_cube(adv: Tensor, clean: Tensor, eps: Number, lower: Number, upper: Number, room: Tensor | None) -> None:
-    """Project to the L-inf ball and to valid pixels, in place; `room` is overwritten."""
-    least = torch.sub(clean, eps, out=room)  # on a CPU, new memory takes ten times as long as the arithmetic
-    adv.clamp_(least, clean + eps)
+def _into_cube(adv: Tensor, clean: Tensor, eps: Number, lower: Number, upper: Number, room: Tensor, *_: object) -> None:
+    """Project to the L-inf ball and clip, in place. `room` is overwritten: new memory takes longer than the sums."""
+    if isinstance(eps, Tensor):
+        eps = eps.clamp(min=0)
+        adv.clamp_(torch.sub(clean, eps, out=room), clean + eps)
+    else:
+        adv.clamp_(torch.add(clean, ONE, alpha=-eps, out=room), torch.add(clean, ONE, alpha=eps))
     _clip(adv, lower, upper)
 
 
 def _into_ball(
-    adv: Tensor, clean: Tensor, eps: Number, lower: Number, upper: Number, mask: Tensor | None, clip_first: bool
+    adv: Tensor,
+    clean: Tensor,
+    eps: Number,
+    lower: Number,
+    upper: Number,
+    room: Tensor,
+    mask: Tensor | None,
+    clip_first: bool,
 ) -> None:
-    """Project to the L2 ball and to valid pixels, in place, in either order."""
+    """Project to the L2 ball and clip, in place; a sample inside the ball is not rescaled. `room` is overwritten."""
     if clip_first:
         _clip(adv, lower, upper)
-    delta = adv - clean
+    delta = torch.sub(adv, clean, out=room)
     if mask is not None:
         delta.masked_fill_(~mask, 0)
-    length = _norm(delta, 2)
-    outside = length > eps
-    shrink = torch.where(outside, eps / length, 1).to(adv.dtype)
-    torch.lerp(adv, delta.mul_(shrink).add_(clean), outside.to(adv.dtype), out=adv)  # inside, nothing changes
+    length = _norm(delta, 2, delta.dtype)
+    shrink = eps.clamp(min=0) / length if isinstance(eps, Tensor) else torch.addcdiv(ZERO, ONE, length, value=eps)
+    shrink.nan_to_num_(1.0).clamp_max_(1)  # 0 / 0 is inside
+    projected = torch.addcmul(clean, delta, shrink, out=delta)
+    torch.lerp(projected, adv, shrink.floor_(), out=adv)  # 1 inside the ball, 0 outside
     if not clip_first:
         _clip(adv, lower, upper)

@@ -14,6 +14,7 @@ from retemper.kernels.runtime import EXACT, clamp, launching, locate, pixel_runs
 # code for sm_90, not yet measured on a GPU. It takes 17 instructions a pixel, where the memory leaves time for 110, and
 # 32 registers, so that 64 warps fit. With 512 pixels it takes 20 instructions a pixel, with 2048 it takes 16.
 BLOCK = 1024
+STRIDED_BLOCK = 512  # where tensors of other layouts take registers for their places
 
 
 @triton.jit
@@ -157,11 +158,11 @@ def _l2_kernel(
     BLOCK: tl.constexpr,
 ):
     sample = tl.program_id(0).to(tl.int64)
-    step = number(step, sample, 0, CHANNELS, STEP_BY)
-    eps = radius(eps, sample, 0, CHANNELS, EPS_BY)
     unit, length = 1.0, 1.0
     if grad_ptr is not None:
         unit, length = _unit_and_length(grad_ptr, mask_ptr, sample, True, PIXELS, GRAD, MASK, BLOCK)
+    step = number(step, sample, 0, CHANNELS, STEP_BY)
+    eps = radius(eps, sample, 0, CHANNELS, EPS_BY)
 
     squares = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, PIXELS, BLOCK):
@@ -238,7 +239,7 @@ def _gather(given: Step, momentum: Tensor) -> Tensor:
     total = laid_out(momentum, given.adv)
     grad, grad_at = beside(given.grad, given.adv)
     mask, mask_at = _mask(given)
-    pixels, _, block, _ = pixel_runs(given.adv, BLOCK, True)
+    pixels, _, block, _ = pixel_runs(given.adv, _block(grad_at, mask_at), True)
     options: dict[str, Any] = dict(GRAD=grad_at, MASK=mask_at, PIXELS=pixels, BLOCK=block, **EXACT)
     _momentum_kernel[(total.shape[0],)](total, grad, mask, given.decay, **options)
     if total is not momentum:
@@ -253,8 +254,8 @@ def _launch_linf(given: Step) -> None:
     mask, mask_at = _mask(given)
     numbers, options = _numbers(given, adv)
     by_sample = not {"sample", "channel", "both"}.isdisjoint(options.values())
-    by_sample = by_sample or any(at is not None for at in (grad_at, clean_at, mask_at))
-    pixels, blocks, block, programs = pixel_runs(adv, BLOCK, by_sample)
+    most = _block(grad_at, clean_at, mask_at)
+    pixels, blocks, block, programs = pixel_runs(adv, most, by_sample or most < BLOCK)
     weights: Any = (None, None) if previous is None else (given.inertia, 1 - given.inertia)
     before = previous if previous is None else laid_out(previous, adv)
     options |= dict(GRAD=grad_at, CLEAN=clean_at, MASK=mask_at, BLOCK=block, **EXACT)
@@ -270,7 +271,7 @@ def _launch_l2(given: Step, adv: Tensor, grad: Tensor | None) -> None:
     clean, clean_at = beside(given.clean, adv)
     mask, mask_at = _mask(given)
     numbers, options = _numbers(given, adv)
-    pixels, _, block, _ = pixel_runs(adv, BLOCK, True)
+    pixels, _, block, _ = pixel_runs(adv, _block(grad_at, clean_at, mask_at), True)
     options |= dict(GRAD=grad_at, CLEAN=clean_at, MASK=mask_at, CLIP_FIRST=given.clip_first)
     options |= dict(PIXELS=pixels, BLOCK=block, **EXACT)
     _l2_kernel[(adv.shape[0],)](adv, grad, clean, mask, *numbers, **options)
@@ -286,6 +287,11 @@ def _launch_l2_twice(given: Step, previous: Tensor) -> None:
     _launch_l2(given, new, None)
     previous.copy_(adv)
     adv.copy_(new if given.mask is None else torch.where(given.mask, new, old))
+
+
+def _block(*layouts: object) -> int:
+    """Return the most pixels of a program, of tensors that lie as `adv` does, or otherwise."""
+    return BLOCK if all(layout is None for layout in layouts) else STRIDED_BLOCK
 
 
 def _mask(given: Step) -> tuple[Tensor | None, Any]:

@@ -110,7 +110,7 @@ def _row_losses(
             earlier = tl.maximum(earlier, before)
         peak = higher
     top = tl.max(peak, 1)
-    total = tl.sum(total * tl.exp2((peak - top[:, None]) * LOG2E), 1)
+    total = tl.sum(total * tl.exp2((peak - tl.expand_dims(top, 1)) * LOG2E), 1)
     cross_entropy = LN2 * tl.log2(total) - (own - top)
     first = (own == top) & (tl.max(earlier, 1) < own)
     return label, cross_entropy, first & (cross_entropy == cross_entropy)  # a row with NaN predicts nothing
@@ -208,7 +208,7 @@ def _slice_sums_kernel(
         row = part * SLICE + start + tl.arange(0, TALL)
         label = tl.load(label_ptr + row, mask=row < B, other=-1).to(tl.int64)
         inside = (row < B) & (label // BLOCK == block)
-        if tl.max(inside.to(tl.int32), 0) > 0:  # of many classes, most blocks have no row
+        if tl.sum(inside.to(tl.int32), 0) != 0:  # of many classes, most blocks have no row
             cross_entropy = tl.load(cross_entropy_ptr + row, mask=inside, other=0.0)
             hit = tl.load(hit_ptr + row, mask=inside, other=0) > 0
             near = tl.where(inside, label, -1).to(tl.int32)
@@ -220,13 +220,13 @@ def _slice_sums_kernel(
 
 
 @triton.jit
-def _column_total(ptr, parts, cls, K: tl.constexpr, BLOCK: tl.constexpr, TALL: tl.constexpr, DTYPE: tl.constexpr):
+def _column_total(ptr, parts, cls, K: tl.constexpr, BLOCK: tl.constexpr, TALL: tl.constexpr):
     """Return the sums over the parts of a block of columns of (parts, K): (BLOCK,)."""
-    total = tl.zeros((TALL, BLOCK), DTYPE)
+    total = tl.zeros((TALL, BLOCK), ptr.dtype.element_ty)
     for start in range(0, parts, TALL):
         part = start + tl.arange(0, TALL)
         inside = (part < parts)[:, None] & (cls < K)[None, :]
-        total += tl.load(ptr + part.to(tl.int64)[:, None] * K + cls, mask=inside, other=0).to(DTYPE)
+        total += tl.load(ptr + part.to(tl.int64)[:, None] * K + cls, mask=inside, other=0)
     return tl.sum(total, 0)
 
 
@@ -245,9 +245,9 @@ def _total_kernel(
 ):
     """Write the sums of a block of classes over all parts."""
     cls = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    loss = _column_total(part_loss_ptr, parts, cls, K, BLOCK, TALL, tl.float32)
-    correct = _column_total(part_correct_ptr, parts, cls, K, BLOCK, TALL, tl.int64)
-    count = _column_total(part_count_ptr, parts, cls, K, BLOCK, TALL, tl.int64)
+    loss = _column_total(part_loss_ptr, parts, cls, K, BLOCK, TALL)
+    correct = _column_total(part_correct_ptr, parts, cls, K, BLOCK, TALL)
+    count = _column_total(part_count_ptr, parts, cls, K, BLOCK, TALL)
     _store(loss_ptr, correct_ptr, count_ptr, cls, loss, correct, count, cls < K)
 
 
@@ -257,31 +257,32 @@ def _launch(logits: Tensor, label: Tensor, sums: tuple[Tensor, ...]) -> None:
     tiles: dict[str, Any] = row_tiles(classes, access_width(classes, logits))
     tiles |= {"STRIDE": logits.stride(0) if batch > 1 else classes, **EXACT}
     blocks: dict[str, Any] = {**sum_tiles(classes), **EXACT}
-    programs = cdiv(batch, tiles["ROWS"])
+    programs, grid = cdiv(batch, tiles["ROWS"]), cdiv(classes, blocks["BLOCK"])
     by_tile = classes <= WIDEST
     parts = max(1, min(programs, PARTS) if by_tile else cdiv(batch, SLICE))
-    to = sums if parts == 1 else _empty(logits, (parts, classes), torch.int32)
+    to: Any = sums if parts == 1 else _empty(logits, (parts, classes))
     if by_tile:
-        _class_sums_kernel[(parts,)](logits, label, *to, batch, **tiles, WIDTH=next_power_of_2(classes))
+        tiles["WIDTH"] = next_power_of_2(classes)
+        _class_sums_kernel[(parts,)](logits, label, *to, B=batch, **tiles)
     else:
         cross_entropy = logits.new_empty(batch, dtype=torch.float32)
         hit = logits.new_empty(batch, dtype=torch.int8)
         if batch:
             _row_losses_kernel[(programs,)](logits, label, cross_entropy, hit, batch, **tiles)
-        grid = cdiv(classes, blocks["BLOCK"]), parts
-        _slice_sums_kernel[grid](label, cross_entropy, hit, *to, batch, **blocks, SLICE=SLICE)
+        slices = blocks | {"SLICE": SLICE}
+        _slice_sums_kernel[(grid, parts)](label, cross_entropy, hit, *to, B=batch, **slices)
     if parts > 1:
-        _total_kernel[(cdiv(classes, blocks["BLOCK"]),)](*to, *sums, parts, **blocks)
+        _total_kernel[(grid,)](*to, *sums, parts=parts, **blocks)
 
 
-def _empty(logits: Tensor, shape: tuple[int, ...], integer: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _empty(logits: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Return room for sums of losses, hits and rows."""
     loss = logits.new_empty(shape, dtype=compute_dtype(logits))
-    return loss, logits.new_empty(shape, dtype=integer), logits.new_empty(shape, dtype=integer)
+    return loss, logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.int64)
 
 
 def _fake(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(logits, logits.shape[1:], torch.int64)
+    return _empty(logits, logits.shape[1:])
 
 
 @operator("class_sums(Tensor logits, Tensor label) -> (Tensor, Tensor, Tensor)", fake=_fake)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retemper.kernels.kl_divergence import Inputs, arguments, evaluate
+from retemper.kernels.kl_divergence import Inputs, arguments, evaluate, looked_at, overwrite
 from retemper.kernels.kl_kernel import launch
 from retemper.kernels.operators import differentiable, is_symbol, operator, overwritten, rewritten
 from retemper.kernels.rows import LABELS, NUMBERS, require_dense, require_each, require_logits
@@ -46,56 +46,49 @@ def _check(inputs: Inputs) -> None:
         elif temperatures.dim():
             require_each("temperature", temperatures, batch, NUMBERS, student.device)
         elif temperatures.device != student.device or temperatures.dtype not in NUMBERS:
-            raise ValueError(f"temperature: {temperatures.dtype} on {temperatures.device}; needs float32 or float64 there")
+            raise ValueError(
+                f"temperature: {temperatures.dtype} on {temperatures.device}; needs float32 or float64 there"
+            )
     for name, value in by_class.items():
         if value is not None:
             require_each(name, value, classes, NUMBERS, student.device)
             require_dense(name, value)
 
 
+def _check_overwritten(inputs: Inputs) -> None:
+    """Raise ValueError where something does not fit, or the student's rows overlap."""
+    _check(inputs)
+    student = inputs.student
+    if student.shape[0] > 1 and student.stride(0) < student.shape[1]:
+        raise ValueError(f"student: strides {student.stride()} overlap and cannot be overwritten; call .contiguous()")
+
+
 _INPUTS = (
-    "Tensor teacher, Tensor? label, Tensor? temperatures, Tensor? class_weight, Tensor? label_trust, Tensor? row_weight,"
-    " {number} temperature, {number} student_temperature, bool by_row, int? ignore_index, bool reverse, bool given"
+    "Tensor teacher, Tensor? label, Tensor? temperatures, Tensor? class_weight, Tensor? label_trust,"
+    " Tensor? row_weight, {number} temperature, {number} student_temperature, bool by_row, int? ignore_index,"
+    " bool reverse, bool given"
 )
 _REAL, _ANY = _INPUTS.format(number="float"), _INPUTS.format(number="Scalar")
 
 
-def _fake_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what the operator returns of such arguments, empty. Gradients are computed at once by the reference only."""
-    student, teacher, *_, of_student, of_teacher = inputs
-    dtype, on_gpu = compute_dtype(student, teacher), runs_triton(student, teacher)
-    loss = student.new_empty(student.shape[0], dtype=dtype)
-    of_student, of_teacher = (
-        student.new_empty(student.shape if wanted and not on_gpu else (0,), dtype=dtype)
-        for wanted in (of_student, of_teacher)
-    )
-    return loss, of_student, of_teacher
+def _fake_loss(student: Tensor, teacher: Tensor, *_: Any) -> Tensor:
+    return student.new_empty(student.shape[0], dtype=compute_dtype(student, teacher))
 
 
-@operator(
-    f"class_temperature_kl_forward(Tensor student, {_REAL}, bool of_student, bool of_teacher)"
-    " -> (Tensor, Tensor, Tensor)",
-    fake=_fake_forward,
-)
-def _forward_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the losses of the rows, and on the path of the reference the gradients that are wanted.
-
-    On a CPU most of the time goes into the two softmaxes, which the gradients need as well.
-    """
-    *given, of_student, of_teacher = arguments
-    inputs = Inputs(*given)
+@operator(f"class_temperature_kl_rows(Tensor student, {_REAL}) -> Tensor", fake=_fake_loss)
+def _rows_op(*arguments: Any) -> Tensor:
+    """Return the losses of the rows."""
+    inputs = Inputs(*arguments)
     _check(inputs)
-    student = inputs.student
-    if runs_triton(student, inputs.teacher):
-        loss = student.new_empty(student.shape[0], dtype=torch.float32)
-        launch(inputs, loss=loss)
-        return loss, loss.new_empty(0), loss.new_empty(0)
-    loss, *grads = evaluate(inputs, of_student, of_teacher)
-    of_student, of_teacher = (loss.new_empty(0) if grad is None else grad for grad in grads)
-    return loss, of_student, of_teacher
+    if not runs_triton(inputs.student, inputs.teacher):
+        return evaluate(inputs)[0]
+    loss = inputs.student.new_empty(inputs.student.shape[0], dtype=torch.float32)
+    launch(inputs, loss=loss)
+    return loss
 
 
-def _fake_backward(row_grad: Tensor, student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake_grads(row_grad: Tensor, student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Return gradients to be filled, and an empty tensor for one that is not wanted."""
     of_student, of_teacher = (
         torch.empty(logits.shape if wanted else (0,), dtype=logits.dtype, device=logits.device)
         for logits, wanted in zip((student, teacher), rest[-2:], strict=True)
@@ -106,70 +99,77 @@ def _fake_backward(row_grad: Tensor, student: Tensor, teacher: Tensor, *rest: An
 @operator(
     f"class_temperature_kl_backward(Tensor row_grad, Tensor student, {_REAL}, bool of_student, bool of_teacher)"
     " -> (Tensor, Tensor)",
-    fake=_fake_backward,
+    fake=_fake_grads,
 )
 def _backward_op(row_grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Return the gradients that are wanted, of the losses times `row_grad`; empty tensors for others."""
+    """Return the gradients that are wanted, of the losses times `row_grad`."""
     *given, of_student, of_teacher = arguments
-    inputs = Inputs(*given)
-    student, teacher, *_ = inputs
-    if not runs_triton(student, teacher):
-        grads = evaluate(inputs, of_student, of_teacher)[1:]
-        scaled = (_scaled(grad, row_grad, x) for grad, x in zip(grads, (student, teacher), strict=True))
-        of_student, of_teacher = (student.new_empty(0) if grad is None else grad for grad in scaled)
-        return of_student, of_teacher
-    grads = _fake_backward(row_grad, *arguments)
-    wanted = (grad if want else None for grad, want in zip(grads, (of_student, of_teacher), strict=True))
-    launch(inputs, row_grad, **dict(zip(("student_grad", "teacher_grad"), wanted, strict=True)))
+    inputs, grads = Inputs(*given), _fake_grads(row_grad, *arguments)
+    if runs_triton(inputs.student, inputs.teacher):
+        student_grad, teacher_grad = grads
+        given = {"student_grad": student_grad if of_student else None}
+        launch(inputs, row_grad, **given, teacher_grad=teacher_grad if of_teacher else None)
+    else:
+        for grad, found in zip(grads, evaluate(inputs, of_student, of_teacher)[1:], strict=True):
+            if found is not None:
+                grad.copy_(found * row_grad[:, None])
     return grads
-
-
-def _scaled(grad: Tensor | None, row_grad: Tensor, logits: Tensor) -> Tensor | None:
-    """Return the gradient of the losses, times that of each row, as the logits' dtype has it."""
-    return None if grad is None else (grad * row_grad[:, None]).to(logits.dtype)
 
 
 @operator(f"class_temperature_kl_overwrite_(Tensor(a!) student, {_REAL}) -> ()", fake=lambda *_: None)
 def _overwrite_op(*arguments: Any) -> None:
     """Overwrite the student's logits with the gradient of the summed loss."""
     inputs = Inputs(*arguments)
-    _check(inputs)
+    _check_overwritten(inputs)
     student = inputs.student
-    if student.shape[0] > 1 and student.stride(0) < student.shape[1]:
-        raise ValueError(f"student: strides {student.stride()} overlap and cannot be overwritten; call .contiguous()")
     if runs_triton(student, inputs.teacher):
         launch(inputs, student_grad=student)
         overwritten(student)
     else:
-        grad = evaluate(inputs, True, False)[1]
-        assert grad is not None
-        student.copy_(grad)
+        overwrite(inputs)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, of_student, of_teacher = output
-    wanted = zip((of_student, of_teacher), ctx.needs_input_grad[:2], strict=True)
-    ctx.at_once = all(grad.dim() == 2 for grad, needed in wanted if needed)
-    ctx.mark_non_differentiable(of_student, of_teacher)
-    ctx.set_materialize_grads(False)
-    ctx.dtypes, ctx.rest = (inputs[0].dtype, inputs[1].dtype), inputs[7:]
-    ctx.save_for_backward(*((of_student, of_teacher) if ctx.at_once else inputs[:7]))
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:7])
+    ctx.rest = inputs[7:]
 
 
-def _backward(ctx: Any, row_grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, row_grad: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of student and teacher."""
     wanted = ctx.needs_input_grad[:2]
-    if row_grad is None:
-        grads = (None, None)
-    elif ctx.at_once:
-        scale = row_grad[:, None]
-        grads = [(g * scale).to(dtype) if g.dim() == 2 else None for g, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
-    else:
-        grads = _backward_op(row_grad, *ctx.saved_tensors, *ctx.rest[:-2], *wanted)
-    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *[None] * 13
+    grads = _backward_op(row_grad, *ctx.saved_tensors, *ctx.rest, *wanted)
+    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *[None] * 11
 
 
-differentiable(_forward_op, _backward, _setup)
+differentiable(_rows_op, _backward, _setup)
+
+
+class _AtOnce(torch.autograd.Function):
+    """The loss in plain PyTorch, with its gradients computed beside it.
+
+    On a CPU most of the time goes into the two softmaxes, which the gradients need as well.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, inputs: Inputs, reduction: str) -> Tensor:
+        inputs = inputs._replace(student=student, teacher=teacher)
+        loss, *grads = evaluate(inputs, *ctx.needs_input_grad[:2])
+        ctx.save_for_backward(*grads)
+        ctx.dtypes, ctx.by_row, ctx.divisor = (student.dtype, teacher.dtype), reduction == "none", 1
+        if ctx.by_row:
+            return loss
+        ctx.divisor = _divisor(inputs, reduction)
+        return loss.sum() / ctx.divisor
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        scale = grad[:, None] if ctx.by_row else grad / ctx.divisor
+        grads = (None if found is None else found * scale for found in ctx.saved_tensors)
+        of_student, of_teacher = (
+            found if found is None else found.to(dtype) for found, dtype in zip(grads, ctx.dtypes, strict=True)
+        )
+        return of_student, of_teacher, None, None
 
 
 def _constant(inputs: Inputs) -> Inputs:
@@ -189,13 +189,7 @@ def _constant(inputs: Inputs) -> Inputs:
 @rewritten(f"class_temperature_kl(Tensor student, {_ANY}) -> Tensor")
 def _loss_op(*arguments: Any) -> Tensor:
     """Return the losses of the rows, whatever the temperatures are."""
-    return _loss(_constant(Inputs(*arguments)))
-
-
-def _loss(inputs: Inputs) -> Tensor:
-    tracked = torch.is_grad_enabled()
-    wanted = (tracked and inputs.student.requires_grad, tracked and inputs.teacher.requires_grad)
-    return _forward_op(*inputs, *wanted)[0]
+    return _rows_op(*_constant(Inputs(*arguments))[:-1])
 
 
 @rewritten(f"class_temperature_kl_grad_(Tensor(a!) student, {_ANY}) -> ()")
@@ -203,7 +197,7 @@ def _grad_op(*arguments: Any) -> None:
     """Overwrite the student's logits with the gradient of the summed loss, whatever the temperatures are."""
     inputs = Inputs(*arguments)
     constant = _constant(inputs)
-    _overwrite_op(*constant)
+    _overwrite_op(*constant[:-1])
     if constant.student is not inputs.student:
         inputs.student.copy_(constant.student / inputs.student_temperature)
 
@@ -265,9 +259,7 @@ def class_temperature_kl(
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: {reduction!r}; needs one of {', '.join(REDUCTIONS)}")
-    require_no_grad(
-        temperature=temperature, class_weight=class_weight, label_trust=label_trust, row_weight=row_weight
-    )
+    require_no_grad(temperature=temperature, class_weight=class_weight, label_trust=label_trust, row_weight=row_weight)
     inputs = arguments(
         student,
         teacher,
@@ -282,22 +274,50 @@ def class_temperature_kl(
         ignore_index=ignore_index,
         class_dim=class_dim,
     )
-    loss = _loss_op(*inputs) if torch.compiler.is_compiling() else _loss(inputs)
-    if reduction == "none":
-        return loss if student.dim() == 2 else loss.view(student.movedim(class_dim, -1).shape[:-1])
-    return _reduced(loss, inputs, reduction)
+    loss = _reduced(inputs, reduction)
+    if reduction == "none" and student.dim() > 2:
+        return loss.view(student.movedim(class_dim, -1).shape[:-1])
+    return loss
 
 
-def _reduced(loss: Tensor, inputs: Inputs, reduction: str) -> Tensor:
-    """Return the sum of the losses, or their mean over the rows that count."""
-    batch, classes = inputs.student.shape
-    if reduction == "sum" or batch == 0:
-        return loss.sum()
-    if inputs.label is None or inputs.ignore_index is None:
-        mean = loss.mean()
+def _reduced(inputs: Inputs, reduction: str) -> Tensor:
+    """Return the losses of the rows, their sum, or a mean of those that count."""
+    if _in_plain_pytorch(inputs):
+        _check(inputs)
+        inputs = looked_at(inputs)
+        student, teacher = inputs.student, inputs.teacher
+        if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
+            return _AtOnce.apply(student, teacher, inputs, reduction)
+        loss = evaluate(inputs)[0]
     else:
-        mean = loss.sum() / (inputs.label != inputs.ignore_index).sum().clamp_(min=1)
-    return mean if reduction == "batchmean" else mean / classes
+        loss = (_loss_op if torch.compiler.is_compiling() else _rows_op)(*inputs[:-1])
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / _divisor(inputs, reduction)
+
+
+def _in_plain_pytorch(inputs: Inputs) -> bool:
+    """Say whether the reference is called as it is. An operator around it would take longer than many a batch.
+
+    torch.compile and torch.func see an operator, so that they meet the same limits on any device.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or runs_triton(inputs.student, inputs.teacher)
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _divisor(inputs: Inputs, reduction: str) -> int | Tensor:
+    """Return by what the sum of the losses is divided: no less than 1."""
+    batch, classes = inputs.student.shape
+    if reduction == "sum":
+        return 1
+    number = 1 if reduction == "batchmean" else classes
+    if inputs.label is None or inputs.ignore_index is None:
+        return max(1, batch * number)
+    counted = (inputs.label != inputs.ignore_index).sum().clamp_(min=1)
+    return counted if number == 1 else counted * number
 
 
 def class_temperature_kl_grad_(
@@ -350,7 +370,11 @@ def class_temperature_kl_grad_(
         class_dim=class_dim,
     )
     require_writable("student", student)
-    (_grad_op if torch.compiler.is_compiling() else _overwrite_op)(*inputs)
+    if _in_plain_pytorch(inputs):
+        _check_overwritten(inputs)
+        overwrite(looked_at(inputs))
+    else:
+        (_grad_op if torch.compiler.is_compiling() else _overwrite_op)(*inputs[:-1])
     if inputs.student is not student and not (class_dim in (-1, student.dim() - 1) and student.is_contiguous()):
         rows = student.movedim(class_dim, -1)
         rows.copy_(inputs.student.view(rows.shape))  # they may have been copied to lie side by side

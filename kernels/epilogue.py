@@ -21,6 +21,7 @@ from retemper.kernels.runtime import (
     compute_dtype,
     launching,
     require_float,
+    require_no_grad,
     require_one_device,
     require_one_layout,
     require_vector,
@@ -222,8 +223,9 @@ def epilogue(
 ) -> Tensor:
     """Scale and shift the channels of a convolution's output, add the shortcut and apply the ReLU, in one pass.
 
-    Computes in float32 (float64 for float64) and rounds once. NaN stays. Differentiable, once, in `x` and `residual`.
-    The formula and its source are in the module docstring.
+    Computes in float32 (float64 for float64) and rounds once. NaN stays. Differentiable, once, in `x` and `residual`;
+    shift and scale are constants, as in a folded network, and differentiating the gradient is an error. The formula and
+    its source are in the module docstring.
 
     Args:
         x: (B, C, H, W), any float dtype, contiguous or channels-last.
@@ -236,6 +238,7 @@ def epilogue(
         A tensor of x's shape, dtype and layout.
 
     Raises:
-        ValueError: a shape, dtype, device or stride does not fit.
+        ValueError: a shape, dtype, device or stride does not fit; shift or scale requires a gradient.
     """
+    require_no_grad(shift=shift, scale=scale)
     return _epilogue_op(x, shift, scale, residual, relu)

@@ -20,9 +20,10 @@ from torch import Tensor
 from retemper.kernels.rows import as_rows, by_row, require_class_dim, require_positive, row_shapes
 from retemper.kernels.runtime import compute_dtype
 
-# How many logits of a tensor each thread of a CPU works on at a time: what it computes of them stays in its cache. Whole
-# (512, 32000) tensors would go through memory once for every line of `compute`.
+# How many logits of a tensor each thread of a CPU works on at a time: what it computes of them stays in its cache.
+# Whole (512, 32000) tensors would go through memory once for every line of `compute`.
 PART = 2**16
+WIDE = 32  # classes, from which PyTorch's softmax of a CPU is vectorised and faster than its parts
 
 
 class Inputs(NamedTuple):
@@ -54,6 +55,7 @@ class Inputs(NamedTuple):
     ignore_index: int | None
     reverse: bool
     given: bool
+    known: bool = False  # that every label is a class; no argument of an operator
 
     def parts(self, size: int) -> Iterator[tuple[slice, "Inputs"]]:
         """Cut the rows into parts of at most `size` rows."""
@@ -195,157 +197,241 @@ def class_temperature_kl_grad_reference(
         (B, K) of the student's or the teacher's dtype, leading dimensions flattened.
     """
     inputs = arguments(student, teacher, label, temperature, **options)
-    grad = compute(inputs, of_student=not of_teacher, of_teacher=of_teacher)[2 if of_teacher else 1]
-    assert grad is not None
+    with torch.no_grad():
+        grad: Any = compute(inputs, not of_teacher, of_teacher)[2 if of_teacher else 1]
     grad = grad if row_grad is None else grad * row_grad[:, None]
     return grad.to(teacher.dtype if of_teacher else student.dtype)
 
 
 class Softmax(NamedTuple):
-    """A softmax that is not divided yet: (B, K), (B, K) and (B, 1), as in the module's formula."""
+    """A softmax that need not be divided yet.
+
+    Attributes:
+        shifted: (B, K), its logarithm plus that of `total`.
+        exps: (B, K), its values times `total`; None where nobody asks for them.
+        total: (B, 1), or None where it is 1.
+    """
 
     shifted: Tensor
-    exps: Tensor
-    total: Tensor
+    exps: Tensor | None
+    total: Tensor | None
+
+    def over_total(self) -> Any:
+        """Return the values, in place of `exps`."""
+        return self.exps if self.exps is None or self.total is None else self.exps.div_(self.total)
 
 
-def _softmax(logits: Tensor, temperature: float | Tensor) -> Softmax:
-    shifted = logits - logits.detach().amax(1, keepdim=True)
-    if isinstance(temperature, Tensor) or temperature != 1:
-        shifted = shifted / temperature
-    exps = shifted.exp()
-    return Softmax(shifted, exps, exps.sum(1, keepdim=True))
+def _softmax(logits: Tensor, temperature: float | Tensor, exps: bool = True) -> Softmax:
+    if not _is_one(temperature):
+        logits = (logits - logits.detach().amax(1, keepdim=True)).div_(temperature)
+    if logits.shape[1] >= WIDE:
+        return Softmax(logits.log_softmax(1), logits.softmax(1) if exps else None, None)
+    if _is_one(temperature):
+        logits = logits - logits.detach().amax(1, keepdim=True)
+    powers = logits.exp()
+    return Softmax(logits, powers, powers.sum(1, keepdim=True))
+
+
+def _probabilities(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """Return softmax(logits / temperature), when no logarithm is needed."""
+    if logits.shape[1] < WIDE:
+        return _softmax(logits, temperature).over_total()
+    if not _is_one(temperature):
+        logits = (logits - logits.amax(1, keepdim=True)).div_(temperature)
+    return logits.softmax(1)
+
+
+def _is_one(number: float | Tensor) -> bool:
+    return not isinstance(number, Tensor) and number == 1
 
 
 class _Rows(NamedTuple):
     """What holds of each row, as (B, 1): None where it changes nothing."""
 
     temperature: float | Tensor
-    scale: Tensor | None
+    scale: Tensor | None  # NaN where the label is no class
     trust: Tensor | None
-    label: Tensor  # clamped to the classes
-    unknown: Tensor | None  # whose label is no class
+    label: Tensor | None  # (B,), clamped to the classes
     ignored: Tensor | None
 
 
 def _rows(inputs: Inputs, dtype: torch.dtype) -> _Rows:
-    label, temperature, unknown, ignored = inputs.student, inputs.temperature, None, None
-    if inputs.label is not None:
-        given = inputs.label.long()[:, None]
-        label = given.clamp(0, inputs.student.shape[1] - 1)
-        unknown = label != given
-        ignored = None if inputs.ignore_index is None else given == inputs.ignore_index
+    _, _, label, temperatures, class_weight, label_trust, row_weight, temperature, *_ = inputs
+    ignored = scale = trust = None
+    if label is not None:
+        label = label.long()
+        if not inputs.known:
+            given, label = label, label.clamp(0, inputs.student.shape[1] - 1)
+            scale = torch.where(label == given, 1.0, torch.nan)[:, None]
+            ignored = None if inputs.ignore_index is None else (given == inputs.ignore_index)[:, None]
+    if temperatures is not None:
+        own = temperatures.reshape(-1, 1) if inputs.by_row else _of_class(temperatures, label)
+        temperature = own.to(dtype).clamp(min=0)  # at 0 a row is NaN: its peak is 0 / 0
+    if class_weight is not None:
+        scale = _product(scale, _of_class(class_weight, label))
+    if row_weight is not None:
+        scale = _product(scale, row_weight[:, None])
+    if label_trust is not None:
+        trust = _of_class(label_trust, label).to(dtype)
+    return _Rows(temperature, None if scale is None else scale.to(dtype), trust, label, ignored)
 
-    def of_class(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.to(dtype).index_select(0, label[:, 0])[:, None]
 
-    if inputs.temperatures is not None:
-        own = inputs.temperatures.to(dtype).reshape(-1, 1) if inputs.by_row else of_class(inputs.temperatures)
-        assert own is not None
-        temperature = torch.where(own > 0, own, torch.nan)
-    scale = of_class(inputs.class_weight)
-    if inputs.row_weight is not None:
-        scale = inputs.row_weight.to(dtype)[:, None] * (1 if scale is None else scale)
-    return _Rows(temperature, scale, of_class(inputs.label_trust), label, unknown, ignored)
+def _of_class(value: Tensor, label: Any) -> Tensor:
+    """Return the value of each row's class, (B, 1)."""
+    return value.index_select(0, label)[:, None]
+
+
+def _product(scale: Tensor | None, factor: Tensor) -> Tensor:
+    return factor if scale is None else scale * factor
 
 
 def compute(
-    inputs: Inputs, *, of_student: bool = False, of_teacher: bool = False
+    inputs: Inputs, student_grad: bool = False, teacher_grad: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the losses of the rows, (B,), and the gradients that are wanted, (B, K), all in the dtype of the sums."""
     dtype = compute_dtype(inputs.student, inputs.teacher)
-    rows = _rows(inputs, dtype)
-    student = _softmax(inputs.student.to(dtype), inputs.student_temperature)
-    if rows.unknown is not None:  # all that follows of such a row is NaN
-        student = student._replace(total=student.total.masked_fill(rows.unknown, torch.nan))
+    rows, own = _rows(inputs, dtype), inputs.student_temperature
+    student, teacher = inputs.student.to(dtype), inputs.teacher.to(dtype)
     if inputs.given:
-        loss, *grads = _of_probabilities(inputs.teacher.to(dtype), student, inputs, of_student, of_teacher)
+        q = _softmax(student, own)
+        loss, of_student, of_teacher = _of_probabilities(teacher, q, own, student_grad, teacher_grad)
+    elif inputs.reverse:
+        p, q = _softmax(student, own), _softmax(teacher, rows.temperature, teacher_grad)
+        loss, of_student, of_teacher = _of_logits(p, q, own, rows.temperature, None, None, student_grad, teacher_grad)
     else:
-        teacher = _softmax(inputs.teacher.to(dtype), rows.temperature)
-        if inputs.reverse:
-            temperatures = (inputs.student_temperature, rows.temperature)
-            loss, of_p, of_q = _of_logits(student, teacher, temperatures, rows, of_student, of_teacher)
-            grads = [of_p, of_q]
-        else:
-            temperatures = (rows.temperature, inputs.student_temperature)
-            loss, of_p, of_q = _of_logits(teacher, student, temperatures, rows, of_teacher, of_student)
-            grads = [of_q, of_p]
+        p, q = _softmax(teacher, rows.temperature), _softmax(student, own, student_grad)
+        loss, of_teacher, of_student = _of_logits(
+            p, q, rows.temperature, own, rows.trust, rows.label, teacher_grad, student_grad
+        )
+    loss, of_student, of_teacher = (_finished(value, rows) for value in (loss, of_student, of_teacher))
+    return loss.squeeze(1), of_student, of_teacher
 
-    def finish(value: Tensor | None) -> Tensor | None:
-        if value is not None and rows.scale is not None:
-            value = value * rows.scale
-        return value if value is None or rows.ignored is None else value.masked_fill(rows.ignored, 0)
 
-    total = finish(loss)
-    assert total is not None
-    return total.squeeze(1), finish(grads[0]), finish(grads[1])
+def _finished(value: Any, rows: _Rows) -> Any:
+    """Return losses or gradients times what each row weighs, and 0 in rows that are left out; None stays."""
+    if value is not None and rows.scale is not None:
+        value = value.mul_(rows.scale)
+    return value if value is None or rows.ignored is None else value.masked_fill_(rows.ignored, 0)
 
 
 def _of_logits(
-    source: Softmax, q: Softmax, temperatures: tuple[Any, Any], rows: _Rows, grad_p: bool, grad_q: bool
+    source: Any,  # two Softmax
+    q: Any,
+    p_temperature: float | Tensor,
+    q_temperature: float | Tensor,
+    trust: Tensor | None,
+    label: Tensor | None,
+    p_grad: bool,
+    q_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return KL(P || Q) as (B, 1), and the gradients at the logits of both; P is `source`, moved towards the label."""
-    p = source if rows.trust is None else _mixed(source, rows.label, rows.trust)
-    apart = p.shifted - q.shifted
-    terms = p.exps * apart
-    log_totals = (q.total / p.total).log()
-    kl = terms.nansum(1, keepdim=True) / p.total + log_totals  # NaN: a term with p = 0, or a row whose totals are NaN
-    of_p = of_q = None
-    if grad_p:
-        terms, mean = (terms, kl) if rows.trust is None else _of_source(source, apart, log_totals)
-        share = (1.0 if rows.trust is None else 1 - rows.trust) / source.total / temperatures[0]
-        terms = terms.nan_to_num(0.0, torch.inf, -torch.inf)
-        of_p = (terms + source.exps * (log_totals - mean)) * share
-    if grad_q:
-        of_q = q.exps * (1 / q.total / temperatures[1]) - p.exps * (1 / p.total / temperatures[1])
-    return kl.clamp(min=0), of_p, of_q  # only rounding makes it negative
+    """Return KL(P || Q) as (B, 1), and the gradients at the logits of both. With `trust` P moves towards the label.
+
+    Tensors are overwritten where nothing needs them any more, autograd included: fresh memory costs a CPU as much time
+    as the arithmetic. Where a gradient is computed here, autograd must be off.
+    """
+    p = source if trust is None else _mixed(source, label, trust)
+    if p.total is None or q.total is None:  # NaN in a row that is, otherwise 0
+        log_totals = (p.exps[:, :1] + (q.shifted[:, :1].exp() if q.exps is None else q.exps[:, :1])) * 0
+    else:
+        log_totals = (q.total / p.total).log()
+    apart = p.shifted.sub_(q.shifted)
+    from_source = source.exps * apart if p_grad and trust is not None else None
+    terms = apart.mul_(p.exps)
+    mean = _mean(terms, p)
+    p_found = q_found = None
+    kl = mean + log_totals
+    if p_grad:
+        if from_source is not None:
+            terms, mean = from_source, _mean(from_source, source)
+        share = (1 if trust is None else 1 - trust) / p_temperature
+        p_found = terms.nan_to_num_(0.0, torch.inf, -torch.inf).addcmul_(source.exps, log_totals * 0 - mean)
+        p_found = p_found.mul_(share if source.total is None else share / source.total)
+    if q_grad:
+        q_found = q.over_total().sub_(p.over_total())
+        q_found = q_found if _is_one(q_temperature) else q_found.div_(q_temperature)
+    return kl.clamp(min=0), p_found, q_found  # only rounding makes it negative
 
 
-def _of_source(source: Softmax, apart: Tensor, log_totals: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each term, and the mean, of log P - log Q as the softmax weighs it from which P was mixed."""
-    terms = source.exps * apart
-    return terms, terms.nansum(1, keepdim=True) / source.total + log_totals
+def _mean(terms: Tensor, p: Softmax) -> Tensor:
+    """Return the sums of each row's terms, over the total. A term is NaN where p = 0, and then counts nothing."""
+    total = terms.nansum(1, keepdim=True)
+    return total if p.total is None else total / p.total
 
 
-def _mixed(p: Softmax, label: Tensor, trust: Tensor) -> Softmax:
+def _mixed(p: Softmax, label: Any, trust: Tensor) -> Softmax:
     """Return P after it moved towards the one-hot label by its trust; the total stays."""
-    log_total = p.total.log()
-    own = p.shifted.gather(1, label)
+    log_total = 0 if p.total is None else p.total.log()
+    own = p.shifted.gather(1, label[:, None])
     log_own = own - log_total
     short = (trust - 1) * log_own.expm1()  # what P lacks of 1 at the label: where that is small, it keeps its digits
     far = ((1 - trust) * log_own.exp() + trust).log()
     log_own = torch.where(short > 0.5, far, (-short.clamp(max=0.5)).log1p())
     own = torch.where(trust == 0, own, log_own + log_total)
-    shifted = (p.shifted + (-trust).log1p()).scatter(1, label, own)
-    return Softmax(shifted, shifted.exp(), p.total)
+    shifted = (p.shifted + (-trust).log1p()).scatter(1, label[:, None], own)
+    return Softmax(shifted, torch.where(trust == 0, p.exps, shifted.exp()), p.total)
 
 
 def _of_probabilities(
-    p: Tensor, q: Softmax, inputs: Inputs, of_student: bool, of_teacher: bool
+    p: Tensor, q: Any, temperature: float, q_grad: bool, p_grad: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return sum p (log p - log Q) as (B, 1), and the gradients at Q's logits and at p, which need not add up to 1."""
-    mass, log_total = p.sum(1, keepdim=True), q.total.log()
-    loss = torch.xlogy(p, p).sum(1, keepdim=True) - (p * q.shifted).nansum(1, keepdim=True) + mass * log_total
-    of_q = (q.exps * (mass / q.total) - p) / inputs.student_temperature if of_student else None
-    of_p = p.log() + 1 - q.shifted + log_total if of_teacher else None
-    return loss, of_q, of_p
+    mass = p.sum(1, keepdim=True)
+    log_q = q.shifted if q.total is None else q.shifted - q.total.log()
+    loss = torch.xlogy(p, p).sum(1, keepdim=True) - (p * log_q).nansum(1, keepdim=True)
+    loss = loss + q.exps[:, :1] * 0  # NaN in a row that is
+    q_found = (q.over_total() * mass).sub_(p).div_(temperature) if q_grad else None
+    p_found = p.log() + 1 - log_q if p_grad else None
+    return loss, q_found, p_found
 
 
-def evaluate(
-    inputs: Inputs, of_student: bool, of_teacher: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _direction(inputs: Inputs) -> Any:
+    """Return the student's gradient alone, which needs no logarithm unless P is the student's or was mixed."""
+    if inputs.reverse or inputs.given or inputs.label_trust is not None:
+        return compute(inputs, True)[1]
+    dtype, own = compute_dtype(inputs.student, inputs.teacher), inputs.student_temperature
+    rows = _rows(inputs, dtype)
+    apart = _probabilities(inputs.student.to(dtype), own).sub_(
+        _probabilities(inputs.teacher.to(dtype), rows.temperature)
+    )
+    return _finished(apart if _is_one(own) else apart.div_(own), rows)
+
+
+def evaluate(inputs: Inputs, of_student: bool = False, of_teacher: bool = False) -> Any:
     """Return what `compute` does, on a CPU part by part."""
-    batch, classes = inputs.student.shape
-    size = max(1, PART * torch.get_num_threads() // classes)
-    if batch <= size or inputs.student.is_cuda:
-        return compute(inputs, of_student=of_student, of_teacher=of_teacher)
-    dtype = compute_dtype(inputs.student, inputs.teacher)
-    loss = inputs.student.new_empty(batch, dtype=dtype)
-    shapes = ((batch, classes) if wanted else None for wanted in (of_student, of_teacher))
-    grads = [None if shape is None else inputs.student.new_empty(shape, dtype=dtype) for shape in shapes]
-    for rows, part in inputs.parts(size):
-        loss[rows], *computed = compute(part, of_student=of_student, of_teacher=of_teacher)
+    if _fits(inputs):
+        return compute(inputs, of_student, of_teacher)
+    student, dtype = inputs.student, compute_dtype(inputs.student, inputs.teacher)
+    loss = student.new_empty(student.shape[0], dtype=dtype)
+    grads = [student.new_empty(student.shape, dtype=dtype) if wanted else None for wanted in (of_student, of_teacher)]
+    for rows, part in inputs.parts(_size(inputs)):
+        loss[rows], *computed = compute(part, of_student, of_teacher)
         for grad, found in zip(grads, computed, strict=True):
             if grad is not None:
                 grad[rows] = found
-    return loss, grads[0], grads[1]
+    return loss, *grads
+
+
+def overwrite(inputs: Inputs) -> None:
+    """Overwrite the student's logits with the gradient of the summed loss, on a CPU part by part."""
+    parts = [(..., inputs)] if _fits(inputs) else inputs.parts(_size(inputs))
+    for _, part in parts:
+        part.student.copy_(_direction(part))
+
+
+def looked_at(inputs: Inputs) -> Inputs:
+    """Return the inputs, `known` where each label is a class: on a CPU a look costs less than care for all rows."""
+    label = inputs.label
+    if label is None or label.is_cuda or label.numel() == 0:
+        return inputs
+    lowest, highest = label.aminmax()
+    known = lowest.item() >= 0 and highest.item() < inputs.student.shape[1]
+    return inputs._replace(known=True, ignore_index=None) if known else inputs
+
+
+def _size(inputs: Inputs) -> int:
+    """Return how many rows a part has on a CPU."""
+    return max(1, PART * torch.get_num_threads() // inputs.student.shape[1])
+
+
+def _fits(inputs: Inputs) -> bool:
+    return inputs.student.numel() <= PART or inputs.student.shape[0] <= _size(inputs) or inputs.student.is_cuda

@@ -83,7 +83,7 @@ def _kl_kernel(
     LANES: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Write the weighted loss of each row to loss (B,), or its gradients at P's and Q's logits to (B, K), or one of them.
+    """Write the weighted loss of each row to loss (B,), or one or both of its gradients at the logits to (B, K).
 
     A gradient may be written over its own logits. Without temperature_ptr, `temperature` is that of every row.
     """
@@ -94,20 +94,22 @@ def _kl_kernel(
     own_temperature = tl.full((ROWS,), 1.0, tl.float32) * temperature
     scale = tl.full((ROWS,), 1.0, tl.float32)
     if label_ptr is not None:
-        label = tl.load(label_ptr + real).to(tl.int64)
-        known = label.to(tl.uint64, bitcast=True) < K
+        given = tl.load(label_ptr + real).to(tl.int64)
+        known = given.to(tl.uint64, bitcast=True) < K
+        label = tl.where(known, given, 0).to(tl.int32)  # what is read of class 0 instead counts for nothing beside NaN
+        if ignore_index is not None:
+            ignored = given == ignore_index
         own_temperature = tl.where(known, temperature, float("nan"))
         if GIVEN:
             scale = tl.where(known, 1.0, float("nan"))
     if temperature_ptr is not None:
         if BY_ROW:
             own_temperature = tl.load(temperature_ptr + real * temperature_stride).to(tl.float32)
-            own_temperature = tl.where(known & (own_temperature > 0), own_temperature, float("nan"))
         else:
-            own_temperature = tl.load(temperature_ptr + label, mask=known, other=0.0).to(tl.float32)
-            own_temperature = tl.where(own_temperature > 0, own_temperature, float("nan"))
+            own_temperature = tl.load(temperature_ptr + label).to(tl.float32)
+        own_temperature = tl.where(known & (own_temperature > 0), own_temperature, float("nan"))
     if weight_ptr is not None:
-        scale *= tl.load(weight_ptr + label, mask=known, other=float("nan")).to(tl.float32)
+        scale *= tl.load(weight_ptr + label).to(tl.float32)
     if row_weight_ptr is not None:
         scale *= tl.load(row_weight_ptr + real * row_weight_stride).to(tl.float32)
     if row_grad_ptr is not None:
@@ -128,8 +130,8 @@ def _kl_kernel(
         log_total_p = row_log2_total(p_row, peak_p, rate_p, K, ROWS, LANES, STEPS)
     log_total_q = row_log2_total(q_row, peak_q, rate_q, K, ROWS, LANES, STEPS)
     if trust_ptr is not None:
-        trust = tl.load(trust_ptr + label, mask=known, other=float("nan")).to(tl.float32)
-        own = tl.load(p_row + label, mask=known, other=float("nan")).to(tl.float32)
+        trust = tl.load(trust_ptr + label).to(tl.float32)
+        own = tl.load(p_row + label).to(tl.float32)
         log_own = _mixed_own((own - peak_p) * rate_p - log_total_p, trust)
         log_kept = log2_1m(trust)
 
@@ -160,7 +162,7 @@ def _kl_kernel(
             loss = tl.maximum(loss, 0.0, propagate_nan=tl.PropagateNan.ALL)
         loss = scale * loss
         if ignore_index is not None:
-            loss = tl.where(label == ignore_index, 0.0, loss)
+            loss = tl.where(ignored, 0.0, loss)
         tl.store(loss_ptr + row, loss, mask=row < B)
     else:
         scale_q = scale / temperature_q
@@ -190,7 +192,7 @@ def _kl_kernel(
                     else:
                         grad = scale_q[:, None] * _difference(log_p, log_q)
                     if ignore_index is not None:
-                        grad = tl.where(label[:, None] == ignore_index, 0.0, grad)
+                        grad = tl.where(ignored[:, None], 0.0, grad)
                     grad = grad.to(q_grad_ptr.dtype.element_ty)
                     tl.store(q_grad_ptr + (row * Q_GRAD_STRIDE)[:, None] + cls, grad, mask=inside)
                 if p_grad_ptr is not None:
@@ -201,7 +203,7 @@ def _kl_kernel(
                         apart = tl.where(weight == 0, 0.0, log_p - log_q)
                         grad = scale_p[:, None] * (weight * (apart - mean[:, None]))
                     if ignore_index is not None:
-                        grad = tl.where(label[:, None] == ignore_index, 0.0, grad)
+                        grad = tl.where(ignored[:, None], 0.0, grad)
                     grad = grad.to(p_grad_ptr.dtype.element_ty)
                     tl.store(p_grad_ptr + (row * P_GRAD_STRIDE)[:, None] + cls, grad, mask=inside)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import Library
 
 NAMESPACE = "retemper"  # a copy of this package beside another one needs a name of its own
@@ -52,7 +53,7 @@ def rewritten(schema: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def differentiable(operator: Any, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
-    """Give an operator its gradient, once: to differentiate the gradient is an error.
+    """Give an operator its gradient, once: to differentiate the gradient is an error, and so is the forward mode.
 
     `torch.library.register_autograd` would do the same, and cost 30 us a call.
 
@@ -78,7 +79,7 @@ def differentiable(operator: Any, backward: Callable[..., Any], setup: Callable[
             return *backward(ctx, *grads), None
 
     def autograd(keys: Any, *inputs: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+        if (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)) or forward_ad._current_level >= 0:
             return Gradient.apply(*inputs, keys)
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keys & after, *inputs)

@@ -29,9 +29,11 @@ from torch import Tensor
 from retemper.kernels.ascent import Number, Step, ascend
 from retemper.kernels.ascent_kernels import launch
 from retemper.kernels.operators import is_symbol, operator, overwritten, rewritten
+from retemper.kernels.pixels import NORMS as NORMS
 from retemper.kernels.pixels import grid, named_norm, rows_or_pixels, split
 from retemper.kernels.runtime import (
     FLOATS,
+    compute_dtype,
     is_dense_batch_first,
     require_no_grad,
     require_one_device,
@@ -40,29 +42,18 @@ from retemper.kernels.runtime import (
     runs_triton,
 )
 
-_TENSORS = "Tensor(a!) adv, Tensor grad, Tensor clean"
-_BY = "Tensor? step_by, Tensor? eps_by, str norm"
-_REST = (
-    "Tensor? lower_by=None, Tensor? upper_by=None, Tensor? mask=None, Tensor(b!)? momentum=None, float decay=1.0,"
-    " Tensor(c!)? previous=None, float inertia=0.75, bool clip_first=False"
-)
 
-
-@operator(
-    f"pgd_step_({_TENSORS}, float step, float eps, {_BY}, float lower, float upper, {_REST}) -> ()",
-    fake=lambda *_: None,
-)
-def _pgd_step_op(
+def _take(
     adv: Tensor,
     grad: Tensor,
     clean: Tensor,
     step: float,
     eps: float,
-    step_by: Tensor | None,
-    eps_by: Tensor | None,
-    norm: str,
     lower: float,
     upper: float,
+    norm: str,
+    step_by: Tensor | None = None,
+    eps_by: Tensor | None = None,
     lower_by: Tensor | None = None,
     upper_by: Tensor | None = None,
     mask: Tensor | None = None,
@@ -72,20 +63,17 @@ def _pgd_step_op(
     inertia: float = 0.75,
     clip_first: bool = False,
 ) -> None:
-    _require_images(adv, grad=grad, clean=clean, momentum=momentum, previous=previous)
-    numbers: tuple[Number, ...] = (step, eps, lower, upper)
-    by = (step_by, eps_by, lower_by, upper_by)
-    if any(tensor is not None for tensor in by):
-        numbers = _numbers(adv, norm, numbers, by)
+    """Take the step in place; a tensor of numbers, where it is given, stands for the number of its name."""
+    _require_images(adv, grad, clean, momentum, previous)
+    numbers: tuple[Number, Number, Number, Number] = (step, eps, lower, upper)
+    if not (step_by is None and eps_by is None and lower_by is None and upper_by is None):
+        numbers = _numbers(adv, norm, numbers, (step_by, eps_by, lower_by, upper_by))
     if mask is not None:
         require_one_device(adv=adv, mask=mask)
         mask = rows_or_pixels(mask, adv)
     if adv.numel() == 0:
         return
-    step_, eps_, lower_, upper_ = numbers
-    given = Step(
-        adv, grad, clean, step_, eps_, norm, lower_, upper_, mask, momentum, decay, previous, inertia, clip_first
-    )
+    given = Step(adv, grad, clean, *numbers, norm, mask, momentum, decay, previous, inertia, clip_first)
     if not runs_triton(adv, grad, clean, momentum, previous):
         ascend(given)
         return
@@ -95,26 +83,31 @@ def _pgd_step_op(
             overwritten(tensor)
 
 
-def _require_images(adv: Tensor, **others: Tensor | None) -> None:
+def _require_images(adv: Tensor, *others: Tensor | None) -> None:
     """Raise ValueError unless all are floats of one shape and device, and `adv` is dense, the batch outermost."""
-    if adv.dim() == 0:
+    shape, device = adv.shape, adv.device
+    for tensor in (adv, *others):
+        if tensor is not None and (tensor.shape != shape or tensor.device != device or tensor.dtype not in FLOATS):
+            place = [one is tensor for one in (adv, *others)].index(True)
+            raise _misfit(("adv", "grad", "clean", "momentum", "previous")[place], tensor, adv)
+    if not shape:
         raise ValueError("adv: a scalar; needs a leading batch dimension")
     if not (adv.is_contiguous() or is_dense_batch_first(adv)):
         raise ValueError(f"adv: strides {adv.stride()} leave holes or overlap; call .contiguous() on it")
-    for name, tensor in (("adv", adv), *others.items()):
-        if tensor is None:
-            continue
-        if tensor.dtype not in FLOATS:
-            raise ValueError(f"{name}: {tensor.dtype}; needs one of {', '.join(map(str, FLOATS))}")
-        if tensor.shape != adv.shape:
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)}, but adv has {tuple(adv.shape)}")
-        if tensor.device != adv.device:
-            raise ValueError(f"{name}: on {tensor.device}, but adv is on {adv.device}; move it with .to()")
+
+
+def _misfit(name: str, tensor: Tensor, adv: Tensor) -> ValueError:
+    """Return the error of a tensor that is no image beside `adv`."""
+    if tensor.dtype not in FLOATS:
+        return ValueError(f"{name}: {tensor.dtype}; needs one of {', '.join(map(str, FLOATS))}")
+    if tensor.shape != adv.shape:
+        return ValueError(f"{name}: shape {tuple(tensor.shape)}, but adv has {tuple(adv.shape)}")
+    return ValueError(f"{name}: on {tensor.device}, but adv is on {adv.device}; move it with .to()")
 
 
 def _numbers(
     adv: Tensor, norm: str, numbers: tuple[Number, ...], tensors: tuple[Tensor | None, ...]
-) -> tuple[Number, ...]:
+) -> tuple[Number, Number, Number, Number]:
     """Return the numbers, and in place of some of them the tensors that are given, as `grid` makes them."""
     names = ("step", "eps", "lower", "upper")
     require_one_device(adv=adv, **dict(zip(names, tensors, strict=True)))
@@ -125,31 +118,41 @@ def _numbers(
         if norm == "l2" and by_sample and isinstance(made, Tensor) and made.shape[1] > 1:
             raise ValueError(f"{name}: it differs by channel; with norm='l2' a sample has one {name}")
         result.append(made)
-    return tuple(result)
+    step, eps, lower, upper = result
+    return step, eps, lower, upper
 
 
-@rewritten(f"pgd_step_number_({_TENSORS}, Scalar step, Scalar eps, {_BY}, Scalar lower, Scalar upper, {_REST}) -> ()")
-def _of_symbols(
+_SCHEMA = (
+    "(Tensor(a!) adv, Tensor grad, Tensor clean, NUMBER step, NUMBER eps, NUMBER lower, NUMBER upper, str norm,"
+    " Tensor? step_by=None, Tensor? eps_by=None, Tensor? lower_by=None, Tensor? upper_by=None, Tensor? mask=None,"
+    " Tensor(b!)? momentum=None, float decay=1.0, Tensor(c!)? previous=None, float inertia=0.75, bool clip_first=False)"
+    " -> ()"
+)
+_take_op = operator("pgd_step_" + _SCHEMA.replace("NUMBER", "float"), fake=lambda *_: None)(_take)
+
+
+@rewritten("pgd_step_number_" + _SCHEMA.replace("NUMBER", "Scalar"))
+def _take_symbols(
     adv: Tensor,
     grad: Tensor,
     clean: Tensor,
     step: Any,
     eps: Any,
-    step_by: Tensor | None,
-    eps_by: Tensor | None,
-    norm: str,
     lower: Any,
     upper: Any,
+    norm: str,
+    step_by: Tensor | None = None,
+    eps_by: Tensor | None = None,
     lower_by: Tensor | None = None,
     upper_by: Tensor | None = None,
     *rest: Any,
 ) -> None:
-    """Take numbers that are symbols of torch.compile too."""
-    given = ((step, step_by), (eps, eps_by), (lower, lower_by), (upper, upper_by))
-    (step, step_by), (eps, eps_by), (lower, lower_by), (upper, upper_by) = (
-        (0.0, adv.new_ones(1) * number) if is_symbol(number) else (number, by) for number, by in given
-    )
-    _pgd_step_op(adv, grad, clean, step, eps, step_by, eps_by, norm, lower, upper, lower_by, upper_by, *rest)
+    """Take the step of numbers some of which may be symbols of torch.compile."""
+    numbers, by = [step, eps, lower, upper], [step_by, eps_by, lower_by, upper_by]
+    for place, number in enumerate(numbers):
+        if is_symbol(number):
+            numbers[place], by[place] = 0.0, adv.new_ones(1, dtype=compute_dtype(adv, grad, clean)) * number
+    _take_op(adv, grad, clean, *numbers, norm, *by, *rest)
 
 
 def pgd_step_(
@@ -208,18 +211,22 @@ def pgd_step_(
         raise TypeError("adv, grad, clean: they must be tensors")
     if torch.is_grad_enabled():
         require_writable("adv", adv)
-        require_no_grad(grad=grad, clean=clean, step=step, eps=eps, lower=lower, upper=upper, momentum=momentum)
-        require_no_grad(previous=previous)
+        buffers = {} if momentum is previous is None else {"momentum": momentum, "previous": previous}
+        require_no_grad(grad=grad, clean=clean, step=step, eps=eps, lower=lower, upper=upper, **buffers)
     norm = named_norm(norm)
-    if clip_first and norm == "linf":
-        raise ValueError("clip_first: it is for norm='l2'; in L-inf the order makes no difference")
     step, step_by = split("step", step)
     eps, eps_by = split("eps", eps)
     lower, lower_by = split("lower", lower, -math.inf)
     upper, upper_by = split("upper", upper, math.inf)
     pixels = 1 if norm == "linf" or not adv.numel() else adv.numel() // adv.shape[0]
     require_pixel_units(lower, upper, pixels, step=abs(step), eps=eps)
-    take = _of_symbols if torch.compiler.is_compiling() else _pgd_step_op
-    rest = (mask, momentum, decay, previous, inertia, clip_first)
-    take(adv, grad, clean, step, eps, step_by, eps_by, norm, lower, upper, lower_by, upper_by, *rest)
+    if clip_first and norm == "linf":
+        raise ValueError("clip_first: it is for norm='l2'; in L-inf the order makes no difference")
+    rest = (step_by, eps_by, lower_by, upper_by, mask, momentum, decay, previous, inertia, clip_first)
+    if torch.compiler.is_compiling():
+        _take_symbols(adv, grad, clean, step, eps, lower, upper, norm, *rest)
+    elif adv.is_cpu and type(adv) is Tensor and not runs_triton(adv):  # an operator's 2 us are much of a small step
+        _take(adv, grad, clean, step, eps, lower, upper, norm, *rest)
+    else:
+        _take_op(adv, grad, clean, step, eps, lower, upper, norm, *rest)
     return adv

@@ -45,7 +45,7 @@ def split(name: str, value: float | Tensor, stand_in: float = 0.0) -> tuple[floa
         return stand_in, value
     try:
         return float(value), None
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(f"{name}: a {type(value).__name__}; needs a number or a tensor of floats") from None
 
 
@@ -122,7 +122,7 @@ def channel_of(pixel, CHANNELS: tl.constexpr):
 def number(value, sample, channel, CHANNELS: tl.constexpr, BY: tl.constexpr):
     """Return the number of a sample's pixels as float32: it is `value`, or where `value` points to."""
     if BY == "none":
-        result = value.to(tl.float32)  # the interpreter takes it as float64 where float32 cannot hold it
+        result = tl.full((), value, tl.float32)  # the interpreter would take one that float32 cannot hold as float64
     elif BY == "one":
         result = tl.load(value).to(tl.float32)
     elif BY == "sample":
@@ -139,7 +139,7 @@ def radius(value, sample, channel, CHANNELS: tl.constexpr, BY: tl.constexpr):
     """Return `number`, one of a tensor below 0 taken as 0: of those, the host has not seen the sign."""
     result = number(value, sample, channel, CHANNELS, BY)
     if BY != "none":
-        result = tl.maximum(result, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        result = tl.where(result < 0, 0.0, result)
     return result
 
 
@@ -191,8 +191,8 @@ def place(offset, sample, pixel, STRIDES: tl.constexpr):
         inner: tl.constexpr = STRIDES[0][2]
         middle: tl.constexpr = STRIDES[0][1]
         strides: tl.constexpr = STRIDES[1]
-        at = sample * strides[0] + (pixel // (middle * inner)) * strides[1]
-        at += (pixel // inner % middle) * strides[2] + (pixel % inner) * strides[3]
+        at = (pixel // (middle * inner)) * strides[1] + (pixel // inner % middle) * strides[2]
+        at = sample * strides[0] + (at + (pixel % inner) * strides[3])
     return at
 
 

@@ -1,19 +1,16 @@
 """The random start of an attack (Madry et al., ICLR 2018; TRADES, Zhang et al., ICML 2019), in place.
 
-    uniform:  adv <- clean + u,  u ~ U(-eps, eps)
-    normal:   adv <- clean + u,  u ~ scale N(0, 1), kept inside [-eps, eps]
+    adv <- clip(clean + u, lower, upper),   u uniform in the eps ball of L-inf or of L2, or normal and kept inside
 
-The numbers come from Philox-4x32-10 (Salmon et al., SC 2011). The counter is the pixel's place in memory, the key is
-the seed. A draw depends on nothing else, so a CPU draws what a GPU draws: uniform noise to the bit, normal noise to
-rounding. A process that has some rows of a larger batch counts places in that batch, so its rows get the same draws.
+The formulas are in noise.py. The numbers come from Philox-4x64-10 (philox.py): one counter for 8 pixels that lie side
+by side in memory, and the seed as the key. A draw depends on nothing else, so a CPU draws what a GPU draws: uniform
+noise in L-inf to the bit, the other to rounding. A process that has some rows of a larger batch counts from their
+places in that batch, so its rows get the same draws.
 
-Normal noise is made by the formula of Box and Muller, with one change. In place of the cosine of an angle from the
-whole circle it takes the sine of an angle from the right half. The distribution is the same, and a short series
-computes it.
-The papers do not project the normal noise to the ball. With eps > 6 scale, as in all of them, projecting changes
-nothing: draws of 24 bits are at most sqrt(-2 ln 2^-24) = 5.8 standard deviations.
+The papers do not project the normal noise to the ball. With eps > 7 scale, as in all of them, projecting changes
+nothing in L-inf, since no draw is above 6.7 standard deviations.
 
-Bound by memory: 1 tensor read and 1 written. The ten rounds of Philox take less time than that.
+Bound by memory: 1 tensor read and 1 written.
 """
 
 import math
@@ -22,80 +19,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retemper.kernels.language import tl, triton
-from retemper.kernels.operators import operator, overwritten
+from retemper.kernels.noise import fill, launch
+from retemper.kernels.operators import is_symbol, operator, overwritten, rewritten
+from retemper.kernels.pixels import grid, laid_out, named_norm, split
 from retemper.kernels.runtime import (
-    EXACT,
     FLOATS,
-    clamp,
-    compute_dtype,
-    launching,
-    locate,
-    per_sample,
-    pixel_runs,
+    require_float,
+    require_no_grad,
     require_one_device,
     require_one_layout,
     require_pixel_units,
-    require_vector,
     require_writable,
     runs_triton,
 )
 
+Number = float | Tensor
 NOISES = ("uniform", "normal")
-MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # of Philox-4x32, for words 0 and 2
-KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # the golden ratio and sqrt(3) - 1, in 32 bits
-ROUNDS = 10
-LOW = 0xFFFFFFFF  # the lower 32 bits of an int64
-UNIT = tl.constexpr(2.0**-24)  # a draw has 24 bits, as many as a float32 holds
-HALF_TURN = tl.constexpr(math.pi * 2.0**-24)
-BLOCK = 1024  # the pixels of a program, as in pgd_step.py; not yet measured on a GPU
-
-
-def philox_reference(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute Philox-4x32-10 (Salmon et al., SC 2011), ten rounds on four words of 32 bits.
-
-    Args:
-        counter, key: int64 tensors of one shape, or of shapes that broadcast, each with words in [0, 2**32).
-
-    Returns:
-        Four int64 tensors of random words in [0, 2**32).
-    """
-    word0, word1, word2, word3 = counter
-    key0, key1 = key
-    for _ in range(ROUNDS):
-        high0, low0 = _multiply(word0, MULTIPLIERS[0])
-        high2, low2 = _multiply(word2, MULTIPLIERS[1])
-        high2 ^= word1
-        high2 ^= key0
-        high0 ^= word3
-        high0 ^= key1
-        word0, word1, word2, word3 = high2, low2, high0, low0
-        key0, key1 = (key0 + KEY_STEPS[0]) & LOW, (key1 + KEY_STEPS[1]) & LOW
-    return word0, word1, word2, word3
-
-
-def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """Return the upper and the lower 32 bits of a 64-bit product. int64 wraps around to the bits of an unsigned one."""
-    low = word * factor
-    high = low >> 32
-    high &= LOW  # in place, here and in the rounds: twice as fast on a CPU
-    low &= LOW
-    return high, low
 
 
 def random_start_reference(
     clean: Tensor,
-    eps: float | Tensor,
+    eps: Number,
     *,
     seed: Tensor,
     noise: str = "uniform",
     scale: float = 0.001,
     clip: bool = True,
     rows: tuple[int, int] = (0, 1),
-    lower: float = 0.0,
-    upper: float = 1.0,
+    norm: str = "linf",
+    lower: Number = 0.0,
+    upper: Number = 1.0,
 ) -> Tensor:
     """Compute the start in plain PyTorch: the truth for the tests, and the path on a CPU.
 
@@ -104,81 +57,17 @@ def random_start_reference(
     Returns:
         A new tensor of the shape, dtype and layout of `clean`.
     """
-    offset = torch.arange(clean.numel(), device=clean.device)
-    if rows != (0, 1):
-        offset += (rows[0] + offset // clean[:1].numel() * (rows[1] - 1)) * clean[:1].numel()
-    zero = torch.zeros_like(offset)
-    seed = seed.reshape(())
-    bits = philox_reference((offset & LOW, offset >> 32, zero, zero), (seed & LOW, (seed >> 32) & LOW))
-
-    start = torch.empty_like(clean, dtype=compute_dtype(clean))
-    in_memory = start.as_strided((clean.shape[0], clean[:1].numel()), (clean[:1].numel(), 1))
-    eps = eps.to(start.dtype)[:, None] if isinstance(eps, Tensor) else eps
-    first, second = ((word >> 8).to(start.dtype).view(in_memory.shape) for word in bits[:2])
-    if noise == "uniform":
-        draw = (first * (2 * UNIT.value) - 1) * eps
-    else:
-        draw = (-2 * ((first + 1) * UNIT.value).log()).sqrt() * ((second - 2**23) * HALF_TURN.value).sin() * scale
-    start.copy_(clean)
-    centre = in_memory.clone()
-    in_memory.copy_(torch.minimum(torch.maximum(centre + draw, centre - eps), centre + eps))
-    return (start.clamp_(lower, upper) if clip else start).to(clean.dtype)
+    adv = torch.empty_like(clean)
+    return fill(adv, clean, seed, noise, scale, clip, rows, norm, *_numbers(adv, norm, eps, lower, upper))
 
 
-@triton.jit
-def _sine(angle):
-    """Return sin(angle) for |angle| <= pi/2, to 2**-22, by its Taylor series.
-
-    tl.sin takes any angle, and may need stack memory for the large ones.
-    """
-    square = angle * angle
-    tail = 1 - square * (1 / 72) * (1 - square * (1 / 110) * (1 - square * (1 / 156)))
-    return angle * (1 - square * (1 / 6) * (1 - square * (1 / 20) * (1 - square * (1 / 42) * tail)))
-
-
-@triton.jit
-def _random_start_kernel(
-    adv_ptr,
-    clean_ptr,
-    seed_ptr,
-    eps_ptr,
-    eps,
-    scale,
-    lower,
-    upper,
-    pixels,
-    blocks,
-    first_row,
-    rows_apart,
-    UNIFORM: tl.constexpr,
-    CLIP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    sample, offset, inside = locate(pixels, blocks, BLOCK)
-    if eps_ptr is not None:
-        eps = tl.load(eps_ptr + sample).to(tl.float32)
-    place = offset
-    if rows_apart is not None:
-        place += (first_row + sample * (rows_apart - 1)) * pixels
-    counter = place.to(tl.uint32)
-    zero = counter * 0
-    word0, word1, _, _ = tl.philox(tl.load(seed_ptr), counter, (place >> 32).to(tl.uint32), zero, zero)
-    first = (word0 >> 8).to(tl.int32).to(tl.float32)
-    if UNIFORM:
-        draw = (first * (2 * UNIT) - 1) * eps
-    else:
-        second = (word1 >> 8).to(tl.int32).to(tl.float32)
-        draw = tl.sqrt(-2 * tl.log((first + 1) * UNIT)) * _sine((second - 2**23) * HALF_TURN) * scale
-    clean = tl.load(clean_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    start = clamp(clean + draw, clean - eps, clean + eps)
-    if CLIP:
-        start = clamp(start, lower, upper)
-    tl.store(adv_ptr + offset, start.to(adv_ptr.dtype.element_ty), mask=inside)
+_TENSORS = "Tensor(a!) adv, Tensor clean, Tensor seed"
+_DRAW = "str noise, float scale, bool clip, SymInt first_row=0, SymInt rows_apart=1"
+_BY = "Tensor? lower_by=None, Tensor? upper_by=None, str norm='linf'"
 
 
 @operator(
-    "random_start_(Tensor(a!) adv, Tensor clean, Tensor seed, float eps, Tensor? eps_per_sample, str noise,"
-    " float scale, bool clip, SymInt first_row=0, SymInt rows_apart=1, float lower=0.0, float upper=1.0) -> ()",
+    f"random_start_({_TENSORS}, float eps, Tensor? eps_by, {_DRAW}, float lower=0.0, float upper=1.0, {_BY}) -> ()",
     fake=lambda *_: None,
 )
 def _random_start_op(
@@ -186,7 +75,7 @@ def _random_start_op(
     clean: Tensor,
     seed: Tensor,
     eps: float,
-    eps_per_sample: Tensor | None,
+    eps_by: Tensor | None,
     noise: str,
     scale: float,
     clip: bool,
@@ -194,78 +83,149 @@ def _random_start_op(
     rows_apart: int = 1,
     lower: float = 0.0,
     upper: float = 1.0,
+    lower_by: Tensor | None = None,
+    upper_by: Tensor | None = None,
+    norm: str = "linf",
 ) -> None:
-    require_one_layout(adv=adv, clean=clean)
-    require_one_device(adv=adv, seed=seed, eps=eps_per_sample)
-    require_vector("eps", eps_per_sample, adv.shape[0], *FLOATS)
+    _check(adv, clean, seed, noise, scale, first_row, rows_apart)
+    numbers: tuple[Number, Number, Number] = (eps, lower, upper)
+    if not (eps_by is None and lower_by is None and upper_by is None):
+        require_one_device(adv=adv, eps=eps_by, lower=lower_by, upper=upper_by)
+        given = ((eps, eps_by), (lower, lower_by), (upper, upper_by))
+        numbers = _numbers(adv, norm, *(number if by is None else by for number, by in given))
+    if adv.numel() == 0:
+        return
+    rows = (first_row, rows_apart)
+    if not runs_triton(adv, clean):
+        fill(adv, clean, seed, noise, scale, clip, rows, norm, *numbers)
+        return
+    launch(adv, laid_out(clean, adv), seed, noise, scale, clip, rows, norm, *numbers)
+    overwritten(adv)
+
+
+def _check(adv: Tensor, clean: Tensor, seed: Tensor, noise: str, scale: float, first_row: int, rows_apart: int) -> None:
+    if adv.dtype not in FLOATS or clean.dtype not in FLOATS:
+        require_float(adv=adv, clean=clean)
+    if clean.shape != adv.shape:
+        raise ValueError(f"clean: shape {tuple(clean.shape)}, but adv has {tuple(adv.shape)}")
+    if not adv.is_contiguous() or not adv.shape:
+        require_one_layout(adv=adv)
+    if not adv.device == clean.device == seed.device:
+        require_one_device(adv=adv, clean=clean, seed=seed)
     if seed.numel() != 1 or seed.dtype != torch.int64:
         raise ValueError(f"seed: {seed.dtype} of shape {tuple(seed.shape)}; needs an int, or one int64 in a tensor")
     if noise not in NOISES:
         raise ValueError(f"noise: {noise!r}; needs one of {', '.join(NOISES)}")
+    if not 0 <= scale < math.inf:
+        raise ValueError(f"scale: {scale}; needs a finite number, 0 or more")
     if first_row < 0 or rows_apart < 1:
         raise ValueError(f"rows: ({first_row}, {rows_apart}); needs a row from 0 on, and a distance of 1 or more")
-    if adv.numel() == 0:
-        return
-    rows = (first_row, rows_apart)
-    if not runs_triton(adv):
-        eps_or_epses = eps if eps_per_sample is None else eps_per_sample
-        chosen: dict[str, Any] = dict(noise=noise, scale=scale, clip=clip, rows=rows, lower=lower, upper=upper)
-        adv.copy_(random_start_reference(clean, eps_or_epses, seed=seed, **chosen))
-        return
-    whole = rows == (0, 1)
-    pixels, blocks, block, programs = pixel_runs(adv, BLOCK, eps_per_sample is not None or not whole)
-    scalars: tuple[Any, ...] = (eps_per_sample, eps, scale, lower, upper, pixels, blocks)
-    scalars += (None, None) if whole else rows
-    options: dict[str, Any] = {"UNIFORM": noise == "uniform", "CLIP": clip, "BLOCK": block, **EXACT}
-    with launching(adv):
-        _random_start_kernel[(programs,)](adv, clean, seed, *scalars, **options)
-    overwritten(adv)
+
+
+def _numbers(adv: Tensor, norm: str, eps: Number, lower: Number, upper: Number) -> tuple[Number, Number, Number]:
+    """Return the radius and the bounds, tensors as `grid` makes them."""
+    if isinstance(eps, Tensor):
+        eps = grid("eps", eps, adv)
+        if norm == "l2" and eps.shape[1] > 1:
+            raise ValueError(
+                "eps: differs by channel; a ball in L2 has one radius, so it needs a number, or one a sample"
+            )
+    lower = grid("lower", lower, adv, by_sample=False) if isinstance(lower, Tensor) else lower
+    upper = grid("upper", upper, adv, by_sample=False) if isinstance(upper, Tensor) else upper
+    return eps, lower, upper
+
+
+@rewritten(
+    f"random_start_number_({_TENSORS}, Scalar eps, Tensor? eps_by, {_DRAW},"
+    f" Scalar lower=0, Scalar upper=1, {_BY}) -> ()"
+)
+def _of_symbols(
+    adv: Tensor,
+    clean: Tensor,
+    seed: Tensor,
+    eps: Any,
+    eps_by: Tensor | None,
+    noise: str,
+    scale: float,
+    clip: bool,
+    first_row: int = 0,
+    rows_apart: int = 1,
+    lower: Any = 0.0,
+    upper: Any = 1.0,
+    lower_by: Tensor | None = None,
+    upper_by: Tensor | None = None,
+    norm: str = "linf",
+) -> None:
+    """Take numbers that are symbols of torch.compile too."""
+    (eps, eps_by), (lower, lower_by), (upper, upper_by) = (
+        (0.0, adv.new_ones(1) * number) if is_symbol(number) else (number, by)
+        for number, by in ((eps, eps_by), (lower, lower_by), (upper, upper_by))
+    )
+    draw = (noise, scale, clip, first_row, rows_apart)
+    _random_start_op(adv, clean, seed, eps, eps_by, *draw, lower, upper, lower_by, upper_by, norm)
 
 
 def random_start_(
     adv: Tensor,
     clean: Tensor,
-    eps: float | Tensor,
+    eps: Number,
     *,
     noise: str = "uniform",
     scale: float = 0.001,
     seed: int | Tensor,
     clip: bool = True,
     rows: tuple[int, int] = (0, 1),
-    lower: float = 0.0,
-    upper: float = 1.0,
+    norm: str | float = "linf",
+    lower: Number = 0.0,
+    upper: Number = 1.0,
 ) -> Tensor:
     """Fill `adv`, in place, with `clean` plus random noise inside the eps ball. What `adv` held before is not read.
 
-    The formula and its sources are in the module docstring.
+    **Pixels are clipped to [0, 1] unless `lower` and `upper` say otherwise**: images in [-1, 1], and images normalised
+    by a mean and a deviation, need both, or `clip=False`. The values are not looked at, so no error tells of it.
+    The formulas and their sources are in the module docstring.
 
     Args:
-        adv, clean: (B, ...), one float dtype, one dense layout with the batch outermost.
-        eps: in pixel units (8/255, not 8); a number, or floats (B,) with one number for each sample; >= 0. A
-            number may not be above the width of the range (or 1).
+        adv: (B, ...), any float dtype, dense in any order of dimensions with the batch outermost.
+        clean: of the shape and on the device of `adv`, any float dtype, any strides. One that does not lie in memory as
+            `adv` does is copied once on a GPU.
+        eps: the radius, in pixel units (8/255, not 8). A number >= 0, not above the width of the range (or 1) in L-inf,
+            nor its sqrt(pixels)-fold in L2; or floats, of which those below 0 count as 0: one, (B,) by sample, or in
+            L-inf (C,) or (C, 1, 1) by channel. (B,) where B = C is by sample.
         noise: "uniform" in the ball, or "normal" with standard deviation `scale`.
         scale: the standard deviation of normal noise, in pixel units.
         seed: an int of 64 bits, or a tensor of one int64 on the device. With a tensor that a captured CUDA graph also
-            advances, each replay of the graph draws anew.
-        clip: whether to clamp to [lower, upper]. The released code of TRADES, RSLAD and ABSLD does not; its first step
+            advances, each replay of the graph draws anew. On a GPU its value is not read by the host.
+        clip: whether to clip to [lower, upper]. The released code of TRADES, RSLAD and ABSLD does not; its first step
             does.
         rows: (first, apart), where `adv` is the rows first, first + apart, ... of a larger batch: it gets their draws.
-        lower, upper: the range of a valid pixel.
+        norm: "linf" (or math.inf), or "l2" (or 2).
+        lower, upper: the range of a valid pixel: numbers, or floats, one or (C,) or (C, 1, 1) by channel.
 
     Returns:
         `adv` itself.
 
     Raises:
-        ValueError: the tensors differ in shape, dtype, device or strides; autograd is tracking `adv`; unknown noise;
-            the seed does not fit; rows that cannot be; eps is a number below 0 or above the range of a pixel; the range
-            is empty.
+        TypeError: an argument is neither a tensor nor a number where it must be one.
+        ValueError: a shape, dtype, device or stride does not fit; autograd is tracking `adv`, or another tensor
+            requires a gradient, which is not computed; unknown noise or norm; the seed does not fit; rows that cannot
+            be; eps is a number below 0 or above the range of a pixel; the range is empty.
     """
-    require_writable("adv", adv)
-    eps_scalar, eps_per_sample = per_sample("eps", eps, adv.shape[0] if adv.dim() else 0)
-    require_pixel_units(lower, upper, eps=eps_scalar)
+    if not (isinstance(adv, Tensor) and isinstance(clean, Tensor)):
+        raise TypeError("adv, clean: they must be tensors")
+    if torch.is_grad_enabled():
+        require_writable("adv", adv)
+        require_no_grad(clean=clean, eps=eps, lower=lower, upper=upper)
+    norm = named_norm(norm)
+    eps, eps_by = split("eps", eps)
+    lower, lower_by = split("lower", lower, -math.inf)
+    upper, upper_by = split("upper", upper, math.inf)
+    pixels = 1 if norm == "linf" or not adv.numel() else adv.numel() // adv.shape[0]
+    require_pixel_units(lower, upper, pixels, eps=eps)
     if not isinstance(seed, Tensor):
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed: {seed} does not fit 64 bits")
         seed = torch.full((1,), seed, dtype=torch.int64, device=adv.device)
-    _random_start_op(adv, clean, seed, eps_scalar, eps_per_sample, noise, scale, clip, *rows, lower, upper)
+    take = _of_symbols if torch.compiler.is_compiling() else _random_start_op
+    take(adv, clean, seed, eps, eps_by, noise, scale, clip, *rows, lower, upper, lower_by, upper_by, norm)
     return adv

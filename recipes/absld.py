@@ -85,8 +85,8 @@ class Absld(Method):
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         adv_K, clean_K = self.temperatures(targets.state)
-        adv = class_temperature_kl(logits["adv"], targets.teacher, targets.label_B, adv_K)
-        clean = class_temperature_kl(logits["clean"], targets.teacher, targets.label_B, clean_K)
+        adv = class_temperature_kl(logits["adv"], targets.teacher, targets.label_B, adv_K, ignore_index=None)
+        clean = class_temperature_kl(logits["clean"], targets.teacher, targets.label_B, clean_K, ignore_index=None)
         return self.kl_scale * (self.adv_weight * adv + (1 - self.adv_weight) * clean)
 
     def next_class_state(

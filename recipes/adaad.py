@@ -41,8 +41,8 @@ class AdaAd(Method):
         return disagreement
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
-        adv = class_temperature_kl(logits["adv"], given(targets.teacher_adv_BK), targets.label_B)
-        clean = class_temperature_kl(logits["clean"], targets.teacher, targets.label_B)
+        adv = class_temperature_kl(logits["adv"], given(targets.teacher_adv_BK))
+        clean = class_temperature_kl(logits["clean"], targets.teacher)
         return self.kl_scale * (self.adv_weight * adv + (1 - self.adv_weight) * clean)
 
 

@@ -31,7 +31,7 @@ class AdaIad(AdaAd, Trust):
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         t, teacher_BK = self.temperature, given(targets.teacher_adv_BK)
-        soft = class_temperature_kl(logits["adv"], teacher_BK, targets.label_B, t, student_temperature=t)
+        soft = class_temperature_kl(logits["adv"], teacher_BK, temperature=t, student_temperature=t)
         own = (self.distrust(targets) * kl_rows(logits["clean"], logits["adv"])).mean()
         loss = self.adv_weight * self.kl_scale * (t * t * soft + own)
         if self.adv_weight < 1:

@@ -33,15 +33,15 @@ class Ard(LabelAttack):
         0.1, "factor on the soft term; the authors average over the classes: a tenth for 10", at_most=1000
     )
 
-    def soft_loss(self, logits_BK: Tensor, teacher_BK: Tensor, targets: Targets) -> Tensor:
+    def soft_loss(self, logits_BK: Tensor, teacher_BK: Tensor) -> Tensor:
         """Return the tempered KL of each image, (B,), with t^2 and the scale."""
         t = self.temperature
-        kl_B = class_temperature_kl(logits_BK, teacher_BK, targets.label_B, t, student_temperature=t, reduction="none")
+        kl_B = class_temperature_kl(logits_BK, teacher_BK, temperature=t, student_temperature=t, reduction="none")
         return self.kl_scale * t * t * kl_B
 
     def image_loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         """Return what each image adds to the loss, (B,)."""
-        loss_B = self.soft_weight * self.soft_loss(logits["adv"], targets.teacher, targets)
+        loss_B = self.soft_weight * self.soft_loss(logits["adv"], targets.teacher)
         if self.soft_weight < 1:
             loss_B = loss_B + (1 - self.soft_weight) * cross_entropy_rows(logits["clean"], targets.label_B)
         return loss_B

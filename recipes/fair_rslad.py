@@ -30,8 +30,10 @@ class FairRslad(Rslad, Fair):
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         label_B, weight_K = targets.label_B, targets.state["class_weight"]
-        adv = class_temperature_kl(logits["adv"], targets.teacher, label_B, class_weight=weight_K)
-        clean = class_temperature_kl(logits["clean"], targets.teacher, label_B, class_weight=weight_K)
+        adv = class_temperature_kl(logits["adv"], targets.teacher, label_B, class_weight=weight_K, ignore_index=None)
+        clean = class_temperature_kl(
+            logits["clean"], targets.teacher, label_B, class_weight=weight_K, ignore_index=None
+        )
         return self.kl_scale * (self.adv_weight * adv + (1 - self.adv_weight) * clean)
 
 

@@ -102,10 +102,10 @@ class Iad2(Iad):
     def image_loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         adv_BK, distrust_B = logits["adv"], self.distrust(targets)
         hard_B = cross_entropy_rows(adv_BK, targets.label_B)
-        robust_B = (1 - distrust_B) * self.soft_loss(adv_BK, given(targets.teacher_adv_BK), targets)
+        robust_B = (1 - distrust_B) * self.soft_loss(adv_BK, given(targets.teacher_adv_BK))
         if "clean" in logits:
             robust_B = robust_B + self.temperature**2 * distrust_B * kl_rows(logits["clean"], adv_BK)
-        clean_B = self.soft_loss(adv_BK, given(targets.clean_teacher_adv_BK), targets)
+        clean_B = self.soft_loss(adv_BK, given(targets.clean_teacher_adv_BK))
         hard_weight = 1 - self.soft_weight - self.clean_teacher_weight
         return hard_weight * hard_B + self.soft_weight * robust_B + self.clean_teacher_weight * clean_B
 

@@ -78,7 +78,12 @@ class LabelTrust(Method):
         weight_K, trust_K = targets.state.get("class_weight"), targets.state.get("label_trust")
         adv, clean = (
             class_temperature_kl(
-                logits[name], targets.teacher, targets.label_B, class_weight=weight_K, label_trust=trust_K
+                logits[name],
+                targets.teacher,
+                targets.label_B,
+                class_weight=weight_K,
+                label_trust=trust_K,
+                ignore_index=None,
             )
             for name in ("adv", "clean")
         )

@@ -85,7 +85,7 @@ class Mtard(LabelAttack):
 
         def task_loss(task: str) -> Tensor:
             teacher_BK, by_class = self.teacher_of(task, targets), self.by_class(task, targets)
-            kl = class_temperature_kl(logits[task], teacher_BK, targets.label_B, **by_class)
+            kl = class_temperature_kl(logits[task], teacher_BK, targets.label_B, **by_class, ignore_index=None)
             if self.variant == "released":
                 kl = kl + floor_cost(teacher_BK, targets.label_B, **by_class)
             return self.kl_scale * kl

@@ -30,8 +30,8 @@ class Rslad(Method):
         return KlObjective(targets.teacher, targets.label_B)
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
-        adv = class_temperature_kl(logits["adv"], targets.teacher, targets.label_B)
-        clean = class_temperature_kl(logits["clean"], targets.teacher, targets.label_B)
+        adv = class_temperature_kl(logits["adv"], targets.teacher)
+        clean = class_temperature_kl(logits["clean"], targets.teacher)
         return self.kl_scale * (self.adv_weight * adv + (1 - self.adv_weight) * clean)
 
 

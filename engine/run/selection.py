@@ -132,7 +132,7 @@ def validate(
         for batch in attacked_batches(model, split, perturb, device=device, batch_size=batch_size, ranks=ranks):
             clean_sums.add(*class_sums(batch.clean_BK, batch.label_B, num_classes))
             adv_sums.add(*class_sums(batch.adv_BK, batch.label_B, num_classes))
-            boundary_B = class_temperature_kl(batch.adv_BK, batch.clean_BK, batch.label_B, reduction="none")
+            boundary_B = class_temperature_kl(batch.adv_BK, batch.clean_BK, reduction="none")
             boundary.add(boundary_B, batch.label_B)
     ranks.all_reduce_each_([value for sums in (clean_sums, adv_sums, boundary) for value in vars(sums).values()])
     return HeldOut(

@@ -35,58 +35,111 @@ OPTIONAL = {"fp32": None, "fp16": "*fp32", "bf16": "*fp32"}
 ALIGNED = {"fp32": True, "fp16": False, "bf16": True}
 SIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 
-kl = import_module("retemper.kernels.kl_divergence")
+OF_CLASS = ["temperature_ptr", "weight_ptr", "trust_ptr"]
+
+kl = import_module("retemper.kernels.kl_kernel")
 rows = import_module("retemper.kernels.logit_rows")
 sums = import_module("retemper.kernels.class_sums")
-js = import_module("retemper.kernels.jensen_shannon")
-pgd = import_module("retemper.kernels.pgd_step")
-start = import_module("retemper.kernels.random_start")
+js = import_module("retemper.kernels.js_kernel")
+pgd = import_module("retemper.kernels.ascent_kernels")
+noise = import_module("retemper.kernels.noise")
 views = import_module("retemper.kernels.augment")
 after = import_module("retemper.kernels.epilogue")
 
 Case = tuple[Any, dict[str, str], dict[str, Any]]  # a kernel; the types of its arguments; its constants
 
 
-def elementwise(dtype: str) -> Iterator[Case]:
-    image = f"*{dtype}"
-    types = dict.fromkeys(["adv_ptr", "grad_ptr", "clean_ptr"], image) | dict.fromkeys(
-        ["step", "eps", "lower", "upper", "scale"], "fp32"
-    )
-    types |= {"pixels": "i32", "blocks": "i32", "seed_ptr": "*i64", "step_ptr": "*fp32", "eps_ptr": "*fp32"}
-    absent = {} if OPTIONAL[dtype] else dict.fromkeys(["step_ptr", "eps_ptr", "blocks"])
-    yield pgd._linf_kernel, types, absent | {"BLOCK": pgd.BLOCK}
-    yield pgd._l2_kernel, types, absent | {"BLOCK": pgd.BLOCK, "PIXELS": 3 * 32 * 32}
-    types |= {"first_row": "i32", "rows_apart": "i32"}
-    absent |= dict.fromkeys(["first_row", "rows_apart"]) if absent else {}
+def steps(dtype: str) -> Iterator[Case]:
+    types = dict.fromkeys(["adv_ptr", "grad_ptr", "clean_ptr", "momentum_ptr", "previous_ptr"], f"*{dtype}")
+    types |= {"mask_ptr": "*i1", "pixels": "i32", "blocks": "i32"}
+    types |= dict.fromkeys(["step", "eps", "lower", "upper", "decay", "inertia", "rest"], "fp32")
+    names = ("STEP_BY", "EPS_BY", "LOWER_BY", "UPPER_BY")
+    plain = dict.fromkeys(["mask_ptr", "previous_ptr", "inertia", "rest", "CHANNELS", "GRAD", "CLEAN", "MASK"])
+    plain |= {"BLOCK": pgd.BLOCK, "PIXELS": 3 * 32 * 32, "CLIP_FIRST": False, **dict.fromkeys(names, "none")}
+    by_sample = {"STEP_BY": "sample", "EPS_BY": "sample"} if OPTIONAL[dtype] else {}
+    usual = types | (dict.fromkeys(["step", "eps"], "*fp32") if by_sample else {})
+    yield pgd._linf_kernel, usual, plain | by_sample | ({} if by_sample else {"blocks": None})
+    yield pgd._l2_kernel, usual, plain | by_sample
+    yield pgd._l2_kernel, usual, plain | by_sample | {"CLIP_FIRST": True}
+    yield pgd._momentum_kernel, types, plain
+
+    # All at once: numbers by channel, a mask, and tensors of another dtype and in other layouts.
+    all_numbers = dict.fromkeys(["step", "eps", "lower", "upper"], "*fp32")
+    types |= all_numbers | {"grad_ptr": "*fp32", "clean_ptr": "*bf16", "momentum_ptr": "*fp32"}
+    strides = ((3, 32, 32), (3072, 1, 96, 3))
+    here = {
+        "BLOCK": pgd.STRIDED_BLOCK,
+        "PIXELS": 3 * 32 * 32,
+        "CLIP_FIRST": False,
+        "CHANNELS": (3, 1024),
+        "other_layout": True,
+    }
+    here |= {"GRAD": strides, "CLEAN": strides, "MASK": ((3, 32, 32), (1, 0, 0, 0))}
+    bounds = {"LOWER_BY": "channel", "UPPER_BY": "one"}
+    yield pgd._linf_kernel, types, here | bounds | {"STEP_BY": "both", "EPS_BY": "channel"}
+    yield pgd._l2_kernel, types, here | bounds | {"STEP_BY": "one", "EPS_BY": "sample"}
+    alone = {"STEP_BY": "none", "EPS_BY": "sample", "grad_ptr": None, "CLIP_FIRST": True}  # a projection
+    yield pgd._l2_kernel, types | {"step": "fp32"}, here | bounds | alone
+    yield pgd._momentum_kernel, types, here
+
+
+def starts(dtype: str) -> Iterator[Case]:
+    types = dict.fromkeys(["eps", "scale", "lower", "upper"], "fp32") | dict.fromkeys(["blocks", "first_row"], "i32")
+    types |= {
+        "adv_ptr": f"*{dtype}",
+        "clean_ptr": f"*{dtype}",
+        "seed_ptr": "*i64",
+        "pixels": "i32",
+        "rows_apart": "i32",
+    }
+    by = {"CHANNELS": None, "EPS": "none", "LOWER": "none", "UPPER": "none"}
+    if dtype == "bf16":
+        types["eps"], by["EPS"] = "*fp32", "sample"
+    elif dtype == "fp16":  # numbers by channel are loaded one by one, whatever is aligned
+        types |= {"eps": "*fp32", "lower": "*fp32", "upper": "*fp32", "clean_ptr": "*fp32"}
+        by = {"CHANNELS": (3, 1024), "EPS": "one", "LOWER": "channel", "UPPER": "one"}
+    by["CLIP"] = dtype != "fp32"
+    absent = {} if OPTIONAL[dtype] else dict.fromkeys(["blocks", "first_row", "rows_apart"])
+    yield noise._uniform_start_kernel, types, absent | by | {"BLOCK": noise.BLOCK}
+    yield noise._normal_start_kernel, types, by | {"BLOCK": noise.BLOCK // 2, "num_warps": noise.WARPS}
     for uniform in (True, False):
-        draw = {"BLOCK": start.BLOCK, "UNIFORM": uniform, "CLIP": dtype != "fp16"}
-        yield start._random_start_kernel, types, absent | draw
+        of_image = {"UNIFORM": uniform, "PIXELS": 3 * 32 * 32, "HALF": 3 * 64, "BLOCK": noise.BLOCK}
+        yield noise._ball_start_kernel, types, by | of_image
 
 
 def by_class(dtype: str) -> Iterator[Case]:
+    """Yield what recipes launch, with and without all that is by class; and once each what else may be asked for."""
     types = {"label_ptr": "*i64", "temperature": "fp32", "student_temperature": "fp32", "B": "i32"}
-    types |= {"row_grad_stride": "i32", "stride": "i32", "student_ptr": f"*{dtype}", "logits_ptr": f"*{dtype}"}
-    types |= {
-        "temperature_ptr": "*fp32",
-        "weight_ptr": "*fp32",
-        "trust_ptr": "*fp32",
-        "row_grad_ptr": "*fp32",
-    }
-    types |= {"teacher_ptr": f"*{dtype}" if ALIGNED[dtype] else "*bf16"}
-    absent = {} if OPTIONAL[dtype] else dict.fromkeys(["temperature_ptr", "weight_ptr", "trust_ptr", "row_grad_ptr"])
+    types |= dict.fromkeys(["temperature_stride", "row_weight_stride", "row_grad_stride", "ignore_index"], "i32")
+    types |= dict.fromkeys(["p_ptr", "q_ptr", "p_grad_ptr", "q_grad_ptr"], f"*{dtype}")
+    types |= dict.fromkeys(["temperature_ptr", "weight_ptr", "trust_ptr", "row_weight_ptr", "row_grad_ptr"], "*fp32")
+    types |= {"loss_ptr": "*fp32", "p_ptr": f"*{dtype}" if ALIGNED[dtype] else "*bf16"}
+    rare = dict.fromkeys(["row_weight_ptr", "ignore_index", "p_grad_ptr"])
+    absent = rare if OPTIONAL[dtype] else rare | dict.fromkeys(OF_CLASS) | {"row_grad_ptr": None}
+    flags = dict.fromkeys(["BY_ROW", "REVERSE", "GIVEN"], False)
     # of 100 classes, fp16 differs from bf16 in its alignment alone, which 10 and 1,000 classes cover
     for classes in (10, 100, 1000) if ALIGNED[dtype] else (10, 1000):
         tiles = rows.row_tiles(classes, gcd(classes, 16 // SIZE[dtype]))
-        dense = dict.fromkeys(["STUDENT_STRIDE", "TEACHER_STRIDE", "OUT_STRIDE"], classes)
-        for grad in (True, False):
-            out = {"out_ptr": f"*{dtype}" if grad else "*fp32"}
-            yield kl._kl_kernel, types | out, absent | tiles | dense | {"GRAD": grad}
+        strides = dict.fromkeys(["P_STRIDE", "Q_STRIDE", "P_GRAD_STRIDE", "Q_GRAD_STRIDE"], classes)
+        for out in ({"loss_ptr": None}, {"q_grad_ptr": None}):
+            yield kl._kl_kernel, types, absent | flags | tiles | strides | out
+        if dtype == "fp32":
+            yield from rarely(types, flags | tiles | strides)
+
+
+def rarely(types: dict[str, str], constants: dict[str, Any]) -> Iterator[Case]:
+    """Yield what the KL may be asked for beside: both gradients, reversed, of probabilities, by row, with rows left out."""
+    both, loss = {"loss_ptr": None}, dict.fromkeys(["p_grad_ptr", "q_grad_ptr"])
+    unlabelled = dict.fromkeys([*OF_CLASS, "label_ptr", "ignore_index"])
+    for out in (both, loss):
+        yield kl._kl_kernel, types, constants | out  # all at once
+        yield kl._kl_kernel, types, constants | out | {**dict.fromkeys(OF_CLASS[1:]), "BY_ROW": True, "REVERSE": True}
+        yield kl._kl_kernel, types, constants | out | unlabelled | {"GIVEN": True}
 
 
 def class_sums(dtype: str) -> Iterator[Case]:
-    whole = "*i64" if ALIGNED[dtype] else "*i32"  # the result, or the parts of it
     types = {"logits_ptr": f"*{dtype}", "label_ptr": "*i64" if ALIGNED[dtype] else "*u8", "hit_ptr": "*i8"}
-    types |= {"part_correct_ptr": "*i32", "part_count_ptr": "*i32", "correct_ptr": whole, "count_ptr": whole}
+    types |= dict.fromkeys(["part_correct_ptr", "part_count_ptr", "correct_ptr", "count_ptr"], "*i64")
     types |= dict.fromkeys(["loss_ptr", "part_loss_ptr", "cross_entropy_ptr"], "*fp32") | {"B": "i32", "parts": "i32"}
     for classes in (10, sums.WIDEST, 100, 1000):
         tiles = rows.row_tiles(classes, gcd(classes, 16 // SIZE[dtype])) | {"STRIDE": classes}
@@ -110,9 +163,9 @@ def jensen_shannon(dtype: str) -> Iterator[Case]:
     for classes in (10, 100, 1000, 100_000) if aligned else (10, 1000):
         tiles = rows.row_tiles(classes, gcd(classes, 16 // SIZE[dtype]))
         tiles |= {"STUDENT_STRIDE": classes, "TEACHER_STRIDE": classes, "BY_ROW": dtype == "fp16"}
-        for left_out in (["student_grad_ptr", "teacher_grad_ptr"], ["loss_ptr"], ["loss_ptr", "teacher_grad_ptr"]):
-            # without a gradient it is the loss that is written, a number for each row
-            yield js._js_kernel, types, absent | tiles | dict.fromkeys(left_out) | {"GRAD": left_out[0] == "loss_ptr"}
+        both, one = ["loss_ptr"], ["loss_ptr", "teacher_grad_ptr"]
+        for left_out in (["student_grad_ptr", "teacher_grad_ptr"], one, *([both] if classes < 100_000 else [])):
+            yield js._js_kernel, types, absent | tiles | dict.fromkeys(left_out)
 
 
 def augmentation(dtype: str) -> Iterator[Case]:
@@ -172,7 +225,9 @@ def accesses(compiled: Any) -> dict[str, dict[str, int]]:
 
 def row(constants: dict[str, Any]) -> int:
     """Return the number of values that lie side by side; one access may take a divisor of it."""
-    return constants.get("K") or constants.get("WIDTH", 16) * constants.get("CHANNELS", 1)
+    if "WIDTH" in constants:
+        return constants["WIDTH"] * constants["CHANNELS"]
+    return constants.get("K", 16)
 
 
 def report(folder: str, name: str) -> None:
@@ -182,7 +237,8 @@ def report(folder: str, name: str) -> None:
     with open(Path(folder) / arch, "w") as file:
         for dtype, aligned in ALIGNED.items():
             for case in (
-                *elementwise(dtype),
+                *steps(dtype),
+                *starts(dtype),
                 *by_class(dtype),
                 *class_sums(dtype),
                 *jensen_shannon(dtype),
@@ -191,7 +247,8 @@ def report(folder: str, name: str) -> None:
             ):
                 compiled = compile_case(case, target, aligned)
                 what = {"kernel": case[0].__name__, "dtype": dtype, "aligned": aligned, "row": row(case[2])}
-                what["writes_rows"] = case[2].get("GRAD") is False  # one number for each
+                what["wide"] = aligned and not case[2].get("other_layout")
+                what["writes_rows"] = case[2].get("loss_ptr", 0) is not None and "loss_ptr" in case[0].arg_names
                 print(json.dumps(what | {"usage": usage(compiled, target), **accesses(compiled)}), file=file)
 
 

@@ -18,6 +18,7 @@ from retemper.kernels import (
     class_temperature_kl_grad_reference,
     class_temperature_kl_reference,
 )
+from retemper.kernels.kl_divergence import arguments
 
 # whole tiles, ragged ones, and rows in several passes (1501), where a program has one row and the interpreter is slow
 SHAPES = [(b, k) for b in (0, 1, 7, 128) for k in (1, 2, 3, 10, 100, 1000) if b * k < 12_000]
@@ -263,9 +264,9 @@ def test_a_number_takes_no_launch_but_ours(device: torch.device, monkeypatch: py
     student, teacher, label, _ = batch((7, 10), device)
     kernel = MagicMock()
     monkeypatch.setattr("torch.utils.deterministic.fill_uninitialized_memory", False)  # the NaN of conftest.py
-    monkeypatch.setattr("retemper.kernels.kl_divergence._kl_kernel", kernel)
+    monkeypatch.setattr("retemper.kernels.kl_kernel._kl_kernel", kernel)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        class_temperature_kl(student, teacher, label, 0.3, reduction="none")
+        class_temperature_kl(student, teacher, label, 0.3, ignore_index=None, reduction="none")
         class_temperature_kl_grad_(student, teacher, label, 0.3)
     names = {event.key for event in profile.key_averages() if event.key.startswith("aten::")}
     assert kernel.__getitem__.return_value.call_count == 2
@@ -346,15 +347,6 @@ def test_gradient_of_rows_need_not_be_one(device: torch.device) -> None:
     torch.testing.assert_close(student.grad, grad_of_sum(args) * row_grad[:, None])
 
 
-def test_the_teacher_is_a_constant(device: torch.device) -> None:
-    args = batch((7, 10), device)
-    student, teacher = args.student.requires_grad_(), args.teacher.requires_grad_()
-    class_temperature_kl(student, teacher, *args[2:]).backward()
-    assert student.grad is not None and teacher.grad is None
-    with torch.no_grad():
-        assert not class_temperature_kl(student, teacher, *args[2:]).requires_grad
-
-
 def test_rows_may_have_gaps(device: torch.device) -> None:
     args = batch((7, 30), device)
     gaps = Batch(args.student[:, 5:15], args.teacher[:, 10:20], args.label % 10, args.temperature[:10])
@@ -376,10 +368,36 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
         (r"teacher: torch.int32; needs", (student, teacher.int(), label, temperature), {}),
         (r"student: strides \(1, 7\); rows", (student.t().contiguous().t(), teacher, label, temperature), {}),
         (r"label: shape \(6,\); needs \(7,\)", (student, teacher, label[:6], temperature), {}),
-        (r"label: torch.int32; needs torch.int64", (student, teacher, label.int(), temperature), {}),
-        (r"temperature: shape \(9,\); needs \(10,\)", (student, teacher, label, temperature[:9]), {}),
+        (r"label: torch.bool; needs torch.int64", (student, teacher, label.bool(), temperature), {}),
+        (r"label: torch.float32; needs torch.int64", (student, teacher, label.float(), temperature), {}),
+        (
+            r"label: None; needs the class of each row, as class_weight",
+            (student, teacher),
+            {"class_weight": temperature},
+        ),
+        (r"label: None; needs the class of each row, as label_trust", (student, teacher), {"label_trust": temperature}),
+        (r"temperature: shape \(10,\); needs \(7,\) by row, or one number", (student, teacher, None, temperature), {}),
+        (
+            r"temperature: shape \(9,\); needs \(10,\) by class, \(7,\) by row",
+            (student, teacher, label, temperature[:9]),
+            {},
+        ),
         (r"temperature: torch.float16", (student, teacher, label, temperature.half()), {}),
-        (r"temperature: shape \(\); needs \(10,\)", (student, teacher, label, temperature[0]), {}),
+        (r"temperature: torch.float16 on", (student, teacher, label, temperature[0].half()), {}),
+        (r"row_weight: shape \(10,\); needs \(7,\)", (student, teacher, label), {"row_weight": temperature}),
+        (r"row_weight: torch.int64", (student, teacher, label), {"row_weight": label}),
+        (r"label_trust: needs reverse=False", (student, teacher, label), {"label_trust": temperature, "reverse": True}),
+        (r"teacher_is: 'probs'; needs 'logits' or", (student, teacher, label), {"teacher_is": "probs"}),
+        *(
+            (message, (student, teacher, label, number), {"teacher_is": "probabilities", **options})
+            for message, number, options in [
+                (r"temperature: needs teacher_is='logits'", 2.0, {}),
+                (r"temperature: needs teacher_is='logits'", temperature, {}),
+                (r"label_trust: needs teacher_is='logits'", 1.0, {"label_trust": temperature}),
+                (r"reverse: needs teacher_is='logits'; .* teacher.log\(\)", 1.0, {"reverse": True}),
+            ]
+        ),
+        (r"class_dim: 2; student has shape \(7, 10\)", (student, teacher, label), {"class_dim": 2}),
         *(
             (f"^temperature: {number}; needs a finite number above 0", (student, teacher, label, number), {})
             for number in (0, -1.5, math.nan, math.inf)
@@ -393,6 +411,7 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
         ),
         (r"label_trust: torch.int64", (student, teacher, label, temperature), {"label_trust": temperature.long()}),
         (r"student_temperature: 0", (student, teacher, label, temperature), {"student_temperature": 0.0}),
+        (r"student_temperature: a tensor of shape", (student, teacher, label), {"student_temperature": temperature}),
         (r"student_temperature: nan", (student, teacher, label, temperature), {"student_temperature": math.nan}),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -406,19 +425,40 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
     tracked = student.requires_grad_()
     with pytest.raises(ValueError, match=r"student: requires grad .* student.detach\(\)"):
         class_temperature_kl_grad_(tracked * 1, teacher, label, temperature)
+    for name, args in {"student": (None, teacher), "teacher": (student, None)}.items():
+        with pytest.raises(TypeError, match=f"{name}: a NoneType; needs a tensor"):
+            class_temperature_kl(*args, label)  # type: ignore[arg-type]
+
+
+def operands(inputs: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(arguments(**inputs))[:-1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("one_number", [False, True])
-def test_are_well_formed_ops(dtype: torch.dtype, one_number: bool, device: torch.device) -> None:
-    student, teacher, label, temperature = batch((7, 10), device, dtype)
-    by_class = (temperature, weights(10, device), trusts(10, device), 1.0) if not one_number else (*[None] * 3, 0.3)
-    rest = (teacher, label, *by_class, 2.0)
+@pytest.mark.parametrize("form", ["by class", "number", "by row", "probabilities"])
+def test_are_well_formed_ops(dtype: torch.dtype, form: str, device: torch.device) -> None:
+    student, teacher, label, temperature = batch((7, 10), device, dtype, dtype)
+    options: dict[str, Any] = {
+        "by class": {
+            "label": label,
+            "temperature": temperature,
+            "class_weight": weights(10, device),
+            "label_trust": trusts(10, device),
+        },
+        "number": {"label": label, "temperature": 0.3, "ignore_index": None},
+        "by row": {"temperature": temperature[:7], "row_weight": weights(7, device), "reverse": True},
+        "probabilities": {"teacher_is": "probabilities"},
+    }[form]
+    given = operands({"student": student, "teacher": teacher.softmax(1), "student_temperature": 2.0, **options})
+    tracked = (given[0].clone().requires_grad_(), given[1].clone().requires_grad_(), *given[2:])
     ops = torch.ops.retemper
-    torch.library.opcheck(ops.class_temperature_kl.default, (student.clone().requires_grad_(), *rest))
-    torch.library.opcheck(ops.class_temperature_kl_grad_.default, (student, *rest))
+    for op in (ops.class_temperature_kl_rows, ops.class_temperature_kl):
+        torch.library.opcheck(op.default, tracked)
+    for op in (ops.class_temperature_kl_overwrite_, ops.class_temperature_kl_grad_):
+        torch.library.opcheck(op.default, given)
     row_grad = torch.ones(7, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.library.opcheck(ops.class_temperature_kl_backward.default, (row_grad, student, *rest))
+    torch.library.opcheck(ops.class_temperature_kl_backward.default, (row_grad, *given, True, False))
+    torch.library.opcheck(ops.class_temperature_kl_backward.default, (row_grad, *given, True, True))
 
 
 def test_compiles_into_one_graph(device: torch.device) -> None:

@@ -191,11 +191,42 @@ def test_float64_is_computed_in_float64(device: torch.device) -> None:
     )
 
 
-def test_shift_and_scale_are_constants(device: torch.device) -> None:
+def test_a_shift_or_scale_that_requires_a_gradient_is_refused(device: torch.device) -> None:
     x, _ = batch((2, 3, 4, 4), device)
-    shift, scale = (t.requires_grad_() for t in of_channels(3, device, 0.25))
-    epilogue(x.requires_grad_(), shift, scale=scale).sum().backward()
-    assert x.grad is not None and shift.grad is None and scale.grad is None
+    shift, scale = of_channels(3, device, 0.25)
+    expected = epilogue(x, shift, scale=scale)
+    with pytest.raises(ValueError, match=r"shift: requires grad, .* pass shift.detach\(\)"):
+        epilogue(x, shift.clone().requires_grad_(), scale=scale)
+    scale.requires_grad_()
+    with pytest.raises(ValueError, match=r"scale: requires grad, .* pass scale.detach\(\)"):
+        epilogue(x, shift, scale=scale)
+    with torch.no_grad():
+        assert torch.equal(epilogue(x, shift, scale=scale), expected)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("full", [True, False])
+def test_the_reference_has_every_gradient(full: bool, relu: bool, device: torch.device) -> None:
+    gen = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(2, 3, 2, 2, generator=gen, dtype=torch.float64).to(device) for _ in range(2))
+    shift, scale = (torch.randn(3, generator=gen, dtype=torch.float64).to(device) for _ in range(2))
+    given = [t.requires_grad_() for t in (x, shift, scale, residual)[: 4 if full else 2]]
+
+    def reference(x: Tensor, shift: Tensor, scale: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        return epilogue_reference(x, shift, scale=scale, residual=residual, relu=relu)
+
+    assert torch.autograd.gradcheck(reference, given) and torch.autograd.gradgradcheck(reference, given)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_the_gradient_has_none(relu: bool, device: torch.device) -> None:
+    x, residual = (t.requires_grad_() for t in batch((2, 3, 4, 4), device))
+    shift, scale = of_channels(3, device, 0.25)
+    for given in ({}, {"scale": scale}, {"scale": scale, "residual": residual}):
+        y = epilogue(x, shift, relu=relu, **given)
+        (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.square().sum().backward()
 
 
 def test_refuses_what_it_cannot_do(device: torch.device) -> None:

@@ -1,12 +1,17 @@
 """The fused step against its reference, and the promises an attack relies on."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from retemper.kernels import pgd_step_, pgd_step_reference
+from retemper.kernels.pixels import grid
 
 STEP, EPS = 2 / 255, 8 / 255
 SHAPES = [(1,), (7,), (1, 1, 1, 1), (2, 3, 32, 32), (3, 3, 31, 33), (2, 2, 2, 2, 2)]  # one; whole blocks; ragged tails
@@ -144,14 +149,17 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
     adv, grad, clean = batch((2, 3, 8, 8), torch.float32, device)
     with pytest.raises(ValueError, match=r"grad: shape \(1, 3, 8, 8\), but adv"):
         pgd_step_(adv, grad[:1], clean, STEP, EPS)
-    with pytest.raises(ValueError, match=r"clean: strides .* one dense layout"):
-        pgd_step_(adv, grad, clean.contiguous(memory_format=torch.channels_last), STEP, EPS)
-    with pytest.raises(ValueError, match=r"grad: torch.bfloat16, but adv is torch.float32"):
-        pgd_step_(adv, grad.bfloat16(), clean, STEP, EPS)
-    with pytest.raises(ValueError, match="norm: 'l1'; needs one of linf, l2"):
-        pgd_step_(adv, grad, clean, STEP, EPS, norm="l1")
-    with pytest.raises(ValueError, match=r"step: .* shape \(3,\); needs a float, or floats \(2,\)"):
-        pgd_step_(adv, grad, clean, torch.ones(3, device=device), EPS)
+    with pytest.raises(ValueError, match=r"adv: strides .* leave holes or overlap"):
+        pgd_step_(torch.rand(2, 3, 8, 16, device=device)[..., ::2], grad, clean, STEP, EPS)
+    with pytest.raises(ValueError, match=r"grad: torch.int64; needs one of"):
+        pgd_step_(adv, grad.long(), clean, STEP, EPS)
+    for norm in ("l1", 1, "linfinity", 3):
+        with pytest.raises(ValueError, match=rf"norm: {norm!r}; needs one of linf, l2"):
+            pgd_step_(adv, grad, clean, STEP, EPS, norm=norm)
+    with pytest.raises(
+        ValueError, match=r"step: .* shape \(4,\); needs a number, or floats \(2,\) by sample or \(3, 1, 1\)"
+    ):
+        pgd_step_(adv, grad, clean, torch.ones(4, device=device), EPS)
     with pytest.raises(ValueError, match=r"eps: torch.int64"):
         pgd_step_(adv, grad, clean, STEP, torch.ones(2, device=device, dtype=torch.int64))
     for eps in (-0.1, 8, float("nan")):
@@ -161,6 +169,22 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
         pgd_step_(adv, grad, clean, 2, EPS)
     with pytest.raises(ValueError, match=r"lower: 1.0, upper: 0.0; the range of a pixel is empty"):
         pgd_step_(adv, grad, clean, STEP, EPS, lower=1.0, upper=0.0)
+    with pytest.raises(TypeError, match="step: a str; needs a number or a tensor of floats"):
+        pgd_step_(adv, grad, clean, "small", EPS)
+    with pytest.raises(TypeError, match="adv, grad, clean: they must be tensors"):
+        pgd_step_(adv, 1.0, clean, STEP, EPS)
+    with pytest.raises(ValueError, match=r"lower: .* shape \(2,\); needs a number, or floats \(3, 1, 1\) by channel"):
+        pgd_step_(adv, grad, clean, STEP, EPS, lower=torch.zeros(2, device=device))
+    with pytest.raises(ValueError, match="eps: it differs by channel; with norm='l2' a sample has one eps"):
+        pgd_step_(adv, grad, clean, STEP, torch.ones(3, device=device), norm="l2")
+    with pytest.raises(ValueError, match="clip_first: it is for norm='l2'"):
+        pgd_step_(adv, grad, clean, STEP, EPS, clip_first=True)
+    with pytest.raises(ValueError, match=r"mask: torch.float32; needs torch.bool"):
+        pgd_step_(adv, grad, clean, STEP, EPS, mask=torch.ones_like(adv))
+    with pytest.raises(ValueError, match=r"mask: shape \(3,\), which does not broadcast to \(2, 3, 8, 8\)"):
+        pgd_step_(adv, grad, clean, STEP, EPS, mask=torch.ones(3, dtype=torch.bool, device=device))
+    with pytest.raises(ValueError, match=r"momentum: shape"):
+        pgd_step_(adv, grad, clean, STEP, EPS, momentum=adv[:1])
     pgd_step_(adv, grad, clean, 2, 8, lower=0.0, upper=255.0)  # other units
     pgd_step_(adv, grad, clean, 2, 8, norm="l2")  # 192 pixels: the ball is longer than any one of them
     with pytest.raises(ValueError, match=r"adv: requires grad .* adv.detach\(\)"):
@@ -169,27 +193,326 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
         pgd_step_(adv, grad, clean, STEP, EPS)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("by_sample", [False, True])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_is_a_well_formed_op(layout: torch.memory_format, by_sample: bool, norm: str, device: torch.device) -> None:
-    adv, grad, clean = (t.contiguous(memory_format=layout) for t in batch((2, 3, 8, 8), torch.float32, device))
-    step, eps = margins(2, device) if by_sample else (None, None)
-    torch.library.opcheck(
-        torch.ops.retemper.pgd_step_.default, (adv, grad, clean, STEP, EPS, step, eps, norm, 0.0, 1.0)
+def test_what_needs_a_gradient_is_refused(norm: str, device: torch.device) -> None:
+    adv, grad, clean = batch((2, 3, 8, 8), torch.float32, device)
+    one = torch.tensor(0.1, device=device)
+    given: dict[str, Any] = {"grad": grad, "clean": clean, "step": one, "eps": one, "lower": 0 * one, "upper": 10 * one}
+    given |= {"momentum": torch.zeros_like(adv), "previous": adv.clone()}
+    for name, value in given.items():
+        with pytest.raises(ValueError, match=rf"{name}: requires grad.* pass {name}.detach\(\)"):
+            pgd_step_(adv, norm=norm, **given | {name: value.clone().requires_grad_()})
+    with torch.no_grad():
+        pgd_step_(adv, norm=norm, **{name: value.clone().requires_grad_() for name, value in given.items()})
+
+
+# numbers, and what they are beside an image (2, 3, 4, 5)
+FORMS = {
+    "()": (torch.tensor(0.25), torch.full((2, 3), 0.25)),
+    "(1,)": (torch.tensor([0.25]), torch.full((2, 3), 0.25)),
+    "(B,)": (torch.tensor([0.25, 0.5]), torch.tensor([[0.25], [0.5]]).expand(2, 3)),
+    "(B, 1, 1, 1)": (torch.tensor([0.25, 0.5]).view(2, 1, 1, 1), torch.tensor([[0.25], [0.5]]).expand(2, 3)),
+    "(1, B)": (torch.tensor([[0.25, 0.5]]), torch.tensor([[0.25], [0.5]]).expand(2, 3)),
+    "(C,)": (torch.tensor([0.25, 0.5, 1]), torch.tensor([[0.25, 0.5, 1]]).expand(2, 3)),
+    "(C, 1, 1)": (torch.tensor([0.25, 0.5, 1]).view(3, 1, 1), torch.tensor([[0.25, 0.5, 1]]).expand(2, 3)),
+    "(1, C, 1, 1)": (torch.tensor([0.25, 0.5, 1]).view(1, 3, 1, 1), torch.tensor([[0.25, 0.5, 1]]).expand(2, 3)),
+    "(B, C, 1, 1)": (torch.arange(6).view(2, 3, 1, 1) / 8, torch.arange(6).view(2, 3) / 8),
+    "strided": (torch.tensor([0.25, 9, 0.5]).double()[::2], torch.tensor([[0.25], [0.5]]).expand(2, 3)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_numbers_may_differ_by_sample_and_by_channel(
+    form: str, layout: torch.memory_format, device: torch.device
+) -> None:
+    adv, grad, clean = (t.contiguous(memory_format=layout) for t in batch((2, 3, 4, 5), torch.float32, device))
+    numbers, whole = (t.to(device) for t in FORMS[form])
+    whole = whole.float()[..., None, None].expand(adv.shape)
+    low, high = (0.3 + 0.1 * t for t in (whole, whole + 0.5))
+    eager = adv + (whole - 0.5) * grad.sign()
+    eager = torch.min(torch.max(eager, clean - whole), clean + whole)
+    out = pgd_step_(adv.clone(), grad, clean, numbers - 0.5, numbers)
+    assert torch.equal(out, eager.clamp(0, 1))
+    assert torch.equal(pgd_step_reference(adv, grad, clean, numbers - 0.5, numbers), out)
+    if form in ("()", "(1,)", "(C,)", "(C, 1, 1)", "(1, C, 1, 1)"):
+        bounds = {"lower": 0.3 + 0.1 * numbers, "upper": 0.3 + 0.1 * (numbers + 0.5)}
+        assert torch.equal(pgd_step_(adv, grad, clean, numbers - 0.5, numbers, **bounds), eager.clamp(low, high))
+
+
+def test_as_many_samples_as_channels_are_told_apart_by_the_shape() -> None:
+    image, numbers = torch.zeros(3, 3, 2, 2), torch.rand(3)
+    assert grid("eps", numbers, image).shape == grid("eps", numbers[:, None, None, None], image).shape == (3, 1)
+    assert (
+        grid("eps", numbers[:, None, None], image).shape
+        == grid("eps", numbers[None, :, None, None], image).shape
+        == (1, 3)
     )
+    assert grid("lower", numbers, image, by_sample=False).shape == (1, 3)
+    assert grid("eps", numbers, image[:, 0, 0, 0]).shape == (3, 1)
+    with pytest.raises(ValueError, match="lower"):
+        grid("lower", numbers[:, None, None, None], image, by_sample=False)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_radius_of_a_tensor_below_0_counts_as_0(norm: str, device: torch.device) -> None:
+    adv, grad, clean = batch((2, 3, 8, 8), torch.float32, device)
+    eps = torch.tensor([-0.1, 0.5], device=device)
+    for out in (
+        pgd_step_reference(adv, grad, clean, STEP, eps, norm=norm),
+        pgd_step_(adv, grad, clean, STEP, eps, norm=norm),
+    ):
+        assert torch.equal(out[0], clean[0]) and not torch.equal(out[1], clean[1])
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_negative_step_moves_against_the_gradient(norm: str, device: torch.device) -> None:
+    adv, grad, clean = batch((2, 3, 8, 8), torch.float32, device)
+    expected = pgd_step_(adv.clone(), -grad, clean, STEP, EPS, norm=norm)
+    for step in (-STEP, torch.full((2,), -STEP, device=device)):
+        assert torch.equal(pgd_step_(adv.clone(), grad, clean, step, EPS, norm=norm), expected)
+
+
+@pytest.mark.parametrize(
+    ("alias", "norm"), [(math.inf, "linf"), ("Linf", "linf"), ("inf", "linf"), (2, "l2"), ("2", "l2"), ("L2", "l2")]
+)
+def test_norms_go_by_other_names(alias: str | float, norm: str, device: torch.device) -> None:
+    adv, grad, clean = batch((2, 3, 8, 8), torch.float32, device)
+    expected = pgd_step_(adv.clone(), grad, clean, STEP, EPS, norm=norm)
+    assert torch.equal(pgd_step_(adv, grad, clean, STEP, EPS, norm=alias), expected)
+
+
+def in_another_layout(image: Tensor) -> list[Tensor]:
+    """Return images of the same values, of other strides."""
+    order = [*range(image.dim())]
+    wide = image.new_zeros(*image.shape[:-1], 2 * image.shape[-1])
+    wide[..., ::2] = image
+    return [
+        image.permute(order[::-1]).contiguous().permute(order[::-1]),
+        wide[..., ::2],
+        image.flip(-1).contiguous().flip(-1),
+    ]
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 3, 5), (2, 3, 8, 5), (2, 2, 3, 2, 3)], ids=str)
+def test_gradient_and_centre_may_lie_otherwise(shape: tuple[int, ...], norm: str, device: torch.device) -> None:
+    for layout in LAYOUTS if len(shape) == 4 else LAYOUTS[:1]:
+        adv, grad, clean = (t.contiguous(memory_format=layout) for t in batch(shape, torch.float32, device))
+        more: dict[str, Any] = {"mask": grad > -0.5, "momentum": torch.rand_like(adv), "previous": clean.clone()}
+        expected = [adv.clone(), more["momentum"].clone(), more["previous"].clone()]
+        same = more | {"momentum": expected[1], "previous": expected[2]}
+        pgd_step_(expected[0], grad, clean, STEP, EPS, norm=norm, **same)
+        for others in zip(*(in_another_layout(t) for t in (grad, clean, *more.values())), strict=True):
+            out, (mask, momentum, previous) = adv.clone(), others[2:]
+            result = [out, momentum.clone(), previous.clone()]
+            pgd_step_(out, *others[:2], STEP, EPS, norm=norm, mask=mask, momentum=result[1], previous=result[2])
+            for one, other in zip(result, expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=0 if norm == "linf" else 2**-22)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float32, torch.bfloat16, torch.float16),
+        (torch.float16, torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float64, torch.float32),
+    ],
+)
+def test_dtypes_may_differ(dtypes: tuple[torch.dtype, ...], norm: str, device: torch.device) -> None:
+    adv, grad, clean = (
+        t.to(dtype) for t, dtype in zip(batch((2, 3, 8, 8), torch.float32, device), dtypes, strict=True)
+    )
+    expected = pgd_step_reference(adv.double(), grad.double(), clean.double(), STEP, EPS, norm=norm).to(dtypes[0])
+    out = pgd_step_(adv, grad, clean, STEP, EPS, norm=norm)
+    assert out.dtype == dtypes[0]
+    torch.testing.assert_close(out, expected, rtol=0, atol=TOLERANCE[dtypes[0]])
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_one_tensor_may_be_the_iterate_and_the_centre(norm: str, device: torch.device) -> None:
+    _, grad, clean = batch((2, 3, 8, 8), torch.float32, device)
+    expected = pgd_step_(clean.clone(), grad, clean, STEP, EPS, norm=norm)
+    assert torch.equal(pgd_step_(clean, grad, clean.detach(), STEP, EPS, norm=norm), expected)
+
+
+MASKS = {"rows": (2,), "pixels": (2, 3, 8, 8), "places": (8, 8), "channels": (3, 1, 1)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("of", MASKS)
+def test_a_masked_pixel_stays_exactly(of: str, norm: str, dtype: torch.dtype, device: torch.device) -> None:
+    adv, grad, clean = batch((2, 3, 8, 8), dtype, device)
+    adv[0, 0, 0, :4], adv[1] = 7.0, adv[1] + 3  # far outside, where only a mask leaves it
+    mask = (torch.arange(math.prod(MASKS[of])) % 2 == 0).view(MASKS[of]).to(device)
+    whole = (mask.view(2, 1, 1, 1) if of == "rows" else mask).expand(adv.shape)
+    out = pgd_step_(adv.clone(), grad, clean, STEP, EPS, norm=norm, mask=mask)
+    assert torch.equal(out[~whole], adv[~whole]) and not torch.equal(out[whole], adv[whole])
+    # its gradient and its distance count 0: as if it lay at the centre, without a gradient
+    alone = pgd_step_(torch.where(whole, adv, clean), grad * whole, clean, STEP, EPS, norm=norm)
+    torch.testing.assert_close(out[whole], alone[whole], rtol=0, atol=TOLERANCE.get(dtype, 1e-12))
+
+
+@pytest.mark.parametrize("momentum_dtype", [None, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_follows_the_momentum(
+    norm: str, dtype: torch.dtype, momentum_dtype: torch.dtype | None, device: torch.device
+) -> None:
+    adv, grad, clean = batch((2, 3, 8, 8), dtype, device)
+    momentum = torch.zeros_like(adv, dtype=momentum_dtype)
+    total = torch.zeros_like(grad, dtype=torch.float64)
+    for turn in (1, 2):
+        grad = grad.roll(1, -1) * (1e-15 if dtype == torch.float32 else 1)
+        total = 0.5 * total + grad.double() / grad.double().abs().sum((1, 2, 3), keepdim=True)
+        before = adv.clone()
+        pgd_step_(adv, grad, clean, STEP, EPS, norm=norm, momentum=momentum, decay=0.5)
+        rounding = torch.finfo(momentum.dtype).eps
+        torch.testing.assert_close(momentum.double(), total, rtol=max(turn * rounding, 1e-6), atol=rounding / 50)
+        assert torch.equal(adv, pgd_step_(before, momentum, clean, STEP, EPS, norm=norm))
+
+
+def test_momentum_is_not_poisoned(device: torch.device) -> None:
+    adv, grad, clean = batch((3, 2, 4, 4), torch.float32, device)
+    grad[0], grad[1, 0, 0, 0], grad[1, 0, 0, 1], grad[2] = 0, float("nan"), float("inf"), 1e38
+    momentum = torch.zeros_like(adv)
+    pgd_step_(adv, grad, clean, STEP, EPS, momentum=momentum)
+    assert momentum.isfinite().all() and (momentum[0] == 0).all()
+    torch.testing.assert_close(momentum.abs().sum((1, 2, 3))[1:], torch.ones(2, device=device))
+
+
+@pytest.mark.parametrize("inertia", [1.0, 0.75])
+def test_linf_with_inertia_is_that_of_auto_pgd_to_the_bit(inertia: float, device: torch.device) -> None:
+    adv, grad, clean = batch((2, 3, 8, 8), torch.float32, device)
+    previous = (adv + 0.02 * torch.randn_like(adv)).clamp(0, 1)
+    reached = adv + STEP * torch.sign(grad)
+    reached = torch.min(torch.max(reached, clean - EPS), clean + EPS).clamp(0, 1)
+    expected = adv + (reached - adv) * inertia + (adv - previous) * (1 - inertia)
+    expected = torch.min(torch.max(expected, clean - EPS), clean + EPS).clamp(0, 1)
+    old = adv.clone()
+    for step in (pgd_step_reference, pgd_step_):
+        buffer = previous.clone()
+        assert torch.equal(step(adv, grad, clean, STEP, EPS, previous=buffer, inertia=inertia), expected)
+        assert torch.equal(buffer, old)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_l2_with_inertia(masked: bool, dtype: torch.dtype, device: torch.device) -> None:
+    adv, grad, clean = batch((2, 3, 8, 8), dtype, device)
+    previous = (adv + 0.05 * torch.randn(adv.shape).to(adv)).clamp(0, 1)
+    mask = (grad > -0.5) if masked else None
+    eps = torch.tensor([0.5, 0.02], device=device)  # inside the ball, and outside it
+    wide = adv.double(), grad.double(), clean.double()
+    reached = pgd_step_reference(*wide, 0.25, eps, norm="l2", mask=mask)
+    gone_on = wide[0] + (reached - wide[0]) * 0.75 + (wide[0] - previous.double()) * 0.25
+    if mask is not None:
+        gone_on = torch.where(mask, gone_on, wide[0])
+    expected = pgd_step_reference(gone_on, torch.zeros_like(gone_on), wide[2], 0.0, eps, norm="l2", mask=mask).to(dtype)
+    old = adv.clone()
+    pgd_step_(adv, grad, clean, 0.25, eps, norm="l2", previous=previous, mask=mask)
+    torch.testing.assert_close(adv, expected, rtol=0, atol=TOLERANCE.get(dtype, 1e-12))
+    assert torch.equal(previous, old)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_l2_may_clip_before_it_projects(dtype: torch.dtype, device: torch.device) -> None:
+    adv, grad, clean = batch((2, 3, 8, 8), dtype, device)
+    wide = adv.double(), grad.double(), clean.double()
+    bounds = {"lower": torch.tensor([0.1, 0.2, 0.3], device=device), "upper": 0.9}
+    low = bounds["lower"].double().view(3, 1, 1)
+    moved = wide[0] + 3 * wide[1] / wide[1].square().sum((1, 2, 3), keepdim=True).sqrt()
+    delta = torch.min(torch.max(moved, low), torch.full_like(moved, 0.9)) - wide[2]
+    expected = wide[2] + delta * (0.5 / delta.square().sum((1, 2, 3), keepdim=True).sqrt()).clamp(max=1)
+    last = pgd_step_reference(*wide, 3.0, 0.5, norm="l2", **bounds)
+    pgd_step_(adv, grad, clean, 3.0, 0.5, norm="l2", clip_first=True, **bounds)
+    torch.testing.assert_close(adv, expected.to(dtype), rtol=0, atol=TOLERANCE.get(dtype, 1e-7))
+    assert (expected - last).abs().max() > 0.01  # the order matters
+
+
+def everything(norm: str, device: torch.device) -> tuple[Any, ...]:
+    """Return the arguments of the operator, none left out, grad and mask in layouts of their own."""
+    adv, grad, clean = batch((2, 3, 8, 8), torch.float32, device)
+    by = margins(2, device)
+    bounds = torch.tensor([0.0, 0.1, 0.2], device=device), torch.tensor(0.9, device=device)
+    mask = (torch.arange(8, device=device) % 2 == 0).expand(8, 8)
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    return (
+        adv,
+        grad,
+        clean,
+        STEP,
+        EPS,
+        0.0,
+        1.0,
+        norm,
+        *by,
+        *bounds,
+        mask,
+        grad.clone(),
+        0.5,
+        adv.clone(),
+        0.5,
+        norm == "l2",
+    )
+
+
+@pytest.mark.parametrize("path", ["triton", "reference"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_is_a_well_formed_op(norm: str, path: str, device: torch.device, request: pytest.FixtureRequest) -> None:
+    if path == "reference":
+        request.getfixturevalue("reference_path")
+    op = torch.ops.retemper.pgd_step_.default
+    for layout in LAYOUTS:
+        adv, grad, clean = (t.contiguous(memory_format=layout) for t in batch((2, 3, 8, 8), torch.float32, device))
+        torch.library.opcheck(op, (adv, grad, clean, STEP, EPS, 0.0, 1.0, norm))
+    torch.library.opcheck(op, everything(norm, device))
 
 
 def test_compiles_into_one_graph(device: torch.device) -> None:
     adv, grad, clean = batch((2, 3, 8, 8), torch.float32, device)
     step, eps = margins(2, device)
+    one = torch.tensor(EPS, device=device)
+    momentum, previous = torch.zeros_like(adv), clean.clone()
 
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def two_steps(adv: Tensor) -> Tensor:
-        pgd_step_(adv, grad, clean, STEP, EPS)
-        return pgd_step_(adv, grad, clean, step, eps, norm="l2") + 1
+    def steps(adv: Tensor, momentum: Tensor, previous: Tensor) -> Tensor:
+        pgd_step_(adv, grad, clean, STEP, one, mask=step > 0, momentum=momentum, previous=previous)
+        return pgd_step_(adv, grad, clean, step, eps, norm="l2", lower=0 * one) + 1
 
-    expected = pgd_step_(adv.clone(), grad, clean, STEP, EPS)
-    expected = pgd_step_(expected, grad, clean, step, eps, norm="l2")
-    assert torch.equal(two_steps(adv), expected + 1)
-    assert torch.equal(adv, expected)
+    expected = [adv.clone(), momentum.clone(), previous.clone()]
+    result = steps(*expected)
+    found = torch.compile(steps, fullgraph=True, backend="aot_eager")(adv, momentum, previous)
+    for one_, other in zip((found, adv, momentum, previous), (result, *expected), strict=True):
+        assert torch.equal(one_, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ten_numbers_are_not_ten_graphs(dtype: torch.dtype, device: torch.device) -> None:
+    adv, grad, clean = batch((2, 3, 8, 8), dtype, device)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def step(adv: Tensor, step: float, eps: float, lower: float) -> Tensor:
+        return pgd_step_(adv, grad, clean, step, eps, lower=lower, upper=2 * eps + 0.5)
+
+    for turn in range(10):
+        numbers = (0.01 * (turn + 1), 0.02 * (turn + 1), 0.03 * turn)
+        expected = pgd_step_(adv.clone(), grad, clean, *numbers[:2], lower=numbers[2], upper=2 * numbers[1] + 0.5)
+        torch.testing.assert_close(step(adv.clone(), *numbers), expected, rtol=0, atol=TOLERANCE[dtype] / 2)
+    assert counter.frame_count <= 3
+
+
+@pytest.mark.usefixtures("reference_path")
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_l2_of_a_cpu_is_that_of_float64(shape: tuple[int, ...], scale: float) -> None:
+    adv, grad, clean = batch(shape, torch.float32, torch.device("cpu"))
+    eps = margins(shape[0], adv.device)[1]
+    for chosen in (eps, 0.3, 1.0):
+        wide = adv.double(), grad.double() * scale, clean.double()
+        expected = pgd_step_reference(*wide, 0.25, chosen, norm="l2").float()
+        torch.testing.assert_close(
+            pgd_step_(adv.clone(), grad * scale, clean, 0.25, chosen, norm="l2"), expected, rtol=0, atol=2**-22
+        )

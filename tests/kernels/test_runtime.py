@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from retemper.kernels import pgd_step_, runtime
-from retemper.kernels.pgd_step import _linf_kernel
+from retemper.kernels.ascent_kernels import _linf_kernel
 
 IMPORT = """
 import sys
@@ -28,20 +28,20 @@ assert retemper.kernels.runtime.TRITON_ON_CPU == (INTERPRET == "1")
 
 def test_these_tests_run_triton(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(_linf_kernel, InterpretedFunction if device.type == "cpu" else triton.JITFunction)
-    monkeypatch.setitem(pgd_step_.__globals__, "pgd_step_reference", None)  # a call of it would raise
+    monkeypatch.setitem(pgd_step_.__globals__, "ascend", None)  # a call of it would raise
     adv = torch.zeros(2, 3, device=device)
     assert pgd_step_(adv, torch.ones_like(adv), torch.zeros_like(adv), 0.1, 1.0).eq(0.1).all()
 
 
 def test_float64_takes_the_reference(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(pgd_step_.__globals__, "_linf_kernel", None)
+    monkeypatch.setitem(pgd_step_.__globals__, "launch", None)
     adv = torch.zeros(2, 3, device=device, dtype=torch.float64)
     assert pgd_step_(adv, torch.ones_like(adv), torch.zeros_like(adv), 0.1, 1.0).eq(0.1).all()
 
 
 @pytest.mark.usefixtures("reference_path")
 def test_a_plain_cpu_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(pgd_step_.__globals__, "_linf_kernel", None)
+    monkeypatch.setitem(pgd_step_.__globals__, "launch", None)
     adv = torch.zeros(2, 3)
     assert pgd_step_(adv, torch.ones_like(adv), torch.zeros_like(adv), 0.1, 1.0).eq(0.1).all()
 

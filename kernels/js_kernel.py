@@ -1,0 +1,209 @@
+"""The Triton kernel of class_temperature_js, which must agree with the reference in jensen_shannon.py.
+
+Bound by memory: one launch reads two (B, K) tensors for the losses, and another one reads them again and writes the
+gradients. Eager PyTorch takes about twenty launches for the loss alone. At 1,000 classes in fp32, it takes 80
+instructions a logit for the loss and as many for the student's gradient, of the 55 and 83 that the memory leaves time
+for (logit_rows.py).
+
+p is the teacher, q the student and m their mixture. All logarithms are to the base 2 (numerics.py says why).
+"""
+
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+# (Triton declares that static_range never returns, so pyright lets no loop go over it.)
+
+from typing import Any
+
+from torch import Tensor
+
+from retemper.kernels.kl_divergence import Inputs
+from retemper.kernels.kl_kernel import _each_stride, _row_stride
+from retemper.kernels.language import cdiv, tl, triton
+from retemper.kernels.logit_rows import row_log2_total, row_logits, row_peak, row_tiles
+from retemper.kernels.numerics import LN2, LOG2E
+from retemper.kernels.runtime import EXACT, access_width, launching
+
+
+@triton.jit
+def _weighted(log_p, log_q, beta):
+    """Return p, q, p log2(p / m) and q log2(q / m), where m = beta p + (1 - beta) q, from log2 p and log2 q.
+
+    All are told by the larger of p and q, so that equal ones give 0: with r = smaller / larger and s the share of the
+    smaller in m, m / larger = 1 - s (1 - r).
+    """
+    ratio = log_q - log_p
+    p_is_larger = ratio <= 0
+    apart = -tl.abs(ratio)
+    r = tl.exp2(apart)
+    log_m = tl.log2(1 - tl.where(p_is_larger, 1 - beta, beta) * (1 - r))
+    larger = tl.exp2(tl.maximum(log_p, log_q, propagate_nan=tl.PropagateNan.ALL))
+    smaller = tl.where(larger == 0, 0.0, larger * r)  # where both are 0, r is NaN
+    of_larger = tl.where(larger == 0, 0.0, -larger * log_m)
+    of_smaller = tl.where(smaller == 0, 0.0, smaller * (apart - log_m))
+    p, q = tl.where(p_is_larger, larger, smaller), tl.where(p_is_larger, smaller, larger)
+    return p, q, tl.where(p_is_larger, of_larger, of_smaller), tl.where(p_is_larger, of_smaller, of_larger)
+
+
+@triton.jit
+def _row_numbers(
+    label_ptr,
+    temperature_ptr,
+    weight_ptr,
+    row_weight_ptr,
+    real,
+    temperature_stride,
+    row_weight_stride,
+    ignore_index,
+    temperature,
+    BY_ROW: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Return the teacher's temperature and the weight of each row, and whether it is ignored: (ROWS,) each.
+
+    The temperature is NaN in a row that has no class, and where it is not above 0.
+    """
+    label = tl.zeros((ROWS,), tl.int64)
+    scale = tl.full((ROWS,), 1.0, tl.float32)
+    if label_ptr is not None:
+        label = tl.load(label_ptr + real).to(tl.int64)
+    known = (label >= 0) & (label < K)
+    if temperature_ptr is None:
+        own = tl.full((ROWS,), 1.0, tl.float32) * temperature
+    elif BY_ROW:
+        own = tl.load(temperature_ptr + real * temperature_stride).to(tl.float32)
+    else:
+        own = tl.load(temperature_ptr + label, mask=known, other=0.0).to(tl.float32)
+    if weight_ptr is not None:
+        scale *= tl.load(weight_ptr + label, mask=known, other=0.0).to(tl.float32)
+    if row_weight_ptr is not None:
+        scale *= tl.load(row_weight_ptr + real * row_weight_stride).to(tl.float32)
+    ignored = tl.zeros((ROWS,), tl.int1)
+    if ignore_index is not None:
+        ignored = label == ignore_index
+    return tl.where(known & (own > 0), own, float("nan")), scale, ignored
+
+
+@triton.jit
+def _log_softmax(logits, peak, rate, log_total):
+    """Return log2 of the softmax of a block (ROWS, LANES) of logits."""
+    return (logits - peak[:, None]) * rate[:, None] - log_total[:, None]
+
+
+@triton.jit
+def _store_grad(grad_ptr, grad, row, cls, ignored, B, K: tl.constexpr):
+    """Write a block (ROWS, LANES) of a dense gradient, 0 in rows that are ignored."""
+    grad = tl.where(ignored[:, None], 0.0, grad)
+    inside = (row < B)[:, None] & (cls < K)
+    tl.store(grad_ptr + (row * K)[:, None] + cls, grad.to(grad_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _js_kernel(
+    student_ptr,
+    teacher_ptr,
+    label_ptr,
+    temperature_ptr,
+    weight_ptr,
+    row_weight_ptr,
+    row_grad_ptr,
+    loss_ptr,
+    student_grad_ptr,
+    teacher_grad_ptr,
+    temperature_stride,
+    row_weight_stride,
+    row_grad_stride,
+    ignore_index,
+    temperature,
+    student_temperature,
+    beta,
+    B,
+    STUDENT_STRIDE: tl.constexpr,  # constant as K is: what divides it decides how wide an access may be
+    TEACHER_STRIDE: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Write the weighted loss of each row to loss (B,), or its gradients to (B, K), dense, or one of them.
+
+    Without temperature_ptr, `temperature` is that of every row.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    real = tl.minimum(row, B - 1)  # rows past the end repeat the last one, and are not stored
+    student_row, teacher_row = student_ptr + real * STUDENT_STRIDE, teacher_ptr + real * TEACHER_STRIDE
+    own_temperature, scale, ignored = _row_numbers(
+        label_ptr, temperature_ptr, weight_ptr, row_weight_ptr, real,
+        temperature_stride, row_weight_stride, ignore_index, temperature, BY_ROW, K, ROWS,
+    )  # fmt: skip
+    if row_grad_ptr is not None:
+        scale *= tl.load(row_grad_ptr + real * row_grad_stride)
+    rate_p = LOG2E / own_temperature
+    rate_q = tl.full((ROWS,), 1.0, tl.float32) * (LOG2E / student_temperature)
+    peak_p = row_peak(teacher_row, K, ROWS, LANES, STEPS)
+    peak_q = row_peak(student_row, K, ROWS, LANES, STEPS)
+    total_p = row_log2_total(teacher_row, peak_p, rate_p, K, ROWS, LANES, STEPS)
+    total_q = row_log2_total(student_row, peak_q, rate_q, K, ROWS, LANES, STEPS)
+
+    sum_p = tl.zeros((ROWS, LANES), tl.float32)
+    sum_q = tl.zeros((ROWS, LANES), tl.float32)
+    for start in range(0, K, STEPS * LANES):
+        teacher = row_logits(teacher_row, start, K, LANES, STEPS)
+        student = row_logits(student_row, start, K, LANES, STEPS)
+        for step in tl.static_range(STEPS):
+            log_p = _log_softmax(teacher[step], peak_p, rate_p, total_p)
+            log_q = _log_softmax(student[step], peak_q, rate_q, total_q)
+            _, _, of_p, of_q = _weighted(log_p, log_q, beta)
+            sum_p += of_p
+            sum_q += of_q
+    mean_p = tl.sum(sum_p, 1)
+    mean_q = tl.sum(sum_q, 1)
+
+    if loss_ptr is not None:
+        loss = LN2 * (beta * mean_p + (1 - beta) * mean_q)
+        loss = scale * tl.maximum(loss, 0.0, propagate_nan=tl.PropagateNan.ALL)  # only rounding makes it negative
+        tl.store(loss_ptr + row, tl.where(ignored, 0.0, loss), mask=row < B)
+    else:
+        scale_p = beta * scale * rate_p * (LN2 * LN2)  # a rate is 1 / (LN2 temperature)
+        scale_q = (1 - beta) * scale * rate_q * (LN2 * LN2)
+        for start in range(0, K, STEPS * LANES):
+            teacher = row_logits(teacher_row, start, K, LANES, STEPS)
+            student = row_logits(student_row, start, K, LANES, STEPS)
+            for step in tl.static_range(STEPS):
+                log_p = _log_softmax(teacher[step], peak_p, rate_p, total_p)
+                log_q = _log_softmax(student[step], peak_q, rate_q, total_q)
+                p, q, of_p, of_q = _weighted(log_p, log_q, beta)
+                cls = start + step * LANES + tl.arange(0, LANES)
+                if teacher_grad_ptr is not None:
+                    grad = scale_p[:, None] * (of_p - p * tl.expand_dims(mean_p, 1))
+                    _store_grad(teacher_grad_ptr, grad, row, cls, ignored, B, K)
+                if student_grad_ptr is not None:
+                    grad = scale_q[:, None] * (of_q - q * tl.expand_dims(mean_q, 1))
+                    _store_grad(student_grad_ptr, grad, row, cls, ignored, B, K)
+
+
+def launch(
+    inputs: Inputs,
+    beta: float,
+    row_grad: Tensor | None = None,
+    *,
+    loss: Tensor | None = None,
+    student_grad: Tensor | None = None,
+    teacher_grad: Tensor | None = None,
+) -> None:
+    """Fill `loss`, (B,), with the loss of each row; or gradients, (B, K), with those of the losses times `row_grad`."""
+    student, teacher = inputs.student, inputs.teacher
+    batch, classes = student.shape
+    if batch == 0:
+        return
+    tiles: dict[str, Any] = row_tiles(classes, access_width(classes, student, teacher))
+    tiles["BY_ROW"] = by_row = inputs.by_row and inputs.temperatures is not None
+    given: Any = (
+        *(student, teacher, inputs.label, inputs.temperatures, inputs.class_weight, inputs.row_weight, row_grad),
+        *(loss, student_grad, teacher_grad),
+        *(_each_stride(inputs.temperatures) if by_row else 0, _each_stride(inputs.row_weight), _each_stride(row_grad)),
+        *(inputs.ignore_index, inputs.temperature, inputs.student_temperature, beta, batch),
+    )
+    strides: Any = _row_stride(student), _row_stride(teacher)
+    with launching(student):
+        _js_kernel[(cdiv(batch, tiles["ROWS"]),)](*given, *strides, **tiles, **EXACT)

@@ -1,0 +1,272 @@
+"""What the KL may be asked for, kernel and reference alike: gradients of both sides, and every form of its arguments."""
+
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from retemper.kernels import class_temperature_kl, class_temperature_kl_grad_, class_temperature_kl_reference
+
+BATCH, CLASSES = 7, 10
+TIGHT: dict[str, Any] = {"rtol": 2**-19, "atol": 2**-19}
+# of each value one rounding to the logits' dtype; a GPU rounds to bfloat16 where the interpreter truncates
+ULP = {torch.float32: 2**-19, torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float64: 1e-11}
+
+
+@pytest.fixture(params=["triton", "reference"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> str:
+    """Both paths of a CPU; on a GPU there is one for these dtypes."""
+    if request.param == "reference":
+        if device.type != "cpu":
+            pytest.skip("the reference is a CPU's path")
+        monkeypatch.setattr("retemper.kernels.runtime.TRITON_ON_CPU", False)
+    return request.param
+
+
+def logits(shape: tuple[int, ...], device: torch.device, *dtypes: torch.dtype) -> list[Tensor]:
+    gen = torch.Generator().manual_seed(0)
+    drawn = 3 * torch.randn(2, *shape, generator=gen)
+    dtypes = dtypes or (torch.float32, torch.float32)
+    return [one.to(device, dtype).requires_grad_() for one, dtype in zip(drawn, dtypes, strict=True)]
+
+
+def by_class(device: torch.device, classes: int = CLASSES) -> dict[str, Tensor]:
+    numbers = {"temperature": (0.4, 6), "class_weight": (0, 2), "label_trust": (0, 0.9)}
+    return {name: torch.linspace(*ends, classes, device=device) for name, ends in numbers.items()}
+
+
+def labels(batch: int, device: torch.device, classes: int = CLASSES) -> Tensor:
+    return torch.arange(batch, device=device) % classes
+
+
+def forms(device: torch.device, batch: int = BATCH, classes: int = CLASSES) -> dict[str, dict[str, Any]]:
+    """The ways to ask for the loss, without student and teacher."""
+    own = torch.linspace(0.3, 4, batch, device=device)
+    labelled = {"label": labels(batch, device, classes)}
+    classed = by_class(device, classes)
+    temperature = {"temperature": classed["temperature"]}
+    return {
+        "plain": {},
+        "by class": labelled | classed,
+        "class temperature": labelled | temperature | {"ignore_index": None},
+        "by row": labelled | {"temperature": own[:, None], "row_weight": own[:, None] - 1},
+        "one tensor": {"temperature": own[3], "student_temperature": 2.5},
+        "reverse": labelled | temperature | {"reverse": True, "student_temperature": 1.5},
+        "reverse by row": {"temperature": own, "reverse": True, "row_weight": own},
+        "left out": {"label": labelled["label"].where(own > 1, -100)} | classed,
+    }
+
+
+def double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def gradients(loss: Callable[..., Tensor], student: Tensor, teacher: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    rows = loss(student, teacher)
+    return rows.detach(), *torch.autograd.grad(rows, (student, teacher), weight.to(rows.dtype))
+
+
+def truth(student: Tensor, teacher: Tensor, weight: Tensor, form: dict[str, Any]) -> tuple[Tensor, ...]:
+    """The loss and both gradients by autograd, through the reference in float64."""
+    wide = {name: double(value) for name, value in form.items()}
+    leaves = [one.detach().double().requires_grad_() for one in (student, teacher)]
+    return gradients(lambda s, t: class_temperature_kl_reference(s, t, **wide), leaves[0], leaves[1], weight)
+
+
+@pytest.mark.parametrize("shape", [(BATCH, CLASSES), (1, 1), (5, 100), (2, 1501), (130, 3)], ids=str)
+@pytest.mark.parametrize("form", forms(torch.device("cpu")))
+def test_both_gradients_are_those_of_autograd(
+    form: str, shape: tuple[int, int], path: str, device: torch.device
+) -> None:
+    student, teacher = logits(shape, device)
+    options, weight = forms(device, *shape)[form], torch.linspace(-1, 2, shape[0], device=device)
+    if path == "reference" and shape[0] == 5:
+        options = options | {"label": labels(5, device, 100)} if "label" not in options else options
+    found = gradients(
+        lambda s, t: class_temperature_kl(s, t, **options, reduction="none"), student, teacher, weight
+    )
+    for ours, expected in zip(found, truth(student, teacher, weight, options), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), expected, **TIGHT)
+    changed = student.detach().clone()
+    class_temperature_kl_grad_(changed, teacher.detach(), **options)
+    (alone,) = torch.autograd.grad(class_temperature_kl(student, teacher, **options, reduction="sum"), student)
+    torch.testing.assert_close(changed, alone, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("teacher_dtype", ULP, ids=str)
+@pytest.mark.parametrize("student_dtype", ULP, ids=str)
+@pytest.mark.parametrize("form", ["by class", "reverse"])
+def test_both_gradients_in_any_two_dtypes(
+    form: str, student_dtype: torch.dtype, teacher_dtype: torch.dtype, path: str, device: torch.device
+) -> None:
+    student, teacher = logits((BATCH, CLASSES), device, student_dtype, teacher_dtype)
+    options, weight = forms(device)[form], torch.ones(BATCH, device=device)
+    found = gradients(
+        lambda s, t: class_temperature_kl(s, t, **options, reduction="none"), student, teacher, weight
+    )
+    for ours, expected in zip(found[1:], truth(student, teacher, weight, options)[1:], strict=True):
+        torch.testing.assert_close(ours.double(), expected, rtol=ULP[ours.dtype], atol=2**-19)
+    assert (found[1].dtype, found[2].dtype) == (student_dtype, teacher_dtype)
+
+
+@pytest.mark.parametrize("form", forms(torch.device("cpu")))
+def test_gradients_are_the_derivatives(form: str, device: torch.device) -> None:
+    student, teacher = logits((5, 4), device, torch.float64, torch.float64)
+    options = {name: double(value) for name, value in forms(device, 5, 4)[form].items()}
+    for reduction in ("none", "batchmean"):
+        assert torch.autograd.gradcheck(
+            lambda s, t, reduction=reduction: class_temperature_kl(s, t, **options, reduction=reduction),
+            (student, teacher),
+        )
+    assert torch.autograd.gradcheck(lambda s, t: class_temperature_kl_reference(s, t, **options), (student, teacher))
+
+
+def test_the_reference_is_differentiable_in_everything(device: torch.device) -> None:
+    student, teacher = logits((5, 4), device, torch.float64, torch.float64)
+    values = [value.double().add(0.05).requires_grad_() for value in by_class(device, 4).values()]
+
+    def loss(*given: Tensor) -> Tensor:
+        student, teacher, *rest = given
+        options: dict[str, Any] = dict(zip(("temperature", "class_weight", "label_trust"), rest, strict=True))
+        return class_temperature_kl_reference(student, teacher, labels(5, device, 4), **options)
+
+    assert torch.autograd.gradcheck(loss, (student, teacher, *values))
+
+
+def test_trades_has_the_gradient_of_plain_pytorch(path: str, device: torch.device) -> None:
+    """Its outer loss sends a gradient through the clean prediction too."""
+    weight = torch.randn(CLASSES, 20, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_()
+    clean, adv = (one.detach() for one in logits((33, 20), device))
+    ours = class_temperature_kl(adv @ weight.t(), clean @ weight.t())
+    plain = F.kl_div((adv @ weight.t()).log_softmax(1), (clean @ weight.t()).softmax(1), reduction="batchmean")
+    expected, found = (torch.autograd.grad(loss, weight)[0] for loss in (plain, ours))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_both_gradients_are_one_launch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = logits((BATCH, CLASSES), device)
+    loss = class_temperature_kl(student, teacher, reduction="none")
+    kernel = MagicMock()
+    monkeypatch.setattr("retemper.kernels.kl_kernel._kl_kernel", kernel)
+    torch.autograd.grad(loss.sum(), (student, teacher))
+    assert kernel.__getitem__.return_value.call_count == 1
+
+
+def test_only_what_is_asked_for_has_a_gradient(path: str, device: torch.device) -> None:
+    student, teacher = logits((BATCH, CLASSES), device)
+    both = torch.autograd.grad(class_temperature_kl(student, teacher), (student, teacher))
+    alone = class_temperature_kl(student, teacher.detach()), class_temperature_kl(student.detach(), teacher)
+    for loss, leaf, expected in zip(alone, (student, teacher), both, strict=True):
+        torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], expected, rtol=0, atol=0)
+    with torch.no_grad():
+        assert not class_temperature_kl(student, teacher).requires_grad
+
+
+def test_what_has_no_gradient_is_refused(path: str, device: torch.device) -> None:
+    student, teacher = (one.detach() for one in logits((BATCH, CLASSES), device))
+    label = labels(BATCH, device)
+    named = by_class(device) | {"row_weight": torch.ones(BATCH, device=device)}
+    for name, value in named.items():
+        options: dict[str, Any] = {name: value.clone().requires_grad_()}
+        with pytest.raises(ValueError, match=rf"{name}: requires grad, .* {name}.detach\(\)"):
+            class_temperature_kl(student, teacher, label, **options)
+        with pytest.raises(ValueError, match=rf"{name}: requires grad"):
+            class_temperature_kl_grad_(student.clone(), teacher, label, **options)
+        with torch.no_grad():
+            class_temperature_kl(student, teacher, label, **options)
+    with pytest.raises(ValueError, match="teacher: requires grad"):
+        class_temperature_kl_grad_(student, teacher.requires_grad_(), label)
+
+
+@pytest.mark.parametrize("reduction", ["none", "batchmean"])
+def test_a_gradient_cannot_be_differentiated_again(reduction: str, path: str, device: torch.device) -> None:
+    for dtype in (torch.float32, torch.float64):
+        student, teacher = logits((BATCH, CLASSES), device, dtype, dtype)
+        loss = class_temperature_kl(student, teacher, reduction=reduction).sum()
+        (grad,) = torch.autograd.grad(loss, student, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.square().sum().backward()
+
+
+def test_the_forward_mode_is_refused_by_the_kernel(device: torch.device) -> None:
+    student, teacher = (one.detach() for one in logits((BATCH, CLASSES), device))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp|forward mode"):
+        class_temperature_kl(torch.autograd.forward_ad.make_dual(student, teacher), teacher)
+
+
+def test_without_labels_rows_are_those_of_any_label(path: str, device: torch.device) -> None:
+    student, teacher = logits((BATCH, CLASSES), device)
+    label = labels(BATCH, device)
+    for temperature in (1.0, 4, torch.tensor(0.3, device=device), torch.linspace(1, 3, BATCH, device=device)):
+        for reduction in ("none", "sum", "batchmean", "mean"):
+            options: dict[str, Any] = {"temperature": temperature, "reduction": reduction}
+            found = class_temperature_kl(student, teacher, **options)
+            torch.testing.assert_close(found, class_temperature_kl(student, teacher, label, **options))
+
+
+def test_temperatures_of_as_many_rows_as_classes_are_by_class_where_there_are_labels(
+    path: str, device: torch.device
+) -> None:
+    student, teacher = (one.detach() for one in logits((CLASSES, CLASSES), device))
+    label, value = labels(CLASSES, device).flip(0), torch.linspace(0.5, 4, CLASSES, device=device)
+    rows = [class_temperature_kl(student[i : i + 1], teacher[i : i + 1], None, t.item()) for i, t in enumerate(value)]
+    by_row = torch.stack(rows)
+    torch.testing.assert_close(class_temperature_kl(student, teacher, None, value, reduction="none"), by_row)
+    torch.testing.assert_close(class_temperature_kl(student, teacher, label, value[:, None], reduction="none"), by_row)
+    found = class_temperature_kl(student, teacher, label, value, reduction="none")
+    expected = class_temperature_kl(student, teacher, None, value.flip(0), reduction="none")
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, torch.nan])
+def test_a_temperature_that_is_none_makes_its_rows_nan(bad: float, path: str, device: torch.device) -> None:
+    student, teacher = logits((BATCH, CLASSES), device)
+    label, temperature = labels(BATCH, device), torch.ones(CLASSES, device=device)
+    temperature[2] = bad
+    for options in ({}, {"reverse": True}):
+        loss = class_temperature_kl(student, teacher, label, temperature, reduction="none", **options)
+        assert torch.equal(loss.isnan(), label == 2)
+        for grad in torch.autograd.grad(loss.nansum(), (student, teacher)):
+            assert torch.equal(grad.isnan().any(1), label == 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
+def test_takes_labels_of_any_integers(dtype: torch.dtype, path: str, device: torch.device) -> None:
+    student, teacher = (one.detach() for one in logits((BATCH, 200), device))
+    label = torch.tensor([0, 1, 2, 100, 120, 3, 127], device=device)
+    classed = by_class(device, 200)
+    expected = class_temperature_kl(student, teacher, label, **classed)
+    assert torch.equal(class_temperature_kl(student, teacher, label.to(dtype), **classed), expected)
+    if dtype == torch.uint8:
+        assert class_temperature_kl(student, teacher, label.to(dtype) + 128, reduction="none")[-1].isnan()
+
+
+@pytest.mark.parametrize("ignored", [-100, 3])
+@pytest.mark.parametrize("form", ["plain", "by class", "by row", "reverse", "probabilities"])
+def test_rows_that_are_left_out_count_nothing(form: str, ignored: int, path: str, device: torch.device) -> None:
+    student, teacher = logits((BATCH, CLASSES), device)
+    options = {"teacher_is": "probabilities"} if form == "probabilities" else forms(device)[form] | {}
+    options.pop("label", None)
+    if form == "probabilities":
+        teacher = teacher.detach().softmax(1).requires_grad_()
+    label = labels(BATCH, device) + 4
+    label[[1, 4]] = ignored
+    with torch.no_grad():
+        student[1], teacher[4] = torch.nan, torch.inf
+    kept = label != ignored
+    part = {
+        name: value[kept] if isinstance(value, Tensor) and len(value) == BATCH else value
+        for name, value in options.items()
+    }
+    label[0] = label[0] % CLASSES
+    for reduction in ("none", "sum", "batchmean", "mean"):
+        loss = class_temperature_kl(student, teacher, label % 10 if False else label, **options, ignore_index=ignored, reduction=reduction)
+        expected = class_temperature_kl(student[kept], teacher[kept], label[kept], **part, ignore_index=None, reduction=reduction)
+        torch.testing.assert_close(loss[kept] if reduction == "none" else loss, expected, equal_nan=True)
+        if reduction == "none":
+            assert (loss[~kept] == 0).all()
