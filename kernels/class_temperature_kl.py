@@ -22,7 +22,7 @@ from torch import Tensor
 
 from retemper.kernels.kl_divergence import Inputs, arguments, evaluate, looked_at, overwrite
 from retemper.kernels.kl_kernel import launch
-from retemper.kernels.operators import differentiable, is_symbol, operator, overwritten, rewritten
+from retemper.kernels.operators import differentiable, differentiated_once, is_symbol, operator, overwritten, rewritten
 from retemper.kernels.rows import LABELS, NUMBERS, require_dense, require_each, require_logits
 from retemper.kernels.runtime import compute_dtype, require_no_grad, require_writable, runs_triton
 
@@ -162,14 +162,15 @@ class _AtOnce(torch.autograd.Function):
         return loss.sum() / ctx.divisor
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        scale = grad[:, None] if ctx.by_row else grad / ctx.divisor
-        grads = (None if found is None else found * scale for found in ctx.saved_tensors)
-        of_student, of_teacher = (
-            found if found is None else found.to(dtype) for found, dtype in zip(grads, ctx.dtypes, strict=True)
-        )
-        return of_student, of_teacher, None, None
+        return *differentiated_once(_scaled, ctx, grad), None, None
+
+
+def _scaled(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the saved gradients times that of the loss."""
+    scale = grad[:, None] if ctx.by_row else grad / ctx.divisor
+    found = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    return tuple(None if saved is None else (saved * scale).to(dtype) for saved, dtype in found)
 
 
 def _constant(inputs: Inputs) -> Inputs:

@@ -262,8 +262,11 @@ def _rows(inputs: Inputs, dtype: torch.dtype) -> _Rows:
         label = label.long()
         if not inputs.known:
             given, label = label, label.clamp(0, inputs.student.shape[1] - 1)
-            scale = torch.where(label == given, 1.0, torch.nan)[:, None]
-            ignored = None if inputs.ignore_index is None else (given == inputs.ignore_index)[:, None]
+            known = label == given
+            if inputs.ignore_index is not None:
+                ignored = given == inputs.ignore_index
+                known, ignored = known | ignored, ignored[:, None]
+            scale = torch.where(known, 1.0, torch.nan)[:, None]
     if temperatures is not None:
         own = temperatures.reshape(-1, 1) if inputs.by_row else _of_class(temperatures, label)
         temperature = own.to(dtype).clamp(min=0)  # at 0 a row is NaN: its peak is 0 / 0
@@ -334,7 +337,8 @@ def _of_logits(
         log_totals = (p.exps[:, :1] + (q.shifted[:, :1].exp() if q.exps is None else q.exps[:, :1])) * 0
     else:
         log_totals = (q.total / p.total).log()
-    apart = p.shifted.sub_(q.shifted)
+    tracked = p.shifted.requires_grad or q.shifted.requires_grad  # a softmax keeps its result for autograd
+    apart = p.shifted - q.shifted if tracked else p.shifted.sub_(q.shifted)
     from_source = source.exps * apart if p_grad and trust is not None else None
     terms = apart.mul_(p.exps)
     mean = _mean(terms, p)
@@ -423,8 +427,10 @@ def looked_at(inputs: Inputs) -> Inputs:
     label = inputs.label
     if label is None or label.is_cuda or label.numel() == 0:
         return inputs
-    lowest, highest = label.aminmax()
-    known = lowest.item() >= 0 and highest.item() < inputs.student.shape[1]
+    lowest, highest = (end.item() for end in label.aminmax())
+    known = 0 <= lowest and highest < inputs.student.shape[1]
+    if inputs.ignore_index is not None and lowest <= inputs.ignore_index <= highest:
+        known = False
     return inputs._replace(known=True, ignore_index=None) if known else inputs
 
 
