@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retemper.kernels.kl_divergence import Inputs, arguments, evaluate, looked_at, overwrite
+from retemper.kernels.kl_divergence import Inputs, arguments, compute, evaluate, looked_at, overwrite
 from retemper.kernels.kl_kernel import launch
 from retemper.kernels.operators import differentiable, differentiated_once, is_symbol, operator, overwritten, rewritten
 from retemper.kernels.rows import LABELS, NUMBERS, require_dense, require_each, require_logits
@@ -151,9 +151,9 @@ class _AtOnce(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, inputs: Inputs, reduction: str) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, inputs: Inputs, reduction: str, compute: Any) -> Tensor:
         inputs = inputs._replace(student=student, teacher=teacher)
-        loss, *grads = evaluate(inputs, *ctx.needs_input_grad[:2])
+        loss, *grads = evaluate(inputs, *ctx.needs_input_grad[:2], compute)
         ctx.save_for_backward(*grads)
         ctx.dtypes, ctx.by_row, ctx.divisor = (student.dtype, teacher.dtype), reduction == "none", 1
         if ctx.by_row:
@@ -163,7 +163,7 @@ class _AtOnce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return *differentiated_once(_scaled, ctx, grad), None, None
+        return *differentiated_once(_scaled, ctx, grad), None, None, None
 
 
 def _scaled(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -281,17 +281,26 @@ def class_temperature_kl(
     return loss
 
 
-def _reduced(inputs: Inputs, reduction: str) -> Tensor:
-    """Return the losses of the rows, their sum, or a mean of those that count."""
+def _through_operators(inputs: Inputs) -> Tensor:
+    """Return the losses of the rows by an operator, which a GPU and torch.compile need."""
+    return (_loss_op if torch.compiler.is_compiling() else _rows_op)(*inputs[:-1])
+
+
+def _reduced(inputs: Inputs, reduction: str, compute: Any = compute, otherwise: Any = _through_operators) -> Tensor:
+    """Return the losses of the rows, their sum, or a mean of those that count.
+
+    Args:
+        compute: a divergence and its gradients in plain PyTorch; `otherwise` takes its place where that will not do.
+    """
     if _in_plain_pytorch(inputs):
         _check(inputs)
         inputs = looked_at(inputs)
         student, teacher = inputs.student, inputs.teacher
         if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
-            return _AtOnce.apply(student, teacher, inputs, reduction)
-        loss = evaluate(inputs)[0]
+            return _AtOnce.apply(student, teacher, inputs, reduction, compute)
+        loss = evaluate(inputs, compute=compute)[0]
     else:
-        loss = (_loss_op if torch.compiler.is_compiling() else _rows_op)(*inputs[:-1])
+        loss = otherwise(inputs)
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.sum() / _divisor(inputs, reduction)

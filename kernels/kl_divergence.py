@@ -22,7 +22,7 @@ from retemper.kernels.runtime import compute_dtype
 
 # How many logits of a tensor each thread of a CPU works on at a time: what it computes of them stays in its cache.
 # Whole (512, 32000) tensors would go through memory once for every line of `compute`.
-PART = 2**16
+PART = 2**18
 WIDE = 32  # classes, from which PyTorch's softmax of a CPU is vectorised and faster than its parts
 
 
@@ -400,7 +400,7 @@ def _direction(inputs: Inputs) -> Any:
     return _finished(apart if _is_one(own) else apart.div_(own), rows)
 
 
-def evaluate(inputs: Inputs, of_student: bool = False, of_teacher: bool = False) -> Any:
+def evaluate(inputs: Inputs, of_student: bool = False, of_teacher: bool = False, compute: Any = compute) -> Any:
     """Return what `compute` does, on a CPU part by part."""
     if _fits(inputs):
         return compute(inputs, of_student, of_teacher)
