@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retemper.kernels.class_temperature_kl import REDUCTIONS, _check, _constant, _reduced, class_temperature_kl
+from retemper.kernels.class_temperature_kl import REDUCTIONS, _constant, _reduced, class_temperature_kl
 from retemper.kernels.js_kernel import launch
-from retemper.kernels.kl_divergence import Inputs, _rows, arguments, evaluate
+from retemper.kernels.kl_arguments import Inputs, arguments, require_fitting
+from retemper.kernels.kl_divergence import _rows, evaluate
 from retemper.kernels.operators import differentiable, operator, rewritten
 from retemper.kernels.runtime import compute_dtype, require_no_grad, runs_triton
 
@@ -132,7 +133,7 @@ def _fake_backward(row_grad: Tensor, student: Tensor, teacher: Tensor, *rest: An
 def _rows_op(*arguments: Any) -> Tensor:
     """Return the losses of the rows."""
     inputs, beta = _split(arguments)
-    _check(inputs)
+    require_fitting(inputs)
     if not runs_triton(inputs.student, inputs.teacher):
         return evaluate(inputs, compute=partial(_compute, beta=beta))[0]
     loss = _fake_rows(*arguments)

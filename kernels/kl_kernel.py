@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from retemper.kernels.kl_divergence import Inputs
+from retemper.kernels.kl_arguments import Inputs
 from retemper.kernels.language import cdiv, tl, triton
 from retemper.kernels.logit_rows import row_log2_total, row_logits, row_peak, row_tiles
 from retemper.kernels.numerics import LN2, LOG2E, exp2_m1, log2_1m

@@ -128,7 +128,7 @@ def by_class(dtype: str) -> Iterator[Case]:
 
 
 def rarely(types: dict[str, str], constants: dict[str, Any]) -> Iterator[Case]:
-    """Yield what else the KL may be asked for: both gradients, reversed, of probabilities, by row, with rows left out."""
+    """Yield what else the KL may be asked for: both gradients, reversed, of probabilities, by row, rows left out."""
     both, loss = {"loss_ptr": None}, dict.fromkeys(["p_grad_ptr", "q_grad_ptr"])
     unlabelled = dict.fromkeys([*OF_CLASS, "label_ptr", "ignore_index"])
     for out in (both, loss):
