@@ -302,7 +302,7 @@ class AtOnce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, inputs: Inputs, reduction: str, compute: Any) -> Tensor:
         inputs = inputs._replace(student=student, teacher=teacher)
-        loss, *grads = evaluate(inputs, *ctx.needs_input_grad[:2], compute)
+        loss, *grads = evaluate(inputs, *ctx.needs_input_grad[:2], compute=compute)
         ctx.save_for_backward(*grads)
         ctx.dtypes, ctx.by_row, ctx.divisor = (student.dtype, teacher.dtype), reduction == "none", 1
         if ctx.by_row:
