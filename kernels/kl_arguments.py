@@ -5,7 +5,7 @@ can be called as torch.ops.retemper.* too.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class Inputs(NamedTuple):
         """Cut the rows into parts of at most `size` rows."""
         for start in range(0, self.student.shape[0], size):
             rows = slice(start, start + size)
-            cut = {"student": self.student[rows], "teacher": self.teacher[rows]}
+            cut: dict[str, Any] = {"student": self.student[rows], "teacher": self.teacher[rows]}
             for name in ("label", "row_weight", *(["temperatures"] if self.by_row else [])):
                 value = getattr(self, name)
                 cut[name] = value[rows] if value is not None and value.dim() else value

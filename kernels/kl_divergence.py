@@ -194,7 +194,7 @@ def _of_logits(
     Tensors are overwritten where nothing needs them any more, autograd included: fresh memory costs a CPU as much time
     as the arithmetic. Where a gradient is computed here, autograd must be off.
     """
-    p = source if trust is None else _mixed(source, label, trust)
+    p: Any = source if trust is None else _mixed(source, label, trust)
     if p.total is None or q.total is None:  # NaN in a row that is, otherwise 0
         log_totals = (p.exps[:, :1] + (q.shifted[:, :1].exp() if q.exps is None else q.exps[:, :1])) * 0
     else:
@@ -209,7 +209,7 @@ def _of_logits(
     if p_grad:
         if from_source is not None:
             terms, mean = from_source, _mean(from_source, source)
-        share = (1 if trust is None else 1 - trust) / p_temperature
+        share: Any = (1 if trust is None else 1 - trust) / p_temperature
         p_found = terms.nan_to_num_(0.0, torch.inf, -torch.inf).addcmul_(source.exps, log_totals * 0 - mean)
         p_found = p_found.mul_(share if source.total is None else share / source.total)
     if q_grad:
@@ -224,7 +224,7 @@ def _mean(terms: Tensor, p: Softmax) -> Tensor:
     return total if p.total is None else total / p.total
 
 
-def _mixed(p: Softmax, label: Any, trust: Tensor) -> Softmax:
+def _mixed(p: Any, label: Any, trust: Tensor) -> Softmax:
     """Return P after it moved towards the one-hot label by its trust; the total stays."""
     log_total = 0 if p.total is None else p.total.log()
     own = p.shifted.gather(1, label[:, None])
@@ -270,10 +270,10 @@ def evaluate(inputs: Inputs, of_student: bool = False, of_teacher: bool = False,
     loss = student.new_empty(student.shape[0], dtype=dtype)
     grads = [student.new_empty(student.shape, dtype=dtype) if wanted else None for wanted in (of_student, of_teacher)]
     for rows, part in inputs.parts(_size(inputs)):
-        loss[rows], *computed = compute(part, of_student, of_teacher)
-        for grad, found in zip(grads, computed, strict=True):
-            if grad is not None:
-                grad[rows] = found
+        computed: Any = compute(part, of_student, of_teacher)
+        for whole, found in zip((loss, *grads), computed, strict=True):
+            if whole is not None:
+                whole[rows] = found
     return loss, *grads
 
 
@@ -311,7 +311,7 @@ class AtOnce(torch.autograd.Function):
         return loss.sum() / ctx.divisor
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return *differentiated_once(_scaled, ctx, grad), None, None, None
 
 

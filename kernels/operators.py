@@ -67,10 +67,10 @@ def differentiable(operator: Any, backward: Callable[..., Any], setup: Callable[
     class Gradient(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
-            *inputs, keys = inputs
+            *given, keys = inputs
             with torch._C._AutoDispatchBelowAutograd():
-                output = operator.redispatch(keys & after, *inputs)
-            setup(ctx, inputs, output)
+                output = operator.redispatch(keys & after, *given)
+            setup(ctx, given, output)
             return output
 
         @staticmethod

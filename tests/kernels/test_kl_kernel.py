@@ -35,9 +35,9 @@ def logits(shape: tuple[int, ...], device: torch.device, *dtypes: torch.dtype) -
     return [one.to(device, dtype).requires_grad_() for one, dtype in zip(drawn, dtypes, strict=True)]
 
 
-def by_class(device: torch.device, classes: int = CLASSES) -> dict[str, Tensor]:
+def by_class(device: torch.device, classes: int = CLASSES) -> dict[str, Any]:
     numbers = {"temperature": (0.4, 6), "class_weight": (0, 2), "label_trust": (0, 0.9)}
-    return {name: torch.linspace(*ends, classes, device=device) for name, ends in numbers.items()}
+    return {name: torch.linspace(ends[0], ends[1], classes, device=device) for name, ends in numbers.items()}
 
 
 def labels(batch: int, device: torch.device, classes: int = CLASSES) -> Tensor:
@@ -237,8 +237,8 @@ def test_a_temperature_that_is_none_makes_its_rows_nan(bad: float, path: str, de
     student, teacher = logits((BATCH, CLASSES), device)
     label, temperature = labels(BATCH, device), torch.ones(CLASSES, device=device)
     temperature[2] = bad
-    for options in ({}, {"reverse": True}):
-        loss = class_temperature_kl(student, teacher, label, temperature, reduction="none", **options)
+    for reverse in (False, True):
+        loss = class_temperature_kl(student, teacher, label, temperature, reduction="none", reverse=reverse)
         assert torch.equal(loss.isnan(), label == 2)
         for grad in torch.autograd.grad(loss.nansum(), (student, teacher)):
             assert torch.equal(grad.isnan().any(1), label == 2)
@@ -259,7 +259,7 @@ def test_takes_labels_of_any_integers(dtype: torch.dtype, path: str, device: tor
 @pytest.mark.parametrize("form", ["plain", "by class", "by row", "reverse", "probabilities"])
 def test_rows_that_are_left_out_count_nothing(form: str, ignored: int, path: str, device: torch.device) -> None:
     student, teacher = logits((BATCH, CLASSES), device)
-    options = forms(device).get(form, {"teacher_is": "probabilities"})
+    options: dict[str, Any] = forms(device).get(form, {"teacher_is": "probabilities"})
     if form == "probabilities":
         teacher = teacher.detach().softmax(1).requires_grad_()
     label = labels(BATCH, device)
@@ -268,7 +268,7 @@ def test_rows_that_are_left_out_count_nothing(form: str, ignored: int, path: str
     with torch.no_grad():
         student[1], teacher[4] = torch.nan, torch.inf
     options = {name: value for name, value in options.items() if name != "label"} | {"ignore_index": ignored}
-    part = {
+    part: dict[str, Any] = {
         name: value[kept] if isinstance(value, Tensor) and len(value) == BATCH else value
         for name, value in options.items()
     }
@@ -332,7 +332,7 @@ def test_leading_dimensions_are_rows(
     lead = student.movedim(class_dim, -1).shape[:-1]
     rows = [one.movedim(class_dim, -1).reshape(-1, CLASSES).contiguous() for one in (student, teacher)]
     flat = forms(device, len(rows[0]))[form]
-    shaped = {
+    shaped: dict[str, Any] = {
         name: value.view(lead) if isinstance(value, Tensor) and value.numel() == len(rows[0]) else value
         for name, value in flat.items()
     }
