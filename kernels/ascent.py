@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from retemper.kernels.pixels import grid, named_norm, rows_or_pixels, spread
+from retemper.kernels.pixels import grid, named_norm, rows_or_pixels, same_memory, spread
 
 Number = float | Tensor
 
 
-ONE, ZERO = torch.ones(()), torch.zeros(())  # a number beside a tensor is made one at each call, which takes a while
+ONE = torch.ones(())  # times a number: one alone is made a tensor at each call, which takes as long as the sum
 
 
 class Step(NamedTuple):
@@ -73,7 +73,7 @@ def ascend(given: Step) -> None:
     compute = torch.float64 if torch.float64 in (adv.dtype, grad.dtype, clean.dtype) else torch.float32
     if not adv.dtype == grad.dtype == clean.dtype == compute:
         adv, grad, clean = adv.to(compute), grad.to(compute), clean.to(compute)
-    if _starts_with(clean, adv):  # one tensor as both: what is overwritten must not be the centre
+    if same_memory(clean, adv):  # one tensor as both: what is overwritten must not be the centre
         clean = clean.clone()
     old = adv if mask is None and previous is None else adv.clone()
     if momentum is not None:
@@ -92,14 +92,6 @@ def ascend(given: Step) -> None:
         adv = torch.where(mask, adv, old)
     if adv is not given.adv:
         given.adv.copy_(adv)
-
-
-def _starts_with(one: Tensor, other: Tensor) -> bool:
-    """Say whether two tensors begin at one address; inside a transform of torch.func, which has none, they may."""
-    try:
-        return one.data_ptr() == other.data_ptr()
-    except RuntimeError:
-        return True
 
 
 def go_on(adv: Tensor, old: Tensor, before: Tensor, inertia: float) -> None:
@@ -185,8 +177,8 @@ def _into_ball(
     if mask is not None:
         delta.masked_fill_(~mask, 0)
     length = _norm(delta, 2, delta.dtype)
-    shrink = eps.clamp(min=0) / length if isinstance(eps, Tensor) else torch.addcdiv(ZERO, ONE, length, value=eps)
-    shrink.nan_to_num_(1.0).clamp_max_(1)  # 0 / 0 is inside
+    eps = eps.clamp(min=0) if isinstance(eps, Tensor) else torch.full_like(length, eps)
+    shrink = (eps / length).nan_to_num_(1.0).clamp_max_(1)  # 0 / 0 is inside
     projected = torch.addcmul(clean, delta, shrink, out=delta)
     torch.lerp(projected, adv, shrink.floor_(), out=adv)  # 1 inside the ball, 0 outside
     if not clip_first:
