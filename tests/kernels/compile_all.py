@@ -101,10 +101,10 @@ def starts(dtype: str) -> Iterator[Case]:
     by["CLIP"] = dtype != "fp32"
     absent = {} if OPTIONAL[dtype] else dict.fromkeys(["blocks", "first_row", "rows_apart"])
     yield noise._uniform_start_kernel, types, absent | by | {"BLOCK": noise.BLOCK}
-    yield noise._normal_start_kernel, types, by | {"BLOCK": noise.BLOCK // 2, "num_warps": noise.WARPS}
-    for uniform in (True, False):
-        of_image = {"UNIFORM": uniform, "PIXELS": 3 * 32 * 32, "HALF": 3 * 64, "BLOCK": noise.BLOCK}
-        yield noise._ball_start_kernel, types, by | of_image
+    yield noise._normal_start_kernel, types, by | {"BLOCK": noise.BLOCK // 2, "num_warps": noise.NORMAL_WARPS}
+    for spare in (2, 0):
+        of_image = {"PIXELS": 3 * 32 * 32, "NUMBERS": 3 * 32 * 32 + spare, "HALF": noise.halves(3 * 32 * 32 + spare)}
+        yield noise._ball_start_kernel, types, by | of_image | {"BLOCK": noise.BLOCK}
 
 
 def by_class(dtype: str) -> Iterator[Case]:
