@@ -157,7 +157,7 @@ def _kl_kernel(
                 weight = tl.exp2(log_weight)
                 kl += tl.where(weight == 0, 0.0, weight * (log_p - log_q))
         mean = tl.sum(kl, 1)
-        middle = mean[:, None]
+        middle = tl.expand_dims(mean, 1)
     if loss_ptr is not None:
         loss = LN2 * mean
         if not GIVEN:  # only rounding makes a sum negative; NaN stays
