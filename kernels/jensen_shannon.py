@@ -26,7 +26,7 @@ from torch import Tensor
 from retemper.kernels.class_temperature_kl import REDUCTIONS, _constant, _reduced, class_temperature_kl
 from retemper.kernels.js_kernel import launch
 from retemper.kernels.kl_arguments import Inputs, arguments, require_fitting
-from retemper.kernels.kl_divergence import _rows, evaluate
+from retemper.kernels.kl_divergence import _finished, _rows, evaluate
 from retemper.kernels.operators import differentiable, operator, rewritten
 from retemper.kernels.runtime import compute_dtype, require_no_grad, runs_triton
 
@@ -66,17 +66,13 @@ def _compute(
     p_terms, q_terms = _terms(p, log_p - log_m), _terms(q, log_q - log_m)
     p_mean, q_mean = p_terms.sum(1, keepdim=True).add_(wrong), q_terms.sum(1, keepdim=True).add_(wrong)
 
-    def finished(value: Tensor) -> Tensor:
-        value = value if rows.scale is None else value.mul_(rows.scale)  # NaN where the label is no class
-        return value if rows.ignored is None else value.masked_fill_(rows.ignored, 0)
-
-    loss = finished((beta * p_mean + (1 - beta) * q_mean).clamp(min=0))  # only rounding makes it negative
+    loss = _finished((beta * p_mean + (1 - beta) * q_mean).clamp(min=0), rows)  # only rounding makes it negative
     student_grad = teacher_grad = None
     if of_student:
         factor = (1 - beta) / inputs.student_temperature
-        student_grad = finished(q_terms.addcmul_(q, q_mean, value=-1).mul_(factor))
+        student_grad = _finished(q_terms.addcmul_(q, q_mean, value=-1).mul_(factor), rows)
     if of_teacher:
-        teacher_grad = finished(p_terms.addcmul_(p, p_mean, value=-1).mul_(beta / rows.temperature))
+        teacher_grad = _finished(p_terms.addcmul_(p, p_mean, value=-1).mul_(beta / rows.temperature), rows)
     return loss.squeeze(1), student_grad, teacher_grad
 
 
