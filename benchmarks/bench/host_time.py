@@ -25,7 +25,9 @@ def host_case(name: str, build: Callable[[KernelSize], Case], form: str, request
         size = KernelSize(title="", request=replace(request, quick=True), precision="fp32", form=form, **TINY)
         case = build(size)
         ours, eager = case.contenders[0], next(one for one in case.contenders if one.name == EAGER)
-        alone = Contender(name="the operators alone", call=operators_alone(ours), exactness=ours.exactness)
+        call = operators_alone(ours)
+        reason = None if call else "it calls none on this device"
+        alone = Contender(name="the operators alone", call=call, reason=reason, exactness=ours.exactness)
         contenders = [ours, alone, eager]
         own = {"name": f"host time, {name}", "work": Work(), "by_host": True, "conclude": lambda rows: None}
         return replace(case, contenders=contenders, **own)
@@ -33,19 +35,17 @@ def host_case(name: str, build: Callable[[KernelSize], Case], form: str, request
     return PlannedCase(f"host time, {name}", built)
 
 
-def operators_alone(contender: Contender) -> Call:
-    """Return a call of the operators of ours that the contender calls, on the same arguments."""
-    recorder = _Recorder()
+def operators_alone(contender: Contender) -> Call | None:
+    """Return a call of the operators of ours that the contender calls, on the same arguments; None if it calls none."""
+    assert contender.call is not None
+    with _Recorder() as recorder:
+        contender.call()
 
     def alone() -> None:
-        if not recorder.calls:
-            assert contender.call is not None
-            with recorder:
-                contender.call()
         for operator, args, kwargs in recorder.calls:
             operator(*args, **kwargs)
 
-    return alone
+    return alone if recorder.calls else None
 
 
 class _Recorder(TorchDispatchMode):
