@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DOCS_BIN := .venv-docs/bin
 SUITE := $(BIN)/pytest --numprocesses 2 --dist loadfile
 
-.PHONY: setup system demo test test-everywhere check docs bench wheel lock clean
+.PHONY: setup system demo test test-everywhere check docs bench wheel hf-kernel matrix lock clean
 
 setup: .venv/installed
 
@@ -63,9 +63,19 @@ docs: .venv-docs/installed
 bench: setup
 	$(BIN)/retemper bench step
 
+# retemper, and retemper-kernels: the kernels alone.
 wheel: setup
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/python -m build --no-isolation --outdir dist publish/retemper-kernels
+
+hf-kernel:
+	rm -rf dist/hf-kernel
+	$(PYTHON) publish/hugging_face.py dist/hf-kernel
+
+# Environments of its own, one after the other; a torch for GPUs takes several gigabytes of the network and of the disk.
+matrix:
+	$(PYTHON) .ci/matrix.py $(COMBINATIONS)
 
 lock: setup
 	$(BIN)/python .ci/lock.py

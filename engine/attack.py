@@ -201,7 +201,7 @@ def ascend(
         if look is not None:
             look(logits)
         if watch is not None:
-            watch(adv, logits.detach())
+            watch(adv.detach(), logits.detach())
         if best is not None and plan.keep == "best":
             best.see(adv, logits)
 
@@ -232,10 +232,8 @@ def _climb(
     for _ in range(plan.steps):
         adv.requires_grad_(True)
         logits = model(adv)
-        see(adv.detach(), logits)
+        see(adv, logits)
         grad = _input_gradient(logits, adv, objective)
-        if grad.stride() != adv.stride():  # some convolutions answer in the other memory format
-            grad = torch.empty_like(adv).copy_(grad)
         adv = pgd_step_(adv.detach(), grad, clean, plan.step, plan.eps, **options)
     return adv
 
@@ -254,18 +252,16 @@ class Best:
         self._objective, self._sign = objective, sign
         self._value_B: Tensor | None = None
 
+    @torch.no_grad()
     def see(self, adv: Tensor, logits: Any) -> None:
         """Take the images that are better than those before; `adv` may be overwritten then. NaN is worse than all.
 
         Raises:
             ValueError: the objective's rows are not one value for each image.
         """
-        with torch.no_grad():
-            value_B = self._sign * self._objective.rows(logits)
+        value_B = self._sign * self._objective.rows(logits)
         if value_B.shape != (len(adv),):
-            raise ValueError(
-                f"objective: its rows have shape {tuple(value_B.shape)}; needs one an image, ({len(adv)},)"
-            )
+            raise ValueError(f"objective: its rows have shape {tuple(value_B.shape)}; needs ({len(adv)},)")
         value_B = value_B.nan_to_num(-torch.inf, torch.inf, -torch.inf)
         if self._value_B is None:
             self.adv, self._value_B = adv.clone(), value_B

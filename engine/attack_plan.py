@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from retemper.engine.losses import Claim
-from retemper.kernels import pgd_step_, random_start_
-from retemper.kernels.pixels import grid, split, spread
+from retemper.kernels import random_start_
+from retemper.kernels.pixels import grid, rows_or_pixels, split, spread
 from retemper.kernels.runtime import FLOATS, compute_dtype, is_dense_batch_first, require_pixel_units
 
 ROUNDED = 1e-6  # by how much of their range pixels that were resized or scaled may pass its ends
@@ -62,23 +62,23 @@ def first_iterate(clean: Tensor, plan: Plan, restart: int = 0) -> Tensor:
     elif start == "none":
         adv.copy_(clean)
     elif start in ("normal", "uniform"):
-        bounds: Any = dict(lower=plan.lower, upper=plan.upper)
-        options: dict[str, Any] = dict(noise=start, clip=plan.clip_start, rows=plan.rows, **bounds)
+        options: dict[str, Any] = dict(noise=start, clip=plan.clip_start, rows=plan.rows, **plan.ball)
         random_start_(adv, clean, plan.eps, seed=_seed(plan.seed, clean.device, restart), **options)
-        if plan.norm == "l2":
-            adv = pgd_step_(adv, torch.zeros_like(adv), clean, 0.0, plan.eps, **plan.ball)
     else:
         raise ValueError(f"start = {start!r}: it must be 'uniform', 'normal', 'none' or a tensor like clean")
     if plan.mask is not None:
-        mask = plan.mask.view(-1, *[1] * (clean.dim() - 1)) if plan.mask.dim() == 1 else plan.mask
-        adv = torch.where(mask, adv, clean)
+        adv = torch.where(rows_or_pixels(plan.mask, clean), adv, clean)
     return adv
 
 
 def _seed(seed: int | Tensor | None, device: torch.device, restart: int) -> int | Tensor:
     if seed is None:
         return torch.randint(2**63 - 1, (1,), device=device)
-    return torch.as_tensor(seed, device=device) + restart if restart else seed  # a tensor, which wraps around
+    if restart == 0:
+        return seed
+    if not isinstance(seed, Tensor):
+        seed = torch.full((1,), seed, device=device)
+    return seed + restart  # which wraps around
 
 
 def step_options(clean: Tensor, plan: Plan) -> dict[str, Any]:

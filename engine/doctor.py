@@ -9,6 +9,7 @@ from retemper import __version__
 from retemper.engine.run.job import default_cache
 from retemper.loaders import DATASETS, DataError, ffcv_problem, load_split
 from retemper.loaders.ffcv_library import INSTALL
+from retemper.provenance import versions
 
 EXTRAS = {"matplotlib": "plots", "pyautoattack": "eval", "tensorboard": "tensorboard", "torchattacks": "bench"}
 Line = tuple[str, str, str]  # a thing; "ok", "missing" or "broken"; its version, or the command that mends it
@@ -23,8 +24,9 @@ def examine() -> Iterator[str]:
 def _lines() -> Iterator[Line]:
     yield "python", "ok", platform.python_version()
     yield "retemper", "ok", __version__
-    for name in ("torch", "triton", "numpy", "safetensors"):
+    for name in ("torch", "numpy", "safetensors"):
         yield name, "ok", importlib.metadata.version(name)
+    yield _triton()
     for name, extra in EXTRAS.items():
         yield _extra(name, extra)
     yield _kernels()
@@ -32,6 +34,13 @@ def _lines() -> Iterator[Line]:
     yield from map(_data, DATASETS)
     problem = ffcv_problem()
     yield ("ffcv", "missing", f"{problem}: {INSTALL}") if problem else ("ffcv", "ok", "loads")
+
+
+def _triton() -> Line:
+    """Return the line of Triton, which a build of PyTorch for GPUs brings."""
+    if version := versions().get("triton"):
+        return "triton", "ok", version
+    return "triton", "missing", "pip install triton; a CPU needs none"
 
 
 def _extra(name: str, extra: str) -> Line:
@@ -46,9 +55,12 @@ def _kernels() -> Line:
     import torch
 
     from retemper.kernels import pgd_step_
+    from retemper.kernels.language import HAS_TRITON
 
     if not torch.cuda.is_available():
         return "kernels", "ok", "no GPU: the PyTorch references run, on the CPU"
+    if not HAS_TRITON:
+        return "kernels", "missing", "pip install triton; the PyTorch references run, several times slower"
     pixel = torch.zeros(1, 1, 1, 1, device="cuda")
     try:
         pgd_step_(pixel, torch.ones_like(pixel), torch.zeros_like(pixel), 0.5, 1.0)

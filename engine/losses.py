@@ -55,29 +55,22 @@ class KlObjective:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Return the objective of (B, K) logits, a scalar."""
-        return class_temperature_kl(
-            logits,
-            self.teacher,
-            self.label,
-            self.temperature,
-            label_trust=self.label_trust,
-            ignore_index=None,
-            reduction="sum",
-        )
+        return class_temperature_kl(logits, **self._target, reduction="sum")
 
     def rows(self, logits: Tensor) -> Tensor:
         """Return the divergence of each row of (B, K) logits, (B,)."""
-        return class_temperature_kl(
-            logits, self.teacher, self.label, self.temperature, label_trust=self.label_trust, reduction="none"
-        )
+        return class_temperature_kl(logits, **self._target, reduction="none")
 
     def gradient(self, logits: Tensor) -> Tensor:
         """Return the derivative of the objective at (B, K) logits, of their shape and dtype."""
         _require_tensor("logits", logits)
         logits = logits.detach().clone()  # the network may need its output again for its own gradient
-        return class_temperature_kl_grad_(
-            logits, self.teacher, self.label, self.temperature, label_trust=self.label_trust, ignore_index=None
-        )
+        return class_temperature_kl_grad_(logits, **self._target)
+
+    @property
+    def _target(self) -> dict[str, Any]:
+        target = dict(teacher=self.teacher, label=self.label, temperature=self.temperature)
+        return target | dict(label_trust=self.label_trust, ignore_index=None)
 
     def claims(self, logits: Tensor) -> list[Claim]:
         """Return what must hold of the values beside these logits. Raises as a call does."""
@@ -196,8 +189,7 @@ def kl_rows(clean_BK: Tensor, adv_BK: Tensor) -> Tensor:
     if clean_BK.shape != adv_BK.shape or clean_BK.device != adv_BK.device:
         places = (f"{tuple(one.shape)} on {one.device}" for one in (clean_BK, adv_BK))
         raise ValueError("clean has shape {}, adv {}: they must agree".format(*places))
-    clean, adv = at_least_float32(clean_BK).log_softmax(1), at_least_float32(adv_BK).log_softmax(1)
-    return (clean.exp() * (clean - adv)).sum(1)
+    return class_temperature_kl(adv_BK, clean_BK, reduction="none")
 
 
 def is_label(logits_BK: Tensor, label_B: Tensor) -> Tensor:

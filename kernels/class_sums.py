@@ -41,7 +41,7 @@ from retemper.kernels.runtime import (
 WIDEST = 16  # classes whose sums a program can hold beside its rows
 PARTS = 1024  # the most programs of that kind: about as many as a GPU runs at once, and a second launch adds up quickly
 SLICE = 1024  # rows of a program that goes through rows for its block of classes
-BLOCK, TILE = 64, 4096  # classes of that block, and how many rows times classes a program looks at at once
+BLOCK, TILE = 32, 2048  # classes of that block, and how many rows times classes a program looks at at once
 FEW = 16  # classes; rows shorter than PyTorch's vectors are slow on a CPU, so that it gets them as columns
 
 
@@ -120,7 +120,7 @@ def _row_losses(
         peak = higher
     top = tl.max(peak, 1)
     total = tl.sum(total * tl.exp2((peak - tl.expand_dims(top, 1)) * LOG2E), 1)
-    cross_entropy = LN2 * tl.log2(total) - (own - top)
+    cross_entropy = tl.log2(total) * LN2 - (own - top)
     first = (own == top) & (tl.max(earlier, 1) < own)
     return label, cross_entropy, first & (cross_entropy == cross_entropy)  # a row with NaN predicts nothing
 

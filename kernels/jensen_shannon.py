@@ -61,11 +61,11 @@ def _compute(
     rows = _rows(inputs, dtype)
     p, log_p = _distribution(inputs.teacher.to(dtype), rows.temperature)
     q, log_q = _distribution(inputs.student.to(dtype), inputs.student_temperature)
-    log_m = torch.lerp(q, p, beta).clamp_(min=torch.finfo(dtype).tiny).log_()  # the smallest p, times beta, is 0
-    wrong = (p[:, :1] + q[:, :1]) * 0  # NaN where the row is
-    p_terms, q_terms = _terms(p, log_p - log_m), _terms(q, log_q - log_m)
-    p_mean, q_mean = p_terms.sum(1, keepdim=True).add_(wrong), q_terms.sum(1, keepdim=True).add_(wrong)
-
+    limits = torch.finfo(dtype)
+    log_m = torch.lerp(q, p, beta).clamp_(min=limits.tiny).log_()  # the smallest p, times beta, is 0
+    p_terms = p * log_p.clamp(min=limits.min / 2).sub_(log_m)
+    q_terms = q * log_q.clamp(min=limits.min / 2).sub_(log_m)
+    p_mean, q_mean = p_terms.sum(1, keepdim=True), q_terms.sum(1, keepdim=True)
     loss = _finished((beta * p_mean + (1 - beta) * q_mean).clamp(min=0), rows)  # only rounding makes it negative
     student_grad = teacher_grad = None
     if of_student:
@@ -84,11 +84,6 @@ def _distribution(logits: Tensor, temperature: float | Tensor) -> tuple[Tensor, 
         return logits.softmax(1), logits.log_softmax(1)  # on a CPU the first is faster than exp of the second
     log_p = logits.t().log_softmax(0).t().contiguous()
     return log_p.exp(), log_p
-
-
-def _terms(weight: Tensor, apart: Tensor) -> Tensor:
-    """Return weight * apart, 0 where the weight is 0, in place of `apart`."""
-    return apart.mul_(weight).nan_to_num_(0.0)
 
 
 _INPUTS = (

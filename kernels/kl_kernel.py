@@ -159,7 +159,7 @@ def _kl_kernel(
         mean = tl.sum(kl, 1)
         middle = tl.expand_dims(mean, 1)
     if loss_ptr is not None:
-        loss = LN2 * mean
+        loss = mean * LN2
         if not GIVEN:  # only rounding makes a sum negative; NaN stays
             loss = tl.maximum(loss, 0.0, propagate_nan=tl.PropagateNan.ALL)
         loss = scale * loss

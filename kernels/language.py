@@ -19,7 +19,8 @@ else:
 
         HAS_TRITON, INTERPRETED = True, triton.knobs.runtime.interpret  # by which @triton.jit decides
     except ModuleNotFoundError as error:
-        if error.name != "triton":  # one that is installed and broken is no missing one
+        # A folder of that name, as of a clone, is a package without a language. One that is broken is not missing.
+        if error.name not in ("triton", "triton.language"):
             raise
         HAS_TRITON, INTERPRETED = False, False
 

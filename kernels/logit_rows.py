@@ -9,6 +9,7 @@ temperature: logits of 1e4 at temperature 0.05 would otherwise lose their differ
 
 # pyright: reportGeneralTypeIssues=false
 # (Triton declares that static_range never returns, so pyright lets no loop go over it.)
+# "Any" stands in quotes: Triton looks names up, and Python 3.10's is a function to it, which no kernel may mention.
 
 from typing import Any
 
@@ -41,7 +42,7 @@ def row_tiles(classes: int, width: int) -> dict[str, int]:
 
 
 @triton.jit
-def row_logits(row_ptr, start, K: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr) -> Any:
+def row_logits(row_ptr, start, K: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr) -> "Any":
     """Load STEPS blocks (ROWS, LANES) of float32 logits from class `start` on; -inf beyond the last class."""
     logits = ()
     for step in tl.static_range(STEPS):
@@ -52,7 +53,7 @@ def row_logits(row_ptr, start, K: tl.constexpr, LANES: tl.constexpr, STEPS: tl.c
 
 
 @triton.jit
-def row_peak(row_ptr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr) -> Any:
+def row_peak(row_ptr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr) -> "Any":
     """Return the highest logit of each row: (ROWS,)."""
     highest = tl.full((ROWS, LANES), float("-inf"), tl.float32)
     for start in range(0, K, STEPS * LANES):

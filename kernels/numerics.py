@@ -12,6 +12,7 @@ import math
 
 from retemper.kernels.language import tl, triton
 
+# To the right of a tensor: the interpreters of Triton 3.7 and 3.8 make a constant of a constant times a tensor.
 LN2 = tl.constexpr(math.log(2))
 LOG2E = tl.constexpr(1 / math.log(2))
 

@@ -3,14 +3,13 @@
 import os
 import shutil
 import subprocess
-from importlib.util import find_spec
 from pathlib import Path
 
 OF_A_HOOK = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # git sets them for its hooks, of whatever repository
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of retemper, torch, triton (where it is installed) and Python."""
+    """Return the versions of retemper, torch, Python, and triton where it is installed."""
     import platform
 
     import torch
@@ -18,11 +17,11 @@ def versions() -> dict[str, str]:
     from retemper import __version__
 
     found = {"retemper": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    if find_spec("triton"):
-        import triton
-
-        found["triton"] = triton.__version__
-    return found
+    try:
+        from triton import __version__ as triton
+    except ImportError:
+        return found
+    return found | {"triton": triton}
 
 
 def commit() -> str | None:

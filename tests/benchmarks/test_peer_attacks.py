@@ -42,10 +42,10 @@ def test_the_same_attack_holds_and_a_weaker_one_does_not(
 
     for start in ("none", "the peer's"):
         row = contest.row("same", same, aim, start)
-        assert row.holds and row.equal == 40 and row.left == row.ours_left < 38, row
+        assert row.holds and row.equal == 40 and row.left == row.ours_left and row.left[0] < 38, row
     monkeypatch.setattr(script, "our_pgd", lambda aim, model, image, classes, **_: image.clone())
     row = contest.row("stronger", same, aim, "none")
-    assert row.inside and row.ours_left == 40 and not row.holds, row
+    assert row.inside and row.ours_left == [40] and not row.holds, row
     monkeypatch.setattr(script, "our_pgd", lambda aim, model, image, classes, **_: image + 2 * aim.eps)
     assert not contest.row("in the ball", same, aim, "none").inside
 
@@ -58,4 +58,16 @@ def test_our_own_starts_are_as_many_as_the_peers(script: ModuleType, contest: An
         return image
 
     row = contest.row("idle", peer, script.Aim(norm="linf", lower=0.0, targeted=False), "own", draws=3)
-    assert started == [True] * 3 and row.equal is None and row.left == 40 and row.holds
+    assert started == [True] * 3 and row.equal is None and row.left == [40] * 3 and row.holds
+
+
+def test_chance_is_allowed_for_where_starts_differ(script: ModuleType) -> None:
+    aim = script.Aim(norm="linf", lower=0.0, targeted=False)
+
+    def holds(left: list[int], ours: list[int]) -> bool:
+        row = script.Row(peer="", aim=aim, start="own", left=left, ours_left=ours, equal=None, inside=True)
+        return row.holds
+
+    assert holds([300], [301]) and not holds([300], [302])
+    assert holds([300, 300], [301, 301]) and not holds([300, 300], [302, 302])
+    assert holds([298, 302], [300, 304]) and not holds([298, 302], [307, 311])

@@ -63,7 +63,7 @@ def test_the_plan_has_the_choices_of_the_attack() -> None:
 def test_a_negative_step_lowers_the_objective(norm: str, model: nn.Module, clean: Tensor, label: Tensor) -> None:
     target = (label + 1) % 10
     towards = cross_entropy_objective(target)
-    options: dict[str, Any] = dict(norm=norm, eps=0.8 if norm == "l2" else EPS, step=0.2 if norm == "l2" else STEP)
+    options: dict[str, Any] = dict(norm=norm, eps=0.8 if norm == "l2" else EPS, step=0.25 if norm == "l2" else 0.0625)
     expected = attacked(model, clean, label, objective=lambda logits: -towards(logits), **options)
     options["step"] = -options["step"]
     adv = attacked(model, clean, label, objective=towards, **options)
@@ -133,8 +133,8 @@ def test_a_value_that_is_nan_is_never_the_best(model: nn.Module, clean: Tensor, 
     def rows(logits: Tensor) -> Tensor:
         calls.append(1)
         value = nn.functional.cross_entropy(logits, label, reduction="none")
-        first_and_last = len(calls) in (1, 2, 9)  # a step asks twice, for the values and for the gradient
-        return value * torch.nan if first_and_last and not logits.requires_grad else value
+        first_or_last = len(calls) in (1, 9)  # a step asks twice, for the values and for the gradient
+        return value * torch.nan if first_or_last else value
 
     every = iterates(model, clean, label)
     best = attacked(model, clean, label, objective=RowsObjective(rows), keep="best")
@@ -190,7 +190,7 @@ def test_a_mask_keeps_pixels(norm: str, start: str, model: nn.Module, clean: Ten
     options: dict[str, Any] = dict(norm=norm, start=start)
     left = torch.arange(8, device=clean.device) < 4
     adv = attacked(model, clean, label, mask=left, **options)
-    assert torch.equal(adv[..., 4:], clean[..., 4:]) and (adv[..., :4] != clean[..., :4]).float().mean() > 0.9
+    assert torch.equal(adv[..., 4:], clean[..., 4:]) and (adv[..., :4] != clean[..., :4]).float().mean() > 0.8
     some = label % 2 == 0
     adv = attacked(model, clean, label, mask=some, **options)
     assert torch.equal(adv[~some], clean[~some])
@@ -233,3 +233,18 @@ def test_a_start_knows_the_range_of_its_images(start: str, norm: str, device: to
     assert adv.min() < -0.9 and -1 <= adv.min() and adv.max() <= 1
     drawn = random_start_(torch.empty_like(clean), clean, 0.25, noise=start, seed=2, lower=-1.0, norm=norm)
     assert torch.equal(adv, drawn)
+
+
+def test_a_random_start_in_l2_is_uniform_in_the_ball(device: torch.device) -> None:
+    clean, pixels = torch.full((4000, 1, 2, 3), 0.5, device=device), 6
+    options: dict[str, Any] = dict(objective=torch.sum, steps=0, step=0.1, eps=0.25, norm="l2", clip_start=False)
+    moved = (pgd(nn.Identity(), clean, **options, seed=0) - clean).flatten(1).double().cpu()
+    lengths = moved.norm(dim=1)
+    assert lengths.max() <= 0.25 * (1 + 1e-6)
+    inside = (lengths / 0.25) ** pixels  # uniform in [0, 1]: the share of the ball within the radius of an image
+    expected = (torch.arange(4000) + 0.5) / 4000
+    assert (inside.sort().values - expected).abs().max() < 0.03  # Kolmogorov: 0.0307 is passed once in 1000 seeds
+    assert (moved / lengths[:, None]).mean(0).abs().max() < 0.03 and (moved.T @ moved).fill_diagonal_(0).abs().max() < 3
+    options["eps"] = 0.002
+    near = (pgd(nn.Identity(), clean, **options, start="normal", seed=0) - clean).flatten(1).norm(dim=1)
+    assert near.max() <= 0.002 + 1e-6 and near.min() < 0.001

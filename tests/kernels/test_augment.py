@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Literal
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 
 from retemper.kernels import augment, augment_reference, identity_view, num_views
 
-MODES: dict[str, Literal["constant", "reflect"]] = {"zeros": "constant", "reflect": "reflect"}  # numpy's names
+MODES: dict[str, Literal["constant", "reflect"]] = {"zeros": "constant", "reflect": "reflect"}  # PyTorch's names
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # one ulp below 1 in bfloat16, because the interpreter truncates where a GPU rounds; otherwise to the bit
 TOLERANCE = {torch.float32: 0.0, torch.float16: 0.0, torch.bfloat16: 2**-8}
@@ -24,16 +23,15 @@ def images(shape: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def pixel_by_pixel(image: Tensor, view: int, padding: int, mode: str) -> Tensor:
-    """Return the view of one (H, W, C) image pixel by pixel, of numpy's padding: the definition of a view."""
+    """Return the view of one (H, W, C) image pixel by pixel, of PyTorch's padding: the definition of a view."""
     height, width, channels = image.shape
     side = 2 * padding + 1
     dy, dx, flip = view // 2 // side, view // 2 % side, view % 2
-    border = ((padding, padding), (padding, padding), (0, 0))
-    padded = torch.from_numpy(np.pad(image.numpy(), border, mode=MODES[mode]))
+    padded = F.pad(image.permute(2, 0, 1).float(), [padding] * 4, mode=MODES[mode]).permute(1, 2, 0)
     out = torch.zeros(channels, height, width)
     for y in range(height):
         for x in range(width):
-            out[:, y, x] = padded[y + dy, (width - 1 - x if flip else x) + dx].float() / 255
+            out[:, y, x] = padded[y + dy, (width - 1 - x if flip else x) + dx] / 255
     return out
 
 

@@ -4,11 +4,11 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-import triton
 
-from retemper.kernels.language import cdiv, next_power_of_2
+from retemper.kernels.language import cdiv, next_power_of_2, triton
 
 WITHOUT_TRITON = """
 import sys
@@ -39,6 +39,18 @@ def test_every_operation_works_without_triton_and_numpy() -> None:
     subprocess.run([sys.executable, "-c", WITHOUT_TRITON], env=os.environ | {"TRITON_INTERPRET": "0"}, check=True)
 
 
+@pytest.mark.parametrize(
+    ("source", "imports"), [("", True), ("import no_such_module", False)], ids=["a folder of that name", "broken"]
+)
+def test_what_is_called_triton_and_is_not(source: str, imports: bool, tmp_path: Path) -> None:
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton/__init__.py").write_text(source)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from retemper.kernels import language"
+    done = subprocess.run([sys.executable, "-c", f"{code}; assert not language.HAS_TRITON"], capture_output=True)
+    assert (done.returncode == 0) == imports, done.stderr
+
+
+@pytest.mark.triton
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 1023, 1024, 1025])
 def test_whole_numbers_are_tritons(number: int) -> None:
     assert next_power_of_2(number) == triton.next_power_of_2(number)

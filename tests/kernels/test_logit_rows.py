@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from retemper.kernels.language import tl, triton
 from retemper.kernels.logit_rows import MOST_STEPS, PER_THREAD, WARPS, row_log2_total, row_logits, row_peak, row_tiles
 from retemper.kernels.numerics import LOG2E
 from retemper.kernels.runtime import launching
 
+pytestmark = pytest.mark.triton
 CLASSES = [1, 2, 10, 100, 1501]  # less than a step, one step, several, and more than one pass over the row
 
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from retemper.kernels.language import tl, triton
 from retemper.kernels.numerics import LN2, LOG2E, exp2_m1, log2_1m, log2_total
 from retemper.kernels.runtime import launching
 
+pytestmark = pytest.mark.triton
 SMALL = 10.0 ** torch.linspace(-9, -2, 500, dtype=torch.float64)
 WIDE = torch.linspace(0, 1, 501, dtype=torch.float64)[1:-1]
 # Of the result: what the series leave out and their last roundings come to 2 ulp. Beyond them the error of 1 +- x,

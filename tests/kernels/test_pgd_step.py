@@ -360,8 +360,9 @@ def test_one_tensor_may_be_the_iterate_and_the_centre(
     if path == "reference":
         request.getfixturevalue("reference_path")
     _, grad, clean = batch((2, 3, 8, 8), torch.float32, device)
-    expected = pgd_step_(clean.clone(), grad, clean, STEP, EPS, norm=norm)
-    assert torch.equal(pgd_step_(clean, grad, clean.detach(), STEP, EPS, norm=norm), expected)
+    step = 4 * EPS  # out of the ball, so that the projection shows
+    expected = pgd_step_(clean.clone(), grad, clean, step, EPS, norm=norm)
+    assert torch.equal(pgd_step_(clean, grad, clean.detach(), step, EPS, norm=norm), expected)
 
 
 MASKS = {"rows": (2,), "pixels": (2, 3, 8, 8), "places": (8, 8), "channels": (3, 1, 1)}

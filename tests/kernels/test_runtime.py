@@ -6,12 +6,11 @@ import sys
 
 import pytest
 import torch
-import triton
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
 from retemper.kernels import pgd_step_, runtime
 from retemper.kernels.ascent_kernels import _linf_kernel
+from retemper.kernels.language import triton
 
 IMPORT = """
 import sys
@@ -26,7 +25,10 @@ assert retemper.kernels.runtime.TRITON_ON_CPU == (INTERPRET == "1")
 """
 
 
+@pytest.mark.triton
 def test_these_tests_run_triton(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import InterpretedFunction
+
     assert isinstance(_linf_kernel, InterpretedFunction if device.type == "cpu" else triton.JITFunction)
     monkeypatch.setitem(pgd_step_.__globals__, "ascend", None)  # a call of it would raise
     adv = torch.zeros(2, 3, device=device)
@@ -50,6 +52,7 @@ def test_fresh_memory_is_poisoned(device: torch.device) -> None:
     assert torch.empty(1000, device=device).isnan().all()
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("interpret", ["0", "1"])
 def test_import_is_light_and_obeys_the_environment(interpret: str) -> None:
     code = IMPORT.replace("INTERPRET", repr(interpret))

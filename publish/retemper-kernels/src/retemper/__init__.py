@@ -1,0 +1,1 @@
+../../../../src/retemper/__init__.py
