@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from retemper.kernels import class_temperature_js, class_temperature_js_reference, class_temperature_kl
+from retemper import kernels
 
 # whole tiles, ragged ones, and rows in several passes (1501), where a program has one row and the interpreter is slow
 SHAPES = [(0, 10), (1, 1), (7, 2), (129, 10), (33, 100), (1, 1501)]
@@ -19,6 +19,11 @@ LOSS_TOLERANCE = {torch.float32: 2**-20, torch.float64: 1e-12}
 GRAD_TOLERANCE = {torch.float32: 2**-21, torch.float64: 1e-12}
 # and of its own value, one ulp of the logits' dtype: the interpreter truncates to bfloat16 where a GPU rounds.
 ULP = {torch.float32: 2**-21, torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float64: 1e-12}
+
+# Any: pyright would match options given by name in a dict with every parameter
+class_temperature_js: Any = kernels.class_temperature_js
+class_temperature_kl: Any = kernels.class_temperature_kl
+class_temperature_js_reference: Any = kernels.class_temperature_js_reference
 
 each_path = pytest.mark.parametrize("path", ["triton", "reference"])
 
@@ -242,9 +247,9 @@ LIGER_TOLERANCE: dict[torch.dtype, Any] = {
 }
 
 
-def as_liger_tests(student: Tensor, teacher: Tensor, beta: float, counts: Tensor) -> Tensor:
+def as_liger_tests(logits: list[Tensor], beta: float, counts: Tensor) -> Tensor:
     """The divergence out of PyTorch's KL: of log-probabilities, the mean over the rows that count."""
-    log_q, log_p = student.log_softmax(-1)[counts], teacher.log_softmax(-1)[counts]
+    log_q, log_p = (each.log_softmax(-1)[counts] for each in logits)
     kl = torch.nn.KLDivLoss(reduction="batchmean", log_target=True)
     if beta == 0:
         return kl(log_q, log_p)
@@ -267,7 +272,7 @@ def test_has_the_values_and_gradients_that_ligers_tests_expect(
     factor = 1 if is_last_layer else 2
     loss = class_temperature_js(*logits, label, beta=beta) * factor
     wide = [x.detach().double().requires_grad_() for x in logits]
-    expected = as_liger_tests(*wide, beta, label != -100) * factor
+    expected = as_liger_tests(wide, beta, label != -100) * factor
     torch.testing.assert_close(loss.double(), expected, **LIGER_TOLERANCE[dtype])
     grads, truth = torch.autograd.grad(loss, logits), torch.autograd.grad(expected, wide)
     for grad, own in zip(grads, truth, strict=True):
@@ -342,13 +347,13 @@ def test_compiles_into_one_graph(device: torch.device) -> None:
     student, teacher, label, by_class = batch((7, 10), device)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
-    def compiled(student: Tensor, teacher: Tensor, temperature: Any) -> Tensor:
+    def compiled(temperature: Any, student: Tensor, teacher: Tensor) -> Tensor:
         return class_temperature_js(student * 1, teacher, label, temperature, class_weight=by_class, beta=0.3)
 
     with torch._dynamo.config.patch(recompile_limit=3):  # a tensor, a constant, a variable; one more would be an error
         for temperature in (by_class, 0.05, 7.0, 0.3, 30.0):
             mine, theirs = ([t.clone().requires_grad_() for t in (student, teacher)] for _ in range(2))
-            loss = compiled(*mine, temperature)
+            loss = compiled(temperature, *mine)
             expected = class_temperature_js(*theirs, label, temperature, class_weight=by_class, beta=0.3)
             torch.testing.assert_close(loss, expected)
             for ours, own in zip(torch.autograd.grad(loss, mine), torch.autograd.grad(expected, theirs), strict=True):
