@@ -19,7 +19,6 @@ ROUNDS = 5
 INPUTS = """
 import torch
 from retemper.kernels import *
-from retemper.kernels.jensen_shannon import class_temperature_js
 from torch.nn import functional as F
 clean, adv, grad, x = torch.rand(4, 4, 3, 4, 4).unbind()
 student, teacher = torch.randn(2, 4, 10).unbind()

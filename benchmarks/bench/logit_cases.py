@@ -13,12 +13,13 @@ from retemper.bench.kernel_cases import CHECKED, OURS, KernelSize, bytes_of
 from retemper.bench.peers import library, missing
 from retemper.kernels import (
     class_sums,
+    class_temperature_js,
+    class_temperature_js_reference,
     class_temperature_kl,
     class_temperature_kl_grad_,
     class_temperature_kl_grad_reference,
     class_temperature_kl_reference,
 )
-from retemper.kernels.jensen_shannon import class_temperature_js, class_temperature_js_reference
 
 SUM_TOLERANCE = 1e-3  # of a sum over millions of rows in float32, which an eager chain adds up one by one
 
