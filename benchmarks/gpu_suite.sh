@@ -90,8 +90,10 @@ fi
 part sanitizer compute-sanitizer! compute-sanitizer --tool memcheck --error-exitcode 1 \
     "$PY" -m retemper bench kernels --quick --rounds 1
 
-bench kernels_images kernels --only pgd_step_ random_start_ augment epilogue
+bench kernels_images kernels --only "pgd_step_ " "random_start_ " "augment "
+bench kernels_epilogue kernels --only "epilogue "
 bench kernels_logits kernels --only class_
+bench kernels_calls kernels --only "host time" "first call"
 bench sweep_images kernels --sweep --only pgd_step_ random_start_ augment epilogue
 bench sweep_kl kernels --sweep --only "kl forward"
 bench sweep_kl_grad kernels --sweep --only kl_grad

@@ -8,10 +8,12 @@ A document names a file of results between two markers, and holds the whole file
     <!-- benchmarks/results/FILE.md -->
     <!-- / -->
 
-Studies write such files themselves. This command writes one more, benchmarks/results/speed.md, from the JSON files of
-`retemper bench`. What stands in it is decided in `HEADLINES`, whatever the results are. Where several files have
-measured the same thing on the same device, the last by name is shown; those of --quick runs are passed over. "times as
-fast" is theirs over ours, round by round: the median and, in brackets, the 10th and 90th percentile.
+Studies write such files themselves. This command writes three more from the JSON files of `retemper bench`: speed.md,
+calls.md with the host's time of a call and the first call of each kernel, and kernels_cpu.md with every kernel on a
+CPU. What stands in the first is decided in `HEADLINES`, whatever the results are; in the others stands every row there
+is. Where several files have measured the same thing on the same device, the last by name is shown; those of --quick
+runs are passed over. "times as fast" is theirs over ours, round by round: the median and, in brackets, the 10th and
+90th percentile.
 """
 
 import argparse
@@ -26,7 +28,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, SPEED = "benchmarks/results", "speed.md"
+RESULTS, SPEED, CALLS, ON_CPU = "benchmarks/results", "speed.md", "calls.md", "kernels_cpu.md"
 BEGIN, END = rf"<!-- {RESULTS}/([\w./-]+\.md) -->", "<!-- / -->"
 HEAD = ["| what | device | ours | against | theirs | times as fast | command |", "|---|---|---|---|---|---|---|"]
 NO_GPU = "not measured on a GPU yet"
@@ -110,11 +112,14 @@ def written(root: Path) -> Iterator[tuple[Path, str]]:
         ValueError: a document names a file that is missing, or a marker that ends one is missing.
     """
     results = root / RESULTS
-    speed = "\n".join([*table(read_results(results)), ""])
-    yield results / SPEED, speed
+    found = read_results(results)
+    lines = {SPEED: table(found), CALLS: calls_table(found), ON_CPU: cpu_table(found)}
+    made = {name: "\n".join([*rows, ""]) for name, rows in lines.items()}
+    for name, text in made.items():
+        yield results / name, text
     for document in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
         try:
-            yield document, with_files(document.read_text(), results, {SPEED: speed})
+            yield document, with_files(document.read_text(), results, made)
         except ValueError as error:
             raise ValueError(f"{document}: {error}") from None
 
@@ -172,6 +177,58 @@ def table(results: list[dict[str, Any]]) -> list[str]:
             if device not in on_gpu:
                 lines += shown(headline, label, device, rows)
     return [*HEAD, *lines]
+
+
+def calls_table(results: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of the table of calls: the host's time, and what the first call of a process takes."""
+    lines = [
+        "| kernel | device | a call | its operators alone | eager chain | first call | eager chain |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for device, tables in kernel_tables(results).items():
+        for title, rows in tables.items():
+            kernel = title.removeprefix("host time, ")
+            if kernel == title:
+                continue
+            first = tables.get(f"first call, {kernel}", {})
+            cells = [microseconds(rows.get(name)) for name in ("retemper", "the operators alone", "eager chain")]
+            cells += [milliseconds(first.get(name)) for name in ("retemper", "eager chain")]
+            lines.append(line(f"`{kernel}`", spoken(device), *cells))
+        for name, row in tables.get("first call, imports", {}).items():
+            lines.append(line(f"`{name}`", spoken(device), "", "", "", milliseconds(row), ""))
+    return lines
+
+
+def cpu_table(results: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of the table of all kernels on a CPU, whichever is faster."""
+    lines = ["| kernel | device | ours | eager chain | times as fast |", "|---|---|---|---|---|"]
+    for device, tables in kernel_tables(results).items():
+        for title, rows in tables.items() if device.startswith("cpu") else ():
+            if title.startswith(("host time", "first call", "sweep")) or not {"retemper", "eager chain"} <= rows.keys():
+                continue
+            ours, eager = rows["retemper"], rows["eager chain"]
+            lines.append(line(f"`{title}`", spoken(device), time(ours), time(eager), times_as_fast(ours, eager)))
+    return lines
+
+
+def kernel_tables(results: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the rows of `retemper bench kernels`: of each device the tables, and of each table the rows, by name."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for result in results:
+        for row in result["rows"] if result["what"] == "kernels" else ():
+            found.setdefault(result["device"], {}).setdefault(row["table"], {})[row["name"]] = row
+    return found
+
+
+def microseconds(row: dict[str, Any] | None) -> str:
+    """Return the median time that a call held the host."""
+    if row is None or row["ms"] is None:
+        return "-"
+    return f"{1e3 * (row.get('host_ms') or row['ms'])['median']:,.0f} us"
+
+
+def milliseconds(row: dict[str, Any] | None) -> str:
+    return "-" if row is None or row["ms"] is None else time(row)
 
 
 def shown(headline: Headline, label: str, device: str, rows: list[dict[str, Any]]) -> Iterator[str]:

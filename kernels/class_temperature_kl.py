@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from retemper.kernels.kl_arguments import Inputs, arguments, require_fitting, require_overwritable
-from retemper.kernels.kl_divergence import AtOnce, divisor, evaluate, overwrite
+from retemper.kernels.kl_divergence import AtOnce, compute, divisor, evaluate, overwrite
 from retemper.kernels.kl_kernel import launch
 from retemper.kernels.operators import differentiable, is_symbol, operator, overwritten, rewritten
 from retemper.kernels.runtime import compute_dtype, require_no_grad, require_writable, runs_triton
@@ -218,16 +218,25 @@ def class_temperature_kl(
     return loss
 
 
-def _reduced(inputs: Inputs, reduction: str) -> Tensor:
-    """Return the losses of the rows, their sum, or a mean of those that count."""
+def _through_operators(inputs: Inputs) -> Tensor:
+    """Return the losses of the rows by an operator, which a GPU and torch.compile need."""
+    return (_loss_op if torch.compiler.is_compiling() else _rows_op)(*inputs)
+
+
+def _reduced(inputs: Inputs, reduction: str, compute: Any = compute, otherwise: Any = _through_operators) -> Tensor:
+    """Return the losses of the rows, their sum, or a mean of those that count.
+
+    Args:
+        compute: a divergence and its gradients in plain PyTorch; `otherwise` takes its place where that will not do.
+    """
     if _in_plain_pytorch(inputs):
         require_fitting(inputs)
         student, teacher = inputs.student, inputs.teacher
         if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
-            return AtOnce.apply(student, teacher, inputs, reduction)
-        loss = evaluate(inputs)[0]
+            return AtOnce.apply(student, teacher, inputs, reduction, compute)
+        loss = evaluate(inputs, compute=compute)[0]
     else:
-        loss = (_loss_op if torch.compiler.is_compiling() else _rows_op)(*inputs)
+        loss = otherwise(inputs)
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.sum() / divisor(inputs, reduction)

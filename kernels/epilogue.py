@@ -20,6 +20,7 @@ from retemper.kernels.runtime import (
     access_width,
     compute_dtype,
     launching,
+    require_float,
     require_no_grad,
     require_one_device,
     require_one_layout,
@@ -183,11 +184,14 @@ def _backward_op(grad: Tensor, y: Tensor, scale: Tensor | None, both: bool) -> l
 
 
 def _check(x: Tensor, shift: Tensor, scale: Tensor | None, residual: Tensor | None) -> None:
-    images = {"x": x} if residual is None else {"x": x, "residual": residual}
     if x.dim() != 4:
         raise ValueError(f"x: shape {tuple(x.shape)}; needs (B, C, H, W)")
-    require_one_layout(**images)
-    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+    usual = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    if usual and residual is None:
+        require_float(x=x)
+    else:
+        require_one_layout(**({"x": x} if residual is None else {"x": x, "residual": residual}))
+    if not usual:
         raise ValueError(f"x: strides {x.stride()}; needs contiguous or channels-last memory")
     require_one_device(x=x, shift=shift, scale=scale)
     for name, vector in (("shift", shift), ("scale", scale)):

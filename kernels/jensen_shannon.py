@@ -17,14 +17,16 @@ The Triton kernel is in js_kernel.py. Here are the reference, the operators and 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from retemper.kernels.class_temperature_kl import REDUCTIONS, _check, _constant, _divisor, class_temperature_kl
+from retemper.kernels.class_temperature_kl import REDUCTIONS, _constant, _reduced, class_temperature_kl
 from retemper.kernels.js_kernel import launch
-from retemper.kernels.kl_divergence import PART, Inputs, _rows, arguments
+from retemper.kernels.kl_arguments import Inputs, arguments, require_fitting
+from retemper.kernels.kl_divergence import _finished, _rows, evaluate
 from retemper.kernels.operators import differentiable, operator, rewritten
 from retemper.kernels.runtime import compute_dtype, require_no_grad, runs_triton
 
@@ -48,55 +50,40 @@ def class_temperature_js_reference(
     Returns:
         (B,) in nats, leading dimensions flattened; float32, or float64 when student or teacher is.
     """
-    return _compute(arguments(student, teacher, label, temperature, **options), beta)[0]
+    return _compute(arguments(student, teacher, label, temperature, **options), beta=beta)[0]
 
 
 def _compute(
-    inputs: Inputs, beta: float, of_student: bool = False, of_teacher: bool = False
+    inputs: Inputs, of_student: bool = False, of_teacher: bool = False, *, beta: float
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the losses of the rows, (B,), and the gradients that are wanted, (B, K), all in the dtype of the sums."""
     dtype = compute_dtype(inputs.student, inputs.teacher)
     rows = _rows(inputs, dtype)
-    p, log_p = _softmax(inputs.teacher.to(dtype), rows.temperature)
-    q, log_q = _softmax(inputs.student.to(dtype), inputs.student_temperature)
+    p, log_p = _distribution(inputs.teacher.to(dtype), rows.temperature)
+    q, log_q = _distribution(inputs.student.to(dtype), inputs.student_temperature)
     limits = torch.finfo(dtype)
-    log_m = torch.lerp(q, p, beta).clamp(min=limits.tiny).log()  # the smallest p, times beta, is 0
-    p_terms, q_terms = p * (log_p.clamp(min=limits.min / 2) - log_m), q * (log_q.clamp(min=limits.min / 2) - log_m)
+    log_m = torch.lerp(q, p, beta).clamp_(min=limits.tiny).log_()  # the smallest p, times beta, is 0
+    p_terms = p * log_p.clamp(min=limits.min / 2).sub_(log_m)
+    q_terms = q * log_q.clamp(min=limits.min / 2).sub_(log_m)
     p_mean, q_mean = p_terms.sum(1, keepdim=True), q_terms.sum(1, keepdim=True)
-
-    def finished(value: Tensor) -> Tensor:
-        value = value if rows.scale is None else value * rows.scale  # NaN where the label is no class
-        return value if rows.ignored is None else value.masked_fill(rows.ignored, 0)
-
-    loss = finished((beta * p_mean + (1 - beta) * q_mean).clamp(min=0))  # only rounding makes it negative
+    loss = _finished((beta * p_mean + (1 - beta) * q_mean).clamp(min=0), rows)  # only rounding makes it negative
     student_grad = teacher_grad = None
     if of_student:
-        student_grad = finished((q_terms - q * q_mean) * ((1 - beta) / inputs.student_temperature))
+        factor = (1 - beta) / inputs.student_temperature
+        student_grad = _finished(q_terms.addcmul_(q, q_mean, value=-1).mul_(factor), rows)
     if of_teacher:
-        teacher_grad = finished((p_terms - p * p_mean) * (beta / rows.temperature))
+        teacher_grad = _finished(p_terms.addcmul_(p, p_mean, value=-1).mul_(beta / rows.temperature), rows)
     return loss.squeeze(1), student_grad, teacher_grad
 
 
-def _softmax(logits: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Return softmax(logits / temperature) and its logarithm: (B, K) each, of any strides."""
+def _distribution(logits: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Return softmax(logits / temperature) and its logarithm: (B, K) each."""
     if isinstance(temperature, Tensor) or temperature != 1:
-        logits = (logits - logits.detach().amax(1, keepdim=True)) / temperature
-    log_softmax = logits.log_softmax(1) if logits.shape[1] >= FEW else logits.t().log_softmax(0).t()
-    return log_softmax.exp(), log_softmax
-
-
-def _evaluate(
-    inputs: Inputs, beta: float, of_student: bool = False, of_teacher: bool = False
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return what `_compute` does, on a CPU part by part, so that what is computed of a part stays in the cache."""
-    batch, classes = inputs.student.shape
-    size = max(1, PART * torch.get_num_threads() // classes)
-    if batch <= size or inputs.student.is_cuda:
-        return _compute(inputs, beta, of_student, of_teacher)
-    found: Any = [_compute(part, beta, of_student, of_teacher) for _, part in inputs.parts(size)]
-    loss, *grads = zip(*found, strict=True)
-    student_grad, teacher_grad = (None if grad[0] is None else torch.cat(grad) for grad in grads)
-    return torch.cat(loss), student_grad, teacher_grad
+        logits = (logits - logits.detach().amax(1, keepdim=True)).div_(temperature)
+    if logits.shape[1] >= FEW:
+        return logits.softmax(1), logits.log_softmax(1)  # on a CPU the first is faster than exp of the second
+    log_p = logits.t().log_softmax(0).t().contiguous()
+    return log_p.exp(), log_p
 
 
 _INPUTS = (
@@ -137,9 +124,9 @@ def _fake_backward(row_grad: Tensor, student: Tensor, teacher: Tensor, *rest: An
 def _rows_op(*arguments: Any) -> Tensor:
     """Return the losses of the rows."""
     inputs, beta = _split(arguments)
-    _check(inputs)
+    require_fitting(inputs)
     if not runs_triton(inputs.student, inputs.teacher):
-        return _evaluate(inputs, beta)[0]
+        return evaluate(inputs, compute=partial(_compute, beta=beta))[0]
     loss = _fake_rows(*arguments)
     launch(inputs, beta, loss=loss)
     return loss
@@ -158,7 +145,8 @@ def _backward_op(row_grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         wanted = (grad if want else None for grad, want in zip(grads, (of_student, of_teacher), strict=True))
         launch(inputs, beta, row_grad, **dict(zip(("student_grad", "teacher_grad"), wanted, strict=True)))
     else:
-        for grad, found in zip(grads, _evaluate(inputs, beta, of_student, of_teacher)[1:], strict=True):
+        computed = evaluate(inputs, of_student, of_teacher, partial(_compute, beta=beta))
+        for grad, found in zip(grads, computed[1:], strict=True):
             if found is not None:
                 torch.mul(found, row_grad[:, None], out=grad)
     return grads
@@ -237,8 +225,12 @@ def class_temperature_js(
         raise ValueError(f"reduction: {reduction!r}; needs one of {', '.join(REDUCTIONS)}")
     require_no_grad(temperature=temperature, class_weight=class_weight, row_weight=row_weight)
     inputs = arguments(student, teacher, label, temperature, **options)
-    given = _joined(inputs, beta)
-    loss = _loss_op(*given) if torch.compiler.is_compiling() else _rows_op(*given)
-    if reduction == "none":
-        return loss if student.dim() == 2 else loss.view(student.movedim(class_dim, -1).shape[:-1])
-    return loss.sum() / _divisor(inputs, reduction)
+    loss = _reduced(inputs, reduction, partial(_compute, beta=beta), partial(_through_operators, beta=beta))
+    if reduction == "none" and student.dim() > 2:
+        return loss.view(student.movedim(class_dim, -1).shape[:-1])
+    return loss
+
+
+def _through_operators(inputs: Inputs, beta: float) -> Tensor:
+    """Return the losses of the rows by an operator, which a GPU and torch.compile need."""
+    return (_loss_op if torch.compiler.is_compiling() else _rows_op)(*_joined(inputs, beta))

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from retemper.kernels.kl_divergence import Inputs
+from retemper.kernels.kl_arguments import Inputs
 from retemper.kernels.kl_kernel import _each_stride, _row_stride
 from retemper.kernels.language import cdiv, tl, triton
 from retemper.kernels.logit_rows import row_log2_total, row_logits, row_peak, row_tiles

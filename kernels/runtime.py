@@ -106,7 +106,9 @@ def require_one_layout(**tensors: Tensor) -> None:
             raise ValueError(f"{name}: {tensor.dtype}, but {first_name} is {first.dtype}; convert it with .to()")
         if tensor.shape != first.shape:
             raise ValueError(f"{name}: shape {tuple(tensor.shape)}, but {first_name} has {tuple(first.shape)}")
-        if not is_dense_batch_first(tensor):
+        if tensor is not first and tensor.stride() == first.stride():
+            continue
+        if not (tensor.is_contiguous() or is_dense_batch_first(tensor)):
             raise ValueError(f"{name}: strides {tensor.stride()} leave holes or overlap; call .contiguous() on it")
         if _strides(tensor) != _strides(first):
             raise ValueError(

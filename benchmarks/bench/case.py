@@ -75,6 +75,7 @@ class Contender:
         compiled: torch.compile takes part: on a CPU its operations cannot be counted.
         calls: how many times the work is done in one `call`; times are for one.
         work: its own work, where that is not the case's.
+        tells: the call starts a process and returns the seconds that this has measured: they are taken.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Contender:
     compiled: bool = False
     calls: int = 1
     work: Work | None = None
+    tells: bool = False
 
     def __post_init__(self) -> None:
         assert self.exactness in EXACTNESS and (self.call is None) == (self.reason is not None)
@@ -101,6 +103,9 @@ class Case:
         precision: how matrix products are computed, see `in_precision`.
         bound: the precision whose matrix rate bounds the work, where it is another.
         rounds, warm_up: where a turn takes long, fewer than asked for.
+        by_host: ratios are of the time that a call holds the host; on a CPU there is no other.
+        own_time: on a CPU the time is what the processor spent on this thread, to which other processes add little; for
+            calls that stay in it.
         close: frees what the contenders share; called when the case is done.
         conclude: makes of the rows a line for the result's notes, or None.
     """
@@ -112,6 +117,8 @@ class Case:
     bound: str | None = None
     rounds: int | None = None
     warm_up: int = WARM_UP
+    by_host: bool = False
+    own_time: bool = False
     close: Callable[[], object] = lambda: None
     conclude: Callable[[list[dict[str, Any]]], str | None] = lambda rows: None
 

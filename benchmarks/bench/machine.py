@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from retemper.bench.case import Call, Work
 from retemper.engine.device import DTYPES, in_precision
 
 PROFILED_CALLS = 3
+STATUS, CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # 5 in the latter resets the peak
+LEAST_MB = 32  # glibc maps larger blocks alone, and gives them back when they are freed
 
 
 def wait(device: torch.device) -> None:
@@ -134,9 +137,13 @@ def count_launches(call: Call, device: torch.device, calls: int = 1) -> dict[str
 
 
 def added_memory(call: Call, device: torch.device) -> dict[str, float | None]:
-    """Return the memory of one call on a GPU, in MB: the peak of all that is allocated, and its rise over before."""
+    """Return the memory of one call, in MB: the peak of all that is allocated, and its rise over before.
+
+    On a CPU it is that of the process, and Linux tells it. A rise below 32 MB is None there: smaller blocks come from
+    what the process keeps.
+    """
     if device.type != "cuda":
-        return {"peak_mb": None, "added_mb": None}
+        return _added_on_cpu(call)
     wait(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -144,3 +151,20 @@ def added_memory(call: Call, device: torch.device) -> dict[str, float | None]:
     wait(device)
     peak = torch.cuda.max_memory_allocated(device)
     return {"peak_mb": peak / 1e6, "added_mb": (peak - before) / 1e6}
+
+
+def _added_on_cpu(call: Call) -> dict[str, float | None]:
+    if CLEAR_PEAK.exists():
+        CLEAR_PEAK.write_text("5")
+        before = _resident_mb("VmRSS")
+        call()
+        peak = _resident_mb("VmHWM")
+        if peak - before >= LEAST_MB:
+            return {"peak_mb": peak, "added_mb": peak - before}
+    return {"peak_mb": None, "added_mb": None}
+
+
+def _resident_mb(what: str) -> float:
+    """Return a line of /proc/self/status in MB: VmRSS is the memory that the process holds now, VmHWM its peak."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(what))
+    return 1024 * int(line.split()[1]) / 1e6

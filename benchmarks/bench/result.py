@@ -17,7 +17,7 @@ from retemper.provenance import commit, driver, uncommitted_changes, versions
 Row = dict[str, Any]
 
 COLUMNS = (  # of every row in the JSON; None where a thing was not, or cannot be, measured
-    *("table", "name", "exactness", "precision", "reason", "start_up_s", "rounds", "calls_a_round"),
+    *("table", "name", "exactness", "precision", "reason", "clock", "start_up_s", "rounds", "calls_a_round"),
     *("ms", "round_ms", "host_ms", "kernel_ms", "ratio_to", "ratio"),
     *("images_per_s", "tflop_per_s", "gb_per_s", "bound_ms", "share_of_bound"),
     *("launches", "launches_kind", "peak_mb", "added_mb"),

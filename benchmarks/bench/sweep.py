@@ -22,12 +22,13 @@ VALUES = {  # of each constant, wherever a module has it
     "WARPS": (1, 2, 4, 8),
 }
 MODULES = {  # the first word of a case's name -> the module with its constants
-    "pgd_step_": "pgd_step",
+    "pgd_step_": "ascent_kernels",
     "random_start_": "noise",
     "augment": "augment",
     "epilogue": "epilogue",
     "class_temperature_kl": "logit_rows",
     "class_temperature_kl_grad_": "logit_rows",
+    "class_temperature_js": "logit_rows",
     "class_sums": "class_sums",
 }
 Setting = dict[str, int]

@@ -5,13 +5,14 @@ over the rounds: a machine whose speed drifts is unfair to none. Before that eve
 this call is its start-up time (compilation, autotuning; less where the compilers' caches on disk are warm), and its
 result is checked: what is wrong gets the reason in place of a time. Rounds that do not count come next.
 
-A turn repeats the call until it lasts `ROUND_S`. `ms` is the time of one call: between CUDA events on a GPU, by the
-wall clock on a CPU. `host_ms` is how long Python was held on a GPU: where it is no less than `ms`, the GPU waited.
+A turn repeats the call until it lasts `ROUND_S`. `ms` is the time of one call: between CUDA events on a GPU; on a CPU
+by the clock that the row names, the wall's or, of work on one thread, the processor's own. `host_ms` is how long Python
+was held on a GPU: where it is no less than `ms`, the GPU waited.
 """
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,7 @@ class Measurement:
 
     contender: Contender
     reason: str | None
+    clock: Callable[[], float]
     start_up_s: float | None = None
     calls: int = 1
     ms: list[float] = field(default_factory=list)
@@ -45,7 +47,8 @@ def measure(case: Case, device: torch.device, rounds: int, rates: Rates) -> list
     with in_precision(case.precision):
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # cases compile one chain for many shapes: past a limit it would run eagerly, unsaid
-        found = [_first_call(contender, device) for contender in case.contenders]
+        clock = time.thread_time if _own_time(case, device) else time.perf_counter
+        found = [_first_call(contender, device, clock) for contender in case.contenders]
         for turn in range(1 + case.warm_up + rounds):
             for measurement in found:
                 if measurement.reason is None:
@@ -59,9 +62,13 @@ def failure(error: Exception) -> str:
     return f"fails: {type(error).__name__}{': ' + lines[0][:200] if lines else ''}"
 
 
-def _first_call(contender: Contender, device: torch.device) -> Measurement:
+def _own_time(case: Case, device: torch.device) -> bool:
+    return case.own_time and device.type == "cpu" and torch.get_num_threads() == 1
+
+
+def _first_call(contender: Contender, device: torch.device, clock: Callable[[], float]) -> Measurement:
     """Call a contender for the first time, check its result, and return its measurement."""
-    found = Measurement(contender, contender.reason)
+    found = Measurement(contender, contender.reason, clock)
     if contender.call is None:
         return found
     if contender.prepare:
@@ -84,28 +91,31 @@ def _take_turn(found: Measurement, device: torch.device, kept: bool) -> None:
     """Time `found.calls` calls; a turn that is not kept settles how many calls the next ones take."""
     assert found.contender.call is not None
     try:
-        ms, host_ms = _timed(found.contender.call, found.calls, device)
+        if found.contender.tells:
+            ms = host_ms = 1e3 * found.contender.call()
+        else:
+            ms, host_ms = _timed(found.contender.call, found.calls, device, found.clock)
     except Exception as error:  # as in `_first_call`
         found.reason = f"{failure(error)} (after its first call)"
         return
     if kept:
         found.ms.append(ms / found.contender.calls)
         found.host_ms.append(host_ms / found.contender.calls)
-    else:
+    elif not found.contender.tells:
         found.calls = max(1, min(MAX_CALLS, round(1e3 * ROUND_S / max(ms, 1e-6))))
 
 
-def _timed(call: Call, calls: int, device: torch.device) -> tuple[float, float]:
+def _timed(call: Call, calls: int, device: torch.device, clock: Callable[[], float]) -> tuple[float, float]:
     """Return the milliseconds of one call: of the device, and of the host until the last call came back."""
     wait(device)
     begin = end = None
     if device.type == "cuda":
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
-    started = time.perf_counter()
+    started = clock()
     for _ in range(calls):
         call()
-    host_ms = 1e3 * (time.perf_counter() - started) / calls
+    host_ms = 1e3 * (clock() - started) / calls
     if begin is None or end is None:
         return host_ms, host_ms
     end.record()
@@ -117,14 +127,16 @@ def _row(case: Case, found: Measurement, base: Measurement, device: torch.device
     """Return the row of a contender; without a time where there is a reason."""
     contender, timed = found.contender, found.reason is None
     ms = spread(found.ms) if timed else None
-    ratios = [own / other for own, other in zip(found.ms, base.ms, strict=True)] if timed and not base.reason else None
+    pairs = zip(found.host_ms, base.host_ms, strict=True) if case.by_host else zip(found.ms, base.ms, strict=True)
+    ratios = [own / other for own, other in pairs] if timed and not base.reason else None
     row: dict[str, Any] = {
         "table": case.name,
         "name": contender.name,
         "exactness": contender.exactness,
         "precision": case.precision,
         "reason": found.reason,
-        "start_up_s": found.start_up_s if timed else None,
+        "clock": "processor" if _own_time(case, device) else "wall" if device.type == "cpu" else "device",
+        "start_up_s": found.start_up_s if timed and not contender.tells else None,
         "rounds": len(found.ms) if timed else 0,
         "calls_a_round": found.calls,
         "round_ms": [float(f"{value:.5g}") for value in found.ms] if timed else None,
@@ -139,7 +151,8 @@ def _row(case: Case, found: Measurement, base: Measurement, device: torch.device
     bound_ms = rates.bound_ms(work, case.bound or case.precision)
     row |= {"bound_ms": bound_ms, "share_of_bound": bound_ms / ms["median"] if bound_ms and ms else None}
     row |= dict.fromkeys(("launches", "launches_kind", "kernel_ms", "peak_mb", "added_mb"))
-    if timed and contender.call and (device.type == "cuda" or not contender.compiled):
+    counted = not contender.tells and (device.type == "cuda" or not contender.compiled)
+    if timed and contender.call and counted:
         try:
             row |= count_launches(contender.call, device, contender.calls) | added_memory(contender.call, device)
         except Exception as error:  # a profiler that may not run here: the times stand all the same

@@ -1,5 +1,6 @@
 """The measuring protocol: turns, ratios within rounds, and no time for what is wrong."""
 
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -76,6 +77,14 @@ def test_short_calls_are_repeated_until_they_can_be_timed(monkeypatch: pytest.Mo
     monkeypatch.setattr(timing, "ROUND_S", 5.0)
     rows = rows_of(Case(name="case", contenders=[Contender(name="a", call=clock.work("a", 0.5))]), rounds=1)
     assert rows["a"]["calls_a_round"] == 10 and rows["a"]["ms"]["median"] == 500
+
+
+def test_the_processors_own_time_leaves_out_what_a_thread_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    contenders = [Contender(name="a", call=lambda: time.sleep(0.02))]
+    for threads, clock in ((1, "processor"), (2, "wall")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        row = rows_of(Case(name="case", contenders=contenders, own_time=True, warm_up=0), rounds=1)["a"]
+        assert row["clock"] == clock and (row["ms"]["median"] < 20) == (threads == 1)
 
 
 def test_what_disagrees_gets_its_reason_and_no_time() -> None:

@@ -105,6 +105,22 @@ def test_a_row_of_the_table_is_theirs_over_ours(tables: ModuleType, tmp_path: Pa
     assert len(unmeasured) == sum(headline.gpu for headline in tables.HEADLINES) - 2
 
 
+def test_the_tables_of_calls_and_of_a_cpu_hold_every_kernel(tables: ModuleType, tmp_path: Path) -> None:
+    cpu, kernel = "cpu: AMD EPYC, 1 threads", {"retemper": [1.0, 2.0, 4.0], "eager chain": [0.5, 1.0, 2.0]}
+    host = kernel | {"the operators alone": [0.5, 0.9, 2.0]}
+    named = {"class_sums fp32 128x10": kernel, "host time, class_sums": host, "first call, class_sums": kernel}
+    parts = [result(cpu, "kernels", table, rows) for table, rows in named.items()]
+    (tmp_path / "a.json").write_text(json.dumps({**parts[0], "rows": [row for part in parts for row in part["rows"]]}))
+    gpu = result("cuda: NVIDIA H200", "kernels", "host time, class_sums", host)
+    gpu["rows"][0]["host_ms"] = {"median": 0.02}
+    (tmp_path / "b.json").write_text(json.dumps(gpu))
+    results = tables.read_results(tmp_path)
+    calls, on_cpu = tables.calls_table(results)[2:], tables.cpu_table(results)[2:]
+    assert calls[0] == "| `class_sums` | AMD EPYC, 1 thread | 2,000 us | 900 us | 1,000 us | 2 ms | 1 ms |"
+    assert calls[1].startswith("| `class_sums` | NVIDIA H200 | 20 us |") and calls[1].endswith("| - | - |")
+    assert on_cpu == ["| `class_sums fp32 128x10` | AMD EPYC, 1 thread | 2 ms | 1 ms | 0.50 (0.50 to 0.50) |"]
+
+
 def test_a_file_of_results_stands_between_its_markers(tables: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "one.md").write_text("| new |\n")
     begin, end = "<!-- benchmarks/results/one.md -->", tables.END

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from retemper.bench import attack, kernel_cases, kernels, loaders, peers, sweep
+from retemper.bench import attack, first_call, host_time, image_cases, kernels, loaders, logit_cases, peers, sweep
 from retemper.bench.case import EXACTNESS, Case, Request
 from retemper.bench.machine import Rates
 from retemper.bench.result import COLUMNS
@@ -90,20 +90,61 @@ def refused(case: Case, name: str) -> str:
 
 
 def test_a_wrong_kernel_is_refused_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    step, views = kernel_cases.pgd_step_, kernel_cases.augment
-    gradient, sums = kernel_cases.class_temperature_kl_grad_, kernel_cases.class_sums
-    monkeypatch.setattr(
-        kernel_cases, "pgd_step_", lambda adv, grad, clean, by, eps: step(adv, grad, clean, by, 2 * eps)
-    )
-    monkeypatch.setattr(kernel_cases, "augment", lambda image, view, **options: views(image, view ^ 1, **options))
-    monkeypatch.setattr(
-        kernel_cases, "class_temperature_kl_grad_", lambda own, other, label, k: gradient(own, other, label, k.flip(0))
-    )
-    monkeypatch.setattr(kernel_cases, "class_sums", lambda x, label, k: tuple(part + 1 for part in sums(x, label, k)))
+    step, views = image_cases.pgd_step_, image_cases.augment
+    gradient, sums = logit_cases.class_temperature_kl_grad_, logit_cases.class_sums
+    wrong = {
+        (image_cases, "pgd_step_"): lambda adv, grad, clean, by, eps, **options: step(
+            adv, grad, clean, by, 2 * eps, **options
+        ),
+        (image_cases, "augment"): lambda image, view, **options: views(image, view ^ 1, **options),
+        (logit_cases, "class_temperature_kl_grad_"): lambda own, other, label, k: gradient(
+            own, other, label, k.flip(0)
+        ),
+        (logit_cases, "class_sums"): lambda x, label, k: tuple(part + 1 for part in sums(x, label, k)),
+    }
+    for (module, name), function in wrong.items():
+        monkeypatch.setattr(module, name, function)
     request = Request(what="kernels", device=CPU, quick=True)
-    planned = {case.name.split()[0]: case for case in kernels.cases(request) if "fp32" in case.name}
-    for name in ("pgd_step_", "class_temperature_kl_grad_", "class_sums", "augment"):
+    planned = {case.name.split(" fp32")[0]: case for case in kernels.cases(request)}
+    for name in ("pgd_step_", "pgd_step_ l2", "class_temperature_kl_grad_", "class_sums", "augment"):
         assert "disagrees" in refused(planned[name].build(), "retemper"), name
+
+
+def test_the_host_time_of_a_call_is_told_apart_from_that_of_its_operators() -> None:
+    request = Request(what="kernels", device=CPU, rounds=2)
+    planned = {case.name: case for case in kernels.cases(request)}
+    case = planned["host time, epilogue shift residual relu, forward and backward"].build()
+    assert [one.name for one in case.contenders] == ["retemper", "the operators alone", "eager chain"]
+    ours, alone, eager = measure(case, CPU, 2, Rates(CPU, quick=True))
+    assert ours["ms"] and eager["ms"] and alone["launches"] >= 2, "a forward and a backward"
+    assert ours["ratio"]["median"] == 1 and ours["share_of_bound"] is None
+    without = replace(case.contenders[0], call=lambda: torch.ones(1) + 1)
+    assert host_time.operators_alone(without) is None
+
+
+def test_a_first_call_is_that_of_a_process_of_its_own() -> None:
+    request = Request(what="kernels", device=CPU, quick=True)
+    (planned,) = first_call.first_call_cases(request)
+    (row,) = measure(planned.build(), CPU, 20, Rates(CPU, quick=True))
+    assert row["table"] == "first call, pgd_step_" and row["reason"] is None and row["rounds"] == 1
+    assert 0 < row["ms"]["median"] < 1e4 and row["start_up_s"] is row["launches"] is None
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        first_call.seconds_of("1 // 0", "cpu")
+    whole = [case.name for case in first_call.first_call_cases(replace(request, quick=False))]
+    assert whole[0] == "first call, imports" and len(whole) == 1 + len(first_call.CALLS)
+
+
+@pytest.mark.parametrize("name", first_call.CALLS)
+def test_what_a_first_call_does_is_what_its_chain_does(name: str) -> None:
+    results = []
+    for what in first_call.CALLS[name]:
+        names: dict = {}
+        exec(first_call.INPUTS, names)
+        names["student"] = names["student"].clone().requires_grad_("backward" in what)
+        result = eval(what, names)
+        result = result[0] if isinstance(result, tuple) else result
+        results.append(names["student"].grad if "backward" in what else result)
+    assert results[0].shape == results[1].shape
 
 
 def problem(steps: int = 3) -> attack.AttackProblem:
@@ -165,9 +206,10 @@ def test_the_best_setting_is_named() -> None:
 
 
 BARE = """
+import sys
 from importlib.machinery import PathFinder
 
-absent = "triton safetensors tqdm PIL sklearn scipy matplotlib ffcv torchvision torchattacks pytest".split()
+absent = "safetensors tqdm PIL sklearn scipy matplotlib ffcv torchvision torchattacks pytest".split() + sys.argv[1:]
 find = PathFinder.find_spec
 
 def find_others(name, path=None, target=None):
@@ -175,20 +217,21 @@ def find_others(name, path=None, target=None):
 
 PathFinder.find_spec = find_others
 from retemper.cli import run
-for what in ("kernels", "step", "attack"):
-    only = {"kernels": "pgd_step_", "step": "phases, tiny_resnet", "attack": "ce PGD-10"}[what]
+for what in ("kernels", "step", "attack")[: 1 if sys.argv[1:] else 3]:
+    only = {"kernels": "pgd_step_ fp32", "step": "phases, tiny_resnet", "attack": "ce PGD-10"}[what]
     assert run(["bench", what, "--quick", "--rounds", "1", "--device", "cpu", "--only", only]) == 0
 run(["bench", "--help"])
 """
 
 
-def test_the_benchmarks_need_torch_and_numpy_alone(tmp_path: Path) -> None:
-    ran = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True, cwd=tmp_path)
+@pytest.mark.parametrize("absent", [(), ("triton",)])
+def test_the_benchmarks_need_torch_and_numpy_alone(tmp_path: Path, absent: tuple[str, ...]) -> None:
+    ran = subprocess.run([sys.executable, "-c", BARE, *absent], capture_output=True, text=True, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
-    assert "--sweep" in ran.stdout and "whole step" in ran.stdout
-    assert (
-        "no time: needs torchattacks" in ran.stdout and "no time: fails: ModuleNotFoundError" in ran.stdout
-    )  # foolbox
+    assert "--sweep" in ran.stdout
+    if not absent:
+        assert "whole step" in ran.stdout and "no time: needs torchattacks" in ran.stdout
+        assert "no time: fails: ModuleNotFoundError" in ran.stdout  # foolbox
 
 
 def test_a_case_that_cannot_be_built_does_not_end_the_others(
@@ -197,7 +240,7 @@ def test_a_case_that_cannot_be_built_does_not_end_the_others(
     def out_of_memory(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setitem(kernels.ON_IMAGES, "pgd_step_", (out_of_memory, ""))
+    monkeypatch.setitem(kernels.IMAGES, "pgd_step_", (out_of_memory, ""))
     words = ["bench", "kernels", "--quick", "--rounds", "1", "--device", "cpu", "--json", str(tmp_path / "x.json")]
     assert run([*words, "--only", "pgd_step_ fp32", "random_start_ fp32"]) == 0
     rows = json.loads((tmp_path / "x.json").read_text())["rows"]
