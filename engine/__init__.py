@@ -11,6 +11,7 @@ from retemper.engine.groups import TrainingAttack
 from retemper.engine.losses import (
     KlObjective,
     Objective,
+    RowsObjective,
     at_least_float32,
     cross_entropy_objective,
     cross_entropy_rows,
@@ -34,8 +35,8 @@ def run_recipe(file: str) -> None:
 
 __all__ = [
     "MOST_EPOCHS", "WHOLE", "ClassMeans", "ClassReport", "ClassSums", "Diverged", "EpochStats", "Forwards", "HeldOut",
-    "KlObjective", "LabelAttack", "Method", "Objective", "OwnPredictionAttack", "Part", "Recipe", "Setting", "State",
-    "Targets", "TrainingAttack", "Watcher", "at_least_float32", "class_report", "create_model",
+    "KlObjective", "LabelAttack", "Method", "Objective", "OwnPredictionAttack", "Part", "Recipe", "RowsObjective",
+    "Setting", "State", "Targets", "TrainingAttack", "Watcher", "at_least_float32", "class_report", "create_model",
     "cross_entropy_objective", "cross_entropy_rows", "cw_objective", "given", "intervals", "is_label", "kl_rows",
     "load_checkpoint", "option", "pgd", "require_order", "run_recipe", "save_weights", "train_step",
 ]  # fmt: skip

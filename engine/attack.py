@@ -5,10 +5,9 @@
 Only input gradients are computed. The mode of every module is put back as it was.
 """
 
-import math
-import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from threading import get_ident
 from typing import Any
 
@@ -16,10 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from retemper.engine.attack_plan import (
+    Plan,
+    checked_images,
+    claims,
+    direction,
+    finite,
+    first_iterate,
+    require_fits,
+    step_options,
+)
 from retemper.engine.losses import Claim, Objective, require_claims
-from retemper.kernels import pgd_step_, random_start_
-from retemper.kernels.pgd_step import NORMS
-from retemper.kernels.runtime import FLOATS, is_dense_batch_first, per_sample, require_pixel_units
+from retemper.kernels import pgd_step_
+from retemper.kernels.pixels import named_norm
 
 
 class Watcher:
@@ -63,9 +71,13 @@ def pgd(
     seed: int | Tensor | None = None,
     clip_start: bool = True,
     rows: tuple[int, int] = (0, 1),
-    norm: str = "linf",
-    lower: float = 0.0,
-    upper: float = 1.0,
+    norm: str | float = "linf",
+    lower: float | Tensor = 0.0,
+    upper: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    momentum: float | None = None,
+    restarts: int = 1,
+    keep: str = "last",
     watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Return images inside the ball of radius `eps` around `clean` that raise `objective(model(x))`.
@@ -80,37 +92,68 @@ def pgd(
             half precision. One that has a method `gradient`, from logits to their gradient, is not differentiated
             (`KlObjective`).
         steps: how many steps are taken.
-        step, eps: in the units of a pixel (8/255, not 8); a float, or (B,) for a radius of each image.
+        step, eps: in the units of a pixel (8/255, not 8): a number, (B,) or (B, 1, ...) for one of each image, or
+            (C, 1, ...) for one of each channel. A negative step lowers the objective: with the cross-entropy against
+            the labels to be predicted, the attack is targeted.
         start: "uniform" in the ball, "normal" (0.001 times a Gaussian, as TRADES), "none" (the clean image), or
             a tensor like `clean` to start from.
         bn_mode: "eval" (running statistics, left alone), "train" (batch statistics; the running ones move), or "keep"
             for the modes as they are.
         seed: the seed of the random start: an int, a one-element int64 tensor on the device, or None to draw one from
-            torch's generator.
+            torch's generator. Each restart adds 1.
         clip_start: whether the random start is clipped to [lower, upper].
         rows: which rows of a larger batch these are, as `random_start_` takes them.
-        norm: "linf" or "l2".
-        lower, upper: the range of a pixel.
+        norm: "linf" or "l2", or as others write them, math.inf or 2.
+        lower, upper: the range of a pixel: numbers, or (C,) or (C, 1, ...) for a range of each channel.
+        mask: bool, (B,) or what broadcasts to `clean`: where it is False, a pixel stays that of `clean`.
+        momentum: the decay of MI-FGSM (Dong et al., CVPR 2018), 1 in the paper: each step follows the sum of the
+            gradients so far, each divided by its L1 norm. None for a step along the gradient.
+        restarts: how many attacks are made, each from a random start of its own. Of each image, the one with the
+            highest objective (the lowest, where the step is negative) is returned.
+        keep: "last" for the last iterate of an attack, or "best" for the one, its start included, with the highest
+            objective of each image. `restarts` and "best" need an objective with a method `rows`, from logits to the
+            values of the images, (B,): this library's have one, and `RowsObjective` makes one of a function. They take
+            one forward more for each attack, and values that are NaN are passed over.
         watch: is called with each iterate before its step, and the logits there. The iterate is then overwritten.
     Returns:
-        The last iterate, like `clean`, without gradient.
+        The last iterate, or the one that `keep` and `restarts` choose; like `clean`, without gradient.
     Raises:
         TypeError: the images or the objective's value are no tensor, or the steps no whole number.
         ValueError: a dtype, shape or device does not fit; pixels lie outside [lower, upper]; a length is not in the
             units of a pixel; labels, temperatures or logits are none that the objective can take; the objective is no
-            scalar; a start, mode or norm is unknown; no gradient reaches the input.
+            scalar, or has no `rows` where they are needed; a start, mode or norm is unknown; no gradient reaches the
+            input.
     """
-    clean = _checked_images(clean)
-    _check_settings(clean, steps, step, eps, norm, bn_mode, lower, upper)
+    clean = checked_images(clean)
+    plan = Plan(
+        steps=steps,
+        step=step,
+        eps=eps,
+        start=start,
+        bn_mode=bn_mode,
+        seed=seed,
+        clip_start=clip_start,
+        rows=rows,
+        norm=named_norm(norm),
+        lower=lower,
+        upper=upper,
+        mask=mask,
+        momentum=momentum,
+        restarts=restarts,
+        keep=keep,
+    )
+    require_fits(plan, clean)
+    if plan.picks and not hasattr(objective, "rows"):
+        raise ValueError("objective: restarts and keep = 'best' need one with a method rows; RowsObjective makes one")
+    if not clean.numel():
+        plan = replace(plan, steps=0, restarts=1, keep="last")  # which asks the model for nothing
     if not isinstance(model, nn.Module):
-        model, bn_mode = _in_mode(model, bn_mode), "keep"
-    claims = [] if _is_recorded() else _claims(clean, start, {"step": step, "eps": eps}, norm, lower, upper)
-    options: dict[str, Any] = dict(step=step, eps=eps, start=start, bn_mode=bn_mode, seed=seed, clip_start=clip_start)
-    options |= dict(rows=rows, norm=norm, lower=lower, upper=upper, watch=watch, look=_reader(claims, objective))
+        model, plan = _in_mode(model, bn_mode), replace(plan, bn_mode="keep")
+    wanted = [] if _is_recorded() else claims(plan, clean)
     leave = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
     with leave, _telling_of_changed_images():
-        adv = ascend(model, clean, objective=objective, steps=steps if clean.numel() else 0, **options)
-    require_claims(claims)  # of no step, which asks the model for nothing
+        adv = ascend(model, clean, plan, objective=objective, watch=watch, look=_reader(wanted, objective))
+    require_claims(wanted)  # of no step
     return adv
 
 
@@ -125,14 +168,14 @@ def _telling_of_changed_images() -> Iterator[None]:
         raise ValueError("the model changes its images in place: begin it with image = image.clone()") from error
 
 
-def _reader(claims: list[Any], objective: Objective) -> Callable[[Any], None]:
+def _reader(wanted: list[Claim], objective: Objective) -> Callable[[Any], None]:
     """Return what reads, once, the claims on the images and on the first logits."""
 
     def look(logits: Any) -> None:
-        if claims:
+        if wanted:
             own = getattr(objective, "claims", None)
-            require_claims([*claims, *([] if own is None else own(logits)), *_finite("the model's logits", logits)])
-            claims.clear()
+            require_claims([*wanted, *([] if own is None else own(logits)), *finite("the model's logits", logits)])
+            wanted.clear()
 
     return look
 
@@ -140,19 +183,9 @@ def _reader(claims: list[Any], objective: Objective) -> Callable[[Any], None]:
 def ascend(
     model: Callable[[Tensor], Any],
     clean: Tensor,
+    plan: Plan,
     *,
     objective: Objective,
-    steps: int,
-    step: float | Tensor,
-    eps: float | Tensor,
-    start: str | Tensor = "uniform",
-    bn_mode: str = "eval",
-    seed: int | Tensor | None = None,
-    clip_start: bool = True,
-    rows: tuple[int, int] = (0, 1),
-    norm: str = "linf",
-    lower: float = 0.0,
-    upper: float = 1.0,
     watch: Callable[[Tensor, Tensor], None] | None = None,
     look: Callable[[Any], None] | None = None,
 ) -> Tensor:
@@ -162,21 +195,80 @@ def ascend(
         look: is called with what the model returns, before the objective is.
     """
     clean = clean.detach()
-    adv = _start(clean, start, eps, seed, clip_start, rows, norm, lower, upper)
-    moded = module_mode(model, bn_mode) if isinstance(model, nn.Module) else nullcontext()
+    best = Best(objective, direction(clean, plan)) if plan.picks else None
+
+    def see(adv: Tensor, logits: Any) -> None:
+        if look is not None:
+            look(logits)
+        if watch is not None:
+            watch(adv.detach(), logits.detach())
+        if best is not None and plan.keep == "best":
+            best.see(adv, logits)
+
+    moded = module_mode(model, plan.bn_mode) if isinstance(model, nn.Module) else nullcontext()
     with moded, torch.enable_grad():
-        for _ in range(steps):
-            adv.requires_grad_(True)
-            logits = model(adv)
+        if best is None:
+            return _climb(model, clean, plan, objective, see)
+        for restart in range(plan.restarts):
+            adv = _climb(model, clean, plan, objective, see, restart)
+            with torch.no_grad():
+                logits = model(adv)
             if look is not None:
                 look(logits)
-            if watch is not None:
-                watch(adv.detach(), logits.detach())
-            grad = _input_gradient(logits, adv, objective)
-            if grad.stride() != adv.stride():  # some convolutions answer in the other memory format
-                grad = torch.empty_like(adv).copy_(grad)
-            adv = pgd_step_(adv.detach(), grad, clean, step, eps, norm=norm, lower=lower, upper=upper)
+            best.see(adv, logits)
+    return best.adv
+
+
+def _climb(
+    model: Callable[[Tensor], Any],
+    clean: Tensor,
+    plan: Plan,
+    objective: Objective,
+    see: Callable[[Tensor, Any], None],
+    restart: int = 0,
+) -> Tensor:
+    """Return the last iterate of one attack. `see` is called with each before, and what the model returns there."""
+    adv, options = first_iterate(clean, plan, restart), step_options(clean, plan)
+    for _ in range(plan.steps):
+        adv.requires_grad_(True)
+        logits = model(adv)
+        see(adv, logits)
+        grad = _input_gradient(logits, adv, objective)
+        adv = pgd_step_(adv.detach(), grad, clean, plan.step, plan.eps, **options)
     return adv
+
+
+class Best:
+    """The iterate of each image with the highest objective so far, or the lowest.
+
+    Args:
+        objective: one with a method `rows`.
+        sign: 1 for the highest, -1 for the lowest; a number, or (B,).
+    Attributes:
+        adv: the iterates, (B, C, H, W).
+    """
+
+    def __init__(self, objective: Any, sign: float | Tensor) -> None:
+        self._objective, self._sign = objective, sign
+        self._value_B: Tensor | None = None
+
+    @torch.no_grad()
+    def see(self, adv: Tensor, logits: Any) -> None:
+        """Take the images that are better than those before; `adv` may be overwritten then. NaN is worse than all.
+
+        Raises:
+            ValueError: the objective's rows are not one value for each image.
+        """
+        value_B = self._sign * self._objective.rows(logits)
+        if value_B.shape != (len(adv),):
+            raise ValueError(f"objective: its rows have shape {tuple(value_B.shape)}; needs ({len(adv)},)")
+        value_B = value_B.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+        if self._value_B is None:
+            self.adv, self._value_B = adv.clone(), value_B
+            return
+        better_B = value_B > self._value_B
+        self._value_B = torch.where(better_B, value_B, self._value_B)
+        self.adv = torch.where(better_B.view(-1, *[1] * (adv.dim() - 1)), adv, self.adv)
 
 
 def _input_gradient(logits: Any, adv: Tensor, objective: Objective) -> Tensor:
@@ -196,108 +288,14 @@ def _input_gradient(logits: Any, adv: Tensor, objective: Objective) -> Tensor:
     return grad
 
 
-def _start(
-    clean: Tensor,
-    start: str | Tensor,
-    eps: float | Tensor,
-    seed: int | Tensor | None,
-    clip: bool,
-    rows: tuple[int, int],
-    norm: str,
-    lower: float,
-    upper: float,
-) -> Tensor:
-    """Return the first iterate, a fresh tensor in the memory format of `clean`."""
-    adv = torch.empty_like(clean)
-    if isinstance(start, Tensor):
-        if start.shape != clean.shape or start.dtype != clean.dtype:
-            shapes = (f"{tuple(one.shape)} of {one.dtype}" for one in (start, clean))
-            raise ValueError("start has shape {}, clean {}: they must agree".format(*shapes))
-        return adv.copy_(start)
-    if start == "none":
-        return adv.copy_(clean)
-    if start not in ("normal", "uniform"):
-        raise ValueError(f"start = {start!r}: it must be 'uniform', 'normal', 'none' or a tensor like clean")
-    if seed is None:
-        seed = torch.randint(2**63 - 1, (1,), device=clean.device)
-    if norm == "l2":  # a cube as wide as the range of a pixel holds every image of the ball
-        eps_of_cube = eps.clamp(max=upper - lower) if isinstance(eps, Tensor) else min(eps, upper - lower)
-    else:
-        eps_of_cube = eps
-    random_start_(adv, clean, eps_of_cube, noise=start, seed=seed, clip=clip, rows=rows, lower=lower, upper=upper)
-    if norm == "l2":  # the noise fills the cube around the ball
-        adv = pgd_step_(adv, torch.zeros_like(adv), clean, 0.0, eps, norm=norm, lower=-torch.inf, upper=torch.inf)
-    return adv
-
-
 def predicts(logits_BK: Tensor, label_B: Tensor) -> Tensor:
     """Return (B,) bool: whether each row is largest at its label. A row that is not finite predicts nothing."""
     return (logits_BK.argmax(1) == label_B) & logits_BK.isfinite().all(1)
 
 
-def _checked_images(clean: Tensor) -> Tensor:
-    """Return images side by side in memory, the batch outermost: a copy where they lie otherwise."""
-    if not isinstance(clean, Tensor):
-        raise TypeError(f"clean: it is a {type(clean).__name__}, and must be a tensor")
-    if clean.dim() < 2 or clean.dtype not in FLOATS:
-        raise ValueError(f"clean: {clean.dtype} of shape {tuple(clean.shape)}; needs floats (B, C, H, W): image / 255")
-    clean = clean.detach()
-    return clean if is_dense_batch_first(clean) else clean.contiguous()
-
-
-def _check_settings(
-    clean: Tensor,
-    steps: int,
-    step: float | Tensor,
-    eps: float | Tensor,
-    norm: str,
-    bn_mode: str,
-    lower: float,
-    upper: float,
-) -> None:
-    """Raise TypeError or ValueError where what the host knows of the arguments does not fit."""
-    if norm not in NORMS:
-        raise ValueError(f"norm = {norm!r}: it must be one of {', '.join(NORMS)}")
-    if bn_mode not in ("eval", "train", "keep"):
-        raise ValueError(f"bn_mode = {bn_mode!r}: it must be 'eval', 'train' or 'keep'")
-    if operator.index(steps) < 0:
-        raise ValueError(f"steps = {steps}: it must be at least 0")
-    if isinstance(lower, Tensor) or isinstance(upper, Tensor):
-        raise TypeError("lower, upper: they are numbers, the same for every pixel")
-    batch, pixels = len(clean), clean[:1].numel() if norm == "l2" and clean.numel() else 1
-    numbers = {name: per_sample(name, value, batch)[0] for name, value in (("step", step), ("eps", eps))}
-    require_pixel_units(lower, upper, pixels, **numbers)
-
-
 def _is_recorded() -> bool:
     """Say whether no value can be read, because the work is captured or compiled."""
     return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
-
-
-def _claims(
-    clean: Tensor, start: str | Tensor, numbers: Mapping[str, float | Tensor], norm: str, lower: float, upper: float
-) -> list[Claim]:
-    """Return what must hold of the values of the arguments; `numbers` are the step and the radius by name."""
-    if not clean.numel():
-        return []
-    least, most = clean.aminmax()
-    slack = 1e-6 * (upper - lower)  # images that were resized or scaled are rounded
-    inside = (least >= lower - slack) & (most <= upper + slack)
-    found = [
-        (inside, f"clean: pixels outside [{lower}, {upper}], or not finite; scale the images, or give lower, upper")
-    ]
-    longest = (upper - lower) * (math.sqrt(clean[:1].numel()) if norm == "l2" else 1)
-    for name, value in numbers.items():
-        if isinstance(value, Tensor):
-            wrong = f"{name}: it must lie in 0 .. {longest:g} for each image, as pixels have a range (8/255, not 8)"
-            found.append((((value >= 0) & (value <= longest)).all(), wrong))
-    return found + (_finite("start", start) if isinstance(start, Tensor) else [])
-
-
-def _finite(name: str, value: Any) -> list[Claim]:
-    """Return the claim that no value is NaN or +inf; -inf is the logit of a class that is ruled out."""
-    known = isinstance(value, Tensor) and value.is_floating_point()
-    return [((value < torch.inf).all(), f"{name}: not finite")] if known else []
 
 
 def _in_mode(function: Callable[[Tensor], Any], mode: str) -> Callable[[Tensor], Any]:

@@ -1,13 +1,16 @@
 """Objectives, which an attack raises, and the pieces of losses, which training lowers.
 
-An objective is a function from (B, K) logits to a scalar, summed over the batch. A piece of a loss is one number for
-each image, (B,), so that a method can weigh classes before it averages. Shapes, dtypes and devices are checked at every
-call; values only by `claims`, since reading them makes the host wait. Dimension key: B batch, K classes.
+An objective is a function from (B, K) logits to a scalar, summed over the batch. It may have a method `rows`, from
+logits to the values that it is the sum of, (B,), and a method `gradient`, from logits to their gradient. A piece of a
+loss is one number for each image, (B,), so that a method can weigh classes before it averages. Shapes, dtypes and
+devices are checked at every call; values only by `claims`, since reading them makes the host wait. Dimension key: B
+batch, K classes.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,23 +55,22 @@ class KlObjective:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Return the objective of (B, K) logits, a scalar."""
-        return class_temperature_kl(
-            logits,
-            self.teacher,
-            self.label,
-            self.temperature,
-            label_trust=self.label_trust,
-            ignore_index=None,
-            reduction="sum",
-        )
+        return class_temperature_kl(logits, **self._target, reduction="sum")
+
+    def rows(self, logits: Tensor) -> Tensor:
+        """Return the divergence of each row of (B, K) logits, (B,)."""
+        return class_temperature_kl(logits, **self._target, reduction="none")
 
     def gradient(self, logits: Tensor) -> Tensor:
         """Return the derivative of the objective at (B, K) logits, of their shape and dtype."""
         _require_tensor("logits", logits)
         logits = logits.detach().clone()  # the network may need its output again for its own gradient
-        return class_temperature_kl_grad_(
-            logits, self.teacher, self.label, self.temperature, label_trust=self.label_trust, ignore_index=None
-        )
+        return class_temperature_kl_grad_(logits, **self._target)
+
+    @property
+    def _target(self) -> dict[str, Any]:
+        target = dict(teacher=self.teacher, label=self.label, temperature=self.temperature)
+        return target | dict(label_trust=self.label_trust, ignore_index=None)
 
     def claims(self, logits: Tensor) -> list[Claim]:
         """Return what must hold of the values beside these logits. Raises as a call does."""
@@ -89,25 +91,50 @@ class LabelObjective:
 
     Attributes:
         label: (B,) whole numbers; they are kept as int64.
-        total: takes (B, K) logits in float32 or wider and (B,) labels; returns a scalar, summed over the batch.
+        loss: takes (B, K) logits in float32 or wider, (B,) labels and, as PyTorch's losses, a `reduction`, "sum" or
+            "none"; returns a scalar or (B,).
     """
 
     label: Tensor
-    total: Callable[[Tensor, Tensor], Tensor]
+    loss: Callable[..., Tensor]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", as_label(self.label))
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Return the objective of (B, K) logits, a scalar. Raises TypeError or ValueError where they do not fit."""
+        return self._reduced(logits, "sum")
+
+    def rows(self, logits: Tensor) -> Tensor:
+        """Return the value of each row of (B, K) logits, (B,). Raises as a call does."""
+        return self._reduced(logits, "none")
+
+    def _reduced(self, logits: Tensor, reduction: str) -> Tensor:
         require_labelled(logits, self.label)
         label = self.label.clone() if self.label.is_inference() else self.label  # autograd keeps no inference tensor
-        return self.total(at_least_float32(logits), label)
+        return self.loss(at_least_float32(logits), label, reduction=reduction)
 
     def claims(self, logits: Tensor) -> list[Claim]:
         """Return what must hold of the values beside these logits. Raises as a call does."""
         require_labelled(logits, self.label)
         return [_labels_are_classes(self.label, logits)]
+
+
+@dataclass(frozen=True, eq=False)
+class RowsObjective:
+    """The sum over the batch of what a function returns for each image.
+
+    An attack that chooses among the iterates of each image (`pgd` with `restarts`, or keep = "best") needs `rows`.
+
+    Attributes:
+        rows: what the model returns, (B, K) logits, to one value for each image, (B,).
+    """
+
+    rows: Callable[[Any], Tensor]
+
+    def __call__(self, logits: Any) -> Tensor:
+        """Return the objective of what the model returns, a scalar."""
+        return self.rows(logits).sum()
 
 
 def cross_entropy_objective(label_B: Tensor) -> Objective:
@@ -119,7 +146,7 @@ def cross_entropy_objective(label_B: Tensor) -> Objective:
         TypeError: they are no tensor.
         ValueError: their dtype or shape does not fit; when it is called, the logits do not fit them.
     """
-    return LabelObjective(label_B, partial(F.cross_entropy, reduction="sum", ignore_index=NO_LABEL))
+    return LabelObjective(label_B, partial(F.cross_entropy, ignore_index=NO_LABEL))
 
 
 def cw_objective(label_B: Tensor, confidence: float = 50.0) -> Objective:
@@ -132,12 +159,13 @@ def cw_objective(label_B: Tensor, confidence: float = 50.0) -> Objective:
         TypeError, ValueError: as `cross_entropy_objective`.
     """
 
-    def total(logits_BK: Tensor, label_B: Tensor) -> Tensor:
+    def margin(logits_BK: Tensor, label_B: Tensor, reduction: str) -> Tensor:
         own_B = logits_BK.gather(1, label_B[:, None]).squeeze(1)
         other_B = logits_BK.masked_fill(is_label(logits_BK, label_B), -torch.inf).amax(1)
-        return -(own_B - other_B + confidence).clamp(min=0).sum()
+        margin_B = -(own_B - other_B + confidence).clamp(min=0)
+        return margin_B.sum() if reduction == "sum" else margin_B
 
-    return LabelObjective(label_B, total)
+    return LabelObjective(label_B, margin)
 
 
 def cross_entropy_rows(logits_BK: Tensor, label_B: Tensor) -> Tensor:
@@ -161,8 +189,7 @@ def kl_rows(clean_BK: Tensor, adv_BK: Tensor) -> Tensor:
     if clean_BK.shape != adv_BK.shape or clean_BK.device != adv_BK.device:
         places = (f"{tuple(one.shape)} on {one.device}" for one in (clean_BK, adv_BK))
         raise ValueError("clean has shape {}, adv {}: they must agree".format(*places))
-    clean, adv = at_least_float32(clean_BK).log_softmax(1), at_least_float32(adv_BK).log_softmax(1)
-    return (clean.exp() * (clean - adv)).sum(1)
+    return class_temperature_kl(adv_BK, clean_BK, reduction="none")
 
 
 def is_label(logits_BK: Tensor, label_B: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from retemper.console import Progress
 from retemper.engine.attack import ascend
+from retemper.engine.attack_plan import Plan
 from retemper.engine.device import exact_fp32
 from retemper.engine.distributed.ranks import ALONE, Ranks
 from retemper.engine.losses import cross_entropy_objective, cw_objective
@@ -70,8 +71,8 @@ class Attack:
 
         def perturb(clean: Tensor, clean_BK: Tensor, label_B: Tensor, seed: int) -> Tensor:
             start: dict[str, Any] = dict(start=self.start, clip_start=self.clip_start, seed=seed)
-            step, raised = self.step * eps, objective(label_B)
-            return ascend(network, clean, objective=raised, steps=self.steps, step=step, eps=eps, **start)
+            plan = Plan(steps=self.steps, step=self.step * eps, eps=eps, **start)
+            return ascend(network, clean, plan, objective=objective(label_B))
 
         return perturb
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from retemper.engine.attack import ascend, module_mode
+from retemper.engine.attack_plan import Plan
 from retemper.engine.losses import as_label
 from retemper.engine.optim import perturb_weights, put_back
 from retemper.engine.recipe import Recipe, Targets
@@ -97,21 +98,18 @@ def attack(state: State, recipe: Recipe, attacked: nn.Module, clean_BCHW: Tensor
         assert state.teacher is not None
         attacked = Beside(attacked, state.teacher)
     eps, step = recipe.method.margins(targets, recipe.attack)
+    plan = Plan(
+        steps=recipe.attack.steps,
+        step=step,
+        eps=eps,
+        start=recipe.attack.start,
+        clip_start=recipe.attack.clip_start,
+        rows=state.part.ranks.rows,
+        bn_mode=recipe.attack.bn_mode,
+        seed=state.noise_seed + FAR * targets.attack if targets.attack else state.noise_seed,
+    )
     with state.autocast():
-        return ascend(
-            attacked,
-            clean_BCHW,
-            objective=recipe.method.objective(targets),
-            steps=recipe.attack.steps,
-            step=step,
-            eps=eps,
-            start=recipe.attack.start,
-            clip_start=recipe.attack.clip_start,
-            rows=state.part.ranks.rows,
-            bn_mode=recipe.attack.bn_mode,
-            seed=state.noise_seed + FAR * targets.attack if targets.attack else state.noise_seed,
-            watch=targets.watched,
-        )
+        return ascend(attacked, clean_BCHW, plan, objective=recipe.method.objective(targets), watch=targets.watched)
 
 
 def observe_attacked(state: State, recipe: Recipe, adv_BCHW: Tensor, targets: Targets) -> Targets:

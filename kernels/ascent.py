@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from retemper.kernels.pixels import grid, named_norm, rows_or_pixels, spread
+from retemper.kernels.pixels import grid, named_norm, rows_or_pixels, same_memory, spread
 
 Number = float | Tensor
 
 
-ONE, ZERO = torch.ones(()), torch.zeros(())  # a number beside a tensor is made one at each call, which takes a while
+ONE = torch.ones(())  # times a number: one alone is made a tensor at each call, which takes as long as the sum
 
 
 class Step(NamedTuple):
@@ -73,8 +73,9 @@ def ascend(given: Step) -> None:
     compute = torch.float64 if torch.float64 in (adv.dtype, grad.dtype, clean.dtype) else torch.float32
     if not adv.dtype == grad.dtype == clean.dtype == compute:
         adv, grad, clean = adv.to(compute), grad.to(compute), clean.to(compute)
-    if _starts_with(clean, adv):  # one tensor as both: what is overwritten must not be the centre
+    if same_memory(clean, adv):  # one tensor as both: what is overwritten must not be the centre
         clean = clean.clone()
+    room = None if grad is given.grad else grad  # a copy, to be overwritten
     old = adv if mask is None and previous is None else adv.clone()
     if momentum is not None:
         grad = _gather(momentum, grad, decay, mask)
@@ -82,7 +83,7 @@ def ascend(given: Step) -> None:
         numbers = [spread(one, adv, compute) if isinstance(one, Tensor) else one for one in numbers]
     step, eps, lower, upper = numbers
     project = _into_cube if norm == "linf" else _into_ball
-    room = (_move_by_sign if norm == "linf" else _move_along)(adv, grad, step, mask)
+    room = (_move_by_sign if norm == "linf" else _move_along)(adv, grad, step, mask, room)
     project(adv, clean, eps, lower, upper, room, mask, clip_first)
     if previous is not None:
         go_on(adv, old, previous, inertia)
@@ -92,14 +93,6 @@ def ascend(given: Step) -> None:
         adv = torch.where(mask, adv, old)
     if adv is not given.adv:
         given.adv.copy_(adv)
-
-
-def _starts_with(one: Tensor, other: Tensor) -> bool:
-    """Say whether two tensors begin at one address; inside a transform of torch.func, which has none, they may."""
-    try:
-        return one.data_ptr() == other.data_ptr()
-    except RuntimeError:
-        return True
 
 
 def go_on(adv: Tensor, old: Tensor, before: Tensor, inertia: float) -> None:
@@ -114,24 +107,24 @@ def _gather(momentum: Tensor, grad: Tensor, decay: float, mask: Tensor | None) -
     return momentum.to(grad.dtype)
 
 
-def _move_by_sign(adv: Tensor, grad: Tensor, step: Number, _: Tensor | None) -> Tensor:
-    """Move by the step, in place, and return memory that may be overwritten."""
-    sign = grad.sign()  # of NaN it is 0: such a pixel stays
+def _move_by_sign(adv: Tensor, grad: Tensor, step: Number, _: Tensor | None, room: Tensor | None) -> Tensor:
+    """Move by the step, in place, and return memory that may be overwritten: `room`, if there is some."""
+    sign = torch.sign(grad, out=room)  # of NaN it is 0: such a pixel stays
     adv.addcmul_(sign, step) if isinstance(step, Tensor) else adv.add_(sign, alpha=step)
     return sign
 
 
-def _move_along(adv: Tensor, grad: Tensor, step: Number, mask: Tensor | None) -> Tensor:
-    """Move along the gradient by the step, in place, and return memory that may be overwritten."""
-    grad = _finite(grad, mask)
+def _move_along(adv: Tensor, grad: Tensor, step: Number, mask: Tensor | None, room: Tensor | None) -> Tensor:
+    """Move along the gradient by the step, in place, and return memory that may be overwritten, as above."""
+    grad = _finite(grad, mask, room)
     factor = _inverse_norm(grad, 2)
     adv.addcmul_(grad, factor * step) if isinstance(step, Tensor) else adv.addcmul_(grad, factor, value=step)
     return grad
 
 
-def _finite(grad: Tensor, mask: Tensor | None) -> Tensor:
-    """Return a copy of the gradient, with 0 where it is not finite or not asked for."""
-    grad = grad.nan_to_num(0.0, 0.0, 0.0)
+def _finite(grad: Tensor, mask: Tensor | None, room: Tensor | None = None) -> Tensor:
+    """Return a copy of the gradient, or `room`, with 0 where it is not finite or not asked for."""
+    grad = torch.nan_to_num(grad, 0.0, 0.0, 0.0, out=room)
     return grad if mask is None else grad.mul_(mask)
 
 
@@ -185,8 +178,8 @@ def _into_ball(
     if mask is not None:
         delta.masked_fill_(~mask, 0)
     length = _norm(delta, 2, delta.dtype)
-    shrink = eps.clamp(min=0) / length if isinstance(eps, Tensor) else torch.addcdiv(ZERO, ONE, length, value=eps)
-    shrink.nan_to_num_(1.0).clamp_max_(1)  # 0 / 0 is inside
+    eps = eps.clamp(min=0) if isinstance(eps, Tensor) else torch.full_like(length, eps)
+    shrink = (eps / length).nan_to_num_(1.0).clamp_max_(1)  # 0 / 0 is inside
     projected = torch.addcmul(clean, delta, shrink, out=delta)
     torch.lerp(projected, adv, shrink.floor_(), out=adv)  # 1 inside the ball, 0 outside
     if not clip_first:

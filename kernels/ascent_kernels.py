@@ -253,7 +253,7 @@ def _launch_linf(given: Step) -> None:
     clean, clean_at = beside(given.clean, adv)
     mask, mask_at = _mask(given)
     numbers, options = _numbers(given, adv)
-    by_sample = not {"sample", "channel", "both"}.isdisjoint(options.values())
+    by_sample = not {"sample", "both"}.isdisjoint(options.values())
     most = _block(grad_at, clean_at, mask_at)
     pixels, blocks, block, programs = pixel_runs(adv, most, by_sample or most < BLOCK)
     weights: Any = (None, None) if previous is None else (given.inertia, 1 - given.inertia)

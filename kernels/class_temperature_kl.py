@@ -20,47 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retemper.kernels.kl_divergence import Inputs, arguments, evaluate, looked_at, overwrite
+from retemper.kernels.kl_arguments import Inputs, arguments, require_fitting, require_overwritable
+from retemper.kernels.kl_divergence import AtOnce, divisor, evaluate, overwrite
 from retemper.kernels.kl_kernel import launch
 from retemper.kernels.operators import differentiable, is_symbol, operator, overwritten, rewritten
-from retemper.kernels.rows import LABELS, NUMBERS, require_dense, require_each, require_logits
 from retemper.kernels.runtime import compute_dtype, require_no_grad, require_writable, runs_triton
 
 REDUCTIONS = ("batchmean", "mean", "sum", "none")
-
-
-def _check(inputs: Inputs) -> None:
-    """Raise ValueError where a shape, dtype, device or stride does not fit."""
-    student, teacher, label, temperatures, class_weight, label_trust, row_weight, *_ = inputs
-    require_logits(student=student, teacher=teacher)
-    batch, classes = student.shape
-    if label is not None:
-        require_each("label", label, batch, LABELS, student.device)
-        require_dense("label", label)
-    if row_weight is not None:
-        require_each("row_weight", row_weight, batch, NUMBERS, student.device)
-    by_class = {"class_weight": class_weight, "label_trust": label_trust}
-    if temperatures is not None:
-        if not inputs.by_row:
-            by_class["temperature"] = temperatures
-        elif temperatures.dim():
-            require_each("temperature", temperatures, batch, NUMBERS, student.device)
-        elif temperatures.device != student.device or temperatures.dtype not in NUMBERS:
-            raise ValueError(
-                f"temperature: {temperatures.dtype} on {temperatures.device}; needs float32 or float64 there"
-            )
-    for name, value in by_class.items():
-        if value is not None:
-            require_each(name, value, classes, NUMBERS, student.device)
-            require_dense(name, value)
-
-
-def _check_overwritten(inputs: Inputs) -> None:
-    """Raise ValueError where something does not fit, or the student's rows overlap."""
-    _check(inputs)
-    student = inputs.student
-    if student.shape[0] > 1 and student.stride(0) < student.shape[1]:
-        raise ValueError(f"student: strides {student.stride()} overlap and cannot be overwritten; call .contiguous()")
 
 
 _INPUTS = (
@@ -79,7 +45,7 @@ def _fake_loss(student: Tensor, teacher: Tensor, *_: Any) -> Tensor:
 def _rows_op(*arguments: Any) -> Tensor:
     """Return the losses of the rows."""
     inputs = Inputs(*arguments)
-    _check(inputs)
+    require_fitting(inputs)
     if not runs_triton(inputs.student, inputs.teacher):
         return evaluate(inputs)[0]
     loss = inputs.student.new_empty(inputs.student.shape[0], dtype=torch.float32)
@@ -120,7 +86,7 @@ def _backward_op(row_grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 def _overwrite_op(*arguments: Any) -> None:
     """Overwrite the student's logits with the gradient of the summed loss."""
     inputs = Inputs(*arguments)
-    _check_overwritten(inputs)
+    require_overwritable(inputs)
     student = inputs.student
     if runs_triton(student, inputs.teacher):
         launch(inputs, student_grad=student)
@@ -144,34 +110,6 @@ def _backward(ctx: Any, row_grad: Tensor) -> tuple[Tensor | None, ...]:
 differentiable(_rows_op, _backward, _setup)
 
 
-class _AtOnce(torch.autograd.Function):
-    """The loss in plain PyTorch, with its gradients computed beside it.
-
-    On a CPU most of the time goes into the two softmaxes, which the gradients need as well.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, inputs: Inputs, reduction: str) -> Tensor:
-        inputs = inputs._replace(student=student, teacher=teacher)
-        loss, *grads = evaluate(inputs, *ctx.needs_input_grad[:2])
-        ctx.save_for_backward(*grads)
-        ctx.dtypes, ctx.by_row, ctx.divisor = (student.dtype, teacher.dtype), reduction == "none", 1
-        if ctx.by_row:
-            return loss
-        ctx.divisor = _divisor(inputs, reduction)
-        return loss.sum() / ctx.divisor
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        scale = grad[:, None] if ctx.by_row else grad / ctx.divisor
-        grads = (None if found is None else found * scale for found in ctx.saved_tensors)
-        of_student, of_teacher = (
-            found if found is None else found.to(dtype) for found, dtype in zip(grads, ctx.dtypes, strict=True)
-        )
-        return of_student, of_teacher, None, None
-
-
 def _constant(inputs: Inputs) -> Inputs:
     """Return the inputs with numbers in place of torch.compile's symbols, which no operator with code of its own takes.
 
@@ -189,7 +127,7 @@ def _constant(inputs: Inputs) -> Inputs:
 @rewritten(f"class_temperature_kl(Tensor student, {_ANY}) -> Tensor")
 def _loss_op(*arguments: Any) -> Tensor:
     """Return the losses of the rows, whatever the temperatures are."""
-    return _rows_op(*_constant(Inputs(*arguments))[:-1])
+    return _rows_op(*_constant(Inputs(*arguments)))
 
 
 @rewritten(f"class_temperature_kl_grad_(Tensor(a!) student, {_ANY}) -> ()")
@@ -197,7 +135,7 @@ def _grad_op(*arguments: Any) -> None:
     """Overwrite the student's logits with the gradient of the summed loss, whatever the temperatures are."""
     inputs = Inputs(*arguments)
     constant = _constant(inputs)
-    _overwrite_op(*constant[:-1])
+    _overwrite_op(*constant)
     if constant.student is not inputs.student:
         inputs.student.copy_(constant.student / inputs.student_temperature)
 
@@ -283,17 +221,16 @@ def class_temperature_kl(
 def _reduced(inputs: Inputs, reduction: str) -> Tensor:
     """Return the losses of the rows, their sum, or a mean of those that count."""
     if _in_plain_pytorch(inputs):
-        _check(inputs)
-        inputs = looked_at(inputs)
+        require_fitting(inputs)
         student, teacher = inputs.student, inputs.teacher
         if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
-            return _AtOnce.apply(student, teacher, inputs, reduction)
+            return AtOnce.apply(student, teacher, inputs, reduction)
         loss = evaluate(inputs)[0]
     else:
-        loss = (_loss_op if torch.compiler.is_compiling() else _rows_op)(*inputs[:-1])
+        loss = (_loss_op if torch.compiler.is_compiling() else _rows_op)(*inputs)
     if reduction == "none":
         return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / _divisor(inputs, reduction)
+    return loss.sum() if reduction == "sum" else loss.sum() / divisor(inputs, reduction)
 
 
 def _in_plain_pytorch(inputs: Inputs) -> bool:
@@ -306,18 +243,6 @@ def _in_plain_pytorch(inputs: Inputs) -> bool:
         or runs_triton(inputs.student, inputs.teacher)
         or torch._C._are_functorch_transforms_active()
     )
-
-
-def _divisor(inputs: Inputs, reduction: str) -> int | Tensor:
-    """Return by what the sum of the losses is divided: no less than 1."""
-    batch, classes = inputs.student.shape
-    if reduction == "sum":
-        return 1
-    number = 1 if reduction == "batchmean" else classes
-    if inputs.label is None or inputs.ignore_index is None:
-        return max(1, batch * number)
-    counted = (inputs.label != inputs.ignore_index).sum().clamp_(min=1)
-    return counted if number == 1 else counted * number
 
 
 def class_temperature_kl_grad_(
@@ -371,10 +296,10 @@ def class_temperature_kl_grad_(
     )
     require_writable("student", student)
     if _in_plain_pytorch(inputs):
-        _check_overwritten(inputs)
-        overwrite(looked_at(inputs))
+        require_overwritable(inputs)
+        overwrite(inputs)
     else:
-        (_grad_op if torch.compiler.is_compiling() else _overwrite_op)(*inputs[:-1])
+        (_grad_op if torch.compiler.is_compiling() else _overwrite_op)(*inputs)
     if inputs.student is not student and not (class_dim in (-1, student.dim() - 1) and student.is_contiguous()):
         rows = student.movedim(class_dim, -1)
         rows.copy_(inputs.student.view(rows.shape))  # they may have been copied to lie side by side

@@ -11,156 +11,19 @@ The peak is subtracted before the division: logits of 1e4 at temperature 0.05 wo
 Computed in float32, or in float64 as soon as one of the logits is: the tests have their truth from there.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from retemper.kernels.rows import as_rows, by_row, require_class_dim, require_positive, row_shapes
+from retemper.kernels.kl_arguments import Inputs, arguments
+from retemper.kernels.operators import differentiated_once
 from retemper.kernels.runtime import compute_dtype
 
 # How many logits of a tensor each thread of a CPU works on at a time: what it computes of them stays in its cache.
 # Whole (512, 32000) tensors would go through memory once for every line of `compute`.
 PART = 2**16
 WIDE = 32  # classes, from which PyTorch's softmax of a CPU is vectorised and faster than its parts
-
-
-class Inputs(NamedTuple):
-    """The arguments of the operators, in their order.
-
-    Attributes:
-        student, teacher: (B, K) logits; the teacher's are probabilities where `given`.
-        label: (B,) whole numbers, or None.
-        temperatures: of the teacher: (B,) or a single one where `by_row`, otherwise (K,); None: `temperature` holds.
-        class_weight, label_trust: (K,) or None.
-        row_weight: (B,) or None.
-        temperature, student_temperature: numbers above 0.
-        by_row: what `temperatures` are.
-        ignore_index: rows with this label count nothing; None leaves none out.
-        reverse: KL(student || teacher) in place of KL(teacher || student).
-        given: the teacher's probabilities are given as they are.
-    """
-
-    student: Tensor
-    teacher: Tensor
-    label: Tensor | None
-    temperatures: Tensor | None
-    class_weight: Tensor | None
-    label_trust: Tensor | None
-    row_weight: Tensor | None
-    temperature: float
-    student_temperature: float
-    by_row: bool
-    ignore_index: int | None
-    reverse: bool
-    given: bool
-    known: bool = False  # that every label is a class; no argument of an operator
-
-    def parts(self, size: int) -> Iterator[tuple[slice, "Inputs"]]:
-        """Cut the rows into parts of at most `size` rows."""
-        for start in range(0, self.student.shape[0], size):
-            rows = slice(start, start + size)
-            cut = {"student": self.student[rows], "teacher": self.teacher[rows]}
-            for name in ("label", "row_weight", *(["temperatures"] if self.by_row else [])):
-                value = getattr(self, name)
-                cut[name] = value[rows] if value is not None and value.dim() else value
-            yield rows, self._replace(**cut)
-
-
-def arguments(
-    student: Tensor,
-    teacher: Tensor,
-    label: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    *,
-    student_temperature: float = 1.0,
-    class_weight: Tensor | None = None,
-    label_trust: Tensor | None = None,
-    row_weight: Tensor | None = None,
-    teacher_is: str = "logits",
-    reverse: bool = False,
-    ignore_index: int | None = -100,
-    class_dim: int = -1,
-) -> Inputs:
-    """Return what users call with as the operators take it. The arguments are those of `class_temperature_kl`.
-
-    Raises:
-        TypeError: student, teacher, label or row_weight is no tensor.
-        ValueError: two arguments exclude each other, a dimension is missing, or a number is out of its range.
-    """
-    require_class_dim("student", student, class_dim)
-    require_class_dim("teacher", teacher, class_dim)
-    shapes = row_shapes(student, class_dim)
-    classes = student.shape[class_dim]
-    given = teacher_is == "probabilities"
-    if not given and teacher_is != "logits":
-        raise ValueError(f"teacher_is: {teacher_is!r}; needs 'logits' or 'probabilities'")
-    if given or reverse or label is None:
-        _require_combination(teacher_is, label, temperature, class_weight, label_trust, reverse)
-    require_positive(student_temperature=student_temperature)
-    temperatures, of_rows = None, False
-    if isinstance(temperature, Tensor):
-        temperatures, of_rows = _temperatures(temperature, classes, shapes, label is not None)
-        temperature = 1.0
-    else:
-        require_positive(temperature=temperature)
-    if student.shape != teacher.shape:
-        raise ValueError(f"teacher: shape {tuple(teacher.shape)}, but student has {tuple(student.shape)}")
-    return Inputs(
-        as_rows(student, class_dim),
-        as_rows(teacher, class_dim),
-        None if label is None else by_row("label", label, shapes[:1]),
-        temperatures,
-        class_weight,
-        label_trust,
-        None if row_weight is None else by_row("row_weight", row_weight, shapes),
-        temperature,
-        student_temperature,
-        of_rows,
-        None if label is None else ignore_index,
-        reverse,
-        given,
-    )
-
-
-def _require_combination(
-    teacher_is: str,
-    label: Tensor | None,
-    temperature: float | Tensor,
-    class_weight: Tensor | None,
-    label_trust: Tensor | None,
-    reverse: bool,
-) -> None:
-    """Raise ValueError where one of the arguments leaves no meaning to another."""
-    if label is None:
-        for name, value in (("class_weight", class_weight), ("label_trust", label_trust)):
-            if value is not None:
-                raise ValueError(f"label: None; needs the class of each row, as {name} is by class")
-    if reverse and label_trust is not None:
-        raise ValueError("label_trust: needs reverse=False")
-    if teacher_is == "logits":
-        return
-    if label_trust is not None:
-        raise ValueError("label_trust: needs teacher_is='logits'")
-    if reverse:
-        raise ValueError("reverse: needs teacher_is='logits'; the logits of probabilities are their teacher.log()")
-    if isinstance(temperature, Tensor) or temperature != 1:
-        raise ValueError("temperature: needs teacher_is='logits'; probabilities are taken as they are")
-
-
-def _temperatures(
-    value: Tensor, classes: int, shapes: tuple[torch.Size, torch.Size], labelled: bool
-) -> tuple[Tensor, bool]:
-    """Return temperatures as (K,) by class, as (B,) by row, or as a single one; and whether they are not by class."""
-    if value.dim() == 0:
-        return value, True
-    if labelled and value.shape == (classes,):
-        return value, False
-    if value.shape in shapes:
-        return value.reshape(-1), True
-    forms = f"({classes},) by class, {tuple(shapes[0])} by row" if labelled else f"{tuple(shapes[0])} by row"
-    raise ValueError(f"temperature: shape {tuple(value.shape)}; needs {forms}, or one number")
 
 
 def class_temperature_kl_reference(
@@ -259,11 +122,13 @@ def _rows(inputs: Inputs, dtype: torch.dtype) -> _Rows:
     _, _, label, temperatures, class_weight, label_trust, row_weight, temperature, *_ = inputs
     ignored = scale = trust = None
     if label is not None:
-        label = label.long()
-        if not inputs.known:
-            given, label = label, label.clamp(0, inputs.student.shape[1] - 1)
-            scale = torch.where(label == given, 1.0, torch.nan)[:, None]
-            ignored = None if inputs.ignore_index is None else (given == inputs.ignore_index)[:, None]
+        given = label.long()
+        label = given.clamp(0, inputs.student.shape[1] - 1)
+        known = label == given
+        if inputs.ignore_index is not None:
+            ignored = given == inputs.ignore_index
+            known, ignored = known | ignored, ignored[:, None]
+        scale = torch.where(known, 1.0, torch.nan)[:, None]
     if temperatures is not None:
         own = temperatures.reshape(-1, 1) if inputs.by_row else _of_class(temperatures, label)
         temperature = own.to(dtype).clamp(min=0)  # at 0 a row is NaN: its peak is 0 / 0
@@ -329,12 +194,13 @@ def _of_logits(
     Tensors are overwritten where nothing needs them any more, autograd included: fresh memory costs a CPU as much time
     as the arithmetic. Where a gradient is computed here, autograd must be off.
     """
-    p = source if trust is None else _mixed(source, label, trust)
+    p: Any = source if trust is None else _mixed(source, label, trust)
     if p.total is None or q.total is None:  # NaN in a row that is, otherwise 0
         log_totals = (p.exps[:, :1] + (q.shifted[:, :1].exp() if q.exps is None else q.exps[:, :1])) * 0
     else:
         log_totals = (q.total / p.total).log()
-    apart = p.shifted.sub_(q.shifted)
+    tracked = p.shifted.requires_grad or q.shifted.requires_grad  # a softmax keeps its result for autograd
+    apart = p.shifted - q.shifted if tracked else p.shifted.sub_(q.shifted)
     from_source = source.exps * apart if p_grad and trust is not None else None
     terms = apart.mul_(p.exps)
     mean = _mean(terms, p)
@@ -343,7 +209,7 @@ def _of_logits(
     if p_grad:
         if from_source is not None:
             terms, mean = from_source, _mean(from_source, source)
-        share = (1 if trust is None else 1 - trust) / p_temperature
+        share: Any = (1 if trust is None else 1 - trust) / p_temperature
         p_found = terms.nan_to_num_(0.0, torch.inf, -torch.inf).addcmul_(source.exps, log_totals * 0 - mean)
         p_found = p_found.mul_(share if source.total is None else share / source.total)
     if q_grad:
@@ -358,7 +224,7 @@ def _mean(terms: Tensor, p: Softmax) -> Tensor:
     return total if p.total is None else total / p.total
 
 
-def _mixed(p: Softmax, label: Any, trust: Tensor) -> Softmax:
+def _mixed(p: Any, label: Any, trust: Tensor) -> Softmax:
     """Return P after it moved towards the one-hot label by its trust; the total stays."""
     log_total = 0 if p.total is None else p.total.log()
     own = p.shifted.gather(1, label[:, None])
@@ -404,10 +270,10 @@ def evaluate(inputs: Inputs, of_student: bool = False, of_teacher: bool = False)
     loss = student.new_empty(student.shape[0], dtype=dtype)
     grads = [student.new_empty(student.shape, dtype=dtype) if wanted else None for wanted in (of_student, of_teacher)]
     for rows, part in inputs.parts(_size(inputs)):
-        loss[rows], *computed = compute(part, of_student, of_teacher)
-        for grad, found in zip(grads, computed, strict=True):
-            if grad is not None:
-                grad[rows] = found
+        computed: Any = compute(part, of_student, of_teacher)
+        for whole, found in zip((loss, *grads), computed, strict=True):
+            if whole is not None:
+                whole[rows] = found
     return loss, *grads
 
 
@@ -418,16 +284,6 @@ def overwrite(inputs: Inputs) -> None:
         part.student.copy_(_direction(part))
 
 
-def looked_at(inputs: Inputs) -> Inputs:
-    """Return the inputs, `known` where each label is a class: on a CPU a look costs less than care for all rows."""
-    label = inputs.label
-    if label is None or label.is_cuda or label.numel() == 0:
-        return inputs
-    lowest, highest = label.aminmax()
-    known = lowest.item() >= 0 and highest.item() < inputs.student.shape[1]
-    return inputs._replace(known=True, ignore_index=None) if known else inputs
-
-
 def _size(inputs: Inputs) -> int:
     """Return how many rows a part has on a CPU."""
     return max(1, PART * torch.get_num_threads() // inputs.student.shape[1])
@@ -435,3 +291,44 @@ def _size(inputs: Inputs) -> int:
 
 def _fits(inputs: Inputs) -> bool:
     return inputs.student.numel() <= PART or inputs.student.shape[0] <= _size(inputs) or inputs.student.is_cuda
+
+
+class AtOnce(torch.autograd.Function):
+    """The loss in plain PyTorch, with its gradients computed beside it.
+
+    On a CPU most of the time goes into the two softmaxes, which the gradients need as well.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, inputs: Inputs, reduction: str) -> Tensor:
+        inputs = inputs._replace(student=student, teacher=teacher)
+        loss, *grads = evaluate(inputs, *ctx.needs_input_grad[:2])
+        ctx.save_for_backward(*grads)
+        ctx.dtypes, ctx.by_row, ctx.divisor = (student.dtype, teacher.dtype), reduction == "none", 1
+        if ctx.by_row:
+            return loss
+        ctx.divisor = divisor(inputs, reduction)
+        return loss.sum() / ctx.divisor
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return *differentiated_once(_scaled, ctx, grad), None, None
+
+
+def _scaled(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the saved gradients times that of the loss."""
+    scale = grad[:, None] if ctx.by_row else grad / ctx.divisor
+    found = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    return tuple(None if saved is None else (saved * scale).to(dtype) for saved, dtype in found)
+
+
+def divisor(inputs: Inputs, reduction: str) -> int | Tensor:
+    """Return by what the sum of the losses is divided: no less than 1."""
+    batch, classes = inputs.student.shape
+    if reduction == "sum":
+        return 1
+    number = 1 if reduction == "batchmean" else classes
+    if inputs.label is None or inputs.ignore_index is None:
+        return max(1, batch * number)
+    counted = (inputs.label != inputs.ignore_index).sum().clamp_(min=1)
+    return counted if number == 1 else counted * number

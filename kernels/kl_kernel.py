@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from retemper.kernels.kl_divergence import Inputs
+from retemper.kernels.kl_arguments import Inputs
 from retemper.kernels.language import cdiv, tl, triton
 from retemper.kernels.logit_rows import row_log2_total, row_logits, row_peak, row_tiles
 from retemper.kernels.numerics import LN2, LOG2E, exp2_m1, log2_1m
@@ -119,14 +119,15 @@ def _kl_kernel(
         temperature_p, temperature_q = plain_temperature, own_temperature
     else:
         temperature_p, temperature_q = own_temperature, plain_temperature
+    rate_p = LOG2E / temperature_p
     rate_q = LOG2E / temperature_q
-    peak_q = row_peak(q_row, K, ROWS, LANES, STEPS)
     if GIVEN:
         if q_grad_ptr is not None:
             log_mass = tl.log2(_row_mass(p_row, K, ROWS, LANES, STEPS))
     else:
-        rate_p = LOG2E / temperature_p
         peak_p = row_peak(p_row, K, ROWS, LANES, STEPS)
+    peak_q = row_peak(q_row, K, ROWS, LANES, STEPS)
+    if not GIVEN:
         log_total_p = row_log2_total(p_row, peak_p, rate_p, K, ROWS, LANES, STEPS)
     log_total_q = row_log2_total(q_row, peak_q, rate_q, K, ROWS, LANES, STEPS)
     if trust_ptr is not None:
@@ -156,6 +157,7 @@ def _kl_kernel(
                 weight = tl.exp2(log_weight)
                 kl += tl.where(weight == 0, 0.0, weight * (log_p - log_q))
         mean = tl.sum(kl, 1)
+        middle = tl.expand_dims(mean, 1)
     if loss_ptr is not None:
         loss = mean * LN2
         if not GIVEN:  # only rounding makes a sum negative; NaN stays
@@ -201,7 +203,7 @@ def _kl_kernel(
                     else:
                         weight = tl.exp2(log_source)
                         apart = tl.where(weight == 0, 0.0, log_p - log_q)
-                        grad = scale_p[:, None] * (weight * (apart - mean[:, None]))
+                        grad = scale_p[:, None] * (weight * (apart - middle))
                     if ignore_index is not None:
                         grad = tl.where(ignored[:, None], 0.0, grad)
                     grad = grad.to(p_grad_ptr.dtype.element_ty)
@@ -245,7 +247,7 @@ def launch(
         *(inputs.ignore_index, inputs.temperature, inputs.student_temperature, batch),
     )
     strides = (_row_stride(p), _row_stride(q), _row_stride(p_grad), _row_stride(q_grad))
+    constants: Any = (*strides, by_row, inputs.reverse, inputs.given)
+    options: dict[str, Any] = {**tiles, **EXACT}
     with launching(p):
-        _kl_kernel[(cdiv(batch, tiles["ROWS"]),)](
-            *arguments, *strides, by_row, inputs.reverse, inputs.given, **tiles, **EXACT
-        )
+        _kl_kernel[(cdiv(batch, tiles["ROWS"]),)](*arguments, *constants, **options)

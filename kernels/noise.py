@@ -2,8 +2,11 @@
 
     L-inf, uniform:  u ~ U(-eps, eps)
     L-inf, normal:   u ~ scale N(0, 1), kept inside [-eps, eps]
-    L2, uniform:     u = eps U^(1/d) z / ||z||,  z ~ N(0, 1), U ~ U(0, 1): uniform in the ball of d dimensions
-    L2, normal:      u = min(scale, eps / ||z||) z,  z ~ N(0, 1)
+    L2, uniform:     u = eps z_1 ... z_d / ||z||,  z ~ N(0, 1) of d + 2 numbers
+    L2, normal:      u = min(scale, eps / ||z||) z,  z ~ N(0, 1) of d numbers
+
+The first d coordinates of a point on the sphere of d + 2 dimensions are uniform in the ball of d dimensions (Harman and
+Lacko, J. Multivariate Analysis 2010), so that no radius need be drawn.
 
 One counter is for 8 pixels that lie side by side. A sample takes as many as it needs, from those of its place in the
 batch on. Of normal numbers it takes as many for its second half as for its first: a draw of the first and one of the
@@ -19,11 +22,8 @@ from torch import Tensor
 from retemper.kernels.language import cdiv, next_power_of_2, tl, triton
 from retemper.kernels.philox import (
     DRAWS,
-    SMALLEST,
     UNIT,
-    first_draw,
     normal_draws,
-    positive,
     random_words,
     to_normal,
     uniform_draws,
@@ -32,13 +32,22 @@ from retemper.kernels.pixels import channel_of, channels_of, differs_by, number,
 from retemper.kernels.runtime import EXACT, clamp, launching, locate, pixel_runs
 
 NO_LENGTH = tl.constexpr(1e-30)  # below that of any sample: divides zeros
-RADIUS_STREAM = tl.constexpr(1)  # the second word of the counters that U has to itself
 
 # The pixels of a program: 8 for each thread of 4 warps, so one counter. A thread of normal noise makes 16, and has a
-# program of half the threads in L-inf. Chosen from the code for sm_90, not yet measured on a GPU: it takes 38
-# instructions a pixel of uniform noise and 62 of normal noise, where the memory leaves time for 55 in fp32.
+# program of half the threads in L-inf. Chosen from the code for sm_90, not yet measured on a GPU: it takes 36
+# instructions a pixel of uniform noise and 60 of normal noise, where the memory leaves time for 55 in fp32.
 BLOCK = 1024
-WARPS = 2
+NORMAL_WARPS = 2
+
+
+def spare(noise: str, norm: str) -> int:
+    """Return how many numbers a sample draws beside those of its pixels."""
+    return 2 if (noise, norm) == ("uniform", "l2") else 0
+
+
+def halves(numbers: int) -> int:
+    """Return the counters of each half of so many normal numbers."""
+    return cdiv(numbers, 2 * DRAWS.value)
 
 
 def fill(
@@ -60,29 +69,24 @@ def fill(
         eps, lower, upper: tensors of numbers as `pixels.grid` makes them.
     """
     batch, pixels = adv.shape[0], adv.numel() // adv.shape[0]
-    pairs = (noise, norm) != ("uniform", "linf")  # of normal numbers, whose halves have as many counters
-    counters = 2 * cdiv(pixels, 2 * DRAWS.value) if pairs else cdiv(pixels, DRAWS.value)
-    words = random_words(seed, rows, batch, counters)
+    numbers = pixels + spare(noise, norm)
+    pairs = (noise, norm) != ("uniform", "linf")
+    words = random_words(seed, rows, batch, 2 * halves(numbers) if pairs else cdiv(pixels, DRAWS.value))
     draws = words.to(torch.float32)  # first, so that they are the same in any dtype
     if adv.dtype == torch.float64 or clean.dtype == torch.float64:
         draws = draws.double()
     noises = draws.as_strided(adv.shape, (draws.shape[1], *adv.stride()[1:]))  # as adv lies, rows of whole counters
     if isinstance(eps, Tensor):
         eps = spread(eps, adv, draws.dtype).clamp(min=0)
-    if norm == "linf" and noise == "uniform":
+    if not pairs:
         noises.mul_(eps * UNIT.value)
     elif norm == "linf":
         to_normal(draws)
         _clip(noises.mul_(scale), -eps, eps)
     else:
         to_normal(draws)
-        length = torch.linalg.vector_norm(draws[:, :pixels], dim=1).clamp_(min=NO_LENGTH.value)
-        if noise == "uniform":
-            share = random_words(seed, rows, batch, 1, RADIUS_STREAM.value)[:, 0].to(torch.float32).to(draws.dtype)
-            ratio = positive(torch, share).pow_(1 / pixels).div_(length)
-        else:
-            ratio = length.reciprocal_()  # to the edge of the ball, at eps 1
-        factor = ratio.view(-1, *[1] * (adv.dim() - 1)) * eps
+        length = torch.linalg.vector_norm(draws[:, :numbers], dim=1).clamp_(min=NO_LENGTH.value)
+        factor = length.reciprocal_().view(-1, *[1] * (adv.dim() - 1)) * eps
         noises.mul_(factor if noise == "uniform" else factor.clamp_(max=scale))
     torch.add(clean, noises, out=adv)
     if clip:
@@ -209,8 +213,8 @@ def _ball_start_kernel(
     first_row,
     rows_apart,
     PIXELS: tl.constexpr,
+    NUMBERS: tl.constexpr,
     HALF: tl.constexpr,
-    UNIFORM: tl.constexpr,
     CLIP: tl.constexpr,
     CHANNELS: tl.constexpr,
     EPS: tl.constexpr,
@@ -227,15 +231,12 @@ def _ball_start_kernel(
     for start in range(0, middle, BLOCK):
         low = start + tl.arange(0, BLOCK)
         first, second = normal_draws(seed, counter + start // DRAWS, HALF, BLOCK)
-        squares += tl.where(low < min(middle, PIXELS), first * first, 0.0)
-        squares += tl.where(low + middle < PIXELS, second * second, 0.0)
+        squares += tl.where(low < min(middle, NUMBERS), first * first, 0.0)
+        squares += tl.where(low + middle < NUMBERS, second * second, 0.0)
     length = tl.maximum(tl.math.sqrt_rn(tl.sum(squares, 0)), NO_LENGTH)
 
-    factor = radius(eps, sample, 0, CHANNELS, EPS) / length  # to the edge of the ball
-    if UNIFORM:
-        share = tl.maximum(tl.abs(first_draw(seed, row, RADIUS_STREAM)), SMALLEST)
-        factor *= tl.exp(tl.log(share) / PIXELS)
-    else:
+    factor = radius(eps, sample, 0, CHANNELS, EPS) / length
+    if NUMBERS == PIXELS:
         factor = tl.minimum(factor, scale)
 
     for start in range(0, middle, BLOCK):
@@ -272,15 +273,15 @@ def launch(
         places = (pixels, None, None, None) if blocks is None else (pixels, blocks, *rows)
         kernel, arguments = _uniform_start_kernel, (eps, *bounds, *places)
     else:
-        half = cdiv(pixels, 2 * DRAWS.value)
+        half = halves(pixels + spare(noise, norm))
         block = min(BLOCK, max(64, next_power_of_2(half * DRAWS.value)))
         if norm == "l2":
             kernel, programs, arguments = _ball_start_kernel, adv.shape[0], (eps, scale, *bounds, *rows)
-            options |= {"PIXELS": pixels, "HALF": half, "UNIFORM": noise == "uniform", "BLOCK": block}
+            options |= {"PIXELS": pixels, "NUMBERS": pixels + spare(noise, norm), "HALF": half, "BLOCK": block}
         else:
             block = min(block, BLOCK // 2)
             blocks = cdiv(half * DRAWS.value, block)
-            options |= {"BLOCK": block, "num_warps": WARPS}
+            options |= {"BLOCK": block, "num_warps": NORMAL_WARPS}
             kernel, programs = _normal_start_kernel, adv.shape[0] * blocks
             arguments = (eps, scale, *bounds, pixels, blocks, *rows)
     with launching(adv):

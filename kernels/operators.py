@@ -67,16 +67,15 @@ def differentiable(operator: Any, backward: Callable[..., Any], setup: Callable[
     class Gradient(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
-            *inputs, keys = inputs
+            *given, keys = inputs
             with torch._C._AutoDispatchBelowAutograd():
-                output = operator.redispatch(keys & after, *inputs)
-            setup(ctx, inputs, output)
+                output = operator.redispatch(keys & after, *given)
+            setup(ctx, given, output)
             return output
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
         def backward(ctx: Any, *grads: Any) -> Any:
-            return *backward(ctx, *grads), None
+            return *differentiated_once(backward, ctx, *grads), None
 
     def autograd(keys: Any, *inputs: Any) -> Any:
         if (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)) or forward_ad._current_level >= 0:
@@ -85,6 +84,31 @@ def differentiable(operator: Any, backward: Callable[..., Any], setup: Callable[
             return operator.redispatch(keys & after, *inputs)
 
     LIBRARY.impl(operator._schema.name.partition("::")[2], autograd, "Autograd", with_keyset=True)
+
+
+class _Last(torch.autograd.Function):
+    """The identity, which no gradient passes."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError("the gradient of an operation of retemper is differentiated again; it has a first one only")
+
+
+def differentiated_once(backward: Callable[..., Any], ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    """Return the gradients that `backward` computes. Where autograd records them, to differentiate them is an error.
+
+    `torch.autograd.function.once_differentiable` would record nothing where the gradients of the outputs are constants,
+    and so lose the second derivative without a word.
+    """
+    with torch.no_grad():
+        found = backward(ctx, *grads)
+    if not torch.is_grad_enabled():
+        return found
+    return tuple(None if grad is None else _Last.apply(grad.detach().requires_grad_()) for grad in found)
 
 
 def is_symbol(number: Any) -> bool:

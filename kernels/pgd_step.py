@@ -13,6 +13,10 @@ projection and clip, and z what the step above makes of `adv`:
 
     adv, previous <- P(adv + inertia (z - adv) + (1 - inertia) (adv - previous)), adv
 
+A number of the step is a float, or a tensor of floats: one for all; (B,), or any shape that flattens to it, by sample;
+(C,), (C, 1, 1) or (1, C, 1, 1), by channel; (B, C, 1, 1). With B = C, (B,) is by sample. The bounds of a pixel do not
+differ by sample, nor step and eps by channel in L2.
+
 Norms are those of a sample. Bound by memory: L-inf reads 3 tensors and writes 1 in one launch, where eager PyTorch
 takes six launches, reads 9 and writes 6. L2 passes over each sample four times, mostly in the cache.
 
@@ -29,8 +33,7 @@ from torch import Tensor
 from retemper.kernels.ascent import Number, Step, ascend
 from retemper.kernels.ascent_kernels import launch
 from retemper.kernels.operators import is_symbol, operator, overwritten, rewritten
-from retemper.kernels.pixels import NORMS as NORMS
-from retemper.kernels.pixels import grid, named_norm, rows_or_pixels, split
+from retemper.kernels.pixels import NORMS, grid, named_norm, rows_or_pixels, same_memory, split
 from retemper.kernels.runtime import (
     FLOATS,
     compute_dtype,
@@ -71,8 +74,12 @@ def _take(
     if mask is not None:
         require_one_device(adv=adv, mask=mask)
         mask = rows_or_pixels(mask, adv)
+    if norm not in NORMS:
+        raise ValueError(f"norm: {norm!r}; needs one of {', '.join(NORMS)}")
     if adv.numel() == 0:
         return
+    if momentum is not None or previous is not None:
+        _require_own_memory(momentum, previous, adv=adv, grad=grad, clean=clean)
     given = Step(adv, grad, clean, *numbers, norm, mask, momentum, decay, previous, inertia, clip_first)
     if not runs_triton(adv, grad, clean, momentum, previous):
         ascend(given)
@@ -103,6 +110,15 @@ def _misfit(name: str, tensor: Tensor, adv: Tensor) -> ValueError:
     if tensor.shape != adv.shape:
         return ValueError(f"{name}: shape {tuple(tensor.shape)}, but adv has {tuple(adv.shape)}")
     return ValueError(f"{name}: on {tensor.device}, but adv is on {adv.device}; move it with .to()")
+
+
+def _require_own_memory(momentum: Tensor | None, previous: Tensor | None, **others: Tensor | None) -> None:
+    """Raise ValueError where a buffer that is overwritten is the memory of another tensor."""
+    for name, buffer in (("momentum", momentum), ("previous", previous)):
+        for other_name, other in others.items():
+            if buffer is not None and other is not None and same_memory(buffer, other):
+                raise ValueError(f"{name}: it is the memory of {other_name}, and is overwritten; pass a clone()")
+        others |= {name: buffer}
 
 
 def _numbers(
@@ -155,6 +171,14 @@ def _take_symbols(
     _take_op(adv, grad, clean, *numbers, norm, *by, *rest)
 
 
+def _require_constants(adv: Tensor, *constants: Tensor | None) -> None:
+    """Raise ValueError if autograd is tracking a tensor: it would be overwritten, or miss a gradient."""
+    if torch.is_grad_enabled() and True in [one.requires_grad for one in (adv, *constants) if one is not None]:
+        require_writable("adv", adv)
+        names = ("grad", "clean", "step", "eps", "lower", "upper", "momentum", "previous")
+        require_no_grad(**dict(zip(names, constants, strict=True)))
+
+
 def pgd_step_(
     adv: Tensor,
     grad: Tensor,
@@ -176,48 +200,42 @@ def pgd_step_(
 
     A pixel whose gradient is zero or NaN does not move. With L2, neither does one whose gradient is infinite, and a
     sample inside the ball is not rescaled. In float16 and bfloat16 the result is rounded after the projection, so it
-    may leave the ball by half an ulp. The formulas and their sources are in the module docstring.
+    may leave the ball by half an ulp. Formulas, sources and the shapes of numbers: the module docstring.
 
     Args:
         adv: (B, ...), floats, dense with the batch outermost, in any order of the other dimensions (channels-last).
-        grad, clean: of the shape of `adv`, of any float dtype and any strides: they are read as they are. Those of more
-            than 4 dimensions and another layout than `adv` are copied on a GPU.
-        step, eps: in pixel units (8/255, not 8). A number; or floats: one, (B,) or of any shape that flattens to it, by
-            sample; (C,), (C, 1, 1) or (1, C, 1, 1), by channel, with "linf"; (B, C, 1, 1). With B = C, (B,) is by
-            sample. A number of either may not be above the width of the range (or 1) with "linf", nor its
-            sqrt(pixels)-fold with "l2". A negative step moves against the gradient: towards a target. eps >= 0; of a
-            tensor, what is below counts as 0.
-        norm: "linf" or "l2"; also as math.inf, "inf", 2, "2".
-        lower, upper: the range of a valid pixel. A number; or floats: one, or (C,), (C, 1, 1) or (1, C, 1, 1), by
-            channel. Where lower is above upper in a tensor, the pixel becomes upper.
-        mask: (B,) bool, or bool that broadcasts to `adv`. Where it is False, a pixel stays exactly as it is, its
-            gradient counts 0, and its distance from `clean` does not count.
-        momentum: of the shape of `adv`, any float dtype, zeros at first; overwritten.
+        grad, clean: of the shape of `adv`, of any float dtype and strides, read as they are; `clean` may be `adv`.
+            On a GPU, tensors of more than 4 dimensions and another layout than `adv` are copied.
+        step, eps: in pixel units (8/255, not 8); numbers, or tensors of those shapes. A number is at most the width of
+            the range (or 1) in L-inf, or its sqrt(pixels)-fold in L2. A negative step moves against the gradient:
+            towards a target. eps >= 0; of a tensor, what is below counts as 0.
+        norm: "linf" or "l2", or math.inf, "inf", 2, "2".
+        lower, upper: the range of a valid pixel. Where tensors cross, the pixel becomes upper.
+        mask: (B,) bool, or bool that broadcasts to `adv`. Where it is False, a pixel stays exactly as it is, and its
+            gradient and its distance from `clean` count 0.
+        momentum: like `adv`, any float dtype and layout, zeros at first; overwritten. Its values are about 1 / pixels,
+            too small for float16 in large images.
         decay: of the momentum.
-        previous: the iterate before `adv`, of its shape, any float dtype, at first a copy of `adv`; overwritten with
-            what `adv` was.
+        previous: the iterate before, like `adv`, any float dtype and layout, at first a copy; overwritten with `adv`.
         inertia: the weight of the new move, beside `previous`; Auto-PGD takes 1 at its first step, then 0.75.
-        clip_first: with "l2", whether to clip to valid pixels before the projection to the ball, and not after it.
+        clip_first: in L2, whether to clip to valid pixels before the projection to the ball, and not after it.
 
     Returns:
         `adv` itself.
 
     Raises:
         TypeError: an argument is neither a tensor nor a number where it must be one.
-        ValueError: a shape, dtype, device or layout does not fit; an argument requires a gradient, which is not
-            computed; unknown norm; a number for step or eps is not one of pixel units; the range of a pixel is empty.
+        ValueError: a shape, dtype, device, layout or norm does not fit (L1 too); an argument requires a gradient; a
+            number is not in pixel units, or no range of pixels; a buffer is the memory of another argument.
     """
     if not (isinstance(adv, Tensor) and isinstance(grad, Tensor) and isinstance(clean, Tensor)):
         raise TypeError("adv, grad, clean: they must be tensors")
-    if torch.is_grad_enabled():
-        require_writable("adv", adv)
-        buffers = {} if momentum is previous is None else {"momentum": momentum, "previous": previous}
-        require_no_grad(grad=grad, clean=clean, step=step, eps=eps, lower=lower, upper=upper, **buffers)
     norm = named_norm(norm)
     step, step_by = split("step", step)
     eps, eps_by = split("eps", eps)
     lower, lower_by = split("lower", lower, -math.inf)
     upper, upper_by = split("upper", upper, math.inf)
+    _require_constants(adv, grad, clean, step_by, eps_by, lower_by, upper_by, momentum, previous)
     pixels = 1 if norm == "linf" or not adv.numel() else adv.numel() // adv.shape[0]
     require_pixel_units(lower, upper, pixels, step=abs(step), eps=eps)
     if clip_first and norm == "linf":

@@ -5,9 +5,9 @@ words of 64 bits, so eight of 32, the lower half of each before its upper half. 
 from Triton on a GPU, from NumPy's generator on a CPU, and from plain PyTorch where NumPy is missing or the seed is on a
 GPU.
 
-A draw is a word of 32 bits taken as a signed number, rounded to float32 and divided by 2**31: it lies in [-1, 1]. The
-draws a and b make two normal numbers (Box and Muller, 1958): sqrt(-2 ln |a|) times the
-cosine and the sine of pi b. They are at most sqrt(-2 ln 2**-32) = 6.7.
+A draw is a word of 32 bits taken as a signed number, rounded to float32 and divided by 2**31: it lies in [-1, 1]. Two
+draws a and b make two normal numbers (Box and Muller, 1958): sqrt(-2 ln |a|) times the cosine and the sine of pi b.
+They are at most sqrt(-2 ln 2**-32) = 6.7.
 """
 
 import math
@@ -98,7 +98,7 @@ class _Generator(threading.local):
 _generator = _Generator()
 
 
-def random_words(seed: Tensor, rows: tuple[int, int], batch: int, counters: int, stream: int = 0) -> Tensor:
+def random_words(seed: Tensor, rows: tuple[int, int], batch: int, counters: int) -> Tensor:
     """Return random words for some rows of a larger batch.
 
     Args:
@@ -106,16 +106,15 @@ def random_words(seed: Tensor, rows: tuple[int, int], batch: int, counters: int,
         rows: (first, apart): the rows are first, first + apart, ... of the larger batch.
         batch: how many rows there are.
         counters: how many counters a row takes: row r those from r * counters on.
-        stream: the second word of the counters. Words of different streams have nothing to do with each other.
 
     Returns:
         (batch, 8 * counters) int32: the lower half of each word of 64 bits, then its upper half.
     """
     numpy = _numpy() if seed.device.type == "cpu" else None
     if numpy is None:
-        return _words_of_torch(seed, rows, batch, counters, stream)
+        return _words_of_torch(seed, rows, batch, counters)
     first, apart = rows
-    source = _generator.at(numpy, int(seed) & WORD, (stream << 64) + first * counters)
+    source = _generator.at(numpy, int(seed) & WORD, first * counters)
     if apart == 1 or batch == 1:
         return torch.from_numpy(source.random_raw(4 * counters * batch).view("int32")).view(batch, -1)
     parts = []
@@ -125,12 +124,12 @@ def random_words(seed: Tensor, rows: tuple[int, int], batch: int, counters: int,
     return torch.stack(parts)
 
 
-def _words_of_torch(seed: Tensor, rows: tuple[int, int], batch: int, counters: int, stream: int) -> Tensor:
+def _words_of_torch(seed: Tensor, rows: tuple[int, int], batch: int, counters: int) -> Tensor:
     """Return what `random_words` returns, computed in plain PyTorch on the seed's device."""
     row = rows[0] + rows[1] * torch.arange(batch, device=seed.device)
     counter = row[:, None] * counters + torch.arange(counters, device=seed.device)
     zero = torch.zeros_like(counter)
-    words = philox_reference((counter, zero + stream, zero, zero), (seed.reshape(()), zero[0, 0]))
+    words = philox_reference((counter, zero, zero, zero), (seed.reshape(()), zero[0, 0]))
     return torch.stack(words, -1).view(torch.int32).view(batch, -1)
 
 
@@ -142,7 +141,10 @@ def to_normal(draws: Tensor) -> None:
     numpy = _numpy() if draws.device.type == "cpu" else None
     library, rows = (torch, draws) if numpy is None else (numpy, draws.numpy())
     first, second = rows[:, : rows.shape[1] // 2], rows[:, rows.shape[1] // 2 :]
-    length = library.log(positive(library, first))
+    length = library.abs(first)
+    length *= UNIT.value
+    library.clip(length, SMALLEST.value, 1, out=length)
+    library.log(length, out=length)
     length *= -2
     library.sqrt(length, out=length)
     angle = second * (math.pi * UNIT.value)
@@ -150,25 +152,10 @@ def to_normal(draws: Tensor) -> None:
     library.multiply(library.sin(angle), length, out=second)
 
 
-def positive(library: Any, words: Any) -> Any:
-    """Return the words of 32 bits as new numbers above 0 and up to 1."""
-    draw = library.abs(words)
-    draw *= UNIT.value
-    return library.clip(draw, SMALLEST.value, 1, out=draw)
-
-
 @triton.jit
 def _draw(word):
+    """Return the draw that the lower 32 bits of a word make."""
     return word.to(tl.uint32).to(tl.int32, bitcast=True).to(tl.float32) * UNIT
-
-
-@triton.jit
-def first_draw(seed, counter, stream):
-    """Return the first draw in [-1, 1] of one counter."""
-    counter += tl.arange(0, 1)
-    zero = counter * 0
-    word, _, _, _ = tl.philox(seed, counter, zero + stream, zero, zero)
-    return tl.sum(_draw(word), 0)
 
 
 @triton.jit

@@ -214,3 +214,11 @@ def rows_or_pixels(mask: Tensor, image: Tensor) -> Tensor:
     except RuntimeError:
         shapes = f"shape {tuple(mask.shape)}, which does not broadcast to {tuple(image.shape)}"
         raise ValueError(f"mask: {shapes}; needs ({image.shape[0]},) or the shape of adv") from None
+
+
+def same_memory(one: Tensor, other: Tensor) -> bool:
+    """Say whether two tensors begin at one address; inside a transform of torch.func, which has none, they may."""
+    try:
+        return one.data_ptr() == other.data_ptr()
+    except RuntimeError:
+        return True

@@ -24,6 +24,7 @@ from retemper.kernels.operators import is_symbol, operator, overwritten, rewritt
 from retemper.kernels.pixels import grid, laid_out, named_norm, split
 from retemper.kernels.runtime import (
     FLOATS,
+    compute_dtype,
     require_float,
     require_no_grad,
     require_one_device,
@@ -158,7 +159,7 @@ def _of_symbols(
 ) -> None:
     """Take numbers that are symbols of torch.compile too."""
     (eps, eps_by), (lower, lower_by), (upper, upper_by) = (
-        (0.0, adv.new_ones(1) * number) if is_symbol(number) else (number, by)
+        (0.0, adv.new_ones(1, dtype=compute_dtype(adv)) * number) if is_symbol(number) else (number, by)
         for number, by in ((eps, eps_by), (lower, lower_by), (upper, upper_by))
     )
     draw = (noise, scale, clip, first_row, rows_apart)
@@ -183,7 +184,7 @@ def random_start_(
 
     **Pixels are clipped to [0, 1] unless `lower` and `upper` say otherwise**: images in [-1, 1], and images normalised
     by a mean and a deviation, need both, or `clip=False`. The values are not looked at, so no error tells of it.
-    The formulas and their sources are in the module docstring.
+    The formulas are in noise.py, and their sources in the module docstring.
 
     Args:
         adv: (B, ...), any float dtype, dense in any order of dimensions with the batch outermost.

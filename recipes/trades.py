@@ -20,6 +20,7 @@ from retemper.engine import (
     option,
     run_recipe,
 )
+from retemper.kernels import class_temperature_kl
 from retemper.recipes.settings import DIGITS, ON_BOTH, SVHN, adversarial_training, as_student
 
 
@@ -42,8 +43,7 @@ class Trades(OwnPredictionAttack):
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         clean = F.cross_entropy(at_least_float32(logits["clean"]), targets.label_B)
         # the clean prediction is not detached: both networks' outputs move towards each other
-        own_BK, adv_BK = at_least_float32(logits["clean"]).softmax(1), at_least_float32(logits["adv"])
-        return clean + self.beta * F.kl_div(adv_BK.log_softmax(1), own_BK, reduction="batchmean")
+        return clean + self.beta * class_temperature_kl(logits["adv"], logits["clean"])
 
 
 AUTHORS: dict[str, Any] = dict(eps=0.031, attack_step=0.007)  # not 8/255 and 2/255

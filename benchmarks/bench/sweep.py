@@ -23,7 +23,7 @@ VALUES = {  # of each constant, wherever a module has it
 }
 MODULES = {  # the first word of a case's name -> the module with its constants
     "pgd_step_": "pgd_step",
-    "random_start_": "random_start",
+    "random_start_": "noise",
     "augment": "augment",
     "epilogue": "epilogue",
     "class_temperature_kl": "logit_rows",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from retemper.engine.attack import ascend
+from retemper.engine.attack_plan import Plan
 from retemper.engine.checkpoints.header import read_header
 from retemper.engine.checkpoints.weights import CheckpointError, require_intact
 from retemper.engine.class_report import by_class
@@ -119,8 +120,8 @@ def validate(
 
     def trained(clean: Tensor, clean_BK: Tensor, label_B: Tensor, seed: int) -> Tensor:
         objective = recipe.method.objective(Targets(label_B=label_B, own_BK=clean_BK, state={}))
-        options = {name: getattr(attack, name) for name in ("steps", "step", "eps", "start", "clip_start")}
-        return ascend(model, clean, objective=objective, seed=seed, **options)
+        chosen = {name: getattr(attack, name) for name in ("steps", "step", "eps", "start", "clip_start")}
+        return ascend(model, clean, Plan(**chosen, seed=seed), objective=objective)
 
     judging = judging_attack(recipe).on(model, attack.eps)
     perturb = trained if recipe.method.validates_by == "training attack" else judging

@@ -160,7 +160,7 @@ def test_lengths_that_are_not_in_pixel_units_are_refused(
     name: str, model: nn.Module, clean: Tensor, label: Tensor
 ) -> None:
     each = torch.full((6,), EPS, device=clean.device)
-    for value in (8, -0.1, float("nan"), 8 * each * 255, -each, each * torch.nan):
+    for value in (8, float("nan"), 8 * each * 255, each * torch.nan, *([-0.1, -each] if name == "eps" else [-8])):
         with pytest.raises(ValueError, match=rf"{name}: .*8/255, not 8"):
             attacked(model, clean, label, **{name: value})
     attacked(model, clean * 255, label, **{name: 8}, upper=255.0)
@@ -171,12 +171,6 @@ def test_lengths_that_are_not_in_pixel_units_are_refused(
         attacked(model, clean, label, **{name: each[:2]})
     with pytest.raises(ValueError, match="the range of a pixel is empty"):
         attacked(model, clean, label, lower=1.0, upper=0.0)
-
-
-def test_a_random_start_in_l2_lies_in_the_ball(model: nn.Module, clean: Tensor, label: Tensor) -> None:
-    free: dict[str, Any] = dict(norm="l2", steps=0, start="uniform", clip_start=False, seed=0)
-    start = attacked(model, clean, label, eps=0.1, **free)
-    torch.testing.assert_close((start - clean).flatten(1).norm(dim=1), torch.full((6,), 0.1, device=clean.device))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -315,7 +309,7 @@ def test_objectives_and_models_that_cannot_be_are_refused(model: nn.Module, clea
             attacked(model, clean, label, start=start)
     with pytest.raises(ValueError, match="steps = -1"):
         attacked(model, clean, label, steps=-1)
-    with pytest.raises(ValueError, match="norm = 'l1'"):
+    with pytest.raises(ValueError, match="norm: 'l1'"):
         attacked(model, clean, label, norm="l1", steps=0)
 
 
@@ -339,11 +333,8 @@ def test_a_random_start_in_l2_may_be_longer_than_the_range_of_a_pixel() -> None:
     assert (lengths > 1).all() and (lengths <= 2 + 1e-5).all()
 
 
-def test_a_range_for_each_channel_and_a_model_that_overwrites_are_told_plainly() -> None:
+def test_a_model_that_overwrites_its_images_is_told_plainly() -> None:
     clean, label = torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 2])
     options: dict[str, Any] = dict(objective=cross_entropy_objective(label), steps=1, step=0.1, eps=0.1, start="none")
-    of_channels: dict[str, Any] = dict(lower=torch.zeros(1), upper=torch.ones(1))
-    with pytest.raises(TypeError, match="lower, upper"):
-        pgd(lambda image: image.flatten(1)[:, :3], clean, **options, **of_channels)
     with pytest.raises(ValueError, match=r"image\.clone"):
         pgd(lambda image: image.sub_(0.5).flatten(1)[:, :3], clean, **options)

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from retemper.engine import Recipe, State, create_model, train_step
+from retemper.engine import KlObjective, Recipe, State, create_model, train_step
+from retemper.engine.attack import ascend
+from retemper.engine.attack_plan import Plan
 from retemper.engine.catalogue import find_setting, method_module, methods
 from retemper.engine.models import channels_last
 from retemper.engine.speed.capture import WARM_UP, Captured, captured
@@ -186,3 +188,29 @@ def test_each_phase_has_its_own_recording() -> None:
     for phase[0] in (1, 2):
         found += [float(replay(torch.ones(1))) for _ in range(WARM_UP + 2)]
     assert found == [1, 2, 3, 4, 5, 7, 9, 11, 13, 15]
+
+
+def test_an_attack_with_every_choice_is_replayed() -> None:
+    torch.manual_seed(0)
+    net = create_model("tiny_resnet", 10).eval()
+    image, label, seed = torch.rand(4, 1, 8, 8), torch.arange(4), torch.tensor([3])
+    plan = Plan(
+        steps=3,
+        step=torch.tensor([0.05, -0.05, 0.02, 0.03]),
+        eps=torch.full((4, 1, 1, 1), 0.1),
+        seed=seed,
+        lower=torch.zeros(1),
+        upper=torch.ones(1, 1, 1),
+        mask=torch.rand(1, 1, 8, 8) < 0.8,
+        momentum=0.9,
+        restarts=2,
+        keep="best",
+    )
+    objective = KlObjective(torch.randn(4, 10), label)
+    with Recorder() as recorder:
+        adv = ascend(net, image, plan, objective=objective)
+    image.copy_(torch.rand(4, 1, 8, 8))
+    seed.add_(5)
+    recorder.replay()
+    assert torch.equal(adv, ascend(net, image, plan, objective=objective))
+    assert (adv - image).abs().amax() > 0.09

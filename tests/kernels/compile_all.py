@@ -101,10 +101,10 @@ def starts(dtype: str) -> Iterator[Case]:
     by["CLIP"] = dtype != "fp32"
     absent = {} if OPTIONAL[dtype] else dict.fromkeys(["blocks", "first_row", "rows_apart"])
     yield noise._uniform_start_kernel, types, absent | by | {"BLOCK": noise.BLOCK}
-    yield noise._normal_start_kernel, types, by | {"BLOCK": noise.BLOCK // 2, "num_warps": noise.WARPS}
-    for uniform in (True, False):
-        of_image = {"UNIFORM": uniform, "PIXELS": 3 * 32 * 32, "HALF": 3 * 64, "BLOCK": noise.BLOCK}
-        yield noise._ball_start_kernel, types, by | of_image
+    yield noise._normal_start_kernel, types, by | {"BLOCK": noise.BLOCK // 2, "num_warps": noise.NORMAL_WARPS}
+    for spare in (2, 0):
+        of_image = {"PIXELS": 3 * 32 * 32, "NUMBERS": 3 * 32 * 32 + spare, "HALF": noise.halves(3 * 32 * 32 + spare)}
+        yield noise._ball_start_kernel, types, by | of_image | {"BLOCK": noise.BLOCK}
 
 
 def by_class(dtype: str) -> Iterator[Case]:
@@ -128,7 +128,7 @@ def by_class(dtype: str) -> Iterator[Case]:
 
 
 def rarely(types: dict[str, str], constants: dict[str, Any]) -> Iterator[Case]:
-    """Yield what the KL may be asked for beside: both gradients, reversed, of probabilities, by row, with rows left out."""
+    """Yield what else the KL may be asked for: both gradients, reversed, of probabilities, by row, rows left out."""
     both, loss = {"loss_ptr": None}, dict.fromkeys(["p_grad_ptr", "q_grad_ptr"])
     unlabelled = dict.fromkeys([*OF_CLASS, "label_ptr", "ignore_index"])
     for out in (both, loss):
@@ -234,7 +234,7 @@ def accesses(compiled: Any) -> dict[str, dict[str, int]]:
 
 def row(constants: dict[str, Any]) -> int:
     """Return the number of values that lie side by side; one access may take a divisor of it."""
-    if "HEIGHT" in constants:  # of images
+    if "HEIGHT" in constants:
         return constants["WIDTH"] * constants["CHANNELS"]
     return constants.get("K", 16)
 

@@ -18,7 +18,7 @@ from retemper.kernels import (
     class_temperature_kl_grad_reference,
     class_temperature_kl_reference,
 )
-from retemper.kernels.kl_divergence import arguments
+from retemper.kernels.kl_arguments import arguments
 
 # whole tiles, ragged ones, and rows in several passes (1501), where a program has one row and the interpreter is slow
 SHAPES = [(b, k) for b in (0, 1, 7, 128) for k in (1, 2, 3, 10, 100, 1000) if b * k < 12_000]
@@ -260,6 +260,7 @@ def test_without_a_temperature_it_is_one(device: torch.device) -> None:
     )
 
 
+@pytest.mark.triton
 def test_a_number_takes_no_launch_but_ours(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher, label, _ = batch((7, 10), device)
     kernel = MagicMock()
@@ -359,84 +360,22 @@ def test_rows_may_have_gaps(device: torch.device) -> None:
     assert torch.equal(args.student[:, :5], around[:, :5]) and torch.equal(args.student[:, 15:], around[:, 15:])
 
 
-def test_refuses_what_it_cannot_do(device: torch.device) -> None:
-    student, teacher, label, temperature = batch((7, 10), device)
-    for message, args, options in [
-        (r"student: shape \(70,\); needs \(B, K\)", (student.flatten(), teacher, label, temperature), {}),
-        (r"student: shape \(7, 0\); needs \(B, K\)", (student[:, :0], teacher[:, :0], label, temperature[:0]), {}),
-        (r"teacher: shape \(7, 9\), but student", (student, teacher[:, :9], label, temperature), {}),
-        (r"teacher: torch.int32; needs", (student, teacher.int(), label, temperature), {}),
-        (r"student: strides \(1, 7\); rows", (student.t().contiguous().t(), teacher, label, temperature), {}),
-        (r"label: shape \(6,\); needs \(7,\)", (student, teacher, label[:6], temperature), {}),
-        (r"label: torch.bool; needs torch.int64", (student, teacher, label.bool(), temperature), {}),
-        (r"label: torch.float32; needs torch.int64", (student, teacher, label.float(), temperature), {}),
-        (
-            r"label: None; needs the class of each row, as class_weight",
-            (student, teacher),
-            {"class_weight": temperature},
-        ),
-        (r"label: None; needs the class of each row, as label_trust", (student, teacher), {"label_trust": temperature}),
-        (r"temperature: shape \(10,\); needs \(7,\) by row, or one number", (student, teacher, None, temperature), {}),
-        (
-            r"temperature: shape \(9,\); needs \(10,\) by class, \(7,\) by row",
-            (student, teacher, label, temperature[:9]),
-            {},
-        ),
-        (r"temperature: torch.float16", (student, teacher, label, temperature.half()), {}),
-        (r"temperature: torch.float16 on", (student, teacher, label, temperature[0].half()), {}),
-        (r"row_weight: shape \(10,\); needs \(7,\)", (student, teacher, label), {"row_weight": temperature}),
-        (r"row_weight: torch.int64", (student, teacher, label), {"row_weight": label}),
-        (r"label_trust: needs reverse=False", (student, teacher, label), {"label_trust": temperature, "reverse": True}),
-        (r"teacher_is: 'probs'; needs 'logits' or", (student, teacher, label), {"teacher_is": "probs"}),
-        *(
-            (message, (student, teacher, label, number), {"teacher_is": "probabilities", **options})
-            for message, number, options in [
-                (r"temperature: needs teacher_is='logits'", 2.0, {}),
-                (r"temperature: needs teacher_is='logits'", temperature, {}),
-                (r"label_trust: needs teacher_is='logits'", 1.0, {"label_trust": temperature}),
-                (r"reverse: needs teacher_is='logits'; .* teacher.log\(\)", 1.0, {"reverse": True}),
-            ]
-        ),
-        (r"class_dim: 2; student has shape \(7, 10\)", (student, teacher, label), {"class_dim": 2}),
-        *(
-            (f"^temperature: {number}; needs a finite number above 0", (student, teacher, label, number), {})
-            for number in (0, -1.5, math.nan, math.inf)
-        ),
-        (r"temperature: stride 0", (student, teacher, label, temperature[:1].expand(10)), {}),
-        (r"class_weight: shape \(7,\)", (student, teacher, label, temperature), {"class_weight": temperature[:7]}),
-        (
-            r"label_trust: shape \(9,\); needs \(10,\)",
-            (student, teacher, label, temperature),
-            {"label_trust": temperature[:9]},
-        ),
-        (r"label_trust: torch.int64", (student, teacher, label, temperature), {"label_trust": temperature.long()}),
-        (r"student_temperature: 0", (student, teacher, label, temperature), {"student_temperature": 0.0}),
-        (r"student_temperature: a tensor of shape", (student, teacher, label), {"student_temperature": temperature}),
-        (r"student_temperature: nan", (student, teacher, label, temperature), {"student_temperature": math.nan}),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            class_temperature_kl(*args, **options)
-        with pytest.raises(ValueError, match=message):
-            class_temperature_kl_grad_(*args, **options)
-    with pytest.raises(ValueError, match="reduction: 'avg'; needs one of batchmean, mean, sum, none"):
-        class_temperature_kl(student, teacher, label, temperature, reduction="avg")
-    with pytest.raises(ValueError, match=r"student: strides \(0, 1\) overlap"):
-        class_temperature_kl_grad_(student[:1].expand(7, 10), teacher, label, temperature)
-    tracked = student.requires_grad_()
-    with pytest.raises(ValueError, match=r"student: requires grad .* student.detach\(\)"):
-        class_temperature_kl_grad_(tracked * 1, teacher, label, temperature)
-    for name, args in {"student": (None, teacher), "teacher": (student, None)}.items():
-        with pytest.raises(TypeError, match=f"{name}: a NoneType; needs a tensor"):
-            class_temperature_kl(*args, label)  # type: ignore[arg-type]
-
-
 def operands(inputs: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(arguments(**inputs))[:-1]
+    return tuple(arguments(**inputs))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("form", ["by class", "number", "by row", "probabilities"])
-def test_are_well_formed_ops(dtype: torch.dtype, form: str, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [
+        ("by class", torch.bfloat16),
+        ("by class", torch.float64),
+        ("number", torch.float32),
+        ("by row", torch.float32),
+        ("probabilities", torch.float32),
+    ],
+    ids=str,
+)
+def test_are_well_formed_ops(form: str, dtype: torch.dtype, device: torch.device) -> None:
     student, teacher, label, temperature = batch((7, 10), device, dtype, dtype)
     options: dict[str, Any] = {
         "by class": {

@@ -131,11 +131,21 @@ def test_infinite_gradients_have_a_sign(device: torch.device) -> None:
     assert adv.tolist() == [[0.75, 0.25]]
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_a_pixel_that_is_not_a_number_stays_so(dtype: torch.dtype, device: torch.device) -> None:
+def test_a_pixel_that_is_not_a_number_stays_so(dtype: torch.dtype, norm: str, device: torch.device) -> None:
     adv = torch.tensor([[0.5, float("nan")]], device=device, dtype=dtype)
-    out = pgd_step_(adv, torch.ones_like(adv), torch.full_like(adv, 0.5), STEP, EPS)
+    out = pgd_step_(adv, torch.ones_like(adv), torch.full_like(adv, 0.5), STEP, EPS, norm=norm)
     assert out.isnan().tolist() == [[False, True]]
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_ball_without_a_radius_is_its_centre(dtype: torch.dtype, norm: str, device: torch.device) -> None:
+    adv, grad, clean = batch((2, 3, 8, 8), dtype, device)
+    grad[0], adv[0] = 0, clean[0]
+    for eps in (0.0, torch.zeros(2, device=device)):
+        assert torch.equal(pgd_step_(adv.clone(), grad, clean, STEP, eps, norm=norm), clean)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0)])
@@ -170,9 +180,9 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
     with pytest.raises(ValueError, match=r"lower: 1.0, upper: 0.0; the range of a pixel is empty"):
         pgd_step_(adv, grad, clean, STEP, EPS, lower=1.0, upper=0.0)
     with pytest.raises(TypeError, match="step: a str; needs a number or a tensor of floats"):
-        pgd_step_(adv, grad, clean, "small", EPS)
+        pgd_step_(adv, grad, clean, "small", EPS)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="adv, grad, clean: they must be tensors"):
-        pgd_step_(adv, 1.0, clean, STEP, EPS)
+        pgd_step_(adv, 1.0, clean, STEP, EPS)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"lower: .* shape \(2,\); needs a number, or floats \(3, 1, 1\) by channel"):
         pgd_step_(adv, grad, clean, STEP, EPS, lower=torch.zeros(2, device=device))
     with pytest.raises(ValueError, match="eps: it differs by channel; with norm='l2' a sample has one eps"):
@@ -185,6 +195,16 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
         pgd_step_(adv, grad, clean, STEP, EPS, mask=torch.ones(3, dtype=torch.bool, device=device))
     with pytest.raises(ValueError, match=r"momentum: shape"):
         pgd_step_(adv, grad, clean, STEP, EPS, momentum=adv[:1])
+    shared: dict[str, dict[str, Any]] = {
+        "clean": {"previous": clean},
+        "grad": {"momentum": grad},
+        "adv": {"previous": adv},
+    }
+    for name, buffers in shared.items():
+        with pytest.raises(ValueError, match=rf"it is the memory of {name}, and is overwritten; pass a clone\(\)"):
+            pgd_step_(adv, grad, clean, STEP, EPS, **buffers)
+    with pytest.raises(ValueError, match="norm: 'l3'; needs one of linf, l2"):
+        torch.ops.retemper.pgd_step_(adv, grad, clean, STEP, EPS, 0.0, 1.0, "l3")
     pgd_step_(adv, grad, clean, 2, 8, lower=0.0, upper=255.0)  # other units
     pgd_step_(adv, grad, clean, 2, 8, norm="l2")  # 192 pixels: the ball is longer than any one of them
     with pytest.raises(ValueError, match=r"adv: requires grad .* adv.detach\(\)"):
@@ -236,7 +256,7 @@ def test_numbers_may_differ_by_sample_and_by_channel(
     assert torch.equal(out, eager.clamp(0, 1))
     assert torch.equal(pgd_step_reference(adv, grad, clean, numbers - 0.5, numbers), out)
     if form in ("()", "(1,)", "(C,)", "(C, 1, 1)", "(1, C, 1, 1)"):
-        bounds = {"lower": 0.3 + 0.1 * numbers, "upper": 0.3 + 0.1 * (numbers + 0.5)}
+        bounds: dict[str, Any] = {"lower": 0.3 + 0.1 * numbers, "upper": 0.3 + 0.1 * (numbers + 0.5)}
         assert torch.equal(pgd_step_(adv, grad, clean, numbers - 0.5, numbers, **bounds), eager.clamp(low, high))
 
 
@@ -306,7 +326,9 @@ def test_gradient_and_centre_may_lie_otherwise(shape: tuple[int, ...], norm: str
         for others in zip(*(in_another_layout(t) for t in (grad, clean, *more.values())), strict=True):
             out, (mask, momentum, previous) = adv.clone(), others[2:]
             result = [out, momentum.clone(), previous.clone()]
-            pgd_step_(out, *others[:2], STEP, EPS, norm=norm, mask=mask, momentum=result[1], previous=result[2])
+            pgd_step_(
+                out, others[0], others[1], STEP, EPS, norm=norm, mask=mask, momentum=result[1], previous=result[2]
+            )
             for one, other in zip(result, expected, strict=True):
                 torch.testing.assert_close(one, other, rtol=0, atol=0 if norm == "linf" else 2**-22)
 
@@ -330,11 +352,17 @@ def test_dtypes_may_differ(dtypes: tuple[torch.dtype, ...], norm: str, device: t
     torch.testing.assert_close(out, expected, rtol=0, atol=TOLERANCE[dtypes[0]])
 
 
+@pytest.mark.parametrize("path", ["triton", "reference"])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_one_tensor_may_be_the_iterate_and_the_centre(norm: str, device: torch.device) -> None:
+def test_one_tensor_may_be_the_iterate_and_the_centre(
+    norm: str, path: str, device: torch.device, request: pytest.FixtureRequest
+) -> None:
+    if path == "reference":
+        request.getfixturevalue("reference_path")
     _, grad, clean = batch((2, 3, 8, 8), torch.float32, device)
-    expected = pgd_step_(clean.clone(), grad, clean, STEP, EPS, norm=norm)
-    assert torch.equal(pgd_step_(clean, grad, clean.detach(), STEP, EPS, norm=norm), expected)
+    step = 4 * EPS  # out of the ball, so that the projection shows
+    expected = pgd_step_(clean.clone(), grad, clean, step, EPS, norm=norm)
+    assert torch.equal(pgd_step_(clean, grad, clean.detach(), step, EPS, norm=norm), expected)
 
 
 MASKS = {"rows": (2,), "pixels": (2, 3, 8, 8), "places": (8, 8), "channels": (3, 1, 1)}
@@ -421,7 +449,7 @@ def test_l2_with_inertia(masked: bool, dtype: torch.dtype, device: torch.device)
 def test_l2_may_clip_before_it_projects(dtype: torch.dtype, device: torch.device) -> None:
     adv, grad, clean = batch((2, 3, 8, 8), dtype, device)
     wide = adv.double(), grad.double(), clean.double()
-    bounds = {"lower": torch.tensor([0.1, 0.2, 0.3], device=device), "upper": 0.9}
+    bounds: dict[str, Any] = {"lower": torch.tensor([0.1, 0.2, 0.3], device=device), "upper": 0.9}
     low = bounds["lower"].double().view(3, 1, 1)
     moved = wide[0] + 3 * wide[1] / wide[1].square().sum((1, 2, 3), keepdim=True).sqrt()
     delta = torch.min(torch.max(moved, low), torch.full_like(moved, 0.9)) - wide[2]
