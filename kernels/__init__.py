@@ -11,6 +11,7 @@ from retemper.kernels.class_temperature_kl import class_temperature_kl, class_te
 from retemper.kernels.epilogue import epilogue, epilogue_reference
 from retemper.kernels.jensen_shannon import class_temperature_js, class_temperature_js_reference
 from retemper.kernels.kl_divergence import class_temperature_kl_grad_reference, class_temperature_kl_reference
+from retemper.kernels.patches import patch_torchattacks
 from retemper.kernels.pgd_step import pgd_step_
 from retemper.kernels.philox import philox_reference
 from retemper.kernels.random_start import random_start_, random_start_reference
@@ -30,6 +31,7 @@ __all__ = [
     "epilogue_reference",
     "identity_view",
     "num_views",
+    "patch_torchattacks",
     "pgd_step_",
     "pgd_step_reference",
     "philox_reference",

@@ -27,15 +27,13 @@ from retemper.kernels.language import cdiv, next_power_of_2, tl, triton
 from retemper.kernels.logit_rows import row_logits, row_tiles
 from retemper.kernels.numerics import LN2, LOG2E
 from retemper.kernels.operators import operator
+from retemper.kernels.rows import LABELS, require_dense, require_each, require_logits
 from retemper.kernels.runtime import (
     EXACT,
     access_width,
     compute_dtype,
     launching,
     require_no_grad,
-    require_one_device,
-    require_rows,
-    require_vector,
     runs_triton,
 )
 
@@ -43,9 +41,8 @@ from retemper.kernels.runtime import (
 WIDEST = 16  # classes whose sums a program can hold beside its rows
 PARTS = 1024  # the most programs of that kind: about as many as a GPU runs at once, and a second launch adds up quickly
 SLICE = 1024  # rows of a program that goes through rows for its block of classes
-BLOCK, TILE = 32, 4096  # classes of that block, and how many rows times classes a program looks at at once
+BLOCK, TILE = 32, 2048  # classes of that block, and how many rows times classes a program looks at at once
 FEW = 16  # classes; rows shorter than PyTorch's vectors are slow on a CPU, so that it gets them as columns
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def sum_tiles(classes: int) -> dict[str, int]:
@@ -60,18 +57,30 @@ def class_sums_reference(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor,
     Args and Returns: as for `class_sums`. Nothing is checked. Differentiable in `logits`.
     """
     wide, label = logits.to(compute_dtype(logits)), label.long()
-    classes = wide.shape[1]
+    classes, known = wide.shape[1], None
+    if not _all_known(label, classes):
+        given, label = label, label.clamp(0, classes - 1)
+        known = label == given
     log_softmax = wide.log_softmax(1) if classes >= FEW else wide.t().log_softmax(0).t()
-    inner = label.clamp(0, classes - 1)
-    known = label == inner
-    cross_entropy = F.nll_loss(log_softmax, inner, reduction="none")
+    cross_entropy = F.nll_loss(log_softmax, label, reduction="none")
     hit = (wide.max(1)[1] == label).logical_and_(cross_entropy == cross_entropy)  # a row with NaN predicts nothing
+    if known is not None:
+        cross_entropy, hit = cross_entropy.masked_fill(~known, 0), hit & known
     loss, none = wide.new_zeros(classes), label.new_zeros(classes)
+    counted = torch.ones_like(label) if known is None else known.long()
     return (
-        loss.index_add_(0, inner, cross_entropy.masked_fill_(~known, 0)),
-        none.index_add(0, inner, hit.long()),
-        none.index_add_(0, inner, known.long()),
+        loss.index_add_(0, label, cross_entropy),
+        none.index_add(0, label, hit.long()),
+        none.index_add_(0, label, counted),
     )
+
+
+def _all_known(label: Tensor, classes: int) -> bool:
+    """Say whether each label is a class, as far as it is told: on a CPU a look costs less than care for all rows."""
+    if not label.is_cpu or label.numel() == 0 or type(label) is not Tensor or torch.compiler.is_compiling():
+        return False
+    lowest, highest = label.aminmax()
+    return lowest.item() >= 0 and highest.item() < classes
 
 
 @triton.jit
@@ -204,15 +213,16 @@ def _slice_sums_kernel(
     loss = tl.zeros((BLOCK,), tl.float32)
     correct = tl.zeros((BLOCK,), tl.int32)
     count = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, SLICE, TALL):
-        row = part * SLICE + start + tl.arange(0, TALL)
-        label = tl.load(label_ptr + row, mask=row < B, other=-1).to(tl.int64)
-        inside = (row < B) & (label // BLOCK == block)
-        if tl.sum(inside.to(tl.int32), 0) != 0:  # of many classes, most blocks have no row
-            cross_entropy = tl.load(cross_entropy_ptr + row, mask=inside, other=0.0)
-            hit = tl.load(hit_ptr + row, mask=inside, other=0) > 0
-            near = tl.where(inside, label, -1).to(tl.int32)
-            more_loss, more_correct, more = _of_classes(cls, near, cross_entropy, hit)
+    every = part * SLICE + tl.arange(0, SLICE)
+    label = tl.load(label_ptr + every, mask=every < B, other=0).to(tl.int64)
+    if tl.sum((label // BLOCK == block).to(tl.int32), 0) != 0:  # of many classes, most blocks have no row
+        for first in range(part * SLICE, tl.minimum(part * SLICE + SLICE, B), TALL):
+            row = first + tl.arange(0, TALL)
+            own = tl.load(label_ptr + row, mask=row < B, other=0).to(tl.int64)
+            own = tl.where(row < B, own, -1)
+            cross_entropy = tl.load(cross_entropy_ptr + row, mask=row < B, other=0.0)
+            hit = tl.load(hit_ptr + row, mask=row < B, other=0) != 0
+            more_loss, more_correct, more = _of_classes(cls, own, cross_entropy, hit)
             loss += more_loss
             correct += more_correct
             count += more
@@ -281,15 +291,20 @@ def _empty(logits: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tens
     return loss, logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.int64)
 
 
+def _check(logits: Tensor, label: Tensor) -> None:
+    """Raise ValueError where a shape, dtype, device or stride does not fit."""
+    require_logits(logits=logits)
+    require_each("label", label, logits.shape[0], LABELS, logits.device)
+    require_dense("label", label)
+
+
 def _fake(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _empty(logits, logits.shape[1:])
 
 
 @operator("class_sums(Tensor logits, Tensor label) -> (Tensor, Tensor, Tensor)", fake=_fake)
 def _class_sums_op(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    require_rows(logits=logits)
-    require_one_device(logits=logits, label=label)
-    require_vector("label", label, logits.shape[0], *INTEGERS)
+    _check(logits, label)
     if not runs_triton(logits):
         return class_sums_reference(logits, label)
     sums = _fake(logits, label)
@@ -320,4 +335,13 @@ def class_sums(logits: Tensor, label: Tensor, num_classes: int) -> tuple[Tensor,
     if logits.dim() != 2 or logits.shape[1] != num_classes:
         raise ValueError(f"logits: shape {tuple(logits.shape)}; needs (B, {num_classes}), as num_classes says")
     require_no_grad(logits=logits)
+    if _in_plain_pytorch(logits):
+        _check(logits, label)
+        return class_sums_reference(logits, label)
     return _class_sums_op(logits, label)
+
+
+def _in_plain_pytorch(logits: Tensor) -> bool:
+    """Say whether the reference is called as it is: an operator around it would take longer than many a batch."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return type(logits) is Tensor and not (traced or runs_triton(logits))

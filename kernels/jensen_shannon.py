@@ -24,7 +24,7 @@ from torch import Tensor
 
 from retemper.kernels.class_temperature_kl import REDUCTIONS, _check, _constant, _divisor, class_temperature_kl
 from retemper.kernels.js_kernel import launch
-from retemper.kernels.kl_divergence import Inputs, _rows, arguments
+from retemper.kernels.kl_divergence import PART, Inputs, _rows, arguments
 from retemper.kernels.operators import differentiable, operator, rewritten
 from retemper.kernels.runtime import compute_dtype, require_no_grad, runs_triton
 
@@ -57,11 +57,11 @@ def _compute(
     """Return the losses of the rows, (B,), and the gradients that are wanted, (B, K), all in the dtype of the sums."""
     dtype = compute_dtype(inputs.student, inputs.teacher)
     rows = _rows(inputs, dtype)
-    log_p = _log_softmax(inputs.teacher.to(dtype), rows.temperature)
-    log_q = _log_softmax(inputs.student.to(dtype), inputs.student_temperature)
-    p, q = log_p.exp(), log_q.exp()
-    log_m = torch.lerp(q, p, beta).clamp(min=torch.finfo(dtype).tiny).log()  # the smallest p, times beta, is 0
-    p_terms, q_terms = _terms(p, log_p - log_m), _terms(q, log_q - log_m)
+    p, log_p = _softmax(inputs.teacher.to(dtype), rows.temperature)
+    q, log_q = _softmax(inputs.student.to(dtype), inputs.student_temperature)
+    limits = torch.finfo(dtype)
+    log_m = torch.lerp(q, p, beta).clamp(min=limits.tiny).log()  # the smallest p, times beta, is 0
+    p_terms, q_terms = p * (log_p.clamp(min=limits.min / 2) - log_m), q * (log_q.clamp(min=limits.min / 2) - log_m)
     p_mean, q_mean = p_terms.sum(1, keepdim=True), q_terms.sum(1, keepdim=True)
 
     def finished(value: Tensor) -> Tensor:
@@ -77,16 +77,26 @@ def _compute(
     return loss.squeeze(1), student_grad, teacher_grad
 
 
-def _log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
-    """Return log softmax(logits / temperature): (B, K), of any strides."""
+def _softmax(logits: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Return softmax(logits / temperature) and its logarithm: (B, K) each, of any strides."""
     if isinstance(temperature, Tensor) or temperature != 1:
         logits = (logits - logits.detach().amax(1, keepdim=True)) / temperature
-    return logits.log_softmax(1) if logits.shape[1] >= FEW else logits.t().log_softmax(0).t()
+    log_softmax = logits.log_softmax(1) if logits.shape[1] >= FEW else logits.t().log_softmax(0).t()
+    return log_softmax.exp(), log_softmax
 
 
-def _terms(weight: Tensor, apart: Tensor) -> Tensor:
-    """Return weight * apart: 0 where the weight is 0, and NaN where it is NaN."""
-    return torch.where(weight > 0, weight * apart, weight)
+def _evaluate(
+    inputs: Inputs, beta: float, of_student: bool = False, of_teacher: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return what `_compute` does, on a CPU part by part, so that what is computed of a part stays in the cache."""
+    batch, classes = inputs.student.shape
+    size = max(1, PART * torch.get_num_threads() // classes)
+    if batch <= size or inputs.student.is_cuda:
+        return _compute(inputs, beta, of_student, of_teacher)
+    found: Any = [_compute(part, beta, of_student, of_teacher) for _, part in inputs.parts(size)]
+    loss, *grads = zip(*found, strict=True)
+    student_grad, teacher_grad = (None if grad[0] is None else torch.cat(grad) for grad in grads)
+    return torch.cat(loss), student_grad, teacher_grad
 
 
 _INPUTS = (
@@ -129,7 +139,7 @@ def _rows_op(*arguments: Any) -> Tensor:
     inputs, beta = _split(arguments)
     _check(inputs)
     if not runs_triton(inputs.student, inputs.teacher):
-        return _compute(inputs, beta)[0]
+        return _evaluate(inputs, beta)[0]
     loss = _fake_rows(*arguments)
     launch(inputs, beta, loss=loss)
     return loss
@@ -148,7 +158,7 @@ def _backward_op(row_grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         wanted = (grad if want else None for grad, want in zip(grads, (of_student, of_teacher), strict=True))
         launch(inputs, beta, row_grad, **dict(zip(("student_grad", "teacher_grad"), wanted, strict=True)))
     else:
-        for grad, found in zip(grads, _compute(inputs, beta, of_student, of_teacher)[1:], strict=True):
+        for grad, found in zip(grads, _evaluate(inputs, beta, of_student, of_teacher)[1:], strict=True):
             if found is not None:
                 torch.mul(found, row_grad[:, None], out=grad)
     return grads

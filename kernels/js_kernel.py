@@ -32,13 +32,13 @@ def _weighted(log_p, log_q, beta):
     """
     ratio = log_q - log_p
     p_is_larger = ratio <= 0
-    apart = -tl.abs(ratio)
+    apart = tl.maximum(-tl.abs(ratio), -200.0)  # finite, also where one is 0, or both and the ratio is NaN
     r = tl.exp2(apart)
     log_m = tl.log2(1 - tl.where(p_is_larger, 1 - beta, beta) * (1 - r))
     larger = tl.exp2(tl.maximum(log_p, log_q, propagate_nan=tl.PropagateNan.ALL))
-    smaller = tl.where(larger == 0, 0.0, larger * r)  # where both are 0, r is NaN
-    of_larger = tl.where(larger == 0, 0.0, -larger * log_m)
-    of_smaller = tl.where(smaller == 0, 0.0, smaller * (apart - log_m))
+    smaller = larger * r
+    of_larger = -larger * log_m
+    of_smaller = smaller * (apart - log_m)
     p, q = tl.where(p_is_larger, larger, smaller), tl.where(p_is_larger, smaller, larger)
     return p, q, tl.where(p_is_larger, of_larger, of_smaller), tl.where(p_is_larger, of_smaller, of_larger)
 

