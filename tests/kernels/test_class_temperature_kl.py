@@ -260,6 +260,7 @@ def test_without_a_temperature_it_is_one(device: torch.device) -> None:
     )
 
 
+@pytest.mark.triton
 def test_a_number_takes_no_launch_but_ours(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher, label, _ = batch((7, 10), device)
     kernel = MagicMock()
