@@ -361,7 +361,7 @@ def test_rows_may_have_gaps(device: torch.device) -> None:
 
 
 def operands(inputs: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(arguments(**inputs))
+    return arguments(**inputs).of_operator()
 
 
 @pytest.mark.parametrize(

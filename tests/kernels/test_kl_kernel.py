@@ -322,7 +322,8 @@ def test_reversed_is_pytorchs_loss_of_the_student_s_prediction(path: str, device
 
 
 @pytest.mark.parametrize(
-    ("shape", "class_dim"), [((2, 3, CLASSES), -1), ((2, CLASSES, 3, 4), 1), ((CLASSES, 6), 0), ((1, CLASSES, 6), 1)]
+    ("shape", "class_dim"),
+    [((2, 3, CLASSES), -1), ((2, CLASSES, 3, 4), 1), ((CLASSES, 6), 0), ((CLASSES, 1), 0), ((1, CLASSES, 6), 1)],
 )
 @pytest.mark.parametrize("form", ["by class", "by row", "left out"])
 def test_leading_dimensions_are_rows(
