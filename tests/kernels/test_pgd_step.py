@@ -352,13 +352,9 @@ def test_dtypes_may_differ(dtypes: tuple[torch.dtype, ...], norm: str, device: t
     torch.testing.assert_close(out, expected, rtol=0, atol=TOLERANCE[dtypes[0]])
 
 
-@pytest.mark.parametrize("path", ["triton", "reference"])
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_one_tensor_may_be_the_iterate_and_the_centre(
-    norm: str, path: str, device: torch.device, request: pytest.FixtureRequest
-) -> None:
-    if path == "reference":
-        request.getfixturevalue("reference_path")
+def test_one_tensor_may_be_the_iterate_and_the_centre(norm: str, device: torch.device) -> None:
     _, grad, clean = batch((2, 3, 8, 8), torch.float32, device)
     step = 4 * EPS  # out of the ball, so that the projection shows
     expected = pgd_step_(clean.clone(), grad, clean, step, EPS, norm=norm)
@@ -487,11 +483,9 @@ def everything(norm: str, device: torch.device) -> tuple[Any, ...]:
     )
 
 
-@pytest.mark.parametrize("path", ["triton", "reference"])
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_is_a_well_formed_op(norm: str, path: str, device: torch.device, request: pytest.FixtureRequest) -> None:
-    if path == "reference":
-        request.getfixturevalue("reference_path")
+def test_is_a_well_formed_op(norm: str, device: torch.device) -> None:
     op = torch.ops.retemper.pgd_step_.default
     for layout in LAYOUTS:
         adv, grad, clean = (t.contiguous(memory_format=layout) for t in batch((2, 3, 8, 8), torch.float32, device))
