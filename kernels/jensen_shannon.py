@@ -183,8 +183,8 @@ def class_temperature_js(
     what the other predicts. Rows that are ignored or have no class are as in `class_temperature_kl`.
 
     Args:
-        student, teacher, label, temperature, student_temperature, class_weight, row_weight, ignore_index, class_dim,
-            reduction: as for `class_temperature_kl`.
+        student, teacher, label, temperature, student_temperature: as for `class_temperature_kl`.
+        class_weight, row_weight, ignore_index, class_dim, reduction: as there.
         beta: the teacher's share in the mixture, from 0 to 1. 0 gives KL(teacher || student) and 1 gives
             KL(student || teacher).
 
