@@ -27,7 +27,7 @@ from retemper.kernels.class_temperature_kl import REDUCTIONS, class_temperature_
 from retemper.kernels.js_kernel import launch
 from retemper.kernels.kl_arguments import Inputs, arguments, require_fitting
 from retemper.kernels.kl_divergence import distribution, evaluate, finished, rows_of
-from retemper.kernels.operators import differentiable, operator, rewritten
+from retemper.kernels.operators import differentiable, keep, operator, rewritten
 from retemper.kernels.runtime import compute_dtype, require_no_grad, runs_triton
 
 
@@ -142,7 +142,7 @@ def _backward_op(row_grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.temperature, ctx.student_temperature, ctx.beta, ctx.by_row, ctx.ignore_index = inputs
-    ctx.save_for_backward(*tensors)
+    keep(ctx, *tensors)
 
 
 def _backward(ctx: Any, row_grad: Tensor) -> tuple[Tensor | None, ...]:

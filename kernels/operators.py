@@ -86,6 +86,11 @@ def differentiable(operator: Any, backward: Callable[..., Any], setup: Callable[
     LIBRARY.impl(operator._schema.name.partition("::")[2], autograd, "Autograd", with_keyset=True)
 
 
+def keep(ctx: Any, *tensors: Tensor | None) -> None:
+    """Save tensors for the backward. Of those made in inference mode, which autograd cannot save, it saves copies."""
+    ctx.save_for_backward(*(t.clone() if t is not None and t.is_inference() else t for t in tensors))
+
+
 class _Last(torch.autograd.Function):
     """The identity, which no gradient passes."""
 
