@@ -23,7 +23,8 @@ from torch import Tensor
 from retemper.kernels.kl_arguments import Inputs, arguments, require_fitting, require_overwritable
 from retemper.kernels.kl_divergence import AtOnce, compute, divisor, evaluate, looked_up, overwrite
 from retemper.kernels.kl_kernel import launch
-from retemper.kernels.operators import differentiable, is_symbol, operator, overwritten, rewritten
+from retemper.kernels.operators import differentiable, is_symbol, keep, operator, overwritten, rewritten
+from retemper.kernels.pixels import apart
 from retemper.kernels.runtime import compute_dtype, require_no_grad, require_writable, runs_triton
 
 REDUCTIONS = ("batchmean", "mean", "sum", "none")
@@ -88,6 +89,7 @@ def _overwrite_op(*arguments: Any) -> None:
     inputs = Inputs(*arguments)
     require_overwritable(inputs)
     student = inputs.student
+    inputs = inputs._replace(teacher=apart(inputs.teacher, student))
     if runs_triton(student, inputs.teacher):
         launch(inputs, student_grad=student)
         overwritten(student)
@@ -96,7 +98,9 @@ def _overwrite_op(*arguments: Any) -> None:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:7])
+    if any(ctx.needs_input_grad[2:]):
+        raise ValueError("only student and teacher have gradients; detach the other tensors")
+    keep(ctx, *inputs[:7])
     ctx.rest = inputs[7:]
 
 
@@ -307,7 +311,7 @@ def class_temperature_kl_grad_(
     require_writable("student", student)
     if _in_plain_pytorch(inputs):
         require_overwritable(inputs)
-        overwrite(looked_up(inputs))
+        overwrite(looked_up(inputs._replace(teacher=apart(inputs.teacher, inputs.student))))
     else:
         (_grad_op if torch.compiler.is_compiling() else _overwrite_op)(*inputs.of_operator())
     if inputs.student.data_ptr() != student.data_ptr():  # the rows were copied, to lie side by side

@@ -268,7 +268,7 @@ def test_what_is_read_may_overlap_what_is_written(
     for view in views.values():
         for read in ("grad", "clean"):
             memory = batch((5, 3, 40, 40), torch.float32, device)[0]
-            given: dict[str, Tensor] = {"grad": other, "clean": other.sigmoid()}
+            given: dict[str, Any] = {"grad": other, "clean": other.sigmoid()}
             expected = pgd_step_(
                 memory[1:].clone(), **given | {read: view(memory).clone()}, step=0.5, eps=1.0, norm=norm
             )
@@ -278,15 +278,12 @@ def test_what_is_read_may_overlap_what_is_written(
 
 def test_two_buffers_may_lie_in_turns(device: torch.device) -> None:
     adv, grad, clean = batch((2, 3, 8, 8), torch.float32, device)
-    apart = {"momentum": torch.zeros_like(adv), "previous": adv.clone()}
+    apart: dict[str, Any] = {"momentum": torch.zeros_like(adv), "previous": adv.clone()}
     memory = torch.stack(list(apart.values()), 1)
-    together = {"momentum": memory[:, 0], "previous": memory[:, 1]}
+    together: dict[str, Any] = {"momentum": memory[:, 0], "previous": memory[:, 1]}
     expected = pgd_step_(adv.clone(), grad, clean, STEP, EPS, **apart)
     assert torch.equal(pgd_step_(adv, grad, clean, STEP, EPS, **together), expected)
     assert torch.equal(memory, torch.stack(list(apart.values()), 1))
-
-
-MASKS = {"rows": (2,), "pixels": (2, 3, 8, 8), "places": (8, 8), "channels": (3, 1, 1)}
 
 
 @pytest.mark.parametrize("inertia", [1.0, 0.75])
