@@ -386,15 +386,15 @@ def test_what_is_read_may_overlap_what_is_written(
 ) -> None:
     if path == "reference":
         request.getfixturevalue("reference_path")
-    other = torch.randn(4, 3, 40, 40, generator=torch.Generator().manual_seed(1)).to(device)
+    other = torch.randn(2, 3, 20, 20, generator=torch.Generator().manual_seed(1)).to(device)
     views = {
-        "one sample of it": lambda memory: memory[1:2].expand(4, -1, -1, -1),
+        "one sample of it": lambda memory: memory[1:2].expand(2, -1, -1, -1),
         "turned": lambda memory: memory[1:].transpose(2, 3),
         "moved by a sample": lambda memory: memory[:-1],
     }
     for view in views.values():
         for read in ("grad", "clean"):
-            memory = batch((5, 3, 40, 40), torch.float32, device)[0]
+            memory = batch((3, 3, 20, 20), torch.float32, device)[0]
             given: dict[str, Tensor] = {"grad": other, "clean": other.sigmoid()}
             expected = pgd_step_(
                 memory[1:].clone(), **given | {read: view(memory).clone()}, step=0.5, eps=1.0, norm=norm
