@@ -4,15 +4,15 @@
 
 A small network is trained against attacks on scikit-learn's digits, in seconds, and 500 images that it has not seen are
 attacked: in L-inf and in L2, away from their class and towards the next one, with pixels in [0, 1] and in [-1, 1]; from
-the images, from the very start that the peer has drawn, and from five starts that each draws for itself. "left" is how
-many images an attack leaves as they were: of the right class, or not yet of the one aimed at. Ours may leave one more
-in 500, and where the starts differ two standard errors beside. "equal" is how many images are the peer's, to 1e-5 of a
-pixel. At the end stand ours with momentum beside torchattacks' MIFGSM, and with restarts and the best iterate.
+the images, from the very start that the peer has drawn, and from 20 starts that each draws for itself. "left" is how
+many images an attack leaves as they were: of the right class, or not yet of the one aimed at, the mean of the starts.
+Ours may leave one more in 500. "equal" is how many images are the peer's, to 1e-5 of a pixel. At the end stand ours
+with momentum beside torchattacks' MIFGSM, and with restarts and the best iterate. On a CPU it takes one thread, so that
+the same seeds give the same numbers.
 
 Needs no network: pip install 'retemper[bench]'. Exit code: 0, or 1 where ours is weaker or leaves the ball.
 """
 
-import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from retemper.bench import peers
 from retemper.engine import cross_entropy_objective, pgd
 
-IMAGES, STEPS, DRAWS, EPOCHS = 500, 40, 5, 15
+IMAGES, STEPS, DRAWS, EPOCHS = 500, 40, 20, 15
 EPS = {"linf": 0.15, "l2": 0.5}  # in [0, 1]; in [-1, 1] they are twice as long, as are the steps
 SLACK = IMAGES // 500  # by how many images ours may be weaker
 NEAR = 1e-5
@@ -141,12 +141,8 @@ class Row:
 
     @property
     def holds(self) -> bool:
-        """True where ours is as strong, and in the ball. Means of several draws also differ by chance."""
-        chance = 0.0
-        if len(self.left) > 1:
-            chance = 2 * math.sqrt(sum(statistics.variance(one) / len(one) for one in (self.left, self.ours_left)))
-        weaker = statistics.mean(self.ours_left) - statistics.mean(self.left)
-        return self.inside and weaker <= SLACK + chance
+        """True where ours is as strong, and in the ball."""
+        return self.inside and statistics.mean(self.ours_left) - statistics.mean(self.left) <= SLACK
 
     @property
     def cells(self) -> list[object]:
@@ -248,6 +244,7 @@ def main() -> int:
     if reason is not None:
         print(reason, file=sys.stderr)
         return 2
+    torch.set_num_threads(1)
     rows = compared(contest())
     head = ["peer", "norm", "pixels", "aim", "start", "left by the peer", "left by ours", "equal", "as strong"]
     print(markdown(head, [row.cells for row in rows]))

@@ -124,31 +124,27 @@ def pgd(
             scalar, or has no `rows` where they are needed; a start, mode or norm is unknown; no gradient reaches the
             input.
     """
-    clean = checked_images(clean)
-    plan = Plan(
-        steps=steps,
-        step=step,
-        eps=eps,
-        start=start,
-        bn_mode=bn_mode,
-        seed=seed,
-        clip_start=clip_start,
-        rows=rows,
-        norm=named_norm(norm),
-        lower=lower,
-        upper=upper,
-        mask=mask,
-        momentum=momentum,
-        restarts=restarts,
-        keep=keep,
-    )
+    begin: dict[str, Any] = dict(start=start, seed=seed, clip_start=clip_start, rows=rows, restarts=restarts)
+    climb: dict[str, Any] = dict(steps=steps, step=step, momentum=momentum, bn_mode=bn_mode, keep=keep)
+    ball: dict[str, Any] = dict(eps=eps, norm=named_norm(norm), lower=lower, upper=upper, mask=mask)
+    return _checked(model, checked_images(clean), Plan(**begin, **climb, **ball), objective, watch)
+
+
+def _checked(
+    model: Callable[[Tensor], Any],
+    clean: Tensor,
+    plan: Plan,
+    objective: Objective,
+    watch: Callable[[Tensor, Tensor], None] | None,
+) -> Tensor:
+    """Return what `ascend` returns, or raise where the arguments do not fit one another."""
     require_fits(plan, clean)
     if plan.picks and not hasattr(objective, "rows"):
         raise ValueError("objective: restarts and keep = 'best' need one with a method rows; RowsObjective makes one")
     if not clean.numel():
         plan = replace(plan, steps=0, restarts=1, keep="last")  # which asks the model for nothing
     if not isinstance(model, nn.Module):
-        model, plan = _in_mode(model, bn_mode), replace(plan, bn_mode="keep")
+        model, plan = _in_mode(model, plan.bn_mode), replace(plan, bn_mode="keep")
     wanted = [] if _is_recorded() else claims(plan, clean)
     leave = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
     with leave, _telling_of_changed_images():

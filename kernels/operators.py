@@ -109,10 +109,10 @@ def differentiated_once(backward: Callable[..., Any], ctx: Any, *grads: Any) -> 
     `torch.autograd.function.once_differentiable` would record nothing where the gradients of the outputs are constants,
     and so lose the second derivative without a word.
     """
+    if not torch.is_grad_enabled():
+        return backward(ctx, *grads)
     with torch.no_grad():
         found = backward(ctx, *grads)
-    if not torch.is_grad_enabled():
-        return found
     return tuple(None if grad is None else _Last.apply(grad.detach().requires_grad_()) for grad in found)
 
 

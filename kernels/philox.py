@@ -74,7 +74,7 @@ def _numpy() -> Any:
     try:
         import numpy.random  # here, since the kernels are imported without NumPy too
 
-        torch.empty(0).numpy()
+        torch.from_numpy(numpy.empty(0))
     except (ImportError, RuntimeError):
         return None
     return numpy
