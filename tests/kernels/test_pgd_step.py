@@ -159,10 +159,12 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
 
 def test_refuses_what_is_no_buffer_and_no_weight(device: torch.device) -> None:
     adv, grad, clean = batch((2, 3, 8, 8), torch.float32, device)
-    for name, value in {"mask": [True, False], "momentum": 0.9, "previous": 1}.items():
+    wrong: dict[str, Any] = {"mask": [True, False], "momentum": 0.9, "previous": 1}
+    for name, value in wrong.items():
         with pytest.raises(TypeError, match=rf"{name}: a {type(value).__name__}; needs a tensor"):
             pgd_step_(adv, grad, clean, STEP, EPS, **{name: value})
-    for value, shown in {float("nan"): "nan", math.inf: "inf", torch.ones((), device=device): "a tensor"}.items():
+    weights: list[tuple[Any, str]] = [(math.nan, "nan"), (math.inf, "inf"), (torch.ones((), device=device), "a tensor")]
+    for value, shown in weights:
         for name, buffer in {"decay": "momentum", "inertia": "previous"}.items():
             with pytest.raises(ValueError, match=rf"{name}: {shown}; needs a finite number"):
                 pgd_step_(adv, grad, clean, STEP, EPS, **{name: value, buffer: torch.zeros_like(adv)})
@@ -268,7 +270,7 @@ def test_what_is_read_may_overlap_what_is_written(
     for view in views.values():
         for read in ("grad", "clean"):
             memory = batch((3, 3, 20, 20), torch.float32, device)[0]
-            given: dict[str, Tensor] = {"grad": other, "clean": other.sigmoid()}
+            given: dict[str, Any] = {"grad": other, "clean": other.sigmoid()}
             expected = pgd_step_(
                 memory[1:].clone(), **given | {read: view(memory).clone()}, step=0.5, eps=1.0, norm=norm
             )
@@ -278,9 +280,9 @@ def test_what_is_read_may_overlap_what_is_written(
 
 def test_two_buffers_may_lie_in_turns(device: torch.device) -> None:
     adv, grad, clean = batch((2, 3, 8, 8), torch.float32, device)
-    apart = {"momentum": torch.zeros_like(adv), "previous": adv.clone()}
+    apart: dict[str, Any] = {"momentum": torch.zeros_like(adv), "previous": adv.clone()}
     memory = torch.stack(list(apart.values()), 1)
-    together = {"momentum": memory[:, 0], "previous": memory[:, 1]}
+    together: dict[str, Any] = {"momentum": memory[:, 0], "previous": memory[:, 1]}
     expected = pgd_step_(adv.clone(), grad, clean, STEP, EPS, **apart)
     assert torch.equal(pgd_step_(adv, grad, clean, STEP, EPS, **together), expected)
     assert torch.equal(memory, torch.stack(list(apart.values()), 1))
