@@ -159,10 +159,12 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
 
 def test_refuses_what_is_no_buffer_and_no_weight(device: torch.device) -> None:
     adv, grad, clean = batch((2, 3, 8, 8), torch.float32, device)
-    for name, value in {"mask": [True, False], "momentum": 0.9, "previous": 1}.items():
+    wrong: dict[str, Any] = {"mask": [True, False], "momentum": 0.9, "previous": 1}
+    for name, value in wrong.items():
         with pytest.raises(TypeError, match=rf"{name}: a {type(value).__name__}; needs a tensor"):
             pgd_step_(adv, grad, clean, STEP, EPS, **{name: value})
-    for value, shown in {float("nan"): "nan", math.inf: "inf", torch.ones((), device=device): "a tensor"}.items():
+    weights: list[tuple[Any, str]] = [(math.nan, "nan"), (math.inf, "inf"), (torch.ones((), device=device), "a tensor")]
+    for value, shown in weights:
         for name, buffer in {"decay": "momentum", "inertia": "previous"}.items():
             with pytest.raises(ValueError, match=rf"{name}: {shown}; needs a finite number"):
                 pgd_step_(adv, grad, clean, STEP, EPS, **{name: value, buffer: torch.zeros_like(adv)})
@@ -259,15 +261,15 @@ def test_what_is_read_may_overlap_what_is_written(
 ) -> None:
     if path == "reference":
         request.getfixturevalue("reference_path")
-    other = torch.randn(4, 3, 40, 40, generator=torch.Generator().manual_seed(1)).to(device)
+    other = torch.randn(2, 3, 20, 20, generator=torch.Generator().manual_seed(1)).to(device)
     views = {
-        "one sample of it": lambda memory: memory[1:2].expand(4, -1, -1, -1),
+        "one sample of it": lambda memory: memory[1:2].expand(2, -1, -1, -1),
         "turned": lambda memory: memory[1:].transpose(2, 3),
         "moved by a sample": lambda memory: memory[:-1],
     }
     for view in views.values():
         for read in ("grad", "clean"):
-            memory = batch((5, 3, 40, 40), torch.float32, device)[0]
+            memory = batch((3, 3, 20, 20), torch.float32, device)[0]
             given: dict[str, Any] = {"grad": other, "clean": other.sigmoid()}
             expected = pgd_step_(
                 memory[1:].clone(), **given | {read: view(memory).clone()}, step=0.5, eps=1.0, norm=norm
