@@ -40,22 +40,22 @@ STORES_WIDE = LOADS_WIDE - WRITES_FEW | {"_augment_kernel"}  # whose loads are o
 SCALARS = 7  # what a kernel loads beside its tensors: a row's label, temperature, weights, trust, own logit, gradient
 
 
-def functions() -> list[ast.FunctionDef]:
-    """Every function of the kernels' modules."""
+def jit_functions() -> list[ast.FunctionDef]:
+    """Every function of the kernels' modules that Triton compiles."""
     nodes = (node for file in KERNELS.glob("*.py") for node in ast.walk(ast.parse(file.read_text())))
-    return [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    found = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    return [f for f in found if any(ast.unparse(decorator) == "triton.jit" for decorator in f.decorator_list)]
 
 
 def entry_points() -> set[str]:
     """The jit functions that an op launches: those whose names end so."""
-    return {function.name for function in functions() if function.name.endswith("_kernel")}
+    return {function.name for function in jit_functions() if function.name.endswith("_kernel")}
 
 
 def test_no_annotation_of_a_kernel_names_what_triton_refuses() -> None:
     """Triton takes Python 3.10's `typing.Any` for a function that is no kernel, and compiles nothing that names it."""
-    jitted = [f for f in functions() if any(ast.unparse(decorator) == "triton.jit" for decorator in f.decorator_list)]
-    assert len(jitted) > len(entry_points())
-    for function in jitted:
+    assert len(jit_functions()) > len(entry_points())
+    for function in jit_functions():
         annotations = [argument.annotation for argument in function.args.args] + [function.returns]
         named = {ast.unparse(one) for one in annotations if one is not None and not isinstance(one, ast.Constant)}
         assert named <= {"tl.constexpr"}, f"{function.name}: quote {named}"
