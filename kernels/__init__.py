@@ -1,7 +1,10 @@
 """The fused operations: Triton on a GPU, plain PyTorch on a CPU, one contract for both.
 
-Each operation has a module of its name, and the arithmetic of class_temperature_kl is in kl_divergence.py. What the
-modules share is in runtime.py, logit_rows.py and numerics.py.
+An operation has a module of its name: its formula, its operators and what users call. Where that is not all, its
+arithmetic is beside it: ascent.py and ascent_kernels.py of pgd_step.py; noise.py and philox.py of random_start.py;
+kl_arguments.py, kl_divergence.py and kl_kernel.py of class_temperature_kl.py; js_kernel.py of jensen_shannon.py. What
+they share is in runtime.py, operators.py and language.py; in pixels.py for images; in rows.py, logit_rows.py and
+numerics.py for logits. modules.py has the operations as torch.nn.Module, and patches.py puts them into torchattacks.
 """
 
 from retemper.kernels.ascent import pgd_step_reference
@@ -11,12 +14,17 @@ from retemper.kernels.class_temperature_kl import class_temperature_kl, class_te
 from retemper.kernels.epilogue import epilogue, epilogue_reference
 from retemper.kernels.jensen_shannon import class_temperature_js, class_temperature_js_reference
 from retemper.kernels.kl_divergence import class_temperature_kl_grad_reference, class_temperature_kl_reference
+from retemper.kernels.modules import ClassTemperatureJS, ClassTemperatureKL, PgdStep, RandomStart
 from retemper.kernels.patches import patch_torchattacks
 from retemper.kernels.pgd_step import pgd_step_
 from retemper.kernels.philox import philox_reference
 from retemper.kernels.random_start import random_start_, random_start_reference
 
 __all__ = [
+    "ClassTemperatureJS",
+    "ClassTemperatureKL",
+    "PgdStep",
+    "RandomStart",
     "augment",
     "augment_reference",
     "class_sums",

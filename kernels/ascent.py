@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from retemper.kernels.pixels import grid, named_norm, rows_or_pixels, same_memory, spread
+from retemper.kernels.pixels import grid, named_norm, overlap, rows_or_pixels, spread
 
 Number = float | Tensor
 
@@ -73,7 +73,7 @@ def ascend(given: Step) -> None:
     compute = torch.float64 if torch.float64 in (adv.dtype, grad.dtype, clean.dtype) else torch.float32
     if not adv.dtype == grad.dtype == clean.dtype == compute:
         adv, grad, clean = adv.to(compute), grad.to(compute), clean.to(compute)
-    if same_memory(clean, adv):  # one tensor as both: what is overwritten must not be the centre
+    if overlap(clean, adv):  # one tensor as both, say: what is overwritten must not be the centre
         clean = clean.clone()
     room = None if grad is given.grad else grad  # a copy, to be overwritten
     old = adv if mask is None and previous is None else adv.clone()

@@ -7,7 +7,17 @@ from torch import Tensor
 
 from retemper.kernels.ascent import Step, go_on
 from retemper.kernels.language import tl, triton
-from retemper.kernels.pixels import beside, channel_of, channels_of, differs_by, laid_out, number, place, radius
+from retemper.kernels.pixels import (
+    apart,
+    beside,
+    channel_of,
+    channels_of,
+    differs_by,
+    laid_out,
+    number,
+    place,
+    radius,
+)
 from retemper.kernels.runtime import EXACT, clamp, launching, locate, pixel_runs
 
 # The pixels of a program: 8 for each thread of 4 warps, so two loads of 16 bytes of each fp32 tensor. Chosen from the
@@ -223,6 +233,7 @@ def _moved(
 
 def launch(given: Step) -> None:
     """Take the step in place, in Triton: in one launch, with momentum in two, in L2 with `previous` in some more."""
+    given = given._replace(grad=apart(given.grad, given.adv), clean=apart(given.clean, given.adv))
     with launching(given.adv):
         if given.momentum is not None:
             given = given._replace(grad=_gather(given, given.momentum), momentum=None)

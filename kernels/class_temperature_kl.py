@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from retemper.kernels.kl_arguments import Inputs, arguments, require_fitting, require_overwritable
-from retemper.kernels.kl_divergence import AtOnce, compute, divisor, evaluate, overwrite
+from retemper.kernels.kl_divergence import AtOnce, compute, divisor, evaluate, looked_up, overwrite
 from retemper.kernels.kl_kernel import launch
 from retemper.kernels.operators import differentiable, is_symbol, operator, overwritten, rewritten
 from retemper.kernels.runtime import compute_dtype, require_no_grad, require_writable, runs_triton
@@ -110,7 +110,7 @@ def _backward(ctx: Any, row_grad: Tensor) -> tuple[Tensor | None, ...]:
 differentiable(_rows_op, _backward, _setup)
 
 
-def _constant(inputs: Inputs) -> Inputs:
+def constant(inputs: Inputs) -> Inputs:
     """Return the inputs with numbers in place of torch.compile's symbols, which no operator with code of its own takes.
 
     A symbol of the teacher's temperature becomes a tensor, and the student's logits are divided by one of theirs.
@@ -127,17 +127,17 @@ def _constant(inputs: Inputs) -> Inputs:
 @rewritten(f"class_temperature_kl(Tensor student, {_ANY}) -> Tensor")
 def _loss_op(*arguments: Any) -> Tensor:
     """Return the losses of the rows, whatever the temperatures are."""
-    return _rows_op(*_constant(Inputs(*arguments)))
+    return _rows_op(*constant(Inputs(*arguments)).of_operator())
 
 
 @rewritten(f"class_temperature_kl_grad_(Tensor(a!) student, {_ANY}) -> ()")
 def _grad_op(*arguments: Any) -> None:
     """Overwrite the student's logits with the gradient of the summed loss, whatever the temperatures are."""
     inputs = Inputs(*arguments)
-    constant = _constant(inputs)
-    _overwrite_op(*constant)
-    if constant.student is not inputs.student:
-        inputs.student.copy_(constant.student / inputs.student_temperature)
+    known = constant(inputs)
+    _overwrite_op(*known.of_operator())
+    if known.student is not inputs.student:
+        inputs.student.copy_(known.student / inputs.student_temperature)
 
 
 def class_temperature_kl(
@@ -212,7 +212,7 @@ def class_temperature_kl(
         ignore_index=ignore_index,
         class_dim=class_dim,
     )
-    loss = _reduced(inputs, reduction)
+    loss = reduced(inputs, reduction)
     if reduction == "none" and student.dim() > 2:
         return loss.view(student.movedim(class_dim, -1).shape[:-1])
     return loss
@@ -220,10 +220,10 @@ def class_temperature_kl(
 
 def _through_operators(inputs: Inputs) -> Tensor:
     """Return the losses of the rows by an operator, which a GPU and torch.compile need."""
-    return (_loss_op if torch.compiler.is_compiling() else _rows_op)(*inputs)
+    return (_loss_op if torch.compiler.is_compiling() else _rows_op)(*inputs.of_operator())
 
 
-def _reduced(inputs: Inputs, reduction: str, compute: Any = compute, otherwise: Any = _through_operators) -> Tensor:
+def reduced(inputs: Inputs, reduction: str, compute: Any = compute, otherwise: Any = _through_operators) -> Tensor:
     """Return the losses of the rows, their sum, or a mean of those that count.
 
     Args:
@@ -231,6 +231,7 @@ def _reduced(inputs: Inputs, reduction: str, compute: Any = compute, otherwise: 
     """
     if _in_plain_pytorch(inputs):
         require_fitting(inputs)
+        inputs = looked_up(inputs)
         student, teacher = inputs.student, inputs.teacher
         if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
             return AtOnce.apply(student, teacher, inputs, reduction, compute)
@@ -306,10 +307,10 @@ def class_temperature_kl_grad_(
     require_writable("student", student)
     if _in_plain_pytorch(inputs):
         require_overwritable(inputs)
-        overwrite(inputs)
+        overwrite(looked_up(inputs))
     else:
-        (_grad_op if torch.compiler.is_compiling() else _overwrite_op)(*inputs)
-    if inputs.student is not student and not (class_dim in (-1, student.dim() - 1) and student.is_contiguous()):
+        (_grad_op if torch.compiler.is_compiling() else _overwrite_op)(*inputs.of_operator())
+    if inputs.student.data_ptr() != student.data_ptr():  # the rows were copied, to lie side by side
         rows = student.movedim(class_dim, -1)
-        rows.copy_(inputs.student.view(rows.shape))  # they may have been copied to lie side by side
+        rows.copy_(inputs.student.view(rows.shape))
     return student

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from retemper.kernels.language import cdiv, tl, triton
-from retemper.kernels.operators import differentiable, operator
+from retemper.kernels.operators import differentiable, keep, operator
 from retemper.kernels.runtime import (
     EXACT,
     access_width,
@@ -200,7 +200,7 @@ def _check(x: Tensor, shift: Tensor, scale: Tensor | None, residual: Tensor | No
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, _, scale, _, ctx.relu = inputs
-    ctx.save_for_backward(output if ctx.relu else None, scale)
+    keep(ctx, output if ctx.relu else None, scale)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

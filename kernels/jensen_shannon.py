@@ -23,14 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retemper.kernels.class_temperature_kl import REDUCTIONS, _constant, _reduced, class_temperature_kl
+from retemper.kernels.class_temperature_kl import REDUCTIONS, class_temperature_kl, constant, reduced
 from retemper.kernels.js_kernel import launch
 from retemper.kernels.kl_arguments import Inputs, arguments, require_fitting
-from retemper.kernels.kl_divergence import _finished, _rows, evaluate
-from retemper.kernels.operators import differentiable, operator, rewritten
+from retemper.kernels.kl_divergence import distribution, evaluate, finished, rows_of
+from retemper.kernels.operators import differentiable, keep, operator, rewritten
 from retemper.kernels.runtime import compute_dtype, require_no_grad, runs_triton
-
-FEW = 16  # classes; shorter rows are slow on a CPU unless they are columns: they fill none of its vectors
 
 
 def class_temperature_js_reference(
@@ -58,32 +56,22 @@ def _compute(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the losses of the rows, (B,), and the gradients that are wanted, (B, K), all in the dtype of the sums."""
     dtype = compute_dtype(inputs.student, inputs.teacher)
-    rows = _rows(inputs, dtype)
-    p, log_p = _distribution(inputs.teacher.to(dtype), rows.temperature)
-    q, log_q = _distribution(inputs.student.to(dtype), inputs.student_temperature)
+    rows = rows_of(inputs, dtype)
+    log_p, p = distribution(inputs.teacher.to(dtype), rows.temperature)
+    log_q, q = distribution(inputs.student.to(dtype), inputs.student_temperature)
     limits = torch.finfo(dtype)
     log_m = torch.lerp(q, p, beta).clamp_(min=limits.tiny).log_()  # the smallest p, times beta, is 0
     p_terms = p * log_p.clamp(min=limits.min / 2).sub_(log_m)
     q_terms = q * log_q.clamp(min=limits.min / 2).sub_(log_m)
-    p_mean, q_mean = p_terms.sum(1, keepdim=True), q_terms.sum(1, keepdim=True)
-    loss = _finished((beta * p_mean + (1 - beta) * q_mean).clamp(min=0), rows)  # only rounding makes it negative
+    p_mean, q_mean = p_terms.sum(1), q_terms.sum(1)
+    loss = finished((beta * p_mean + (1 - beta) * q_mean).relu(), rows)  # only rounding makes it negative
     student_grad = teacher_grad = None
     if of_student:
         factor = (1 - beta) / inputs.student_temperature
-        student_grad = _finished(q_terms.addcmul_(q, q_mean, value=-1).mul_(factor), rows)
+        student_grad = finished(q_terms.addcmul_(q, q_mean[:, None], value=-1).mul_(factor), rows)
     if of_teacher:
-        teacher_grad = _finished(p_terms.addcmul_(p, p_mean, value=-1).mul_(beta / rows.temperature), rows)
-    return loss.squeeze(1), student_grad, teacher_grad
-
-
-def _distribution(logits: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Return softmax(logits / temperature) and its logarithm: (B, K) each."""
-    if isinstance(temperature, Tensor) or temperature != 1:
-        logits = (logits - logits.detach().amax(1, keepdim=True)).div_(temperature)
-    if logits.shape[1] >= FEW:
-        return logits.softmax(1), logits.log_softmax(1)  # on a CPU the first is faster than exp of the second
-    log_p = logits.t().log_softmax(0).t().contiguous()
-    return log_p.exp(), log_p
+        teacher_grad = finished(p_terms.addcmul_(p, p_mean[:, None], value=-1).mul_(beta / rows.temperature), rows)
+    return loss, student_grad, teacher_grad
 
 
 _INPUTS = (
@@ -154,7 +142,7 @@ def _backward_op(row_grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.temperature, ctx.student_temperature, ctx.beta, ctx.by_row, ctx.ignore_index = inputs
-    ctx.save_for_backward(*tensors)
+    keep(ctx, *tensors)
 
 
 def _backward(ctx: Any, row_grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -172,7 +160,7 @@ differentiable(_rows_op, _backward, _setup)
 def _loss_op(*arguments: Any) -> Tensor:
     """Return the losses of the rows, whatever the temperatures are."""
     inputs, beta = _split(arguments)
-    return _rows_op(*_joined(_constant(inputs), beta))
+    return _rows_op(*_joined(constant(inputs), beta))
 
 
 def class_temperature_js(
@@ -225,7 +213,7 @@ def class_temperature_js(
         raise ValueError(f"reduction: {reduction!r}; needs one of {', '.join(REDUCTIONS)}")
     require_no_grad(temperature=temperature, class_weight=class_weight, row_weight=row_weight)
     inputs = arguments(student, teacher, label, temperature, **options)
-    loss = _reduced(inputs, reduction, partial(_compute, beta=beta), partial(_through_operators, beta=beta))
+    loss = reduced(inputs, reduction, partial(_compute, beta=beta), partial(_through_operators, beta=beta))
     if reduction == "none" and student.dim() > 2:
         return loss.view(student.movedim(class_dim, -1).shape[:-1])
     return loss

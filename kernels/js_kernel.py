@@ -16,9 +16,18 @@ from typing import Any
 from torch import Tensor
 
 from retemper.kernels.kl_arguments import Inputs
-from retemper.kernels.kl_kernel import _each_stride, _row_stride
 from retemper.kernels.language import cdiv, tl, triton
-from retemper.kernels.logit_rows import row_log2_total, row_logits, row_peak, row_tiles
+from retemper.kernels.logit_rows import (
+    each_stride,
+    log2_softmax,
+    row_log2_total,
+    row_logits,
+    row_numbers,
+    row_peak,
+    row_stride,
+    row_tiles,
+    store_block,
+)
 from retemper.kernels.numerics import LN2, LOG2E
 from retemper.kernels.runtime import EXACT, access_width, launching
 
@@ -44,57 +53,65 @@ def _weighted(log_p, log_q, beta):
 
 
 @triton.jit
-def _row_numbers(
-    label_ptr,
-    temperature_ptr,
-    weight_ptr,
-    row_weight_ptr,
-    real,
-    temperature_stride,
-    row_weight_stride,
-    ignore_index,
-    temperature,
-    BY_ROW: tl.constexpr,
+def _means(
+    teacher_row,
+    student_row,
+    of_p,
+    of_q,
+    beta,
     K: tl.constexpr,
     ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
-    """Return the teacher's temperature and the weight of each row, and whether it is ignored: (ROWS,) each.
-
-    The temperature is NaN in a row that has no class, and where it is not above 0.
-    """
-    label = tl.zeros((ROWS,), tl.int64)
-    scale = tl.full((ROWS,), 1.0, tl.float32)
-    if label_ptr is not None:
-        label = tl.load(label_ptr + real).to(tl.int64)
-    known = (label >= 0) & (label < K)
-    if temperature_ptr is None:
-        own = tl.full((ROWS,), 1.0, tl.float32) * temperature
-    elif BY_ROW:
-        own = tl.load(temperature_ptr + real * temperature_stride).to(tl.float32)
-    else:
-        own = tl.load(temperature_ptr + label, mask=known, other=0.0).to(tl.float32)
-    if weight_ptr is not None:
-        scale *= tl.load(weight_ptr + label, mask=known, other=0.0).to(tl.float32)
-    if row_weight_ptr is not None:
-        scale *= tl.load(row_weight_ptr + real * row_weight_stride).to(tl.float32)
-    ignored = tl.zeros((ROWS,), tl.int1)
-    if ignore_index is not None:
-        ignored = label == ignore_index
-    return tl.where(known & (own > 0), own, float("nan")), scale, ignored
+    """Return the expectations of log2(p / m) under p, and of log2(q / m) under q: (ROWS,) each."""
+    sum_p = tl.zeros((ROWS, LANES), tl.float32)
+    sum_q = tl.zeros((ROWS, LANES), tl.float32)
+    for start in range(0, K, STEPS * LANES):
+        teacher = row_logits(teacher_row, start, K, LANES, STEPS)
+        student = row_logits(student_row, start, K, LANES, STEPS)
+        for step in tl.static_range(STEPS):
+            log_p, log_q = log2_softmax(teacher[step], of_p), log2_softmax(student[step], of_q)
+            _, _, p_log, q_log = _weighted(log_p, log_q, beta)
+            sum_p += p_log
+            sum_q += q_log
+    return tl.sum(sum_p, 1), tl.sum(sum_q, 1)
 
 
 @triton.jit
-def _log_softmax(logits, peak, rate, log_total):
-    """Return log2 of the softmax of a block (ROWS, LANES) of logits."""
-    return (logits - peak[:, None]) * rate[:, None] - log_total[:, None]
-
-
-@triton.jit
-def _store_grad(grad_ptr, grad, row, cls, ignored, B, K: tl.constexpr):
-    """Write a block (ROWS, LANES) of a dense gradient, 0 in rows that are ignored."""
-    grad = tl.where(ignored[:, None], 0.0, grad)
-    inside = (row < B)[:, None] & (cls < K)
-    tl.store(grad_ptr + (row * K)[:, None] + cls, grad.to(grad_ptr.dtype.element_ty), mask=inside)
+def _write_gradients(
+    teacher_grad_ptr,
+    student_grad_ptr,
+    teacher_row,
+    student_row,
+    of_p,
+    of_q,
+    mean_p,
+    mean_q,
+    scale_p,
+    scale_q,
+    row,
+    ignored,
+    beta,
+    B,
+    K: tl.constexpr,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Write the gradients at the logits, (B, K) and dense."""
+    for start in range(0, K, STEPS * LANES):
+        teacher = row_logits(teacher_row, start, K, LANES, STEPS)
+        student = row_logits(student_row, start, K, LANES, STEPS)
+        for step in tl.static_range(STEPS):
+            log_p, log_q = log2_softmax(teacher[step], of_p), log2_softmax(student[step], of_q)
+            p, q, p_log, q_log = _weighted(log_p, log_q, beta)
+            cls = start + step * LANES + tl.arange(0, LANES)
+            if teacher_grad_ptr is not None:
+                grad = scale_p[:, None] * (p_log - p * tl.expand_dims(mean_p, 1))
+                store_block(teacher_grad_ptr, grad, row, cls, ignored, B, K, K)
+            if student_grad_ptr is not None:
+                grad = scale_q[:, None] * (q_log - q * tl.expand_dims(mean_q, 1))
+                store_block(student_grad_ptr, grad, row, cls, ignored, B, K, K)
 
 
 @triton.jit
@@ -132,33 +149,18 @@ def _js_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     real = tl.minimum(row, B - 1)  # rows past the end repeat the last one, and are not stored
     student_row, teacher_row = student_ptr + real * STUDENT_STRIDE, teacher_ptr + real * TEACHER_STRIDE
-    own_temperature, scale, ignored = _row_numbers(
-        label_ptr, temperature_ptr, weight_ptr, row_weight_ptr, real,
-        temperature_stride, row_weight_stride, ignore_index, temperature, BY_ROW, K, ROWS,
+    _, own_temperature, scale, ignored = row_numbers(
+        label_ptr, temperature_ptr, weight_ptr, row_weight_ptr, row_grad_ptr,
+        temperature_stride, row_weight_stride, row_grad_stride, ignore_index, temperature, real, BY_ROW, K, ROWS,
     )  # fmt: skip
-    if row_grad_ptr is not None:
-        scale *= tl.load(row_grad_ptr + real * row_grad_stride)
     rate_p = LOG2E / own_temperature
     rate_q = tl.full((ROWS,), 1.0, tl.float32) * (LOG2E / student_temperature)
     peak_p = row_peak(teacher_row, K, ROWS, LANES, STEPS)
     peak_q = row_peak(student_row, K, ROWS, LANES, STEPS)
-    total_p = row_log2_total(teacher_row, peak_p, rate_p, K, ROWS, LANES, STEPS)
-    total_q = row_log2_total(student_row, peak_q, rate_q, K, ROWS, LANES, STEPS)
-
-    sum_p = tl.zeros((ROWS, LANES), tl.float32)
-    sum_q = tl.zeros((ROWS, LANES), tl.float32)
-    for start in range(0, K, STEPS * LANES):
-        teacher = row_logits(teacher_row, start, K, LANES, STEPS)
-        student = row_logits(student_row, start, K, LANES, STEPS)
-        for step in tl.static_range(STEPS):
-            log_p = _log_softmax(teacher[step], peak_p, rate_p, total_p)
-            log_q = _log_softmax(student[step], peak_q, rate_q, total_q)
-            _, _, of_p, of_q = _weighted(log_p, log_q, beta)
-            sum_p += of_p
-            sum_q += of_q
-    mean_p = tl.sum(sum_p, 1)
-    mean_q = tl.sum(sum_q, 1)
-
+    log_total_p = row_log2_total(teacher_row, peak_p, rate_p, K, ROWS, LANES, STEPS)
+    log_total_q = row_log2_total(student_row, peak_q, rate_q, K, ROWS, LANES, STEPS)
+    of_p, of_q = (peak_p, rate_p, log_total_p), (peak_q, rate_q, log_total_q)
+    mean_p, mean_q = _means(teacher_row, student_row, of_p, of_q, beta, K, ROWS, LANES, STEPS)
     if loss_ptr is not None:
         loss = (beta * mean_p + (1 - beta) * mean_q) * LN2
         loss = scale * tl.maximum(loss, 0.0, propagate_nan=tl.PropagateNan.ALL)  # only rounding makes it negative
@@ -166,20 +168,10 @@ def _js_kernel(
     else:
         scale_p = beta * scale * rate_p * (LN2 * LN2)  # a rate is 1 / (LN2 temperature)
         scale_q = (1 - beta) * scale * rate_q * (LN2 * LN2)
-        for start in range(0, K, STEPS * LANES):
-            teacher = row_logits(teacher_row, start, K, LANES, STEPS)
-            student = row_logits(student_row, start, K, LANES, STEPS)
-            for step in tl.static_range(STEPS):
-                log_p = _log_softmax(teacher[step], peak_p, rate_p, total_p)
-                log_q = _log_softmax(student[step], peak_q, rate_q, total_q)
-                p, q, of_p, of_q = _weighted(log_p, log_q, beta)
-                cls = start + step * LANES + tl.arange(0, LANES)
-                if teacher_grad_ptr is not None:
-                    grad = scale_p[:, None] * (of_p - p * tl.expand_dims(mean_p, 1))
-                    _store_grad(teacher_grad_ptr, grad, row, cls, ignored, B, K)
-                if student_grad_ptr is not None:
-                    grad = scale_q[:, None] * (of_q - q * tl.expand_dims(mean_q, 1))
-                    _store_grad(student_grad_ptr, grad, row, cls, ignored, B, K)
+        _write_gradients(
+            teacher_grad_ptr, student_grad_ptr, teacher_row, student_row, of_p, of_q, mean_p, mean_q,
+            scale_p, scale_q, row, ignored, beta, B, K, LANES, STEPS,
+        )  # fmt: skip
 
 
 def launch(
@@ -201,9 +193,9 @@ def launch(
     given: Any = (
         *(student, teacher, inputs.label, inputs.temperatures, inputs.class_weight, inputs.row_weight, row_grad),
         *(loss, student_grad, teacher_grad),
-        *(_each_stride(inputs.temperatures) if by_row else 0, _each_stride(inputs.row_weight), _each_stride(row_grad)),
+        *(each_stride(inputs.temperatures) if by_row else 0, each_stride(inputs.row_weight), each_stride(row_grad)),
         *(inputs.ignore_index, inputs.temperature, inputs.student_temperature, beta, batch),
     )
-    strides: Any = _row_stride(student), _row_stride(teacher)
+    strides: Any = row_stride(student), row_stride(teacher)
     with launching(student):
         _js_kernel[(cdiv(batch, tiles["ROWS"]),)](*given, *strides, **tiles, **EXACT)

@@ -38,6 +38,7 @@ class Inputs(NamedTuple):
         ignore_index: rows with this label count nothing; None leaves none out.
         reverse: KL(student || teacher) in place of KL(teacher || student).
         given: the teacher's probabilities are given as they are.
+        known: every label is an int64 of a class. It is no argument of an operator.
     """
 
     student: Tensor
@@ -53,6 +54,11 @@ class Inputs(NamedTuple):
     ignore_index: int | None
     reverse: bool
     given: bool
+    known: bool = False
+
+    def of_operator(self) -> tuple[Any, ...]:
+        """Return the arguments of an operator."""
+        return self[:-1]
 
     def parts(self, size: int) -> Iterator[tuple[slice, "Inputs"]]:
         """Cut the rows into parts of at most `size` rows."""

@@ -1,13 +1,10 @@
 """The arithmetic of class_temperature_kl in plain PyTorch: the reference of the kernel, and the path on a CPU.
 
 The formula stands in class_temperature_kl.py. Here one side of the divergence is P, of which the expectation is taken,
-and the other is Q: teacher and student, or with `reverse` student and teacher. Of a row of logits z at temperature T,
+and the other is Q: teacher and student, or with `reverse` student and teacher.
 
-    shifted_k = (z_k - max z) / T      exps_k = exp(shifted_k)      total = sum_k exps_k
-
-    KL = sum_k exps_p (shifted_p - shifted_q) / total_p + ln(total_q / total_p)
-
-The peak is subtracted before the division: logits of 1e4 at temperature 0.05 would lose their differences to rounding.
+The peak of a row is subtracted before the division by the temperature: logits of 1e4 at temperature 0.05 would lose
+their differences to rounding.
 Computed in float32, or in float64 as soon as one of the logits is: the tests have their truth from there.
 """
 
@@ -23,7 +20,7 @@ from retemper.kernels.runtime import compute_dtype
 # How many logits of a tensor each thread of a CPU works on at a time: what it computes of them stays in its cache.
 # Whole (512, 32000) tensors would go through memory once for every line of `compute`.
 PART = 2**18
-WIDE = 32  # classes, from which PyTorch's softmax of a CPU is vectorised and faster than its parts
+FEW = 16  # classes; PyTorch's softmax of a CPU is 4 times as fast over the columns of such rows: they fill no vector
 
 
 def class_temperature_kl_reference(
@@ -66,62 +63,43 @@ def class_temperature_kl_grad_reference(
     return grad.to(teacher.dtype if of_teacher else student.dtype)
 
 
-class Softmax(NamedTuple):
-    """A softmax that need not be divided yet.
-
-    Attributes:
-        shifted: (B, K), its logarithm plus that of `total`.
-        exps: (B, K), its values times `total`; None where nobody asks for them.
-        total: (B, 1), or None where it is 1.
-    """
-
-    shifted: Tensor
-    exps: Tensor | None
-    total: Tensor | None
-
-    def over_total(self) -> Any:
-        """Return the values, in place of `exps`."""
-        return self.exps if self.exps is None or self.total is None else self.exps.div_(self.total)
-
-
-def _softmax(logits: Tensor, temperature: float | Tensor, exps: bool = True) -> Softmax:
-    if not _is_one(temperature):
+def distribution(logits: Tensor, temperature: float | Tensor, values: bool = True) -> tuple[Tensor, Any]:
+    """Return the logarithm of softmax(logits / temperature) and, with `values`, the softmax: (B, K), of any strides."""
+    if not is_one(temperature):
         logits = (logits - logits.detach().amax(1, keepdim=True)).div_(temperature)
-    if logits.shape[1] >= WIDE:
-        return Softmax(logits.log_softmax(1), logits.softmax(1) if exps else None, None)
-    if _is_one(temperature):
-        logits = logits - logits.detach().amax(1, keepdim=True)
-    powers = logits.exp()
-    return Softmax(logits, powers, powers.sum(1, keepdim=True))
+    if logits.shape[1] < FEW:
+        log_p = logits.t().log_softmax(0).t()
+        return log_p, log_p.exp() if values else None
+    return logits.log_softmax(1), logits.softmax(1) if values else None  # faster than exp of the logarithm
 
 
 def _probabilities(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """Return softmax(logits / temperature), when no logarithm is needed."""
-    if logits.shape[1] < WIDE:
-        return _softmax(logits, temperature).over_total()
-    if not _is_one(temperature):
+    if not is_one(temperature):
         logits = (logits - logits.amax(1, keepdim=True)).div_(temperature)
-    return logits.softmax(1)
+    return logits.softmax(1) if logits.shape[1] >= FEW else logits.t().log_softmax(0).exp_().t()
 
 
-def _is_one(number: float | Tensor) -> bool:
+def is_one(number: float | Tensor) -> bool:
+    """Say whether a temperature is a number, and 1."""
     return not isinstance(number, Tensor) and number == 1
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """What holds of each row, as (B, 1): None where it changes nothing."""
 
     temperature: float | Tensor
     scale: Tensor | None  # NaN where the label is no class
     trust: Tensor | None
-    label: Tensor | None  # (B,), clamped to the classes
+    label: Tensor | None  # (B,) int64, clamped to the classes
     ignored: Tensor | None
 
 
-def _rows(inputs: Inputs, dtype: torch.dtype) -> _Rows:
+def rows_of(inputs: Inputs, dtype: torch.dtype) -> Rows:
+    """Return what holds of each row, in the dtype of the sums."""
     _, _, label, temperatures, class_weight, label_trust, row_weight, temperature, *_ = inputs
     ignored = scale = trust = None
-    if label is not None:
+    if label is not None and not inputs.known:
         given = label.long()
         label = given.clamp(0, inputs.student.shape[1] - 1)
         known = label == given
@@ -131,14 +109,14 @@ def _rows(inputs: Inputs, dtype: torch.dtype) -> _Rows:
         scale = torch.where(known, 1.0, torch.nan)[:, None]
     if temperatures is not None:
         own = temperatures.reshape(-1, 1) if inputs.by_row else _of_class(temperatures, label)
-        temperature = own.to(dtype).clamp(min=0)  # at 0 a row is NaN: its peak is 0 / 0
+        temperature = own.to(dtype).relu()  # at 0 a row is NaN: its peak is 0 / 0
     if class_weight is not None:
-        scale = _product(scale, _of_class(class_weight, label))
+        scale = _product(scale, _of_class(class_weight, label).to(dtype))
     if row_weight is not None:
-        scale = _product(scale, row_weight[:, None])
+        scale = _product(scale, row_weight[:, None].to(dtype))
     if label_trust is not None:
         trust = _of_class(label_trust, label).to(dtype)
-    return _Rows(temperature, None if scale is None else scale.to(dtype), trust, label, ignored)
+    return Rows(temperature, None if scale is None else scale.to(dtype), trust, label, ignored)
 
 
 def _of_class(value: Tensor, label: Any) -> Tensor:
@@ -155,103 +133,91 @@ def compute(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the losses of the rows, (B,), and the gradients that are wanted, (B, K), all in the dtype of the sums."""
     dtype = compute_dtype(inputs.student, inputs.teacher)
-    rows, own = _rows(inputs, dtype), inputs.student_temperature
-    student, teacher = inputs.student.to(dtype), inputs.teacher.to(dtype)
+    rows, own = rows_of(inputs, dtype), inputs.student_temperature
+    student = inputs.student if inputs.student.dtype == dtype else inputs.student.to(dtype)
+    teacher = inputs.teacher if inputs.teacher.dtype == dtype else inputs.teacher.to(dtype)
     if inputs.given:
-        q = _softmax(student, own)
-        loss, of_student, of_teacher = _of_probabilities(teacher, q, own, student_grad, teacher_grad)
+        loss, of_student, of_teacher = _of_probabilities(teacher, student, own, student_grad, teacher_grad)
     elif inputs.reverse:
-        p, q = _softmax(student, own), _softmax(teacher, rows.temperature, teacher_grad)
-        loss, of_student, of_teacher = _of_logits(p, q, own, rows.temperature, None, None, student_grad, teacher_grad)
+        sides = (student, own), (teacher, rows.temperature)
+        loss, of_student, of_teacher = _of_logits(*sides, rows, student_grad, teacher_grad)
     else:
-        p, q = _softmax(teacher, rows.temperature), _softmax(student, own, student_grad)
-        loss, of_teacher, of_student = _of_logits(
-            p, q, rows.temperature, own, rows.trust, rows.label, teacher_grad, student_grad
-        )
-    loss, of_student, of_teacher = (_finished(value, rows) for value in (loss, of_student, of_teacher))
-    return loss.squeeze(1), of_student, of_teacher
+        sides = (teacher, rows.temperature), (student, own)
+        loss, of_teacher, of_student = _of_logits(*sides, rows, teacher_grad, student_grad)
+    return finished(loss, rows), finished(of_student, rows), finished(of_teacher, rows)
 
 
-def _finished(value: Any, rows: _Rows) -> Any:
-    """Return losses or gradients times what each row weighs, and 0 in rows that are left out; None stays."""
-    if value is not None and rows.scale is not None:
-        value = value.mul_(rows.scale)
-    if value is None or rows.ignored is None:
+def finished(value: Any, rows: Rows) -> Any:
+    """Return losses (B,) or gradients (B, K) times what a row weighs, and 0 in rows that are left out; None stays."""
+    if value is None:
+        return None
+    value = value.contiguous()
+    if rows.scale is not None:
+        value = value * (rows.scale if value.dim() > 1 else rows.scale[:, 0])
+    if rows.ignored is None:
         return value
-    if value.shape[1] < WIDE or value.requires_grad:
-        return value.masked_fill_(rows.ignored, 0)
+    if value.dim() == 1 or value.shape[1] < FEW or value.requires_grad:
+        return value.masked_fill_(rows.ignored if value.dim() > 1 else rows.ignored[:, 0], 0)
     bits = value.view(torch.int32 if value.dtype == torch.float32 else torch.int64)
     bits.bitwise_and_(rows.ignored.to(bits.dtype) - 1)  # without any bit a value is 0, also NaN; 10 times as fast
     return value
 
 
 def _of_logits(
-    source: Any,  # two Softmax
-    q: Any,
-    p_temperature: float | Tensor,
-    q_temperature: float | Tensor,
-    trust: Tensor | None,
-    label: Tensor | None,
+    source: tuple[Tensor, float | Tensor],  # logits and temperature, here and below
+    other: tuple[Tensor, float | Tensor],
+    rows: Rows,
     p_grad: bool,
     q_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return KL(P || Q) as (B, 1), and the gradients at the logits of both. With `trust` P moves towards the label.
-
-    Tensors are overwritten where nothing needs them any more, autograd included: fresh memory costs a CPU as much time
-    as the arithmetic. Where a gradient is computed here, autograd must be off.
-    """
-    p: Any = source if trust is None else _mixed(source, label, trust)
-    if p.total is None or q.total is None:  # NaN in a row that is, otherwise 0
-        log_totals = (p.exps[:, :1] + (q.shifted[:, :1].exp() if q.exps is None else q.exps[:, :1])) * 0
-    else:
-        log_totals = (q.total / p.total).log()
-    tracked = p.shifted.requires_grad or q.shifted.requires_grad  # a softmax keeps its result for autograd
-    apart = p.shifted - q.shifted if tracked else p.shifted.sub_(q.shifted)
-    from_source = source.exps * apart if p_grad and trust is not None else None
-    terms = apart.mul_(p.exps)
-    mean = _mean(terms, p)
-    p_found = q_found = None
-    kl = mean + log_totals
+    """Return KL(P || Q) as (B,), and the gradients at the logits of both. With a trust, P moves towards the label."""
+    log_p, p = distribution(*source)
+    source_p = p
+    log_q, q = distribution(*other, q_grad)
+    if rows.trust is not None:
+        log_p, p = _mixed(log_p, p, rows.label, rows.trust)
+    apart = log_p - log_q
+    terms = p * apart
+    kl, p_found, q_found = _total(terms, log_p, log_q), None, None
     if p_grad:
-        if from_source is not None:
-            terms, mean = from_source, _mean(from_source, source)
-        share: Any = (1 if trust is None else 1 - trust) / p_temperature
-        p_found = terms.nan_to_num_(0.0, torch.inf, -torch.inf).addcmul_(source.exps, log_totals * 0 - mean)
-        p_found = p_found.mul_(share if source.total is None else share / source.total)
+        terms, mean = (terms, kl) if rows.trust is None else (source_p * apart, _total(source_p * apart, log_p, log_q))
+        p_found = terms.nan_to_num_(0.0, torch.inf, -torch.inf).addcmul_(source_p, mean[:, None], value=-1)
+        share: Any = (1.0 if rows.trust is None else 1 - rows.trust) / source[1]
+        p_found = p_found if is_one(share) else p_found.mul_(share)
     if q_grad:
-        q_found = q.over_total().sub_(p.over_total())
-        q_found = q_found if _is_one(q_temperature) else q_found.div_(q_temperature)
-    return kl.clamp(min=0), p_found, q_found  # only rounding makes it negative
+        q_found: Any = q - p
+        q_found = q_found if is_one(other[1]) else q_found.div_(other[1])
+    kl.detach().relu_()  # only rounding makes it negative, which is no matter of its gradient
+    return kl, p_found, q_found
 
 
-def _mean(terms: Tensor, p: Softmax) -> Tensor:
-    """Return the sums of each row's terms, over the total. A term is NaN where p = 0, and then counts nothing."""
-    total = terms.nansum(1, keepdim=True)
-    return total if p.total is None else total / p.total
+def _total(terms: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return the sum of each row's terms, (B,), and NaN in a row of logits that holds NaN.
+
+    A term is NaN where p = 0 and its logarithm is -inf, and counts nothing then. The logarithms of a row are no more
+    than 0, or all are NaN.
+    """
+    wrong = (log_p.select(1, 0) + log_q.select(1, 0)).relu_()
+    return terms.nansum(1) + wrong
 
 
-def _mixed(p: Any, label: Any, trust: Tensor) -> Softmax:
-    """Return P after it moved towards the one-hot label by its trust; the total stays."""
-    log_total = 0 if p.total is None else p.total.log()
-    own = p.shifted.gather(1, label[:, None])
-    log_own = own - log_total
-    short = (trust - 1) * log_own.expm1()  # what P lacks of 1 at the label: where that is small, it keeps its digits
-    far = ((1 - trust) * log_own.exp() + trust).log()
-    log_own = torch.where(short > 0.5, far, (-short.clamp(max=0.5)).log1p())
-    own = torch.where(trust == 0, own, log_own + log_total)
-    shifted = (p.shifted + (-trust).log1p()).scatter(1, label[:, None], own)
-    return Softmax(shifted, torch.where(trust == 0, p.exps, shifted.exp()), p.total)
+def _mixed(log_p: Tensor, p: Tensor, label: Any, trust: Tensor) -> tuple[Tensor, Tensor]:
+    """Return P and its logarithm after it moved towards the one-hot label by its trust."""
+    own = log_p.gather(1, label[:, None])
+    short = (trust - 1) * own.expm1()  # what P lacks of 1 at the label: where that is small, it keeps its digits
+    far = ((1 - trust) * own.exp() + trust).log()
+    moved = torch.where(short > 0.5, far, (-short.clamp(max=0.5)).log1p())
+    log_mixed = (log_p + (-trust).log1p()).scatter(1, label[:, None], torch.where(trust == 0, own, moved))
+    return log_mixed, torch.where(trust == 0, p, log_mixed.exp())
 
 
 def _of_probabilities(
-    p: Tensor, q: Any, temperature: float, q_grad: bool, p_grad: bool
+    p: Tensor, logits: Tensor, temperature: float, q_grad: bool, p_grad: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return sum p (log p - log Q) as (B, 1), and the gradients at Q's logits and at p, which need not add up to 1."""
-    mass = p.sum(1, keepdim=True)
-    log_q = q.shifted if q.total is None else q.shifted - q.total.log()
-    loss = torch.xlogy(p, p).sum(1, keepdim=True) - (p * log_q).nansum(1, keepdim=True)
-    loss = loss + q.exps[:, :1] * 0  # NaN in a row that is
-    q_found = (q.over_total() * mass).sub_(p).div_(temperature) if q_grad else None
+    """Return sum p (log p - log Q) as (B,), and the gradients at Q's logits and at p, which need not add up to 1."""
+    log_q, q = distribution(logits, temperature)
+    loss = torch.xlogy(p, p).sum(1) - _total(p * log_q, log_q, log_q)
+    q_found = (q * p.sum(1, keepdim=True)).sub_(p).div_(temperature) if q_grad else None
     p_found = p.log() + 1 - log_q if p_grad else None
     return loss, q_found, p_found
 
@@ -261,11 +227,11 @@ def _direction(inputs: Inputs) -> Any:
     if inputs.reverse or inputs.given or inputs.label_trust is not None:
         return compute(inputs, True)[1]
     dtype, own = compute_dtype(inputs.student, inputs.teacher), inputs.student_temperature
-    rows = _rows(inputs, dtype)
+    rows = rows_of(inputs, dtype)
     apart = _probabilities(inputs.student.to(dtype), own).sub_(
         _probabilities(inputs.teacher.to(dtype), rows.temperature)
     )
-    return _finished(apart if _is_one(own) else apart.div_(own), rows)
+    return finished(apart if is_one(own) else apart.div_(own), rows)
 
 
 def evaluate(inputs: Inputs, of_student: bool = False, of_teacher: bool = False, compute: Any = compute) -> Any:
@@ -290,6 +256,27 @@ def overwrite(inputs: Inputs) -> None:
         part.student.copy_(_direction(part))
 
 
+def looked_up(inputs: Inputs) -> Inputs:
+    """Return the inputs as `known` where every label is a class, and no row is left out.
+
+    A look-up on a CPU refuses a label that is no class, which costs less than to compare and replace labels.
+    """
+    label, ignored, classes = inputs.label, inputs.ignore_index, inputs.student.shape[1]
+    if label is None or inputs.student.device.type != "cpu" or not label.shape[0]:
+        return inputs
+    if ignored is not None and 0 <= ignored < classes:
+        return inputs
+    label, temperatures, of_rows = label.long(), inputs.temperatures, inputs.by_row
+    try:
+        if temperatures is None or of_rows:
+            inputs.student.detach()[0].index_select(0, label)
+        else:
+            temperatures, of_rows = temperatures.index_select(0, label), True
+    except IndexError:
+        return inputs
+    return inputs._replace(label=label, temperatures=temperatures, by_row=of_rows, ignore_index=None, known=True)
+
+
 def _size(inputs: Inputs) -> int:
     """Return how many rows a part has on a CPU."""
     return max(1, PART * torch.get_num_threads() // inputs.student.shape[1])
@@ -307,7 +294,6 @@ class AtOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, inputs: Inputs, reduction: str, compute: Any) -> Tensor:
-        inputs = inputs._replace(student=student, teacher=teacher)
         loss, *grads = evaluate(inputs, *ctx.needs_input_grad[:2], compute=compute)
         ctx.save_for_backward(*grads)
         ctx.dtypes, ctx.by_row, ctx.divisor = (student.dtype, teacher.dtype), reduction == "none", 1
@@ -324,8 +310,11 @@ class AtOnce(torch.autograd.Function):
 def _scaled(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Return the saved gradients times that of the loss."""
     scale = grad[:, None] if ctx.by_row else grad / ctx.divisor
-    found = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-    return tuple(None if saved is None else (saved * scale).to(dtype) for saved, dtype in found)
+    found = []
+    for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
+        product = None if saved is None else saved * scale
+        found.append(product if product is None or product.dtype == dtype else product.to(dtype))
+    return tuple(found)
 
 
 def divisor(inputs: Inputs, reduction: str) -> int | Tensor:

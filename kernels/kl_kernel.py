@@ -17,7 +17,17 @@ from torch import Tensor
 
 from retemper.kernels.kl_arguments import Inputs
 from retemper.kernels.language import cdiv, tl, triton
-from retemper.kernels.logit_rows import row_log2_total, row_logits, row_peak, row_tiles
+from retemper.kernels.logit_rows import (
+    each_stride,
+    log2_softmax,
+    row_log2_total,
+    row_logits,
+    row_numbers,
+    row_peak,
+    row_stride,
+    row_tiles,
+    store_block,
+)
 from retemper.kernels.numerics import LN2, LOG2E, exp2_m1, log2_1m
 from retemper.kernels.runtime import EXACT, access_width, launching
 
@@ -49,6 +59,109 @@ def _row_mass(row_ptr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
             cls = start + step * LANES + tl.arange(0, LANES)
             mass += tl.where(cls < K, values[step], 0.0)
     return tl.sum(mass, 1)
+
+
+@triton.jit
+def _target_numbers(trust_ptr, p_row, label, of_p, ROWS: tl.constexpr):
+    """Return the trust in the label, log2 of the target there, and log2 of the share that it keeps of P: (ROWS,)."""
+    trust = tl.zeros((ROWS,), tl.float32)
+    log_own, log_kept = trust, trust
+    if trust_ptr is not None:
+        peak, rate, log_total = of_p
+        trust = tl.load(trust_ptr + label).to(tl.float32)
+        own = tl.load(p_row + label).to(tl.float32)
+        log_own = _mixed_own((own - peak) * rate - log_total, trust)
+        log_kept = log2_1m(trust)
+    return trust, log_own, log_kept
+
+
+@triton.jit
+def _logarithms(p, q, cls, of_p, of_q, target, trusted, GIVEN: tl.constexpr, K: tl.constexpr):
+    """Return log2 of P, of the target that is made of it, and of Q, of a block (ROWS, LANES)."""
+    log_q = log2_softmax(q, of_q)
+    if GIVEN:
+        log_p = tl.log2(tl.where(cls < K, p, 0.0))
+    else:
+        log_p = log2_softmax(p, of_p)
+    log_target = log_p
+    if trusted:
+        label, log_own, log_kept = target
+        log_target = tl.where(cls == label[:, None], log_own[:, None], log_p + log_kept[:, None])
+    return log_p, log_target, log_q
+
+
+@triton.jit
+def _expectation(
+    p_row,
+    q_row,
+    of_p,
+    of_q,
+    target,
+    of_target,
+    trusted,
+    GIVEN: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Return the expectation of log2 target - log2 Q, over the target or else over P: (ROWS,)."""
+    total = tl.zeros((ROWS, LANES), tl.float32)
+    for start in range(0, K, STEPS * LANES):
+        p = row_logits(p_row, start, K, LANES, STEPS)
+        q = row_logits(q_row, start, K, LANES, STEPS)
+        for step in tl.static_range(STEPS):
+            cls = start + step * LANES + tl.arange(0, LANES)
+            log_p, log_target, log_q = _logarithms(p[step], q[step], cls, of_p, of_q, target, trusted, GIVEN, K)
+            weight = tl.exp2(log_target if of_target else log_p)
+            total += tl.where(weight == 0, 0.0, weight * (log_target - log_q))
+    return tl.sum(total, 1)
+
+
+@triton.jit
+def _write_gradients(
+    p_grad_ptr,
+    q_grad_ptr,
+    p_row,
+    q_row,
+    of_p,
+    of_q,
+    target,
+    mean,
+    scale_p,
+    scale_q,
+    row,
+    ignored,
+    B,
+    P_GRAD_STRIDE: tl.constexpr,
+    Q_GRAD_STRIDE: tl.constexpr,
+    trusted,
+    GIVEN: tl.constexpr,
+    K: tl.constexpr,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Write the gradients at the logits of P and Q. That of P is measured from `mean`, the expectation over P."""
+    for start in range(0, K, STEPS * LANES):
+        p = row_logits(p_row, start, K, LANES, STEPS)
+        q = row_logits(q_row, start, K, LANES, STEPS)
+        for step in tl.static_range(STEPS):
+            cls = start + step * LANES + tl.arange(0, LANES)
+            log_p, log_target, log_q = _logarithms(p[step], q[step], cls, of_p, of_q, target, trusted, GIVEN, K)
+            if q_grad_ptr is not None:
+                log_level = log_q
+                if GIVEN:  # q times the sum of p, which need not be 1
+                    log_level = log_q + of_p[2][:, None]
+                grad = scale_q[:, None] * _difference(log_target, log_level)
+                store_block(q_grad_ptr, grad, row, cls, ignored, B, Q_GRAD_STRIDE, K)
+            if p_grad_ptr is not None:
+                if GIVEN:
+                    grad = scale_p[:, None] * (log_p - log_q + LOG2E)
+                else:
+                    weight = tl.exp2(log_p)
+                    apart = tl.where(weight == 0, 0.0, log_target - log_q)
+                    grad = scale_p[:, None] * (weight * (apart - tl.expand_dims(mean, 1)))
+                store_block(p_grad_ptr, grad, row, cls, ignored, B, P_GRAD_STRIDE, K)
 
 
 @triton.jit
@@ -90,136 +203,50 @@ def _kl_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     real = tl.minimum(row, B - 1)  # rows past the end repeat the last one, and are not stored
     p_row, q_row = p_ptr + real * P_STRIDE, q_ptr + real * Q_STRIDE
-    known = real >= 0
-    own_temperature = tl.full((ROWS,), 1.0, tl.float32) * temperature
-    scale = tl.full((ROWS,), 1.0, tl.float32)
-    if label_ptr is not None:
-        given = tl.load(label_ptr + real).to(tl.int64)
-        known = given.to(tl.uint64, bitcast=True) < K
-        label = tl.where(known, given, 0).to(tl.int32)  # what is read of class 0 instead counts for nothing beside NaN
-        if ignore_index is not None:
-            ignored = given == ignore_index
-        own_temperature = tl.where(known, temperature, float("nan"))
-        if GIVEN:
-            scale = tl.where(known, 1.0, float("nan"))
-    if temperature_ptr is not None:
-        if BY_ROW:
-            own_temperature = tl.load(temperature_ptr + real * temperature_stride).to(tl.float32)
-        else:
-            own_temperature = tl.load(temperature_ptr + label).to(tl.float32)
-        own_temperature = tl.where(known & (own_temperature > 0), own_temperature, float("nan"))
-    if weight_ptr is not None:
-        scale *= tl.load(weight_ptr + label).to(tl.float32)
-    if row_weight_ptr is not None:
-        scale *= tl.load(row_weight_ptr + real * row_weight_stride).to(tl.float32)
-    if row_grad_ptr is not None:
-        scale *= tl.load(row_grad_ptr + real * row_grad_stride)
-    plain_temperature = tl.full((ROWS,), 1.0, tl.float32) * student_temperature
+    label, temperature_p, scale, ignored = row_numbers(
+        label_ptr, temperature_ptr, weight_ptr, row_weight_ptr, row_grad_ptr,
+        temperature_stride, row_weight_stride, row_grad_stride, ignore_index, temperature, real, BY_ROW, K, ROWS,
+    )  # fmt: skip
+    temperature_q = tl.full((ROWS,), 1.0, tl.float32) * student_temperature
     if REVERSE:
-        temperature_p, temperature_q = plain_temperature, own_temperature
-    else:
-        temperature_p, temperature_q = own_temperature, plain_temperature
+        temperature_p, temperature_q = temperature_q, temperature_p
     rate_p = LOG2E / temperature_p
     rate_q = LOG2E / temperature_q
+    peak_p, log_total_p = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
     if GIVEN:
+        if label_ptr is not None:
+            scale = tl.where(temperature_p > 0, scale, float("nan"))  # else the rows of no class would go unseen
         if q_grad_ptr is not None:
-            log_mass = tl.log2(_row_mass(p_row, K, ROWS, LANES, STEPS))
+            log_total_p = tl.log2(_row_mass(p_row, K, ROWS, LANES, STEPS))
     else:
         peak_p = row_peak(p_row, K, ROWS, LANES, STEPS)
     peak_q = row_peak(q_row, K, ROWS, LANES, STEPS)
     if not GIVEN:
         log_total_p = row_log2_total(p_row, peak_p, rate_p, K, ROWS, LANES, STEPS)
     log_total_q = row_log2_total(q_row, peak_q, rate_q, K, ROWS, LANES, STEPS)
-    if trust_ptr is not None:
-        trust = tl.load(trust_ptr + label).to(tl.float32)
-        own = tl.load(p_row + label).to(tl.float32)
-        log_own = _mixed_own((own - peak_p) * rate_p - log_total_p, trust)
-        log_kept = log2_1m(trust)
+    of_p, of_q = (peak_p, rate_p, log_total_p), (peak_q, rate_q, log_total_q)
+    trust, log_own, log_kept = _target_numbers(trust_ptr, p_row, label, of_p, ROWS)
+    target = (label, log_own, log_kept)
 
-    # the expectation of log_p - log_q: the loss, and what P's gradient is measured from
+    mean = tl.zeros((ROWS,), tl.float32)
     if loss_ptr is not None or (p_grad_ptr is not None and not GIVEN):
-        kl = tl.zeros((ROWS, LANES), tl.float32)
-        for start in range(0, K, STEPS * LANES):
-            p = row_logits(p_row, start, K, LANES, STEPS)
-            q = row_logits(q_row, start, K, LANES, STEPS)
-            for step in tl.static_range(STEPS):
-                log_q = (q[step] - peak_q[:, None]) * rate_q[:, None] - log_total_q[:, None]
-                cls = start + step * LANES + tl.arange(0, LANES)
-                if GIVEN:
-                    log_p = tl.log2(tl.where(cls < K, p[step], 0.0))
-                else:
-                    log_p = (p[step] - peak_p[:, None]) * rate_p[:, None] - log_total_p[:, None]
-                log_weight = log_p
-                if trust_ptr is not None:
-                    log_p = tl.where(cls == label[:, None], log_own[:, None], log_p + log_kept[:, None])
-                    if loss_ptr is not None:
-                        log_weight = log_p
-                weight = tl.exp2(log_weight)
-                kl += tl.where(weight == 0, 0.0, weight * (log_p - log_q))
-        mean = tl.sum(kl, 1)
-        middle = tl.expand_dims(mean, 1)
+        mean = _expectation(
+            p_row, q_row, of_p, of_q, target,
+            loss_ptr is not None, trust_ptr is not None, GIVEN, K, ROWS, LANES, STEPS,
+        )  # fmt: skip
     if loss_ptr is not None:
         loss = mean * LN2
         if not GIVEN:  # only rounding makes a sum negative; NaN stays
             loss = tl.maximum(loss, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        loss = scale * loss
-        if ignore_index is not None:
-            loss = tl.where(ignored, 0.0, loss)
-        tl.store(loss_ptr + row, loss, mask=row < B)
+        tl.store(loss_ptr + row, tl.where(ignored, 0.0, scale * loss), mask=row < B)
     else:
-        scale_q = scale / temperature_q
-        if p_grad_ptr is not None:
-            scale_p = scale * LN2
-            if not GIVEN:
-                scale_p = scale_p / temperature_p
-            if trust_ptr is not None:
-                scale_p *= 1 - trust
-        for start in range(0, K, STEPS * LANES):
-            p = row_logits(p_row, start, K, LANES, STEPS)
-            q = row_logits(q_row, start, K, LANES, STEPS)
-            for step in tl.static_range(STEPS):
-                log_q = (q[step] - peak_q[:, None]) * rate_q[:, None] - log_total_q[:, None]
-                cls = start + step * LANES + tl.arange(0, LANES)
-                inside = (row < B)[:, None] & (cls < K)
-                if GIVEN:
-                    log_p = tl.log2(tl.where(cls < K, p[step], 0.0))
-                else:
-                    log_p = (p[step] - peak_p[:, None]) * rate_p[:, None] - log_total_p[:, None]
-                log_source = log_p
-                if trust_ptr is not None:
-                    log_p = tl.where(cls == label[:, None], log_own[:, None], log_p + log_kept[:, None])
-                if q_grad_ptr is not None:
-                    if GIVEN:
-                        grad = scale_q[:, None] * _difference(log_p, log_q + log_mass[:, None])
-                    else:
-                        grad = scale_q[:, None] * _difference(log_p, log_q)
-                    if ignore_index is not None:
-                        grad = tl.where(ignored[:, None], 0.0, grad)
-                    grad = grad.to(q_grad_ptr.dtype.element_ty)
-                    tl.store(q_grad_ptr + (row * Q_GRAD_STRIDE)[:, None] + cls, grad, mask=inside)
-                if p_grad_ptr is not None:
-                    if GIVEN:
-                        grad = scale_p[:, None] * (log_p - log_q + LOG2E)
-                    else:
-                        weight = tl.exp2(log_source)
-                        apart = tl.where(weight == 0, 0.0, log_p - log_q)
-                        grad = scale_p[:, None] * (weight * (apart - middle))
-                    if ignore_index is not None:
-                        grad = tl.where(ignored[:, None], 0.0, grad)
-                    grad = grad.to(p_grad_ptr.dtype.element_ty)
-                    tl.store(p_grad_ptr + (row * P_GRAD_STRIDE)[:, None] + cls, grad, mask=inside)
-
-
-def _row_stride(rows: Tensor | None) -> int:
-    """Return the stride from row to row. That of a single row means nothing, and is not worth a kernel of its own."""
-    if rows is None:
-        return 0
-    return rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
-
-
-def _each_stride(values: Tensor | None) -> int:
-    """Return the stride from number to number, and 0 where one number holds for all."""
-    return values.stride(0) if values is not None and values.dim() else 0
+        scale_p, scale_q = scale * LN2, scale / temperature_q
+        if not GIVEN:
+            scale_p = scale_p / temperature_p * (1 - trust)
+        _write_gradients(
+            p_grad_ptr, q_grad_ptr, p_row, q_row, of_p, of_q, target, mean, scale_p, scale_q, row, ignored, B,
+            P_GRAD_STRIDE, Q_GRAD_STRIDE, trust_ptr is not None, GIVEN, K, LANES, STEPS,
+        )  # fmt: skip
 
 
 def launch(
@@ -243,10 +270,10 @@ def launch(
         *(p, q, inputs.label, inputs.temperatures),
         *(inputs.class_weight, inputs.label_trust, inputs.row_weight, row_grad),
         *(loss, p_grad, q_grad),
-        *(_each_stride(inputs.temperatures) if by_row else 0, _each_stride(inputs.row_weight), _each_stride(row_grad)),
+        *(each_stride(inputs.temperatures) if by_row else 0, each_stride(inputs.row_weight), each_stride(row_grad)),
         *(inputs.ignore_index, inputs.temperature, inputs.student_temperature, batch),
     )
-    strides = (_row_stride(p), _row_stride(q), _row_stride(p_grad), _row_stride(q_grad))
+    strides = (row_stride(p), row_stride(q), row_stride(p_grad), row_stride(q_grad))
     constants: Any = (*strides, by_row, inputs.reverse, inputs.given)
     options: dict[str, Any] = {**tiles, **EXACT}
     with launching(p):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from retemper.kernels.class_temperature_kl import class_temperature_kl
 from retemper.kernels.jensen_shannon import class_temperature_js
 from retemper.kernels.pgd_step import pgd_step_
+from retemper.kernels.pixels import batch_first
 from retemper.kernels.random_start import random_start_
 
 
@@ -239,7 +240,8 @@ class RandomStart(_WithSettings):
     """The start of `random_start_`: each call draws anew, and a loaded `state_dict` goes on where it was saved.
 
     The seed is a buffer of one int64 that a call advances on the device, so that a captured CUDA graph draws anew at
-    every replay. Processes that are to draw different noise need seeds that lie further apart than they take calls.
+    every replay. Processes that are to draw different noise need seeds that lie further apart than they take calls, and
+    a module outside of the one that DistributedDataParallel wraps, since that gives all the first one's buffers.
 
     Args:
         eps: in pixel units (8/255, not 8); a number, or a tensor as for `random_start_`.
@@ -281,7 +283,7 @@ class RandomStart(_WithSettings):
         """Draw starts around the clean images.
 
         Args:
-            clean: (B, ...).
+            clean: (B, ...), of any strides.
             adv: like `clean`, overwritten; a new tensor when left out.
 
         Returns:
@@ -290,6 +292,7 @@ class RandomStart(_WithSettings):
         Raises:
             ValueError: as `random_start_`.
         """
-        start = random_start_(torch.empty_like(clean) if adv is None else adv, clean, **self.settings())
+        adv = torch.empty_like(batch_first(clean)) if adv is None else adv
+        start = random_start_(adv, clean, **self.settings())
         self.seed.add_(1)
         return start

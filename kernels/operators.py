@@ -86,6 +86,11 @@ def differentiable(operator: Any, backward: Callable[..., Any], setup: Callable[
     LIBRARY.impl(operator._schema.name.partition("::")[2], autograd, "Autograd", with_keyset=True)
 
 
+def keep(ctx: Any, *tensors: Tensor | None) -> None:
+    """Save tensors for the backward. Of those made in inference mode, which autograd cannot save, it saves copies."""
+    ctx.save_for_backward(*(t.clone() if t is not None and t.is_inference() else t for t in tensors))
+
+
 class _Last(torch.autograd.Function):
     """The identity, which no gradient passes."""
 
@@ -104,10 +109,10 @@ def differentiated_once(backward: Callable[..., Any], ctx: Any, *grads: Any) -> 
     `torch.autograd.function.once_differentiable` would record nothing where the gradients of the outputs are constants,
     and so lose the second derivative without a word.
     """
+    if not torch.is_grad_enabled():
+        return backward(ctx, *grads)
     with torch.no_grad():
         found = backward(ctx, *grads)
-    if not torch.is_grad_enabled():
-        return found
     return tuple(None if grad is None else _Last.apply(grad.detach().requires_grad_()) for grad in found)
 
 

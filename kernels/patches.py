@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from retemper.kernels.class_temperature_kl import class_temperature_kl
 from retemper.kernels.pgd_step import pgd_step_
+from retemper.kernels.pixels import batch_first
 from retemper.kernels.random_start import random_start_
 
 TRIED = ("3.5.1",)  # the versions of torchattacks whose loops were read, and compared with ours
@@ -31,12 +32,19 @@ class Patch:
     """What `patch_torchattacks` put in place. As a context manager it is undone at the end of the block."""
 
     def __init__(self, forwards: dict[Any, Forward]) -> None:
+        self._forwards = forwards
         self._before = {attack: attack.forward for attack in forwards}
         for attack, forward in forwards.items():
             attack.forward = forward
 
     def undo(self) -> None:
-        """Give the attacks back the methods that they had before. A second call does nothing."""
+        """Give the attacks back the methods that they had before. A second call does nothing.
+
+        Raises:
+            RuntimeError: an attack has been patched again since.
+        """
+        if any(attack.forward is not self._forwards[attack] for attack in self._before):
+            raise RuntimeError("an attack has been patched again since; undo that patch first")
         while self._before:
             attack, forward = self._before.popitem()
             attack.forward = forward
@@ -101,7 +109,7 @@ def _loop(start: Start, objective: Callable[..., Slope], *, has_momentum: bool =
     """Return an attack's method: from a start, steps along the objective's gradient."""
 
     def forward(self: Any, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        clean = images.detach().to(self.device)
+        clean = batch_first(images.detach().to(self.device))
         slope = objective(self, clean, None if labels is None else labels.detach().to(self.device))
         adv = start(self, clean)  # after the targets, which may be drawn too
         options: dict[str, Any] = {"norm": norm}

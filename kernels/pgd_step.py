@@ -33,7 +33,7 @@ from torch import Tensor
 from retemper.kernels.ascent import Number, Step, ascend
 from retemper.kernels.ascent_kernels import launch
 from retemper.kernels.operators import is_symbol, operator, overwritten, rewritten
-from retemper.kernels.pixels import NORMS, grid, named_norm, rows_or_pixels, same_memory, split
+from retemper.kernels.pixels import NORMS, finite, grid, named_norm, overlap, rows_or_pixels, split
 from retemper.kernels.runtime import (
     FLOATS,
     compute_dtype,
@@ -116,7 +116,7 @@ def _require_own_memory(momentum: Tensor | None, previous: Tensor | None, **othe
     """Raise ValueError where a buffer that is overwritten is the memory of another tensor."""
     for name, buffer in (("momentum", momentum), ("previous", previous)):
         for other_name, other in others.items():
-            if buffer is not None and other is not None and same_memory(buffer, other):
+            if buffer is not None and other is not None and overlap(buffer, other):
                 raise ValueError(f"{name}: it is the memory of {other_name}, and is overwritten; pass a clone()")
         others |= {name: buffer}
 
@@ -171,6 +171,13 @@ def _take_symbols(
     _take_op(adv, grad, clean, *numbers, norm, *by, *rest)
 
 
+def _require_tensors(**given: object) -> None:
+    """Raise TypeError unless all that are given are tensors."""
+    for name, value in given.items():
+        if not (value is None or isinstance(value, Tensor)):
+            raise TypeError(f"{name}: a {type(value).__name__}; needs a tensor")
+
+
 def _require_constants(adv: Tensor, *constants: Tensor | None) -> None:
     """Raise ValueError if autograd is tracking a tensor: it would be overwritten, or miss a gradient."""
     if torch.is_grad_enabled() and True in [one.requires_grad for one in (adv, *constants) if one is not None]:
@@ -204,7 +211,7 @@ def pgd_step_(
 
     Args:
         adv: (B, ...), floats, dense with the batch outermost, in any order of the other dimensions (channels-last).
-        grad, clean: of the shape of `adv`, of any float dtype and strides, read as they are; `clean` may be `adv`.
+        grad, clean: of the shape of `adv`, of any float dtype and strides, read as they are; both may be `adv`.
             On a GPU, tensors of more than 4 dimensions and another layout than `adv` are copied.
         step, eps: in pixel units (8/255, not 8); numbers, or tensors of those shapes. A number is at most the width of
             the range (or 1) in L-inf, or its sqrt(pixels)-fold in L2. A negative step moves against the gradient:
@@ -215,7 +222,7 @@ def pgd_step_(
             gradient and its distance from `clean` count 0.
         momentum: like `adv`, any float dtype and layout, zeros at first; overwritten. Its values are about 1 / pixels,
             too small for float16 in large images.
-        decay: of the momentum.
+        decay: of the momentum, a number.
         previous: the iterate before, like `adv`, any float dtype and layout, at first a copy; overwritten with `adv`.
         inertia: the weight of the new move, beside `previous`; Auto-PGD takes 1 at its first step, then 0.75.
         clip_first: in L2, whether to clip to valid pixels before the projection to the ball, and not after it.
@@ -226,10 +233,14 @@ def pgd_step_(
     Raises:
         TypeError: an argument is neither a tensor nor a number where it must be one.
         ValueError: a shape, dtype, device, layout or norm does not fit (L1 too); an argument requires a gradient; a
-            number is not in pixel units, or no range of pixels; a buffer is the memory of another argument.
+            number is not finite, not in pixel units, or no range of pixels; a buffer is the memory of another argument.
     """
     if not (isinstance(adv, Tensor) and isinstance(grad, Tensor) and isinstance(clean, Tensor)):
         raise TypeError("adv, grad, clean: they must be tensors")
+    if not mask is momentum is previous is None:
+        _require_tensors(mask=mask, momentum=momentum, previous=previous)
+        decay = decay if momentum is None else finite("decay", decay)
+        inertia = inertia if previous is None else finite("inertia", inertia)
     norm = named_norm(norm)
     step, step_by = split("step", step)
     eps, eps_by = split("eps", eps)

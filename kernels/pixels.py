@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from retemper.kernels.language import tl, triton
-from retemper.kernels.runtime import FLOATS
+from retemper.kernels.runtime import FLOATS, is_dense_batch_first
 
 NORMS = ("linf", "l2")
 ALIASES = {"linf": "linf", "inf": "linf", math.inf: "linf", "l2": "l2", "2": "l2", 2: "l2"}
@@ -216,9 +216,55 @@ def rows_or_pixels(mask: Tensor, image: Tensor) -> Tensor:
         raise ValueError(f"mask: {shapes}; needs ({image.shape[0]},) or the shape of adv") from None
 
 
-def same_memory(one: Tensor, other: Tensor) -> bool:
-    """Say whether two tensors begin at one address; inside a transform of torch.func, which has none, they may."""
+def finite(name: str, value: float) -> float:
+    """Return a number as a float.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is a tensor, or not finite.
+    """
+    number, tensor = split(name, value)
+    if tensor is not None or not -math.inf < number < math.inf:
+        raise ValueError(f"{name}: {'a tensor' if tensor is not None else number}; needs a finite number")
+    return number
+
+
+def batch_first(images: Tensor) -> Tensor:
+    """Return images side by side in memory, the batch outermost: a copy where they lie otherwise."""
+    return images if is_dense_batch_first(images) else images.contiguous()
+
+
+def overlap(one: Tensor, other: Tensor) -> bool:
+    """Say whether two tensors of one shape have memory in common, of which one is dense.
+
+    Of two that both have holes, only those that begin at one address are told. Inside a transform of torch.func, which
+    has no addresses, any two may overlap.
+    """
     try:
-        return one.data_ptr() == other.data_ptr()
+        if one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
+            return False
     except RuntimeError:
         return True
+    (begin, end), (other_begin, other_end) = _span(one), _span(other)
+    if end - begin > one.nbytes and other_end - other_begin > other.nbytes:
+        return begin == other_begin
+    return begin < other_end and other_begin < end
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Return the address of a tensor's first byte, and that after its last one."""
+    if not tensor.numel():
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def apart(tensor: Tensor, image: Tensor) -> Tensor:
+    """Return a tensor that can be read while `image` is overwritten, pixel by pixel, in any order.
+
+    It is copied where it overlaps the image and a pixel of it is another pixel of the image.
+    """
+    if not overlap(tensor, image):
+        return tensor
+    same = tensor.data_ptr() == image.data_ptr() and tensor.stride() == image.stride()
+    return tensor if same else tensor.clone()

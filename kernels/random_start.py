@@ -14,6 +14,7 @@ Bound by memory: 1 tensor read and 1 written.
 """
 
 import math
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from retemper.kernels.noise import fill, launch
 from retemper.kernels.operators import is_symbol, operator, overwritten, rewritten
-from retemper.kernels.pixels import grid, laid_out, named_norm, split
+from retemper.kernels.pixels import apart, grid, laid_out, named_norm, split
 from retemper.kernels.runtime import (
     FLOATS,
     compute_dtype,
@@ -59,6 +60,8 @@ def random_start_reference(
         A new tensor of the shape, dtype and layout of `clean`.
     """
     adv = torch.empty_like(clean)
+    if not adv.numel():
+        return adv
     return fill(adv, clean, seed, noise, scale, clip, rows, norm, *_numbers(adv, norm, eps, lower, upper))
 
 
@@ -96,7 +99,7 @@ def _random_start_op(
         numbers = _numbers(adv, norm, *(number if by is None else by for number, by in given))
     if adv.numel() == 0:
         return
-    rows = (first_row, rows_apart)
+    rows, clean = (first_row, rows_apart), apart(clean, adv)
     if not runs_triton(adv, clean):
         fill(adv, clean, seed, noise, scale, clip, rows, norm, *numbers)
         return
@@ -134,6 +137,14 @@ def _numbers(adv: Tensor, norm: str, eps: Number, lower: Number, upper: Number) 
     lower = grid("lower", lower, adv, by_sample=False) if isinstance(lower, Tensor) else lower
     upper = grid("upper", upper, adv, by_sample=False) if isinstance(upper, Tensor) else upper
     return eps, lower, upper
+
+
+def _require_seed(seed: int) -> None:
+    """Raise TypeError or ValueError unless the seed is a whole number of 64 bits."""
+    if not isinstance(seed, Integral | torch.SymInt):
+        raise TypeError(f"seed: a {type(seed).__name__}; needs an int, or one int64 in a tensor")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: {seed} does not fit 64 bits")
 
 
 @rewritten(
@@ -224,8 +235,7 @@ def random_start_(
     pixels = 1 if norm == "linf" or not adv.numel() else adv.numel() // adv.shape[0]
     require_pixel_units(lower, upper, pixels, eps=eps)
     if not isinstance(seed, Tensor):
-        if not -(2**63) <= seed < 2**63:
-            raise ValueError(f"seed: {seed} does not fit 64 bits")
+        _require_seed(seed)
         seed = torch.full((1,), seed, dtype=torch.int64, device=adv.device)
     take = _of_symbols if torch.compiler.is_compiling() else _random_start_op
     take(adv, clean, seed, eps, eps_by, noise, scale, clip, *rows, lower, upper, lower_by, upper_by, norm)

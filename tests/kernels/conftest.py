@@ -40,3 +40,13 @@ def triton_path() -> Iterator[None]:
 def reference_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the path of a CPU without the interpreter: the references."""
     monkeypatch.setattr(runtime, "TRITON_ON_CPU", False)
+
+
+@pytest.fixture(params=["triton", "reference"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> str:
+    """Both paths of a CPU; on a GPU there is one for these dtypes."""
+    if request.param == "reference":
+        if device.type != "cpu":
+            pytest.skip("the reference is a CPU's path")
+        monkeypatch.setattr(runtime, "TRITON_ON_CPU", False)
+    return request.param

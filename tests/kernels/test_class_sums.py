@@ -146,6 +146,7 @@ def test_labels_may_be_of_any_integer_dtype(
         assert_sums(logits, label.to(dtype), by_row(logits, label))
 
 
+@pytest.mark.triton
 def test_one_or_two_launches_do_and_their_memory_does_not_grow_with_both_sizes(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

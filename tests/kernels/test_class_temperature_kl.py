@@ -69,9 +69,12 @@ def assert_loss(loss: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def assert_grad(grad: Tensor, expected: Tensor, compute: torch.dtype, student_temperature: float = 1.0) -> None:
+def assert_grad(
+    grad: Tensor, expected: Tensor, compute: torch.dtype, student_temperature: float = 1.0, plain: bool = False
+) -> None:
     limits = torch.finfo(grad.dtype)
-    atol = GRAD_TOLERANCE[compute] / student_temperature + limits.tiny * limits.eps  # the steps of the smallest floats
+    atol = GRAD_TOLERANCE[compute] / student_temperature * (2 if plain else 1)  # plain PyTorch's sums are in float32
+    atol += limits.tiny * limits.eps  # the steps of the smallest floats
     torch.testing.assert_close(grad.double(), expected.double(), rtol=ULP[grad.dtype], atol=atol)
 
 
@@ -112,12 +115,8 @@ def test_agrees_with_reference_where_labels_are_trusted(shape: tuple[int, int], 
     assert torch.equal(class_temperature_kl_grad_(args.student, *args[1:], **options), grad)
 
 
-@pytest.mark.parametrize("path", ["triton", "reference"])
-def test_trust_leads_from_the_teacher_to_the_label(
-    path: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if path == "reference" and device.type == "cpu":
-        monkeypatch.setattr("retemper.kernels.runtime.TRITON_ON_CPU", False)
+@pytest.mark.usefixtures("path")
+def test_trust_leads_from_the_teacher_to_the_label(device: torch.device) -> None:
     args = batch((97, 10), device)
     for each in (args, args.double(), batch((1000, 2), device)):  # so many rows that any rounding would show
         none = torch.zeros_like(each.temperature)
@@ -138,7 +137,7 @@ def test_trust_leads_from_the_teacher_to_the_label(
 
 
 @pytest.mark.parametrize("classes", [10, 100])
-def test_a_trusted_label_survives_infinite_logits(classes: int, device: torch.device) -> None:
+def test_a_trusted_label_survives_infinite_logits(classes: int, path: str, device: torch.device) -> None:
     args, half = batch((6, classes), device), torch.full((classes,), 0.5, device=device)
     args.label.fill_(1)
     args.temperature.fill_(1)
@@ -153,9 +152,11 @@ def test_a_trusted_label_survives_infinite_logits(classes: int, device: torch.de
         expected = class_temperature_kl_reference(*args.double(), **wide)
         assert (loss[2] == math.inf) == (trust[0] < 1) and loss[3] == math.inf  # impossible, and yet in the target
         assert_loss(loss, expected)
-        torch.testing.assert_close(loss[4].double(), expected[4], rtol=1e-5, atol=0)  # small, to its own digits
+        if path == "triton":  # small, to its own digits; plain PyTorch has the digits of 1
+            torch.testing.assert_close(loss[4].double(), expected[4], rtol=1e-5, atol=0)
         grad = grad_of_sum(args, label_trust=trust)
-        assert_grad(grad, class_temperature_kl_grad_reference(*args.double(), **wide), torch.float32)
+        expected = class_temperature_kl_grad_reference(*args.double(), **wide)
+        assert_grad(grad, expected, torch.float32, plain=path == "reference")
     log_q = args.student[0].log_softmax(0)
     torch.testing.assert_close(
         class_temperature_kl(*args, label_trust=half, reduction="none")[0], math.log(0.5) - (log_q[0] + log_q[1]) / 2
@@ -361,7 +362,7 @@ def test_rows_may_have_gaps(device: torch.device) -> None:
 
 
 def operands(inputs: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(arguments(**inputs))
+    return arguments(**inputs).of_operator()
 
 
 @pytest.mark.parametrize(

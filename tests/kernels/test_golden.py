@@ -13,6 +13,7 @@ from retemper.kernels import class_sums, class_temperature_kl, class_temperature
 CASES: dict[str, list[dict[str, Any]]] = json.loads((Path(__file__).parent.parent / "golden/kernels.json").read_text())
 # of the largest value of an answer: exponents of a few hundred to 2**-23 each; float64 takes the reference path
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+PLAIN = 2**-20  # what float32 in plain PyTorch may be off by: it has the digits of 1 beside a small loss
 
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
@@ -25,25 +26,26 @@ def assert_close(out: Tensor, answer: Any) -> None:
     )
 
 
-def assert_each_row_close(out: Tensor, answer: Any) -> None:
+def assert_each_row_close(out: Tensor, answer: Any, floor: float) -> None:
     """Compare each row by its own size: a sure student's loss of 3e-5 has as many digits as a loss of 200."""
     expected = torch.tensor(answer, dtype=torch.float64)
     size = expected[:, None].flatten(1).abs().amax(1)
     error = (out.double().cpu() - expected)[:, None].flatten(1).abs().amax(1)
-    assert (error <= TOLERANCE[out.dtype] * size).all(), (error / size).max()
+    assert (error <= TOLERANCE[out.dtype] * size + floor).all(), (error / size).max()
 
 
 @each_dtype
 @pytest.mark.parametrize(
     "case", CASES["class_temperature_kl"], ids=lambda c: f"{len(c['label'])}x{len(c['temperature'])}"
 )
-def test_class_temperature_kl(case: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+def test_class_temperature_kl(case: dict[str, Any], dtype: torch.dtype, path: str, device: torch.device) -> None:
     def tensor(name: str) -> Tensor:
         return torch.tensor(case[name], device=device, dtype=dtype)
 
+    floor = PLAIN if path == "reference" and dtype == torch.float32 else 0
     args = tensor("student"), tensor("teacher"), torch.tensor(case["label"], device=device), tensor("temperature")
     options = {"student_temperature": case["student_temperature"], "class_weight": tensor("class_weight")}
-    assert_each_row_close(class_temperature_kl(*args, **options, reduction="none"), case["none"])
+    assert_each_row_close(class_temperature_kl(*args, **options, reduction="none"), case["none"], floor)
     for reduction in ("sum", "batchmean", "mean"):
         assert_close(class_temperature_kl(*args, **options, reduction=reduction), case[reduction])
     for reduction in ("sum", "batchmean"):
@@ -51,7 +53,7 @@ def test_class_temperature_kl(case: dict[str, Any], dtype: torch.dtype, device: 
         class_temperature_kl(student, *args[1:], **options, reduction=reduction).backward()
         assert student.grad is not None
         assert_close(student.grad, case[f"student_grad_of_{reduction}"])
-    assert_each_row_close(class_temperature_kl_grad_(*args, **options), case["student_grad_of_sum"])
+    assert_each_row_close(class_temperature_kl_grad_(*args, **options), case["student_grad_of_sum"], floor)
 
 
 @each_dtype

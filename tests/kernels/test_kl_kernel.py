@@ -18,16 +18,6 @@ TIGHT: dict[str, Any] = {"rtol": 2**-19, "atol": 2**-18}
 ULP = {torch.float32: 2**-19, torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float64: 1e-11}
 
 
-@pytest.fixture(params=["triton", "reference"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> str:
-    """Both paths of a CPU; on a GPU there is one for these dtypes."""
-    if request.param == "reference":
-        if device.type != "cpu":
-            pytest.skip("the reference is a CPU's path")
-        monkeypatch.setattr("retemper.kernels.runtime.TRITON_ON_CPU", False)
-    return request.param
-
-
 def logits(shape: tuple[int, ...], device: torch.device, *dtypes: torch.dtype) -> list[Tensor]:
     gen = torch.Generator().manual_seed(0)
     drawn = 3 * torch.randn(2, *shape, generator=gen)
@@ -156,6 +146,7 @@ def test_trades_has_the_gradient_of_plain_pytorch(path: str, device: torch.devic
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.triton
 def test_both_gradients_are_one_launch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = logits((BATCH, CLASSES), device)
     loss = class_temperature_kl(student, teacher, reduction="none")
@@ -201,6 +192,7 @@ def test_a_gradient_cannot_be_differentiated_again(reduction: str, path: str, de
             grad.square().sum().backward()
 
 
+@pytest.mark.triton
 @pytest.mark.filterwarnings("ignore:`torch.jit.script")  # PyTorch's own, at the first use of the forward mode
 def test_the_forward_mode_is_refused_by_the_kernel(device: torch.device) -> None:
     student, teacher = (one.detach() for one in logits((BATCH, CLASSES), device))
@@ -322,7 +314,8 @@ def test_reversed_is_pytorchs_loss_of_the_student_s_prediction(path: str, device
 
 
 @pytest.mark.parametrize(
-    ("shape", "class_dim"), [((2, 3, CLASSES), -1), ((2, CLASSES, 3, 4), 1), ((CLASSES, 6), 0), ((1, CLASSES, 6), 1)]
+    ("shape", "class_dim"),
+    [((2, 3, CLASSES), -1), ((2, CLASSES, 3, 4), 1), ((CLASSES, 6), 0), ((CLASSES, 1), 0), ((1, CLASSES, 6), 1)],
 )
 @pytest.mark.parametrize("form", ["by class", "by row", "left out"])
 def test_leading_dimensions_are_rows(

@@ -110,6 +110,11 @@ def test_the_start_module_draws_anew_and_goes_on_where_it_was_saved() -> None:
     assert other(clean, adv) is adv and torch.equal(adv, start(clean))
 
 
+def test_the_start_module_takes_images_with_the_batch_innermost() -> None:
+    clean = torch.rand(3, 5, 5, 4).permute(3, 0, 1, 2)
+    torch.testing.assert_close(RandomStart(0.1)(clean), RandomStart(0.1)(clean.contiguous()), rtol=0, atol=0)
+
+
 def test_half_precision_leaves_the_seed_and_the_temperatures_usable() -> None:
     """A module within a network that is cast: `.half()` and `.to(torch.bfloat16)` reach its buffers."""
     network = nn.ModuleDict({"loss": ClassTemperatureKL(by_class()), "start": RandomStart(0.1)}).bfloat16()

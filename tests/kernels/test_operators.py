@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from retemper.kernels import pgd_step_
+from retemper.kernels import class_temperature_js, epilogue, pgd_step_
 from retemper.kernels.operators import LIBRARY, NAMESPACE, overwritten
 
 
@@ -34,3 +34,16 @@ def test_a_backward_that_needs_what_was_overwritten_raises(
 def test_tensors_of_inference_have_no_version() -> None:
     with torch.inference_mode():
         overwritten(torch.zeros(1))
+
+
+def test_tensors_of_inference_may_stand_beside_what_is_trained(device: torch.device) -> None:
+    """A teacher's prediction, as many make it, and the constants of a folded network."""
+    student = torch.randn(4, 10, device=device, requires_grad=True)
+    image = torch.randn(2, 3, 4, 4, device=device, requires_grad=True)
+    with torch.inference_mode():
+        teacher, shift = torch.randn(4, 10, device=device), torch.randn(3, device=device)
+    for constant in (lambda tensor: tensor, torch.clone):
+        loss = class_temperature_js(student, constant(teacher)) + epilogue(image, constant(shift), scale=shift).sum()
+        loss.backward()
+    for grad in (student.grad, image.grad):
+        assert grad is not None and grad.isfinite().all() and grad.any()

@@ -106,6 +106,26 @@ def test_undoing_gives_the_methods_back_once(torchattacks: ModuleType) -> None:
     assert before == [getattr(torchattacks, name).forward for name in names]
 
 
+def test_the_later_of_two_patches_is_undone_first(torchattacks: ModuleType) -> None:
+    before = torchattacks.PGD.forward
+    first, second = patch_torchattacks(), patch_torchattacks(draws="kernel")
+    with pytest.raises(RuntimeError, match="patched again since; undo that patch first"):
+        first.undo()
+    second.undo()
+    first.undo()
+    assert torchattacks.PGD.forward is before
+
+
+@pytest.mark.parametrize("name", (*TO_THE_BIT, *TO_ROUNDING))
+def test_images_may_lie_with_the_batch_innermost(torchattacks: ModuleType, name: str) -> None:
+    model, images, labels = problem(torch.float64)
+    attack = getattr(torchattacks, name)(model)
+    with patch_torchattacks():
+        expected = made(attack, images, labels)
+        turned = made(attack, images.movedim(0, -1).contiguous().movedim(-1, 0), labels)
+    assert torch.equal(turned, expected)
+
+
 @pytest.mark.parametrize("name", STARTS_AT_RANDOM)
 def test_the_kernel_draws_the_starts_when_asked(torchattacks: ModuleType, name: str) -> None:
     model, images, labels = problem(torch.float32)

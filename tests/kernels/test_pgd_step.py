@@ -144,6 +144,9 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
     for name, buffers in shared.items():
         with pytest.raises(ValueError, match=rf"it is the memory of {name}, and is overwritten; pass a clone\(\)"):
             pgd_step_(adv, grad, clean, STEP, EPS, **buffers)
+    stacked = torch.rand(3, 3, 8, 8, device=device)
+    with pytest.raises(ValueError, match="previous: it is the memory of adv"):  # all but a sample of it
+        pgd_step_(stacked[1:], grad, clean, STEP, EPS, previous=stacked[:-1])
     with pytest.raises(ValueError, match="norm: 'l3'; needs one of linf, l2"):
         torch.ops.retemper.pgd_step_(adv, grad, clean, STEP, EPS, 0.0, 1.0, "l3")
     pgd_step_(adv, grad, clean, 2, 8, lower=0.0, upper=255.0)  # other units
@@ -152,6 +155,17 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
         pgd_step_(adv.requires_grad_(), grad, clean, STEP, EPS)
     with torch.no_grad():
         pgd_step_(adv, grad, clean, STEP, EPS)
+
+
+def test_refuses_what_is_no_buffer_and_no_weight(device: torch.device) -> None:
+    adv, grad, clean = batch((2, 3, 8, 8), torch.float32, device)
+    for name, value in {"mask": [True, False], "momentum": 0.9, "previous": 1}.items():
+        with pytest.raises(TypeError, match=rf"{name}: a {type(value).__name__}; needs a tensor"):
+            pgd_step_(adv, grad, clean, STEP, EPS, **{name: value})
+    for value, shown in {float("nan"): "nan", math.inf: "inf", torch.ones((), device=device): "a tensor"}.items():
+        for name, buffer in {"decay": "momentum", "inertia": "previous"}.items():
+            with pytest.raises(ValueError, match=rf"{name}: {shown}; needs a finite number"):
+                pgd_step_(adv, grad, clean, STEP, EPS, **{name: value, buffer: torch.zeros_like(adv)})
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -229,17 +243,50 @@ def test_norms_go_by_other_names(alias: str | float, norm: str, device: torch.de
     assert torch.equal(pgd_step_(adv, grad, clean, STEP, EPS, norm=alias), expected)
 
 
-@pytest.mark.parametrize("path", ["triton", "reference"])
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_one_tensor_may_be_the_iterate_and_the_centre(
-    norm: str, path: str, device: torch.device, request: pytest.FixtureRequest
-) -> None:
-    if path == "reference":
-        request.getfixturevalue("reference_path")
+def test_one_tensor_may_be_the_iterate_and_the_centre(norm: str, device: torch.device) -> None:
     _, grad, clean = batch((2, 3, 8, 8), torch.float32, device)
     step = 4 * EPS  # out of the ball, so that the projection shows
     expected = pgd_step_(clean.clone(), grad, clean, step, EPS, norm=norm)
     assert torch.equal(pgd_step_(clean, grad, clean.detach(), step, EPS, norm=norm), expected)
+
+
+@pytest.mark.parametrize("path", ["triton", "reference"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_what_is_read_may_overlap_what_is_written(
+    norm: str, path: str, device: torch.device, request: pytest.FixtureRequest
+) -> None:
+    if path == "reference":
+        request.getfixturevalue("reference_path")
+    other = torch.randn(4, 3, 40, 40, generator=torch.Generator().manual_seed(1)).to(device)
+    views = {
+        "one sample of it": lambda memory: memory[1:2].expand(4, -1, -1, -1),
+        "turned": lambda memory: memory[1:].transpose(2, 3),
+        "moved by a sample": lambda memory: memory[:-1],
+    }
+    for view in views.values():
+        for read in ("grad", "clean"):
+            memory = batch((5, 3, 40, 40), torch.float32, device)[0]
+            given: dict[str, Tensor] = {"grad": other, "clean": other.sigmoid()}
+            expected = pgd_step_(
+                memory[1:].clone(), **given | {read: view(memory).clone()}, step=0.5, eps=1.0, norm=norm
+            )
+            out = pgd_step_(memory[1:], **given | {read: view(memory)}, step=0.5, eps=1.0, norm=norm)
+            torch.testing.assert_close(out, expected, rtol=0, atol=2**-22)
+
+
+def test_two_buffers_may_lie_in_turns(device: torch.device) -> None:
+    adv, grad, clean = batch((2, 3, 8, 8), torch.float32, device)
+    apart = {"momentum": torch.zeros_like(adv), "previous": adv.clone()}
+    memory = torch.stack(list(apart.values()), 1)
+    together = {"momentum": memory[:, 0], "previous": memory[:, 1]}
+    expected = pgd_step_(adv.clone(), grad, clean, STEP, EPS, **apart)
+    assert torch.equal(pgd_step_(adv, grad, clean, STEP, EPS, **together), expected)
+    assert torch.equal(memory, torch.stack(list(apart.values()), 1))
+
+
+MASKS = {"rows": (2,), "pixels": (2, 3, 8, 8), "places": (8, 8), "channels": (3, 1, 1)}
 
 
 @pytest.mark.parametrize("inertia", [1.0, 0.75])
@@ -299,11 +346,9 @@ def everything(norm: str, device: torch.device) -> tuple[Any, ...]:
     )
 
 
-@pytest.mark.parametrize("path", ["triton", "reference"])
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_is_a_well_formed_op(norm: str, path: str, device: torch.device, request: pytest.FixtureRequest) -> None:
-    if path == "reference":
-        request.getfixturevalue("reference_path")
+def test_is_a_well_formed_op(norm: str, device: torch.device) -> None:
     op = torch.ops.retemper.pgd_step_.default
     for layout in LAYOUTS:
         adv, grad, clean = (t.contiguous(memory_format=layout) for t in batch((2, 3, 8, 8), torch.float32, device))

@@ -224,8 +224,23 @@ def test_an_image_may_be_its_own_start(device: torch.device) -> None:
         assert torch.equal(random_start_(adv, adv, EPS, seed=1, noise=noise, norm=norm), expected)
 
 
+@pytest.mark.parametrize("path", ["triton", "reference"])
+def test_clean_images_may_overlap_their_starts(path: str, device: torch.device, request: pytest.FixtureRequest) -> None:
+    if path == "reference":
+        request.getfixturevalue("reference_path")
+    for view in (lambda memory: memory[:-1], lambda memory: memory[1:2].expand(4, -1, -1, -1)):
+        for noise, norm in KINDS:
+            memory = images((5, 3, 20, 20), device)
+            expected = started(view(memory).clone(), EPS, seed=1, noise=noise, norm=norm)
+            out = random_start_(memory[1:], view(memory), EPS, seed=1, noise=noise, norm=norm)
+            torch.testing.assert_close(out, expected, rtol=0, atol=2**-22)
+
+
 def test_takes_an_empty_batch(device: torch.device) -> None:
     empty = torch.zeros(0, 3, 4, 4, device=device)
+    assert (
+        random_start_reference(empty, EPS, seed=torch.zeros(1, dtype=torch.int64, device=device)).shape == empty.shape
+    )
     for norm in ("linf", "l2"):
         assert random_start_(empty, empty.clone(), EPS, seed=0, norm=norm).shape == (0, 3, 4, 4)
 
@@ -272,6 +287,13 @@ def test_refuses_what_it_cannot_do(message: str, given: dict[str, Any], device: 
     }
     with pytest.raises(ValueError, match=message):
         random_start_(torch.empty_like(clean), clean, **given)
+
+
+@pytest.mark.parametrize("seed", [0.5, None, "7", torch.Generator()], ids=lambda seed: type(seed).__name__)
+def test_refuses_a_seed_that_is_no_whole_number(seed: Any, device: torch.device) -> None:
+    clean = images((2, 3, 8, 8), device)
+    with pytest.raises(TypeError, match=f"seed: a {type(seed).__name__}; needs an int, or one int64 in a tensor"):
+        random_start_(torch.empty_like(clean), clean, EPS, seed=seed)
 
 
 def test_refuses_tensors_that_do_not_fit(device: torch.device) -> None:
