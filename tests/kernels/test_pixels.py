@@ -109,7 +109,3 @@ def test_a_mask_is_of_samples_or_broadcasts() -> None:
         pixels.rows_or_pixels(torch.ones(3, dtype=torch.bool), IMAGE)
     with pytest.raises(ValueError, match=r"mask: torch.float32; needs torch.bool"):
         pixels.rows_or_pixels(torch.ones(2), IMAGE)
-
-
-def test_memory_is_told_by_its_first_byte() -> None:
-    assert pixels.same_memory(IMAGE, IMAGE.view(-1)) and not pixels.same_memory(IMAGE, IMAGE.clone())
