@@ -4,7 +4,7 @@
 
 A small network is trained against attacks on scikit-learn's digits, in seconds, and 500 images that it has not seen are
 attacked: in L-inf and in L2, away from their class and towards the next one, with pixels in [0, 1] and in [-1, 1]; from
-the images, from the very start that the peer has drawn, and from 20 starts that each draws for itself. "left" is how
+the images, from the very start that the peer has drawn, and from ten starts that each draws for itself. "left" is how
 many images an attack leaves as they were: of the right class, or not yet of the one aimed at, the mean of the starts.
 Ours may leave one more in 500. "equal" is how many images are the peer's, to 1e-5 of a pixel. At the end stand ours
 with momentum beside torchattacks' MIFGSM, and with restarts and the best iterate. On a CPU it takes one thread, so that
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from retemper.bench import peers
 from retemper.engine import cross_entropy_objective, pgd
 
-IMAGES, STEPS, DRAWS, EPOCHS = 500, 40, 20, 15
+IMAGES, STEPS, DRAWS, EPOCHS = 500, 40, 10, 15
 EPS = {"linf": 0.15, "l2": 0.5}  # in [0, 1]; in [-1, 1] they are twice as long, as are the steps
 SLACK = IMAGES // 500  # by how many images ours may be weaker
 NEAR = 1e-5

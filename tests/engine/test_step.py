@@ -46,6 +46,7 @@ def test_moves_the_statistics_once_a_forward(method: str, device: torch.device) 
     assert state.student.get_submodule("bn1").num_batches_tracked == 3 * len(recipe.method.forwards)
 
 
+@pytest.mark.usefixtures("values_unseen")
 @pytest.mark.parametrize("method", METHODS)
 def test_never_waits_for_the_device(method: str, device: torch.device) -> None:
     state, recipe = make(method, device)

@@ -81,6 +81,7 @@ def test_trains_and_goes_on_where_it_was(
     assert all(torch.equal(weights[key], others[key]) for key in weights)
 
 
+@pytest.mark.usefixtures("values_unseen")
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_a_step_never_waits_for_the_device_and_keeps_its_state_in_place(name: str, variant: str) -> None:
     """What a step must do to be captured in a CUDA graph; on a CPU, where every call of an operator can be seen."""
