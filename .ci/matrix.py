@@ -107,7 +107,10 @@ def choose(folder: Path, triton: str) -> None:
     """Have that Triton in the environment, and NumPy for its interpreter; or neither."""
     run(folder, "-m", "pip", "uninstall", "--yes", "triton", "numpy")
     if triton != "none":  # PyTorch's own metadata names one Triton, and it works with others
-        install(folder, "--no-deps", f"triton=={triton}.*", "numpy")
+        numpy = (
+            "numpy<2.4" if triton == "3.6" else "numpy"
+        )  # whose interpreter takes an array of one number as a number
+        install(folder, "--no-deps", f"triton=={triton}.*", numpy)
 
 
 def install(folder: Path, *words: str) -> None:
