@@ -62,3 +62,15 @@ def test_large_logits_at_a_low_temperature_keep_their_differences() -> None:
     loss = class_temperature_kl_reference(flat, logits, label, torch.tensor([0.05, 0.05], dtype=torch.float64))
     p = 1 / (1 + math.exp(-gap))
     assert loss.item() == pytest.approx(math.log(2) + p * math.log(p) + (1 - p) * math.log(1 - p), rel=1e-6)
+
+
+def test_a_divergence_that_rounding_makes_negative_keeps_its_gradient() -> None:
+    gen = torch.Generator().manual_seed(0)
+    teacher = torch.randn(200, 10, generator=gen)
+    student = (teacher + 1e-5 * torch.randn(200, 10, generator=gen)).requires_grad_()  # a divergence of about 1e-10
+    loss = class_temperature_kl_reference(student, teacher)
+    assert (loss >= 0).all() and (loss == 0).any()
+    (grad,) = torch.autograd.grad(loss.sum(), student)
+    expected = class_temperature_kl_grad_reference(student.detach().double(), teacher.double())
+    torch.testing.assert_close(grad.double(), expected, rtol=0, atol=3e-7)
+    assert (grad.abs().amax(1) > 0).all()
