@@ -1,0 +1,115 @@
+"""The operators of a step that launch something: which kernels, of which tensors, how many bytes they move."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dry_run.record import Record, Recorder
+
+WRITES_ALONE = {"copy_", "fill_", "zero_"}  # in place, without reading what was there
+PASSES = {  # operators that read their first tensors more than once: reads and writes of a tensor of the first one's size
+    "native_batch_norm": 3,  # x for its statistics, x again, the result
+    "native_batch_norm_backward": 5,  # x and dy for the sums, both again, the result
+    "cudnn_batch_norm": 3,
+    "cudnn_batch_norm_backward": 5,
+}
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operator that launched something.
+
+    Attributes:
+        launches: the kind and the name of each.
+        bytes: read and written, each tensor once, convolutions as cuDNN is given them; see `PASSES`.
+        elements: of its largest tensor.
+        layouts: the shapes of float images that it reads or writes in another layout than channels-last.
+    """
+
+    phase: str
+    name: str
+    launches: list[tuple[str, str]]
+    bytes: int
+    elements: int
+    layouts: list[list[int]] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Trace(TorchDispatchMode):
+    """A mode in which every operator that launches something is kept in `ops`."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+        self.phase = ""
+        self.calls: list[tuple[str, str, int, int, int, int, list[list[int]]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        begin = self.recorder.size()
+        result = func(*args, **kwargs)
+        end = self.recorder.size()
+        if end > begin:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if on_gpu(leaf)]
+            moved, largest = bytes_moved(func, args, kwargs, result), max((one.numel() for one in tensors), default=0)
+            layouts = [list(one.shape) for one in tensors if in_another_layout(one)]
+            self.calls.append((self.phase, str(func), begin, end, moved, largest, layouts))
+        return result
+
+    def ops(self, records: list[Record]) -> list[Op]:
+        """Return the operators, given the records since the recorder's reset before this trace."""
+        found = []
+        for phase, name, begin, end, moved, largest, layouts in self.calls:
+            launches = [(one.kind, one.name) for one in records[begin:end] if one.is_work]
+            if launches:
+                found.append(Op(phase, name, launches, moved, largest, layouts))
+        return found
+
+
+def on_gpu(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_cuda
+
+
+def in_another_layout(tensor: Tensor) -> bool:
+    """Return whether this is a batch of float images whose channels are not its fastest dimension."""
+    if tensor.dim() != 4 or not tensor.is_floating_point() or 0 in tensor.stride():  # what is expanded has no layout
+        return False
+    _, channels, height, width = tensor.shape
+    if channels == 1 or height * width == 1:
+        return False
+    return not tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def bytes_moved(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Return the bytes that an operator reads and writes: each tensor once, twice what it changes in place."""
+    name = func._schema.name.split("::")[1]
+    given, changed = [], []
+    for argument, value in zip(func._schema.arguments, arguments(func, args, kwargs), strict=False):
+        tensors = [leaf for leaf in tree_leaves(value) if on_gpu(leaf)]
+        is_written = argument.alias_info is not None and argument.alias_info.is_write
+        changed += tensors if is_written else []
+        given += [] if is_written and (argument.is_out or name in WRITES_ALONE) else tensors
+    if name in PASSES:
+        return PASSES[name] * size(given[0])
+    known = {id(one) for one in changed}
+    made = [leaf for leaf in tree_leaves(result) if on_gpu(leaf) and id(leaf) not in known]
+    return sum(size(one) for one in [*given, *changed, *made])
+
+
+def arguments(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:
+    """Yield the value of every argument in the schema's order; None for one that was left out."""
+    for place, argument in enumerate(func._schema.arguments):
+        yield args[place] if place < len(args) else kwargs.get(argument.name)
+
+
+def size(tensor: Tensor) -> int:
+    """Return the bytes that a tensor takes, an expanded dimension once."""
+    return tensor.element_size() * prod(n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
