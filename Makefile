@@ -5,9 +5,10 @@ SYSTEM := python3-venv python3-dev g++ pkg-config libturbojpeg0-dev libopencv-de
 SYSTEM_LOG := $(shell mktemp)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DOCS_BIN := .venv-docs/bin
+GPU_VENV ?= .venv-gpu-dry-run
 SUITE := $(BIN)/pytest --numprocesses 2 --dist loadfile
 
-.PHONY: setup system demo test test-everywhere check docs bench wheel hf-kernel matrix lock clean
+.PHONY: setup system demo test test-everywhere check docs bench gpu-dry-run wheel hf-kernel matrix lock clean
 
 setup: .venv/installed
 
@@ -63,6 +64,16 @@ docs: .venv-docs/installed
 bench: setup
 	$(BIN)/retemper bench step
 
+# The GPU code on a recorder of CUDA's calls: no GPU is needed, but PyTorch's build for one, 5 GB of the disk. Another
+# environment with such a build is taken by GPU_VENV=FOLDER, and parts of it by PARTS="counts host".
+gpu-dry-run: $(GPU_VENV)/bin/python
+	$(GPU_VENV)/bin/python benchmarks/gpu_dry_run.py $(PARTS)
+
+.venv-gpu-dry-run/bin/python: benchmarks/dry_run/requirements.txt | system
+	$(PYTHON) -m venv .venv-gpu-dry-run
+	.venv-gpu-dry-run/bin/pip --disable-pip-version-check install --quiet --requirement $<
+	touch $@
+
 # retemper, and retemper-kernels: the kernels alone.
 wheel: setup
 	rm -rf dist
@@ -81,4 +92,4 @@ lock: setup
 	$(BIN)/python .ci/lock.py
 
 clean:
-	rm -rf .venv .venv-docs build dist site src/*.egg-info
+	rm -rf .venv .venv-docs .venv-gpu-dry-run build dist site src/*.egg-info

@@ -39,6 +39,12 @@ class Record:
         return self.kind in WORK
 
     @property
+    def is_illegal(self) -> bool:
+        """Whether CUDA would refuse it, or a capture would miss it."""
+        missed = self.where == "beside" and (self.is_work or self.waits or self.kind == "module")
+        return missed or self.kind == "illegal"
+
+    @property
     def waits(self) -> bool:
         """Whether the host waits for the device."""
         return self.kind in WAITS or (self.kind == "memcpy" and self.name == "copy, device to pageable")
@@ -93,11 +99,9 @@ class Recorder:
                 return parsed(lines)
 
 
-def illegal(records: list[Record]) -> Counter[str]:
-    """Return what CUDA would have refused, or what a capture would have missed, with how often."""
-    refused = Counter(one.name for one in records if one.kind == "illegal")
-    beside = (one for one in records if one.where == "beside" and (one.is_work or one.waits or one.kind == "module"))
-    return refused + Counter(f"beside a capture: {one.name}" for one in beside)
+def illegal(records: Iterable[Record]) -> Counter[str]:
+    """Return what CUDA would refuse, or what a capture would miss, with how often."""
+    return Counter(f"{one.where} {one.name}".strip() for one in records if one.is_illegal)
 
 
 def waits(records: Iterable[Record]) -> Counter[str]:

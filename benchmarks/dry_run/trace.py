@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dry_run.convolution import read
 from dry_run.record import Record, Recorder
 
 WRITES_ALONE = {"copy_", "fill_", "zero_"}  # in place, without reading what was there
@@ -66,9 +67,14 @@ class Trace(TorchDispatchMode):
 
     def ops(self, records: list[Record]) -> list[Op]:
         """Return the operators, given the records since the recorder's reset before this trace."""
-        found = []
-        for phase, name, begin, end, moved, largest, layouts in self.calls:
-            launches = [(one.kind, one.name) for one in records[begin:end] if one.is_work]
+        found, seen = [], set[int]()
+        for phase, name, begin, end, moved, largest, layouts in self.calls:  # one within another comes before it
+            own = [place for place in range(begin, end) if place not in seen and records[place].is_work]
+            seen.update(own)
+            launches = [(records[place].kind, records[place].name) for place in own]
+            plans = [read(name) for kind, name in launches if kind == "convolution"]
+            if plans:  # with what is fused, and without what an operator of PyTorch is given beside
+                moved = sum(plan.bytes for plan in plans)
             if launches:
                 found.append(Op(phase, name, launches, moved, largest, layouts))
         return found

@@ -1,0 +1,45 @@
+"""Questions about values, which a recorder cannot answer: it computes nothing, and the host reads zeros.
+
+They are asked as on a GPU, so that what they cost and what they wait for is seen; the answer is taken to be the good one.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import wraps
+from typing import Any
+from unittest.mock import patch
+
+import retemper.engine.attack as attack
+from retemper.engine.run.diverged import FiniteWatch
+
+
+@contextmanager
+def sound_values() -> Iterator[None]:
+    """Have what is asked of values be so inside: images and logits fit, losses and gradients are finite."""
+    with (
+        patch.object(attack, "require_claims", granted(attack.require_claims)),
+        patch.object(FiniteWatch, "is_finite", answered(FiniteWatch.is_finite, True)),
+    ):
+        yield
+
+
+def granted(check: Callable[..., None]) -> Callable[..., None]:
+    """Return the check, which refuses nothing."""
+
+    @wraps(check)
+    def asked(*args: Any) -> None:
+        with suppress(ValueError):
+            check(*args)
+
+    return asked
+
+
+def answered(question: Callable[..., bool], answer: bool) -> Callable[..., bool]:
+    """Return the question, with that answer whatever it finds."""
+
+    @wraps(question)
+    def asked(*args: Any) -> bool:
+        question(*args)
+        return answer
+
+    return asked
