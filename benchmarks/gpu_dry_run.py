@@ -155,9 +155,10 @@ def recorder() -> dict[str, str]:
         SystemExit: it cannot be built here.
     """
     try:
-        return on_recorder(built(OUT / "recorder"), os.environ)
+        library = built(OUT / "recorder")
     except Unavailable as error:
         sys.exit(str(error))
+    return on_recorder(library, {**os.environ, "XDG_CACHE_HOME": str(OUT / "cache")})  # what is zeros is not kept
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ SOURCES = Path(__file__).with_name("recorder")
 ROOT = Path(__file__).resolve().parents[2]
 HEADERS = ("cuda.h", "cuda_runtime_api.h", "crt/host_defines.h", "cudnn_graph.h")
 LIBRARY = "libcuda.so.1"  # the name by which Triton and PyTorch look for the driver
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-shared", "-w", f"-Wl,-soname,{LIBRARY}"]
+FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-shared", "-w", f"-Wl,-soname,{LIBRARY}"]
 
 
 class Unavailable(Exception):
@@ -49,23 +49,29 @@ def built(folder: Path) -> Path:
     headers, sources = header_folders(), sorted(SOURCES.iterdir())
     content = b"".join([*(source.read_bytes() for source in sources), *(bytes(one) for one in headers)])
     own = folder / hashlib.sha256(content + " ".join(FLAGS).encode()).hexdigest()[:16]
-    if (own / LIBRARY).is_file():
-        return own
-    own.mkdir(parents=True, exist_ok=True)
-    partial = own / f"partial-{os.getpid()}.so"
-    includes = [word for header in headers for word in ("-I", str(header))]
-    files = [str(source) for source in sources if source.suffix == ".cpp"]
+    if not (own / LIBRARY).is_file():
+        own.mkdir(parents=True, exist_ok=True)
+        partial = own / f"partial-{os.getpid()}.so"
+        compile_library([source for source in sources if source.suffix == ".cpp"], headers, partial)
+        (own / LIBRARY.removesuffix(".1")).symlink_to(LIBRARY)
+        partial.rename(own / LIBRARY)
+    return own
+
+
+def compile_library(sources: list[Path], headers: list[Path], to: Path) -> None:
+    """Make a shared library of C++ sources, with headers of these folders.
+
+    Raises:
+        Unavailable: there is no compiler, or it refuses them.
+    """
+    includes = [word for folder in headers for word in ("-I", str(folder))]
+    command = ["g++", *FLAGS, *includes, *map(str, sources), "-o", str(to)]
     try:
-        done = subprocess.run(["g++", *FLAGS, *includes, *files, "-ldl", "-o", str(partial)], capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:
         raise Unavailable("g++ is not installed: it builds the recorder") from None
     if done.returncode:
         raise Unavailable(f"the recorder does not compile:\n{done.stderr}")
-    partial.rename(own / LIBRARY)
-    link = own / LIBRARY.removesuffix(".1")
-    link.unlink(missing_ok=True)
-    link.symlink_to(LIBRARY)
-    return own
 
 
 def on_recorder(library: Path, env: Mapping[str, str]) -> dict[str, str]:

@@ -10,14 +10,18 @@ from typing import Any
 from unittest.mock import patch
 
 import retemper.engine.attack as attack
+import retemper.engine.run.networks as networks
 from retemper.engine.run.diverged import FiniteWatch
+from retemper.errors import DataError
 
 
 @contextmanager
 def sound_values() -> Iterator[None]:
-    """Have what is asked of values be so inside: images and logits fit, losses and gradients are finite."""
+    """Have what is asked of values be so inside: images and logits fit, networks are sound, losses
+    and gradients are finite."""
     with (
         patch.object(attack, "require_claims", granted(attack.require_claims)),
+        patch.object(networks, "require_sound", granted(networks.require_sound)),
         patch.object(FiniteWatch, "is_finite", answered(FiniteWatch.is_finite, True)),
     ):
         yield
@@ -27,9 +31,9 @@ def granted(check: Callable[..., None]) -> Callable[..., None]:
     """Return the check, which refuses nothing."""
 
     @wraps(check)
-    def asked(*args: Any) -> None:
-        with suppress(ValueError):
-            check(*args)
+    def asked(*args: Any, **kwargs: Any) -> None:
+        with suppress(ValueError, DataError):
+            check(*args, **kwargs)
 
     return asked
 

@@ -33,7 +33,7 @@ static double now() {
 
 EXPORTED cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int priority) {
   Lock lock(mutex());
-  REQUIRE(safe("cudaStreamCreate"));
+  REQUIRE(safe("cudaStreamCreate"));  // nowhere documented to be safe
   auto made = new Stream;
   made->priority = priority;
   made->blocking = !(flags & cudaStreamNonBlocking);
