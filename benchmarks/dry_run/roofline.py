@@ -2,8 +2,8 @@
 
 A convolution is a matrix product cut into tiles for 132 multiprocessors, by the best of the usual tile sizes; a wave
 that is not full costs a whole one. Anything else moves its bytes. Each takes no less than a kernel that does nothing,
-and between two nodes of a graph there is a gap. `MACHINE` holds the rates, chosen from published measurements of the
-H100 and H200 and never from runs of this project: they are to be mended by the first.
+and between two nodes of a graph there is a gap. The rates in `MACHINE` are assumed, in round numbers below what NVIDIA
+states of the H200; the first run on one is to mend them.
 """
 
 from collections.abc import Iterable
@@ -108,7 +108,11 @@ def of_convolution(plan: Convolution, machine: Machine) -> float:
         return plan.bytes / (machine.bandwidth * machine.depthwise) + 1e-6
     m, n, k = plan.as_product()
     rate = machine.flops / machine.multiprocessors / (2 if plan.item > 2 else 1)
-    splits = SPLITS if plan.kind != "weight_gradient" else (max(1, machine.multiprocessors // (ceil(m / 128) * ceil(n / 128))),)
+    splits = (
+        SPLITS
+        if plan.kind != "weight_gradient"
+        else (max(1, machine.multiprocessors // (ceil(m / 128) * ceil(n / 128))),)
+    )
     product = min(
         of_tiles(m, n, k, tile, split, rate, machine)
         for tile in machine.tiles

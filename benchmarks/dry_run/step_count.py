@@ -5,7 +5,7 @@ The step is `train_step` itself; its phases are told apart by the functions that
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
@@ -117,12 +117,11 @@ class Step:
     @contextmanager
     def phases(self, begin: Callable[[str], None]) -> Iterator[None]:
         """Call `begin` with the name of each phase as it begins, and with that of the outer one as it ends."""
-        functions = {name: told(getattr(engine_step, name), phase, begin) for name, phase in PHASES.items()}
-        with (
-            patch.object(self, "augment", told(self.augment, "augment", begin)),
-            patch.object(self.state, "attacked", told(self.state.attacked, "fold", begin)),
-            patch.multiple(engine_step, **functions),
-        ):
+        places: list[tuple[Any, str, str]] = [(self, "augment", "augment"), (self.state, "attacked", "fold")]
+        places += [(engine_step, name, phase) for name, phase in PHASES.items()]
+        with ExitStack() as stack:
+            for owner, name, phase in places:
+                stack.enter_context(patch.object(owner, name, told(getattr(owner, name), phase, begin)))
             yield
 
 

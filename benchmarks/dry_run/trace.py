@@ -14,7 +14,7 @@ from dry_run.convolution import read
 from dry_run.record import Record, Recorder
 
 WRITES_ALONE = {"copy_", "fill_", "zero_"}  # in place, without reading what was there
-PASSES = {  # operators that read their first tensors more than once: reads and writes of a tensor of the first one's size
+PASSES = {  # of operators that read images more than once: how often those of the first one's size are read or written
     "native_batch_norm": 3,  # x for its statistics, x again, the result
     "native_batch_norm_backward": 5,  # x and dy for the sums, both again, the result
     "cudnn_batch_norm": 3,

@@ -1,6 +1,6 @@
 """Questions about values, which a recorder cannot answer: it computes nothing, and the host reads zeros.
 
-They are asked as on a GPU, so that what they cost and what they wait for is seen; the answer is taken to be the good one.
+They are asked as on a GPU, so that what they cost and what they wait for is seen; the good answer is taken for granted.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""The dry run of the GPU code, as far as it needs no CUDA build of PyTorch: the recorder's rules, budgets, the model."""
+"""The dry run of the GPU code, as far as it needs no CUDA build of PyTorch: rules, budgets, the model."""
 
 import ctypes
 import shutil

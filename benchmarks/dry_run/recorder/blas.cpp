@@ -13,7 +13,8 @@ static thread_local void* stream_of_thread = nullptr;
 
 static int product(const char* name, long m, long n, long k, const void* stream) {
   Lock lock(mutex());
-  auto text = std::string("cublas ") + name + " m=" + std::to_string(m) + " n=" + std::to_string(n) + " k=" + std::to_string(k);
+  auto text = std::string("cublas ") + name + " m=" + std::to_string(m) + " n=" + std::to_string(n) +
+              " k=" + std::to_string(k);
   return enqueue(GEMM, text, 1, 1, stream) == cudaSuccess ? SUCCESS : FAILED;
 }
 
@@ -43,9 +44,15 @@ EXPORTED int cublasGetPointerMode_v2(void*, int* mode) {
   *mode = 0;
   return SUCCESS;
 }
-EXPORTED int cublasSgemm_v2(void*, int, int, int m, int n, int k) { return product("sgemm", m, n, k, stream_of_thread); }
-EXPORTED int cublasDgemm_v2(void*, int, int, int m, int n, int k) { return product("dgemm", m, n, k, stream_of_thread); }
-EXPORTED int cublasGemmEx(void*, int, int, int m, int n, int k) { return product("gemmEx", m, n, k, stream_of_thread); }
+EXPORTED int cublasSgemm_v2(void*, int, int, int m, int n, int k) {
+  return product("sgemm", m, n, k, stream_of_thread);
+}
+EXPORTED int cublasDgemm_v2(void*, int, int, int m, int n, int k) {
+  return product("dgemm", m, n, k, stream_of_thread);
+}
+EXPORTED int cublasGemmEx(void*, int, int, int m, int n, int k) {
+  return product("gemmEx", m, n, k, stream_of_thread);
+}
 EXPORTED int cublasSgemmStridedBatched(void*, int, int, int m, int n, int k) {
   return product("sgemmStridedBatched", m, n, k, stream_of_thread);
 }

@@ -57,16 +57,17 @@ void run_host_function(const std::function<void()>& function) {
   host_function_runs = before;
 }
 
-// cudaThreadExchangeStreamCaptureMode: in the global mode a thread may make no potentially unsafe call while it captures
-// itself, or while any thread captures in the global mode; in the thread-local mode, while it captures itself; a capture
-// that was begun as relaxed does not count.
+// cudaThreadExchangeStreamCaptureMode: in the global mode a thread may make no potentially unsafe call while it
+// captures itself, or while any thread captures in the global mode; in the thread-local mode, while it captures itself.
+// A capture that was begun as relaxed does not count.
 cudaError_t safe(const char* what) {
   if (host_function_runs) return refuse(cudaErrorNotPermitted, std::string(what) + " in a host function");
   if (mode_of_thread == cudaStreamCaptureModeRelaxed) return cudaSuccess;
   for (auto& [id, capture] : captures()) {
     bool own = capture->thread == gettid() && capture->mode != cudaStreamCaptureModeRelaxed;
     bool others = mode_of_thread == cudaStreamCaptureModeGlobal && capture->mode == cudaStreamCaptureModeGlobal;
-    if (own || others) return refuse_capturing(cudaErrorStreamCaptureUnsupported, std::string(what) + " while capturing");
+    if (own || others)
+      return refuse_capturing(cudaErrorStreamCaptureUnsupported, std::string(what) + " while capturing");
   }
   return cudaSuccess;
 }
@@ -168,7 +169,8 @@ EXPORTED cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* made
   Stream& stream = stream_of(handle);
   Capture* capture = stream.capture;
   if (!capture) return refuse(cudaErrorIllegalState, "the end of a capture that was not begun");
-  if (&stream != capture->origin) return refuse(cudaErrorStreamCaptureUnmatched, *capture, "a capture's end on a forked stream");
+  if (&stream != capture->origin)
+    return refuse(cudaErrorStreamCaptureUnmatched, *capture, "a capture's end on a forked stream");
   if (capture->thread != gettid() && capture->mode != cudaStreamCaptureModeRelaxed)
     return refuse(cudaErrorStreamCaptureWrongThread, *capture, "a capture's end in another thread");
   bool unjoined = before(stream.last).size() != capture->graph->nodes.size(), invalid = capture->invalid;
@@ -188,12 +190,14 @@ EXPORTED cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptur
   Lock lock(mutex());
   Stream& stream = stream_of(handle);
   *status = cudaStreamCaptureStatusNone;
-  if (would_wait_for_capture(stream)) return refuse(cudaErrorStreamCaptureImplicit, "cudaStreamIsCapturing of the legacy stream");
-  if (stream.capture) *status = stream.capture->invalid ? cudaStreamCaptureStatusInvalidated : cudaStreamCaptureStatusActive;
+  if (would_wait_for_capture(stream))
+    return refuse(cudaErrorStreamCaptureImplicit, "cudaStreamIsCapturing of the legacy stream");
+  if (stream.capture)
+    *status = stream.capture->invalid ? cudaStreamCaptureStatusInvalidated : cudaStreamCaptureStatusActive;
   return cudaSuccess;
 }
-EXPORTED cudaError_t cudaStreamGetCaptureInfo(cudaStream_t handle, cudaStreamCaptureStatus* status, unsigned long long* id,
-                                              cudaGraph_t* graph, const cudaGraphNode_t** nodes,
+EXPORTED cudaError_t cudaStreamGetCaptureInfo(cudaStream_t handle, cudaStreamCaptureStatus* status,
+                                              unsigned long long* id, cudaGraph_t* graph, const cudaGraphNode_t** nodes,
                                               const cudaGraphEdgeData** edges, size_t* number) {
   Lock lock(mutex());
   REQUIRE(cudaStreamIsCapturing(handle, status));
@@ -216,7 +220,8 @@ EXPORTED cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t*, size
   *number = graph ? graph_of(graph).nodes.size() : 0;
   return cudaSuccess;
 }
-EXPORTED cudaError_t cudaGraphNodeGetDependencies(cudaGraphNode_t, cudaGraphNode_t*, cudaGraphEdgeData*, size_t* number) {
+EXPORTED cudaError_t cudaGraphNodeGetDependencies(cudaGraphNode_t, cudaGraphNode_t*, cudaGraphEdgeData*,
+                                                  size_t* number) {
   *number = 0;
   return cudaSuccess;
 }

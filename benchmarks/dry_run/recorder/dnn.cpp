@@ -91,11 +91,14 @@ std::string convolution(const Descriptor& operation, const char* name, int x, in
 }
 
 std::string pointwise(const Descriptor& operation) {
-  static const std::map<int, const char*> NAMES = {{CUDNN_POINTWISE_ADD, "add"},           {CUDNN_POINTWISE_MUL, "mul"},
-                                                   {CUDNN_POINTWISE_RELU_FWD, "relu"},     {CUDNN_POINTWISE_RELU_BWD, "relu gradient"},
+  static const std::map<int, const char*> NAMES = {{CUDNN_POINTWISE_ADD, "add"},
+                                                   {CUDNN_POINTWISE_MUL, "mul"},
+                                                   {CUDNN_POINTWISE_RELU_FWD, "relu"},
+                                                   {CUDNN_POINTWISE_RELU_BWD, "relu gradient"},
                                                    {CUDNN_POINTWISE_IDENTITY, "identity"}};
   int mode = -1;
-  if (auto own = operation.other(CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR)) mode = own->value<int>(CUDNN_ATTR_POINTWISE_MODE, -1);
+  if (auto own = operation.other(CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR))
+    mode = own->value<int>(CUDNN_ATTR_POINTWISE_MODE, -1);
   auto found = NAMES.find(mode);
   auto name = found == NAMES.end() ? "pointwise" + std::to_string(mode) : found->second;
   return name + tensor("x", operation.other(CUDNN_ATTR_OPERATION_POINTWISE_XDESC)) +
@@ -217,7 +220,8 @@ EXPORTED cudnnStatus_t cudnnBackendGetAttribute(cudnnBackendDescriptor_t const h
   }
   auto found = own.attributes.find(name);
   *count = found == own.attributes.end() ? 0 : static_cast<int64_t>(found->second.content.size() / width(type));
-  if (*count && values) memcpy(values, found->second.content.data(), static_cast<size_t>(std::min(*count, wanted)) * width(type));
+  if (*count && values)
+    memcpy(values, found->second.content.data(), static_cast<size_t>(std::min(*count, wanted)) * width(type));
   return CUDNN_STATUS_SUCCESS;
 }
 EXPORTED cudnnStatus_t cudnnBackendExecute(cudnnHandle_t, cudnnBackendDescriptor_t plan, cudnnBackendDescriptor_t) {
@@ -235,14 +239,15 @@ static cudnnStatus_t no_bytes(size_t* bytes) {
   *bytes = 0;
   return CUDNN_STATUS_SUCCESS;
 }
-EXPORTED cudnnStatus_t cudnnGetBatchNormalizationBackwardExWorkspaceSize(void*, int, int, void*, void*, void*, void*, void*,
-                                                                         void*, void*, size_t* bytes) {
+EXPORTED cudnnStatus_t cudnnGetBatchNormalizationBackwardExWorkspaceSize(void*, int, int, void*, void*, void*, void*,
+                                                                         void*, void*, void*, size_t* bytes) {
   return no_bytes(bytes);
 }
 EXPORTED cudnnStatus_t cudnnGetBatchNormalizationForwardTrainingExWorkspaceSize(void*, int, int, void*, void*, void*,
                                                                                 void*, void*, size_t* bytes) {
   return no_bytes(bytes);
 }
-EXPORTED cudnnStatus_t cudnnGetBatchNormalizationTrainingExReserveSpaceSize(void*, int, int, void*, void*, size_t* bytes) {
+EXPORTED cudnnStatus_t cudnnGetBatchNormalizationTrainingExReserveSpaceSize(void*, int, int, void*, void*,
+                                                                            size_t* bytes) {
   return no_bytes(bytes);
 }

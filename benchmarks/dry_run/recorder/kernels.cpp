@@ -78,10 +78,12 @@ EXPORTED cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host_func
   *kernel = reinterpret_cast<cudaKernel_t>(find(host_function));
   return *kernel ? cudaSuccess : cudaErrorInvalidDeviceFunction;
 }
-EXPORTED cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void**, size_t, cudaStream_t stream) {
+EXPORTED cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void**, size_t,
+                                        cudaStream_t stream) {
   return launch(reinterpret_cast<Function*>(kernel), grid, block, stream);
 }
-EXPORTED cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**, size_t, cudaStream_t stream) {
+EXPORTED cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**, size_t,
+                                      cudaStream_t stream) {
   return launch(find(function), grid, block, stream);
 }
 EXPORTED cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void**) {
@@ -105,7 +107,9 @@ EXPORTED cudaError_t cudaGetSymbolAddress(void** address, const void*) {
   *address = content;
   return cudaSuccess;
 }
-EXPORTED cudaError_t cudaMemcpyToSymbol(const void*, const void*, size_t, size_t, cudaMemcpyKind) { return cudaSuccess; }
+EXPORTED cudaError_t cudaMemcpyToSymbol(const void*, const void*, size_t, size_t, cudaMemcpyKind) {
+  return cudaSuccess;
+}
 
 // Loading a module takes memory of the device and may wait for it: it belongs before a capture.
 EXPORTED CUresult cuModuleLoadData(CUmodule* module, const void*) {
@@ -124,8 +128,9 @@ EXPORTED CUresult cuModuleGetFunction(CUfunction* function, CUmodule, const char
   return CUDA_SUCCESS;
 }
 EXPORTED CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfunction) {
-  bool is_registers = attribute == CU_FUNC_ATTRIBUTE_NUM_REGS, is_threads = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK;
-  *value = is_registers ? 32 : is_threads ? 1024 : 0;
+  *value = attribute == CU_FUNC_ATTRIBUTE_NUM_REGS                ? 32
+           : attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024
+                                                                  : 0;
   return CUDA_SUCCESS;
 }
 EXPORTED CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute, int) { return CUDA_SUCCESS; }
@@ -134,14 +139,16 @@ EXPORTED CUresult cuOccupancyMaxActiveClusters(int* clusters, CUfunction, const 
   *clusters = 1;
   return CUDA_SUCCESS;
 }
-EXPORTED CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
-                                 unsigned block_y, unsigned block_z, unsigned, CUstream stream, void**, void**) {
+EXPORTED CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
+                                 unsigned block_x, unsigned block_y, unsigned block_z, unsigned, CUstream stream,
+                                 void**, void**) {
   dim3 grid(grid_x, grid_y, grid_z), block(block_x, block_y, block_z);
   return static_cast<CUresult>(launch(reinterpret_cast<Function*>(function), grid, block, stream));
 }
 EXPORTED CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** arguments, void** extra) {
   return cuLaunchKernel(function, config->gridDimX, config->gridDimY, config->gridDimZ, config->blockDimX,
-                        config->blockDimY, config->blockDimZ, config->sharedMemBytes, config->hStream, arguments, extra);
+                        config->blockDimY, config->blockDimZ, config->sharedMemBytes, config->hStream, arguments,
+                        extra);
 }
 EXPORTED CUresult cuTensorMapEncodeTiled(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                                          const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,

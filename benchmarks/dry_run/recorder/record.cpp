@@ -10,8 +10,9 @@
 
 namespace recorder {
 
-static const char* const KINDS[] = {"kernel", "triton", "gemm",  "convolution", "memcpy", "memset",  "graph", "host function",
-                                    "sync",   "query",  "alloc", "free",        "module", "illegal", "mark"};
+static const char* const KINDS[] = {"kernel", "triton",        "gemm", "convolution", "memcpy", "memset",
+                                    "graph",  "host function", "sync", "query",       "alloc",  "free",
+                                    "module", "illegal",       "mark"};
 
 // Made on first use: PyTorch registers its kernels before the constructors of this library may have run.
 std::recursive_mutex& mutex() {

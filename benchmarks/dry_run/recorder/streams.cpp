@@ -170,7 +170,8 @@ EXPORTED cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t of, un
   }
   Capture* capture = active(event.capture);
   if (!capture) return refuse(cudaErrorCapturedEvent, "a wait for an event of a capture that has ended");
-  if (is_legacy(stream)) return refuse(cudaErrorStreamCaptureImplicit, *capture, "the legacy stream waits for a capture");
+  if (is_legacy(stream))
+    return refuse(cudaErrorStreamCaptureImplicit, *capture, "the legacy stream waits for a capture");
   if (stream.capture && stream.capture != capture) {
     stream.capture->invalid = true;
     return refuse(cudaErrorStreamCaptureMerge, *capture, "a wait that joins two captures");
