@@ -6,7 +6,7 @@
     python benchmarks/gpu_dry_run.py lower              lower the budgets to what was counted last
     python benchmarks/gpu_dry_run.py table              write the table of launches from what was counted last
     python benchmarks/gpu_dry_run.py ops absld:cifar10_resnet18 average=ema    the operators of a step
-    python benchmarks/gpu_dry_run.py run -m retemper doctor                    any command on the recorder
+    python benchmarks/gpu_dry_run.py run python -m retemper doctor             any command on the recorder
 
 The CUDA build of PyTorch runs on a recorder of CUDA's calls (benchmarks/dry_run/recorder). What is launched, captured,
 refused or waited for is seen, and in which layout; what a call costs the host. No value is computed and no time of a
@@ -29,6 +29,7 @@ from dry_run.table import write_table
 
 OUT = ROOT / "build/gpu_dry_run"
 IMAGES = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package
+SUMMARY = "addopts=--import-mode=importlib --strict-markers -rfE"  # of what fails, not of what is about values
 TESTS = [  # of the flow: what is captured, in which order it runs, what is refused
     *(f"tests/kernels/test_{name}.py" for name in ("cuda_graph", "operators", "runtime")),
     *(f"tests/engine/test_{name}.py" for name in ("attack", "capture", "fold", "step", "optim")),
@@ -110,7 +111,19 @@ def command(env: dict[str, str]) -> Iterator[str]:
 
 def tests(env: dict[str, str]) -> Iterator[str]:
     """Yield a line where tests fail on the recorder for another reason than a value."""
-    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "dry_run.pytest_plugin", "--tb=short", *TESTS]
+    words = [
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "dry_run.pytest_plugin",
+        "--tb=short",
+        "-o",
+        SUMMARY,
+        *TESTS,
+    ]
     if status := process(env, *words):
         yield f"the tests fail: exit status {status}"
 
@@ -170,7 +183,9 @@ def recorder() -> dict[str, str]:
         library = built(OUT / "recorder")
     except Unavailable as error:
         sys.exit(str(error))
-    return on_recorder(library, {**os.environ, "XDG_CACHE_HOME": str(OUT / "cache")})  # what is zeros is not kept
+    own = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # so that `python` is this one
+    cache = {"XDG_CACHE_HOME": str(OUT / "cache")}  # not the user's: a teacher's answers are zeros here
+    return on_recorder(library, {**os.environ, **own, **cache})
 
 
 def main() -> int:
@@ -181,8 +196,8 @@ def main() -> int:
             print(__doc__)
             return 0
         case "run" | "ops":
-            words = what[1:] if what[0] == "run" else ["-m", "dry_run.ops", *what[1:]]
-            os.execve(sys.executable, [sys.executable, *words], recorder())
+            words = what[1:] if what[0] == "run" else ["python", "-m", "dry_run.ops", *what[1:]]
+            os.execvpe(words[0], words, recorder())
         case "lower":
             lower()
             return 0

@@ -15,6 +15,7 @@ from typing import Any
 from dry_run import roofline
 from dry_run.record import Recorder
 from dry_run.step_count import Counts, Setting, counted
+from dry_run.table import PHASES
 from retemper.console import say
 from retemper.engine.catalogue import method_module, methods
 
@@ -37,8 +38,8 @@ def summary(counts: Counts) -> dict[str, Any]:
     """Return what the budgets and the table take from the counts of a setting."""
     slow = roofline.MACHINE.slower(CAREFUL)
     return {
-        "launches": counts.launches,
-        "megabytes": {phase: ceil(size / 1e6) for phase, size in counts.bytes.items()},
+        "launches": {phase: counts.launches.get(phase, 0) for phase in PHASES},
+        "megabytes": {phase: ceil(counts.bytes.get(phase, 0) / 1e6) for phase in PHASES},
         "other layouts in the attack": counts.other_layouts,
         "model": {phase: 1e3 * time for phase, time in roofline.seconds(counts.ops).items()},
         "careful model": {phase: 1e3 * time for phase, time in roofline.seconds(counts.ops, slow).items()},

@@ -49,7 +49,7 @@ def main() -> None:
                 print(f"  {times:5} {op:48} {kind:12} {launch}")
     model = sum(roofline.seconds(counts.ops).values())
     print(f"in all {sum(counts.launches.values())} launches; the model says {1e3 * model:.1f} ms")
-    print(*faults(counts), sep="\n")
+    print(*(f"  a replay: {line}" for line in counts.replay), *faults(counts), sep="\n")
 
 
 if __name__ == "__main__":

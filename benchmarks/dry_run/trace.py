@@ -13,13 +13,10 @@ from torch.utils._pytree import tree_leaves
 from dry_run.convolution import read
 from dry_run.record import Record, Recorder
 
-WRITES_ALONE = {"copy_", "fill_", "zero_"}  # in place, without reading what was there
-PASSES = {  # of operators that read images more than once: how often those of the first one's size are read or written
-    "native_batch_norm": 3,  # x for its statistics, x again, the result
-    "native_batch_norm_backward": 5,  # x and dy for the sums, both again, the result
-    "cudnn_batch_norm": 3,
-    "cudnn_batch_norm_backward": 5,
-}
+# Operators that overwrite tensors without reading them: PyTorch's, and of retemper's those whose schema cannot say so.
+WRITE_ALONE = {"copy_", "fill_", "zero_", "random_start_", "fold_norms_", "scale_rows_"}
+# Operators that read what they are given twice: for a channel's sums, and again to use them.
+READ_TWICE = {"native_batch_norm", "native_batch_norm_backward", "batch_norm_", "batch_norm_backward"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,7 @@ class Op:
 
     Attributes:
         launches: the kind and the name of each.
-        bytes: read and written, each tensor once, convolutions as cuDNN is given them; see `PASSES`.
+        bytes: read and written, by `bytes_moved`; of a convolution as cuDNN is given it.
         elements: of its largest tensor.
         layouts: the shapes of float images that it reads or writes in another layout than channels-last.
     """
@@ -95,19 +92,18 @@ def in_another_layout(tensor: Tensor) -> bool:
 
 
 def bytes_moved(func: Any, args: Any, kwargs: Any, result: Any) -> int:
-    """Return the bytes that an operator reads and writes: each tensor once, twice what it changes in place."""
+    """Return the bytes that an operator reads and writes: each tensor once, or as the two sets above say."""
     name = func._schema.name.split("::")[1]
-    given, changed = [], []
-    for argument, value in zip(func._schema.arguments, arguments(func, args, kwargs), strict=False):
+    read, written = [], []
+    for argument, value in zip(func._schema.arguments, arguments(func, args, kwargs), strict=True):
         tensors = [leaf for leaf in tree_leaves(value) if on_gpu(leaf)]
         is_written = argument.alias_info is not None and argument.alias_info.is_write
-        changed += tensors if is_written else []
-        given += [] if is_written and (argument.is_out or name in WRITES_ALONE) else tensors
-    if name in PASSES:
-        return PASSES[name] * size(given[0])
-    known = {id(one) for one in changed}
-    made = [leaf for leaf in tree_leaves(result) if on_gpu(leaf) and id(leaf) not in known]
-    return sum(size(one) for one in [*given, *changed, *made])
+        written += tensors if is_written else []
+        read += [] if is_written and (argument.is_out or name in WRITE_ALONE) else tensors
+    known = {id(one) for one in written}
+    written += [leaf for leaf in tree_leaves(result) if on_gpu(leaf) and id(leaf) not in known]
+    times = 2 if name in READ_TWICE else 1
+    return times * sum(map(size, read)) + sum(map(size, written))
 
 
 def arguments(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:

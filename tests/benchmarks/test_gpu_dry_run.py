@@ -26,6 +26,7 @@ LINES = (  # of a dump: kind, blocks, threads, bytes, stream, where, name
     "alloc\t0\t0\t512\t(nil)\tbeside\tcudaMalloc",
     "illegal\t0\t0\t0\t(nil)\t\tcudaMalloc while capturing",
 )
+IMAGE = torch.ones(2, 3, 4, 4)
 FUSED = (
     "cudnn forward x=bf16[8,64,32,32]nhwc w=bf16[128,64,3,3]nhwc stride=2,2 in=f32 + add b=bf16[8,128,16,16]nchw"
     " + add b=bf16[1,128,1,1]nhwc + relu y=bf16[8,128,16,16]nhwc"
@@ -120,6 +121,7 @@ def test_the_phases_are_functions_of_the_step_and_values_can_be_assumed() -> Non
         ("copy_.default", (torch.ones(8), torch.ones(8)), {}, 2 * 32),
         ("mul.out", (torch.ones(8), torch.ones(8)), {"out": torch.ones(8)}, 3 * 32),
         ("neg.default", (torch.ones(1).expand(8),), {}, 4 + 32),  # what is expanded is read once
+        ("native_batch_norm.default", (IMAGE, None, None, None, None, True, 0.1, 1e-5), {}, 3 * 4 * IMAGE.numel() + 24),
     ],
 )
 def test_an_operator_moves_each_tensor_once(
