@@ -16,6 +16,7 @@ device is known. What was found lies in build/gpu_dry_run/; the exit status is 1
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -28,12 +29,21 @@ from dry_run.environment import ROOT, Unavailable, built, on_recorder
 from dry_run.table import write_table
 
 OUT = ROOT / "build/gpu_dry_run"
-IMAGES = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package
-SUMMARY = "addopts=--import-mode=importlib --strict-markers -rfE"  # of what fails, not of what is about values
+RUNS = OUT / "runs"
+IMAGES = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package; without it the digits, which are always there
+DATA, ROOT_OF_IMAGES = ("fashion_mnist_small", ["--data-root", str(IMAGES)]) if IMAGES.is_dir() else ("digits", [])
+COMMANDS = (
+    f"train sat:{DATA} --max-steps 6 --out {RUNS}/teacher",
+    f"train sat:{DATA} --max-steps 12 --out {RUNS}/teacher",
+    f"train absld:{DATA} --teacher {RUNS}/teacher --max-steps 12 --save-every 0 --out {RUNS}/student",
+    f"evaluate {RUNS}/student --limit 512",
+)
 TESTS = [  # of the flow: what is captured, in which order it runs, what is refused
     *(f"tests/kernels/test_{name}.py" for name in ("cuda_graph", "operators", "runtime")),
     *(f"tests/engine/test_{name}.py" for name in ("attack", "capture", "fold", "step", "optim")),
 ]
+ON_A_GPU = ["-m", "gpu", "tests/engine/test_ranks.py"]  # of a file whose other tests need none
+SUMMARY = "addopts=--import-mode=importlib --strict-markers -rfE"  # of what fails, not of what is about values
 
 
 def process(env: dict[str, str], *words: str) -> int:
@@ -74,58 +84,26 @@ def syncs(env: dict[str, str]) -> Iterator[str]:
 
 def command(env: dict[str, str]) -> Iterator[str]:
     """Yield what is wrong with a run that is trained, gone on with and evaluated on real images."""
-    data = "fashion_mnist_small" if IMAGES.is_dir() else "digits"
-    work = OUT / "runs"
-    subprocess.run(["rm", "-rf", str(work)], check=True)
-    images = ["--data-root", str(IMAGES)] if IMAGES.is_dir() else []
-    teacher, student = str(work / "teacher"), str(work / "student")
-    for number, words in enumerate(
-        (
-            ["train", f"sat:{data}", "--max-steps", "6", "--out", teacher, *images],
-            ["train", f"sat:{data}", "--max-steps", "12", "--out", teacher, *images],
-            [
-                "train",
-                f"absld:{data}",
-                "--teacher",
-                teacher,
-                "--max-steps",
-                "12",
-                "--save-every",
-                "0",
-                "--out",
-                student,
-                *images,
-            ],
-            ["evaluate", student, "--limit", "512", *images],
-        )
-    ):
+    shutil.rmtree(RUNS, ignore_errors=True)
+    for number, line in enumerate(COMMANDS):
         file = OUT / f"command_{number}.json"
         file.unlink(missing_ok=True)
-        process(env, "-W", "error", "-m", "dry_run.observed", str(file), "retemper", *words)
-        found = json.loads(file.read_text()) if file.exists() else {"status": "none: it was killed", "illegal": {}}
-        said = f"retemper {shlex.join(words)}"
+        process(env, "-W", "error", "-m", "dry_run.observed", str(file), *line.split(), *ROOT_OF_IMAGES)
+        if not file.exists():
+            yield f"retemper {line}: it was cut off"
+            continue
+        found = json.loads(file.read_text())
         if found["status"] != 0:
-            yield f"{said}: exit status {found['status']}"
-        yield from (f"{said}: illegal, {number} times: {what}" for what, number in found["illegal"].items())
+            yield f"retemper {line}: exit status {found['status']}"
+        yield from (f"retemper {line}: illegal, {times} times: {what}" for what, times in found["illegal"].items())
 
 
 def tests(env: dict[str, str]) -> Iterator[str]:
     """Yield a line where tests fail on the recorder for another reason than a value."""
-    words = [
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "dry_run.pytest_plugin",
-        "--tb=short",
-        "-o",
-        SUMMARY,
-        *TESTS,
-    ]
-    if status := process(env, *words):
-        yield f"the tests fail: exit status {status}"
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "dry_run.pytest_plugin", "--tb=short", "-o", SUMMARY]
+    for chosen in (TESTS, ON_A_GPU):
+        if status := process(env, *words, *chosen):
+            yield f"tests fail, exit status {status}: {shlex.join(chosen)}"
 
 
 PARTS: dict[str, Callable[[dict[str, str]], Iterator[str]]] = {

@@ -1,4 +1,4 @@
-// A recorder that stands in for CUDA's runtime and driver, cuBLAS and cuDNN under a CUDA build of PyTorch.
+// A recorder that stands in for CUDA's runtime and driver, cuBLAS, cuDNN and NCCL under a CUDA build of PyTorch.
 //
 // It launches nothing. It writes down what it is asked for, and refuses what CUDA refuses. Device memory is a range of
 // addresses without content, so the host reads zeros from it. The rules are those of the CUDA C++ Programming Guide
