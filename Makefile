@@ -66,12 +66,12 @@ bench: setup
 
 # The GPU code on a recorder of CUDA's calls: no GPU is needed, but PyTorch's build for one, 5 GB of the disk. Another
 # environment with such a build is taken by GPU_VENV=FOLDER, and parts of it by PARTS="counts host".
-gpu-dry-run: $(GPU_VENV)/bin/python
+gpu-dry-run: $(filter .venv-gpu-dry-run/installed,$(GPU_VENV)/installed)
 	$(GPU_VENV)/bin/python benchmarks/gpu_dry_run.py $(PARTS)
 
-.venv-gpu-dry-run/bin/python: benchmarks/dry_run/requirements.txt | system
+.venv-gpu-dry-run/installed: benchmarks/dry_run/requirements.txt | system
 	$(PYTHON) -m venv .venv-gpu-dry-run
-	.venv-gpu-dry-run/bin/pip --disable-pip-version-check install --quiet --requirement $<
+	.venv-gpu-dry-run/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
 	touch $@
 
 # retemper, and retemper-kernels: the kernels alone.
