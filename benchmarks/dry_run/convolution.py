@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import prod
 
 ITEM = {"f64": 8, "f32": 4, "bf16": 2, "f16": 2}
-TENSOR = re.compile(r"(\w)=(\w+)\[([\d,]+)\](nhwc|nchw)?")
+TENSOR = re.compile(r"(\w)=(\w+)\[([\d,]+)\]")
 Shape = tuple[int, ...]
 
 
@@ -19,7 +19,6 @@ class Convolution:
         item: bytes of a number of x.
         bytes: of all tensors in memory, those of fused operations too.
         fused: the operations after the convolution, "add", "relu" and so on.
-        layouts: "nhwc" or "nchw", each that a tensor has.
     """
 
     kind: str
@@ -30,7 +29,6 @@ class Convolution:
     bytes: int
     fused: tuple[str, ...]
     stride: int
-    layouts: frozenset[str]
 
     @property
     def flop(self) -> int:
@@ -59,28 +57,28 @@ def read(name: str) -> Convolution:
         ValueError: it describes none.
     """
     first, *fused = name.removeprefix("cudnn ").split(" + ")
-    tensors = [(role, item, shape_of(dimensions), layout) for role, item, dimensions, layout in TENSOR.findall(name)]
-    by_role = {role: (item, shape) for role, item, shape, _ in tensors if role in "xwy"}
+    tensors = tensors_of(name)
+    by_role = {
+        role: (item, shape) for role, item, shape in [*tensors, *tensors_of(first)]
+    }  # a fused y is the last one's
     stride = re.search(r"stride=(\d+)", first)
-    if len(by_role) != 3 or stride is None:
+    if not by_role.keys() >= set("xwy") or stride is None:
         raise ValueError(f"no convolution: {name}")
     return Convolution(
         kind=first.split()[0],
         x=by_role["x"][1],
         w=by_role["w"][1],
         y=by_role["y"][1],
-        item=ITEM.get(by_role["x"][0], 4),
-        bytes=sum(ITEM.get(item, 4) * prod(shape) for _, item, shape, _ in tensors),
+        item=by_role["x"][0],
+        bytes=sum(item * prod(shape) for _, item, shape in tensors),
         fused=tuple(one.partition(" ")[0] for one in fused),
         stride=int(stride[1]),
-        layouts=frozenset(layout for _, _, shape, layout in tensors if layout and has_layout(shape)),
     )
 
 
-def shape_of(dimensions: str) -> Shape:
-    return tuple(int(number) for number in dimensions.split(","))
-
-
-def has_layout(shape: Shape) -> bool:
-    """Return whether two layouts differ: not with one channel or one pixel."""
-    return len(shape) == 4 and shape[1] > 1 and shape[2] * shape[3] > 1
+def tensors_of(text: str) -> list[tuple[str, int, Shape]]:
+    """Return the role, the bytes of a number, and the shape of every tensor in the text."""
+    return [
+        (role, ITEM.get(dtype, 4), tuple(int(number) for number in dimensions.split(",")))
+        for role, dtype, dimensions in TENSOR.findall(text)
+    ]

@@ -1,7 +1,7 @@
 """The operators of a step that launch something: which kernels, of which tensors, how many bytes they move."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -26,7 +26,6 @@ class Op:
     Attributes:
         launches: the kind and the name of each.
         bytes: read and written, by `bytes_moved`; of a convolution as cuDNN is given it.
-        elements: of its largest tensor.
         layouts: the shapes of float images that it reads or writes in another layout than channels-last.
     """
 
@@ -34,21 +33,25 @@ class Op:
     name: str
     launches: list[tuple[str, str]]
     bytes: int
-    elements: int
-    layouts: list[list[int]] = field(default_factory=list)
+    layouts: list[tuple[int, ...]] = field(default_factory=list)
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+
+@dataclass(frozen=True)
+class Call:
+    """A call of an operator, with the places of its records: from `begin` up to `end`."""
+
+    op: Op
+    begin: int
+    end: int
 
 
 class Trace(TorchDispatchMode):
-    """A mode in which every operator that launches something is kept in `ops`."""
+    """A mode in which every operator that asks something of CUDA is kept, with the running `phase`."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
-        self.recorder = recorder
-        self.phase = ""
-        self.calls: list[tuple[str, str, int, int, int, int, list[list[int]]]] = []
+        self.recorder, self.phase = recorder, ""
+        self.calls: list[Call] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -57,23 +60,22 @@ class Trace(TorchDispatchMode):
         end = self.recorder.size()
         if end > begin:
             tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if on_gpu(leaf)]
-            moved, largest = bytes_moved(func, args, kwargs, result), max((one.numel() for one in tensors), default=0)
-            layouts = [list(one.shape) for one in tensors if in_another_layout(one)]
-            self.calls.append((self.phase, str(func), begin, end, moved, largest, layouts))
+            layouts = [tuple(one.shape) for one in tensors if in_another_layout(one)]
+            op = Op(self.phase, str(func), [], bytes_moved(func, args, kwargs, result), layouts)
+            self.calls.append(Call(op, begin, end))
         return result
 
     def ops(self, records: list[Record]) -> list[Op]:
-        """Return the operators, given the records since the recorder's reset before this trace."""
+        """Return the operators that launched something, given the records since the reset before this trace."""
         found, seen = [], set[int]()
-        for phase, name, begin, end, moved, largest, layouts in self.calls:  # one within another comes before it
-            own = [place for place in range(begin, end) if place not in seen and records[place].is_work]
+        for call in self.calls:  # one within another comes before it
+            own = [place for place in range(call.begin, call.end) if place not in seen and records[place].is_work]
             seen.update(own)
             launches = [(records[place].kind, records[place].name) for place in own]
             plans = [read(name) for kind, name in launches if kind == "convolution"]
-            if plans:  # with what is fused, and without what an operator of PyTorch is given beside
-                moved = sum(plan.bytes for plan in plans)
+            moved = sum(plan.bytes for plan in plans) or call.op.bytes
             if launches:
-                found.append(Op(phase, name, launches, moved, largest, layouts))
+                found.append(replace(call.op, launches=launches, bytes=moved))
         return found
 
 
