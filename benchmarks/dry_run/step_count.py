@@ -5,7 +5,7 @@ The step is `train_step` itself; its phases are told apart by the functions that
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
@@ -23,6 +23,7 @@ from retemper.engine.models import channels_last, create_model
 from retemper.engine.recipe import Recipe
 from retemper.engine.speed.capture import captured
 from retemper.engine.state import State, clean_images
+from retemper.errors import UsageError
 
 PHASES = {  # functions of engine/step.py, and what they do in a step
     "observe": "teacher",
@@ -195,15 +196,18 @@ def traced(step: Step, recorder: Recorder) -> list[Op]:
 
 
 def replayed(step: Step, recorder: Recorder) -> list[Record]:
-    """Return the records of a replay of the captured step, after what was illegal in the calls that led to it."""
+    """Return the records of a replay of the captured step, or those of what was illegal before it."""
     fast = captured(step)
     recorder.reset()
-    for _ in range(WARM_UP + 1):
-        fast(*step.inputs)
+    with suppress(UsageError):  # what CUDA refuses is in the record
+        for _ in range(WARM_UP + 1):
+            fast(*step.inputs)
     refused = [one for one in recorder.records() if one.is_illegal]
+    if refused:
+        return refused
     recorder.reset()
     fast(*step.inputs)
-    return [*refused, *recorder.records()]
+    return recorder.records()
 
 
 def frozen(name: str | None, classes: int, channels: int, recipe: Recipe) -> nn.Module | None:
