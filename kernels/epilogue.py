@@ -48,7 +48,7 @@ def epilogue_reference(
     compute = compute_dtype(x)
     y = x.to(compute)
     shift = _of_channel(shift, y)
-    y = y + shift if scale is None else torch.addcmul(shift, y, _of_channel(scale, y))
+    y = y + shift if scale is None else (y * _of_channel(scale, y)).add_(shift)
     if residual is not None:
         y = y.add_(residual)
     return (y.relu_() if relu else y).to(x.dtype)

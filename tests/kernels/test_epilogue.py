@@ -174,6 +174,22 @@ def test_follows_a_convolution_whose_norm_was_folded(layout: torch.memory_format
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@each_layout
+def test_half_precision_on_a_cpu_is_computed_in_float32_part_by_part(
+    dtype: torch.dtype, layout: torch.memory_format, reference_path: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = torch.device("cpu")
+    x, residual = batch((5, 7, 3, 4), cpu, dtype, layout)
+    x[0, 0, 0, 0] = math.nan
+    monkeypatch.setattr("retemper.kernels.epilogue.PART", 2 * x[0].numel())  # parts of 2, 2 and 1 samples
+    shift, scale = of_channels(7, cpu, 1 / 1024)  # which half precision does not hold
+    for given in options(scale, residual):
+        y = epilogue(x, shift, **given)
+        torch.testing.assert_close(y, epilogue_reference(x.double(), shift, **double(given)).to(dtype), equal_nan=True)
+        assert y.stride() == x.stride()
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4), (2, 0, 4, 4)], ids=str)
 def test_takes_nothing(shape: tuple[int, ...], device: torch.device) -> None:
     x = torch.zeros(shape, device=device, requires_grad=True)
