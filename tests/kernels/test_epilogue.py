@@ -1,6 +1,7 @@
 """What follows a convolution, against its reference, forward and backward, and what a folded network relies on."""
 
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -182,7 +183,9 @@ def test_half_precision_on_a_cpu_is_computed_in_float32_part_by_part(
     cpu = torch.device("cpu")
     x, residual = batch((5, 7, 3, 4), cpu, dtype, layout)
     x[0, 0, 0, 0] = math.nan
-    monkeypatch.setattr("retemper.kernels.epilogue.PART", 2 * x[0].numel())  # parts of 2, 2 and 1 samples
+    monkeypatch.setattr(
+        sys.modules["retemper.kernels.epilogue"], "PART", 2 * x[0].numel()
+    )  # parts of 2, 2 and 1 samples
     shift, scale = of_channels(7, cpu, 1 / 1024)  # which half precision does not hold
     for given in options(scale, residual):
         y = epilogue(x, shift, **given)
