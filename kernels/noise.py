@@ -65,7 +65,9 @@ def fill(
     norm: str,
     *numbers: float | Tensor,
 ) -> Tensor:
-    """Write the start to `adv`, which is dense with the batch outermost, and return it. A CPU takes a few samples at a time.
+    """Write the start to `adv`, which is dense with the batch outermost, and return it.
+
+    A CPU takes a few samples of a large batch at a time.
 
     Args:
         numbers: eps, lower and upper; tensors of them as `pixels.grid` makes them.

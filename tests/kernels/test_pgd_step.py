@@ -396,8 +396,10 @@ def test_a_cpu_that_takes_a_few_samples_at_a_time_takes_the_same_step(
 ) -> None:
     adv, grad, clean = batch((5, 3, 4, 6), dtype, torch.device("cpu"))
     step, eps = margins(5, adv.device)
+    whole: dict[str, Any]
+    parted: dict[str, Any]
     mask = torch.arange(5) != 1
-    whole, parted = (
+    whole, parted = (  # the buffers are overwritten
         dict(step=step, eps=eps, norm=norm, mask=mask, momentum=torch.ones_like(adv), previous=clean.clone())
         for _ in range(2)
     )
