@@ -69,7 +69,9 @@ def check(budgets: Mapping[str, Any], counted: Mapping[str, Any]) -> Verdict:
             above.append(f"{path}: {found[path]:g}, the budget is {budget:g}")
         elif (new := wanted(path, found[path])) < budget:
             below.append(f"{path}: {found[path]:g}, the budget is {budget:g}: lower it to {new:g}")
-    unmatched += [f"{path}: {found[path]:g}, and has no budget" for path in found.keys() - allowed.keys()]
+    unmatched += [
+        f"{path}: {found[path]:g}, and has no budget: `lower` gives it one" for path in found.keys() - allowed
+    ]
     return Verdict(above, below, sorted(unmatched))
 
 
