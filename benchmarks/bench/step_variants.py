@@ -49,6 +49,7 @@ OTHERWISE = (  # all additions but for one thing, asking the teacher in each ste
     Variant("all but folded batch norm", dict(fold=False, epilogue="plain"), "rounding"),
     Variant("all but fused epilogues", dict(epilogue="plain"), "rounding", "not used on a CPU"),
     Variant("all but the graph", dict(capture="off"), "bitwise", "not used on a CPU"),
+    Variant("the teacher beside the attack", dict(beside=True), "bitwise", "on a CPU nothing is beside"),
     Variant("twin compiled instead of fused", dict(epilogue="compiled"), "rounding"),
 )
 
