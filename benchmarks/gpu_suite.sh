@@ -158,10 +158,9 @@ is_it_right() {
     evaluated sat_pgd20 20 sat --attacks clean,pgd20
     evaluated absld_pgd20 20 absld --attacks clean,pgd20
     # the authors' teacher in size, untrained: how long a step of training takes, not what it learns
-    part wrn34_10 10 - "$PY" -c "
-import torch
-from retemper.engine import create_model
-torch.save(create_model('wrn34_10', 10).state_dict(), '$work/wrn34_10.pt')"
+    local make="import torch; from retemper.engine import create_model; "
+    make+="torch.save(create_model('wrn34_10', 10).state_dict(), '$work/wrn34_10.pt')"
+    part wrn34_10 10 - "$PY" -c "$make"
     trained absld_wrn34_10 45 absld:cifar10_resnet18 --teacher "$work/wrn34_10.pt" --epochs 2
 }
 
@@ -229,15 +228,19 @@ the_rest() {
     done
 }
 
-if [ -z "${SUITE_LIST:-}" ]; then
+main() {
+    case $which in 1) parts=how_fast ;; 2) parts=is_it_right ;; more) parts=the_rest ;; esac
+    [ -n "${SUITE_LIST:-}" ] && { $parts; exit 0; }
     mkdir -p "$RESULTS" "$OUT" "$work"
     [ -e .carry/triton.tar.gz ] && [ ! -d "$TRITON_CACHE_DIR" ] &&
         mkdir -p "$TRITON_CACHE_DIR" && tar -xzf .carry/triton.tar.gz -C "$TRITON_CACHE_DIR"
-fi
-case $which in 1) how_fast ;; 2) is_it_right ;; more) the_rest ;; esac
-[ -n "${SUITE_LIST:-}" ] && exit 0
-archive
-echo "$SECONDS s; results in $RESULTS, archive $OUT/gpu_suite.tar.gz"
-echo "unpacked in benchmarks/results/<gpu>/, python benchmarks/tables.py puts them into the documents"
-[ ${#left[@]} = 0 ] || echo "left for another call of the same command: ${left[*]}"
-[ ${#failed[@]} = 0 ] || { echo "failed: ${failed[*]}"; exit 1; }
+    $parts
+    archive
+    echo "$SECONDS s; results in $RESULTS, archive $OUT/gpu_suite.tar.gz"
+    echo "unpacked in benchmarks/results/<gpu>/, python benchmarks/tables.py puts them into the documents"
+    [ ${#left[@]} = 0 ] || echo "left for another call of the same command: ${left[*]}"
+    [ ${#failed[@]} = 0 ] || { echo "failed: ${failed[*]}"; exit 1; }
+    exit 0
+}
+
+main # as one, so that an edit of this file does not reach a command that is running

@@ -61,10 +61,9 @@ SCRIPT = ("released script", "careful PyTorch", "careful PyTorch, torch.compile"
 PEERS = ("torchattacks.PGD", "foolbox.LinfPGD")
 HEADLINES = (
     *(
-        Headline(f"ABSLD step, {name}, batch 128{what}", "step", f"ladder, {model} batch 128", ours, SCRIPT,
+        Headline(f"ABSLD step, {name}, batch 128", "step", f"ladder, {model} batch 128", "+ CUDA graph", SCRIPT,
                  f"retemper bench step --only {model} --batch 128")
         for name, model in (("ResNet-18", "resnet18"), ("MobileNetV2", "mobilenet_v2"))
-        for what, ours in (("", "+ CUDA graph"), (", teacher known", "+ table, every view known"))
     ),
     *(
         Headline(f"ABSLD step, {name}{what}", "step", f"ladder, {model} batch (\\d+)", ours,

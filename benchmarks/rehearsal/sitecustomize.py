@@ -19,8 +19,8 @@ def take_values_as_sound() -> None:
 
     asked, predicted = diverged.FiniteWatch.is_finite, predict.predictions
 
-    def is_finite(watch: diverged.FiniteWatch) -> bool:
-        asked(watch)
+    def is_finite(self: diverged.FiniteWatch) -> bool:
+        asked(self)
         return True
 
     def predictions(*args: object, **options: object) -> torch.Tensor:
