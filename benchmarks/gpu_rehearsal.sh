@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 export RETEMPER_REHEARSAL=1 RESULTS=${RESULTS:-$PWD/runs/gpu_rehearsal} TRITON_CACHE_DIR=/tmp/retemper-triton
 export PYTHONPATH=$PWD/benchmarks/rehearsal${PYTHONPATH:+:$PYTHONPATH} PYTHON=$RESULTS/python
 unset OUT
-rm -rf "$RESULTS" "$TRITON_CACHE_DIR"
+rm -rf "$RESULTS"
 mkdir -p "$RESULTS" .carry
 printf '#!/usr/bin/env bash\nexec %s "$@"\n' "$(printf '%q ' "$@")" >"$PYTHON"
 chmod +x "$PYTHON"
