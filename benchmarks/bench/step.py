@@ -11,6 +11,7 @@ TFLOP/s count what they do.
 """
 
 import copy
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import cycle
@@ -23,6 +24,7 @@ from retemper.bench.case import NOT_WANTED, Call, Case, Contender, PlannedCase, 
 from retemper.bench.step_phases import CPU_BATCH, phase_rows, phases, slowest_phase, tuned
 from retemper.bench.step_problem import AGREEMENT, TEACHERS, StepProblem
 from retemper.bench.step_variants import ADDITIONS, AHEAD, OTHERWISE, Variant, changed, whole
+from retemper.bench.timing import failure
 from retemper.engine.device import in_precision
 from retemper.engine.recipe import Recipe
 from retemper.engine.speed.capture import captured
@@ -113,9 +115,19 @@ def peers(problem: StepProblem) -> list[Contender]:
 
 
 def ours(problem: StepProblem, recipe: Recipe, variant: Variant) -> Contender:
+    """Return our step under `recipe`; one that cannot be made leaves the others their times."""
+    reason = NOT_WANTED
+    if problem.request.wants(variant.name):
+        try:
+            return checked(problem, recipe, variant)
+        except Exception as error:
+            traceback.print_exc()
+            reason = failure(error)
+    return Contender(name=variant.name, exactness=variant.exactness, reason=reason)
+
+
+def checked(problem: StepProblem, recipe: Recipe, variant: Variant) -> Contender:
     """Return our step under `recipe`, timed only if its attack on the first batch is as strong as the script's."""
-    if not problem.request.wants(variant.name):
-        return Contender(name=variant.name, exactness=variant.exactness, reason=NOT_WANTED)
     reason = variant.gpu if variant.gpu and not problem.request.on_gpu else None
     if recipe.execution.epilogue == "compiled" and (problem.request.quick or not problem.request.on_gpu):
         reason = "compiling is left out by --quick and on a CPU"

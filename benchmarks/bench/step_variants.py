@@ -45,7 +45,7 @@ ADDITIONS = (  # each to the one before
 OTHERWISE = (  # all additions but for one thing, asking the teacher in each step
     Variant("all but channels-last", dict(channels_last=False), "rounding"),
     Variant("all but bf16", dict(precision="fp32"), "rounding", "not used on a CPU"),
-    Variant("all but fused SGD", dict(fused_sgd=False), "rounding"),
+    Variant("all but fused SGD, and the graph that needs it", dict(fused_sgd=False, capture="off"), "rounding"),
     Variant("all but folded batch norm", dict(fold=False, epilogue="plain"), "rounding"),
     Variant("all but fused epilogues", dict(epilogue="plain"), "rounding", "not used on a CPU"),
     Variant("all but the graph", dict(capture="off"), "bitwise", "not used on a CPU"),

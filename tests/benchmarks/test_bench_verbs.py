@@ -22,7 +22,10 @@ from retemper.bench import (
     loaders,
     logit_cases,
     peers,
+    step,
     step_phases,
+    step_problem,
+    step_variants,
     sweep,
 )
 from retemper.bench.case import EXACTNESS, Case, Request
@@ -30,6 +33,7 @@ from retemper.bench.machine import Rates
 from retemper.bench.result import COLUMNS
 from retemper.bench.timing import measure
 from retemper.cli import run
+from retemper.engine import Recipe
 from retemper.kernels import augment_reference
 
 CPU = torch.device("cpu")
@@ -158,6 +162,28 @@ def refused(case: Case, name: str) -> str:
     rows = measure(replace(case, contenders=chosen), CPU, 1, Rates(CPU, quick=True))
     assert rows[0]["ms"] is None
     return str(rows[0]["reason"])
+
+
+def test_a_step_that_cannot_be_made_leaves_the_others_their_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = step.our_step
+
+    def failing(problem: step.StepProblem, recipe: Recipe, logits: str) -> step.Call:
+        if not recipe.execution.fused_sgd:
+            raise RuntimeError("no such plan")
+        return made(problem, recipe, logits)
+
+    monkeypatch.setattr(step, "our_step", failing)
+    problem = step.StepProblem(Request(what="step", device=CPU, quick=True), "tiny_resnet", 2)
+    reasons = {row.name: row.reason for row in step.one_by_one(problem)}
+    assert reasons["+ channels-last"] == "fails: RuntimeError: no such plan" and reasons["+ fused SGD"] is None
+
+
+def test_every_variant_of_the_step_is_a_recipe_of_a_gpu() -> None:
+    request = Request(what="step", device=torch.device("cuda"))
+    problem: Any = SimpleNamespace(request=request, recipe=step_problem.bare_recipe("resnet18"))
+    for variant in (*step_variants.ADDITIONS, *step_variants.OTHERWISE):
+        recipe = step_variants.changed(problem, step_variants.whole(problem), variant)
+        recipe.execution.captures_on(torch.device("cuda"))
 
 
 def test_a_wrong_kernel_is_refused_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
