@@ -19,11 +19,12 @@ mkdir -p "$RESULTS" .carry
 printf '#!/usr/bin/env bash\nexec %s "$@"\n' "$(printf '%q ' "$@")" >"$PYTHON"
 chmod +x "$PYTHON"
 if [ -n "${TRITON_WHEEL:-}" ]; then
-    export RETEMPER_TRITON_LIBRARY=$RESULTS/libtriton.so
+    library=$RESULTS/libtriton.so
     python3 -c 'import sys, zipfile
 with zipfile.ZipFile(sys.argv[1]) as wheel:
     name = next(name for name in wheel.namelist() if "/_C/libtriton" in name)
-    open(sys.argv[2], "wb").write(wheel.read(name))' "$TRITON_WHEEL" "$RETEMPER_TRITON_LIBRARY" || exit
+    open(sys.argv[2], "wb").write(wheel.read(name))' "$TRITON_WHEEL" "$library" || exit
+    export RETEMPER_TRITON_LIBRARY=$library
 fi
 code=0
 for command in 1 2; do SUITE_SECONDS=${SUITE_SECONDS:-1200} bash benchmarks/gpu_suite.sh $command || code=1; done

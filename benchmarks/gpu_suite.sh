@@ -96,9 +96,10 @@ END
 
 commit() { git rev-parse --short HEAD 2>/dev/null || echo "${RETEMPER_COMMIT:-unknown}"; }
 
-archive() { # all results so far, in one file that is whole at any time
-    tar -C "$RESULTS" --exclude=./work --exclude='./*.tar.gz*' -czf "$OUT/gpu_suite.tar.gz.new" . &&
-        mv "$OUT/gpu_suite.tar.gz.new" "$OUT/gpu_suite.tar.gz"
+archive() { # all results so far, in one file that is whole at any time; tar's 1 is that a file changed meanwhile
+    tar -C "$RESULTS" --exclude=./work --exclude='./*.tar.gz*' -czf "$OUT/gpu_suite.tar.gz.new" .
+    [ $? -le 1 ] && mv "$OUT/gpu_suite.tar.gz.new" "$OUT/gpu_suite.tar.gz"
+    return 0
 }
 
 bench() { # NAME SECONDS WHAT WORDS...
@@ -170,14 +171,14 @@ real_images() { # sets `images`, the data root, and `data`, what results on them
     for given in "${CIFAR10:-}" shared/data .carry; do
         [ -z "$given" ] && continue
         images=$given
-        for folder in cifar-10-batches-bin cifar-10-batches-py; do [ -e "$given/$folder" ] && return; done
+        for folder in cifar-10-batches-bin cifar-10-batches-py; do [ -e "$given/$folder" ] && return 0; done
         images=$work/images
         for source in "$given"/cifar10*.tar* "$given"/train; do
             [ -e "$source" ] || continue
             [ "${source##*/}" = train ] && source=$given
             data=cifar10_jpeg_copies
             part images 15 PIL "$PY" benchmarks/gpu_images.py "$source" "$images"
-            return
+            return 0
         done
     done
     images=data # so that the list of parts is whole

@@ -38,6 +38,7 @@ BARE: dict[str, Any] = dict(
     teacher_ahead=0,
     teacher_table="off",
     fused_sgd=False,
+    beside=False,
 )
 
 

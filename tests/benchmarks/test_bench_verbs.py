@@ -34,6 +34,8 @@ from retemper.bench.result import COLUMNS
 from retemper.bench.timing import measure
 from retemper.cli import run
 from retemper.engine import Recipe
+from retemper.engine.catalogue import find_setting
+from retemper.engine.speed.execution import EXACTNESS as MOVES
 from retemper.kernels import augment_reference
 
 CPU = torch.device("cpu")
@@ -176,6 +178,21 @@ def test_a_step_that_cannot_be_made_leaves_the_others_their_times(monkeypatch: p
     problem = step.StepProblem(Request(what="step", device=CPU, quick=True), "tiny_resnet", 2)
     reasons = {row.name: row.reason for row in step.one_by_one(problem)}
     assert reasons["+ channels-last"] == "fails: RuntimeError: no such plan" and reasons["+ fused SGD"] is None
+
+
+def test_the_ladder_begins_without_and_ends_with_what_makes_a_step_fast() -> None:
+    assert set(step_problem.BARE) >= set(MOVES), "benchmarks/bench/step_problem.py: BARE"
+    gpu = torch.device("cuda")
+    problem: Any = SimpleNamespace(
+        request=Request(what="step", device=gpu), recipe=step_problem.bare_recipe("resnet18")
+    )
+    whole, usual = (
+        recipe.execution for recipe in (step_variants.whole(problem), find_setting("rslad:digits")[2].recipe)
+    )
+    ours = {name: getattr(whole, name) for name in MOVES} | {"epilogue": whole.epilogue_on(gpu)}
+    assert ours["epilogue"] == usual.epilogue_on(gpu), "benchmarks/bench/step_variants.py: ADDITIONS"
+    for name in set(MOVES) - {"teacher_ahead", "teacher_table", "precision", "epilogue", "capture"}:
+        assert ours[name] in (getattr(usual, name), "on"), f"{name}: benchmarks/bench/step_variants.py: ADDITIONS"
 
 
 def test_every_variant_of_the_step_is_a_recipe_of_a_gpu() -> None:
