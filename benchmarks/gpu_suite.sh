@@ -96,9 +96,8 @@ END
 
 commit() { git rev-parse --short HEAD 2>/dev/null || echo "${RETEMPER_COMMIT:-unknown}"; }
 
-archive() { # all results so far, in one file that is whole at any time; tar's 1 is that a file changed meanwhile
-    tar -C "$RESULTS" --exclude=./work --exclude='./*.tar.gz*' -czf "$OUT/gpu_suite.tar.gz.new" .
-    [ $? -le 1 ] && mv "$OUT/gpu_suite.tar.gz.new" "$OUT/gpu_suite.tar.gz"
+archive() { # all results so far, in one file that is whole at any time
+    tar -C "$RESULTS" --exclude=./work --exclude='./*.tar.gz' -czf "$work/new.tar.gz" . && mv "$work/new.tar.gz" "$OUT/gpu_suite.tar.gz"
     return 0
 }
 
