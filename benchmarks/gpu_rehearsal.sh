@@ -7,6 +7,7 @@
 # Then .carry/ holds what the commands want to find beside the checkout on a machine with a GPU: Triton's cache, so that
 # little is compiled there, the commit, and the archive of images that CIFAR10 names.
 #
+#   GOES_ON=1            do not repeat the parts that an earlier rehearsal has done
 #   TRITON_WHEEL=FILE    the wheel of the Triton there, where its Python is another: the cache's key depends on it
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -14,7 +15,7 @@ cd "$(dirname "$0")/.."
 export RETEMPER_REHEARSAL=1 RESULTS=${RESULTS:-$PWD/runs/gpu_rehearsal} TRITON_CACHE_DIR=/tmp/retemper-triton
 export PYTHONPATH=$PWD/benchmarks/rehearsal${PYTHONPATH:+:$PYTHONPATH} PYTHON=$RESULTS/python
 unset OUT
-rm -rf "$RESULTS"
+[ -n "${GOES_ON:-}" ] || rm -rf "$RESULTS"
 mkdir -p "$RESULTS" .carry
 printf '#!/usr/bin/env bash\nexec %s "$@"\n' "$(printf '%q ' "$@")" >"$PYTHON"
 chmod +x "$PYTHON"
