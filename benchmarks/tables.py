@@ -12,8 +12,8 @@ Studies write such files themselves. This command writes three more from the JSO
 calls.md with the host's time of a call and the first call of each kernel, and kernels_cpu.md with every kernel on a
 CPU. What stands in the first is decided in `HEADLINES`, whatever the results are; in the others stands every row there
 is. Where several files have measured the same thing on the same device, the last by name is shown; those of --quick
-runs are passed over. "times as fast" is theirs over ours, round by round: the median and, in brackets, the 10th and
-90th percentile.
+runs, and of rehearsals, which compute nothing, are passed over. "times as fast" is theirs over ours, round by round:
+the median and, in brackets, the 10th and 90th percentile.
 """
 
 import argparse
@@ -57,7 +57,7 @@ class Headline:
 
 
 EAGER = ("eager chain", "torch.compile of it")
-SCRIPT = ("released script", "careful PyTorch, torch.compile")
+SCRIPT = ("released script", "careful PyTorch", "careful PyTorch, torch.compile")
 PEERS = ("torchattacks.PGD", "foolbox.LinfPGD")
 HEADLINES = (
     *(
@@ -153,6 +153,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
         if isinstance(one, dict)
         and {"what", "rows", "device", "command"} <= one.keys()
         and "--quick" not in one["command"]
+        and one.get("checked", True)
     ]
 
 

@@ -97,6 +97,7 @@ class Method(Options):
         released_forwards: those of the variant `released`, where the authors' code takes others.
         needs_own_prediction: whether `Targets.own` is computed before the attack.
         teacher_sees, clean_teacher_sees: the images that each teacher is asked about, of "clean" and "adv".
+        attack_asks_teacher: whether `objective` reads the teachers' logits. `margins` and `watcher` never do.
         attacks_teacher: whether the attack goes through the teacher too; its logits are then (B, 2 K), the student's
             and then the teacher's.
         validates_by: what attacks the held-out images that the class state moves by: PGD on the cross-entropy, or the
@@ -114,6 +115,7 @@ class Method(Options):
     needs_own_prediction: ClassVar[bool] = False
     teacher_sees: ClassVar[tuple[str, ...]] = ("clean",)
     clean_teacher_sees: ClassVar[tuple[str, ...]] = ()
+    attack_asks_teacher: ClassVar[bool] = True
     attacks_teacher: ClassVar[bool] = False
     validates_by: ClassVar[Literal["pgd", "training attack"] | None] = None
 
@@ -179,6 +181,8 @@ class Method(Options):
 class LabelAttack(Method):
     """A method whose attack raises the cross-entropy against the label."""
 
+    attack_asks_teacher: ClassVar[bool] = False
+
     def objective(self, targets: Targets) -> Objective:
         return cross_entropy_objective(targets.label_B)
 
@@ -188,6 +192,7 @@ class OwnPredictionAttack(Method):
     """A method whose attack leads away from the student's own clean prediction, KL(S(x) || S(x')), as TRADES does."""
 
     needs_own_prediction: ClassVar[bool] = True
+    attack_asks_teacher: ClassVar[bool] = False
 
     def objective(self, targets: Targets) -> KlObjective:
         return KlObjective(targets.own, targets.label_B)

@@ -16,6 +16,7 @@ from retemper.engine.epoch_stats import ClassMeans, ClassSums
 from retemper.engine.models import MODELS, channels_last
 from retemper.engine.optim import Average, Guard, sgd, wide_dtype
 from retemper.engine.recipe import Method, Recipe, Targets
+from retemper.engine.speed.beside import Branch
 from retemper.engine.speed.fold import Folded
 from retemper.kernels import augment, class_sums
 
@@ -35,6 +36,7 @@ class State:
         average: of the student's weights, where the recipe asks for one.
         awp_gamma: how far the weights are perturbed, 0-dim; None where they never are.
         part: which rows of each batch are this process's.
+        beside: where the teachers answer before the attack.
         bucket: the gradients, where several processes add them up; None in one on its own.
     """
 
@@ -77,7 +79,7 @@ class State:
         self.loss_sum = torch.zeros((), device=device, dtype=dtype)
         self.average = None if optim.average == "none" else Average(student, optim.average, optim.ema_decay)
         self.awp_gamma = torch.zeros((), device=device, dtype=dtype) if optim.awp_gamma else None
-        self.part = Part.begin(ranks, device)
+        self.part, self.beside = Part.begin(ranks, device), Branch(device, execution.beside)
         self.bucket = GradientBucket(student, ranks) if ranks.joined else None
 
     def autocast(self) -> AbstractContextManager[object]:

@@ -5,6 +5,7 @@ No value is read on the host, so that the device never waits. Dimension key: B b
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from retemper.engine.attack_plan import Plan
 from retemper.engine.losses import as_label
 from retemper.engine.optim import perturb_weights, put_back
 from retemper.engine.recipe import Recipe, Targets
+from retemper.engine.speed.beside import Awaiting
 from retemper.engine.state import State
 
 FAR = 2**62  # between the noise seeds of two attacks of a step: further than those of any two steps of a run
@@ -72,14 +74,18 @@ def _require_batch(state: State, clean_BCHW: Tensor, label_B: Tensor, teacher_BK
 def observe(
     state: State, recipe: Recipe, attacked: nn.Module, clean_BCHW: Tensor, label_B: Tensor, teacher_BK: Tensor | None
 ) -> Targets:
-    """Return what the method asks for before the attack: the teachers' logits on clean images, the student's own."""
+    """Return what the method asks for before the attack: the teachers' logits on clean images, the student's own.
+
+    The teachers' may still be computed (`State.beside`) until `attack` has returned.
+    """
     method = recipe.method
     targets = Targets(label_B=label_B, teacher_BK=teacher_BK, state=state.class_state, part=state.part)
     with torch.no_grad(), state.autocast():
         if state.teacher is not None and teacher_BK is None and "clean" in method.teacher_sees:
-            targets = replace(targets, teacher_BK=state.teacher(clean_BCHW))
+            targets = replace(targets, teacher_BK=state.beside.run(partial(state.teacher, clean_BCHW)))
         if state.clean_teacher is not None and "clean" in method.clean_teacher_sees:
-            targets = replace(targets, clean_teacher_BK=state.clean_teacher(clean_BCHW))
+            clean_teacher_BK = state.beside.run(partial(state.clean_teacher, clean_BCHW))
+            targets = replace(targets, clean_teacher_BK=clean_teacher_BK)
         if method.needs_own_prediction:
             with module_mode(attacked, recipe.attack.bn_mode):
                 targets = replace(targets, own_BK=attacked(clean_BCHW))
@@ -108,8 +114,13 @@ def attack(state: State, recipe: Recipe, attacked: nn.Module, clean_BCHW: Tensor
         bn_mode=recipe.attack.bn_mode,
         seed=state.noise_seed + FAR * targets.attack if targets.attack else state.noise_seed,
     )
+    awaits = recipe.method.attack_asks_teacher and state.beside.pending
+    make = partial(recipe.method.objective, targets)
+    objective = Awaiting(make, state.beside) if awaits else make()
     with state.autocast():
-        return ascend(attacked, clean_BCHW, plan, objective=recipe.method.objective(targets), watch=targets.watched)
+        adv = ascend(attacked, clean_BCHW, plan, objective=objective, watch=targets.watched)
+    state.beside.join()
+    return adv
 
 
 def observe_attacked(state: State, recipe: Recipe, adv_BCHW: Tensor, targets: Targets) -> Targets:

@@ -68,6 +68,23 @@ def test_a_package_installed_within_a_checkout_is_not_of_its_commit(checkout: Pa
     assert asked(site) == ["None", "None"]
 
 
+def test_a_copy_without_git_is_named_by_the_variable(checkout: Path, tmp_path: Path) -> None:
+    assert asked(checkout / "src", RETEMPER_COMMIT="abc") == [git(checkout, "rev-parse", "HEAD"), "False"]
+    shutil.copytree(checkout / "src/retemper", tmp_path / "copy/retemper")
+    shutil.rmtree(checkout / ".git")
+    assert asked(tmp_path / "copy", RETEMPER_COMMIT="abc") == ["abc", "None"]
+
+
+def test_the_clocks_are_what_nvidia_smi_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho clocks.sm\necho 1980 MHz\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance.clocks() == "clocks.sm; 1980 MHz"
+    tool.unlink()
+    assert provenance.clocks() is None
+
+
 def test_without_git_nothing_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert provenance.commit() is None and provenance.uncommitted_changes() is None and provenance.driver() is None

@@ -6,6 +6,6 @@ and step.py hold the cases.
 
 from retemper.bench.benchmark import bench
 from retemper.bench.case import Request
-from retemper.bench.result import as_table, as_text, save
+from retemper.bench.result import as_table, as_text, begun, save
 
-__all__ = ["Request", "as_table", "as_text", "bench", "save"]
+__all__ = ["Request", "as_table", "as_text", "begun", "bench", "save"]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 EXACTNESS = ("bitwise", "rounding", "lower precision", "different algorithm", "peer")
 WARM_UP = 3  # rounds
+NOT_WANTED = "not asked for"
 
 Call = Callable[[], Any]
 Check = Callable[[Any], str | None]
@@ -23,7 +24,10 @@ class Request:
         batch: in place of the benchmark's own batch sizes.
         quick: one small size and nothing compiled: to try it out, not to measure.
         only: the cases whose name holds one of these; empty for all.
+        rows: the rows of these names alone; empty for all. Ratios are then to the first of them that a table has.
         sweep: try the kernels' block sizes instead.
+        seconds: begin no table after so many, and take no round beyond a third; None for no limit.
+        checked: whether a result must be right to get a time. False is for rehearsals on what computes no values.
     """
 
     what: str
@@ -32,7 +36,10 @@ class Request:
     batch: int | None = None
     quick: bool = False
     only: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
     sweep: bool = False
+    seconds: float | None = None
+    checked: bool = True
 
     @property
     def on_gpu(self) -> bool:
@@ -44,12 +51,17 @@ class Request:
             return (self.batch,)
         return (quick,) if self.quick else usual
 
+    def wants(self, row: str) -> bool:
+        """Say whether the row of that name is to be measured."""
+        return not self.rows or row in self.rows
+
     @property
     def command(self) -> str:
         """Return the command that measures it again."""
         words = ["retemper", "bench", self.what, "--device", str(self.device), "--rounds", str(self.rounds)]
         words += ["--batch", str(self.batch)] if self.batch is not None else []
         words += ["--only", *self.only] if self.only else []
+        words += ["--rows", *self.rows] if self.rows else []
         return shlex.join([*words, *(["--quick"] if self.quick else []), *(["--sweep"] if self.sweep else [])])
 
 
@@ -124,7 +136,7 @@ class Case:
 
     def __post_init__(self) -> None:
         names = [contender.name for contender in self.contenders]
-        assert len(set(names)) == len(names) > 0, names
+        assert len(set(names)) == len(names), names
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def notes(request: Request) -> list[str]:
 
 def _sized(request: Request) -> Iterator[PlannedCase]:
     """Yield the cases of a training step's sizes, of a large one, and of a language model's."""
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32", "bf16", "fp16") if request.on_gpu else ("fp32", "bf16"):
         item = DTYPES[precision].itemsize
         size = KernelSize(title="", request=request, precision=precision, batch=0)
         for name in IMAGES:

@@ -130,10 +130,11 @@ def eager_sums(student: Tensor, label: Tensor, classes: int) -> tuple[Tensor, Te
 def sums_case(size: KernelSize) -> Case:
     """Return the case of the sums by class: cross-entropies, hits, images."""
     student, _, label, _ = size.logits()
-    loss_B = F.cross_entropy(student.double(), label, reduction="none")
-    loss = torch.zeros(size.classes, dtype=torch.float64, device=size.device).index_add_(0, label, loss_B)
-    correct = label[student.double().argmax(1) == label].bincount(minlength=size.classes)
-    count = label.bincount(minlength=size.classes)
+    logits, labels = student.double().cpu(), label.cpu()
+    loss_B = F.cross_entropy(logits, labels, reduction="none")
+    loss = torch.zeros(size.classes, dtype=torch.float64).index_add_(0, labels, loss_B)
+    correct = labels[logits.argmax(1) == labels].bincount(minlength=size.classes)
+    count = labels.bincount(minlength=size.classes)
     checks = [
         near_to(loss, SUM_TOLERANCE, lambda result: result[0]),
         equal_to(correct, lambda result: result[1]),

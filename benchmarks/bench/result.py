@@ -12,7 +12,7 @@ import torch
 from retemper.bench.case import Request
 from retemper.engine.device import device_name
 from retemper.files import write_atomically
-from retemper.provenance import commit, driver, uncommitted_changes, versions
+from retemper.provenance import clocks, commit, driver, uncommitted_changes, versions
 
 Row = dict[str, Any]
 
@@ -32,17 +32,28 @@ def header(request: Request) -> dict[str, Any]:
         "command": request.command,
         "device": device_name(request.device),
         "driver": driver() if request.on_gpu else None,
+        "clocks": clocks() if request.on_gpu else None,
         "versions": versions() | {name: found for name in PACKAGES if (found := _version(name))},
         "cuda": torch.version.cuda,
         "commit": commit(),
         "uncommitted_changes": uncommitted_changes(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "rounds": request.rounds,
+        "checked": request.checked,
         "complete": False,
         "rates": {},
         "rows": [],
         "notes": [],
     }
+
+
+def begun(path: str | Path, request: Request) -> dict[str, Any] | None:
+    """Return the result in a file if the same request was cut short there, of the same code on the same device."""
+    if not Path(path).is_file():
+        return None
+    found, wanted = json.loads(Path(path).read_text()), header(request)
+    same = ("what", "command", "device", "commit", "uncommitted_changes", "checked")
+    return found if not found["complete"] and all(found[key] == wanted[key] for key in same) else None
 
 
 def save(path: str | Path, result: dict[str, Any]) -> None:

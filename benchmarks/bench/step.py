@@ -11,72 +11,24 @@ TFLOP/s count what they do.
 """
 
 import copy
+import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile, record_function
 
 from retemper.bench.authors_step import CarefulStep
-from retemper.bench.case import Call, Case, Contender, PlannedCase, Request, Work
+from retemper.bench.case import NOT_WANTED, Call, Case, Contender, PlannedCase, Request, Work
+from retemper.bench.step_phases import CPU_BATCH, phase_rows, phases, slowest_phase, tuned
 from retemper.bench.step_problem import AGREEMENT, TEACHERS, StepProblem
-from retemper.engine.device import in_precision, tuned_convolutions
+from retemper.bench.step_variants import ADDITIONS, AHEAD, OTHERWISE, Variant, changed, whole
+from retemper.bench.timing import failure
+from retemper.engine.device import in_precision
 from retemper.engine.recipe import Recipe
 from retemper.engine.speed.capture import captured
-from retemper.engine.step import attack, descend, observe, train_step
-
-CPU_BATCH = {"tiny_resnet": 128, "mobilenet_v2": 8, "resnet18": 4}
-AHEAD = 8  # batches that the teacher is asked about at once
-PROFILED_STEPS = 3
-NO_GRAPH = "CUDA graphs need a GPU"
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A variant of our step: one or more options changed.
-
-    Attributes:
-        changes: fields of the recipe.
-        exactness: of the change.
-        gpu: why it is left out on a CPU; None where it is not.
-        logits: who gives the teacher's logits: the "step", the teacher for AHEAD batches at once ("ahead"), or a
-            "table".
-    """
-
-    name: str
-    changes: dict[str, Any]
-    exactness: str
-    gpu: str | None = None
-    logits: str = "step"
-
-
-ADDITIONS = (  # each to the one before
-    Variant("vectorised", {}, "rounding"),
-    Variant("+ channels-last", dict(channels_last=True), "rounding"),
-    Variant(
-        "+ bf16", dict(precision="bf16"), "lower precision", "bf16 is slower than fp32 on a CPU without matrix units"
-    ),
-    Variant("+ fused SGD", dict(fused_sgd=True), "rounding"),
-    Variant("+ folded batch norm", dict(fold=True), "rounding"),
-    Variant("+ fused epilogues", dict(epilogue="fused"), "rounding", "on a CPU convolutions add their bias themselves"),
-    Variant("+ CUDA graph", dict(capture="on"), "bitwise", NO_GRAPH),
-    Variant(f"+ teacher for {AHEAD} batches at once", {}, "rounding", logits="ahead"),
-    Variant("+ table, every view known", {}, "rounding", logits="table"),
-)
-OTHERWISE = (  # all additions but for one thing, asking the teacher in each step
-    Variant("all but channels-last", dict(channels_last=False), "rounding"),
-    Variant("all but bf16", dict(precision="fp32"), "rounding", "not used on a CPU"),
-    Variant("all but fused SGD", dict(fused_sgd=False), "rounding"),
-    Variant("all but folded batch norm", dict(fold=False, epilogue="plain"), "rounding"),
-    Variant("all but fused epilogues", dict(epilogue="plain"), "rounding", "not used on a CPU"),
-    Variant("all but the graph", dict(capture="off"), "bitwise", "not used on a CPU"),
-    Variant("twin compiled instead of fused", dict(epilogue="compiled"), "rounding"),
-)
+from retemper.engine.step import train_step
 
 
 def cases(request: Request) -> Iterator[PlannedCase]:
@@ -117,6 +69,7 @@ def _case(
         bound="bf16" if request.on_gpu and precision == "tf32" else "fp32",
         rounds=5 if slow else None,
         warm_up=1 if slow else 3,
+        conclude=slowest_phase if rows is phase_rows else lambda rows: None,
     )
 
 
@@ -136,21 +89,6 @@ def all_but_one(problem: StepProblem) -> list[Contender]:
     recipe = whole(problem)
     variants = (Variant("all", {}, "rounding"), *OTHERWISE)
     return [ours(problem, changed(problem, recipe, variant), variant) for variant in variants]
-
-
-def changed(problem: StepProblem, recipe: Recipe, variant: Variant) -> Recipe:
-    """Return the recipe with the variant's changes, if they are for this device."""
-    possible = variant.gpu is None or problem.request.on_gpu
-    return recipe.replace(**variant.changes) if possible else recipe
-
-
-def whole(problem: StepProblem, captured: bool = True) -> Recipe:
-    """Return the recipe with all additions, asking the teacher in each step."""
-    recipe = problem.recipe
-    for variant in ADDITIONS:
-        if captured or "capture" not in variant.changes:
-            recipe = changed(problem, recipe, variant)
-    return recipe
 
 
 def peers(problem: StepProblem) -> list[Contender]:
@@ -177,11 +115,23 @@ def peers(problem: StepProblem) -> list[Contender]:
 
 
 def ours(problem: StepProblem, recipe: Recipe, variant: Variant) -> Contender:
+    """Return our step under `recipe`; one that cannot be made leaves the others their times."""
+    reason = NOT_WANTED
+    if problem.request.wants(variant.name):
+        try:
+            return checked(problem, recipe, variant)
+        except Exception as error:
+            traceback.print_exc()
+            reason = failure(error)
+    return Contender(name=variant.name, exactness=variant.exactness, reason=reason)
+
+
+def checked(problem: StepProblem, recipe: Recipe, variant: Variant) -> Contender:
     """Return our step under `recipe`, timed only if its attack on the first batch is as strong as the script's."""
     reason = variant.gpu if variant.gpu and not problem.request.on_gpu else None
     if recipe.execution.epilogue == "compiled" and (problem.request.quick or not problem.request.on_gpu):
         reason = "compiling is left out by --quick and on a CPU"
-    if reason is None:
+    if reason is None and problem.request.checked:
         missed = problem.misses(phases(problem, recipe)[1]["adv"], recipe) or replays_wrongly(problem, recipe)
         reason = f"disagrees: {missed}" if missed else None
     if reason is not None:
@@ -194,16 +144,6 @@ def ours(problem: StepProblem, recipe: Recipe, variant: Variant) -> Contender:
         calls=AHEAD if variant.logits == "ahead" else 1,
         work=problem.work(teacher=False) if variant.logits == "table" else None,
     )
-
-
-def tuned(call: Call) -> Call:
-    """Return `call` as training makes it: with the fastest convolutions that cuDNN finds for its shapes."""
-
-    def tuned_call() -> Any:
-        with tuned_convolutions():
-            return call()
-
-    return tuned_call
 
 
 def replays_wrongly(problem: StepProblem, recipe: Recipe) -> str | None:
@@ -256,68 +196,3 @@ def our_step(problem: StepProblem, recipe: Recipe, logits: str) -> Call:
             step(*given)
 
     return ahead
-
-
-def phases(problem: StepProblem, recipe: Recipe) -> tuple[dict[str, Call], dict[str, Tensor]]:
-    """Return the parts of a step on the first batch, each to be called alone, and its attacked and clean images."""
-    state, (clean, label) = problem.state(recipe), problem.first
-    clean = problem.layout(clean, recipe)
-    attacked = state.attacked()
-    targets = observe(state, recipe, attacked, clean, label, None)
-    images = {"adv": attack(state, recipe, attacked, clean, targets).clone(), "clean": clean}
-
-    def forwards_and_backward() -> None:
-        state.student.train()
-        with state.autocast():
-            logits = {name: state.student(image) for name, image in images.items()}
-            loss = recipe.method.loss(logits, targets)
-        loss.backward()
-        state.optimizer.zero_grad(set_to_none=True)
-
-    parts: dict[str, Call] = {
-        "whole step": lambda: train_step(state, recipe, clean, label),
-        "teacher": lambda: observe(state, recipe, attacked, clean, label, None),
-        "folding": lambda: state.attacked(),
-        "attack": lambda: attack(state, recipe, attacked, clean, targets),
-        "two forwards, backward": forwards_and_backward,
-        "the same with SGD and class sums": lambda: descend(state, recipe, images, targets),
-    }
-    return parts, images
-
-
-def phase_rows(problem: StepProblem) -> list[Contender]:
-    """Return the parts of the whole step as contenders, each alone and eager, to see which one takes the time."""
-    parts, _ = phases(problem, whole(problem, captured=False))
-    return [Contender(name=name, call=tuned(part), exactness="rounding") for name, part in parts.items()]
-
-
-def profile_step(request: Request, folder: str | Path) -> None:
-    """Print where the time of the whole step goes, from torch's profiler.
-
-    The step is run eager, not from a graph, so that a kernel can be told to a phase; the kernels are the same.
-
-    Args:
-        folder: profile_STUDENT.txt and profile_STUDENT.json.gz (for a trace viewer) are written into it.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for student in ("resnet18", "mobilenet_v2") if request.on_gpu else ("tiny_resnet",):
-        (batch,) = request.batches((128 if request.on_gpu else CPU_BATCH[student],), 16)
-        problem = StepProblem(request, student, batch)
-        parts, _ = phases(problem, whole(problem, captured=False))
-
-        def steps(parts: dict[str, Call] = parts) -> None:
-            for _ in range(PROFILED_STEPS):
-                for name in ("folding", "teacher", "attack", "the same with SGD and class sums"):
-                    with record_function(f"phase: {name}"):
-                        parts[name]()
-
-        steps()
-        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if request.on_gpu else [])]
-        with profile(activities=kinds) as profiled:
-            steps()
-        order = "device_time_total" if request.on_gpu else "cpu_time_total"
-        table = profiled.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90)
-        (folder / f"profile_{student}.txt").write_text(f"{PROFILED_STEPS} steps, {student}, batch {batch}\n{table}\n")
-        profiled.export_chrome_trace(str(folder / f"profile_{student}.json.gz"))
-        print(table)

@@ -38,6 +38,7 @@ BARE: dict[str, Any] = dict(
     teacher_ahead=0,
     teacher_table="off",
     fused_sgd=False,
+    beside=False,
 )
 
 
@@ -66,8 +67,7 @@ class StepProblem:
             for _ in range(INPUTS)
         ]
         self.temperatures = [0.5 + 0.15 * k for k in range(10)]
-        recipe = find_setting("absld:cifar10_resnet18")[2].recipe.as_variant("released")
-        self.recipe: Recipe = recipe.replace(student=student, **BARE)
+        self.recipe = bare_recipe(student)
         self._references: dict[bool, tuple[float, float]] = {}
 
     @property
@@ -165,6 +165,12 @@ class StepProblem:
         zeros = torch.zeros_like(self.layout(self.first[0], recipe))
         seed = torch.zeros(1, dtype=torch.int64, device=self.device)
         return random_start_(zeros.clone(), zeros, EPS, noise="normal", seed=seed, clip=False).contiguous()
+
+
+def bare_recipe(student: str) -> Recipe:
+    """Return ABSLD, variant `released`, with nothing of what makes our step fast."""
+    recipe = find_setting("absld:cifar10_resnet18")[2].recipe.as_variant("released")
+    return recipe.replace(student=student, **BARE)
 
 
 def _flop(model: nn.Module, images: Tensor) -> float:

@@ -25,6 +25,7 @@ from retemper.engine.device import in_precision
 
 ROUND_S = 0.005
 MAX_CALLS = 1000
+LEAST_ROUNDS = 3  # of a case that was begun
 
 
 @dataclass
@@ -40,8 +41,14 @@ class Measurement:
     host_ms: list[float] = field(default_factory=list)
 
 
-def measure(case: Case, device: torch.device, rounds: int, rates: Rates) -> list[dict[str, Any]]:
-    """Time the contenders of a case, and return a row for each, in order; result.py lists its columns."""
+def measure(
+    case: Case, device: torch.device, rounds: int, rates: Rates, until: float | None = None
+) -> list[dict[str, Any]]:
+    """Time the contenders of a case, and return a row for each, in order; result.py lists its columns.
+
+    Args:
+        until: the time of `time.perf_counter` after which no round beyond `LEAST_ROUNDS` is taken.
+    """
     rounds = min(rounds, case.rounds or rounds)
     rates.next_case()
     with in_precision(case.precision):
@@ -50,6 +57,8 @@ def measure(case: Case, device: torch.device, rounds: int, rates: Rates) -> list
         clock = time.thread_time if _own_time(case, device) else time.perf_counter
         found = [_first_call(contender, device, clock) for contender in case.contenders]
         for turn in range(1 + case.warm_up + rounds):
+            if until is not None and turn > case.warm_up + LEAST_ROUNDS and time.perf_counter() >= until:
+                break
             for measurement in found:
                 if measurement.reason is None:
                     _take_turn(measurement, device, kept=turn > case.warm_up)

@@ -20,6 +20,7 @@ EXACTNESS = {
     "teacher_ahead": "rounding",
     "teacher_table": "rounding",
     "fused_sgd": "rounding",
+    "beside": "bitwise",
 }
 
 
@@ -45,6 +46,7 @@ class Execution(Options):
         "auto", "keep the teacher's answers to every view of an image on disk; auto does so up to 4 GiB"
     )
     fused_sgd: bool = option(True, "run the optimiser as one kernel")
+    beside: bool = option(False, "on a GPU, ask the teacher within the step on a stream beside the attack's")
     loader: Literal["auto", "ffcv", "resident"] = option(
         "auto", "where the images lie: an FFCV file, or all in memory; both give the same batches"
     )

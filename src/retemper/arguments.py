@@ -259,6 +259,8 @@ OPTIONS: dict[str, tuple[str | tuple[str, dict[str, Any]], ...]] = {  # of each 
         _option("--rounds", "interleaved rounds that count (20)", "N", type=ROUNDS, default=20),
         _option("--batch", "this batch size in place of the usual ones", "N", type=BATCH),
         _option("--only", "tables whose name holds one of these", "WORD", nargs="+", default=[]),
+        _option("--rows", "rows of these names alone", "NAME", nargs="+", default=[]),
+        _option("--seconds", "begin no table after so many; the same command goes on", "S", type=PERIOD),
         _option("--quick", "tiny sizes and nothing compiled: to try it out", action="store_true"),
         _option("--profile", "step: a table and a trace of its phases into DIR", "DIR", type=PATH),
         _option("--sweep", "kernels: try block sizes on a GPU, and name the best", action="store_true"),

@@ -25,20 +25,33 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Return the commit that the running source is checked out at; None for an installed package, or without git."""
-    is_tracked = _git("ls-files", Path(__file__).name)
-    return _git("rev-parse", "HEAD") or None if is_tracked else None
+    """Return the commit that the running source is checked out at; None for an installed package, or without git.
+
+    A checkout that was copied without its .git says what the variable RETEMPER_COMMIT says.
+    """
+    return _head() or os.environ.get("RETEMPER_COMMIT") or None
 
 
 def uncommitted_changes() -> bool | None:
-    """Return whether tracked files of the checkout differ from its commit; None where `commit` is None."""
-    return None if commit() is None else bool(_git("status", "--porcelain", "--untracked-files=no"))
+    """Return whether tracked files of the checkout differ from its commit; None where git does not know one."""
+    return None if _head() is None else bool(_git("status", "--porcelain", "--untracked-files=no"))
 
 
 def driver() -> str | None:
     """Return the version of the NVIDIA driver; None without one."""
     words = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split()
     return words[0] if words else None
+
+
+def clocks() -> str | None:
+    """Return what the GPU's clocks are and may be, its temperature and power, in nvidia-smi's words; None without."""
+    fields = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw,power.limit"
+    return _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv").replace("\n", "; ") or None
+
+
+def _head() -> str | None:
+    """Return the commit of the git checkout that this module lies in, if it belongs to one."""
+    return _git("rev-parse", "HEAD") or None if _git("ls-files", Path(__file__).name) else None
 
 
 def _git(*words: str) -> str:

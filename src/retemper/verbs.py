@@ -1,5 +1,6 @@
 """The verbs of the command line: what each does with the words that the user gave."""
 
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -180,7 +181,7 @@ def bench(arguments: Namespace) -> None:
     if path and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise UsageError(f"--json {path}: name a file in a folder that exists")
 
-    from retemper.bench import Request, as_table, as_text, save
+    from retemper.bench import Request, as_table, as_text, begun, save
     from retemper.bench import bench as measure
     from retemper.engine.device import pick_device
 
@@ -189,14 +190,16 @@ def bench(arguments: Namespace) -> None:
         if path:
             save(path, result)
 
-    words = {name: getattr(arguments, name) for name in ("what", "rounds", "batch", "quick", "sweep")}
-    request = Request(**words, device=pick_device(arguments.device), only=tuple(arguments.only))
+    words = {name: getattr(arguments, name) for name in ("what", "rounds", "batch", "quick", "sweep", "seconds")}
+    chosen: dict[str, Any] = {"only": tuple(arguments.only), "rows": tuple(arguments.rows)}
+    checked = not os.environ.get("RETEMPER_REHEARSAL")  # on a stand-in for a GPU, which computes nothing
+    request = Request(**words, **chosen, device=pick_device(arguments.device), checked=checked)
     if arguments.profile:
-        from retemper.bench.step import profile_step
+        from retemper.bench.step_phases import profile_step
 
         profile_step(request, arguments.profile)
         return
-    result = measure(request, show)
+    result = measure(request, show, begun(path, request) if path else None)
     if path:
         save(path, result)
     print(as_text(result))

@@ -72,6 +72,14 @@ def test_a_call_may_stand_for_several(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["one"]["images_per_s"] == 10 and rows["eight"]["images_per_s"] == 40
 
 
+def test_no_round_begins_after_the_time_but_those_that_a_median_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for until, taken in ((0.0, timing.LEAST_ROUNDS), (10.5, 6)):
+        clock = Clock(monkeypatch)
+        case = Case(name="case", contenders=[Contender(name="a", call=clock.work("a", 1))])
+        (row,) = measure(case, CPU, 20, Rates(CPU, quick=True), until)
+        assert row["rounds"] == len(row["round_ms"]) == taken, "five turns come before those that count"
+
+
 def test_short_calls_are_repeated_until_they_can_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     monkeypatch.setattr(timing, "ROUND_S", 5.0)

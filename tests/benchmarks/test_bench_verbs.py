@@ -6,17 +6,36 @@ import sys
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from retemper.bench import attack, first_call, host_time, image_cases, kernels, loaders, logit_cases, peers, sweep
+from retemper.bench import (
+    attack,
+    first_call,
+    host_time,
+    image_cases,
+    kernels,
+    loaders,
+    logit_cases,
+    peers,
+    step,
+    step_phases,
+    step_problem,
+    step_variants,
+    sweep,
+)
 from retemper.bench.case import EXACTNESS, Case, Request
 from retemper.bench.machine import Rates
 from retemper.bench.result import COLUMNS
 from retemper.bench.timing import measure
 from retemper.cli import run
+from retemper.engine import Recipe
+from retemper.engine.catalogue import find_setting
+from retemper.engine.speed.execution import EXACTNESS as MOVES
 from retemper.kernels import augment_reference
 
 CPU = torch.device("cpu")
@@ -66,6 +85,64 @@ def test_the_profile_tells_the_phases_of_a_step_apart(tmp_path: Path, capsys: py
         assert f"phase: {phase}" in kept
 
 
+def test_a_profile_has_the_convolutions_of_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tuned: list[bool] = []
+    parts = dict.fromkeys(step_phases.PHASES, lambda: tuned.append(torch.backends.cudnn.benchmark))
+    monkeypatch.setattr(step_phases, "phases", lambda problem, recipe: (parts, {}))
+    step_phases.profile_step(Request(what="step", device=CPU, quick=True, batch=2), tmp_path)
+    assert tuned and all(tuned) and not torch.backends.cudnn.benchmark
+
+
+def test_the_slowest_phase_is_named() -> None:
+    rows = [{"table": "phases, x", "name": "whole step", "ms": {"median": 9.0}}]
+    rows += [{"table": "phases, x", "name": name, "ms": {"median": 1.0}} for name in step_phases.PHASES]
+    rows[3]["ms"] = {"median": 5.0}
+    assert step_phases.slowest_phase(rows) == "phases, x: the slowest is attack, 5 ms of 8 ms (62%)"
+    assert step_phases.slowest_phase(rows[:3]) is None
+
+
+def test_each_phase_is_replayed_from_a_graph_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {name: (lambda name=name: name) for name in ("whole step", *step_phases.PHASES)}
+    monkeypatch.setattr(step_phases, "phases", lambda problem, recipe: (parts, {}))
+    monkeypatch.setattr(step_phases, "whole", lambda problem, captured: None)
+    monkeypatch.setattr(step_phases, "in_a_graph", lambda part: lambda: f"replay of {part()}")
+    for device, replayed in (("cpu", ""), ("cuda", "replay of ")):
+        problem: Any = SimpleNamespace(request=Request(what="step", device=torch.device(device)))
+        rows = step_phases.phase_rows(problem)
+        assert [row.call and row.call() for row in rows] == [f"{replayed}{name}" for name in parts]
+
+
+def test_a_benchmark_that_was_cut_short_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    only = ["ladder, tiny_resnet", "phases, tiny_resnet"]
+    words = ["bench", "step", "--quick", "--batch", "2", "--device", "cpu", "--rounds", "1", "--json", str(path)]
+    words += ["--only", *only, "--rows", "careful PyTorch", "whole step"]
+    assert run([*words, "--seconds", "0"]) == 0
+    assert json.loads(path.read_text())["rows"] == []
+    assert run(words) == 0
+    whole = json.loads(path.read_text())
+    assert [row["name"] for row in whole["rows"]] == ["careful PyTorch", "whole step"] and whole["complete"]
+    path.write_text(json.dumps(whole | {"rows": whole["rows"][:1], "complete": False}))
+    assert run(words) == 0
+    again = json.loads(path.read_text())
+    assert again["complete"] and again["rows"][0] == whole["rows"][0]
+    assert again["rows"][1]["name"] == "whole step" and again["rows"][1] != whole["rows"][1]
+    assert run([*words, "--batch", "3"]) == 0
+    assert json.loads(path.read_text())["rows"][0]["table"].endswith("batch 3"), "another request begins anew"
+
+
+def test_a_rehearsal_checks_no_values(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(attack, "examples_check", lambda problem: lambda adv: "it is garbage")
+    words = ["bench", "attack", "--quick", "--rounds", "1", "--device", "cpu", "--only", "ce PGD-10"]
+    words += ["--rows", "retemper", "--json", str(tmp_path / "x.json")]
+    for rehearsed in ("", "1"):
+        monkeypatch.setenv("RETEMPER_REHEARSAL", rehearsed)
+        assert run(words) == 0
+        result = json.loads((tmp_path / "x.json").read_text())
+        assert result["checked"] == (not rehearsed)
+        assert [row["ms"] is None for row in result["rows"]] == [not rehearsed]
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
@@ -87,6 +164,43 @@ def refused(case: Case, name: str) -> str:
     rows = measure(replace(case, contenders=chosen), CPU, 1, Rates(CPU, quick=True))
     assert rows[0]["ms"] is None
     return str(rows[0]["reason"])
+
+
+def test_a_step_that_cannot_be_made_leaves_the_others_their_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = step.our_step
+
+    def failing(problem: step.StepProblem, recipe: Recipe, logits: str) -> step.Call:
+        if not recipe.execution.fused_sgd:
+            raise RuntimeError("no such plan")
+        return made(problem, recipe, logits)
+
+    monkeypatch.setattr(step, "our_step", failing)
+    problem = step.StepProblem(Request(what="step", device=CPU, quick=True), "tiny_resnet", 2)
+    reasons = {row.name: row.reason for row in step.one_by_one(problem)}
+    assert reasons["+ channels-last"] == "fails: RuntimeError: no such plan" and reasons["+ fused SGD"] is None
+
+
+def test_the_ladder_begins_without_and_ends_with_what_makes_a_step_fast() -> None:
+    assert set(step_problem.BARE) >= set(MOVES), "benchmarks/bench/step_problem.py: BARE"
+    gpu = torch.device("cuda")
+    problem: Any = SimpleNamespace(
+        request=Request(what="step", device=gpu), recipe=step_problem.bare_recipe("resnet18")
+    )
+    whole, usual = (
+        recipe.execution for recipe in (step_variants.whole(problem), find_setting("rslad:digits")[2].recipe)
+    )
+    ours = {name: getattr(whole, name) for name in MOVES} | {"epilogue": whole.epilogue_on(gpu)}
+    assert ours["epilogue"] == usual.epilogue_on(gpu), "benchmarks/bench/step_variants.py: ADDITIONS"
+    for name in set(MOVES) - {"teacher_ahead", "teacher_table", "precision", "epilogue", "capture"}:
+        assert ours[name] in (getattr(usual, name), "on"), f"{name}: benchmarks/bench/step_variants.py: ADDITIONS"
+
+
+def test_every_variant_of_the_step_is_a_recipe_of_a_gpu() -> None:
+    request = Request(what="step", device=torch.device("cuda"))
+    problem: Any = SimpleNamespace(request=request, recipe=step_problem.bare_recipe("resnet18"))
+    for variant in (*step_variants.ADDITIONS, *step_variants.OTHERWISE):
+        recipe = step_variants.changed(problem, step_variants.whole(problem), variant)
+        recipe.execution.captures_on(torch.device("cuda"))
 
 
 def test_a_wrong_kernel_is_refused_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
