@@ -177,14 +177,19 @@ def augmentation(dtype: str) -> Iterator[Case]:
 
 def convolution(dtype: str) -> Iterator[Case]:
     images = ["x_ptr", "residual_ptr", "y_ptr", "grad_ptr", "x_grad_ptr", "residual_grad_ptr"]
+    images += (sums := ["sum_ptr", "second_ptr", "sum_grad_ptr"])
     types = dict.fromkeys(images, f"*{dtype}") | {"scale_ptr": "*fp32", "shift_ptr": "*fp32"}
     types |= dict.fromkeys(["words", "plane", "channels"], "i32")
     absent = {} if OPTIONAL[dtype] else dict.fromkeys(["scale_ptr", "residual_ptr", "residual_grad_ptr"])
     word = 16 // SIZE[dtype] if ALIGNED[dtype] else 1
     for layout in ({"SPAN": word, "plane": 1}, {"SPAN": 1}):  # channels-last; contiguous
         sizes = {"WORD": word, "WORDS": after.WORDS, "INDEX": tl.int32, **layout}
-        yield after._epilogue_kernel, types, absent | sizes | {"RELU": dtype != "fp16"}
-        yield after._epilogue_grad_kernel, types, absent | sizes
+        usual = absent | sizes | dict.fromkeys([*sums, "PIXELS"])
+        yield after._epilogue_kernel, types, usual | {"RELU": dtype != "fp16"}
+        yield after._epilogue_grad_kernel, types, usual
+        yield after._epilogue_kernel, types, sizes | {"RELU": True}
+        yield after._epilogue_grad_kernel, types, sizes | {"PIXELS": None}
+        yield after._epilogue_grad_kernel, types, usual | {"PIXELS": 16, "residual_grad_ptr": None}
 
 
 def compile_case(case: Case, target: GPUTarget, aligned: bool) -> Any:
