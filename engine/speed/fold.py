@@ -44,6 +44,7 @@ class Folded(nn.Module):
         if fused:
             _take_in_sums(net)
             _take_in_means_and_second_gradients(net)
+            _leave_masks_to_depthwise(net)
         net.delete_all_unused_submodules()
         net.recompile()
         self._copies(net, model)
@@ -224,6 +225,17 @@ def _take_in_means_and_second_gradients(net: fx.GraphModule) -> None:
                 user.replace_input_with(node, output)
             if layer.adds:
                 net.graph.erase_node(node)
+
+
+def _leave_masks_to_depthwise(net: fx.GraphModule) -> None:
+    """Let a depthwise convolution mask the gradient of its input, where that comes from a ReLU and goes there alone."""
+    for node in net.graph.nodes:
+        layer, before = _called(node, net), node.args[0] if node.args else None
+        if not (isinstance(layer, FoldedConv) and layer.depthwise and layer.relu and _is_node(before)):
+            continue
+        first = _called(before, net)
+        if isinstance(first, FoldedConv) and first.relu and len(before.users) == 1 and len(node.args) == 1:
+            first.mask_left = layer.masks_x = True
 
 
 def _is_plain(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:

@@ -18,8 +18,10 @@ from torch.nn import functional as F
 from retemper.console import say
 from retemper.engine.device import is_out_of_memory
 from retemper.kernels import epilogue
+from retemper.kernels.depthwise import depthwise, depthwise_grad
 from retemper.kernels.epilogue import epilogue_grad, epilogue_of_sum
 from retemper.kernels.operators import differentiated_once, keep
+from retemper.kernels.runtime import runs_triton
 
 BATCH_NORM = nn.BatchNorm2d | nn.SyncBatchNorm  # the same function in eval mode
 
@@ -32,12 +34,13 @@ class FoldedLayer(nn.Module):
         twice: whether y is returned twice, for two places that it goes to. Each gives a gradient of its own.
         pooled: whether the mean of y over its pixels, (B, C), is returned in place of y.
         adds: whether the sum of x and the residual is returned too, before y.
+        mask_left: whether the mask of the ReLU is left to the layer that y goes to.
         scale, shift: (C',), views of the twin's vectors of all scales and shifts; `scale` of a norm alone.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.relu = self.twice = self.pooled = self.adds = False
+        self.relu = self.twice = self.pooled = self.adds = self.mask_left = False
         self.scale: Tensor | None = None
         self.shift = torch.empty(0)
 
@@ -55,6 +58,10 @@ class FoldedLayer(nn.Module):
     def input_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
         """Return the gradient of x, given that of what the activation takes."""
         raise NotImplementedError
+
+    def gradient_at_once(self, grad: Tensor, x: Tensor, y: Tensor) -> Tensor | None:
+        """Return the gradient of x, given that of y, where one launch has it."""
+        return None
 
     def handed_out(self, y: Tensor, total: Tensor | None) -> Any:
         """Return what the network sees of the layer: a tensor, or a tuple of them."""
@@ -84,7 +91,13 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor |
     layer, (x, y) = ctx.layer, ctx.saved_tensors
     of_total, of_y = (grads[0], grads[1:]) if layer.adds else (None, grads)
     first, second, *_ = *(one for one in of_y if one is not None), None, None
-    grad = of_total if first is None else epilogue_grad(first, y, layer.scale, False, second, of_total)[0]
+    whole = None if first is None else layer.gradient_at_once(first, x, y)
+    if whole is not None:
+        return whole, None
+    if layer.mask_left:
+        grad = first
+    else:
+        grad = of_total if first is None else epilogue_grad(first, y, layer.scale, False, second, of_total)[0]
     if grad is None:
         return None, None
     _, of_x, of_residual = ctx.needs_input_grad
@@ -101,7 +114,9 @@ class FoldedConv(FoldedLayer):
     Attributes:
         source: the convolution and the batch norm of the network; in a tuple, so that they are no submodules.
         bare: whether the shift is left to another convolution, whose shortcut this one is.
+        masks_x: whether the mask of the ReLU that x came from was left to this layer.
         rounded: (C',), the shift in the dtype of the weight.
+        depthwise: whether the layer has a kernel of its own, that of a depthwise convolution.
         known: whether cuDNN takes images of a shape in one call, for each that was tried.
     """
 
@@ -110,9 +125,10 @@ class FoldedConv(FoldedLayer):
     def __init__(self, conv: nn.Conv2d, norm: BATCH_NORM, dtype: torch.dtype, form: str) -> None:
         super().__init__()
         self.source = (conv, norm)
-        self.form, self.bare = form, False
+        self.form, self.bare, self.masks_x = form, False, False
         self.register_buffer("weight", conv.weight.detach().to(dtype, copy=True))
         self.rounded = torch.empty(0)
+        self.depthwise = form == "convolution" and _is_depthwise(conv)
         self.padding: tuple[int, ...] = padding_of(conv) or (0, 0)
         self.known: dict[Any, bool] = {}
 
@@ -124,6 +140,8 @@ class FoldedConv(FoldedLayer):
 
     def compute(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return y; nothing is added before the convolution."""
+        if residual is None and self._runs_depthwise(x):
+            return depthwise(x, self.weight, self.shift, *self._square, True), None
         if self.form == "convolution":
             y = self._at_once(x, residual) if x.is_cuda else self._plain(x, residual, self.rounded)
             if y is not None:
@@ -139,8 +157,24 @@ class FoldedConv(FoldedLayer):
         """Return the gradient of x, given that of the convolution's output."""
         conv, grad = self.source[0], grad.sum_to_size(self._output_shape(x))
         geometry = conv.stride, self.padding, conv.dilation, False, [0, 0], conv.groups
-        mask = [True, False, False]  # that of neither weight nor bias
-        return torch.ops.aten.convolution_backward(grad, x, self.weight, None, *geometry, mask)[0]
+        wanted = [True, False, False]  # that of neither weight nor bias
+        found = torch.ops.aten.convolution_backward(grad, x, self.weight, None, *geometry, wanted)[0]
+        return torch.ops.aten.threshold_backward(found, x, 0) if self.masks_x else found
+
+    def gradient_at_once(self, grad: Tensor, x: Tensor, y: Tensor) -> Tensor | None:
+        """Return the gradient of x, given that of y, of a depthwise convolution; None of another layer."""
+        if grad.dim() != 4 or self.twice or not self._runs_depthwise(x):
+            return None
+        return depthwise_grad(grad, y, self.weight, x, *self._square, self.masks_x)
+
+    @property
+    def _square(self) -> tuple[int, int]:
+        """The stride and the padding, where rows and columns have the same."""
+        return self.source[0].stride[0], self.padding[0]
+
+    def _runs_depthwise(self, x: Tensor) -> bool:
+        usual = self.depthwise and self.relu and x.is_contiguous(memory_format=torch.channels_last)
+        return usual and runs_triton(x)
 
     def _convolve(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         conv = self.source[0]
@@ -218,6 +252,13 @@ class FoldedNorm(FoldedLayer):
     def input_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
         """Return the gradient of x, given that of the sum."""
         return grad.sum_to_size(x.shape)
+
+
+def _is_depthwise(conv: nn.Conv2d) -> bool:
+    """Say whether it filters each channel, with a square kernel and one stride and padding."""
+    squares = conv.kernel_size, conv.stride, padding_of(conv) or (0, 1), conv.dilation
+    each = conv.groups == conv.in_channels == conv.out_channels > 1
+    return each and conv.dilation[0] == 1 and all(size[0] == size[1] for size in squares)
 
 
 def padding_of(conv: nn.Conv2d) -> tuple[int, ...] | None:
