@@ -48,6 +48,7 @@ class Folded(nn.Module):
         net.delete_all_unused_submodules()
         net.recompile()
         self._copies(net, model)
+        self.at_once = epilogue == "convolution"
         half = dtype in (torch.float16, torch.bfloat16)
         self._vectors(torch.float32 if half and fused else dtype)  # PyTorch's own wants its inputs' dtype
         net.eval().requires_grad_(False)
@@ -79,12 +80,11 @@ class Folded(nn.Module):
         self.shift = torch.zeros(sum(sizes), device=device, dtype=dtype)
         eps = [norm.eps for norm in norms]
         self.eps = torch.tensor(eps, dtype=weight.dtype).repeat_interleave(torch.tensor(sizes)).to(device)
-        self.rounded = self.shift.to(self.dtype)  # which is the vector itself where that is its dtype
-        self.scales, shifts = (
-            self.scale.split(sizes),
-            zip(self.shift.split(sizes), self.rounded.split(sizes), strict=True),
-        )
-        for folded, scale, (folded.shift, rounded) in zip(self.folded, self.scales, shifts, strict=True):
+        self.rounded = self.shift.to(self.dtype) if self.at_once else self.shift  # or the vector itself, of that dtype
+        self.scales = self.scale.split(sizes)
+        vectors = zip(self.folded, self.scales, self.shift.split(sizes), self.rounded.split(sizes), strict=True)
+        for folded, scale, shift, rounded in vectors:
+            folded.shift = shift
             if isinstance(folded, FoldedConv):
                 folded.rounded = rounded
             else:

@@ -76,7 +76,7 @@ class _WithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: FoldedLayer, x: Tensor, residual: Tensor | None) -> Any:
         y, total = layer.compute(x, residual)
-        ctx.layer, ctx.shape = layer, None if residual is None else residual.shape
+        ctx.layer = layer
         ctx.set_materialize_grads(False)
         keep(ctx, x, y)
         return layer.handed_out(y, total)
@@ -100,9 +100,8 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor |
         grad = of_total if first is None else epilogue_grad(first, y, layer.scale, False, second, of_total)[0]
     if grad is None:
         return None, None
-    _, of_x, of_residual = ctx.needs_input_grad
-    residual_grad = grad.sum_to_size(ctx.shape) if of_residual else None
-    return layer.input_gradient(grad, x) if of_x else None, residual_grad
+    _, of_x, of_residual = ctx.needs_input_grad  # autograd sums a gradient over what was broadcast
+    return layer.input_gradient(grad, x) if of_x else None, grad if of_residual else None
 
 
 class FoldedConv(FoldedLayer):
@@ -118,6 +117,7 @@ class FoldedConv(FoldedLayer):
         rounded: (C',), the shift in the dtype of the weight.
         depthwise: whether the layer has a kernel of its own, that of a depthwise convolution.
         known: whether cuDNN takes images of a shape in one call, for each that was tried.
+        shapes: of the convolution's output, by that of its input.
     """
 
     weight: Tensor
@@ -131,6 +131,7 @@ class FoldedConv(FoldedLayer):
         self.depthwise = form == "convolution" and _is_depthwise(conv)
         self.padding: tuple[int, ...] = padding_of(conv) or (0, 0)
         self.known: dict[Any, bool] = {}
+        self.shapes: dict[Any, tuple[int, ...]] = {}
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         """Map (B, C, H, W) to (B, C', H', W'), the convolution's output, or to what the attributes say."""
@@ -251,7 +252,7 @@ class FoldedNorm(FoldedLayer):
 
     def input_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
         """Return the gradient of x, given that of the sum."""
-        return grad.sum_to_size(x.shape)
+        return grad
 
 
 def _is_depthwise(conv: nn.Conv2d) -> bool:
