@@ -270,6 +270,28 @@ def test_a_depthwise_convolution_masks_for_the_layer_before_it(kernel: bool, mon
     assert watch.seen["depthwise_backward"] == kernel and watch.seen["epilogue_backward"] == (not kernel)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "preact_resnet18"])
+def test_a_gpu_computes_what_separate_kernels_do_over_memory_that_held_nan(name: str, dtype: torch.dtype) -> None:
+    """Without a shortcut, PyTorch gives cuDNN memory that was never written, times 0, in its place."""
+    model, image = prepared(create_model(name, 10), torch.float32)
+    model, image = model.cuda(), image.cuda()
+    expected = ()
+    for form in ("fused", "convolution"):
+        room = torch.full((2**26,), torch.nan, device="cuda")
+        del room
+        twin = Folded(model, dtype, form)
+        found = twin(image).float(), gradient(twin, image)
+        assert all(value.isfinite().all() for value in found)
+        if form == "fused":
+            expected = found
+        else:
+            for ours, theirs in zip(found, expected, strict=True):
+                assert (ours - theirs).norm() < (0.05 if dtype is torch.bfloat16 else 1e-2) * theirs.norm()
+
+
 def test_a_trained_network_in_bfloat16_is_attacked_as_strongly() -> None:
     """The shift is rounded to bfloat16, as the weights are. PGD-10 reaches within 0.1 % what it does in float32."""
     digits: Any = load_digits()
