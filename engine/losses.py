@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from retemper.kernels import class_temperature_kl, class_temperature_kl_grad_
+from retemper.kernels import class_temperature_kl
+from retemper.kernels.class_temperature_kl import gradient
 
 Objective = Callable[[Tensor], Tensor]
 Claim = tuple[Tensor, str]  # a 0-dim bool on the device, and what is wrong where it is false
@@ -64,8 +65,7 @@ class KlObjective:
     def gradient(self, logits: Tensor) -> Tensor:
         """Return the derivative of the objective at (B, K) logits, of their shape and dtype."""
         _require_tensor("logits", logits)
-        logits = logits.detach().clone()  # the network may need its output again for its own gradient
-        return class_temperature_kl_grad_(logits, **self._target)
+        return gradient(logits.contiguous(), **self._target)
 
     @property
     def _target(self) -> dict[str, Any]:

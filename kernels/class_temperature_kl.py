@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from retemper.kernels.kl_arguments import Inputs, arguments, require_fitting, require_overwritable
-from retemper.kernels.kl_divergence import AtOnce, compute, divisor, evaluate, looked_up, overwrite
+from retemper.kernels.kl_divergence import AtOnce, compute, directions, divisor, evaluate, looked_up, overwrite
 from retemper.kernels.kl_kernel import launch
 from retemper.kernels.operators import differentiable, is_symbol, keep, operator, overwritten, rewritten
 from retemper.kernels.pixels import apart
@@ -54,7 +54,7 @@ def _rows_op(*arguments: Any) -> Tensor:
     return loss
 
 
-def _fake_grads(row_grad: Tensor, student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake_grads(row_grad: Tensor | None, student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """Return gradients to be filled, and an empty tensor for one that is not wanted."""
     of_student, of_teacher = (
         torch.empty(logits.shape if wanted else (0,), dtype=logits.dtype, device=logits.device)
@@ -64,12 +64,12 @@ def _fake_grads(row_grad: Tensor, student: Tensor, teacher: Tensor, *rest: Any) 
 
 
 @operator(
-    f"class_temperature_kl_backward(Tensor row_grad, Tensor student, {_REAL}, bool of_student, bool of_teacher)"
+    f"class_temperature_kl_backward(Tensor? row_grad, Tensor student, {_REAL}, bool of_student, bool of_teacher)"
     " -> (Tensor, Tensor)",
     fake=_fake_grads,
 )
-def _backward_op(row_grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Return the gradients that are wanted, of the losses times `row_grad`."""
+def _backward_op(row_grad: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Return the gradients that are wanted, of the losses times `row_grad`, or of the losses."""
     *given, of_student, of_teacher = arguments
     inputs, grads = Inputs(*given), _fake_grads(row_grad, *arguments)
     if runs_triton(inputs.student, inputs.teacher):
@@ -79,7 +79,7 @@ def _backward_op(row_grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     else:
         for grad, found in zip(grads, evaluate(inputs, of_student, of_teacher)[1:], strict=True):
             if found is not None:
-                grad.copy_(found * row_grad[:, None])
+                grad.copy_(found if row_grad is None else found * row_grad[:, None])
     return grads
 
 
@@ -318,3 +318,26 @@ def class_temperature_kl_grad_(
         rows = student.movedim(class_dim, -1)
         rows.copy_(inputs.student.view(rows.shape))
     return student
+
+
+def gradient(
+    student: Tensor, teacher: Tensor, label: Tensor | None = None, temperature: float | Tensor = 1.0, **options: Any
+) -> Tensor:
+    """Return the gradient of the summed loss in memory of its own: the network may need its logits again.
+
+    Args:
+        student, teacher, ...: as for `class_temperature_kl_grad_`, without student_temperature and class_dim.
+
+    Returns:
+        (B, K) of the student's dtype.
+
+    Raises:
+        TypeError, ValueError: as `class_temperature_kl_grad_`.
+    """
+    require_no_grad(teacher=teacher, temperature=temperature, **options)
+    inputs = arguments(student.detach(), teacher, label, temperature, **options)
+    if _in_plain_pytorch(inputs):
+        require_fitting(inputs)
+        return directions(looked_up(inputs))
+    inputs = constant(inputs) if torch.compiler.is_compiling() else inputs
+    return _backward_op(None, *inputs.of_operator(), True, False)[0]

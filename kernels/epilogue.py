@@ -106,6 +106,7 @@ def _epilogue_kernel(
     residual_ptr,
     scale_ptr,
     shift_ptr,
+    sum_ptr,
     y_ptr,
     words,
     plane,
@@ -118,10 +119,15 @@ def _epilogue_kernel(
 ):
     place, channel, inside = _places(words, plane, channels, WORD, SPAN, WORDS, INDEX)
     y = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    if sum_ptr is not None:  # the shortcut comes first, and its sum is wanted too
+        y += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        y = y.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + place, y, mask=inside)
+        y = y.to(tl.float32)
     if scale_ptr is not None:
         y *= tl.load(scale_ptr + channel).to(tl.float32)
     y += tl.load(shift_ptr + channel).to(tl.float32)
-    if residual_ptr is not None:
+    if residual_ptr is not None and sum_ptr is None:
         y += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
     if RELU:
         y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -131,42 +137,70 @@ def _epilogue_kernel(
 @triton.jit
 def _epilogue_grad_kernel(
     grad_ptr,
+    second_ptr,
     y_ptr,
     scale_ptr,
+    sum_grad_ptr,
     x_grad_ptr,
     residual_grad_ptr,
     words,
     plane,
     channels,
+    PIXELS: tl.constexpr,  # of an image, where grad is that of the mean of y over them; else None
     WORD: tl.constexpr,
     SPAN: tl.constexpr,
     WORDS: tl.constexpr,
     INDEX: tl.constexpr,
 ):
     place, channel, inside = _places(words, plane, channels, WORD, SPAN, WORDS, INDEX)
-    grad = tl.load(grad_ptr + place, mask=inside, other=0.0)
+    if PIXELS is None:
+        grad = tl.load(grad_ptr + place, mask=inside, other=0.0)
+    else:
+        word = tl.program_id(0).to(INDEX) * WORDS + tl.arange(0, WORDS)
+        width: tl.constexpr = PIXELS * SPAN // WORD  # how many words of an image have the same channels
+        row = word // (channels * width) * channels * SPAN
+        grad = tl.load(grad_ptr + row[:, None] + channel, mask=inside, other=0.0)
+        grad = (grad.to(tl.float32) * (1.0 / PIXELS)).to(y_ptr.dtype.element_ty)
+    if second_ptr is not None:
+        second = tl.load(second_ptr + place, mask=inside, other=0.0)
+        grad = (grad.to(tl.float32) + second.to(tl.float32)).to(y_ptr.dtype.element_ty)
     grad = tl.where(tl.load(y_ptr + place, mask=inside, other=0.0) <= 0, 0.0, grad)  # <= 0, so that NaN stays
     if residual_grad_ptr is not None:
         tl.store(residual_grad_ptr + place, grad, mask=inside)
     if scale_ptr is not None:
-        grad = (grad.to(tl.float32) * tl.load(scale_ptr + channel).to(tl.float32)).to(x_grad_ptr.dtype.element_ty)
-    tl.store(x_grad_ptr + place, grad, mask=inside)
+        grad = grad.to(tl.float32) * tl.load(scale_ptr + channel).to(tl.float32)
+    if sum_grad_ptr is not None:
+        grad = grad.to(tl.float32) + tl.load(sum_grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(x_grad_ptr + place, grad.to(x_grad_ptr.dtype.element_ty), mask=inside)
 
 
-def word_sizes(x: Tensor, other: Tensor | None) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """Return the arguments (words, plane, channels) of a kernel over x and `other`, and its constants.
+def word_sizes(x: Tensor, *others: Tensor | None) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """Return the arguments (words, plane, channels) of a kernel over x and `others`, and its constants.
 
-    x is (B, C, H, W), contiguous or channels-last; `other` has its shape and layout.
+    x is (B, C, H, W), contiguous or channels-last; the others have its shape and layout.
     """
     _, channels, height, width = x.shape
     plane = height * width if x.is_contiguous() else 1  # from one channel to the next, in memory
-    starts = [t.data_ptr() // t.element_size() for t in (x, other) if t is not None]  # a slice may start anywhere
+    starts = [t.data_ptr() // t.element_size() for t in (x, *others) if t is not None]  # a slice may start anywhere
     word = math.gcd(access_width(channels if plane == 1 else plane, x), *starts)
     words = x.numel() // word
     constants = {"WORD": word, "WORDS": WORDS, "INDEX": tl.int32 if words < 2**31 - WORDS else tl.int64}
     if plane == 1:
         return (words, 1, channels // word), {**constants, "SPAN": word}
     return (words, plane // word, channels), {**constants, "SPAN": 1}
+
+
+def _launch(
+    x: Tensor, shift: Tensor, scale: Tensor | None, residual: Tensor | None, relu: bool, total: Tensor | None = None
+) -> Tensor:
+    """Return the operation's result; with `total`, x and the residual are added first, and it is filled with that."""
+    y = torch.empty_like(x)
+    if x.numel():
+        sizes, constants = word_sizes(x, residual)
+        options: dict[str, Any] = {"RELU": relu, **constants, **EXACT}
+        with launching(x):
+            _epilogue_kernel[(cdiv(sizes[0], WORDS),)](x, residual, scale, shift, total, y, *sizes, **options)
+    return y
 
 
 @operator(
@@ -179,34 +213,73 @@ def _epilogue_op(x: Tensor, shift: Tensor, scale: Tensor | None, residual: Tenso
         if x.dtype in (torch.bfloat16, torch.float16):
             return _halved(x, shift, scale, residual, relu)
         return epilogue_reference(x, shift, scale=scale, residual=residual, relu=relu)
-    y = torch.empty_like(x)
-    if x.numel():
-        sizes, constants = word_sizes(x, residual)
-        options: dict[str, Any] = {"RELU": relu, **constants, **EXACT}
-        with launching(x):
-            _epilogue_kernel[(cdiv(sizes[0], WORDS),)](x, residual, scale, shift, y, *sizes, **options)
-    return y
+    return _launch(x, shift, scale, residual, relu)
 
 
 @operator(
-    "epilogue_backward(Tensor grad, Tensor y, Tensor? scale, bool both) -> Tensor[]",
-    fake=lambda grad, y, scale, both: [torch.empty_like(y) for _ in range(1 + both)],
+    "epilogue_of_sum(Tensor x, Tensor residual, Tensor shift, Tensor? scale, bool relu) -> (Tensor, Tensor)",
+    fake=lambda x, *_: (torch.empty_like(x), torch.empty_like(x)),
 )
-def _backward_op(grad: Tensor, y: Tensor, scale: Tensor | None, both: bool) -> list[Tensor]:
-    """Return the gradient of x and, with `both`, that of the residual. Without a scale the two are the same."""
-    if grad.stride() != y.stride():
-        grad = torch.empty_like(y).copy_(grad)
+def epilogue_of_sum(
+    x: Tensor, residual: Tensor, shift: Tensor, scale: Tensor | None, relu: bool
+) -> tuple[Tensor, Tensor]:
+    """Return x + residual, and act(scale * (x + residual) + shift): a block of a pre-activation network begins so.
+
+    The sum is rounded before it is scaled, as it is returned. Not differentiable; `epilogue_grad` has the gradient.
+    """
+    _check(x, shift, scale, residual)
+    if not runs_triton(x):
+        total = x + residual
+        return total, epilogue_reference(total, shift, scale=scale, relu=relu)
+    total = torch.empty_like(x)
+    return total, _launch(x, shift, scale, residual, relu, total)
+
+
+@operator(
+    "epilogue_backward(Tensor grad, Tensor y, Tensor? scale, bool both, Tensor? second=None, Tensor? sum_grad=None)"
+    " -> Tensor[]",
+    fake=lambda grad, y, scale, both, *_: [torch.empty_like(y) for _ in range(1 + both)],
+)
+def epilogue_grad(
+    grad: Tensor, y: Tensor, scale: Tensor | None, both: bool, second: Tensor | None = None, sum_grad: Any = None
+) -> list[Tensor]:
+    """Return the gradient of x and, with `both`, that of the residual. Without a scale the two are the same.
+
+    Args:
+        grad: that of y; or (B, C), that of y's mean over the pixels.
+        y: what the operation returned, with its ReLU.
+        second: another gradient of y, which is added to the first: y went to two places.
+        sum_grad: that of the sum which `epilogue_of_sum` returned; it is added to the gradient of x.
+    """
+    pixels = y.shape[2] * y.shape[3] if grad.dim() == 2 else None
     if not runs_triton(y):
-        masked = torch.ops.aten.threshold_backward.default(grad, y, 0)
-        return [masked] if scale is None else [_scaled(masked, scale), masked][: 1 + both]
+        return _backward_reference(grad, y, scale, both, second, sum_grad)
+    second, sum_grad = (None if t is None else _laid_out(t, y) for t in (second, sum_grad))
+    grad = grad.contiguous() if pixels else _laid_out(grad, y)
     grads = [torch.empty_like(y) for _ in range(1 + both)]
     if y.numel():
-        sizes, constants = word_sizes(y, grad)
-        options: dict[str, Any] = {**constants, **EXACT}
-        residual_grad = grads[1] if both else None
+        sizes, constants = word_sizes(y, None if pixels else grad, second, sum_grad)
+        options: dict[str, Any] = {"PIXELS": pixels, **constants, **EXACT}
+        tensors = (grad, second, y, scale, sum_grad, grads[0], grads[1] if both else None)
         with launching(y):
-            _epilogue_grad_kernel[(cdiv(sizes[0], WORDS),)](grad, y, scale, grads[0], residual_grad, *sizes, **options)
+            _epilogue_grad_kernel[(cdiv(sizes[0], WORDS),)](*tensors, *sizes, **options)
     return grads
+
+
+def _backward_reference(
+    grad: Tensor, y: Tensor, scale: Tensor | None, both: bool, second: Tensor | None, sum_grad: Tensor | None
+) -> list[Tensor]:
+    if grad.dim() == 2:
+        grad = (grad / (y.shape[2] * y.shape[3]))[:, :, None, None].expand_as(y)
+    grad = grad if second is None else grad + second
+    masked = torch.ops.aten.threshold_backward.default(_laid_out(grad, y), y, 0)
+    x_grad = masked if scale is None else _scaled(masked, scale)
+    return [x_grad if sum_grad is None else x_grad + _laid_out(sum_grad, y), masked][: 1 + both]
+
+
+def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return the tensor in the layout of another one of its shape."""
+    return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
 
 
 def _check(x: Tensor, shift: Tensor, scale: Tensor | None, residual: Tensor | None) -> None:
@@ -234,7 +307,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     y, scale = ctx.saved_tensors
     for_residual = ctx.needs_input_grad[3]
     if ctx.relu:
-        x_grad, *rest = _backward_op(grad, y, scale, for_residual and scale is not None)
+        x_grad, *rest = epilogue_grad(grad, y, scale, for_residual and scale is not None)
         residual_grad = rest[0] if rest else x_grad
     else:
         x_grad, residual_grad = grad if scale is None else _scaled(grad, scale), grad

@@ -249,6 +249,16 @@ def evaluate(inputs: Inputs, of_student: bool = False, of_teacher: bool = False,
     return loss, *grads
 
 
+def directions(inputs: Inputs) -> Tensor:
+    """Return the gradient of the summed loss at the student's logits, on a CPU part by part."""
+    if _fits(inputs):
+        return _direction(inputs).to(inputs.student.dtype)
+    grad = torch.empty_like(inputs.student)
+    for rows, part in inputs.parts(_size(inputs)):
+        grad[rows] = _direction(part)
+    return grad
+
+
 def overwrite(inputs: Inputs) -> None:
     """Overwrite the student's logits with the gradient of the summed loss, on a CPU part by part."""
     parts = [(..., inputs)] if _fits(inputs) else inputs.parts(_size(inputs))

@@ -26,7 +26,8 @@ from hypothesis import HealthCheck, settings
 with pytest.MonkeyPatch.context() as during_import:
     if not torch.cuda.is_available():
         during_import.setenv("TRITON_INTERPRET", "1")
-    from retemper.kernels import runtime
+    from retemper.kernels import depthwise, runtime
+assert depthwise  # which the package itself does not import
 runtime.TRITON_ON_CPU = False
 torch.set_num_threads(1)  # the tests' tensors are too small to share, and a busy machine makes sharing slow
 # The same examples every time, on every machine, however slow it is.

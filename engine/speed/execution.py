@@ -33,8 +33,10 @@ class Execution(Options):
     )
     channels_last: bool = option(True, "networks and images in NHWC; random starts of colour images are other draws")
     fold: bool = option(True, "show the attack and the teacher batch norm folded into the convolutions")
-    epilogue: Literal["auto", "plain", "fused", "compiled"] = option(
-        "auto", "bias, shortcut and ReLU of folded convolutions: plain PyTorch, one kernel, or torch.compile"
+    epilogue: Literal["auto", "plain", "fused", "convolution", "compiled"] = option(
+        "auto",
+        "bias, shortcut and ReLU of folded convolutions: plain PyTorch, one kernel, cuDNN's call of the "
+        "convolution where it has one, or torch.compile; auto is convolution on a GPU, plain elsewhere",
     )
     capture: Literal["auto", "on", "off"] = option(
         "auto", "record the step in a CUDA graph; auto does so on a GPU with fused_sgd"
@@ -66,10 +68,10 @@ class Execution(Options):
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
     def epilogue_on(self, device: torch.device) -> str:
-        """Return "plain", "fused" or "compiled", as it is on `device`."""
+        """Return "plain", "fused", "convolution" or "compiled", as it is on `device`."""
         if self.epilogue != "auto":
             return self.epilogue
-        return "fused" if device.type == "cuda" else "plain"
+        return "convolution" if device.type == "cuda" else "plain"
 
     def captures_on(self, device: torch.device) -> bool:
         """Say whether steps are recorded in a CUDA graph and replayed.

@@ -2,7 +2,7 @@
 
     bn(conv(x)) = conv'(x) + shift;   conv' = scale * conv,  scale = gamma / sqrt(var + eps),  shift = beta - scale mean
 
-The twin adds a shortcut and applies a ReLU in the pass that adds the shift (kernels/epilogue.py). Its parameters are
+The twin adds a shortcut and applies a ReLU where it adds the shift (engine/speed/folded_layers.py). Its parameters are
 frozen: an attack then pays for input gradients alone, under torch.compile too, which computes the gradient of every
 parameter that requires one. Dimension key: B batch, C channels, H, W, K classes.
 """
@@ -16,65 +16,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from retemper.engine.device import is_out_of_memory
-from retemper.kernels import epilogue
+from retemper.engine.speed.folded_layers import BATCH_NORM, FoldedConv, FoldedLayer, FoldedNorm, padding_of
 
-BATCH_NORM = nn.BatchNorm2d | nn.SyncBatchNorm  # the same function in eval mode
-
-
-class FoldedConv(nn.Module):
-    """One convolution and the batch norm behind it: y = act(conv'(x) + shift [+ residual]).
-
-    Attributes:
-        source: the convolution and the batch norm of the network; in a tuple, so that they are no submodules.
-        fused: whether one kernel adds the shift and the residual and applies the ReLU.
-        relu: whether act is a ReLU; otherwise it is the identity.
-        bare: whether the shift is left to another convolution, whose shortcut this one is.
-        shift: (C',), a view of the twin's vector of all shifts.
-    """
-
-    weight: Tensor
-
-    def __init__(self, conv: nn.Conv2d, norm: BATCH_NORM, dtype: torch.dtype, fused: bool) -> None:
-        super().__init__()
-        self.source = (conv, norm)
-        self.fused, self.relu, self.bare = fused, False, False
-        self.register_buffer("weight", conv.weight.detach().to(dtype, copy=True))
-        self.shift = torch.empty(0)
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Map (B, C, H, W) to (B, C', H', W'), the convolution's output; `residual` has the shape of that."""
-        conv = self.source[0]
-        shift = None if self.fused or self.bare else self.shift
-        y = F.conv2d(x, self.weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
-        if self.fused:
-            return y if self.bare else epilogue(y, self.shift, residual=residual, relu=self.relu)
-        y = y if residual is None else y.add_(residual)
-        return y.relu_() if self.relu else y
-
-    @torch.no_grad()
-    def refresh(self, scale: Tensor) -> None:
-        """Write the network's weight, times `scale` (C',), into this one's."""
-        torch.mul(self.source[0].weight, scale[:, None, None, None], out=self.weight)
-
-
-class FoldedNorm(nn.Module):
-    """A batch norm that no convolution feeds alone: y = act(scale * x + shift).
-
-    Attributes:
-        source: the batch norm of the network; in a tuple, so that it is no submodule.
-        relu: whether act is a ReLU; otherwise it is the identity.
-        scale, shift: (C,), views of the twin's vectors of all scales and shifts.
-    """
-
-    def __init__(self, norm: BATCH_NORM) -> None:
-        super().__init__()
-        self.source = (norm,)
-        self.relu = False
-        self.scale = self.shift = torch.empty(0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to the same shape."""
-        return epilogue(x, self.shift, scale=self.scale, relu=self.relu)
+READ_ONLY = (operator.add, torch.add)  # functions that leave their arguments as they are
 
 
 class Folded(nn.Module):
@@ -84,7 +28,8 @@ class Folded(nn.Module):
         model: traceable by torch.fx; what it adds to a folded convolution's output has the same shape. The twin is on
             its device and in its memory format, and shares no tensor with it.
         dtype: what the twin computes in. Images are cast to it, and logits come back in it.
-        epilogue: how shift, shortcut and ReLU are computed: "plain" PyTorch, one "fused" kernel, or "compiled".
+        epilogue: how shift, shortcut and ReLU are computed: "plain" PyTorch, one "fused" kernel, in the call of the
+            "convolution" where cuDNN can, or "compiled".
     Raises:
         ValueError: torch.fx cannot trace the model.
     """
@@ -92,14 +37,20 @@ class Folded(nn.Module):
     def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32, epilogue: str = "plain") -> None:
         super().__init__()
         self.dtype = dtype
-        net = _traced(model)
-        self.folded = tuple(_fold_norms(net, model, dtype, epilogue == "fused"))  # a tuple: `net` has them already
+        net, fused = _traced(model), epilogue in ("fused", "convolution")
+        form = epilogue if fused else "plain"
+        self.folded = tuple(_fold_norms(net, model, dtype, form))  # a tuple: `net` has them already
         self.handed_over = _take_in_shortcuts_and_relus(net)
+        if fused:
+            _take_in_sums(net)
+            _take_in_means_and_second_gradients(net)
+            _leave_masks_to_depthwise(net)
         net.delete_all_unused_submodules()
         net.recompile()
         self._copies(net, model)
+        self.at_once = epilogue == "convolution"
         half = dtype in (torch.float16, torch.bfloat16)
-        self._vectors(torch.float32 if half and epilogue == "fused" else dtype)  # PyTorch's own wants its inputs' dtype
+        self._vectors(torch.float32 if half and fused else dtype)  # PyTorch's own wants its inputs' dtype
         net.eval().requires_grad_(False)
         self.net = torch.compile(net, dynamic=False) if epilogue == "compiled" else net
         self.refresh()
@@ -129,10 +80,14 @@ class Folded(nn.Module):
         self.shift = torch.zeros(sum(sizes), device=device, dtype=dtype)
         eps = [norm.eps for norm in norms]
         self.eps = torch.tensor(eps, dtype=weight.dtype).repeat_interleave(torch.tensor(sizes)).to(device)
+        self.rounded = self.shift.to(self.dtype) if self.at_once else self.shift  # or the vector itself, of that dtype
         self.scales = self.scale.split(sizes)
-        for folded, scale, shift in zip(self.folded, self.scales, self.shift.split(sizes), strict=True):
+        vectors = zip(self.folded, self.scales, self.shift.split(sizes), self.rounded.split(sizes), strict=True)
+        for folded, scale, shift, rounded in vectors:
             folded.shift = shift
-            if isinstance(folded, FoldedNorm):
+            if isinstance(folded, FoldedConv):
+                folded.rounded = rounded
+            else:
                 folded.scale = scale
 
     @torch.no_grad()
@@ -155,6 +110,8 @@ class Folded(nn.Module):
                 folded.refresh(scale)
         for shortcut, conv in self.handed_over:
             conv.shift += shortcut.shift
+        if self.rounded is not self.shift:
+            self.rounded.copy_(self.shift)
         return self
 
 
@@ -176,9 +133,7 @@ def _values(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, value) for name, value in named if value.is_floating_point()]
 
 
-def _fold_norms(
-    net: fx.GraphModule, model: nn.Module, dtype: torch.dtype, fused: bool
-) -> list[FoldedConv | FoldedNorm]:
+def _fold_norms(net: fx.GraphModule, model: nn.Module, dtype: torch.dtype, form: str) -> list[FoldedConv | FoldedNorm]:
     """Replace every batch norm, with the convolution that feeds it and nothing else, by a folded module."""
     made: list[FoldedConv | FoldedNorm] = []
     for node in list(net.graph.nodes):
@@ -187,8 +142,8 @@ def _fold_norms(
             continue
         conv = _called(before, model)
         if _is_node(before) and len(before.users) == 1 and _is_plain(conv):
-            folded, inputs = FoldedConv(conv, norm, dtype, fused), before.args
-        elif fused:
+            folded, inputs = FoldedConv(conv, norm, dtype, form), before.args
+        elif form != "plain":
             folded, inputs = FoldedNorm(norm), node.args
         else:
             continue  # PyTorch's own is one pass as well
@@ -234,9 +189,60 @@ def _take_in_shortcuts_and_relus(net: fx.GraphModule) -> tuple[tuple[FoldedConv,
     return tuple(handed_over)
 
 
+def _take_in_sums(net: fx.GraphModule) -> None:
+    """Move the addition before a folded norm with a ReLU into it; it returns the sum too, for who else needs it."""
+    for node in list(net.graph.nodes):
+        norm, before = _called(node, net), node.args[0] if node.args else None
+        if not (isinstance(norm, FoldedNorm) and norm.relu and _is_node(before) and _is_add(before)):
+            continue
+        added = before.all_input_nodes
+        if len(added) == 1 or (before.target is operator.iadd and len(added[0].users) > 1):
+            continue
+        norm.adds = True
+        with net.graph.inserting_before(before):
+            both = net.graph.call_module(str(node.target), tuple(added))
+            total, y = (net.graph.call_function(operator.getitem, (both, place)) for place in (0, 1))
+        _replace(net, before, total)
+        _replace(net, node, y)
+
+
+def _take_in_means_and_second_gradients(net: fx.GraphModule) -> None:
+    """Let a layer with a ReLU return the mean over its pixels, or its output twice where it goes to two places."""
+    for node in list(net.graph.nodes):
+        layer = _answering(node, net)
+        if layer is None:
+            continue
+        users = list(node.users)
+        if len(users) == 1 and _is_mean(users[0]):
+            layer.pooled = True
+            _replace(net, users[0], node)
+        elif len(users) == 2 and all(_reads_once(user, node, net) for user in users):
+            layer.twice = True
+            source, first = (node.args[0], 1) if layer.adds else (node, 0)
+            with net.graph.inserting_after(node):
+                outputs = [net.graph.call_function(operator.getitem, (source, first + place)) for place in (0, 1)]
+            for user, output in zip(users, outputs, strict=True):
+                user.replace_input_with(node, output)
+            if layer.adds:
+                net.graph.erase_node(node)
+
+
+def _leave_masks_to_depthwise(net: fx.GraphModule) -> None:
+    """Let a depthwise convolution mask the gradient of its input, where that comes from a ReLU and goes there alone."""
+    for node in net.graph.nodes:
+        layer, before = _called(node, net), node.args[0] if node.args else None
+        if not (isinstance(layer, FoldedConv) and layer.depthwise and layer.relu and _is_node(before)):
+            continue
+        first = _called(before, net)
+        if isinstance(first, FoldedConv) and first.relu and len(before.users) == 1 and len(node.args) == 1:
+            first.mask_left = layer.masks_x = True
+
+
 def _is_plain(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
     """Say whether it is a convolution that can be folded."""
-    return isinstance(conv, nn.Conv2d) and conv.bias is None and conv.padding_mode == "zeros"
+    if not isinstance(conv, nn.Conv2d) or conv.bias is not None or conv.padding_mode != "zeros":
+        return False
+    return padding_of(conv) is not None
 
 
 def _replace(net: fx.GraphModule, node: fx.Node, by: fx.Node) -> None:
@@ -268,3 +274,27 @@ def _waiting_conv(node: object, net: fx.GraphModule) -> FoldedConv | None:
     folded = _called(node, net)
     free = _is_node(node) and len(node.users) == 1 and len(node.args) == 1
     return folded if isinstance(folded, FoldedConv) and free and not folded.relu else None
+
+
+def _answering(node: fx.Node, net: fx.GraphModule) -> FoldedLayer | None:
+    """Return the layer with a ReLU whose y this is; one that returns a sum too has y in second place."""
+    source = node.args[0] if node.target is operator.getitem else node
+    layer = _called(source, net)
+    if not isinstance(layer, FoldedLayer) or not layer.relu:
+        return None
+    is_y = source is not node and node.args[1] == 1 if layer.adds else source is node
+    return layer if is_y else None
+
+
+def _is_mean(node: fx.Node) -> bool:
+    """Say whether it is x.mean((2, 3)), the mean over the pixels."""
+    dims = node.args[1] if len(node.args) == 2 else node.kwargs.get("dim")
+    usual = isinstance(dims, tuple | list) and tuple(dims) in ((2, 3), (-2, -1)) and not node.kwargs.keys() - {"dim"}
+    return usual and (node.op, node.target) in (("call_method", "mean"), ("call_function", torch.mean))
+
+
+def _reads_once(user: fx.Node, node: fx.Node, net: fx.GraphModule) -> bool:
+    """Say whether it takes the value of `node` once, and leaves it as it is."""
+    leaves = isinstance(_called(user, net), FoldedLayer | nn.Conv2d) or user.target in READ_ONLY
+    in_place = user.target is operator.iadd and user.args[0] is not node
+    return (leaves or in_place) and list(user.args).count(node) == 1

@@ -62,7 +62,7 @@ def off(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.own_process
-@pytest.mark.parametrize("epilogue", ["plain", "fused"])
+@pytest.mark.parametrize("epilogue", ["plain", "fused", "convolution"])
 @pytest.mark.parametrize("name", MODELS)
 def test_is_the_network_to_rounding(name: str, epilogue: str, device: torch.device) -> None:
     model, image = network(name, device)
@@ -83,7 +83,7 @@ def test_no_batch_norm_addition_or_relu_is_left_where_it_can_be_taken_in(name: s
 
 
 @pytest.mark.own_process
-@pytest.mark.parametrize("epilogue", ["plain", "fused"])
+@pytest.mark.parametrize("epilogue", ["plain", "fused", "convolution"])
 @pytest.mark.parametrize("name", SMALL)
 def test_refresh_follows_the_network_without_moving_a_tensor(name: str, epilogue: str, device: torch.device) -> None:
     model, image = network(name, device)
@@ -219,5 +219,5 @@ def test_a_norm_that_cannot_be_folded_stays() -> None:
     torch.manual_seed(0)
     model, image = lived_in(Odd()), torch.rand(2, 3, 8, 8)
     with torch.no_grad():
-        for epilogue in ("plain", "fused"):
+        for epilogue in ("plain", "fused", "convolution"):
             assert off(Folded(model, epilogue=epilogue)(image), model(image)) < 3e-6

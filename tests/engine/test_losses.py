@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from retemper.engine import cross_entropy_rows, cw_objective, is_label, kl_rows
+from retemper.engine import KlObjective, cross_entropy_rows, cw_objective, is_label, kl_rows
 
 
 def test_rows_are_pytorchs() -> None:
@@ -22,6 +23,23 @@ def test_a_sure_prediction_has_a_finite_gradient() -> None:
     kl_rows(clean, adv.flip(1)).sum().backward()
     assert clean.grad is not None and clean.grad.isfinite().all()
     assert adv.grad is not None and adv.grad.isfinite().all()
+
+
+def test_the_gradient_of_the_objective_copies_no_logits() -> None:
+    """The network may need its logits again, so they stay; the gradient goes to memory of its own at once."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    logits, teacher = torch.randn(2, 6, 20)  # few classes are transposed on a CPU
+    before = logits.clone()
+    with Watch():
+        found = KlObjective(teacher, torch.arange(6)).gradient(logits)
+    assert torch.equal(logits, before) and not {"clone", "copy_", "_to_copy"} & set(seen)
+    torch.testing.assert_close(found, logits.softmax(1) - teacher.softmax(1))
 
 
 def test_half_precision_is_computed_in_single() -> None:

@@ -45,6 +45,7 @@ pgd = import_module("retemper.kernels.ascent_kernels")
 noise = import_module("retemper.kernels.noise")
 views = import_module("retemper.kernels.augment")
 after = import_module("retemper.kernels.epilogue")
+depth = import_module("retemper.kernels.depthwise")
 
 Case = tuple[Any, dict[str, str], dict[str, Any]]  # a kernel; the types of its arguments; its constants
 
@@ -177,25 +178,40 @@ def augmentation(dtype: str) -> Iterator[Case]:
 
 def convolution(dtype: str) -> Iterator[Case]:
     images = ["x_ptr", "residual_ptr", "y_ptr", "grad_ptr", "x_grad_ptr", "residual_grad_ptr"]
+    images += (sums := ["sum_ptr", "second_ptr", "sum_grad_ptr"])
     types = dict.fromkeys(images, f"*{dtype}") | {"scale_ptr": "*fp32", "shift_ptr": "*fp32"}
     types |= dict.fromkeys(["words", "plane", "channels"], "i32")
     absent = {} if OPTIONAL[dtype] else dict.fromkeys(["scale_ptr", "residual_ptr", "residual_grad_ptr"])
     word = 16 // SIZE[dtype] if ALIGNED[dtype] else 1
     for layout in ({"SPAN": word, "plane": 1}, {"SPAN": 1}):  # channels-last; contiguous
         sizes = {"WORD": word, "WORDS": after.WORDS, "INDEX": tl.int32, **layout}
-        yield after._epilogue_kernel, types, absent | sizes | {"RELU": dtype != "fp16"}
-        yield after._epilogue_grad_kernel, types, absent | sizes
+        usual = absent | sizes | dict.fromkeys([*sums, "PIXELS"])
+        yield after._epilogue_kernel, types, usual | {"RELU": dtype != "fp16"}
+        yield after._epilogue_grad_kernel, types, usual
+        yield after._epilogue_kernel, types, sizes | {"RELU": True}
+        yield after._epilogue_grad_kernel, types, sizes | {"PIXELS": None}
+        yield after._epilogue_grad_kernel, types, usual | {"PIXELS": 16, "residual_grad_ptr": None}
+
+
+def depthwise(dtype: str) -> Iterator[Case]:
+    types = dict.fromkeys(["x_ptr", "y_ptr", "weight_ptr", "grad_ptr", "x_grad_ptr"], f"*{dtype}")
+    types |= {"shift_ptr": "*fp32"} | dict.fromkeys(["pixels", "height", "width", "y_height", "y_width"], "i32")
+    for stride, channels in ((1, 384), (2, 144)) if ALIGNED[dtype] else ((2, 24),):
+        sizes = depth.tile(channels) | {"SIZE": 3, "STRIDE": stride, "PADDING": 1, "INDEX": tl.int32}
+        yield depth._depthwise_kernel, types | {"channels": "i32"}, sizes | {"RELU": True}
+        yield depth._depthwise_grad_kernel, types | {"channels": "i32"}, sizes
 
 
 def compile_case(case: Case, target: GPUTarget, aligned: bool) -> Any:
     kernel, types, constants = case
-    options = {"num_warps": constants.get("num_warps", 4), **EXACT}
+    options = {"num_warps": constants.get("num_warps", 4), **EXACT, **(depth.FUSED if "STRIDE" in constants else {})}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    whole = ("pixels",) if "SPAN" in constants else ("pixels", "channels")
     divisible = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(kernel.arg_names)
-        if aligned and (signature[name].startswith("*") or name == "pixels")
+        if aligned and (signature[name].startswith("*") or name in whole)
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
     return triton.compile(source, target=target, options=options)
@@ -252,6 +268,7 @@ def report(folder: str, name: str) -> None:
                 *jensen_shannon(dtype),
                 *augmentation(dtype),
                 *convolution(dtype),
+                *depthwise(dtype),
             ):
                 compiled = compile_case(case, target, aligned)
                 what = {"kernel": case[0].__name__, "dtype": dtype, "aligned": aligned, "row": row(case[2])}

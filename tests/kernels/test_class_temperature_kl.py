@@ -18,6 +18,7 @@ from retemper.kernels import (
     class_temperature_kl_grad_reference,
     class_temperature_kl_reference,
 )
+from retemper.kernels.class_temperature_kl import gradient
 from retemper.kernels.kl_arguments import arguments
 
 # whole tiles, ragged ones, and rows in several passes (1501), where a program has one row and the interpreter is slow
@@ -361,6 +362,18 @@ def test_rows_may_have_gaps(device: torch.device) -> None:
     assert torch.equal(args.student[:, :5], around[:, :5]) and torch.equal(args.student[:, 15:], around[:, 15:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_gradient_in_memory_of_its_own_is_the_same(dtype: torch.dtype, device: torch.device) -> None:
+    args = batch((7, 10), device, dtype, dtype)
+    options: dict[str, Any] = {"label_trust": trusts(10, device), "ignore_index": None}
+    before = args.student.clone()
+    found = gradient(args.student.requires_grad_(), *args[1:], **options)
+    assert torch.equal(args.student, before) and found.dtype == dtype and not found.requires_grad
+    assert torch.equal(found, class_temperature_kl_grad_(before, *args[1:], **options))
+    with pytest.raises(ValueError, match="teacher: requires grad"):
+        gradient(args.student, args.teacher.requires_grad_())
+
+
 def operands(inputs: dict[str, Any]) -> tuple[Any, ...]:
     return arguments(**inputs).of_operator()
 
@@ -399,6 +412,7 @@ def test_are_well_formed_ops(form: str, dtype: torch.dtype, device: torch.device
     row_grad = torch.ones(7, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     torch.library.opcheck(ops.class_temperature_kl_backward.default, (row_grad, *given, True, False))
     torch.library.opcheck(ops.class_temperature_kl_backward.default, (row_grad, *given, True, True))
+    torch.library.opcheck(ops.class_temperature_kl_backward.default, (None, *given, True, False))
 
 
 def test_compiles_into_one_graph(device: torch.device) -> None:

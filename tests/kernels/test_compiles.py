@@ -36,7 +36,8 @@ LOADS_WIDE = {
     "_epilogue_grad_kernel",
 }
 WRITES_FEW = {"_class_sums_kernel", "_row_losses_kernel"}  # a number for each class or row
-STORES_WIDE = LOADS_WIDE - WRITES_FEW | {"_augment_kernel"}  # whose loads are of a byte each, wherever the crop begins
+# The loads of the first are of a byte each, wherever the crop begins; those of the others are of single weights too.
+STORES_WIDE = LOADS_WIDE - WRITES_FEW | {"_augment_kernel", "_depthwise_kernel", "_depthwise_grad_kernel"}
 SCALARS = 7  # what a kernel loads beside its tensors: a row's label, temperature, weights, trust, own logit, gradient
 
 

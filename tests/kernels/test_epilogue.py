@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retemper.kernels import epilogue, epilogue_reference
+from retemper.kernels.epilogue import epilogue_grad, epilogue_of_sum
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 SHAPES = [  # one value; one channel; whole words, half ones, odd ones; a row of pixels; a vector; two programs
@@ -93,6 +94,59 @@ def test_gradients_are_autograds_of_the_reference(
             ours = torch.autograd.grad(epilogue(x, shift, **given), of, weight)
             theirs = torch.autograd.grad(wide, of, weight.double(), retain_graph=True)
             assert all(map(torch.equal, ours, theirs))
+
+
+@each_layout
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_gradient_adds_what_comes_from_two_places(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, device: torch.device
+) -> None:
+    x, first = batch(shape, device, dtype, layout)
+    y, second = F.relu(x) + 0, first.roll(1, 0).contiguous() / 2  # the interpreter takes -0 for a number above 0
+    _, scale = of_channels(shape[1], device, 0.25)
+    masked = (first + second) * (y > 0)
+    for of, scaled in ((None, masked), (scale, masked.float().mul(scale[:, None, None]).to(dtype))):
+        found = epilogue_grad(first, y, of, True, second)
+        assert torch.equal(found[0], scaled) and torch.equal(found[1], masked)
+        assert all(grad.stride() == y.stride() for grad in found)
+
+
+@each_layout
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_gradient_of_a_mean_over_the_pixels_is_read_as_it_is(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, device: torch.device
+) -> None:
+    x, other = batch(shape, device, dtype, layout)
+    y, of_mean = F.relu(x) + 0, other.amax((2, 3))
+    pixels = shape[2] * shape[3]
+    (found,) = epilogue_grad(of_mean, y, None, False)
+    expected = (of_mean.double() / pixels)[:, :, None, None] * (y > 0)
+    assert found.stride() == y.stride() and torch.equal(found == 0, expected == 0)
+    torch.testing.assert_close(found.double(), expected, rtol=TOLERANCE[dtype] / 8, atol=0)
+    (transposed,) = epilogue_grad(of_mean.t().contiguous().t(), y, None, False)
+    assert torch.equal(transposed, found)
+
+
+@each_layout
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_block_begins_with_the_sum_and_its_activation(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, device: torch.device
+) -> None:
+    x, residual = batch(shape, device, dtype, layout)
+    shift, scale = of_channels(shape[1], device, 0.25)
+    for of, relu in ((scale, True), (None, True), (scale, False)):
+        total, y = epilogue_of_sum(x, residual, shift, of, relu)
+        assert torch.equal(total, x + residual) and total.stride() == y.stride() == x.stride()
+        assert torch.equal(y, epilogue(total, shift, scale=of, relu=relu))
+    backwards, _ = batch(shape[::-1], device, dtype)
+    _, y = epilogue_of_sum(x, residual, shift, scale, True)
+    of_y, of_total = backwards.permute(3, 2, 1, 0), residual / 4  # quarters, so that no sum is rounded
+    (found,) = epilogue_grad(of_y, y, scale, False, None, of_total)
+    expected = of_y.double() * (y > 0) * scale.double()[:, None, None] + of_total.double()
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("path", ["triton", "reference"])
@@ -282,6 +336,10 @@ def test_are_well_formed_ops(dtype: torch.dtype, layout: torch.memory_format, fu
     y = epilogue(x, shift).detach()
     for grad in (x.detach(), x.detach().contiguous(), torch.ones((), device=device, dtype=dtype).expand(x.shape)):
         torch.library.opcheck(torch.ops.retemper.epilogue_backward.default, (grad, y, optional[0], full))
+    mean = (x.detach().mean((2, 3)), y, optional[0], full, y, y)
+    torch.library.opcheck(torch.ops.retemper.epilogue_backward.default, mean)
+    given = [None if t is None else t.detach() for t in (x, residual, shift, optional[0])]
+    torch.library.opcheck(torch.ops.retemper.epilogue_of_sum.default, (*given, full))
 
 
 @each_layout
