@@ -16,6 +16,7 @@ EXACTNESS = {
     "channels_last": "rounding",
     "fold": "rounding",
     "epilogue": "rounding",
+    "together": "rounding",
     "capture": "bitwise",
     "teacher_ahead": "rounding",
     "teacher_table": "rounding",
@@ -34,6 +35,9 @@ class Execution(Options):
     fold: bool = option(True, "show the attack and the teacher batch norm folded into the convolutions")
     epilogue: Literal["auto", "plain", "fused", "compiled"] = option(
         "auto", "bias, shortcut and ReLU of folded convolutions: plain PyTorch, one kernel, or torch.compile"
+    )
+    together: Literal["auto", "on", "off"] = option(
+        "auto", "the training forwards as one batch, batch norm by forward: auto does so on a GPU"
     )
     capture: Literal["auto", "on", "off"] = option(
         "auto", "record the step in a CUDA graph; auto does so on a GPU with fused_sgd"
@@ -68,6 +72,10 @@ class Execution(Options):
         if self.epilogue != "auto":
             return self.epilogue
         return "fused" if device.type == "cuda" else "plain"
+
+    def together_on(self, device: torch.device) -> bool:
+        """Say whether the training forwards of a step run as one batch."""
+        return self.together == "on" or (self.together == "auto" and device.type == "cuda")
 
     def captures_on(self, device: torch.device) -> bool:
         """Say whether steps are recorded in a CUDA graph and replayed.
