@@ -22,8 +22,8 @@ from retemper.kernels.runtime import EXACT, access_width, launching
 
 # Chosen from the code for sm_90, not yet measured on a GPU.
 BLOCK = 32  # channels of a program: 64 bytes of a row in bf16, and few sums of slices to read again
-TILE = 4096  # values that a program looks at at once: two words of 16 bytes of bf16 for each thread of 8 warps
 WARPS = 8
+TILE, NARROW = 4096, 1024  # values that a program looks at at once: two words of 16 bytes of bf16 a thread, or 4 values
 PARTS = 128  # the most slices of a group
 TILES = 4  # of a slice, at least, where there is more than one
 
@@ -45,6 +45,14 @@ def _inside(start, here, channel, channels, TALL: tl.constexpr):
 
 
 @triton.jit
+def _base(x_ptr, group, channel, channels, rows):
+    """Return the first value of each channel in a group: what is measured from there keeps its digits."""
+    return tl.load(x_ptr + rows.to(tl.int64) * group * channels + channel, mask=channel < channels, other=0.0).to(
+        tl.float32
+    )
+
+
+@triton.jit
 def _moments_kernel(
     x_ptr,
     part_mean_ptr,
@@ -56,12 +64,11 @@ def _moments_kernel(
     TALL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write the mean, and the sum of squared deviations from it, of each channel over the program's rows."""
+    """Write the mean over the program's rows, less the group's first value, and the sum of squared deviations."""
     part, group = tl.program_id(0), tl.program_id(2)
     channel, channels, here, first, tile = _own(rows, words, part, group, slice, WORD, TALL, BLOCK)
+    base = _base(x_ptr, group, channel, channels, rows)[None, :]
     x_ptr += first
-    real = tl.where(here > 0, channels, 0)
-    base = tl.load(x_ptr + channel, mask=channel < real, other=0.0).to(tl.float32)[None, :]
     anchor = tl.load(x_ptr + tile, mask=_inside(0, here, channel, channels, TALL), other=0.0).to(tl.float32)
     total = tl.zeros((TALL, BLOCK), tl.float32)
     square = tl.zeros((TALL, BLOCK), tl.float32)
@@ -78,7 +85,7 @@ def _moments_kernel(
     middle = tl.sum(mean * count, 0)[None, :] / tl.maximum(here, 1)
     square += count * (mean - middle) * (mean - middle)
     place = (group.to(tl.int64) * tl.num_programs(0) + part) * channels + channel
-    tl.store(part_mean_ptr + place, tl.sum(base + middle, 0), mask=channel < channels)
+    tl.store(part_mean_ptr + place, tl.sum(middle, 0), mask=channel < channels)
     tl.store(part_square_ptr + place, tl.sum(square, 0), mask=channel < channels)
 
 
@@ -90,15 +97,14 @@ def _of_parts(ptr, group, channel, channels, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _group_moments(mean_ptr, square_ptr, group, channel, channels, rows, slice, PARTS: tl.constexpr):
+def _group_moments(x_ptr, mean_ptr, square_ptr, group, channel, channels, rows, slice, PARTS: tl.constexpr):
     """Return the mean and the sum of squared deviations of a group, (BLOCK,) each."""
     count = tl.minimum(tl.maximum(rows - tl.arange(0, PARTS) * slice, 0), slice).to(tl.float32)[:, None]
-    base = tl.load(mean_ptr + group * PARTS * channels + channel, mask=channel < channels, other=0.0)
-    away = _of_parts(mean_ptr, group, channel, channels, PARTS) - base[None, :]
+    away = _of_parts(mean_ptr, group, channel, channels, PARTS)
     middle = tl.sum(away * count, 0) / rows
     away -= middle[None, :]
     square = _of_parts(square_ptr, group, channel, channels, PARTS) + count * away * away
-    return base + middle, tl.sum(square, 0)
+    return _base(x_ptr, group, channel, channels, rows) + middle, tl.sum(square, 0)
 
 
 @triton.jit
@@ -135,7 +141,7 @@ def _batch_norm_kernel(
     part, group = tl.program_id(0), tl.program_id(2)
     channel, channels, here, first, tile = _own(rows, words, part, group, slice, WORD, TALL, BLOCK)
     known = channel < channels
-    mean, square = _group_moments(part_mean_ptr, part_square_ptr, group, channel, channels, rows, slice, PARTS)
+    mean, square = _group_moments(x_ptr, part_mean_ptr, part_square_ptr, group, channel, channels, rows, slice, PARTS)
     rstd = tl.rsqrt(square / rows + eps)
     if part == 0:
         tl.store(mean_ptr + group * channels + channel, mean, mask=known)
@@ -146,7 +152,7 @@ def _batch_norm_kernel(
             running_var = tl.load(running_var_ptr + channel, mask=known, other=0.0)
             for move in tl.static_range(MOVED):
                 of_group, squares = _group_moments(
-                    part_mean_ptr, part_square_ptr, MOVES[move], channel, channels, rows, slice, PARTS
+                    x_ptr, part_mean_ptr, part_square_ptr, MOVES[move], channel, channels, rows, slice, PARTS
                 )
                 running_mean = momentum * of_group + (1 - momentum) * running_mean
                 running_var = momentum * (squares / (rows - 1)) + (1 - momentum) * running_var
@@ -271,17 +277,22 @@ def _batch_norm_grad_kernel(
         first += TALL * channels
 
 
+def norm_tile(channels: int, word: int, size: int) -> dict[str, int]:
+    """Return the constants of a program, for words of so many values of `size` bytes; narrow ones take registers."""
+    block = min(BLOCK, next_power_of_2(channels))
+    return {"WORD": word, "TALL": (TILE if word * size == 16 else NARROW) // block, "BLOCK": block, "num_warps": WARPS}
+
+
 def _cut(x: Tensor, groups: int) -> tuple[tuple[int, int, int], tuple[int, int, int], dict[str, Any]]:
     """Return the grid, the sizes (rows of a group, words of a row, rows of a slice), and the constants."""
     channels = x.shape[1]
     rows = x.numel() // (channels * groups)
-    block = min(BLOCK, next_power_of_2(channels))
-    word, tall = access_width(channels, x), TILE // block
-    tiles = cdiv(rows, tall)
+    word = access_width(channels, x)
+    tile = norm_tile(channels, word, x.element_size())
+    tiles = cdiv(rows, tile["TALL"])
     parts = min(PARTS, next_power_of_2(cdiv(tiles, TILES)))
-    constants = {"WORD": word, "TALL": tall, "BLOCK": block, "num_warps": WARPS, **EXACT}
-    grid = parts, cdiv(channels, block), groups
-    return grid, (rows, channels // word, cdiv(tiles, parts) * tall), constants
+    sizes = rows, channels // word, cdiv(tiles, parts) * tile["TALL"]
+    return (parts, cdiv(channels, tile["BLOCK"]), groups), sizes, {**tile, **EXACT}
 
 
 def launch_forward(
