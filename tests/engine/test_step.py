@@ -139,7 +139,7 @@ def test_never_waits_for_a_gpu(device: torch.device) -> None:
 
 @pytest.mark.parametrize(
     ("move", "other"),
-    [("fold", False), ("channels_last", False), ("fused_sgd", False), ("epilogue", "fused")],
+    [("fold", False), ("channels_last", False), ("fused_sgd", False), ("epilogue", "fused"), ("together", "on")],
 )
 def test_a_move_changes_rounding_alone(move: str, other: object, device: torch.device) -> None:
     """Same losses, weights and batch-norm statistics after three steps, to float32's digits."""

@@ -26,7 +26,7 @@ NAMES = ("x", "weight", "bias", "residual")
 
 def inputs(
     shape: Sequence[int], device: torch.device, dtype: torch.dtype = torch.float32, mean: float = 0.5
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Return x, weight, bias and residual. No sum before a ReLU is near zero, so that rounding moves none across it."""
     gen = torch.Generator().manual_seed(0)
     x, sign = torch.randn(shape, generator=gen), torch.randn(shape, generator=gen).sign()
@@ -46,7 +46,7 @@ def double(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.detach().double() if t.is_floating_point() else t.clone() for t in tensors]
 
 
-def apart(given: dict[str, Tensor], running: list[Tensor], groups: int, relu: bool) -> Tensor:
+def apart(given: dict[str, Any], running: list[Tensor], groups: int, relu: bool) -> Tensor:
     """Return what PyTorch's own batch norm makes of each group, which moves `running`."""
     parts = given["x"].chunk(groups)
     y = torch.cat([F.batch_norm(x, *running[:2], given["weight"], given["bias"], True, 0.3, 1e-3) for x in parts])
@@ -166,7 +166,7 @@ def test_float64_and_other_layouts_have_every_gradient(layout: torch.memory_form
 def test_the_gradient_has_none(device: torch.device) -> None:
     given = inputs((4, 3, 2, 2), device)
     for results in ([batch_norm(**given)], batch_norm_twice(**given)):
-        (grad,) = torch.autograd.grad(sum(y.square().sum() for y in results), given["x"], create_graph=True)
+        (grad,) = torch.autograd.grad([y.square().sum() for y in results], given["x"], create_graph=True)
         with pytest.raises(RuntimeError, match="differentiated again"):
             grad.square().sum().backward()
 
