@@ -178,7 +178,7 @@ def _logits(
     each = tuple(dict.fromkeys(names))
     if state.part.idle or (state.joined is None and not recipe.optim.joint):
         return _one_by_one(state, images, names)
-    batch = torch.cat([images[name] for name in each]) if len(each) > 1 else images[each[0]]
+    batch = images[names[0]] if len(each) == 1 else torch.cat([images[name] for name in each])
     if state.joined is None:
         logits = state.student(batch)
     else:

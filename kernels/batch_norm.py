@@ -75,7 +75,8 @@ def _gradients(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tens
     back, all_three = torch.ops.aten.native_batch_norm_backward.default, [True, True, True]
     found = [back(grad, x, scale, None, None, mean, rstd, True, 0.0, all_three) for grad, x, mean, rstd in given]
     of_x, of_weight, of_bias = zip(*found, strict=True)
-    return [torch.cat(of_x).to(x.dtype), sum(of_weight).to(weight.dtype), sum(of_bias).to(weight.dtype)]
+    totals = [torch.stack(each).sum(0).to(weight.dtype) for each in (of_weight, of_bias)]
+    return [torch.cat(of_x).to(x.dtype), *totals]
 
 
 def _launches(x: Tensor) -> bool:
@@ -146,8 +147,7 @@ def _backward_op(
         other: another gradient of y, which is added to the first.
         y: the result, where a ReLU is in it.
     """
-    grad, other = (t if t is None or t.stride() == x.stride() else torch.empty_like(x).copy_(t) for t in (grad, other))
-    assert grad is not None
+    grad, other = _laid_out(grad, x), None if other is None else _laid_out(other, x)
     if not _launches(x):
         grad = grad if other is None else grad + other
         grad = grad if y is None else torch.ops.aten.threshold_backward.default(grad, y, 0)
@@ -157,6 +157,11 @@ def _backward_op(
     out = x_grad, weight_grad, bias_grad
     launch_backward(grad, other, y, x, weight, mean, rstd, rest[0] if rest else None, out)
     return [*out, *rest]
+
+
+def _laid_out(grad: Tensor, x: Tensor) -> Tensor:
+    """Return the gradient in the memory layout of x."""
+    return grad if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)
 
 
 def _check(

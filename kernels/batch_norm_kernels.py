@@ -82,10 +82,11 @@ def _moments_kernel(
     mean = total / tl.maximum(count, 1.0)
     square -= mean * total
     mean = tl.where(count > 0, anchor - base + mean, 0.0)
-    middle = tl.sum(mean * count, 0)[None, :] / tl.maximum(here, 1)
-    square += count * (mean - middle) * (mean - middle)
+    middle = tl.sum(mean * count, 0) / tl.maximum(here, 1)
+    mean -= middle[None, :]
+    square += count * mean * mean
     place = (group.to(tl.int64) * tl.num_programs(0) + part) * channels + channel
-    tl.store(part_mean_ptr + place, tl.sum(middle, 0), mask=channel < channels)
+    tl.store(part_mean_ptr + place, middle, mask=channel < channels)
     tl.store(part_square_ptr + place, tl.sum(square, 0), mask=channel < channels)
 
 
@@ -265,8 +266,8 @@ def _batch_norm_grad_kernel(
     mean = tl.load(mean_ptr + group * channels + channel, mask=known, other=0.0)[None, :]
     rstd = tl.load(rstd_ptr + group * channels + channel, mask=known, other=0.0)[None, :]
     scale = rstd * tl.load(weight_ptr + channel, mask=known, other=0.0).to(tl.float32)[None, :]
-    bias = tl.sum(_of_parts(part_bias_ptr, group, channel, channels, PARTS), 0)[None, :] / rows
-    slope = rstd * tl.sum(_of_parts(part_weight_ptr, group, channel, channels, PARTS), 0)[None, :] / rows
+    bias = (tl.sum(_of_parts(part_bias_ptr, group, channel, channels, PARTS), 0) / rows)[None, :]
+    slope = rstd * (tl.sum(_of_parts(part_weight_ptr, group, channel, channels, PARTS), 0) / rows)[None, :]
     for start in range(0, here, TALL):
         inside = _inside(start, here, channel, channels, TALL)
         place = first + tile
@@ -295,6 +296,12 @@ def _cut(x: Tensor, groups: int) -> tuple[tuple[int, int, int], tuple[int, int, 
     return (parts, cdiv(channels, tile["BLOCK"]), groups), sizes, {**tile, **EXACT}
 
 
+def _of_slices(x: Tensor, groups: int, parts: int) -> tuple[Tensor, Tensor]:
+    """Return room for two numbers of each slice and channel."""
+    shape = groups, parts, x.shape[1]
+    return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
+
+
 def launch_forward(
     x: Tensor,
     weight: Tensor,
@@ -310,14 +317,13 @@ def launch_forward(
     """Fill y, mean and rstd of `out`, and move the running statistics, in two launches."""
     y, mean, rstd = out
     grid, sizes, constants = _cut(x, len(mean))
-    parts = x.new_empty((2, len(mean), grid[0], x.shape[1]), dtype=torch.float32)
+    parts = _of_slices(x, len(mean), grid[0])
     running = running if moves else (None, None, None)
     options: dict[str, Any] = {"MOVES": tuple(moves), "MOVED": len(moves), "RELU": relu, "PARTS": grid[0], **constants}
     with launching(x):
         _moments_kernel[grid](x, *parts, *sizes, **constants)
-        _batch_norm_kernel[grid](
-            x, residual, weight, bias, *parts, y, mean, rstd, *running, *sizes, momentum, eps, **options
-        )
+        images = x, residual, weight, bias, *parts, y, mean, rstd, *running
+        _batch_norm_kernel[grid](*images, *sizes, momentum, eps, **options)
 
 
 def launch_backward(
@@ -333,10 +339,11 @@ def launch_backward(
 ) -> None:
     """Fill the gradients of x, weight and bias of `out`, and in `passed` what passes the ReLU, in two launches."""
     grid, sizes, constants = _cut(x, len(mean))
-    parts = x.new_empty((2, len(mean), grid[0], x.shape[1]), dtype=torch.float32)
+    parts = _of_slices(x, len(mean), grid[0])
     options: dict[str, Any] = {"GROUPS": len(mean), "PARTS": grid[0], **constants}
     with launching(x):
         _batch_norm_sums_kernel[grid](grad, other, y, x, mean, rstd, passed, *parts, *sizes, **constants)
         if passed is not None:  # it is the sum, and behind the ReLU
             grad, other, y = passed, None, None
-        _batch_norm_grad_kernel[grid](grad, other, y, x, weight, mean, rstd, *parts, *out, *sizes, **options)
+        images = grad, other, y, x, weight, mean, rstd, *parts, *out
+        _batch_norm_grad_kernel[grid](*images, *sizes, **options)

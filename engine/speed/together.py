@@ -31,6 +31,7 @@ FUNCTIONS = {
     *(F.relu, torch.relu, F.leaky_relu, F.silu, F.gelu, F.pad, torch.flatten),
     *(F.avg_pool2d, F.adaptive_avg_pool2d, F.max_pool2d),
 }
+copy_all: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]  # one launch
 METHODS = {"add", "add_", "relu", "relu_", "flatten", "view", "reshape", "size", "to", "contiguous"}
 
 
@@ -60,7 +61,7 @@ class NormTogether(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Map (B, C, H, W) to the same shape; `residual` may be any tensor that can be added."""
         (norm,), forwards = self.source, self.forwards
-        statistics = norm.running_mean, norm.running_var, norm.num_batches_tracked
+        statistics: Any = norm.running_mean, norm.running_var, norm.num_batches_tracked
         how: dict[str, Any] = {"groups": forwards.groups, "moves": forwards.moves, "momentum": norm.momentum}
         how["eps"] = norm.eps
         if residual is not None and not _alike(x, residual):
@@ -83,13 +84,13 @@ class CastAll(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.weights = [weight.detach() for weight in weights]
         cast = [torch.empty_like(weight, dtype=dtype) for weight in weights]  # in the weight's own strides
-        torch._foreach_copy_(cast, ctx.weights)
+        copy_all(cast, ctx.weights)
         return tuple(cast)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         wide = [None if g is None else torch.empty_like(w) for w, g in zip(ctx.weights, grads, strict=True)]
-        torch._foreach_copy_([w for w in wide if w is not None], [g for g in grads if g is not None])
+        copy_all([w for w in wide if w is not None], [g for g in grads if g is not None])
         return None, *wide
 
 
