@@ -322,8 +322,9 @@ def launch_forward(
     options: dict[str, Any] = {"MOVES": tuple(moves), "MOVED": len(moves), "RELU": relu, "PARTS": grid[0], **constants}
     with launching(x):
         _moments_kernel[grid](x, *parts, *sizes, **constants)
-        images = x, residual, weight, bias, *parts, y, mean, rstd, *running
-        _batch_norm_kernel[grid](*images, *sizes, momentum, eps, **options)
+        _batch_norm_kernel[grid](
+            x, residual, weight, bias, *parts, y, mean, rstd, *running, *sizes, momentum, eps, **options
+        )
 
 
 def launch_backward(
