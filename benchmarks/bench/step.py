@@ -64,6 +64,7 @@ ADDITIONS = (  # each to the one before
     Variant("+ fused SGD", dict(fused_sgd=True), "rounding"),
     Variant("+ folded batch norm", dict(fold=True), "rounding"),
     Variant("+ fused epilogues", dict(epilogue="fused"), "rounding", "on a CPU convolutions add their bias themselves"),
+    Variant("+ forwards together", dict(together="on"), "rounding", "on a CPU it saves no launch"),
     Variant("+ CUDA graph", dict(capture="on"), "bitwise", NO_GRAPH),
     Variant(f"+ teacher for {AHEAD} batches at once", {}, "rounding", logits="ahead"),
     Variant("+ table, every view known", {}, "rounding", logits="table"),
@@ -74,6 +75,7 @@ OTHERWISE = (  # all additions but for one thing, asking the teacher in each ste
     Variant("all but fused SGD", dict(fused_sgd=False), "rounding"),
     Variant("all but folded batch norm", dict(fold=False, epilogue="plain"), "rounding"),
     Variant("all but fused epilogues", dict(epilogue="plain"), "rounding", "not used on a CPU"),
+    Variant("all but forwards together", dict(together="off"), "rounding", "not used on a CPU"),
     Variant("all but the graph", dict(capture="off"), "bitwise", "not used on a CPU"),
     Variant("twin compiled instead of fused", dict(epilogue="compiled"), "rounding"),
 )

@@ -37,7 +37,7 @@ class Execution(Options):
         "auto", "bias, shortcut and ReLU of folded convolutions: plain PyTorch, one kernel, or torch.compile"
     )
     together: Literal["auto", "on", "off"] = option(
-        "auto", "the training forwards as one batch, batch norm by forward: auto does so on a GPU"
+        "auto", "the training forwards as one batch, batch norm by forward; auto does so on a GPU with channels_last"
     )
     capture: Literal["auto", "on", "off"] = option(
         "auto", "record the step in a CUDA graph; auto does so on a GPU with fused_sgd"
@@ -75,7 +75,8 @@ class Execution(Options):
 
     def together_on(self, device: torch.device) -> bool:
         """Say whether the training forwards of a step run as one batch."""
-        return self.together == "on" or (self.together == "auto" and device.type == "cuda")
+        pays = device.type == "cuda" and self.channels_last  # the kernels of batch norm read that layout alone
+        return self.together == "on" or (self.together == "auto" and pays)
 
     def captures_on(self, device: torch.device) -> bool:
         """Say whether steps are recorded in a CUDA graph and replayed.

@@ -246,3 +246,4 @@ def test_is_used_on_a_gpu_and_where_it_is_asked_for(device: torch.device) -> Non
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert [of[way].together_on(cpu) for way in of] == [False, True, False]
     assert [of[way].together_on(gpu) for way in of] == [True, True, False]
+    assert not recipe.replace(channels_last=False).execution.together_on(gpu)
