@@ -18,6 +18,7 @@ from retemper.engine.optim import Average, Guard, sgd, wide_dtype
 from retemper.engine.recipe import Method, Recipe, Targets
 from retemper.engine.speed.beside import Branch
 from retemper.engine.speed.fold import Folded
+from retemper.engine.speed.together import Together
 from retemper.kernels import augment, class_sums
 
 
@@ -29,6 +30,7 @@ class State:
     Attributes:
         teacher, clean_teacher: frozen; folded as `Execution.fold` says, where torch.fx can trace them.
         twin: the student as the attack sees it, folded anew in every step; None where it sees the student itself.
+        joined: the student as its training forwards see it, all in one batch; None where they run one by one.
         guard: holds updates back once something is not finite.
         noise_seed: (1,) int64, the seed of the next random start; every step adds one.
         forwards: the student's forwards in each step of the epoch.
@@ -65,6 +67,8 @@ class State:
             self.clean_teacher = clean_teacher and _folded(clean_teacher, self.precision, epilogue)
             if recipe.attack.bn_mode == "eval" and recipe.attack.steps:
                 self.twin = _twin(recipe, student, self.precision, epilogue)
+        half = self.precision if self.precision != torch.float32 else None
+        self.joined = _joined(student, half) if execution.together_on(device) else None
         self.guard, self.optimizer = Guard(device), sgd(optim, student, device, fused=execution.fused_sgd)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
         if execution.fused_sgd and not self.scaler.is_enabled():  # as a scaler sets it
@@ -188,6 +192,15 @@ def _twin(recipe: Recipe, student: nn.Module, dtype: torch.dtype, epilogue: str)
         if recipe.networks.student in MODELS:
             raise
         say(f"note: {error}; the attack looks at the student itself")
+        return None
+
+
+def _joined(student: nn.Module, dtype: torch.dtype | None) -> Together | None:
+    """Return the student's twin for training; None where its forwards in one batch may be others."""
+    try:
+        return Together(student, dtype)
+    except ValueError as error:
+        say(f"note: {error}; its training forwards run one by one")
         return None
 
 

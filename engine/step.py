@@ -153,7 +153,7 @@ def descend(state: State, recipe: Recipe, images: Mapping[str, Tensor], targets:
     update(state, whole)
     with torch.no_grad(), state.autocast():
         for name in state.forwards.after:
-            state.student(images[name])
+            _logits(state, recipe, images, (name,))
     state.count(recipe.method, logits, targets, loss.detach())
     if state.average is not None and recipe.optim.average_every == "step":
         state.average.follow(state.student)
@@ -165,7 +165,7 @@ def forward(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return the student's logits on each of the training forwards' images, (B, K), and the loss, a scalar."""
     with state.autocast():
-        logits = _joint(state, images) if recipe.optim.joint else _one_by_one(state, images, state.forwards.before)
+        logits = _logits(state, recipe, images, state.forwards.before)
         return logits, recipe.method.loss(logits, targets)
 
 
@@ -173,8 +173,30 @@ def perturbing_loss(state: State, recipe: Recipe, images: Mapping[str, Tensor], 
     """Return the loss that the weights are perturbed along, a scalar; what it does to statistics is undone."""
     with state.autocast():
         names = tuple(dict.fromkeys(state.forwards.before))
-        logits = _joint(state, images) if recipe.optim.joint else _one_by_one(state, images, names)
+        logits = _logits(state, recipe, images, names, moves=False)
         return recipe.method.perturbing_loss(logits, targets)
+
+
+def _logits(
+    state: State, recipe: Recipe, images: Mapping[str, Tensor], names: tuple[str, ...], moves: bool = True
+) -> dict[str, Tensor]:
+    """Return the student's logits on the images of each name, in training mode.
+
+    Args:
+        names: a name that comes again moves the running statistics once more.
+        moves: False leaves them alone where that costs nothing.
+    """
+    each = tuple(dict.fromkeys(names))
+    if state.part.idle or (state.joined is None and not recipe.optim.joint):
+        return _one_by_one(state, images, names)
+    batch = images[names[0]] if len(each) == 1 else torch.cat([images[name] for name in each])
+    if state.joined is None:
+        logits = state.student(batch)
+    else:
+        groups = 1 if recipe.optim.joint else len(each)
+        order = range(1) if recipe.optim.joint else [each.index(name) for name in names]
+        logits = state.joined(batch, groups, order if moves else ())
+    return dict(zip(each, logits.split([len(images[name]) for name in each]), strict=True))
 
 
 def _one_by_one(state: State, images: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -187,13 +209,6 @@ def _one_by_one(state: State, images: Mapping[str, Tensor], names: tuple[str, ..
         with torch.no_grad():
             state.student(images[name])
     return logits
-
-
-def _joint(state: State, images: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the student's logits on the images of each name, from one forward of all of them."""
-    names = tuple(dict.fromkeys(state.forwards.before))
-    together = state.student(torch.cat([images[name] for name in names]))
-    return dict(zip(names, together.split([len(images[name]) for name in names]), strict=True))
 
 
 def update(state: State, loss: Tensor) -> None:

@@ -1,14 +1,16 @@
 """The fused operations: Triton on a GPU, plain PyTorch on a CPU, one contract for both.
 
 An operation has a module of its name: its formula, its operators and what users call. Where that is not all, its
-arithmetic is beside it: ascent.py and ascent_kernels.py of pgd_step.py; noise.py and philox.py of random_start.py;
-kl_arguments.py, kl_divergence.py and kl_kernel.py of class_temperature_kl.py; js_kernel.py of jensen_shannon.py. What
-they share is in runtime.py, operators.py and language.py; in pixels.py for images; in rows.py, logit_rows.py and
-numerics.py for logits. modules.py has the operations as torch.nn.Module, and patches.py puts them into torchattacks.
+arithmetic is beside it: ascent.py and ascent_kernels.py of pgd_step.py; batch_norm_kernels.py of batch_norm.py;
+noise.py and philox.py of random_start.py; kl_arguments.py, kl_divergence.py and kl_kernel.py of
+class_temperature_kl.py; js_kernel.py of jensen_shannon.py. What they share is in runtime.py, operators.py and
+language.py; in pixels.py for images; in rows.py, logit_rows.py and numerics.py for logits. modules.py has the
+operations as torch.nn.Module, and patches.py puts them into torchattacks.
 """
 
 from retemper.kernels.ascent import pgd_step_reference
 from retemper.kernels.augment import augment, augment_reference, identity_view, num_views
+from retemper.kernels.batch_norm import batch_norm, batch_norm_reference, batch_norm_twice
 from retemper.kernels.class_sums import class_sums, class_sums_reference
 from retemper.kernels.class_temperature_kl import class_temperature_kl, class_temperature_kl_grad_
 from retemper.kernels.epilogue import epilogue, epilogue_reference
@@ -27,6 +29,9 @@ __all__ = [
     "RandomStart",
     "augment",
     "augment_reference",
+    "batch_norm",
+    "batch_norm_reference",
+    "batch_norm_twice",
     "class_sums",
     "class_sums_reference",
     "class_temperature_js",

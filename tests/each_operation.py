@@ -53,6 +53,11 @@ def run_each(kernels: ModuleType) -> dict[str, Tensor]:
     found["epilogue"] = kernels.epilogue(grad, shift)
     torch.testing.assert_close(found["epilogue"], (grad + shift[:, None, None]).relu())
 
+    weight, bias = torch.tensor([1.0, 2.0, -1.0]), torch.tensor([0.0, 0.5, 1.0])
+    found["batch_norm"] = kernels.batch_norm(grad, weight, bias, groups=2)
+    alone = [F.batch_norm(image, None, None, weight, bias, training=True) for image in grad.chunk(2)]
+    torch.testing.assert_close(found["batch_norm"], torch.cat(alone))
+
     pixels = (clean.permute(0, 2, 3, 1) * 255).byte().contiguous()
     found["augment"] = kernels.augment(pixels, torch.full((2,), kernels.identity_view(4)))
     torch.testing.assert_close(found["augment"], pixels.permute(0, 3, 1, 2) / 255)

@@ -34,6 +34,7 @@ BARE: dict[str, Any] = dict(
     channels_last=False,
     fold=False,
     epilogue="plain",
+    together="off",
     capture="off",
     teacher_ahead=0,
     teacher_table="off",

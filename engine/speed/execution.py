@@ -16,6 +16,7 @@ EXACTNESS = {
     "channels_last": "rounding",
     "fold": "rounding",
     "epilogue": "rounding",
+    "together": "rounding",
     "capture": "bitwise",
     "teacher_ahead": "rounding",
     "teacher_table": "rounding",
@@ -37,6 +38,9 @@ class Execution(Options):
         "auto",
         "bias, shortcut and ReLU of folded convolutions: plain PyTorch, one kernel, cuDNN's call of the "
         "convolution where it has one, or torch.compile; auto is convolution on a GPU, plain elsewhere",
+    )
+    together: Literal["auto", "on", "off"] = option(
+        "auto", "the training forwards as one batch, batch norm by forward; auto does so on a GPU with channels_last"
     )
     capture: Literal["auto", "on", "off"] = option(
         "auto", "record the step in a CUDA graph; auto does so on a GPU with fused_sgd"
@@ -72,6 +76,11 @@ class Execution(Options):
         if self.epilogue != "auto":
             return self.epilogue
         return "convolution" if device.type == "cuda" else "plain"
+
+    def together_on(self, device: torch.device) -> bool:
+        """Say whether the training forwards of a step run as one batch."""
+        pays = device.type == "cuda" and self.channels_last  # the kernels of batch norm read that layout alone
+        return self.together == "on" or (self.together == "auto" and pays)
 
     def captures_on(self, device: torch.device) -> bool:
         """Say whether steps are recorded in a CUDA graph and replayed.

@@ -145,6 +145,7 @@ def test_never_waits_for_a_gpu(device: torch.device) -> None:
         ("fused_sgd", False),
         ("epilogue", "fused"),
         ("epilogue", "convolution"),
+        ("together", "on"),
         ("beside", True),
     ],
 )

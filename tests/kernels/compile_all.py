@@ -46,6 +46,7 @@ noise = import_module("retemper.kernels.noise")
 views = import_module("retemper.kernels.augment")
 after = import_module("retemper.kernels.epilogue")
 depth = import_module("retemper.kernels.depthwise")
+norms = import_module("retemper.kernels.batch_norm_kernels")
 
 Case = tuple[Any, dict[str, str], dict[str, Any]]  # a kernel; the types of its arguments; its constants
 
@@ -202,9 +203,28 @@ def depthwise(dtype: str) -> Iterator[Case]:
         yield depth._depthwise_grad_kernel, types | {"channels": "i32"}, sizes
 
 
+def batch_norm(dtype: str) -> Iterator[Case]:
+    """Yield what a network launches: with a shortcut and a ReLU, or without either; of 64 channels or of 3."""
+    images = ["x_ptr", "residual_ptr", "y_ptr", "grad_ptr", "other_ptr", "x_grad_ptr", "passed_ptr"]
+    types = dict.fromkeys(images, f"*{dtype}") | dict.fromkeys(["rows", "words", "slice"], "i32")
+    types |= dict.fromkeys(["weight_ptr", "bias_ptr", "mean_ptr", "rstd_ptr"], "*fp32")
+    types |= dict.fromkeys(["running_mean_ptr", "running_var_ptr", "weight_grad_ptr", "bias_grad_ptr"], "*fp32")
+    parts = ["part_mean_ptr", "part_square_ptr", "part_bias_ptr", "part_weight_ptr"]
+    types |= dict.fromkeys(parts, "*fp32") | {"batches_ptr": "*i64", "momentum": "fp32", "eps": "fp32"}
+    full = OPTIONAL[dtype] is not None
+    absent = {} if full else dict.fromkeys(["residual_ptr", "other_ptr", "y_ptr", "passed_ptr", "running_mean_ptr"])
+    sizes = norms.norm_tile(*((64, 16 // SIZE[dtype]) if ALIGNED[dtype] else (3, 1)), SIZE[dtype])
+    sums = {"GROUPS": 2, "PARTS": norms.PARTS, "MOVES": (0, 1), "MOVED": 2, "RELU": full}
+    yield norms._moments_kernel, types, sizes
+    yield norms._batch_norm_kernel, types, {name: to for name, to in absent.items() if name != "y_ptr"} | sizes | sums
+    yield norms._batch_norm_sums_kernel, types, absent | sizes
+    yield norms._batch_norm_grad_kernel, types, absent | sizes | sums
+
+
 def compile_case(case: Case, target: GPUTarget, aligned: bool) -> Any:
     kernel, types, constants = case
-    options = {"num_warps": constants.get("num_warps", 4), **EXACT, **(depth.FUSED if "STRIDE" in constants else {})}
+    rounding = depth.FUSED if kernel in (depth._depthwise_kernel, depth._depthwise_grad_kernel) else EXACT
+    options = {"num_warps": constants.get("num_warps", 4), **rounding}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     whole = ("pixels",) if "SPAN" in constants else ("pixels", "channels")
@@ -269,6 +289,7 @@ def report(folder: str, name: str) -> None:
                 *augmentation(dtype),
                 *convolution(dtype),
                 *depthwise(dtype),
+                *batch_norm(dtype),
             ):
                 compiled = compile_case(case, target, aligned)
                 what = {"kernel": case[0].__name__, "dtype": dtype, "aligned": aligned, "row": row(case[2])}

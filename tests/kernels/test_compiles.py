@@ -34,10 +34,15 @@ LOADS_WIDE = {
     "_row_losses_kernel",
     "_epilogue_kernel",
     "_epilogue_grad_kernel",
+    "_moments_kernel",
+    "_batch_norm_kernel",
+    "_batch_norm_sums_kernel",
+    "_batch_norm_grad_kernel",
 }
-WRITES_FEW = {"_class_sums_kernel", "_row_losses_kernel"}  # a number for each class or row
+WRITES_FEW = {"_class_sums_kernel", "_row_losses_kernel", "_moments_kernel"}  # a number for each class, row or channel
 # The loads of the first are of a byte each, wherever the crop begins; those of the others are of single weights too.
 STORES_WIDE = LOADS_WIDE - WRITES_FEW | {"_augment_kernel", "_depthwise_kernel", "_depthwise_grad_kernel"}
+STATISTICS = 5  # what batch norm stores of each channel beside its images, and the count of batches
 SCALARS = 7  # what a kernel loads beside its tensors: a row's label, temperature, weights, trust, own logit, gradient
 
 
@@ -99,6 +104,6 @@ def test_memory_is_accessed_in_words_of_16_bytes(reports: dict[Target, list[dict
             assert is_wide(case["ld"], width, SCALARS), case
             seen.add(case["kernel"])
         if case["kernel"] in STORES_WIDE and not case["writes_rows"]:
-            assert is_wide(case["st"], width), case
+            assert is_wide(case["st"], width, STATISTICS if "batch_norm" in case["kernel"] else 0), case
             seen.add(case["kernel"])
     assert seen == LOADS_WIDE | STORES_WIDE

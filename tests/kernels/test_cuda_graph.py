@@ -6,6 +6,7 @@ from torch import Tensor
 
 from retemper.kernels import (
     augment,
+    batch_norm,
     class_sums,
     class_temperature_kl,
     class_temperature_kl_grad_,
@@ -34,7 +35,9 @@ def step(image: Tensor, view: Tensor, label: Tensor, seed: Tensor, weight: Tenso
     shift = weight[:3, 0].contiguous()
     x = adv.detach().requires_grad_()
     out = epilogue(x, shift, scale=shift, residual=clean)
-    (x_grad,) = torch.autograd.grad(out.sum(), x)
+    running = [torch.zeros_like(shift), torch.ones_like(shift), torch.zeros_like(seed)]
+    out = batch_norm(out, shift, shift, running, groups=2, residual=clean, relu=True)
+    (x_grad,) = torch.autograd.grad(out.square().sum(), x)
     seed += 1
     return [adv, loss, *sums, out.detach(), x_grad]
 
