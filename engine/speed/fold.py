@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from retemper.engine.device import is_out_of_memory
 from retemper.kernels import epilogue
+from retemper.kernels.fold_weights import fold_norms_, scale_rows_
+from retemper.kernels.runtime import is_dense_batch_first
 
 BATCH_NORM = nn.BatchNorm2d | nn.SyncBatchNorm  # the same function in eval mode
 
@@ -29,6 +31,7 @@ class FoldedConv(nn.Module):
         fused: whether one kernel adds the shift and the residual and applies the ReLU.
         relu: whether act is a ReLU; otherwise it is the identity.
         bare: whether the shift is left to another convolution, whose shortcut this one is.
+        stays: whether the network's weight keeps its place: one that is computed anew for each use does not.
         shift: (C',), a view of the twin's vector of all shifts.
     """
 
@@ -40,6 +43,7 @@ class FoldedConv(nn.Module):
         self.fused, self.relu, self.bare = fused, False, False
         self.register_buffer("weight", conv.weight.detach().to(dtype, copy=True))
         self.shift = torch.empty(0)
+        self.stays = isinstance(conv.weight, nn.Parameter) and is_dense_batch_first(conv.weight)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map (B, C, H, W) to (B, C', H', W'), the convolution's output; `residual` has the shape of that."""
@@ -118,7 +122,7 @@ class Folded(nn.Module):
         self.copied = [(value, source[name]) for name, value in _values(net) if name in source]
 
     def _vectors(self, dtype: torch.dtype) -> None:
-        """Make one vector for all shifts and one for all scales: folding then takes a dozen launches, not hundreds."""
+        """Make one vector for all shifts and one for all scales, which one launch fills."""
         norms = [folded.source[-1] for folded in self.folded]
         sizes = [norm.num_features for norm in norms]
         if not norms:
@@ -130,6 +134,8 @@ class Folded(nn.Module):
         eps = [norm.eps for norm in norms]
         self.eps = torch.tensor(eps, dtype=weight.dtype).repeat_interleave(torch.tensor(sizes)).to(device)
         self.scales = self.scale.split(sizes)
+        shortcuts = {conv: shortcut for shortcut, conv in self.handed_over}
+        self.shortcuts = [self.folded.index(shortcuts[f]) if f in shortcuts else -1 for f in self.folded]
         for folded, scale, shift in zip(self.folded, self.scales, self.shift.split(sizes), strict=True):
             folded.shift = shift
             if isinstance(folded, FoldedNorm):
@@ -141,20 +147,21 @@ class Folded(nn.Module):
 
         It is done in place: no tensor changes its address, so that a captured step stays valid.
         """
-        for value, source in self.copied:
-            value.copy_(source)
+        if self.copied:
+            values, sources = zip(*self.copied, strict=True)
+            torch._foreach_copy_(values, sources)  # pyright: ignore[reportPrivateImportUsage]
         norms = [folded.source[-1] for folded in self.folded]
         if not norms:
             return self
-        var, mean = (torch.cat([n.get_buffer(name) for n in norms]) for name in ("running_var", "running_mean"))
-        gamma, beta = torch.cat([n.weight for n in norms]), torch.cat([n.bias for n in norms])
-        torch.mul(gamma, torch.rsqrt(var + self.eps), out=self.scale)
-        self.shift.copy_(beta - self.scale * mean)
-        for folded, scale in zip(self.folded, self.scales, strict=True):
-            if isinstance(folded, FoldedConv):
-                folded.refresh(scale)
-        for shortcut, conv in self.handed_over:
-            conv.shift += shortcut.shift
+        mean, var = ([n.get_buffer(name) for n in norms] for name in ("running_mean", "running_var"))
+        gamma, beta = [n.weight for n in norms], [n.bias for n in norms]
+        fold_norms_(gamma, beta, mean, var, self.eps, self.scale, self.shift, self.shortcuts)
+        convs = [(f, scale) for f, scale in zip(self.folded, self.scales, strict=True) if isinstance(f, FoldedConv)]
+        stay = [(conv, scale) for conv, scale in convs if conv.stays]
+        scale_rows_([c.source[0].weight for c, _ in stay], [scale for _, scale in stay], [c.weight for c, _ in stay])
+        for conv, scale in convs:
+            if not conv.stays:
+                conv.refresh(scale)
         return self
 
 

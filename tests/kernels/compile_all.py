@@ -45,6 +45,7 @@ pgd = import_module("retemper.kernels.ascent_kernels")
 noise = import_module("retemper.kernels.noise")
 views = import_module("retemper.kernels.augment")
 after = import_module("retemper.kernels.epilogue")
+folds = import_module("retemper.kernels.fold_weights")
 
 Case = tuple[Any, dict[str, str], dict[str, Any]]  # a kernel; the types of its arguments; its constants
 
@@ -187,6 +188,13 @@ def convolution(dtype: str) -> Iterator[Case]:
         yield after._epilogue_grad_kernel, types, absent | sizes
 
 
+def folding(dtype: str) -> Iterator[Case]:
+    types = {"table_ptr": "*i64", **dict.fromkeys(["gamma_ptr", "mean_ptr", "eps_ptr", "scale_ptr"], "*fp32")}
+    types |= {"shift_ptr": "*fp32", "source_ptr": "*fp32", "to_ptr": f"*{dtype}"}
+    yield folds._fold_norms_kernel, types, {"CHANNELS": folds.CHANNELS}
+    yield folds._scale_rows_kernel, types, {"ROWS": folds.ROWS, "COLS": folds.COLS}
+
+
 def compile_case(case: Case, target: GPUTarget, aligned: bool) -> Any:
     kernel, types, constants = case
     options = {"num_warps": constants.get("num_warps", 4), **EXACT}
@@ -252,6 +260,7 @@ def report(folder: str, name: str) -> None:
                 *jensen_shannon(dtype),
                 *augmentation(dtype),
                 *convolution(dtype),
+                *folding(dtype),
             ):
                 compiled = compile_case(case, target, aligned)
                 what = {"kernel": case[0].__name__, "dtype": dtype, "aligned": aligned, "row": row(case[2])}
