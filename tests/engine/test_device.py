@@ -37,7 +37,9 @@ def test_threads_tuning_and_repeatability_are_as_before_afterwards() -> None:
     assert not torch.backends.cudnn.benchmark and not torch.are_deterministic_algorithms_enabled()
     with tuned(), repeatable():
         assert torch.backends.cudnn.benchmark and torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory, "a launch for every tensor"
     assert not torch.backends.cudnn.benchmark and not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
 
 
 def test_torch_and_numpy_without_memory_are_known() -> None:
