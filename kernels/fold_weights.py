@@ -17,8 +17,8 @@ from torch import Tensor
 
 from retemper.kernels.language import tl, triton
 from retemper.kernels.operators import operator
-from retemper.kernels.runtime import EXACT, is_dense_batch_first, launching
-from retemper.kernels.tables import Row, Tables, one_launch
+from retemper.kernels.runtime import EXACT, launching
+from retemper.kernels.tables import Row, Tables, lie_alike
 
 # Chosen from the code for sm_90, not yet measured on a GPU: a thread of 4 warps computes one channel of a norm, and 32
 # values of a weight. A program has rows and columns of one weight, so that no value's channel takes a division.
@@ -104,11 +104,12 @@ def _norm_rows(
     ]
 
 
-def _weight_rows(source: Sequence[Tensor], scale: Sequence[Tensor], to: Sequence[Tensor]) -> list[Row]:
+def _weight_rows(source: Sequence[Tensor], scale: Sequence[Tensor], to: Sequence[Tensor]) -> list[Row] | None:
     """Return for each tile of a weight three addresses; how many rows and columns are left; and the columns of all."""
     rows = []
     for one in zip(source, scale, to, strict=True):
-        _require_rows(*one)
+        if not lie_alike(one[0], one[2]):
+            return None
         many = one[1].numel()
         cols = one[0].numel() // many
         for row in range(0, many, ROWS):
@@ -117,17 +118,6 @@ def _weight_rows(source: Sequence[Tensor], scale: Sequence[Tensor], to: Sequence
                 places = (t.data_ptr() + step * t.element_size() for t, step in zip(one, steps, strict=True))
                 rows.append((*places, many - row, cols - col, cols))
     return rows
-
-
-def _require_rows(source: Tensor, scale: Tensor, to: Tensor) -> None:
-    """Raise ValueError unless both weights lie in one order, row after row, with a scale for each row."""
-    if source.shape != to.shape or scale.shape != source.shape[:1]:
-        raise ValueError(f"source: shape {tuple(source.shape)}, to {tuple(to.shape)}, scale {tuple(scale.shape)}")
-    source_steps, to_steps = (
-        [step for step, size in zip(t.stride(), t.shape, strict=True) if size > 1] for t in (source, to)
-    )
-    if not is_dense_batch_first(source) or source_steps != to_steps:
-        raise ValueError(f"source: strides {source.stride()}, but to has {to.stride()}; needs one dense layout")
 
 
 _NORMS, _WEIGHTS = Tables(_norm_rows), Tables(_weight_rows)
@@ -148,8 +138,8 @@ def _fold_norms_op(
     scale: Tensor,
     shift: Tensor,
 ) -> None:
-    if one_launch([*gamma, *beta], [*mean, *var]):
-        table = _NORMS(gamma, beta, mean, var, also=(*shortcuts,))
+    table = _NORMS(gamma, beta, mean, var, also=(*shortcuts,))
+    if table is not None:
         options: dict[str, Any] = {"CHANNELS": CHANNELS, **EXACT}
         with launching(scale):
             _fold_norms_kernel[(len(table),)](table, gamma[0], mean[0], eps, scale, shift, **options)
@@ -165,8 +155,8 @@ def _fold_norms_op(
 
 @operator("scale_rows_(Tensor[] source, Tensor[] scale, Tensor(a!)[] to) -> ()", fake=lambda *_: None)
 def _scale_rows_op(source: list[Tensor], scale: list[Tensor], to: list[Tensor]) -> None:
-    if one_launch(source, scale, to):
-        table = _WEIGHTS(source, scale, to)
+    table = _WEIGHTS(source, scale, to)
+    if table is not None:
         options: dict[str, Any] = {"ROWS": ROWS, "COLS": COLS, **EXACT}
         with launching(to[0]):
             _scale_rows_kernel[(len(table),)](table, source[0], scale[0], to[0], **options)
@@ -205,11 +195,10 @@ def scale_rows_(source: Sequence[Tensor], scale: Sequence[Tensor], to: Sequence[
     Computes in float32 (float64 for float64) and rounds once. All tensors keep their places from call to call.
 
     Args:
-        source: any shapes, each dense with its rows one after the other in memory; of one float dtype.
-        scale: (rows,) of each; of one float dtype.
-        to: like `source`; of one float dtype. Overwritten.
-    Raises:
-        ValueError: a shape or stride does not fit.
+        source: any float tensors.
+        scale: (rows,) of each.
+        to: of the shapes of `source`. Overwritten. One launch does where each list is of one dtype, and a pair lies in
+            one order without holes, row after row; otherwise there is one for each weight.
     """
     if source:
         _scale_rows_op([*source], [*scale], [*to])

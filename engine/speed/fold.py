@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from retemper.engine.device import is_out_of_memory
 from retemper.kernels import epilogue
 from retemper.kernels.fold_weights import fold_norms_, scale_rows_
-from retemper.kernels.runtime import is_dense_batch_first
 
 BATCH_NORM = nn.BatchNorm2d | nn.SyncBatchNorm  # the same function in eval mode
 
@@ -43,7 +42,7 @@ class FoldedConv(nn.Module):
         self.fused, self.relu, self.bare = fused, False, False
         self.register_buffer("weight", conv.weight.detach().to(dtype, copy=True))
         self.shift = torch.empty(0)
-        self.stays = isinstance(conv.weight, nn.Parameter) and is_dense_batch_first(conv.weight)
+        self.stays = isinstance(conv.weight, nn.Parameter)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map (B, C, H, W) to (B, C', H', W'), the convolution's output; `residual` has the shape of that."""

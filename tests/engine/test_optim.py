@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from retemper.cli import run
 from retemper.engine import HeldOut, Recipe, State, create_model, train_step
 from retemper.engine.catalogue import find_setting
-from retemper.engine.optim import Average, perturb_weights
+from retemper.engine.optim import Average, Perturbation
 from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.run.steps import Steps
 from retemper.engine.step import descend, observe
@@ -195,6 +195,14 @@ def loss_of(state: State, recipe: Recipe, images: dict[str, Tensor], targets: An
     return recipe.method.loss({name: state.student(images[name]) for name in recipe.method.forwards}, targets)
 
 
+def perturbed(student: nn.Module, loss: Callable[[], Tensor]) -> Perturbation:
+    """Move the student's weights up the loss by a twentieth of their norms."""
+    perturbation = Perturbation(student)
+    perturbation.gamma.fill_(0.05)
+    perturbation.move(loss)
+    return perturbation
+
+
 def test_the_perturbed_weights_are_the_formula_and_cost_more(device: torch.device) -> None:
     state, recipe, images, targets = prepared(device)
     student = state.student
@@ -204,16 +212,15 @@ def test_the_perturbed_weights_are_the_formula_and_cost_more(device: torch.devic
     gradients = dict(zip(weights, torch.autograd.grad(plain, list(weights.values())), strict=True))
     student.load_state_dict(start)
 
-    before = perturb_weights(
-        student, torch.tensor(0.05, device=device), lambda: loss_of(state, recipe, images, targets)
-    )
+    perturbation = perturbed(student, lambda: loss_of(state, recipe, images, targets))
+    before = dict(zip(map(id, perturbation.weights), perturbation.before, strict=True))
     assert len(before) == len(weights) > 5
     for name, value in student.state_dict().items():
         if name in weights:
             step = 0.05 * start[name].norm() * gradients[name] / gradients[name].norm()
             torch.testing.assert_close(value, start[name] + step)
             assert not torch.equal(value, start[name])
-            assert torch.equal(before[student.get_parameter(name)], start[name])
+            assert torch.equal(before[id(student.get_parameter(name))], start[name])
         else:
             assert torch.equal(value, start[name]), "biases, scales and statistics stay"
     assert loss_of(state, recipe, images, targets) > 1.01 * plain
@@ -222,7 +229,7 @@ def test_the_perturbed_weights_are_the_formula_and_cost_more(device: torch.devic
 def test_a_step_descends_by_the_gradient_at_the_perturbed_weights(device: torch.device) -> None:
     state, recipe, images, targets = prepared(device, momentum=0.0, weight_decay=0.0, nesterov=False)
     student, start = state.student, values(state.student)
-    perturb_weights(student, torch.tensor(0.05, device=device), lambda: loss_of(state, recipe, images, targets))
+    perturbed(student, lambda: loss_of(state, recipe, images, targets))
     there = loss_of(state, recipe, images, targets)
     parameters = dict(student.named_parameters())
     gradients = dict(zip(parameters, torch.autograd.grad(there, list(parameters.values())), strict=True))

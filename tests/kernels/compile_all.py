@@ -46,6 +46,8 @@ noise = import_module("retemper.kernels.noise")
 views = import_module("retemper.kernels.augment")
 after = import_module("retemper.kernels.epilogue")
 folds = import_module("retemper.kernels.fold_weights")
+guards = import_module("retemper.kernels.guard")
+moved = import_module("retemper.kernels.moved_weights")
 
 Case = tuple[Any, dict[str, str], dict[str, Any]]  # a kernel; the types of its arguments; its constants
 
@@ -142,15 +144,16 @@ def class_sums(dtype: str) -> Iterator[Case]:
     types = {"logits_ptr": f"*{dtype}", "label_ptr": "*i64" if ALIGNED[dtype] else "*u8", "hit_ptr": "*i8"}
     types |= dict.fromkeys(["part_correct_ptr", "part_count_ptr", "correct_ptr", "count_ptr"], "*i64")
     types |= dict.fromkeys(["loss_ptr", "part_loss_ptr", "cross_entropy_ptr"], "*fp32") | {"B": "i32", "parts": "i32"}
+    add = {"ADD": OPTIONAL[dtype] is not None}
     for classes in (10, sums.WIDEST, 100, 1000):
         tiles = rows.row_tiles(classes, gcd(classes, 16 // SIZE[dtype])) | {"STRIDE": classes}
         if classes <= sums.WIDEST:
-            yield sums._class_sums_kernel, types, tiles | {"WIDTH": next_power_of_2(classes)}
+            yield sums._class_sums_kernel, types, tiles | {"WIDTH": next_power_of_2(classes), **add}
         else:
             yield sums._row_losses_kernel, types, tiles
     for classes in (10, 1000):
-        yield sums._total_kernel, types, sums.sum_tiles(classes)
-    yield sums._slice_sums_kernel, types, sums.sum_tiles(1000) | {"SLICE": sums.SLICE}
+        yield sums._total_kernel, types, sums.sum_tiles(classes) | add
+    yield sums._slice_sums_kernel, types, sums.sum_tiles(1000) | {"SLICE": sums.SLICE, **add}
 
 
 def jensen_shannon(dtype: str) -> Iterator[Case]:
@@ -193,6 +196,23 @@ def folding(dtype: str) -> Iterator[Case]:
     types |= {"shift_ptr": "*fp32", "source_ptr": "*fp32", "to_ptr": f"*{dtype}"}
     yield folds._fold_norms_kernel, types, {"CHANNELS": folds.CHANNELS}
     yield folds._scale_rows_kernel, types, {"ROWS": folds.ROWS, "COLS": folds.COLS}
+
+
+def guarding(dtype: str) -> Iterator[Case]:
+    names = ["loss_ptr", "loss_at_ptr", "found_ptr", "poison_ptr", "total_ptr"]
+    types = {**dict.fromkeys(names, "*fp32"), **dict.fromkeys(["next_seed_ptr", "seed_ptr"], "*i64")}
+    types |= {"norms_ptr": "*fp32", "norms": "i32", "rows": "i32"}
+    absent = {"norms_ptr": None} if dtype == "fp32" else {}
+    yield guards._guard_kernel, types, {"BLOCK": guards.BLOCK, "num_warps": 1, **absent}
+
+
+def moving(dtype: str) -> Iterator[Case]:
+    weights = ["average_ptr", "weight_ptr", "gradient_ptr", "kept_ptr"]
+    numbers = ["active_ptr", "count_ptr", "weight_norm_ptr", "gradient_norm_ptr", "gamma_ptr"]
+    types = {"table_ptr": "*i64", **dict.fromkeys(weights, f"*{dtype}"), **dict.fromkeys(numbers, "*fp32")}
+    absent = {} if OPTIONAL[dtype] else {"rate": None}
+    yield moved._follow_kernel, types | {"rate": "fp32"}, {"CHUNK": moved.CHUNK, **absent}
+    yield moved._perturb_kernel, types, {"CHUNK": moved.CHUNK}
 
 
 def compile_case(case: Case, target: GPUTarget, aligned: bool) -> Any:
@@ -261,6 +281,8 @@ def report(folder: str, name: str) -> None:
                 *augmentation(dtype),
                 *convolution(dtype),
                 *folding(dtype),
+                *guarding(dtype),
+                *moving(dtype),
             ):
                 compiled = compile_case(case, target, aligned)
                 what = {"kernel": case[0].__name__, "dtype": dtype, "aligned": aligned, "row": row(case[2])}

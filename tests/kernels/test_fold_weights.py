@@ -80,15 +80,17 @@ def test_a_cpu_gets_the_bits_of_a_chain_layer_by_layer(dtype: torch.dtype) -> No
     assert torch.equal(scale, torch.cat(scales)) and torch.equal(shift, torch.cat(shifts))
 
 
-@pytest.mark.triton
-def test_what_lies_in_another_order_is_refused(device: torch.device) -> None:
+def test_what_lies_in_another_order_takes_plain_pytorch(device: torch.device) -> None:
     weight, scale = torch.rand(4, 3, 3, 3, device=device), torch.rand(4, device=device)
-    with pytest.raises(ValueError, match="strides"):
-        scale_rows_([weight], [scale], [torch.empty_like(weight).to(memory_format=torch.channels_last)])
-    with pytest.raises(ValueError, match="strides"):
-        scale_rows_([weight.transpose(0, 1)], [scale[:3]], [torch.empty(3, 4, 3, 3, device=device)])
-    with pytest.raises(ValueError, match="shape"):
-        scale_rows_([weight], [scale[:3]], [torch.empty_like(weight)])
+    odd = [weight, weight.transpose(0, 1), weight.expand(4, 3, 3, 3)[:, :, ::2]]
+    folded = [
+        torch.empty_like(weight).to(memory_format=torch.channels_last),
+        *(torch.empty(w.shape, device=device) for w in odd[1:]),
+    ]
+    scales = [scale[: len(one)] for one in odd]
+    scale_rows_(odd, scales, folded)
+    for own, source, by in zip(folded, odd, scales, strict=True):
+        assert torch.equal(own, source * by[:, None, None, None])
 
 
 def test_the_operators_keep_to_their_schemas(device: torch.device) -> None:
