@@ -30,7 +30,6 @@ class FoldedConv(nn.Module):
         fused: whether one kernel adds the shift and the residual and applies the ReLU.
         relu: whether act is a ReLU; otherwise it is the identity.
         bare: whether the shift is left to another convolution, whose shortcut this one is.
-        stays: whether the network's weight keeps its place: one that is computed anew for each use does not.
         shift: (C',), a view of the twin's vector of all shifts.
     """
 
@@ -42,7 +41,6 @@ class FoldedConv(nn.Module):
         self.fused, self.relu, self.bare = fused, False, False
         self.register_buffer("weight", conv.weight.detach().to(dtype, copy=True))
         self.shift = torch.empty(0)
-        self.stays = isinstance(conv.weight, nn.Parameter)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map (B, C, H, W) to (B, C', H', W'), the convolution's output; `residual` has the shape of that."""
@@ -146,22 +144,30 @@ class Folded(nn.Module):
 
         It is done in place: no tensor changes its address, so that a captured step stays valid.
         """
+        if self.folded:
+            self._fold()
         if self.copied:
             values, sources = zip(*self.copied, strict=True)
             torch._foreach_copy_(values, sources)  # pyright: ignore[reportPrivateImportUsage]
+        return self
+
+    def _fold(self) -> None:
+        """Write every scale and shift, and every folded weight: two launches on a GPU."""
         norms = [folded.source[-1] for folded in self.folded]
-        if not norms:
-            return self
         mean, var = ([n.get_buffer(name) for n in norms] for name in ("running_mean", "running_var"))
         gamma, beta = [n.weight for n in norms], [n.bias for n in norms]
         fold_norms_(gamma, beta, mean, var, self.eps, self.scale, self.shift, self.shortcuts)
-        convs = [(f, scale) for f, scale in zip(self.folded, self.scales, strict=True) if isinstance(f, FoldedConv)]
-        stay = [(conv, scale) for conv, scale in convs if conv.stays]
-        scale_rows_([c.source[0].weight for c, _ in stay], [scale for _, scale in stay], [c.weight for c, _ in stay])
-        for conv, scale in convs:
-            if not conv.stays:
-                conv.refresh(scale)
-        return self
+        sources, scales, weights = [], [], []
+        for folded, scale in zip(self.folded, self.scales, strict=True):
+            if isinstance(folded, FoldedConv):
+                weight = folded.source[0].weight
+                if isinstance(weight, nn.Parameter):
+                    sources.append(weight)
+                    scales.append(scale)
+                    weights.append(folded.weight)
+                else:  # it is computed anew for each use, in another place
+                    folded.refresh(scale)
+        scale_rows_(sources, scales, weights)
 
 
 def _traced(model: nn.Module) -> fx.GraphModule:
