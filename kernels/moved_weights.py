@@ -22,7 +22,7 @@ from retemper.kernels.operators import operator
 from retemper.kernels.runtime import EXACT, launching
 from retemper.kernels.tables import Row, Tables, lie_alike
 
-CHUNK = 4096  # values of a program, 32 a thread of 4 warps. Chosen from the code for sm_90, not yet measured on a GPU.
+CHUNK = 2048  # values of a program, 16 a thread of 4 warps. Chosen from the code for sm_90, not yet measured on a GPU.
 TINY = tl.constexpr(1e-12)
 
 
@@ -52,29 +52,44 @@ def perturb_reference(
 
 
 @triton.jit
-def _places(row_ptr, CHUNK: tl.constexpr):
-    """Return the offsets of a program's values, and a mask of those that exist; a row begins with their number."""
-    place = tl.arange(0, CHUNK)
-    return place, place < tl.load(row_ptr)
+def _at(row_ptr, like_ptr):
+    """Return the address in a table as a pointer like another, at a multiple of 16 bytes."""
+    return tl.multiple_of(tl.load(row_ptr).to(like_ptr.dtype), 16)
+
+
+@triton.jit
+def _follow_piece(average_ptr, weight_ptr, share, inside):
+    """Move a program's values; `inside` is None where all exist, which lets an access have 16 bytes."""
+    average = tl.load(average_ptr, mask=inside).to(tl.float32)
+    weight = tl.load(weight_ptr, mask=inside).to(tl.float32)
+    apart = weight - average
+    near, far = average + share * apart, weight - apart * (1.0 - share)  # each is exact at its own end
+    tl.store(average_ptr, tl.where(share < 0.5, near, far).to(average_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _follow_kernel(table_ptr, average_ptr, weight_ptr, active_ptr, count_ptr, rate, CHUNK: tl.constexpr):
-    row_ptr = table_ptr + tl.program_id(0) * 4
-    place, inside = _places(row_ptr, CHUNK)
-    average_ptr = tl.load(row_ptr + 1).to(average_ptr.dtype) + place
-    weight_ptr = tl.load(row_ptr + 2).to(weight_ptr.dtype) + place
+    row_ptr, place = table_ptr + tl.program_id(0) * 4, tl.arange(0, CHUNK)
     count = tl.load(count_ptr)
     share = tl.div_rn(1.0, count + 1.0)
     if rate is not None:
         share = tl.where(count > 0, rate, share)
     share = tl.where(tl.load(active_ptr) > 0, share, 1.0)
-    average = tl.load(average_ptr, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr, mask=inside, other=0.0).to(tl.float32)
-    apart = weight - average
-    near, far = average + share * apart, weight - apart * (1.0 - share)  # each is exact at its own end
-    average = tl.where(share < 0.5, near, far)
-    tl.store(average_ptr, average.to(average_ptr.dtype.element_ty), mask=inside)
+    values = tl.load(row_ptr)
+    average_ptr, weight_ptr = _at(row_ptr + 1, average_ptr) + place, _at(row_ptr + 2, weight_ptr) + place
+    if values == CHUNK:
+        _follow_piece(average_ptr, weight_ptr, share, None)
+    else:
+        _follow_piece(average_ptr, weight_ptr, share, place < values)
+
+
+@triton.jit
+def _perturb_piece(weight_ptr, gradient_ptr, kept_ptr, by, fine, inside):
+    """Move and keep a program's values; `inside` is None where all exist."""
+    weight = tl.load(weight_ptr, mask=inside)
+    tl.store(kept_ptr, weight, mask=inside)
+    move = tl.where(fine, by * tl.load(gradient_ptr, mask=inside).to(tl.float32), 0.0)
+    tl.store(weight_ptr, (weight.to(tl.float32) + move).to(weight_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -88,27 +103,26 @@ def _perturb_kernel(
     gamma_ptr,
     CHUNK: tl.constexpr,
 ):
-    row_ptr = table_ptr + tl.program_id(0) * 5
-    place, inside = _places(row_ptr, CHUNK)
-    weight_ptr = tl.load(row_ptr + 1).to(weight_ptr.dtype) + place
-    gradient_ptr = tl.load(row_ptr + 2).to(gradient_ptr.dtype) + place
-    kept_ptr = tl.load(row_ptr + 3).to(kept_ptr.dtype) + place
+    row_ptr, place = table_ptr + tl.program_id(0) * 5, tl.arange(0, CHUNK)
     number = tl.load(row_ptr + 4)
     size = tl.load(weight_norm_ptr + number).to(tl.float32)
     slope = tl.load(gradient_norm_ptr + number).to(tl.float32)
     by = tl.div_rn(tl.load(gamma_ptr).to(tl.float32) * size, slope + TINY)
-    weight = tl.load(weight_ptr, mask=inside, other=0.0)
-    tl.store(kept_ptr, weight, mask=inside)
-    gradient = tl.load(gradient_ptr, mask=inside, other=0.0).to(tl.float32)
-    move = tl.where(slope - slope == 0.0, by * gradient, 0.0)  # of infinity and NaN the difference is NaN
-    tl.store(weight_ptr, (weight.to(tl.float32) + move).to(weight_ptr.dtype.element_ty), mask=inside)
+    fine = slope - slope == 0.0  # of infinity and NaN the difference is NaN
+    values = tl.load(row_ptr)
+    weight_ptr, gradient_ptr = _at(row_ptr + 1, weight_ptr) + place, _at(row_ptr + 2, gradient_ptr) + place
+    kept_ptr = _at(row_ptr + 3, kept_ptr) + place
+    if values == CHUNK:
+        _perturb_piece(weight_ptr, gradient_ptr, kept_ptr, by, fine, None)
+    else:
+        _perturb_piece(weight_ptr, gradient_ptr, kept_ptr, by, fine, place < values)
 
 
 def _chunks(*lists: Sequence[Tensor]) -> list[Row] | None:
     """Return for each piece of a tensor how many values are left, the address in each list, and the tensor's number."""
     rows = []
     for number, given in enumerate(zip(*lists, strict=True)):
-        if not lie_alike(*given):
+        if not lie_alike(*given) or any(one.data_ptr() % 16 for one in given):
             return None
         for start in range(0, given[0].numel(), CHUNK):
             places = (one.data_ptr() + start * one.element_size() for one in given)
