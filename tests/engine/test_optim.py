@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from retemper.cli import run
 from retemper.engine import HeldOut, Recipe, State, create_model, train_step
@@ -257,6 +258,60 @@ def test_a_perturbation_waits_for_its_epoch(device: torch.device) -> None:
     state.start_epoch(recipe, 3, 7)
     train_step(state, recipe, *batch(device))
     assert any(not torch.equal(value, results[0][name]) for name, value in values(state.student).items())
+
+
+@pytest.mark.usefixtures("values_unseen")
+def test_what_moves_many_tensors_takes_few_operators(device: torch.device) -> None:
+    """A dozen at most, however many layers there are: an operator of many tensors is a launch or two on a GPU."""
+    state, _ = make(device, average="ema", awp_gamma=0.05)
+    student, average, perturbation = state.student, state.average, state.perturbation
+    assert average is not None and perturbation is not None and state.twin is not None
+    for weight in student.parameters():
+        weight.grad = torch.ones_like(weight)
+    gradients = [weight.grad for weight in student.parameters() if weight.grad is not None]
+    ready = [torch.ones_like(weight) for weight in perturbation.weights]
+    zero = torch.zeros((), device=device)
+    assert operators(state.twin.refresh) == ["fold_norms_", "scale_rows_", "_foreach_copy_"]
+    assert operators(lambda: average.follow(student)) == ["follow_", "_foreach_copy_", "add_"]
+    assert operators(lambda: state.guard.look(zero, gradients, state.noise_seed, state.loss_sum, 3)) == [
+        "_foreach_norm", "stack", "guard_",
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.autograd, "grad", lambda *_: ready)
+        moved = operators(lambda: perturbation.move(lambda: zero))
+    assert moved == ["_foreach_copy_"] * 5 + ["_foreach_norm", "stack"] * 2 + ["perturb_"]
+    assert operators(lambda: perturbation.put_back(0.1, state.scaler)) == [
+        "_foreach_sub", "_foreach_mul_", "_foreach_add_", "_foreach_copy_",
+    ]  # fmt: skip
+
+
+def operators(work: Callable[[], object]) -> list[str]:
+    """The operators that `work` calls, but for views."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        work()
+    return [name for name in seen if name not in ("detach", "alias")]
+
+
+@pytest.mark.parametrize("decay", ["own", "perturbed"])
+def test_the_decay_of_perturbed_weights_is_added_to_their_gradients(decay: str, device: torch.device) -> None:
+    student = nn.Linear(3, 2).to(device)
+    perturbation, start = Perturbation(student), student.weight.detach().clone()
+    perturbation.gamma.fill_(0.1)
+    gradient = torch.randn(2, 3, device=device)
+    perturbation.move(lambda: (student.weight * gradient).sum())
+    there = student.weight.detach().clone()
+    student.weight.grad = gradient.clone()
+    rate = 0.3 if decay == "perturbed" else 0.0
+    perturbation.put_back(rate, torch.amp.GradScaler(device.type, enabled=False))
+    assert torch.equal(student.weight, start) and not torch.equal(there, start)
+    assert torch.equal(student.weight.grad, gradient + rate * (there - start))
 
 
 def test_a_run_with_awp_and_a_mean_of_its_weights_is_evaluated(tmp_path: Path) -> None:
