@@ -64,10 +64,19 @@ def tuned_convolutions() -> AbstractContextManager[None]:
     return _switched(True, _attribute(torch.backends.cudnn, "benchmark"))
 
 
-def repeatable() -> AbstractContextManager[None]:
-    """Get the same bits from the same work inside, on a GPU too: slower wherever two threads could race."""
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Get the same bits from the same work inside, on a GPU too: slower wherever two threads could race.
+
+    Fresh memory is not filled with NaN, which PyTorch would do by a launch for each tensor. It is there to show what
+    reads memory that nothing wrote; the kernels' tests keep it on, and PyTorch's own operators need it no more than
+    elsewhere.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS may sum in another order
-    return _switched(True, (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms))
+    filling = _attribute(torch.utils.deterministic, "fill_uninitialized_memory")
+    algorithms = torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms
+    with _switched(True, algorithms), _switched(False, filling):
+        yield
 
 
 def exact_fp32() -> AbstractContextManager[None]:

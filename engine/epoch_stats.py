@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from retemper.kernels.class_sums import add_class_sums_
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassSums:
@@ -24,11 +26,9 @@ class ClassSums:
         loss, correct, count = torch.zeros(3, num_classes, device=device, dtype=dtype)
         return cls(loss_K=loss, correct_K=correct.long(), count_K=count.long())
 
-    def add(self, loss_K: Tensor, correct_K: Tensor, count_K: Tensor) -> None:
-        """Count one more batch."""
-        self.loss_K.add_(loss_K)
-        self.correct_K.add_(correct_K)
-        self.count_K.add_(count_K)
+    def add(self, logits_BK: Tensor, label_B: Tensor) -> None:
+        """Count one more batch: logits without gradient, and the label of each row, any whole numbers."""
+        add_class_sums_(logits_BK, label_B, self.loss_K, self.correct_K, self.count_K)
 
     @property
     def mean_loss_K(self) -> Tensor:

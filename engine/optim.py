@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from retemper.engine.groups import Optimisation
+from retemper.kernels.guard import guard_
+from retemper.kernels.moved_weights import follow_, perturb_
 
 
 class Average:
@@ -47,15 +48,10 @@ class Average:
     @torch.no_grad()
     def follow(self, student: nn.Module) -> None:
         """Take in the student as it is now. Counts of batches are copied."""
-        share = 1 / (self.count + 1)
-        if self.kind == "ema":
-            share = torch.where(self.count > 0, 1 - self.decay, share)
-        share = torch.where(self.active > 0, share, 1.0)
         now = [*student.state_dict().values()]
         real = [value for value in now if value.is_floating_point()]
-        torch._foreach_lerp_(self.real, real, [share] * len(real))  # pyright: ignore[reportPrivateImportUsage]
-        for count, value in zip(self.whole, (v for v in now if not v.is_floating_point()), strict=True):
-            count.copy_(value)
+        follow_(self.real, real, self.active, self.count, 1 - self.decay if self.kind == "ema" else None)
+        copy_each(self.whole, [value for value in now if not value.is_floating_point()])
         self.count += self.active
 
     def skip(self, student: nn.Module) -> None:
@@ -78,46 +74,67 @@ def wide_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype is torch.float64 else torch.float32
 
 
-def perturb_weights(
-    student: nn.Module,
-    gamma: Tensor,
-    loss: Callable[[], Tensor],
-    whole: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list,
-) -> dict[nn.Parameter, Tensor]:
-    """Move every weight of two dimensions or more up the gradient of a loss, by `gamma` times its norm (AWP).
+class Perturbation:
+    """The adversarial perturbation of a network's weights of two dimensions or more (AWP), and the way back.
 
     Args:
-        gamma: 0-dim, on the device of the student.
-        loss: runs the student and returns a 0-dim loss; what it does to batch-norm statistics is undone.
-        whole: turns the gradients of this process's rows into those of the whole batch.
-    Returns:
-        Each weight that moved, with a copy of its value before.
+        student: on the device that it is trained on.
+
+    Attributes:
+        gamma: 0-dim, how far the weights move, a fraction of their norm; 0 until it is set.
+        before: the weights before they moved.
     """
-    weights = [parameter for parameter in student.parameters() if parameter.dim() > 1]
-    statistics = [(buffer, buffer.clone()) for buffer in student.buffers()]
-    gradients = whole(torch.autograd.grad(loss(), weights))
-    before = {}
-    with torch.no_grad():
-        for buffer, value in statistics:
-            buffer.copy_(value)
-        for weight, gradient in zip(weights, gradients, strict=True):
-            before[weight] = weight.clone()
-            move = gamma * weight.norm() / (gradient.norm() + 1e-12) * gradient
-            weight += torch.where(gradient.isfinite().all(), move, 0)  # an overflow moves nothing
-    return before
+
+    def __init__(self, student: nn.Module) -> None:
+        self.weights = [weight for weight in student.parameters() if weight.dim() > 1]
+        self.gradients, self.before = ([torch.empty_like(weight) for weight in self.weights] for _ in range(2))
+        self.statistics = [*student.buffers()]
+        self.kept = [torch.empty_like(buffer) for buffer in self.statistics]
+        self.gamma = self.weights[0].new_zeros((), dtype=wide_dtype(self.weights[0]))
+
+    def move(self, loss: Callable[[], Tensor], whole: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list) -> None:
+        """Move every weight up the gradient of a loss, by `gamma` times its norm. An overflow moves nothing.
+
+        Args:
+            loss: runs the student and returns a 0-dim loss; what it does to batch-norm statistics is undone.
+            whole: turns the gradients of this process's rows into those of the whole batch.
+        """
+        copy_each(self.kept, self.statistics)
+        gradients = whole(torch.autograd.grad(loss(), self.weights))
+        copy_each(self.statistics, self.kept)
+        copy_each(self.gradients, gradients)
+        sizes, slopes = norms(self.weights), norms(self.gradients)
+        with torch.no_grad():
+            perturb_(self.weights, self.gradients, self.before, sizes, slopes, self.gamma)
+
+    @torch.no_grad()
+    def put_back(self, decay: float, scaler: torch.amp.GradScaler) -> None:
+        """Give the weights their values of before, once their gradients are known.
+
+        Args:
+            decay: the weight decay where it is that of the perturbed weights: what it lacks is added to the gradients.
+        """
+        moved = [(w, w.grad, v) for w, v in zip(self.weights, self.before, strict=True) if w.grad is not None]
+        if decay and moved:
+            weights, gradients, before = zip(*moved, strict=True)
+            lacking = torch._foreach_sub(weights, before)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_mul_(lacking, decay)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_add_(gradients, scaler.scale(lacking))  # pyright: ignore
+        copy_each(self.weights, self.before)
 
 
 @torch.no_grad()
-def put_back(before: Mapping[nn.Parameter, Tensor], decay: float, scaler: torch.amp.GradScaler) -> None:
-    """Give perturbed weights the values of before, `perturb_weights`, once their gradients are known.
+def copy_each(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
+    """Copy tensors into others of their shapes, with a launch for dozens of one dtype that lie alike."""
+    for dtype in dict.fromkeys(one.dtype for one in to):
+        pairs = [pair for pair in zip(to, source, strict=True) if pair[0].dtype is dtype]
+        torch._foreach_copy_(*zip(*pairs, strict=True))  # pyright: ignore
 
-    Args:
-        decay: the weight decay where it is that of the perturbed weights: what it lacks is added to the gradients.
-    """
-    for weight, value in before.items():
-        if decay and weight.grad is not None:
-            weight.grad += scaler.scale(decay * (weight - value))
-        weight.copy_(value)
+
+@torch.no_grad()
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the L2 norm of each of some tensors, (N,)."""
+    return torch.stack([*torch._foreach_norm([*tensors])])  # pyright: ignore[reportPrivateImportUsage]
 
 
 class Guard:
@@ -138,22 +155,27 @@ class Guard:
         self.seed = torch.full((1,), -1, dtype=torch.int64, device=device)
         self.loss, self.found_inf, self.poison = torch.zeros(3, device=device)
 
-    def look(self, loss: Tensor, gradients: Sequence[Tensor], seed: Tensor) -> None:
-        """Check a step before its update.
+    @torch.no_grad()
+    def look(self, loss: Tensor, gradients: Sequence[Tensor], seed: Tensor, total: Tensor, rows: int) -> None:
+        """Check a step before its update, and count it.
 
         Args:
             loss: 0-dim.
             gradients: of any shapes; one whose norm overflows is not finite either.
-            seed: (1,) int64, the step's noise seed.
+            seed: (1,) int64, the step's noise seed; it moves on to the next step's.
+            total: 0-dim, the sum of the losses so far; it grows by that of `rows` images.
         """
-        finite = loss.isfinite()
-        if gradients:
-            finite = finite & get_total_norm(gradients).isfinite()
-        first = ~finite & (self.seed < 0).view(())
-        self.seed.copy_(torch.where(first, seed, self.seed))
-        self.loss.copy_(torch.where(first, loss, self.loss))
-        self.found_inf.copy_((self.seed >= 0).view(()))
-        self.poison.masked_fill_(self.found_inf > 0, torch.nan)
+        guard_(
+            loss,
+            norms(gradients) if gradients else None,
+            rows,
+            next_seed=seed,
+            seed=self.seed,
+            loss_at=self.loss,
+            found=self.found_inf,
+            poison=self.poison,
+            total=total,
+        )
 
 
 def sgd(options: Optimisation, student: nn.Module, device: torch.device, fused: bool) -> torch.optim.SGD:

@@ -14,12 +14,12 @@ from retemper.engine.distributed.gradient_bucket import GradientBucket
 from retemper.engine.distributed.ranks import ALONE, Part, Ranks
 from retemper.engine.epoch_stats import ClassMeans, ClassSums
 from retemper.engine.models import MODELS, channels_last
-from retemper.engine.optim import Average, Guard, sgd, wide_dtype
+from retemper.engine.optim import Average, Guard, Perturbation, sgd, wide_dtype
 from retemper.engine.recipe import Method, Recipe, Targets
 from retemper.engine.speed.beside import Branch
 from retemper.engine.speed.fold import Folded
 from retemper.engine.speed.together import Together
-from retemper.kernels import augment, class_sums
+from retemper.kernels import augment
 
 
 class State:
@@ -36,7 +36,7 @@ class State:
         forwards: the student's forwards in each step of the epoch.
         sums, measured, loss_sum: of the epoch so far; `start_epoch` empties them.
         average: of the student's weights, where the recipe asks for one.
-        awp_gamma: how far the weights are perturbed, 0-dim; None where they never are.
+        perturbation: of the student's weights, where the recipe asks for one.
         part: which rows of each batch are this process's.
         beside: where the teachers answer before the attack.
         bucket: the gradients, where several processes add them up; None in one on its own.
@@ -82,7 +82,7 @@ class State:
         self.measured: dict[str, ClassMeans] = {}
         self.loss_sum = torch.zeros((), device=device, dtype=dtype)
         self.average = None if optim.average == "none" else Average(student, optim.average, optim.ema_decay)
-        self.awp_gamma = torch.zeros((), device=device, dtype=dtype) if optim.awp_gamma else None
+        self.perturbation = Perturbation(student) if optim.awp_gamma else None
         self.part, self.beside = Part.begin(ranks, device), Branch(device, execution.beside)
         self.bucket = GradientBucket(student, ranks) if ranks.joined else None
 
@@ -101,8 +101,8 @@ class State:
         self.forwards = recipe.method.forwards_in(epoch, recipe)
         for total in self.epoch_sums():
             total.zero_()
-        if self.awp_gamma is not None:
-            self.awp_gamma.fill_(optim.awp_gamma if epoch >= optim.awp_from else 0.0)
+        if self.perturbation is not None:
+            self.perturbation.gamma.fill_(optim.awp_gamma if epoch >= optim.awp_from else 0.0)
         if self.average is not None:
             self.average.active.fill_(epoch >= optim.average_from)
         self.noise_seed.fill_(noise_seed)
@@ -125,18 +125,17 @@ class State:
         """Return what the attack looks at: the student as it is now."""
         return self.student if self.twin is None else self.twin.refresh()
 
-    def count(self, method: Method, logits: Mapping[str, Tensor], targets: Targets, loss: Tensor) -> None:
-        """Count a step: each forward's class sums, the loss, and what the method measures besides.
+    def count(self, method: Method, logits: Mapping[str, Tensor], targets: Targets) -> None:
+        """Count a step: each forward's class sums, and what the method measures besides. The guard counts its loss.
 
         A process without rows counts nothing, and moves the class state along with the others.
         """
         counts, label_B = not targets.part.idle, targets.label_B
         logits = {name: logits_BK.detach() for name, logits_BK in logits.items()}
         if counts:
-            self.loss_sum += loss * label_B.numel()
             for name, sums in self.sums.items():
                 if name in logits:
-                    sums.add(*class_sums(logits[name], label_B, self.num_classes))
+                    sums.add(logits[name], label_B)
         for name, value_BD in method.measured(logits, targets).items():
             if name not in self.measured:  # in the first step, which is not captured
                 values = value_BD.numel() // max(1, len(value_BD))

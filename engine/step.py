@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from retemper.engine.attack import ascend, module_mode
 from retemper.engine.attack_plan import Plan
 from retemper.engine.losses import as_label
-from retemper.engine.optim import perturb_weights, put_back
 from retemper.engine.recipe import Recipe, Targets
 from retemper.engine.speed.beside import Awaiting
 from retemper.engine.state import State
@@ -52,9 +51,7 @@ def train_step(
         if targets.watched is not None:
             images |= targets.watched.images(images["adv"])
     targets = observe_attacked(state, recipe, images["adv"], targets)
-    loss = descend(state, recipe, images, targets)
-    state.noise_seed += 1
-    return loss
+    return descend(state, recipe, images, targets)
 
 
 def _require_batch(state: State, clean_BCHW: Tensor, label_B: Tensor, teacher_BK: Tensor | None) -> None:
@@ -135,26 +132,27 @@ def observe_attacked(state: State, recipe: Recipe, adv_BCHW: Tensor, targets: Ta
 
 def descend(state: State, recipe: Recipe, images: Mapping[str, Tensor], targets: Targets) -> Tensor:
     """Take one step of the optimizer on `images`, named as in `Method.forwards`; return the loss before it."""
-    part, before = state.part, {}
+    part = state.part
     state.student.train(not part.idle)
-    if state.awp_gamma is not None:
+    if state.perturbation is not None:
 
         def scaled() -> Tensor:
             return state.scaler.scale(part.weigh(perturbing_loss(state, recipe, images, targets)))
 
-        before = perturb_weights(state.student, state.awp_gamma, scaled, part.ranks.all_reduced)
+        state.perturbation.move(scaled, part.ranks.all_reduced)
     logits, loss = forward(state, recipe, images, targets)
     share = part.weigh(loss)
     share = share + state.guard.poison if state.scaler.is_enabled() else share
     state.scaler.scale(share).backward()
     whole = loss.detach() if state.bucket is None else state.bucket.all_reduce(share.detach())
-    decay = recipe.optim.weight_decay if recipe.optim.awp_decay == "perturbed" else 0.0
-    put_back(before, decay, state.scaler)
-    update(state, whole)
+    if state.perturbation is not None:
+        decay = recipe.optim.weight_decay if recipe.optim.awp_decay == "perturbed" else 0.0
+        state.perturbation.put_back(decay, state.scaler)
+    update(state, whole, 0 if part.idle else len(targets.label_B))
     with torch.no_grad(), state.autocast():
         for name in state.forwards.after:
             _logits(state, recipe, images, (name,))
-    state.count(recipe.method, logits, targets, loss.detach())
+    state.count(recipe.method, logits, targets)
     if state.average is not None and recipe.optim.average_every == "step":
         state.average.follow(state.student)
     return whole
@@ -211,12 +209,15 @@ def _one_by_one(state: State, images: Mapping[str, Tensor], names: tuple[str, ..
     return logits
 
 
-def update(state: State, loss: Tensor) -> None:
-    """Take the optimizer's step, unless the loss or a gradient is not finite now or was before."""
+def update(state: State, loss: Tensor, rows: int = 0) -> None:
+    """Take the optimizer's step, unless the loss or a gradient is not finite now or was before.
+
+    Counts the step too: the loss of so many rows, and the noise seed, which moves on.
+    """
     weights = [weight for weight in state.student.parameters() if weight.grad is not None]
     # a scaler skips a step whose gradients overflow in half precision and lowers the scale: they are no fault
     gradients = [] if state.scaler.is_enabled() else [weight.grad for weight in weights if weight.grad is not None]
-    state.guard.look(loss, gradients, state.noise_seed)
+    state.guard.look(loss, gradients, state.noise_seed, state.loss_sum, rows)
     held_back = state.scaler.is_enabled() or hasattr(state.optimizer, "found_inf")
     before = [] if held_back else [weight.detach().clone() for weight in weights]
     state.scaler.step(state.optimizer)

@@ -14,9 +14,6 @@ In the second, each program takes a block of classes and a slice of rows. A thir
 that has several. No program holds, and no launch writes, a number for each pair of a row and a class.
 """
 
-# pyright: reportGeneralTypeIssues=false
-# (Triton declares that static_range never returns, so pyright lets no loop go over it.)
-
 from typing import Any
 
 import torch
@@ -24,8 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retemper.kernels.language import cdiv, next_power_of_2, tl, triton
-from retemper.kernels.logit_rows import row_logits, row_tiles
-from retemper.kernels.numerics import LN2, LOG2E
+from retemper.kernels.logit_rows import row_losses, row_tiles
 from retemper.kernels.operators import operator
 from retemper.kernels.rows import LABELS, require_dense, require_each, require_logits
 from retemper.kernels.runtime import (
@@ -34,6 +30,7 @@ from retemper.kernels.runtime import (
     compute_dtype,
     launching,
     require_no_grad,
+    require_vector,
     runs_triton,
 )
 
@@ -84,48 +81,6 @@ def _all_known(label: Tensor, classes: int) -> bool:
 
 
 @triton.jit
-def _row_losses(
-    logits_ptr,
-    label_ptr,
-    row,
-    B,
-    STRIDE: tl.constexpr,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-    STEPS: tl.constexpr,
-):
-    """Return the class of each row, -1 where it has none, its cross-entropy, and whether it is predicted: (ROWS,)."""
-    label = tl.load(label_ptr + row, mask=row < B, other=0).to(tl.int64)
-    known = (row < B) & (label >= 0) & (label < K)
-    label = tl.where(known, label, -1).to(tl.int32)
-    row_ptr = logits_ptr + tl.minimum(row, B - 1) * STRIDE
-    own = tl.load(row_ptr + label, mask=known, other=0.0).to(tl.float32)
-
-    peak = tl.full((ROWS, LANES), float("-inf"), tl.float32)
-    earlier = tl.full((ROWS, LANES), float("-inf"), tl.float32)  # the highest of the classes before the label
-    total = tl.zeros((ROWS, LANES), tl.float32)
-    for start in range(0, K, STEPS * LANES):
-        logits = row_logits(row_ptr, start, K, LANES, STEPS)
-        higher = peak
-        for step in tl.static_range(STEPS):
-            higher = tl.maximum(higher, logits[step])
-        shift = tl.where(higher == float("-inf"), 0.0, higher)  # while all are -inf: -inf - -inf is NaN
-        total *= tl.exp2((peak - shift) * LOG2E)
-        for step in tl.static_range(STEPS):
-            total += tl.exp2((logits[step] - shift) * LOG2E)
-            cls = start + step * LANES + tl.arange(0, LANES)
-            before = tl.where(cls[None, :] < label[:, None], logits[step], float("-inf"))
-            earlier = tl.maximum(earlier, before)
-        peak = higher
-    top = tl.max(peak, 1)
-    total = tl.sum(total * tl.exp2((peak - tl.expand_dims(top, 1)) * LOG2E), 1)
-    cross_entropy = tl.log2(total) * LN2 - (own - top)
-    first = (own == top) & (tl.max(earlier, 1) < own)
-    return label, cross_entropy, first & (cross_entropy == cross_entropy)  # a row with NaN predicts nothing
-
-
-@triton.jit
 def _of_classes(cls, label, cross_entropy, hit):
     """Return the sums of the classes `cls` over the rows: three of (BLOCK,)."""
     member = label[:, None] == cls[None, :]
@@ -135,8 +90,12 @@ def _of_classes(cls, label, cross_entropy, hit):
 
 
 @triton.jit
-def _store(loss_ptr, correct_ptr, count_ptr, place, loss, correct, count, inside):
-    """Write the three sums, (BLOCK,) each, to their places."""
+def _store(loss_ptr, correct_ptr, count_ptr, place, loss, correct, count, inside, ADD: tl.constexpr):
+    """Write the three sums, (BLOCK,) each, to their places, or add them to what is there."""
+    if ADD:
+        loss += tl.load(loss_ptr + place, mask=inside, other=0.0)
+        correct += tl.load(correct_ptr + place, mask=inside, other=0)
+        count += tl.load(count_ptr + place, mask=inside, other=0)
     tl.store(loss_ptr + place, loss, mask=inside)
     tl.store(correct_ptr + place, correct, mask=inside)
     tl.store(count_ptr + place, count, mask=inside)
@@ -156,6 +115,7 @@ def _class_sums_kernel(
     LANES: tl.constexpr,
     STEPS: tl.constexpr,
     WIDTH: tl.constexpr,
+    ADD: tl.constexpr,
 ):
     """Write the sums of the program's rows: every so many tiles one, from all over the batch."""
     part = tl.program_id(0).to(tl.int64)
@@ -165,12 +125,12 @@ def _class_sums_kernel(
     count = tl.zeros((WIDTH,), tl.int32)
     for first in range(part * ROWS, B, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)
-        label, cross_entropy, hit = _row_losses(logits_ptr, label_ptr, row, B, STRIDE, K, ROWS, LANES, STEPS)
+        label, cross_entropy, hit = row_losses(logits_ptr, label_ptr, row, B, STRIDE, K, ROWS, LANES, STEPS)
         more_loss, more_correct, more = _of_classes(cls, label, cross_entropy, hit)
         loss += more_loss
         correct += more_correct
         count += more
-    _store(loss_ptr, correct_ptr, count_ptr, part * K + cls, loss, correct, count, cls < K)
+    _store(loss_ptr, correct_ptr, count_ptr, part * K + cls, loss, correct, count, cls < K, ADD)
 
 
 @triton.jit
@@ -188,7 +148,7 @@ def _row_losses_kernel(
 ):
     """Write the cross-entropy of each row and whether it is predicted: (B,) each."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    _, cross_entropy, hit = _row_losses(logits_ptr, label_ptr, row, B, STRIDE, K, ROWS, LANES, STEPS)
+    _, cross_entropy, hit = row_losses(logits_ptr, label_ptr, row, B, STRIDE, K, ROWS, LANES, STEPS)
     tl.store(cross_entropy_ptr + row, cross_entropy, mask=row < B)
     tl.store(hit_ptr + row, hit, mask=row < B)
 
@@ -206,6 +166,7 @@ def _slice_sums_kernel(
     BLOCK: tl.constexpr,
     TALL: tl.constexpr,
     SLICE: tl.constexpr,
+    ADD: tl.constexpr,
 ):
     """Write the sums of a block of classes over a slice of the rows."""
     block, part = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -226,7 +187,7 @@ def _slice_sums_kernel(
             loss += more_loss
             correct += more_correct
             count += more
-    _store(loss_ptr, correct_ptr, count_ptr, part * K + cls, loss, correct, count, cls < K)
+    _store(loss_ptr, correct_ptr, count_ptr, part * K + cls, loss, correct, count, cls < K, ADD)
 
 
 @triton.jit
@@ -252,17 +213,18 @@ def _total_kernel(
     K: tl.constexpr,
     BLOCK: tl.constexpr,
     TALL: tl.constexpr,
+    ADD: tl.constexpr,
 ):
     """Write the sums of a block of classes over all parts."""
     cls = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     loss = _column_total(part_loss_ptr, parts, cls, K, BLOCK, TALL)
     correct = _column_total(part_correct_ptr, parts, cls, K, BLOCK, TALL)
     count = _column_total(part_count_ptr, parts, cls, K, BLOCK, TALL)
-    _store(loss_ptr, correct_ptr, count_ptr, cls, loss, correct, count, cls < K)
+    _store(loss_ptr, correct_ptr, count_ptr, cls, loss, correct, count, cls < K, ADD)
 
 
-def _launch(logits: Tensor, label: Tensor, sums: tuple[Tensor, ...]) -> None:
-    """Fill the three (K,) of `sums` by one, two or three launches."""
+def _launch(logits: Tensor, label: Tensor, sums: tuple[Tensor, ...], add: bool = False) -> None:
+    """Fill the three (K,) of `sums` by one, two or three launches, or add to them."""
     batch, classes = logits.shape
     tiles: dict[str, Any] = row_tiles(classes, access_width(classes, logits))
     tiles |= {"STRIDE": logits.stride(0) if batch > 1 else classes, **EXACT}
@@ -271,18 +233,20 @@ def _launch(logits: Tensor, label: Tensor, sums: tuple[Tensor, ...]) -> None:
     by_tile = classes <= WIDEST
     parts = max(1, min(programs, PARTS) if by_tile else cdiv(batch, SLICE))
     to: Any = sums if parts == 1 else _empty(logits, (parts, classes))
+    last = {"ADD": add}
+    first = last if parts == 1 else {"ADD": False}
     if by_tile:
-        tiles["WIDTH"] = next_power_of_2(classes)
+        tiles |= {"WIDTH": next_power_of_2(classes), **first}
         _class_sums_kernel[(parts,)](logits, label, *to, B=batch, **tiles)
     else:
         cross_entropy = logits.new_empty(batch, dtype=torch.float32)
         hit = logits.new_empty(batch, dtype=torch.int8)
         if batch:
             _row_losses_kernel[(programs,)](logits, label, cross_entropy, hit, batch, **tiles)
-        slices = blocks | {"SLICE": SLICE}
+        slices = blocks | {"SLICE": SLICE, **first}
         _slice_sums_kernel[(grid, parts)](label, cross_entropy, hit, *to, B=batch, **slices)
     if parts > 1:
-        _total_kernel[(grid,)](*to, *sums, parts=parts, **blocks)
+        _total_kernel[(grid,)](*to, *sums, parts=parts, **blocks, **last)
 
 
 def _empty(logits: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -313,6 +277,39 @@ def _class_sums_op(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tenso
     return sums
 
 
+@operator(
+    "add_class_sums_(Tensor logits, Tensor label, Tensor(a!) loss, Tensor(b!) correct, Tensor(c!) count) -> ()",
+    fake=lambda *_: None,
+)
+def _add_class_sums_op(logits: Tensor, label: Tensor, loss: Tensor, correct: Tensor, count: Tensor) -> None:
+    _check(logits, label)
+    if runs_triton(logits, loss):
+        with launching(logits):
+            _launch(logits, label, (loss, correct, count), add=True)
+        return
+    for total, more in zip((loss, correct, count), class_sums_reference(logits, label), strict=True):
+        total += more
+
+
+def add_class_sums_(logits: Tensor, label: Tensor, loss: Tensor, correct: Tensor, count: Tensor) -> None:
+    """Add what `class_sums` returns to totals, in its launches: to the bit what adding afterwards gives.
+
+    Args:
+        logits, label: as for `class_sums`; K is the length of the totals.
+        loss: (K,) float32, or float64, contiguous; overwritten.
+        correct, count: (K,) int64, contiguous; overwritten.
+
+    Raises:
+        ValueError: as `class_sums`.
+    """
+    _require_classes(logits, loss.numel())
+    require_vector("loss", loss, logits.shape[1], torch.float32, torch.float64)
+    for name, total in (("correct", correct), ("count", count)):
+        require_vector(name, total, logits.shape[1], torch.int64)
+    require_no_grad(logits=logits)
+    _add_class_sums_op(logits, label, loss, correct, count)
+
+
 def class_sums(logits: Tensor, label: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sum the cross-entropy, the correct predictions and the samples of each class. Not differentiable.
 
@@ -332,13 +329,17 @@ def class_sums(logits: Tensor, label: Tensor, num_classes: int) -> tuple[Tensor,
         ValueError: a shape, dtype, device or stride does not fit; K is not `num_classes`; `logits` requires a gradient
             while autograd is on.
     """
-    if logits.dim() != 2 or logits.shape[1] != num_classes:
-        raise ValueError(f"logits: shape {tuple(logits.shape)}; needs (B, {num_classes}), as num_classes says")
+    _require_classes(logits, num_classes)
     require_no_grad(logits=logits)
     if _in_plain_pytorch(logits):
         _check(logits, label)
         return class_sums_reference(logits, label)
     return _class_sums_op(logits, label)
+
+
+def _require_classes(logits: Tensor, num_classes: int) -> None:
+    if logits.dim() != 2 or logits.shape[1] != num_classes:
+        raise ValueError(f"logits: shape {tuple(logits.shape)}; needs (B, {num_classes}), as num_classes says")
 
 
 def _in_plain_pytorch(logits: Tensor) -> bool:

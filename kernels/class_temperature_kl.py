@@ -242,9 +242,11 @@ def reduced(inputs: Inputs, reduction: str, compute: Any = compute, otherwise: A
         loss = evaluate(inputs, compute=compute)[0]
     else:
         loss = otherwise(inputs)
-    if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / divisor(inputs, reduction)
+    if reduction in ("none", "sum"):
+        return loss if reduction == "none" else loss.sum()
+    by = divisor(inputs, reduction)
+    mean = not isinstance(by, Tensor) and by == loss.numel()
+    return loss.mean() if mean else loss.sum() / by  # a mean is one launch
 
 
 def _in_plain_pytorch(inputs: Inputs) -> bool:

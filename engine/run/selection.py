@@ -24,7 +24,7 @@ from retemper.engine.predict import Attack, attacked_batches, predictions
 from retemper.engine.recipe import Recipe, Targets
 from retemper.engine.run.run_folder import RunFolder
 from retemper.errors import DataError
-from retemper.kernels import class_sums, class_temperature_kl
+from retemper.kernels import class_temperature_kl
 from retemper.loaders import Split
 
 
@@ -130,8 +130,8 @@ def validate(
     boundary = ClassMeans.zeros(num_classes, 1, device, dtype)
     with exact_fp32():
         for batch in attacked_batches(model, split, perturb, device=device, batch_size=batch_size, ranks=ranks):
-            clean_sums.add(*class_sums(batch.clean_BK, batch.label_B, num_classes))
-            adv_sums.add(*class_sums(batch.adv_BK, batch.label_B, num_classes))
+            clean_sums.add(batch.clean_BK, batch.label_B)
+            adv_sums.add(batch.adv_BK, batch.label_B)
             boundary_B = class_temperature_kl(batch.adv_BK, batch.clean_BK, reduction="none")
             boundary.add(boundary_B, batch.label_B)
     ranks.all_reduce_each_([value for sums in (clean_sums, adv_sums, boundary) for value in vars(sums).values()])

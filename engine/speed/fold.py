@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from retemper.engine.device import is_out_of_memory
 from retemper.engine.speed.folded_layers import BATCH_NORM, FoldedConv, FoldedLayer, FoldedNorm, padding_of
+from retemper.kernels.fold_weights import fold_norms_, scale_rows_
 
 READ_ONLY = (operator.add, torch.add)  # functions that leave their arguments as they are
 
@@ -69,7 +70,7 @@ class Folded(nn.Module):
         self.copied = [(value, source[name]) for name, value in _values(net) if name in source]
 
     def _vectors(self, dtype: torch.dtype) -> None:
-        """Make one vector for all shifts and one for all scales: folding then takes a dozen launches, not hundreds."""
+        """Make one vector for all shifts and one for all scales, which one launch fills."""
         norms = [folded.source[-1] for folded in self.folded]
         sizes = [norm.num_features for norm in norms]
         if not norms:
@@ -81,7 +82,11 @@ class Folded(nn.Module):
         eps = [norm.eps for norm in norms]
         self.eps = torch.tensor(eps, dtype=weight.dtype).repeat_interleave(torch.tensor(sizes)).to(device)
         self.rounded = self.shift.to(self.dtype) if self.at_once else self.shift  # or the vector itself, of that dtype
+        if self.rounded is not self.shift:
+            self.copied.append((self.rounded, self.shift))  # in the launch that copies what is not folded
         self.scales = self.scale.split(sizes)
+        shortcuts = {conv: shortcut for shortcut, conv in self.handed_over}
+        self.shortcuts = [self.folded.index(shortcuts[f]) if f in shortcuts else -1 for f in self.folded]
         vectors = zip(self.folded, self.scales, self.shift.split(sizes), self.rounded.split(sizes), strict=True)
         for folded, scale, shift, rounded in vectors:
             folded.shift = shift
@@ -96,23 +101,30 @@ class Folded(nn.Module):
 
         It is done in place: no tensor changes its address, so that a captured step stays valid.
         """
-        for value, source in self.copied:
-            value.copy_(source)
+        if self.folded:
+            self._fold()
+        if self.copied:
+            values, sources = zip(*self.copied, strict=True)
+            torch._foreach_copy_(values, sources)  # pyright: ignore[reportPrivateImportUsage]
+        return self
+
+    def _fold(self) -> None:
+        """Write every scale and shift, and every folded weight: two launches on a GPU."""
         norms = [folded.source[-1] for folded in self.folded]
-        if not norms:
-            return self
-        var, mean = (torch.cat([n.get_buffer(name) for n in norms]) for name in ("running_var", "running_mean"))
-        gamma, beta = torch.cat([n.weight for n in norms]), torch.cat([n.bias for n in norms])
-        torch.mul(gamma, torch.rsqrt(var + self.eps), out=self.scale)
-        self.shift.copy_(beta - self.scale * mean)
+        mean, var = ([n.get_buffer(name) for n in norms] for name in ("running_mean", "running_var"))
+        gamma, beta = [n.weight for n in norms], [n.bias for n in norms]
+        fold_norms_(gamma, beta, mean, var, self.eps, self.scale, self.shift, self.shortcuts)
+        sources, scales, weights = [], [], []
         for folded, scale in zip(self.folded, self.scales, strict=True):
             if isinstance(folded, FoldedConv):
-                folded.refresh(scale)
-        for shortcut, conv in self.handed_over:
-            conv.shift += shortcut.shift
-        if self.rounded is not self.shift:
-            self.rounded.copy_(self.shift)
-        return self
+                weight = folded.source[0].weight
+                if isinstance(weight, nn.Parameter):
+                    sources.append(weight)
+                    scales.append(scale)
+                    weights.append(folded.weight)
+                else:  # it is computed anew for each use, in another place
+                    folded.refresh(scale)
+        scale_rows_(sources, scales, weights)
 
 
 def _traced(model: nn.Module) -> fx.GraphModule:

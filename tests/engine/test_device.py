@@ -28,6 +28,11 @@ def test_tf32_is_as_asked_for_inside_and_as_before_afterwards() -> None:
     assert tf32() == before
 
 
+def fills() -> bool:
+    """Say whether PyTorch fills fresh memory in repeatable runs."""
+    return torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def test_threads_tuning_and_repeatability_are_as_before_afterwards() -> None:
     with cpu_threads(3):
         assert torch.get_num_threads() == 3
@@ -37,7 +42,9 @@ def test_threads_tuning_and_repeatability_are_as_before_afterwards() -> None:
     assert not torch.backends.cudnn.benchmark and not torch.are_deterministic_algorithms_enabled()
     with tuned(), repeatable():
         assert torch.backends.cudnn.benchmark and torch.are_deterministic_algorithms_enabled()
+        assert not fills(), "a launch for every tensor"
     assert not torch.backends.cudnn.benchmark and not torch.are_deterministic_algorithms_enabled()
+    assert fills()
 
 
 def test_torch_and_numpy_without_memory_are_known() -> None:

@@ -5,7 +5,15 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from retemper.engine import KlObjective, cross_entropy_rows, cw_objective, is_label, kl_rows
+from retemper.engine import (
+    KlObjective,
+    cross_entropy_objective,
+    cross_entropy_rows,
+    cw_objective,
+    is_label,
+    kl_rows,
+)
+from retemper.kernels import runtime
 
 
 def test_rows_are_pytorchs() -> None:
@@ -16,6 +24,30 @@ def test_rows_are_pytorchs() -> None:
     expected = F.kl_div(adv.log_softmax(1), clean.softmax(1), reduction="none").sum(1)
     torch.testing.assert_close(kl_rows(clean, adv), expected)
     assert torch.autograd.gradcheck(kl_rows, (clean.requires_grad_(), adv.requires_grad_()))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gradient_of_the_cross_entropy_in_one_launch_is_autograds(
+    dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU has none of its own, and takes autograd's."""
+    logits = (5 * torch.randn(6, 10, generator=torch.Generator().manual_seed(0))).to(device, dtype)
+    label = torch.tensor([0, 9, 3, 3, 1, 2], device=device)
+    objective = cross_entropy_objective(label)
+    if device.type == "cpu":
+        assert getattr(objective, "gradient", None) is None
+        monkeypatch.setattr(runtime, "TRITON_ON_CPU", True)
+        monkeypatch.setenv("TRITON_INTERPRET", "1")  # as when the kernels were imported (tests/conftest.py)
+    gradient, before = getattr(objective, "gradient", None), logits.clone()
+    assert gradient is not None
+    wide = logits.double().requires_grad_()
+    F.cross_entropy(wide, label, reduction="sum").backward()
+    assert wide.grad is not None
+    torch.testing.assert_close(
+        gradient(logits), wide.grad.to(dtype), rtol=2**-7 if dtype is torch.bfloat16 else 1e-5, atol=1e-6
+    )
+    assert torch.equal(logits, before) and gradient(logits).dtype is dtype
 
 
 def test_a_sure_prediction_has_a_finite_gradient() -> None:

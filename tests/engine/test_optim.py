@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from retemper.cli import run
 from retemper.engine import HeldOut, Recipe, State, create_model, train_step
 from retemper.engine.catalogue import find_setting
-from retemper.engine.optim import Average, perturb_weights
+from retemper.engine.optim import Average, Perturbation
 from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.run.steps import Steps
 from retemper.engine.step import descend, observe
@@ -195,6 +196,14 @@ def loss_of(state: State, recipe: Recipe, images: dict[str, Tensor], targets: An
     return recipe.method.loss({name: state.student(images[name]) for name in recipe.method.forwards}, targets)
 
 
+def perturbed(student: nn.Module, loss: Callable[[], Tensor]) -> Perturbation:
+    """Move the student's weights up the loss by a twentieth of their norms."""
+    perturbation = Perturbation(student)
+    perturbation.gamma.fill_(0.05)
+    perturbation.move(loss)
+    return perturbation
+
+
 def test_the_perturbed_weights_are_the_formula_and_cost_more(device: torch.device) -> None:
     state, recipe, images, targets = prepared(device)
     student = state.student
@@ -204,16 +213,15 @@ def test_the_perturbed_weights_are_the_formula_and_cost_more(device: torch.devic
     gradients = dict(zip(weights, torch.autograd.grad(plain, list(weights.values())), strict=True))
     student.load_state_dict(start)
 
-    before = perturb_weights(
-        student, torch.tensor(0.05, device=device), lambda: loss_of(state, recipe, images, targets)
-    )
+    perturbation = perturbed(student, lambda: loss_of(state, recipe, images, targets))
+    before = dict(zip(map(id, perturbation.weights), perturbation.before, strict=True))
     assert len(before) == len(weights) > 5
     for name, value in student.state_dict().items():
         if name in weights:
             step = 0.05 * start[name].norm() * gradients[name] / gradients[name].norm()
             torch.testing.assert_close(value, start[name] + step)
             assert not torch.equal(value, start[name])
-            assert torch.equal(before[student.get_parameter(name)], start[name])
+            assert torch.equal(before[id(student.get_parameter(name))], start[name])
         else:
             assert torch.equal(value, start[name]), "biases, scales and statistics stay"
     assert loss_of(state, recipe, images, targets) > 1.01 * plain
@@ -222,7 +230,7 @@ def test_the_perturbed_weights_are_the_formula_and_cost_more(device: torch.devic
 def test_a_step_descends_by_the_gradient_at_the_perturbed_weights(device: torch.device) -> None:
     state, recipe, images, targets = prepared(device, momentum=0.0, weight_decay=0.0, nesterov=False)
     student, start = state.student, values(state.student)
-    perturb_weights(student, torch.tensor(0.05, device=device), lambda: loss_of(state, recipe, images, targets))
+    perturbed(student, lambda: loss_of(state, recipe, images, targets))
     there = loss_of(state, recipe, images, targets)
     parameters = dict(student.named_parameters())
     gradients = dict(zip(parameters, torch.autograd.grad(there, list(parameters.values())), strict=True))
@@ -250,6 +258,60 @@ def test_a_perturbation_waits_for_its_epoch(device: torch.device) -> None:
     state.start_epoch(recipe, 3, 7)
     train_step(state, recipe, *batch(device))
     assert any(not torch.equal(value, results[0][name]) for name, value in values(state.student).items())
+
+
+@pytest.mark.usefixtures("values_unseen")
+def test_what_moves_many_tensors_takes_few_operators(device: torch.device) -> None:
+    """A dozen at most, however many layers there are: an operator of many tensors is a launch or two on a GPU."""
+    state, _ = make(device, average="ema", awp_gamma=0.05)
+    student, average, perturbation = state.student, state.average, state.perturbation
+    assert average is not None and perturbation is not None and state.twin is not None
+    for weight in student.parameters():
+        weight.grad = torch.ones_like(weight)
+    gradients = [weight.grad for weight in student.parameters() if weight.grad is not None]
+    ready = [torch.ones_like(weight) for weight in perturbation.weights]
+    zero = torch.zeros((), device=device)
+    assert operators(state.twin.refresh) == ["fold_norms_", "scale_rows_", "_foreach_copy_"]
+    assert operators(lambda: average.follow(student)) == ["follow_", "_foreach_copy_", "add_"]
+    assert operators(lambda: state.guard.look(zero, gradients, state.noise_seed, state.loss_sum, 3)) == [
+        "_foreach_norm", "stack", "guard_",
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.autograd, "grad", lambda *_: ready)
+        moved = operators(lambda: perturbation.move(lambda: zero))
+    assert moved == ["_foreach_copy_"] * 5 + ["_foreach_norm", "stack"] * 2 + ["perturb_"]
+    assert operators(lambda: perturbation.put_back(0.1, state.scaler)) == [
+        "_foreach_sub", "_foreach_mul_", "_foreach_add_", "_foreach_copy_",
+    ]  # fmt: skip
+
+
+def operators(work: Callable[[], object]) -> list[str]:
+    """The operators that `work` calls, but for views."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        work()
+    return [name for name in seen if name not in ("detach", "alias")]
+
+
+@pytest.mark.parametrize("decay", ["own", "perturbed"])
+def test_the_decay_of_perturbed_weights_is_added_to_their_gradients(decay: str, device: torch.device) -> None:
+    student = nn.Linear(3, 2).to(device)
+    perturbation, start = Perturbation(student), student.weight.detach().clone()
+    perturbation.gamma.fill_(0.1)
+    gradient = torch.randn(2, 3, device=device)
+    perturbation.move(lambda: (student.weight * gradient).sum())
+    there = student.weight.detach().clone()
+    student.weight.grad = gradient.clone()
+    rate = 0.3 if decay == "perturbed" else 0.0
+    perturbation.put_back(rate, torch.amp.GradScaler(device.type, enabled=False))
+    assert torch.equal(student.weight, start) and not torch.equal(there, start)
+    assert torch.equal(student.weight.grad, gradient + rate * (there - start))
 
 
 def test_a_run_with_awp_and_a_mean_of_its_weights_is_evaluated(tmp_path: Path) -> None:

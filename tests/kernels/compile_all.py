@@ -47,6 +47,9 @@ views = import_module("retemper.kernels.augment")
 after = import_module("retemper.kernels.epilogue")
 depth = import_module("retemper.kernels.depthwise")
 norms = import_module("retemper.kernels.batch_norm_kernels")
+folds = import_module("retemper.kernels.fold_weights")
+guards = import_module("retemper.kernels.guard")
+moved = import_module("retemper.kernels.moved_weights")
 
 Case = tuple[Any, dict[str, str], dict[str, Any]]  # a kernel; the types of its arguments; its constants
 
@@ -143,15 +146,16 @@ def class_sums(dtype: str) -> Iterator[Case]:
     types = {"logits_ptr": f"*{dtype}", "label_ptr": "*i64" if ALIGNED[dtype] else "*u8", "hit_ptr": "*i8"}
     types |= dict.fromkeys(["part_correct_ptr", "part_count_ptr", "correct_ptr", "count_ptr"], "*i64")
     types |= dict.fromkeys(["loss_ptr", "part_loss_ptr", "cross_entropy_ptr"], "*fp32") | {"B": "i32", "parts": "i32"}
+    add = {"ADD": OPTIONAL[dtype] is not None}
     for classes in (10, sums.WIDEST, 100, 1000):
         tiles = rows.row_tiles(classes, gcd(classes, 16 // SIZE[dtype])) | {"STRIDE": classes}
         if classes <= sums.WIDEST:
-            yield sums._class_sums_kernel, types, tiles | {"WIDTH": next_power_of_2(classes)}
+            yield sums._class_sums_kernel, types, tiles | {"WIDTH": next_power_of_2(classes), **add}
         else:
             yield sums._row_losses_kernel, types, tiles
     for classes in (10, 1000):
-        yield sums._total_kernel, types, sums.sum_tiles(classes)
-    yield sums._slice_sums_kernel, types, sums.sum_tiles(1000) | {"SLICE": sums.SLICE}
+        yield sums._total_kernel, types, sums.sum_tiles(classes) | add
+    yield sums._slice_sums_kernel, types, sums.sum_tiles(1000) | {"SLICE": sums.SLICE, **add}
 
 
 def jensen_shannon(dtype: str) -> Iterator[Case]:
@@ -219,6 +223,30 @@ def batch_norm(dtype: str) -> Iterator[Case]:
     yield norms._batch_norm_kernel, types, {name: to for name, to in absent.items() if name != "y_ptr"} | sizes | sums
     yield norms._batch_norm_sums_kernel, types, absent | sizes
     yield norms._batch_norm_grad_kernel, types, absent | sizes | sums
+
+
+def folding(dtype: str) -> Iterator[Case]:
+    types = {"table_ptr": "*i64", **dict.fromkeys(["gamma_ptr", "mean_ptr", "eps_ptr", "scale_ptr"], "*fp32")}
+    types |= {"shift_ptr": "*fp32", "source_ptr": "*fp32", "to_ptr": f"*{dtype}"}
+    yield folds._fold_norms_kernel, types, {"CHANNELS": folds.CHANNELS}
+    yield folds._scale_rows_kernel, types, {"ROWS": folds.ROWS, "COLS": folds.COLS}
+
+
+def guarding(dtype: str) -> Iterator[Case]:
+    names = ["loss_ptr", "loss_at_ptr", "found_ptr", "poison_ptr", "total_ptr"]
+    types = {**dict.fromkeys(names, "*fp32"), **dict.fromkeys(["next_seed_ptr", "seed_ptr"], "*i64")}
+    types |= {"norms_ptr": "*fp32", "norms": "i32", "rows": "i32"}
+    absent = {"norms_ptr": None} if dtype == "fp32" else {}
+    yield guards._guard_kernel, types, {"BLOCK": guards.BLOCK, "num_warps": 1, **absent}
+
+
+def moving(dtype: str) -> Iterator[Case]:
+    weights = ["average_ptr", "weight_ptr", "gradient_ptr", "kept_ptr"]
+    numbers = ["active_ptr", "count_ptr", "weight_norm_ptr", "gradient_norm_ptr", "gamma_ptr"]
+    types = {"table_ptr": "*i64", **dict.fromkeys(weights, f"*{dtype}"), **dict.fromkeys(numbers, "*fp32")}
+    absent = {} if OPTIONAL[dtype] else {"rate": None}
+    yield moved._follow_kernel, types | {"rate": "fp32"}, {"CHUNK": moved.CHUNK, **absent}
+    yield moved._perturb_kernel, types, {"CHUNK": moved.CHUNK}
 
 
 def compile_case(case: Case, target: GPUTarget, aligned: bool) -> Any:
@@ -290,6 +318,9 @@ def report(folder: str, name: str) -> None:
                 *convolution(dtype),
                 *depthwise(dtype),
                 *batch_norm(dtype),
+                *folding(dtype),
+                *guarding(dtype),
+                *moving(dtype),
             ):
                 compiled = compile_case(case, target, aligned)
                 what = {"kernel": case[0].__name__, "dtype": dtype, "aligned": aligned, "row": row(case[2])}

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retemper.kernels import class_sums, class_sums_reference
+from retemper.kernels.class_sums import add_class_sums_
 
 # whole tiles, ragged ones, rows in passes; few rows of many classes, since the interpreter is slow
 SHAPES = [(b, k) for b in (0, 1, 7, 128) for k in (1, 2, 3, 10, 16, 100, 1000, 1500) if b * k < 20_000]
@@ -79,6 +80,31 @@ def test_programs_that_share_the_work_agree(shape: tuple[int, int], device: torc
     logits, label = batch(shape, device)
     assert_sums(logits, label, by_row(logits, label))
     assert all(map(torch.equal, class_sums(logits, label, shape[1]), class_sums(logits, label, shape[1])))
+
+
+@each_path
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(0, 10), (7, 10), (300, 10), (7, 100), (1100, 20)], ids=str)
+def test_added_to_totals_they_are_what_adding_gives(
+    shape: tuple[int, int], dtype: torch.dtype, path: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(path, device, monkeypatch)
+    logits, label = batch(shape, device, dtype)
+    sums = class_sums(logits, label, shape[1])
+    totals = [torch.arange(shape[1], device=device).to(one.dtype) for one in sums]
+    expected = [total + one + one for total, one in zip(totals, sums, strict=True)]
+    add_class_sums_(logits, label, *totals)
+    add_class_sums_(logits, label, *totals)
+    assert all(map(torch.equal, totals, expected))
+
+
+def test_totals_of_other_classes_are_refused(device: torch.device) -> None:
+    logits, label = batch((7, 10), device)
+    loss, count = torch.zeros(10, device=device), torch.zeros(10, device=device, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"logits: shape \(7, 10\); needs \(B, 9\)"):
+        add_class_sums_(logits, label, loss[:9], count, count.clone())
+    with pytest.raises(ValueError, match="correct: torch"):
+        add_class_sums_(logits, label, loss, loss.clone(), count)
 
 
 @each_path
@@ -230,7 +256,9 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_is_a_well_formed_op(dtype: torch.dtype, device: torch.device) -> None:
-    torch.library.opcheck(torch.ops.retemper.class_sums.default, batch((7, 10), device, dtype))
+    given = batch((7, 10), device, dtype)
+    torch.library.opcheck(torch.ops.retemper.class_sums.default, given)
+    torch.library.opcheck(torch.ops.retemper.add_class_sums_.default, (*given, *class_sums(*given, 10)))
 
 
 def test_compiles_into_one_graph(device: torch.device) -> None:
