@@ -158,6 +158,7 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with _RECORDING, torch.cuda.stream(torch.cuda.current_stream()):  # which a failure would leave changed
+            torch.clear_autocast_cache()  # a weight that was cast before would be cast in no replay
             try:
                 with torch.cuda.graph(graph, self.pool, self.stream, "thread_local"):  # loaders have threads
                     result = work()
@@ -168,6 +169,8 @@ class CudaGraphs:
                 raise UsageError(
                     f"the step cannot be recorded in a CUDA graph ({why(error)}): use --capture off"
                 ) from error
+            finally:
+                torch.clear_autocast_cache()  # what was cast in the recording lies in its memory
         return graph.replay, result
 
     def _recover(self) -> None:
