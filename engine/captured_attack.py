@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from retemper.console import say
-from retemper.engine.attack import ascend, is_recorded, pgd
+from retemper.engine.attack import is_recorded, pgd
 from retemper.engine.attack_plan import Plan
 from retemper.engine.losses import Objective
 from retemper.engine.speed.capture import CudaGraphs, Record, Recordings
@@ -41,8 +41,6 @@ class CapturedAttack:
     Args:
         model: as for `pgd`.
         objective: takes the tensors behind the images in a call and returns an objective of `pgd`.
-        check: whether values are checked at all.
-        tuned: whether cuDNN times its convolutions before a kind is recorded, which takes seconds, once.
         record: in tests, a stand-in for `CudaGraphs`.
         options: as for `pgd`, without `watch`: those that calls do not give.
     Raises:
@@ -54,13 +52,11 @@ class CapturedAttack:
         model: Callable[[Tensor], Any],
         objective: Callable[..., Objective],
         *,
-        check: bool = True,
-        tuned: bool = False,
         record: Record | None = None,
         **options: Any,
     ) -> None:
-        self.model, self.objective, self.check, self.plan = model, objective, check, Plan(**options)
-        self._record, self._tuned, self._lock = record, tuned, RLock()
+        self.model, self.objective, self.plan = model, objective, Plan(**options)
+        self._record, self._lock = record, RLock()
         self._recordings: Recordings | None = None
         self._stream: torch.cuda.Stream | None = None
         self._told = False
@@ -96,10 +92,7 @@ class CapturedAttack:
 
     def _attack(self, clean: Tensor, targets: tuple[Tensor, ...], plan: Plan) -> Tensor:
         """Return the attacked images."""
-        objective = self.objective(*targets)
-        if self.check:
-            return pgd(self.model, clean, objective=objective, **vars(plan))
-        return ascend(self.model, clean, plan, objective=objective)
+        return pgd(self.model, clean, objective=self.objective(*targets), **vars(plan))
 
     def _replays(self, clean: Tensor, targets: tuple[Tensor, ...]) -> bool:
         """Say whether a call may be replayed."""
@@ -125,8 +118,8 @@ class CapturedAttack:
             given: dict[str, Any] = dict(zip(tensors, own[len(targets) :], strict=True))
             return self._attack(clean, own[: len(targets)], Plan(**fixed, **given))
 
-        phase = tuple(fixed.items()), tuple(tensors), fingerprint(self.model), held_by(self.objective)
+        phase = tuple(fixed.items()), tuple(tensors), fingerprint(self.model, clean.device), held_by(self.objective)
         if self._recordings is None:
             record = self._record or CudaGraphs(clean.device)
-            self._recordings = Recordings(record, warm_up=1, most=MOST, name="this attack", tuned=self._tuned)
+            self._recordings = Recordings(record, warm_up=1, most=MOST, name="this attack")
         return self._recordings(work, (clean, *targets, *tensors.values()), phase)

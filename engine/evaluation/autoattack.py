@@ -11,8 +11,9 @@ both are left out. What is left out stands in the result, whose accuracies are t
 The attacks come in the order, in the batches and with the seeds of the library's own runner, so the verdicts are its
 own, image by image. After each batch the ledger is written: a run that is killed goes on from there to the same end.
 
-Two things cost less here. Parameters ask for no gradients. With `fold`, the attacks look at the network's folded twin
-(speed/fold.py), the same function with other rounding, and the network itself judges what they found.
+Three things cost less here. Parameters ask for no gradients. On a GPU, what the attacks ask of the network is replayed
+from CUDA graphs (speed/replay.py). With `fold`, they look at the network's folded twin (speed/fold.py). Both are the
+same function with other rounding, and the network itself judges what was found.
 
 Dimension key: B batch, C H W image, K classes, N images.
 """
@@ -35,6 +36,7 @@ from retemper.engine.evaluation.library import FULL, WEAKER, Strength, library_a
 from retemper.engine.predict import as_float, folded_twin, predicted
 from retemper.engine.sanity.flags import DLR_CLASSES, SQUARE_HELPS
 from retemper.engine.sanity.ladder import own_generators
+from retemper.engine.speed.replay import Replayed, graphs_for
 from retemper.errors import UsageError
 from retemper.loaders import Split
 
@@ -153,7 +155,8 @@ class _Runner:
     ) -> None:
         self.model, self.split, self.request, self.ledger, self.progress = model, split, request, ledger, progress
         looked_at = require_foldable(model, request.device) if request.fold else model
-        self.looked_at = ChannelsLast(looked_at, progress)
+        replayed = Replayed(looked_at, graphs_for(request.device, looked_at), request.batch_size)
+        self.looked_at = ChannelsLast(replayed, progress)
         asked = request.eps, request.seed, request.device, request.strength
         self.attacks = library_attacks(self.looked_at, len(split.classes), *asked)
 

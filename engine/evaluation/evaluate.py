@@ -190,7 +190,7 @@ class _Evaluation:
         """Run one attack of the protocol."""
         attack, order, ranks = self.request.attack(name), self.order, self.request.ranks
         called = result_name(name, self.request.protocol)
-        chosen: dict[str, Any] = dict(indices=order, ranks=ranks) | self.options
+        chosen: dict[str, Any] = dict(indices=order, ranks=ranks, capture=True) | self.options
         with Progress(called, len(order)) as progress:
             given_N = predictions(self.model, self.split, attack, progress=progress, **chosen)
         flags = gradient_flags(attack.loss, self.zero) if attack.steps else []

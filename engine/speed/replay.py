@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
+from types import BuiltinFunctionType, MethodType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.modules import module as torch_module
 
 from retemper.console import say
 from retemper.engine.device import is_out_of_memory
-from retemper.engine.speed.capture import Record, tuning, why
+from retemper.engine.speed.capture import CudaGraphs, Record, tuning, why
 from retemper.kernels.runtime import is_dense_batch_first
 
 PLAIN = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device}
@@ -38,8 +39,8 @@ def why_eager(model: Callable[..., Any]) -> str:
     return ""
 
 
-def fingerprint(model: nn.Module) -> Hashable:
-    """Return what decides, beside the images, which work a call of `model` does, and in which memory.
+def fingerprint(model: nn.Module, device: torch.device) -> Hashable:
+    """Return what decides, beside the images, which work a call of `model` does on `device`, and in which memory.
 
     It differs as soon as a tensor of the model lies elsewhere or in another layout, a module is in another mode or
     another module, a number or a function in a module is another, or torch computes in another precision. What a list
@@ -47,8 +48,8 @@ def fingerprint(model: nn.Module) -> Hashable:
     """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     found: list[Hashable] = [cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32]
-    found += [torch.are_deterministic_algorithms_enabled(), torch.is_autocast_enabled("cuda")]
-    found += [torch.get_autocast_dtype("cuda")]
+    found += [torch.are_deterministic_algorithms_enabled(), torch.is_autocast_enabled(device.type)]
+    found += [torch.get_autocast_dtype(device.type)]
     for module in model.modules():
         found.append(type(module))
         _note_all(module.__dict__.values(), found)
@@ -80,7 +81,7 @@ def _note_all(values: Iterable[Any], found: list[Hashable]) -> None:
             found += (value.data_ptr(), value.shape, value.stride(), value.dtype)
         elif isinstance(value, tuple):
             _note_all(value, found)
-        elif kind.__hash__ is object.__hash__ or isinstance(value, Enum):
+        elif kind.__hash__ is object.__hash__ or isinstance(value, Enum | BuiltinFunctionType | MethodType):
             found.append(value)
 
 
@@ -107,19 +108,20 @@ class Replayed(nn.Module):
     """A network that is not to change, whose answers and whose gradients of the images are replayed from CUDA graphs.
 
     It is for loops, also of other libraries, that call a network again and again: it is called as the network is.
-    Fewer images than those of `sizes` are padded to the next one. As the images of a batch do not know of each other,
+    Batches that are not whole are padded to one of a few sizes. As the images of a batch do not know of each other,
     which is tried first, this is the same function with other rounding: a library chooses its kernels by the shapes.
 
     Args:
         model: (B, C, H, W) to (B, K), in eval mode.
         record: `CudaGraphs`, or a stand-in for it in tests without a GPU; None to call the network as it is.
-        sizes: for how many images there are recordings, in rising order; more are the network's own work. The
-            convolutions of the largest are tuned.
+        most: the images of a whole batch, for which convolutions are tuned. A larger batch is the network's own work.
+        pad: whether smaller batches are padded; otherwise they are the network's own work.
     """
 
-    def __init__(self, model: nn.Module, record: Record | None, sizes: tuple[int, ...]) -> None:
+    def __init__(self, model: nn.Module, record: Record | None, most: int, *, pad: bool = True) -> None:
         super().__init__()
-        self.model, self.record, self.sizes = model, record, sizes
+        self.model, self.record, self.sizes = model, record, eighths(most) if pad else (most,)
+        self.pad = pad
         self.calls: Counter[Any] = Counter()
         self.graphs: dict[Any, _Graphs] = {}
         self.apart: bool | None = None  # whether images of a batch do not know of each other; None: not tried
@@ -130,7 +132,7 @@ class Replayed(nn.Module):
         size = next((size for size in self.sizes if size >= len(image)), None)
         if self.record is None or size is None or not len(image):
             return self.model(image)
-        if size != len(image) and not self._may_pad(image, size):
+        if size != len(image) and not (self.pad and self._may_pad(image, size)):
             return self.model(image)
         asked = torch.is_grad_enabled() and image.requires_grad
         kind = size, asked, image.shape[1:], image.stride()[1:], image.dtype
@@ -217,6 +219,19 @@ class _Answers(torch.autograd.Function):
             ctx.network.ahead(ctx.graphs, *ctx.saved_tensors)
             ctx.turn = ctx.graphs.turn
         return ctx.network.back(ctx.graphs, *upstream), None, None
+
+
+def graphs_for(device: torch.device, *models: nn.Module) -> Record | None:
+    """Return what records calls of models on a GPU; None, of which the user is told, where they are not to be recorded.
+
+    On a CPU it is None too.
+    """
+    if device.type != "cuda":
+        return None
+    for reason in filter(None, map(why_eager, models)):
+        say(f"note: the network runs without a CUDA graph: {reason}")
+        return None
+    return CudaGraphs(device)
 
 
 def eighths(most: int) -> tuple[int, ...]:
