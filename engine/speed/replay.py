@@ -190,15 +190,27 @@ class Replayed(nn.Module):
         """
         assert self.record is not None
         with torch.set_grad_enabled(asked):
-            logits = self.model(image.requires_grad_(asked))  # once before: it compiles kernels and makes workspaces
-            if not asked:
+            upstream = self._once(image, asked)
+            if upstream is None:
                 return _Graphs(image, *self.record(lambda: self.model(image)))
-            upstream = torch.zeros_like(logits)
-            torch.autograd.grad(logits, image, upstream)
-            forward, logits = self.record(lambda: self.model(image))
+            leaf = image.detach().requires_grad_()
+            forward, logits = self.record(lambda: self.model(leaf))
             # the graph is retained, so that no tensor of the backward lies where an activation does: it may come twice
-            backward, grad = self.record(partial(_gradient, logits, image, upstream))
-        return _Graphs(image.detach(), forward, logits.detach(), upstream, backward, grad)
+            backward, grad = self.record(partial(_gradient, logits, leaf, upstream))
+        return _Graphs(image, forward, logits.detach(), upstream, backward, grad)
+
+    def _once(self, image: Tensor, asked: bool) -> Tensor | None:
+        """Run what is recorded next, which compiles kernels and makes workspaces; return the gradients of logits.
+
+        Its images are a leaf of their own: autograd would have that of the recording wait for this stream.
+        """
+        leaf = image.detach().requires_grad_(asked)
+        logits = self.model(leaf)
+        if not asked:
+            return None
+        upstream = torch.zeros_like(logits)
+        torch.autograd.grad(logits, leaf, upstream)
+        return upstream
 
 
 class _Answers(torch.autograd.Function):
