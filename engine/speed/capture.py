@@ -114,7 +114,8 @@ class Recordings:
             if self.name is None:
                 raise
             if is_out_of_memory(error):
-                self.kinds.clear()
+                for kind in self.kinds.values():
+                    kind.recorded, kind.refused = None, True
             if not self.told:
                 say(f"note: {self.name} runs without a CUDA graph: {why(error)}")
             self.told = True

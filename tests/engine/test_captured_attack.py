@@ -146,6 +146,10 @@ def never(work: Callable[[], Tensor]) -> Any:
     raise RuntimeError("operation not permitted\nand more")
 
 
+def too_large(work: Callable[[], Tensor]) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
 def hooked(net: Net) -> nn.Module:
     net.net.register_forward_hook(lambda *_: None)
     return net
@@ -153,6 +157,7 @@ def hooked(net: Net) -> nn.Module:
 
 EAGER: dict[str, tuple[Callable[[Net], Callable[[Tensor], Tensor]], Any, str]] = {
     "not recordable": (lambda net: net, never, "operation not permitted"),
+    "too large": (lambda net: net, too_large, "out of memory"),
     "hooks": (hooked, Graphs(), "hooks"),
     "a function": (lambda net: lambda image: net(image), Graphs(), "no nn.Module"),
     "several devices": (nn.DataParallel, Graphs(), ".module"),
