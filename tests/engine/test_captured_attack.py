@@ -17,6 +17,7 @@ from retemper.engine.models import channels_last
 
 Graphs = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("stand_in.py")))).Graphs  # no package
 BALL: dict[str, Any] = dict(steps=2, step=0.02, eps=0.05)
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 class Net(nn.Module):
@@ -142,6 +143,17 @@ def test_recordings_are_bounded() -> None:
     assert attack._recordings is not None and len(attack._recordings.kinds) == MOST
 
 
+class Spread(nn.DataParallel):
+    """A model over several devices, which this machine need not have."""
+
+    def __init__(self, net: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.module = net
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.module(image)
+
+
 def never(work: Callable[[], Tensor]) -> Any:
     raise RuntimeError("operation not permitted\nand more")
 
@@ -160,7 +172,7 @@ EAGER: dict[str, tuple[Callable[[Net], Callable[[Tensor], Tensor]], Any, str]] =
     "too large": (lambda net: net, too_large, "out of memory"),
     "hooks": (hooked, Graphs(), "hooks"),
     "a function": (lambda net: lambda image: net(image), Graphs(), "no nn.Module"),
-    "several devices": (nn.DataParallel, Graphs(), ".module"),
+    "several devices": (Spread, Graphs(), ".module"),
 }
 
 
@@ -217,3 +229,33 @@ def test_threads_take_turns() -> None:
     for number, adv in found.items():
         wanted = expected(net, (image + number / 10).clamp(0, 1), label, seed=number)
         torch.testing.assert_close(adv, wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+def test_on_a_gpu_a_replay_has_the_bits_of_pgd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    net, image, label = make()
+    net, image, label = net.cuda(), image.cuda(), label.cuda()
+    net.shift = net.shift.cuda()
+    attack = CapturedAttack(net, cross_entropy_objective, **BALL)
+    for seed in range(4):
+        assert torch.equal(attack(image, label, seed=seed), expected(net, image, label, seed=seed))
+    drawn = [attack(image, label) for _ in range(4)]
+    assert not torch.equal(drawn[2], drawn[3])  # a start without a seed is another one at every replay
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+def test_on_a_gpu_a_recording_that_fails_leaves_torch_as_it_was(capsys: Any) -> None:
+    class Waits(nn.Module):
+        def forward(self, image: Tensor) -> Tensor:
+            return image.flatten(1)[:, :10] * image.detach().sum().item()
+
+    _, image, label = make()
+    attack = CapturedAttack(Waits(), cross_entropy_objective, **BALL)
+    stream = torch.cuda.current_stream()
+    for _ in range(3):
+        attack(image.cuda(), label.cuda(), seed=1)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert torch.cuda.current_stream() == stream and torch.rand(3, device="cuda").shape == (3,)

@@ -156,6 +156,7 @@ def test_an_evaluation_has_the_same_answers(
 def test_autoattack_has_the_same_verdicts(
     net: nn.Module, digits: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("pyautoattack")
     whole = autoattack.library_attacks
 
     def shortened(*words: Any) -> dict[str, Any]:
