@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retemper.console import say
+from retemper.console import say_once
 from retemper.engine.attack import is_recorded, pgd
 from retemper.engine.attack_plan import Plan
 from retemper.engine.losses import Objective
@@ -59,7 +59,6 @@ class CapturedAttack:
         self._record, self._lock = record, RLock()
         self._recordings: Recordings | None = None
         self._stream: torch.cuda.Stream | None = None
-        self._told = False
 
     def __call__(self, clean: Tensor, *targets: Tensor, **options: Any) -> Tensor:
         """Return what `pgd` returns.
@@ -101,9 +100,8 @@ class CapturedAttack:
         if is_recorded() or {*map(type, (clean, *targets))} - {Tensor, nn.Parameter} or not clean.numel():
             return False
         reason = why_eager(self.model)
-        if reason and not self._told:
-            say(f"note: this attack runs without a CUDA graph: {reason}")
-        self._told = self._told or bool(reason)
+        if reason:
+            say_once(f"note: this attack runs without a CUDA graph: {reason}")
         return not reason
 
     def _replayed(self, clean: Tensor, targets: tuple[Tensor, ...], plan: Plan) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retemper.console import say
+from retemper.console import say_once
 from retemper.engine.device import is_out_of_memory, tuned_convolutions
 from retemper.errors import UsageError
 
@@ -61,7 +61,6 @@ class Recordings:
     ) -> None:
         self.record, self.warm_up, self.most, self.name, self.tuned = record, warm_up, most, name, tuned
         self.kinds: OrderedDict[Any, _Kind] = OrderedDict()
-        self.told = False
 
     def __call__(self, work: Step, inputs: tuple[Tensor | None, ...], phase: Hashable = None) -> Tensor:
         """Run or replay `work` on copies of `inputs`, and return a copy of its result.
@@ -116,9 +115,7 @@ class Recordings:
             if is_out_of_memory(error):
                 for kind in self.kinds.values():
                     kind.recorded, kind.refused = None, True
-            if not self.told:
-                say(f"note: {self.name} runs without a CUDA graph: {why(error)}")
-            self.told = True
+            say_once(f"note: {self.name} runs without a CUDA graph: {why(error)}")
             return None
 
 

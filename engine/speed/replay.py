@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from retemper.console import say
+from retemper.console import say_once
 from retemper.engine.device import is_out_of_memory
 from retemper.engine.speed.capture import CudaGraphs, Record, tuning, why
 from retemper.kernels.runtime import is_dense_batch_first
@@ -24,6 +24,7 @@ PLAIN = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.d
 UNSEEN = {dict, OrderedDict, list, set}
 RECORD_AFTER = 3  # calls of a kind: a shape that comes once or twice is not worth a recording
 LEAST = 8  # images that a recording is for
+ROUNDED = 1e-4  # of the largest logit: by how much padding may move others in float32
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 
 
@@ -166,7 +167,7 @@ class Replayed(nn.Module):
             padded = _like(image, size)
             padded[: len(image)].copy_(image)
             own_BK, padded_BK = self.model(image), self.model(padded)[: len(image)]
-            self.apart = bool(torch.allclose(own_BK, padded_BK, rtol=1e-3, atol=1e-3 * float(own_BK.abs().max())))
+            self.apart = bool((own_BK - padded_BK).abs().max() <= ROUNDED * own_BK.abs().max())  # False for NaN
         return self.apart
 
     def _recorded(self, kind: Any, image: Tensor) -> bool:
@@ -180,7 +181,7 @@ class Replayed(nn.Module):
         except Exception as error:  # which the eager call, next, raises again where it is the network's own
             self.record, self.graphs = None, {}
             reason = "the GPU's memory is too small" if is_out_of_memory(error) else why(error)
-            say(f"note: the network runs without a CUDA graph: {reason}")
+            say_once(f"note: the network runs without a CUDA graph: {reason}")
         return kind in self.graphs
 
     def _both(self, image: Tensor, asked: bool) -> _Graphs:
@@ -240,10 +241,10 @@ def graphs_for(device: torch.device, *models: nn.Module) -> Record | None:
     """
     if device.type != "cuda":
         return None
-    for reason in filter(None, map(why_eager, models)):
-        say(f"note: the network runs without a CUDA graph: {reason}")
-        return None
-    return CudaGraphs(device)
+    reason = next(filter(None, map(why_eager, models)), "")
+    if reason:
+        say_once(f"note: the network runs without a CUDA graph: {reason}")
+    return None if reason else CudaGraphs(device)
 
 
 def eighths(most: int) -> tuple[int, ...]:

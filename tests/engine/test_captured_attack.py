@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from retemper import console
 from retemper.engine import CapturedAttack, KlObjective, create_model, cross_entropy_objective, pgd
 from retemper.engine.captured_attack import MOST
 from retemper.engine.models import channels_last
@@ -18,6 +19,11 @@ from retemper.engine.models import channels_last
 Graphs = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("stand_in.py")))).Graphs  # no package
 BALL: dict[str, Any] = dict(steps=2, step=0.02, eps=0.05)
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "_once", set())
 
 
 class Net(nn.Module):

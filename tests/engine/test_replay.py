@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from retemper import console
 from retemper.engine import create_model
 from retemper.engine.evaluation import autoattack
 from retemper.engine.evaluation.autoattack import STANDARD, SuiteRequest, run_suite
@@ -24,6 +25,11 @@ Graphs = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("stand_in
 CPU = torch.device("cpu")
 EPS = 0.05
 CLOSE: dict[str, Any] = dict(rtol=1e-4, atol=1e-6)  # other shapes, other order of sums
+
+
+@pytest.fixture(autouse=True)
+def nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "_once", set())
 
 
 @pytest.fixture
