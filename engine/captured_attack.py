@@ -1,6 +1,6 @@
 """An attack whose calls are replayed from a CUDA graph: the host makes a few launches in place of thousands."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from threading import RLock
@@ -13,7 +13,7 @@ from retemper.console import say_once
 from retemper.engine.attack import is_recorded, pgd
 from retemper.engine.attack_plan import Plan
 from retemper.engine.losses import Objective
-from retemper.engine.speed.capture import CudaGraphs, Record, Recordings
+from retemper.engine.speed.capture import CudaGraphs, Record, Recordings, why
 from retemper.engine.speed.replay import fingerprint, held_by, why_eager
 
 MOST = 8  # recordings that are kept: those of the last calls
@@ -106,7 +106,6 @@ class CapturedAttack:
 
     def _replayed(self, clean: Tensor, targets: tuple[Tensor, ...], plan: Plan) -> Tensor:
         """Run or replay the attack; its tensors, and the seed, are what a replay reads anew."""
-        assert isinstance(self.model, nn.Module)
         if isinstance(plan.seed, int):
             plan = replace(plan, seed=torch.full((1,), plan.seed, dtype=torch.int64, device=clean.device))
         tensors: dict[str, Any] = {name: value for name, value in vars(plan).items() if isinstance(value, Tensor)}
@@ -116,8 +115,21 @@ class CapturedAttack:
             given: dict[str, Any] = dict(zip(tensors, own[len(targets) :], strict=True))
             return self._attack(clean, own[: len(targets)], Plan(**fixed, **given))
 
-        phase = tuple(fixed.items()), tuple(tensors), fingerprint(self.model, clean.device), held_by(self.objective)
+        phase = self._phase(tuple(fixed.items()), tuple(tensors), clean.device)
+        if phase is None:
+            return self._attack(clean, targets, plan)
         if self._recordings is None:
             record = self._record or CudaGraphs(clean.device)
             self._recordings = Recordings(record, warm_up=1, most=MOST, name="this attack")
         return self._recordings(work, (clean, *targets, *tensors.values()), phase)
+
+    def _phase(self, fixed: Hashable, names: Hashable, device: torch.device) -> Hashable:
+        """Return what decides, beside tensors, which work is done; None where it cannot be told, which a line says."""
+        assert isinstance(self.model, nn.Module)
+        try:
+            phase = fixed, names, fingerprint(self.model, device), held_by(self.objective)
+            hash(phase)
+        except Exception as error:  # what a model or an option holds may be anything
+            say_once(f"note: this attack runs without a CUDA graph: {why(error)}")
+            return None
+        return phase

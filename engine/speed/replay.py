@@ -79,7 +79,8 @@ def _note_all(values: Iterable[Any], found: list[Hashable]) -> None:
         elif kind in UNSEEN:
             continue
         elif isinstance(value, Tensor):
-            found += (value.data_ptr(), value.shape, value.stride(), value.dtype)
+            lies = (value.data_ptr(), value.stride()) if value.layout == torch.strided else (id(value),)
+            found += (*lies, value.shape, value.dtype)
         elif isinstance(value, tuple):
             _note_all(value, found)
         elif kind.__hash__ is object.__hash__ or isinstance(value, Enum | BuiltinFunctionType | MethodType):

@@ -193,6 +193,14 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_one_line_says_so(case: str, c
     assert reason in line and line.startswith("note: this attack runs without a CUDA graph")
 
 
+def test_options_that_python_cannot_tell_apart_are_no_fault(capsys: Any) -> None:
+    net, image, label = make()
+    attack = CapturedAttack(net, cross_entropy_objective, record=Graphs(), rows=[0, 1], **BALL)
+    for seed in range(3):
+        assert torch.equal(attack(image, label, seed=seed), expected(net, image, label, seed=seed))
+    assert "unhashable" in capsys.readouterr().err
+
+
 def test_values_are_checked_at_the_first_call_of_a_kind() -> None:
     net, image, label = make()
     attack = CapturedAttack(net, cross_entropy_objective, record=Graphs(), **BALL)
