@@ -84,6 +84,8 @@ def pgd(
 
     What is given is checked. Values are read once, after the first forward, and not while a graph is captured.
 
+    Steps are launched one by one, since any model is taken as it is; `CapturedAttack` replays them from a CUDA graph.
+
     Args:
         model: images to logits: a network or any other callable. Its parameters and the modes of its modules are left
             as they were.

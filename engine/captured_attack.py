@@ -86,6 +86,8 @@ class CapturedAttack:
             stream = torch.cuda.current_stream()
             if self._stream not in (None, stream):
                 stream.wait_stream(self._stream)
+                for kind in self._recordings.kinds.values() if self._recordings else ():
+                    kind.used_on(stream)
             self._stream = stream
             yield
 

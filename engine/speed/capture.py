@@ -34,6 +34,12 @@ class _Kind:
     recorded: Recorded | None = None
     refused: bool = False
 
+    def used_on(self, stream: torch.cuda.Stream) -> None:
+        """Have the memory of its tensors, once they are gone, wait for what is under way on another stream."""
+        for own in self.inputs:
+            if own is not None:
+                own.record_stream(stream)
+
 
 class Recordings:
     """Work on tensors, each kind of which is replayed from its own recording once it was called a few times.
