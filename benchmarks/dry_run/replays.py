@@ -8,7 +8,9 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +56,7 @@ def replays(name: str) -> Iterator[tuple[str, Replay]]:
     network = channels_last(create_model(name, CLASSES), GPU).eval().requires_grad_(False)
     image = torch.zeros(BATCH, 3, 32, 32, device=GPU).contiguous(memory_format=torch.channels_last)
     label, teacher = torch.zeros(BATCH, dtype=torch.int64, device=GPU), torch.zeros(BATCH, CLASSES, device=GPU)
-    given = dict(steps=10, step=EPS / 4, eps=EPS)
+    given: dict[str, Any] = dict(steps=10, step=EPS / 4, eps=EPS)
     attack = CapturedAttack(network, cross_entropy_objective, **given)
     yield "pgd", Replay(lambda: attack(image, label, seed=1))
     distil = CapturedAttack(folded_twin(network, GPU), KlObjective, **given)
@@ -62,7 +64,7 @@ def replays(name: str) -> Iterator[tuple[str, Replay]]:
     with exact_fp32():
         for called in ("fgsm", "pgd20", "cw"):
             perturb = ATTACKS[called].on(folded_twin(network, GPU), EPS, graphs_for(GPU, network))
-            yield called, Replay(lambda: perturb(image, teacher, label, 1))
+            yield called, Replay(partial(perturb, image, teacher, label, 1))
         asked = Replayed(network, graphs_for(GPU, network), BATCH)
         yield "answers", Replay(lambda: answers(asked, image))
         yield "the gradient at an image", Replay(lambda: gradient(asked, image, label), graphs=2, others=16)
