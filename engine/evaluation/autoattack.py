@@ -61,6 +61,7 @@ class SuiteRequest:
         classes: how many the data set has; the suites are the same from four on.
         eps: the radius in pixel units.
         fold: whether the attacks look at the network's folded twin.
+        capture: whether, on a GPU, what the attacks ask of the network is replayed from CUDA graphs.
         budget_s: seconds after which no further batch is begun; None for no limit.
     """
 
@@ -71,6 +72,7 @@ class SuiteRequest:
     batch_size: int = 256
     seed: int = 0
     fold: bool = False
+    capture: bool = True
     budget_s: float | None = None
 
     @property
@@ -155,7 +157,8 @@ class _Runner:
     ) -> None:
         self.model, self.split, self.request, self.ledger, self.progress = model, split, request, ledger, progress
         looked_at = require_foldable(model, request.device) if request.fold else model
-        replayed = Replayed(looked_at, graphs_for(request.device, looked_at), request.batch_size)
+        record = graphs_for(request.device, looked_at) if request.capture else None
+        replayed = Replayed(looked_at, record, request.batch_size)
         self.looked_at = ChannelsLast(replayed, progress)
         asked = request.eps, request.seed, request.device, request.strength
         self.attacks = library_attacks(self.looked_at, len(split.classes), *asked)

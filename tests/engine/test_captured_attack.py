@@ -88,7 +88,6 @@ CHANGES: dict[str, Callable[[Net], object]] = {
     "a function": lambda net: setattr(net, "act", torch.tanh),
     "a module": lambda net: setattr(net, "drop", nn.Identity()),
     "the memory format": other_layout,
-    "the dtype": lambda net: net.double().float(),
 }
 
 

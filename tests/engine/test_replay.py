@@ -179,16 +179,17 @@ def test_autoattack_has_the_same_verdicts(
     own_N = predictions(net, digits, ATTACKS["clean"], eps=0, device=CPU).numpy()
     labels = replace(digits, labels=own_N)  # those that the network, which is not trained, gives
 
-    def verdicts(folder: str) -> np.ndarray:
+    def verdicts(folder: str, capture: bool = True) -> np.ndarray:
         path = tmp_path / folder
         path.mkdir()
         facts = {"eps": EPS, "seed": 0}
         ledger = Ledger.begin(path / "autoattack.csv", facts, order, labels.labels[order])
-        assert run_suite(net, labels, SuiteRequest(eps=EPS, device=CPU, batch_size=16), ledger)
+        assert run_suite(net, labels, SuiteRequest(eps=EPS, device=CPU, batch_size=16, capture=capture), ledger)
         return ledger.predicted_under(STANDARD)
 
     wanted = verdicts("eager")
     monkeypatch.setattr(autoattack, "graphs_for", lambda *_: graphs)
+    assert np.array_equal(verdicts("off", capture=False), wanted) and graphs.recorded == 0
     assert np.array_equal(verdicts("replayed"), wanted)
     assert graphs.recorded >= 6 and graphs.replayed > 100
     right = (wanted == labels.labels[order]).mean()
