@@ -164,7 +164,8 @@ class CudaGraphs:
         with _RECORDING, torch.cuda.stream(torch.cuda.current_stream()):  # which a failure would leave changed
             torch.clear_autocast_cache()  # a weight that was cast before would be cast in no replay
             try:
-                with torch.cuda.graph(graph, self.pool, self.stream, "thread_local"):  # loaders have threads
+                # thread_local, as loaders have threads
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                     result = work()
             except RuntimeError as error:
                 self._recover()

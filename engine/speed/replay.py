@@ -48,7 +48,9 @@ def fingerprint(model: nn.Module, device: torch.device) -> Hashable:
     or dictionary holds is not looked at. A change of values in place changes nothing.
     """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    found: list[Hashable] = [cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32]
+    # not allow_tf32, which raises where a user has set the newer attribute
+    owners: tuple[Any, ...] = (torch.backends, matmul, cudnn, cudnn.conv)
+    found: list[Hashable] = [cudnn.benchmark, cudnn.deterministic, *(one.fp32_precision for one in owners)]
     found += [torch.are_deterministic_algorithms_enabled(), torch.is_autocast_enabled(device.type)]
     found += [torch.get_autocast_dtype(device.type)]
     for module in model.modules():
