@@ -84,6 +84,8 @@ def pgd(
 
     What is given is checked. Values are read once, after the first forward, and not while a graph is captured.
 
+    Steps are launched one by one, since any model is taken as it is; `CapturedAttack` replays them from a CUDA graph.
+
     Args:
         model: images to logits: a network or any other callable. Its parameters and the modes of its modules are left
             as they were.
@@ -145,7 +147,7 @@ def _checked(
         plan = replace(plan, steps=0, restarts=1, keep="last")  # which asks the model for nothing
     if not isinstance(model, nn.Module):
         model, plan = _in_mode(model, plan.bn_mode), replace(plan, bn_mode="keep")
-    wanted = [] if _is_recorded() else claims(plan, clean)
+    wanted = [] if is_recorded() else claims(plan, clean)
     leave = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
     with leave, _telling_of_changed_images():
         adv = ascend(model, clean, plan, objective=objective, watch=watch, look=_reader(wanted, objective))
@@ -289,7 +291,7 @@ def predicts(logits_BK: Tensor, label_B: Tensor) -> Tensor:
     return (logits_BK.argmax(1) == label_B) & logits_BK.isfinite().all(1)
 
 
-def _is_recorded() -> bool:
+def is_recorded() -> bool:
     """Say whether no value can be read, because the work is captured or compiled."""
     return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 

@@ -25,7 +25,9 @@ from retemper.engine.attack_plan import Plan
 from retemper.engine.device import exact_fp32
 from retemper.engine.distributed.ranks import ALONE, Ranks
 from retemper.engine.losses import cross_entropy_objective, cw_objective
+from retemper.engine.speed.capture import Record, Recordings
 from retemper.engine.speed.fold import BATCH_NORM, Folded
+from retemper.engine.speed.replay import Replayed, graphs_for
 from retemper.kernels import augment, identity_view
 from retemper.loaders import Split
 
@@ -63,16 +65,27 @@ class Attack:
         known = {name: value for name, value in asdict(self).items() if usual.get(name) != value}
         return known | {"step": self.step * eps}
 
-    def on(self, network: nn.Module, eps: float) -> Perturb:
-        """Return the function that attacks `network` within the radius `eps`, in pixel units."""
+    def on(self, network: nn.Module, eps: float, record: Record | None = None) -> Perturb:
+        """Return the function that attacks `network` within the radius `eps`, in pixel units.
+
+        Args:
+            record: what its calls are recorded by; None to run each. The network is not to change then.
+        """
         if not 0 <= eps <= 1:
             raise ValueError(f"eps = {eps}: it must lie in 0 .. 1, in [0, 1] pixels (8/255, not 8)")
         objective = cross_entropy_objective if self.loss == "cross-entropy" else cw_objective
+        recordings = None if record is None else Recordings(record, name="the attack", tuned=True)
 
-        def perturb(clean: Tensor, clean_BK: Tensor, label_B: Tensor, seed: int) -> Tensor:
+        def attack(clean: Tensor, label_B: Tensor, seed: int | Tensor) -> Tensor:
             start: dict[str, Any] = dict(start=self.start, clip_start=self.clip_start, seed=seed)
             plan = Plan(steps=self.steps, step=self.step * eps, eps=eps, **start)
             return ascend(network, clean, plan, objective=objective(label_B))
+
+        def perturb(clean: Tensor, clean_BK: Tensor, label_B: Tensor, seed: int) -> Tensor:
+            if recordings is None:
+                return attack(clean, label_B, seed)
+            drawn = torch.full((1,), seed, device=clean.device)
+            return recordings(attack, (clean, label_B, drawn))
 
         return perturb
 
@@ -126,6 +139,7 @@ def predictions(
     source: nn.Module | None = None,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
+    capture: bool = False,
 ) -> Tensor:
     """Return the class that each image is given under attack, or clean where that is wrong already and counts.
 
@@ -137,14 +151,18 @@ def predictions(
         source: the network that the attack looks at, in eval mode; None for `model`.
         progress: is told of the images that are done.
         ranks: the processes that take turns at the batches. Each gets all answers, and they are those of one process.
+        capture: whether, on a GPU, whole batches from the fourth on are replayed from CUDA graphs, with convolutions
+            that are tuned: other rounding.
     Returns:
         (N,) int64 on the host; -1 where the logits are not finite.
     """
     images = len(split) if indices is None else len(indices)
     given_N = torch.zeros(images, dtype=torch.int64, device=device)
     model.eval()
-    perturb = attack.on(folded_twin(model if source is None else source, device), eps) if attack.steps else None
-    options: dict[str, Any] = dict(indices=indices, batch_size=batch_size, seed=seed, ranks=ranks)
+    looked_at = model if source is None else source
+    record = graphs_for(device, model, looked_at) if capture else None
+    perturb = attack.on(folded_twin(looked_at, device), eps, record) if attack.steps else None
+    options: dict[str, Any] = dict(indices=indices, batch_size=batch_size, seed=seed, ranks=ranks, record=record)
     for batch in attacked_batches(model, split, perturb, device=device, **options):
         size = len(batch.label_B)
         given_N[batch.first : batch.first + size] = predicted(batch.adv_BK) if attack.alone else batch.predicted_B
@@ -185,6 +203,7 @@ def attacked_batches(
     batch_size: int = 256,
     seed: int = 0,
     ranks: Ranks = ALONE,
+    record: Record | None = None,
 ) -> Iterator[AttackedBatch]:
     """Yield the answers of `model`, which is put into eval mode, to this process's batches, clean and attacked.
 
@@ -193,12 +212,13 @@ def attacked_batches(
     Args:
         perturb: the attack; it is given `seed` plus the number of images before the batch. None for no attack.
         device, indices, batch_size, ranks: as in `predictions`.
+        record: what the network's answers to whole batches are recorded by; None to run each.
     """
-    model.eval()
+    answer = Replayed(model.eval(), record, batch_size, pad=False)
     for first, clean, label_B in labelled_batches(split, device, indices=indices, batch_size=batch_size, ranks=ranks):
         with exact_fp32():
             with torch.no_grad():
-                clean_BK: Tensor = model(clean)
+                clean_BK: Tensor = answer(clean)
             if clean_BK.shape != (len(clean), len(split.classes)):
                 wanted = (len(clean), len(split.classes))
                 raise ValueError(f"the model answers {tuple(clean_BK.shape)} on these images; needs {wanted}")
@@ -206,7 +226,7 @@ def attacked_batches(
             if perturb is not None:
                 adv = perturb(clean, clean_BK, label_B, seed + first)
                 with torch.no_grad():
-                    adv_BK = model(adv)
+                    adv_BK = answer(adv)
         yield AttackedBatch(first=first, label_B=label_B, clean_BK=clean_BK, adv_BK=adv_BK)
     ranks.barrier(patiently=True)  # for a process with a batch more
 

@@ -29,6 +29,7 @@ from retemper.bench import peers
 from retemper.bench.case import Call, Case, Check, Contender, PlannedCase, Request, Work
 from retemper.bench.timing import failure
 from retemper.engine.attack import pgd
+from retemper.engine.captured_attack import CapturedAttack
 from retemper.engine.device import DTYPES
 from retemper.engine.losses import KlObjective, Objective, cross_entropy_objective
 from retemper.engine.models import channels_last, create_model
@@ -38,6 +39,7 @@ EPS, STEP, CLASSES = 8 / 255, 2 / 255, 10
 LOSS_TOLERANCE = 1e-3
 SHAPES = {"tiny_resnet": (1, 8, 8), "mobilenet_v2": (3, 32, 32), "resnet18": (3, 32, 32)}
 CPU_BATCH = {"tiny_resnet": 128, "mobilenet_v2": 4, "resnet18": 2}
+NOT_CAPTURED = "retemper, not captured"  # on a CPU nothing is
 CPU_ROUNDS = {"tiny_resnet": 20, "mobilenet_v2": 5, "resnet18": 5}
 
 
@@ -136,7 +138,7 @@ def _case(title: str, request: Request, name: str, precision: str, objective: st
     check = examples_check(problem)
     return Case(
         name=title,
-        contenders=[contender(problem, check, *one) for one in CONTENDERS],
+        contenders=[contender(problem, check, *one) for one in CONTENDERS if request.on_gpu or one[0] != NOT_CAPTURED],
         work=Work(images=batch, flop=steps * problem.flop_of_a_step()),
         precision=precision,
         rounds=None if request.on_gpu else CPU_ROUNDS[name],
@@ -186,22 +188,52 @@ def contender(
     return Contender(name=name, call=call, reason=reason, exactness=exactness, check=check)
 
 
+def our_attack(problem: AttackProblem, model: nn.Module) -> Callable[..., Tensor]:
+    """Return our attack on `model`, replayed from a CUDA graph on a GPU; it takes images and what `targets` has."""
+    objective = cross_entropy_objective if problem.teacher_BK is None else KlObjective
+    return CapturedAttack(model, objective, steps=problem.steps, step=STEP, eps=EPS, start="none")
+
+
+def targets(problem: AttackProblem) -> tuple[Tensor, ...]:
+    """Return what the objective is made of: the labels, or the teacher's logits, labels and temperatures."""
+    if problem.teacher_BK is None:
+        return (problem.label_B,)
+    return problem.teacher_BK, problem.label_B, problem.temperature_K
+
+
 def our_pgd(problem: AttackProblem, model: nn.Module) -> Tensor:
-    """Return the examples, (B, C, H, W), that our attack makes with `model`."""
+    """Return the examples, (B, C, H, W), that our attack makes with `model`, call by call."""
     return pgd(
         model, problem.clean_BCHW, objective=problem.objective, steps=problem.steps, step=STEP, eps=EPS, start="none"
     )
 
 
+def twin_of(problem: AttackProblem) -> Folded:
+    """Return the network with batch norm folded."""
+    return Folded(problem.model.model, problem.model.dtype, "fused" if problem.clean_BCHW.is_cuda else "plain")
+
+
 def folded(problem: AttackProblem) -> Call:
-    """Return our attack as training and evaluation run it: batch norm is folded, anew for each attack."""
-    twin = Folded(problem.model.model, problem.model.dtype, "fused" if problem.clean_BCHW.is_cuda else "plain")
+    """Return our attack as training and evaluation run it: batch norm is folded, anew for each attack; captured."""
+    twin = twin_of(problem)
+    attack, given = our_attack(problem, twin), targets(problem)
+
+    def call() -> Tensor:
+        twin.refresh()
+        return attack(problem.clean_BCHW, *given)
+
+    return call
+
+
+def eager(problem: AttackProblem) -> Call:
+    """Return the same without a CUDA graph."""
+    twin = twin_of(problem)
     return lambda: our_pgd(problem, twin.refresh())
 
 
 def unfolded(problem: AttackProblem) -> Call:
     """Return our attack on the network as it is."""
-    return partial(our_pgd, problem, problem.own_model())
+    return partial(our_attack(problem, problem.own_model()), problem.clean_BCHW, *targets(problem))
 
 
 def plain_loop(problem: AttackProblem) -> Call:
@@ -244,6 +276,7 @@ def foolbox(problem: AttackProblem) -> Call:
 
 CONTENDERS: tuple[tuple[str, Callable[[AttackProblem], Call], tuple[str, ...]], ...] = (  # with packages they need
     ("retemper", folded, ()),
+    (NOT_CAPTURED, eager, ()),
     ("retemper, not folded", unfolded, ()),
     ("plain loop", plain_loop, ()),
     ("torchattacks.PGD", torchattacks, ("torchattacks",)),

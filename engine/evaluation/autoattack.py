@@ -11,8 +11,9 @@ both are left out. What is left out stands in the result, whose accuracies are t
 The attacks come in the order, in the batches and with the seeds of the library's own runner, so the verdicts are its
 own, image by image. After each batch the ledger is written: a run that is killed goes on from there to the same end.
 
-Two things cost less here. Parameters ask for no gradients. With `fold`, the attacks look at the network's folded twin
-(speed/fold.py), the same function with other rounding, and the network itself judges what they found.
+Three things cost less here. Parameters ask for no gradients. On a GPU, what the attacks ask of the network is replayed
+from CUDA graphs (speed/replay.py). With `fold`, they look at the network's folded twin (speed/fold.py). Both are the
+same function with other rounding, and the network itself judges what was found.
 
 Dimension key: B batch, C H W image, K classes, N images.
 """
@@ -35,6 +36,7 @@ from retemper.engine.evaluation.library import FULL, WEAKER, Strength, library_a
 from retemper.engine.predict import as_float, folded_twin, predicted
 from retemper.engine.sanity.flags import DLR_CLASSES, SQUARE_HELPS
 from retemper.engine.sanity.ladder import own_generators
+from retemper.engine.speed.replay import Replayed, graphs_for
 from retemper.errors import UsageError
 from retemper.loaders import Split
 
@@ -59,6 +61,7 @@ class SuiteRequest:
         classes: how many the data set has; the suites are the same from four on.
         eps: the radius in pixel units.
         fold: whether the attacks look at the network's folded twin.
+        capture: whether, on a GPU, what the attacks ask of the network is replayed from CUDA graphs.
         budget_s: seconds after which no further batch is begun; None for no limit.
     """
 
@@ -69,6 +72,7 @@ class SuiteRequest:
     batch_size: int = 256
     seed: int = 0
     fold: bool = False
+    capture: bool = True
     budget_s: float | None = None
 
     @property
@@ -153,7 +157,9 @@ class _Runner:
     ) -> None:
         self.model, self.split, self.request, self.ledger, self.progress = model, split, request, ledger, progress
         looked_at = require_foldable(model, request.device) if request.fold else model
-        self.looked_at = ChannelsLast(looked_at, progress)
+        record = graphs_for(request.device, looked_at) if request.capture else None
+        replayed = Replayed(looked_at, record, request.batch_size)
+        self.looked_at = ChannelsLast(replayed, progress)
         asked = request.eps, request.seed, request.device, request.strength
         self.attacks = library_attacks(self.looked_at, len(split.classes), *asked)
 

@@ -60,6 +60,7 @@ class EvaluationRequest:
         facts: what the user says about a bare checkpoint.
         suite, fold, shard, budget_s: of AutoAttack, as `SuiteRequest` and `evaluate_suite` take them.
         check: whether to look for masked gradients too.
+        capture: "auto" to replay on a GPU what comes again from CUDA graphs, with other rounding; or "off".
     """
 
     target: str | Path
@@ -81,6 +82,7 @@ class EvaluationRequest:
     shard: Shard | None = None
     budget_s: float | None = None
     check: bool = False
+    capture: str = "auto"
 
     def attack(self, name: str) -> Attack:
         """Return an attack of the protocol. AutoAttack is none of them."""
@@ -190,7 +192,7 @@ class _Evaluation:
         """Run one attack of the protocol."""
         attack, order, ranks = self.request.attack(name), self.order, self.request.ranks
         called = result_name(name, self.request.protocol)
-        chosen: dict[str, Any] = dict(indices=order, ranks=ranks) | self.options
+        chosen: dict[str, Any] = dict(indices=order, ranks=ranks, capture=self.request.capture == "auto") | self.options
         with Progress(called, len(order)) as progress:
             given_N = predictions(self.model, self.split, attack, progress=progress, **chosen)
         flags = gradient_flags(attack.loss, self.zero) if attack.steps else []
@@ -205,9 +207,8 @@ class _Evaluation:
     def _autoattack(self, file: EvaluationFile) -> Outcome | None:
         """Run AutoAttack, or the shard of it that is asked for."""
         asked, classes = self.request, len(self.split.classes)
-        suite = SuiteRequest(
-            suite=asked.suite, classes=classes, fold=asked.fold, budget_s=asked.budget_s, **self.options
-        )
+        chosen: dict[str, Any] = dict(suite=asked.suite, fold=asked.fold, budget_s=asked.budget_s) | self.options
+        suite = SuiteRequest(classes=classes, capture=asked.capture == "auto", **chosen)
         images = self.order[: asked.autoattack_limit]
         known = {name: file.content["protocol"][name] for name in IDENTIFYING}
         known["images_sha256"] = _digest(self.split, images)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from retemper.console import Progress
 from retemper.engine.predict import ATTACKS, Attack, attacked_batches, folded_twin, labelled_batches, predictions
+from retemper.engine.speed.replay import Replayed, graphs_for
 from retemper.loaders import Split
 
 TIMES_EPS = (0.0, 0.5, 1.0, 2.0, 4.0)  # the radii, besides 1.0
@@ -134,7 +135,8 @@ def square_survivors(request: CheckRequest, left: Tensor, queries: int = SQUARE_
         from pyautoattack.square import SquareAttack
     except ImportError:
         return None
-    twin = folded_twin(request.model, request.device)
+    record = graphs_for(request.device, request.model)
+    twin = Replayed(folded_twin(request.model, request.device), record, request.batch_size)
 
     def search(clean: Tensor, clean_BK: Tensor, label_B: Tensor, seed: int) -> Tensor:
         square = SquareAttack(twin, eps=request.eps, n_queries=queries, seed=seed)

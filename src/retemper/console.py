@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 LINE_EVERY_S = 20.0
 _quiet = False
+_once: set[str] = set()
 
 
 def several() -> bool:
@@ -113,6 +114,13 @@ def say(line: str) -> None:
         tqdm.write(line, file=sys.stderr)
     else:
         print(line, file=sys.stderr, flush=True)
+
+
+def say_once(line: str) -> None:
+    """Print a line for the user on stderr, unless this process has printed it before."""
+    if line not in _once:
+        _once.add(line)
+        say(line)
 
 
 def _tqdm() -> Any:

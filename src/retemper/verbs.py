@@ -74,6 +74,7 @@ def evaluate(arguments: Namespace) -> None:
             raise UsageError("--shard is for separate commands: torchrun shares the images out itself")
         request = EvaluationRequest(
             **{name: getattr(arguments, name) for name in same.split()},
+            capture=arguments.capture,
             attacks=attacks,
             device=device,
             ranks=ranks,
