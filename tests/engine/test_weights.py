@@ -350,9 +350,9 @@ def test_a_file_is_what_the_formats_own_writer_makes_of_it(dtype: torch.dtype, t
     written = (tmp_path / "w").read_bytes()
     with safe_open(tmp_path / "w", "pt") as file:
         own = safetensors.torch.save({name: value.contiguous() for name, value in state.items()}, file.metadata())
-    lengths = [8 + int.from_bytes(data[:8], "little") for data in (written, own)]
-    headers, bodies = zip(*((data[8:end], data[end:]) for data, end in zip((written, own), lengths, strict=True)))
-    assert json.loads(headers[0]) == json.loads(headers[1]) and bodies[0] == bodies[1]
+    ends = [8 + int.from_bytes(data[:8], "little") for data in (written, own)]
+    assert json.loads(written[8 : ends[0]]) == json.loads(own[8 : ends[1]])
+    assert written[ends[0] :] == own[ends[1] :]
 
 
 def test_numbers_that_the_format_lacks_are_refused(tmp_path: Path) -> None:
