@@ -19,7 +19,10 @@ from retemper.errors import DataError, Interrupted
 from retemper.interrupts import asked, undisturbed
 from retemper.loaders import Batch, Loader
 
-STEPS_BETWEEN_READS = {"cuda": 50, "cpu": 1}  # when the host looks at the loss: for the bar, and whether it is finite
+STEPS_BETWEEN_READS = {
+    "cuda": 50,
+    "cpu": 1,
+}  # when the host looks at the loss: for the bar, whether it is finite, saves
 
 
 class Steps:
