@@ -80,8 +80,8 @@ def train(job: Job) -> Path:
                         _conclude(job, state, data, saver, board, pace, epoch)
                 saver.settle()
         finally:
-            data.loader.close()
             saver.writer.close()
+            data.loader.close()
         ranks.barrier()
         if saver.finished == recipe.optim.epochs:
             say(f"{job.name}: done, best epoch {saver.best.epoch}; next: {_next(job)}")
