@@ -252,7 +252,7 @@ def loaders(campaign: Campaign) -> None:
     whole = pump.run_pipeline
 
     def dies(*_: object) -> None:
-        raise MemoryError("no more")
+        raise ValueError("no more")
 
     for fault, broken in (
         ("FFCV's thread dies", dies),
