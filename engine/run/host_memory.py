@@ -41,6 +41,10 @@ class HostMemory:
         if self.copied is not None:
             self.copied.synchronize()
 
+    def is_ready(self) -> bool:
+        """Say whether the copies are made by now."""
+        return self.copied is None or self.copied.query()
+
     def _copy(self, value: Tensor, names: tuple[object, ...]) -> Tensor:
         place = self.tensors.get(names)
         if place is None or (place.shape, place.dtype, place.stride()) != (value.shape, value.dtype, value.stride()):
