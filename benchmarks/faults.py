@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,6 +28,7 @@ from campaign import Campaign, Fork, Row, process_runs
 from summary import markdown, words_of, write_summary
 
 from retemper.engine import create_model, load_checkpoint
+from retemper.engine.run import state_file
 from retemper.engine.run.state_file import unpack
 from retemper.engine.run.teacher_table import TeacherTable
 from retemper.loaders import DataError, ViewSpace, convert, load_split, verify
@@ -34,18 +36,34 @@ from retemper.loaders.ffcv_backend import FfcvLoader, _pump_class
 from retemper.loaders.loader import Plan
 
 CPU = torch.device("cpu")
+WRITES = 8000  # by its thread; a state takes nine hundred, a run makes sixty thousand
 
 
-def kills(campaign: Campaign, number: int, chain: int = 20) -> None:
-    """Kill with -9, at random moments, a run that saves after every step, from its first instant to its last."""
-    row = campaign.row("kill -9 while training and saving")
+def kills(campaign: Campaign, number: int) -> None:
+    """Kill with -9 a run that saves after every step: at random moments, and at random writes of its thread."""
+
+    def at_any_moment(out: Path) -> Fork:
+        process = campaign.fork(out, "--save-every", "0")
+        let_run(campaign, process, out)
+        os.kill(process.pid, signal.SIGKILL)
+        return process
+
+    def at_any_write(out: Path) -> Fork:
+        write = campaign.rng.randrange(WRITES)
+        return campaign.fork(out, "--save-every", "0", prepare=lambda: die_at_write(write))
+
+    kill(campaign, "kill -9 while training and saving", number, at_any_moment)
+    kill(campaign, "kill -9 amid a write of a state", number // 2, at_any_write)
+
+
+def kill(campaign: Campaign, fault: str, number: int, strike: Callable[[Path], Fork], chain: int = 20) -> None:
+    """Have runs struck dead, each up to `chain` times; what they leave must be whole, and their end undisturbed."""
+    row = campaign.row(fault)
     while row.tried < number:
         out, best = campaign.fresh(), False
         for _ in range(min(chain, number - row.tried)):
-            process = campaign.fork(out, "--save-every", "0")
-            let_run(campaign, process, out)
+            process = strike(out)
             began, problem = time.monotonic(), ""
-            os.kill(process.pid, signal.SIGKILL)
             if process.wait() == 0:
                 break  # it was done before
             try:
@@ -61,6 +79,18 @@ def kills(campaign: Campaign, number: int, chain: int = 20) -> None:
             row.lost += 1
             row.notes.append("another result")
         campaign.forget(out)
+
+
+def die_at_write(number: int) -> None:
+    """Have this process die just before a write of its saving thread, counted from 0."""
+    whole, made = state_file._Sink._pass_on, count()
+
+    def watched(self: Any, data: bytes | memoryview) -> None:
+        if next(made) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        whole(self, data)
+
+    state_file._Sink._pass_on = watched
 
 
 def let_run(campaign: Campaign, process: Fork, out: Path) -> None:
@@ -222,7 +252,7 @@ def loaders(campaign: Campaign) -> None:
     whole = pump.run_pipeline
 
     def dies(*_: object) -> None:
-        raise MemoryError("no more")
+        raise ValueError("no more")
 
     for fault, broken in (
         ("FFCV's thread dies", dies),

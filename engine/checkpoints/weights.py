@@ -26,7 +26,12 @@ from retemper.engine.checkpoints.content import (
     read_content,
 )
 from retemper.engine.checkpoints.unwrap import Pixels, bare_name, holds_weights, take
-from retemper.files import write_atomically
+from retemper.files import atomic_write
+
+DTYPES = {  # their names in a safetensors file, where those of the last come first
+    **{torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16"},
+    **{torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"},
+}
 
 
 def load_checkpoint(path: str | os.PathLike[str], model: nn.Module) -> None:
@@ -116,9 +121,9 @@ def state_digest(model: nn.Module) -> str:
     state = {plain_name(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     digest = hashlib.sha256()
     for name in sorted(state):
-        value = state[name].detach().cpu().contiguous()
+        value = state[name]
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(_bytes_of(value))
     return digest.hexdigest()
 
 
@@ -135,29 +140,47 @@ def save_weights(
         metadata: strings kept in the file's header.
     Raises:
         OSError: the folder is missing, read-only or full; the old file is intact.
-        ValueError: two tensors have one name without `module.` and `_orig_mod.`.
+        ValueError: two tensors have one name without `module.` and `_orig_mod.`, or one is of no dtype that the format
+            has.
     """
-    import safetensors.torch  # here, not above: the benchmarks read and write no weights, and run without it
-
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    tensors = {plain_name(name): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    tensors = {plain_name(name): tensor.detach() for name, tensor in state.items()}
     if len(tensors) < len(state):
         raise ValueError("two of the tensors have one name without `module.` and `_orig_mod.`")
+    if unknown := [name for name, tensor in tensors.items() if tensor.dtype not in DTYPES]:
+        raise ValueError(f"a safetensors file holds no {tensors[unknown[0]].dtype}, which {few(unknown)} is of")
     facts = {**(metadata or {}), "format": "pt", WRITER: "retemper", DIGEST: WHOLE + BLANK}
-    header, body = _sorted_header(safetensors.torch.save(tensors, facts))
+    order = sorted(tensors, key=lambda name: (-[*DTYPES].index(tensors[name].dtype), name))  # so each is aligned
+    header = _header({name: tensors[name] for name in order}, facts)
     digest = hashlib.sha256(header)
-    digest.update(body)
-    blank = f'"{DIGEST}":"{WHOLE}{BLANK}"'.encode()
-    known = blank.replace(BLANK.encode(), digest.hexdigest().encode())
-    write_atomically(Path(path), b"".join([header.replace(blank, known, 1), body]))
+    with atomic_write(Path(path)) as file:
+        file.write(header)
+        for name in order:  # one after another: a second copy of all of them would take memory, and hold other threads
+            data = _bytes_of(tensors[name])
+            digest.update(data)
+            file.write(data)
+        file.seek(header.index(f'"{DIGEST}":"{WHOLE}{BLANK}"'.encode()) + len(f'"{DIGEST}":"{WHOLE}'))
+        file.write(digest.hexdigest().encode())
 
 
-def _sorted_header(data: bytes) -> tuple[bytes, memoryview]:
-    """Return a safetensors file in two parts: its header with sorted keys, whose order is random, and its tensors."""
-    end = 8 + int.from_bytes(data[:8], "little")
-    text = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+def _header(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> bytes:
+    """Return the beginning of a safetensors file: the length of its JSON, and that, with sorted keys.
+
+    The format's own writer leaves the order of `facts` to chance.
+    """
+    entries: dict[str, object] = {"__metadata__": facts}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the tensors stay aligned
-    return len(text).to_bytes(8, "little") + text, memoryview(data)[end:]
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Return the numbers of a tensor as bytes, row by row."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _misfit(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> str | None:

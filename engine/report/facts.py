@@ -64,7 +64,7 @@ def _run_facts(run: RunRecord) -> dict[str, str]:
         "training eps": pixels(recipe.get("eps")),
         "seed": plain(config.get("seed")),
         "training time": f"{sum(seconds):,.0f} s" if seconds else "not recorded",
-        "images per second": f"{median(speed):,.0f}" if speed else "not recorded",
+        "images per second, all told": f"{median(speed):,.0f}" if speed else "not recorded",
         **{name: plain(config.get(name)) for name in ("device", "commit", "versions", "started")},
         "teacher's digest": plain(teacher.get("sha256")) if teacher else "none",
     }

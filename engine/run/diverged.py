@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from retemper.engine.run.host_memory import on_host
 from retemper.engine.run.run_folder import RunFolder
-from retemper.engine.run.state_file import on_host
 from retemper.engine.state import State
 from retemper.errors import Diverged
 from retemper.loaders import Batch
@@ -42,12 +42,13 @@ class FiniteWatch:
         Args:
             first_seed: the noise seed of the epoch's first step.
             batch_at: the batch, and the teacher's logits where they were asked for ahead, of a step from 0.
-            kept: says what is on the disk.
+            kept: says what is on the disk, once all is saved.
         Raises:
             Diverged: a step was not finite.
         """
         if self.is_finite():
             return
+        held = kept()  # where the newest save failed, that is said instead
         state, loss = self.state, float(self.state.guard.loss)
         step = int(state.guard.seed) - first_seed + 1
         batch, teacher_BK = batch_at(step - 1)
@@ -67,8 +68,8 @@ class FiniteWatch:
         else:
             what, advice = f"{what}, on {self._images(batch, list(range(len(batch.label))))}", LOWER
         advice += " or --precision fp32" * (state.precision is not torch.float32)
-        held = f"the update was not made; {self.folder.diverged} holds the batch and the weights before it"
-        raise Diverged(f"{what}; {held}; {kept()}. {advice}")
+        there = f"the update was not made; {self.folder.diverged} holds the batch and the weights before it"
+        raise Diverged(f"{what}; {there}; {held}. {advice}")
 
     def _images(self, batch: Batch, rows: list[int]) -> str:
         """Name some rows of the batch, by position in the data set and class."""

@@ -16,19 +16,18 @@ from retemper.errors import UsageError
 from retemper.files import finite, read_json_lines
 
 
-def epoch_line(epoch: int, recipe: Recipe, state: State, images: int, seconds: float) -> dict[str, Any]:
-    """Return the epoch's line of metrics.jsonl; its class state is the one that the epoch was trained under.
+def epoch_line(epoch: int, recipe: Recipe, state: State, images: int) -> dict[str, Any]:
+    """Return the epoch's line of metrics.jsonl, but for how long it took.
+
+    Its class state is the one that the epoch was trained under.
 
     Args:
         images: how many the epoch has.
-        seconds: how long its steps took.
     """
     line: dict[str, Any] = {
         "epoch": epoch,
         "loss": float(state.loss_sum) / images,
         "lr": recipe.optim.lr_at(epoch),
-        "images_per_second": images / seconds,
-        "seconds": seconds,
     }
     for name, sums in state.sums.items():
         if name not in state.forwards.before:
@@ -76,8 +75,9 @@ class Board:
         weakref.finalize(self, self.writer.close)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Show one more epoch, `line` as in metrics.jsonl; the first time, all that the file holds."""
-        for row in [line] if self.begun else read_json_lines(self.metrics, EpochLine)[0]:
+        """Show one more epoch, `line` as metrics.jsonl is to hold it; the first time, all that the file has before."""
+        earlier = [] if self.begun else read_json_lines(self.metrics, EpochLine)[0]
+        for row in [*(row for row in earlier if row["epoch"] < line["epoch"]), line]:
             for name, value in scalars(row, self.classes):
                 self.writer.add_scalar(name, value, row["epoch"])
         self.writer.flush()

@@ -7,20 +7,20 @@ on resume. The state before it stays as `last.1.state`, for the day that the dis
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from retemper.console import say
 from retemper.engine.checkpoints.find import same_network
 from retemper.engine.checkpoints.weights import save_weights
 from retemper.engine.recipe import changed_options, flat_options
 from retemper.engine.run.content import RECORDED, Config, EpochLine, Saved
-from retemper.engine.run.state_file import Damaged, pack, unpack
+from retemper.engine.run.state_file import Damaged, unpack, write_state
 from retemper.errors import DataError, UsageError
 from retemper.files import (
     atomic_write,
@@ -121,7 +121,7 @@ class RunFolder:
             )
 
     def save_epoch(
-        self, line: dict[str, Any], student: nn.Module, metadata: dict[str, str], state: dict[str, Any]
+        self, line: dict[str, Any], weights: Mapping[str, Tensor], metadata: dict[str, str], state: dict[str, Any]
     ) -> None:
         """Write one epoch: its metrics line, the weights, and at last the state that resuming reads.
 
@@ -129,18 +129,18 @@ class RunFolder:
             DataError: the disk is full, or does not let us; what was there is intact.
         """
         self._write_metrics(line["epoch"] - 1, line)
-        self.save_weights(self.last, student, metadata)
+        self.save_weights(self.last, weights, metadata)
         self.save_state(state)
 
-    def save_weights(self, path: Path, network: nn.Module, metadata: dict[str, str]) -> None:
+    def save_weights(self, path: Path, weights: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
         """Write `last` or `best`. Raises as `save_epoch`."""
         with _telling(path):
-            save_weights(path, network, metadata)
+            save_weights(path, weights, metadata)
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write the state that resuming reads, of an epoch or of a step within one. Raises as `save_epoch`."""
         with _telling(self.state), atomic_write(self.state) as file:
-            file.write(pack(state))
+            write_state(file, state)
             sync(file)
             if self.state.exists():
                 self._keep_the_one_before()  # only now that the new one is on the disk

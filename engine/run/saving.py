@@ -3,10 +3,13 @@
 It goes on at the end of an epoch or between any two of its steps. The order of the images, their views and the random
 starts are functions of the seed, the epoch and the step: they need no memory. torch's own generators are kept for
 methods that draw from them.
+
+A save copies the state to the host, for which nothing waits on a GPU, and leaves the rest, digests and files, to a
+thread. One save is on its way at a time: a newer one waits for it, as both are made in the same memory.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -17,9 +20,10 @@ from retemper.engine.device import is_out_of_memory
 from retemper.engine.epoch_stats import ClassMeans
 from retemper.engine.recipe import Recipe
 from retemper.engine.run.diverged import LOWER
+from retemper.engine.run.host_memory import HostMemory, on_host
 from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.run.selection import Best, newest_best
-from retemper.engine.run.state_file import on_host
+from retemper.engine.run.writer import Writer
 from retemper.engine.state import State
 from retemper.errors import DataError, Diverged, UsageError
 
@@ -29,11 +33,12 @@ class Saver:
 
     Attributes:
         finished, done: the epochs, and the steps of the next one, that the state in memory is behind.
-        saved: both, as they are on the disk.
+        saved: both, as they are on the disk; the thread sets it.
         tail: the state at the end of an epoch's steps, while that epoch is being concluded.
         started: when the epoch would have begun, had it not been cut in two; monotonic seconds.
         next_save: when the state is to be saved within the epoch; monotonic seconds.
         best: the best epoch so far.
+        is_better: whether that is the epoch that is being concluded, so that its weights are to be written.
     """
 
     def __init__(
@@ -44,9 +49,10 @@ class Saver:
         self.seed, self.save_every, self.header = seed, save_every, header
         self.finished, self.done, self.saved = 0, 0, (0, 0)
         self.tail: dict[str, Any] | None = None
-        self.started = time.monotonic()
-        self.next_save = self.started + save_every
-        self.best = Best()
+        self.before_s = 0.0  # what an earlier process took for the epoch
+        self.start_clock()
+        self.best, self.is_better = Best(), False
+        self.memory, self.writer = HostMemory(state.device), Writer()
 
     def resume(self, config: dict[str, Any]) -> bool:
         """Begin the folder with its config.json, or take up the state in it; say whether the run is a new one.
@@ -80,9 +86,19 @@ class Saver:
             if is_out_of_memory(error):
                 raise
             raise DataError(f"{self.folder.state} is not this run's: delete the folder to start it anew") from None
-        self.best = Best(**found["best"])
-        self.started = time.monotonic() - saved["seconds"]
+        self.best, self.before_s = Best(**found["best"]), saved["seconds"]
         return False
+
+    def start_clock(self) -> None:
+        """Begin to count the seconds of training: the first step comes now."""
+        self.started = time.monotonic() - self.before_s
+        self.next_save = time.monotonic() + self.save_every
+
+    def lap_s(self) -> float:
+        """Return the seconds of the epoch, which ends now; the next one begins."""
+        now = time.monotonic()
+        seconds, self.started = now - self.started, now
+        return seconds
 
     def start_epoch(self, epoch: int) -> None:
         """Set the state to the start of `epoch`."""
@@ -98,30 +114,49 @@ class Saver:
             self.tail = self._snapshot(epoch - 1, self.done)
 
     def keep_as_best(self, score: float, epoch: int) -> None:
-        """Write the weights as the best so far."""
-        self.best = Best(score, epoch)
-        if self.ranks.is_first:
-            header = self.header | {"epoch": str(epoch), "score": repr(score)}
-            self.folder.save_weights(self.folder.best, self.state.kept, header)
+        """Take the weights for the best so far; `save_epoch` has them written."""
+        self.best, self.is_better = Best(score, epoch), True
 
     def save_epoch(self, epoch: int, line: dict[str, Any]) -> None:
-        """Save the state after `epoch`, with its line of metrics.jsonl."""
+        """Have the state after `epoch` saved, its weights, and its line of metrics.jsonl. Raises as `settle`."""
         state = self._snapshot(epoch, 0)
-        if self.ranks.is_first:
-            self.folder.save_epoch(line, self.state.kept, self.header | {"epoch": str(epoch)}, state)
         self.finished, self.done, self.tail = epoch, 0, None
-        self._was_saved()
+        header = self.header | {"epoch": str(epoch)}
+        best = header | {"score": repr(self.best.score)} if self.is_better else None
+        self.is_better = False
+
+        def write() -> None:
+            weights = state["average"]["network"] if "average" in state else state["student"]
+            if best is not None:
+                self.folder.save_weights(self.folder.best, weights, best)
+            self.folder.save_epoch(line, weights, header, state)
+
+        self._write(state, write)
 
     def save_here(self) -> None:
-        """Save the state as it stands after the newest step. Every step so far must have been finite."""
+        """Have the state saved as it stands after the newest step; every step so far must have been finite.
+
+        Raises:
+            Diverged, DataError: as `settle`.
+        """
         state = self.tail or self._snapshot(self.finished, self.done)
-        if self.ranks.is_first:
-            self.folder.save_state(state)
-        self.ranks.barrier()
-        self._was_saved()
+        self._write(state, lambda: self.folder.save_state(state))
+
+    def look(self) -> None:
+        """Raise as `settle` where a save has failed by now; wait for none."""
+        self.writer.look()
+
+    def settle(self) -> None:
+        """Wait until all is saved; a save that failed is tried again.
+
+        Raises:
+            DataError: the disk is full, or does not let us.
+            Diverged: a weight or a statistic is not finite: the last update was made before anything was seen.
+        """
+        self.writer.settle()
 
     def save_cut(self, score: float, cut: str) -> None:
-        """Write the weights of a run that is cut before its end, so that it can be evaluated; its state is saved.
+        """Write the weights of a run that is cut before its end, so that it can be evaluated, once its state is saved.
 
         They stand in for the best where no epoch was the best yet. Their headers say `cut`, where that was.
         """
@@ -129,8 +164,8 @@ class Saver:
             return
         header = self.header | {"epoch": str(self.finished), "cut": cut}
         if self.best == Best():
-            self.folder.save_weights(self.folder.best, self.state.kept, header | {"score": repr(score)})
-        self.folder.save_weights(self.folder.last, self.state.kept, header)
+            self.folder.save_weights(self.folder.best, self.state.kept.state_dict(), header | {"score": repr(score)})
+        self.folder.save_weights(self.folder.last, self.state.kept.state_dict(), header)
 
     def to_do(self, max_steps: int | None = None) -> str:
         """Say which epochs are left, and after how many steps in all the run is cut."""
@@ -146,45 +181,74 @@ class Saver:
         return f"saved at {within if self.done else f'epoch {self.finished}'} in {self.folder.path}"
 
     def kept(self) -> str:
-        """Say what a run that diverged leaves on the disk."""
+        """Say what a run that diverged leaves on the disk. Raises as `settle`."""
+        self.settle()
+        return self._kept()
+
+    def _kept(self) -> str:
         finished, done = self.saved
         within = f" and {done} steps of the next" if done else ""
         return f"{self.folder.state} holds epoch {finished}{within}" if any(self.saved) else "no state was saved yet"
 
     def _snapshot(self, finished: int, done: int) -> dict[str, Any]:
-        """Return all that going on needs, on the host.
-
-        Raises:
-            Diverged: a weight or a statistic is not finite: the last update was made before anything was seen.
-        """
+        """Return all that going on needs, on the host, once `memory.wait` has returned there. Raises as `settle`."""
+        self.settle()
         state, own = self.state, own_part(self.state)
-        saved = {
-            "student": state.student.state_dict(),
-            "optimizer": state.optimizer.state_dict(),
-            "scaler": state.scaler.state_dict(),
-            "class_state": state.class_state,
-            "generators": own["generators"],
-            **({} if state.average is None else {"average": state.average.state()}),
-            "epoch": finished,
-            "step": done,
-            "so_far": own["so_far"] if done else {},
-            "seconds": time.monotonic() - self.started if done else 0.0,
-            "best": asdict(self.best),
-            "world_size": self.ranks.world_size,
-            "processes": self.ranks.gather(own) if self.ranks.joined else [],
-        }
-        saved = on_host(saved)
-        if self.ranks.any(not all(value.isfinite().all() for value in saved["student"].values())) == [True]:
-            when = f"epoch {finished + 1}, step {done}" if done else f"epoch {finished}"
-            raise Diverged(f"the weights are not finite after {when}; {self.kept()}. {LOWER}")
+        # what follows the steps of an epoch moves neither of the two
+        both = {"student": state.student, "optimizer": state.optimizer} if self.tail is None else {}
+        saved = self.memory.copy(
+            {
+                **{name: one.state_dict() for name, one in both.items()},
+                "scaler": state.scaler.state_dict(),
+                "class_state": state.class_state,
+                "generators": own["generators"],
+                **({} if state.average is None else {"average": state.average.state()}),
+                "epoch": finished,
+                "step": done,
+                "so_far": own["so_far"] if done else {},
+                "seconds": time.monotonic() - self.started if done else 0.0,
+                "best": asdict(self.best),
+                "world_size": self.ranks.world_size,
+                "processes": self.ranks.gather(on_host(own)) if self.ranks.joined else [],
+            }
+        )
+        if self.tail is not None:
+            saved |= {name: self.tail[name] for name in ("student", "optimizer")}
+        if self.ranks.joined:  # all of them leave then
+            self.memory.wait()
+            if self.ranks.any(not is_finite(saved)) == [True]:
+                raise self._diverged(saved)
         return saved
 
-    def _was_saved(self) -> None:
-        self.saved, self.next_save = (self.finished, self.done), time.monotonic() + self.save_every
+    def _write(self, state: dict[str, Any], write: Callable[[], None]) -> None:
+        """Have the thread call `write` for what `_snapshot` returned, unless a weight in it is not finite."""
+
+        def job() -> None:
+            self.memory.wait()
+            if not is_finite(state):
+                raise self._diverged(state)
+            write()
+            self.saved = state["epoch"], state["step"]
+
+        if self.ranks.is_first:
+            self.writer.begin(job)
+        else:
+            self.saved = state["epoch"], state["step"]
+        self.next_save = time.monotonic() + self.save_every
+
+    def _diverged(self, state: dict[str, Any]) -> Diverged:
+        epoch, step = state["epoch"], state["step"]
+        when = f"epoch {epoch + 1}, step {step}" if step else f"epoch {epoch}"
+        return Diverged(f"the weights are not finite after {when}; {self._kept()}. {LOWER}")
+
+
+def is_finite(saved: Mapping[str, Any]) -> bool:
+    """Say whether every weight and statistic of the student in a saved state is finite."""
+    return all(bool(value.isfinite().all()) for value in saved["student"].values())
 
 
 def own_part(state: State) -> dict[str, Any]:
-    """Return a copy on the host of what each of several processes has of its own.
+    """Return what each of several processes has of its own.
 
     That is the statistics of its batch norm, its random generators, and what its steps of the epoch have summed up.
     """
@@ -197,7 +261,7 @@ def own_part(state: State) -> dict[str, Any]:
         "loss_sum": state.loss_sum,
         "noise_seed": state.noise_seed,
     }
-    return on_host({"statistics": _statistics(state), "generators": generators, "so_far": so_far})
+    return {"statistics": _statistics(state), "generators": generators, "so_far": so_far}
 
 
 def restore(state: State, saved: Mapping[str, Any], own: Mapping[str, Any], running: bool) -> None:

@@ -8,10 +8,9 @@ import hashlib
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
 
 from retemper.engine.device import is_out_of_memory
 from retemper.errors import DataError
@@ -26,20 +25,59 @@ class Damaged(DataError):
     """The file is not as it was written."""
 
 
-def pack(state: Mapping[str, Any]) -> bytes:
-    """Return tensors, numbers, words and containers of them as a file's content."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(-2, io.SEEK_END)  # a zip archive ends in the length of its comment, which is 0 here
-    buffer.write(COMMENT.to_bytes(2, "little"))
-    with buffer.getbuffer() as body:
-        comment = _comment(body)
-    buffer.write(comment)
-    return buffer.getvalue()  # which shares the buffer's memory: a large network's state is there once, not three times
+def write_state(file: BinaryIO, state: Mapping[str, Any]) -> None:
+    """Write tensors, numbers, words and containers of them. Raises OSError as the file does.
+
+    A large state is digested as it is written, and lies in memory once. Other threads run meanwhile.
+    """
+    sink = _Sink(file)
+    torch.save(state, sink)  # pyright: ignore[reportArgumentType]  # which asks it for `write` and `flush` alone
+    sink.finish()
+
+
+class _Sink:
+    """The file that torch.save writes to: it takes the digest along.
+
+    An error waits for the end: raised in torch's writer, it would come out as another one.
+
+    Attributes:
+        held: the newest two bytes. A zip archive ends in the length of its comment, which is 0 as torch writes it.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest, self.held = file, hashlib.sha256(), b""
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Take some bytes; return how many."""
+        whole = memoryview(data if len(data) > 1 else self.held + bytes(data))
+        if len(data) > 1:
+            self._pass_on(self.held)
+        self._pass_on(whole[:-2])
+        self.held = bytes(whole[-2:])
+        return len(data)
+
+    def flush(self) -> None:
+        """Do nothing: whoever opened the file flushes it."""
+
+    def finish(self) -> None:
+        """Write the comment: the digest of every byte before it. Raises OSError where the file took less than all."""
+        self._pass_on(COMMENT.to_bytes(2, "little"))
+        self._pass_on(MARK + self.digest.hexdigest().encode())
+        if self.error is not None:
+            raise self.error
+
+    def _pass_on(self, data: bytes | memoryview) -> None:
+        if self.error is None:
+            self.digest.update(data)
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
 
 
 def unpack(path: Path, kind: Any = dict) -> dict[str, Any]:
-    """Return what `pack` was given, on the host; it must have the shape `kind` (`retemper.shape`).
+    """Return what `write_state` was given, on the host; it must have the shape `kind` (`retemper.shape`).
 
     Raises:
         Damaged: the digest is missing or another, or the file holds something else.
@@ -64,12 +102,3 @@ def unpack(path: Path, kind: Any = dict) -> dict[str, Any]:
 
 def _comment(body: memoryview) -> bytes:
     return MARK + hashlib.sha256(body).hexdigest().encode()
-
-
-def on_host(value: Any) -> Any:
-    """Return `value` with each tensor in its mappings and lists copied to the host."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {name: on_host(one) for name, one in value.items()}
-    return [on_host(one) for one in value] if isinstance(value, list) else value

@@ -19,7 +19,10 @@ from retemper.errors import DataError, Interrupted
 from retemper.interrupts import asked, undisturbed
 from retemper.loaders import Batch, Loader
 
-STEPS_BETWEEN_READS = {"cuda": 50, "cpu": 1}  # when the host looks at the loss: for the bar, and whether it is finite
+STEPS_BETWEEN_READS = {
+    "cuda": 50,
+    "cpu": 1,
+}  # when the host looks at the loss: for the bar, whether it is finite, saves
 
 
 class Steps:
@@ -51,7 +54,6 @@ class Steps:
         if allowed <= saver.done < len(self.loader):
             return False
         if not saver.done:
-            saver.started = time.monotonic()
             saver.start_epoch(epoch)
         looks, total = STEPS_BETWEEN_READS[self.state.device.type], self.loader.num_images
         done = min(saver.done * size, total)
@@ -70,17 +72,17 @@ class Steps:
                     loss = self.step(batch.image, batch.view, batch.label, teacher_BK)
                     saver.done += 1
                 self.pace.step()
-                look, save = saver.done % looks == 0, time.monotonic() >= saver.next_save
-                if ranks.joined:  # all of them do the same, and ask one another only when the host waits anyway
-                    save = look and ranks.any(save) == [True]
-                if (look or save) and not self.watch.is_finite():
+                saver.look()
+                look = saver.done % looks == 0
+                if look and not self.watch.is_finite():
                     break
                 progress.advance(rows, f"loss {loss.item():.4f}" if look else None)
                 if look:
                     self._leave_together()
-                if save:
-                    with undisturbed():
-                        self.save_here()
+                    # all processes do the same, and the host has waited for the device
+                    if ranks.any(time.monotonic() >= saver.next_save) == [True]:
+                        with undisturbed():
+                            self._save_here()
                 if saver.done == allowed < len(self.loader):
                     break
         self._require_finite(epoch)
@@ -114,13 +116,20 @@ class Steps:
             raise KeyboardInterrupt
 
     def save_here(self) -> str:
-        """Save the state after the newest step, where that is not done yet; say where that is."""
-        if self.saver.saved != (self.saver.finished, self.saver.done):
-            self._require_finite(self.saver.finished + 1)
-            if self.teacher is not None:
-                self.teacher.keep()
-            self.saver.save_here()
-        return self.saver.where(len(self.loader))
+        """Save the state after the newest step, where that is not done yet; say where that is, once it is there."""
+        saver = self.saver
+        saver.settle()
+        if saver.saved != (saver.finished, saver.done):
+            self._require_finite(saver.finished + 1)
+            self._save_here()
+            saver.settle()
+        saver.ranks.barrier()
+        return saver.where(len(self.loader))
+
+    def _save_here(self) -> None:
+        if self.teacher is not None:
+            self.teacher.keep()
+        self.saver.save_here()
 
     def _require_finite(self, epoch: int) -> None:
         self.watch.require(epoch, self.saver.noise_seed(epoch), lambda step: self._batch(epoch, step), self.saver.kept)

@@ -12,6 +12,7 @@ from retemper.console import say
 from retemper.engine.checkpoints.find import Source
 from retemper.engine.recipe import Recipe
 from retemper.engine.run.data import TrainingData
+from retemper.engine.run.host_memory import HostMemory
 from retemper.engine.run.teacher_table import AUTO_LIMIT, Ask, TeacherTable, table_bytes, table_folder
 from retemper.engine.state import State, clean_images
 from retemper.errors import UsageError
@@ -43,7 +44,8 @@ class TeacherLogits:
         self.ask, self.num_classes, self.device = ask, num_classes, device
         self.ahead, self.rows, self.at_once, self.table = ahead, rows, at_once, table
         self.known_share = 0.0  # of the newest epoch
-        self.fresh: list[tuple[np.ndarray, np.ndarray, Tensor]] = []  # index, view and logits, not in the table yet
+        # index, view and logits that are not in the table yet, and where those lie
+        self.fresh: list[tuple[np.ndarray, np.ndarray, Tensor, HostMemory]] = []
 
     def epoch(self, batches: Iterator[Batch], index: np.ndarray, view: np.ndarray) -> Iterator[tuple[Batch, Tensor]]:
         """Yield each batch with (B, K) float32 logits.
@@ -60,22 +62,30 @@ class TeacherLogits:
         self.known_share = 1 - len(missing) / max(1, len(index))
         on_missing, row = torch.from_numpy(missing).to(self.device), 0
         while group := list(islice(batches, self.ahead)):
+            self.keep(wait=False)  # while the device is busy
             end = row + sum(len(batch.label) for batch in group)
             asked = slice(*np.searchsorted(missing, (row, end)))
             if len(missing[asked]):
                 self._fill(group, row, on_missing[asked], logits_MK)
-                self.fresh.append((index[missing[asked]], view[missing[asked]], logits_MK[on_missing[asked]]))
+                memory = HostMemory(self.device)
+                answers = memory.copy({"logits": logits_MK[on_missing[asked]]})["logits"]
+                self.fresh.append((index[missing[asked]], view[missing[asked]], answers, memory))
             for batch in group:
                 yield batch, logits_MK[row : row + len(batch.label)]
                 row += len(batch.label)
         self.keep()
 
-    def keep(self) -> None:
-        """Add what was asked for so far to the table, if there is one; the end of an epoch does so itself."""
-        fresh, self.fresh = self.fresh, []
-        if self.table is not None:
-            for index, view, logits in fresh:
-                self.table.keep(index, view, logits.cpu().numpy())
+    def keep(self, wait: bool = True) -> None:
+        """Add what was asked for so far to the table, if there is one; the end of an epoch does so itself.
+
+        Args:
+            wait: for the device; what it has not answered yet is left for later otherwise.
+        """
+        while self.fresh and (wait or self.fresh[0][3].is_ready()):
+            index, view, logits, memory = self.fresh.pop(0)
+            memory.wait()
+            if self.table is not None:
+                self.table.keep(index, view, logits.numpy())
 
     def _fill(self, group: list[Batch], row: int, missing: Tensor, logits_MK: Tensor) -> None:
         """Ask for the rows `missing` of `logits_MK`; the first image of `group` is row `row`."""

@@ -9,7 +9,6 @@ weights after each step and equal networks after each epoch; the first of them w
 same step.
 """
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +69,18 @@ def train(job: Job) -> Path:
             ranks.barrier()
             return job.out
         say(f"{job.name}: {saver.to_do(job.max_steps)} on {job.place()}; {data.loader.description}")
+        saver.start_clock()
         try:
-            for epoch in range(saver.finished + 1, recipe.optim.epochs + 1):
-                with steps.saved_on_leaving():
+            with steps.saved_on_leaving():
+                for epoch in range(saver.finished + 1, recipe.optim.epochs + 1):
                     if not steps.run(epoch):
                         _cut(job, state, data, saver, steps)
                         break
                     with pace.ending(epoch):
                         _conclude(job, state, data, saver, board, pace, epoch)
+                saver.settle()
         finally:
+            saver.writer.close()
             data.loader.close()
         ranks.barrier()
         if saver.finished == recipe.optim.epochs:
@@ -121,16 +123,18 @@ def _conclude(
     job: Job, state: State, data: TrainingData, saver: Saver, board: Board | None, pace: Pace, epoch: int
 ) -> None:
     """After the steps of an epoch: move the class state, average the weights, judge them, and save."""
-    recipe, seconds = job.recipe, time.monotonic() - saver.started
+    recipe, images = job.recipe, data.loader.num_images
     saver.hold_tail(epoch)
     state.all_reduce()
     if not job.ranks.hold_same_bits([*state.student.state_dict().values()]):
         raise Diverged(f"the processes hold different weights after epoch {epoch}; {saver.kept()}")
-    line = epoch_line(epoch, recipe, state, data.loader.num_images, seconds)
+    line = epoch_line(epoch, recipe, state, images)
     _move_classes(job, state, data, epoch)
     _average(job, state, data, epoch)
     _select(job, state, data, saver, line)
     with undisturbed():
+        seconds = saver.lap_s()
+        line |= {"images_per_second": images / seconds, "seconds": seconds}
         saver.save_epoch(epoch, line)
         if board is not None:
             board.write(line)

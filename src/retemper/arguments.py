@@ -173,7 +173,11 @@ OPTIONS: dict[str, tuple[str | tuple[str, dict[str, Any]], ...]] = {  # of each 
         _option("--cache", "where converted data and teachers' answers go (~/.cache/retemper)", "DIR", type=PATH),
         _option("--beton", "a converted training set to read instead", "FILE", type=PATH),
         _option(
-            "--save-every", "save within an epoch so often; 0: every step (600)", "SECONDS", type=PERIOD, default=600
+            "--save-every",
+            "save within an epoch so often; 0: every step, on a GPU every 50 (600)",
+            "SECONDS",
+            type=PERIOD,
+            default=600,
         ),
         _option("--max-steps", "cut the run after N steps in all: to try it out, or go on later", "N", type=COUNT),
         _option("--deterministic", "the same bits every time on a GPU too, slower", action="store_true"),

@@ -118,7 +118,7 @@ def cut(words: list[object], start: Start, tmp_path: Path) -> Path:
     """A run left within its second epoch, with a state before the newest."""
     assert start(*words, "--save-every", 0, at={STEPS + 4: signal.SIGKILL}).wait()[0] == -signal.SIGKILL
     out = tmp_path / "run"
-    assert position(out) == (1, 3)
+    assert position(out) in ((1, 2), (1, 3)), "the newest save may have been on its way"
     return out
 
 

@@ -109,6 +109,15 @@ def test_an_epoch_cut_short_keeps_nothing_and_spoils_nothing(loader: Loader, tmp
     assert table.known.sum() == 0
 
 
+def test_answers_are_kept_while_the_epoch_goes_on(loader: Loader, tmp_path: Path) -> None:
+    """Not all at its end, where the device would wait."""
+    table = table_in(tmp_path)
+    cut, known = epoch(logits(Teacher(), table), loader, 1), [0]
+    for _ in cut:
+        known.append(int(table.known.sum()))
+    assert 0 < known[-1] < int(table.known.sum()) and known == sorted(known)
+
+
 def test_few_shapes_reach_the_teacher(loader: Loader, tmp_path: Path) -> None:
     teacher, table = Teacher(), table_in(tmp_path)
     found = logits(teacher, table)

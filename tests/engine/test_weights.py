@@ -1,6 +1,7 @@
 """Reading released checkpoints, refusing everything else with the model untouched, and writing that survives a kill."""
 
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -339,6 +340,25 @@ def test_equal_weights_with_equal_facts_give_equal_files(tmp_path: Path) -> None
     load_checkpoint(tmp_path / "w.safetensors", model := network(2))
     assert same(model, network(1))
     assert len(files.pop()) % 8 == 0  # a reader that maps the file finds the tensors aligned
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_file_is_what_the_formats_own_writer_makes_of_it(dtype: torch.dtype, tmp_path: Path) -> None:
+    """But for the order of the header's keys, and the digest. The tensors have every kind of shape."""
+    state = {**channels_last(network(1)).to(dtype).state_dict(), "none": torch.zeros(0), "one": torch.tensor(True)}
+    save_weights(tmp_path / "w", state, {"née": 'a "\\\x01'})
+    written = (tmp_path / "w").read_bytes()
+    with safe_open(tmp_path / "w", "pt") as file:
+        own = safetensors.torch.save({name: value.contiguous() for name, value in state.items()}, file.metadata())
+    ends = [8 + int.from_bytes(data[:8], "little") for data in (written, own)]
+    assert json.loads(written[8 : ends[0]]) == json.loads(own[8 : ends[1]])
+    assert written[ends[0] :] == own[ends[1] :]
+
+
+def test_numbers_that_the_format_lacks_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no torch.complex128, which turns is of"):
+        save_weights(tmp_path / "w", {"turns": torch.zeros(2, dtype=torch.complex128)})
+    assert not os.listdir(tmp_path)
 
 
 def test_a_file_of_an_earlier_version_is_read_and_its_damage_found(tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def test_trains_and_goes_on_where_it_was(
         """Save a run, and copy its folder as a kill after the first epoch would leave it."""
         save(self, epoch, line)
         if epoch == 1:
+            self.settle()
             shutil.copytree(whole, resumed)
 
     monkeypatch.setattr(Saver, "save_epoch", save_and_copy)
