@@ -24,7 +24,7 @@ from retemper.kernels.kl_arguments import Inputs, arguments, require_fitting, re
 from retemper.kernels.kl_divergence import AtOnce, compute, divisor, evaluate, looked_up, overwrite
 from retemper.kernels.kl_kernel import launch
 from retemper.kernels.operators import differentiable, is_symbol, keep, operator, overwritten, rewritten
-from retemper.kernels.pixels import apart
+from retemper.kernels.pixels import apart, overlap
 from retemper.kernels.runtime import compute_dtype, require_no_grad, require_writable, runs_triton
 
 REDUCTIONS = ("batchmean", "mean", "sum", "none")
@@ -46,10 +46,10 @@ def _fake_loss(student: Tensor, teacher: Tensor, *_: Any) -> Tensor:
 def _rows_op(*arguments: Any) -> Tensor:
     """Return the losses of the rows."""
     inputs = Inputs(*arguments)
-    require_fitting(inputs)
     if not runs_triton(inputs.student, inputs.teacher):
+        require_fitting(inputs)
         return evaluate(inputs)[0]
-    loss = inputs.student.new_empty(inputs.student.shape[0], dtype=torch.float32)
+    loss = inputs.student.new_empty(inputs.student.shape[:1], dtype=torch.float32)
     launch(inputs, loss=loss)
     return loss
 
@@ -87,13 +87,14 @@ def _backward_op(row_grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 def _overwrite_op(*arguments: Any) -> None:
     """Overwrite the student's logits with the gradient of the summed loss."""
     inputs = Inputs(*arguments)
-    require_overwritable(inputs)
     student = inputs.student
-    inputs = inputs._replace(teacher=apart(inputs.teacher, student))
+    if overlap(inputs.teacher, student):
+        inputs = inputs._replace(teacher=apart(inputs.teacher, student))
     if runs_triton(student, inputs.teacher):
         launch(inputs, student_grad=student)
         overwritten(student)
     else:
+        require_overwritable(inputs)
         overwrite(inputs)
 
 

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from retemper.kernels.language import cdiv, tl, triton
+from retemper.kernels.launch import Launch, launch_prepared
 from retemper.kernels.operators import differentiable, keep, operator
 from retemper.kernels.runtime import (
-    EXACT,
     access_width,
     compute_dtype,
-    launching,
     require_float,
     require_no_grad,
     require_one_device,
@@ -83,10 +82,10 @@ def _epilogue_kernel(
     scale_ptr,
     shift_ptr,
     y_ptr,
+    RELU: tl.constexpr,
     words,
     plane,
     channels,
-    RELU: tl.constexpr,
     WORD: tl.constexpr,
     SPAN: tl.constexpr,
     WORDS: tl.constexpr,
@@ -150,16 +149,28 @@ def word_sizes(x: Tensor, other: Tensor | None) -> tuple[tuple[int, int, int], d
     fake=lambda x, *_: torch.empty_like(x),
 )
 def _epilogue_op(x: Tensor, shift: Tensor, scale: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
-    _check(x, shift, scale, residual)
     if not runs_triton(x):
+        _check(x, shift, scale, residual)
         return epilogue_reference(x, shift, scale=scale, residual=residual, relu=relu)
     y = torch.empty_like(x)
-    if x.numel():
-        sizes, constants = word_sizes(x, residual)
-        options: dict[str, Any] = {"RELU": relu, **constants, **EXACT}
-        with launching(x):
-            _epilogue_kernel[(cdiv(sizes[0], WORDS),)](x, residual, scale, shift, y, *sizes, **options)
+    launch_prepared(_prepared, x, residual, scale, shift, y, relu)
     return y
+
+
+def _prepared(
+    x: Tensor, residual: Tensor | None, scale: Tensor | None, shift: Tensor, y: Tensor, relu: bool
+) -> Launch | None:
+    """Check the arguments, and return the launch of the forward pass."""
+    _check(x, shift, scale, residual)
+    return _over_words(_epilogue_kernel, x, residual)
+
+
+def _over_words(kernel: Any, x: Tensor, other: Tensor | None) -> Launch | None:
+    """Return the launch of a kernel over x and `other`, or None if they are empty."""
+    if not x.numel():
+        return None
+    (words, plane, channels), constants = word_sizes(x, other)
+    return Launch(kernel, (cdiv(words, WORDS),), {"words": words, "plane": plane, "channels": channels, **constants})
 
 
 @operator(
@@ -174,13 +185,13 @@ def _backward_op(grad: Tensor, y: Tensor, scale: Tensor | None, both: bool) -> l
         masked = torch.ops.aten.threshold_backward.default(grad, y, 0)
         return [masked] if scale is None else [_scaled(masked, scale), masked][: 1 + both]
     grads = [torch.empty_like(y) for _ in range(1 + both)]
-    if y.numel():
-        sizes, constants = word_sizes(y, grad)
-        options: dict[str, Any] = {**constants, **EXACT}
-        residual_grad = grads[1] if both else None
-        with launching(y):
-            _epilogue_grad_kernel[(cdiv(sizes[0], WORDS),)](grad, y, scale, grads[0], residual_grad, *sizes, **options)
+    launch_prepared(_prepared_grad, grad, y, scale, grads[0], grads[1] if both else None)
     return grads
+
+
+def _prepared_grad(grad: Tensor, y: Tensor, *_: Tensor | None) -> Launch | None:
+    """Return the launch of the backward pass."""
+    return _over_words(_epilogue_grad_kernel, y, grad)
 
 
 def _check(x: Tensor, shift: Tensor, scale: Tensor | None, residual: Tensor | None) -> None:
