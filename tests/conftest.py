@@ -28,6 +28,8 @@ with pytest.MonkeyPatch.context() as during_import:
         during_import.setenv("TRITON_INTERPRET", "1")
     from retemper.kernels import runtime
 runtime.TRITON_ON_CPU = False
+if torch.cuda.is_available():  # without it cuBLAS refuses deterministic algorithms, and looks at it once
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 torch.set_num_threads(1)  # the tests' tensors are too small to share, and a busy machine makes sharing slow
 # The same examples every time, on every machine, however slow it is.
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -133,6 +135,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def device() -> torch.device:
     """The GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def digits_of_float32(device: torch.device) -> Iterator[None]:
+    """On a GPU, products and convolutions have the digits of float32, the same ones each time, unless a test says else.
+
+    PyTorch's defaults there are TF32, and convolutions that add up in an order of chance.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if device.type == "cuda":
+            patch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+            patch.setattr(torch.backends.cudnn, "allow_tf32", False)
+            patch.setattr(torch.backends.cudnn, "deterministic", True)
+        yield
 
 
 @pytest.fixture(scope="session")
