@@ -315,7 +315,12 @@ def class_temperature_kl_grad_(
         overwrite(looked_up(inputs._replace(teacher=apart(inputs.teacher, inputs.student))))
     else:
         (_grad_op if torch.compiler.is_compiling() else _overwrite_op)(*inputs.of_operator())
-    if inputs.student.data_ptr() != student.data_ptr():  # the rows were copied, to lie side by side
+    if inputs.student is not student and not _is_at(inputs.student, student):  # copied, to lie side by side
         rows = student.movedim(class_dim, -1)
         rows.copy_(inputs.student.view(rows.shape))
     return student
+
+
+def _is_at(rows: Tensor, logits: Tensor) -> bool:
+    """Say whether the rows are known to be the memory of the logits, which torch.compile does not tell."""
+    return not torch.compiler.is_compiling() and rows.data_ptr() == logits.data_ptr()

@@ -138,17 +138,14 @@ def device() -> torch.device:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def digits_of_float32(device: torch.device) -> Iterator[None]:
+def digits_of_float32(device: torch.device) -> None:
     """On a GPU, products and convolutions have the digits of float32, the same ones each time, unless a test says else.
 
     PyTorch's defaults there are TF32, and convolutions that add up in an order of chance.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        if device.type == "cuda":
-            patch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-            patch.setattr(torch.backends.cudnn, "allow_tf32", False)
-            patch.setattr(torch.backends.cudnn, "deterministic", True)
-        yield
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
 
 
 @pytest.fixture(scope="session")
