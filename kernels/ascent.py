@@ -1,5 +1,6 @@
 """The arithmetic of pgd_step.py in plain PyTorch: the truth for the tests, and the path on a CPU."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,10 @@ from retemper.kernels.pixels import grid, named_norm, overlap, rows_or_pixels, s
 
 Number = float | Tensor
 
-
+# How many pixels a thread of a CPU works on at a time: what it computes of them stays in its cache.
+PART = 2**18
+MANY = 2**20  # pixels that are worth it
+SQUARED = (1e-12, 1e18)  # lengths whose square keeps its digits in float32, and so does that of what matters to them
 ONE = torch.ones(())  # times a number: one alone is made a tensor at each call, which takes as long as the sum
 
 
@@ -30,6 +34,14 @@ class Step(NamedTuple):
     previous: Tensor | None
     inertia: float
     clip_first: bool
+
+    def parts(self, size: int) -> Iterator["Step"]:
+        """Cut the step into steps of at most `size` samples."""
+        batch = self.adv.shape[0]
+        for start in range(0, batch, size):
+            rows = slice(start, start + size)
+            part: Any = (v[rows] if isinstance(v, Tensor) and v.shape[:1] == (batch,) else v for v in self)
+            yield Step(*part)
 
 
 def pgd_step_reference(
@@ -68,7 +80,15 @@ def pgd_step_reference(
 
 
 def ascend(given: Step) -> None:
-    """Take the step in place, in plain PyTorch."""
+    """Take the step in place, in plain PyTorch, on a CPU a few samples at a time."""
+    adv, clean, grad = given.adv, given.clean, given.grad
+    size = max(1, PART * torch.get_num_threads() * adv.shape[0] // adv.numel())
+    whole = adv.numel() < MANY or size >= adv.shape[0] or adv.is_cuda or overlap(clean, adv) or overlap(grad, adv)
+    for part in (given,) if whole else given.parts(size):
+        _ascend(part)
+
+
+def _ascend(given: Step) -> None:
     adv, grad, clean, *numbers, norm, mask, momentum, decay, previous, inertia, clip_first = given
     compute = torch.float64 if torch.float64 in (adv.dtype, grad.dtype, clean.dtype) else torch.float32
     if not adv.dtype == grad.dtype == clean.dtype == compute:
@@ -138,9 +158,14 @@ def _norm(image: Tensor, order: int, dtype: torch.dtype) -> Tensor:
 def _inverse_norm(grad: Tensor, order: int) -> Tensor:
     """Return 1 / norm of each sample, and a finite number for a sample of zeros.
 
-    It is computed in float64, which holds the square of any float32.
+    It is computed in float64, which holds the square of any float32; on a CPU only where float32 does not.
     """
-    inverse = _norm(grad, order, torch.float64).reciprocal_()
+    length = None
+    if grad.dtype == torch.float32 and grad.is_cpu and not torch._C._are_functorch_transforms_active():
+        length = _norm(grad, order, grad.dtype)
+        least, most = length.aminmax()
+        length = length if SQUARED[0] < least.item() and most.item() < SQUARED[1] else None
+    inverse = (_norm(grad, order, torch.float64) if length is None else length).reciprocal_()
     return inverse.clamp_max_(torch.finfo(grad.dtype).max).to(grad.dtype)
 
 

@@ -38,6 +38,10 @@ NO_LENGTH = tl.constexpr(1e-30)  # below that of any sample: divides zeros
 # The pixels of a program: 8 for each thread of 4 warps, so one counter. A thread of normal noise makes 16, and has a
 # program of half the threads in L-inf. Chosen from the code for sm_90, not yet measured on a GPU: it takes 36
 # instructions a pixel of uniform noise and 60 of normal noise, where the memory leaves time for 55 in fp32.
+# A CPU makes so many pixels at a time on each thread: what it computes of them stays in its cache.
+PART = 2**17
+MANY = 2**19  # pixels that are worth it
+FURTHEST = 7  # standard deviations: no draw is further from 0
 BLOCK = 1024
 NORMAL_WARPS = 2
 
@@ -61,15 +65,41 @@ def fill(
     clip: bool,
     rows: tuple[int, int],
     norm: str,
+    *numbers: float | Tensor,
+) -> Tensor:
+    """Write the start to `adv`, which is dense with the batch outermost, and return it.
+
+    A CPU takes a few samples of a large batch at a time.
+
+    Args:
+        numbers: eps, lower and upper; tensors of them as `pixels.grid` makes them.
+    """
+    batch = adv.shape[0]
+    size = max(1, PART * torch.get_num_threads() * batch // adv.numel())
+    if adv.numel() < MANY or size >= batch or adv.is_cuda:
+        return _fill(adv, clean, seed, noise, scale, clip, rows, norm, *numbers)
+    for start in range(0, batch, size):
+        part = slice(start, start + size)
+        own = (n[part] if isinstance(n, Tensor) and n.shape[0] == batch else n for n in numbers)
+        places = rows[0] + rows[1] * start, rows[1]
+        _fill(adv[part], clean[part], seed, noise, scale, clip, places, norm, *own)
+    return adv
+
+
+def _fill(
+    adv: Tensor,
+    clean: Tensor,
+    seed: Tensor,
+    noise: str,
+    scale: float,
+    clip: bool,
+    rows: tuple[int, int],
+    norm: str,
     eps: float | Tensor,
     lower: float | Tensor,
     upper: float | Tensor,
 ) -> Tensor:
-    """Write the start to `adv`, which is dense with the batch outermost, and return it.
-
-    Args:
-        eps, lower, upper: tensors of numbers as `pixels.grid` makes them.
-    """
+    """Write the start of all samples to `adv`, and return it."""
     batch, pixels = adv.shape[0], adv.numel() // adv.shape[0]
     numbers = pixels + spare(noise, norm)
     pairs = (noise, norm) != ("uniform", "linf")
@@ -84,17 +114,20 @@ def fill(
         noises.mul_(eps * UNIT.value)
     elif norm == "linf":
         to_normal(draws)
-        _clip(noises.mul_(scale), -eps, eps)
+        noises.mul_(scale)
+        if isinstance(eps, Tensor) or eps < FURTHEST * scale:
+            _clip(noises, -eps, eps)
     else:
         to_normal(draws)
         length = torch.linalg.vector_norm(draws[:, :numbers], dim=1).clamp_(min=NO_LENGTH.value)
         factor = length.reciprocal_().view(-1, *[1] * (adv.dim() - 1)) * eps
         noises.mul_(factor if noise == "uniform" else factor.clamp_(max=scale))
-    torch.add(clean, noises, out=adv)
+    start = adv if adv.dtype == noises.dtype else noises  # rounded after it is clipped, as the kernels do
+    torch.add(clean.to(noises.dtype), noises, out=start)
     if clip:
-        lower, upper = (spread(b, adv, adv.dtype) if isinstance(b, Tensor) else b for b in (lower, upper))
-        _clip(adv, lower, upper)
-    return adv
+        lower, upper = (spread(b, start, start.dtype) if isinstance(b, Tensor) else b for b in (lower, upper))
+        _clip(start, lower, upper)
+    return adv if start is adv else adv.copy_(start)
 
 
 def _clip(image: Tensor, lower: Any, upper: Any) -> None:

@@ -1,6 +1,7 @@
 """What follows a convolution, against its reference, forward and backward, and what a folded network relies on."""
 
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -172,6 +173,24 @@ def test_follows_a_convolution_whose_norm_was_folded(layout: torch.memory_format
     torch.testing.assert_close(y, expected)
     ours, theirs = (torch.autograd.grad(t.square().sum(), image, retain_graph=True)[0] for t in (y, expected))
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@each_layout
+def test_half_precision_on_a_cpu_is_computed_in_float32_part_by_part(
+    dtype: torch.dtype, layout: torch.memory_format, reference_path: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = torch.device("cpu")
+    x, residual = batch((5, 7, 3, 4), cpu, dtype, layout)
+    x[0, 0, 0, 0] = math.nan
+    monkeypatch.setattr(
+        sys.modules["retemper.kernels.epilogue"], "PART", 2 * x[0].numel()
+    )  # parts of 2, 2 and 1 samples
+    shift, scale = of_channels(7, cpu, 1 / 1024)  # which half precision does not hold
+    for given in options(scale, residual):
+        y = epilogue(x, shift, **given)
+        torch.testing.assert_close(y, epilogue_reference(x.double(), shift, **double(given)).to(dtype), equal_nan=True)
+        assert y.stride() == x.stride()
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4), (2, 0, 4, 4)], ids=str)

@@ -386,3 +386,26 @@ def test_ten_numbers_are_not_ten_graphs(dtype: torch.dtype, device: torch.device
         expected = pgd_step_(adv.clone(), grad, clean, *numbers[:2], lower=numbers[2], upper=2 * numbers[1] + 0.5)
         torch.testing.assert_close(step(adv.clone(), *numbers), expected, rtol=0, atol=TOLERANCE[dtype] / 2)
     assert counter.frame_count <= 3
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("reference_path")
+def test_a_cpu_that_takes_a_few_samples_at_a_time_takes_the_same_step(
+    norm: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adv, grad, clean = batch((5, 3, 4, 6), dtype, torch.device("cpu"))
+    step, eps = margins(5, adv.device)
+    whole: dict[str, Any]
+    parted: dict[str, Any]
+    mask = torch.arange(5) != 1
+    whole, parted = (  # the buffers are overwritten
+        dict(step=step, eps=eps, norm=norm, mask=mask, momentum=torch.ones_like(adv), previous=clean.clone())
+        for _ in range(2)
+    )
+    expected = pgd_step_(adv.clone(), grad, clean, **whole)
+    monkeypatch.setattr("retemper.kernels.ascent.MANY", 0)
+    monkeypatch.setattr("retemper.kernels.ascent.PART", 2 * adv[0].numel() // torch.get_num_threads())
+    torch.testing.assert_close(pgd_step_(adv, grad, clean, **parted), expected)
+    for buffer in ("momentum", "previous"):
+        torch.testing.assert_close(parted[buffer], whole[buffer])

@@ -363,3 +363,19 @@ def test_takes_many_radii_when_compiled(device: torch.device) -> None:
             eps = torch.tensor(tenth / 10, device=device)
             assert torch.equal(start(clean, eps, norm), started(clean, eps, seed=5, norm=norm))
     assert counter.frame_count <= 10  # of a norm: a number, any number, a tensor; and of halves a number, any number
+
+
+@each_kind
+@each_layout
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("reference_path")
+def test_a_cpu_that_takes_a_few_samples_at_a_time_starts_at_the_same_points(
+    noise: str, norm: str, dtype: torch.dtype, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = torch.device("cpu")
+    clean, eps = images((5, 2, 5, 7), cpu, dtype, layout), torch.linspace(0, EPS, 5)
+    options = dict(seed=on_device(7, cpu), noise=noise, norm=norm, rows=(1, 3), upper=torch.tensor([0.5, 0.7]))
+    whole = started(clean, eps, **options)
+    monkeypatch.setattr("retemper.kernels.noise.MANY", 0)
+    monkeypatch.setattr("retemper.kernels.noise.PART", 2 * clean[0].numel() // torch.get_num_threads())
+    torch.testing.assert_close(started(clean, eps, **options), whole)
