@@ -1,12 +1,12 @@
 """The fused operations: Triton on a GPU, plain PyTorch on a CPU, one contract for both.
 
 An operation has a module of its name: its formula, its operators and what users call. Where that is not all, its
-arithmetic is beside it: ascent.py and ascent_kernels.py of pgd_step.py; batch_norm_kernels.py of batch_norm.py;
-noise.py and philox.py of random_start.py; kl_arguments.py, kl_divergence.py and kl_kernel.py of
-class_temperature_kl.py; js_kernel.py of jensen_shannon.py. What they share is in runtime.py, operators.py and
-language.py; in pixels.py for images; in rows.py, logit_rows.py and numerics.py for logits. What a training step alone
-needs, for all tensors of a network at once, is in fold_weights.py, moved_weights.py, guard.py and tables.py.
-modules.py has the operations as torch.nn.Module, and patches.py puts them into torchattacks.
+arithmetic is beside it: NAME_kernels.py has it in Triton; ascent.py and ascent_kernels.py are of pgd_step.py; noise.py
+and philox.py of random_start.py; kl_arguments.py, kl_divergence.py and kl_kernel.py of class_temperature_kl.py;
+js_kernel.py of jensen_shannon.py. What they share is in runtime.py, launch.py, operators.py and language.py; in
+pixels.py for images; in rows.py, logit_rows.py and numerics.py for logits. What a training step alone needs, for all
+tensors of a network at once, is in fold_weights.py, moved_weights.py, guard.py and tables.py. modules.py has the
+operations as torch.nn.Module, and patches.py puts them into torchattacks.
 """
 
 from retemper.kernels.ascent import pgd_step_reference

@@ -1,24 +1,28 @@
 """The arithmetic of pgd_step.py in Triton."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from retemper.kernels.ascent import Step, go_on
+from retemper.kernels.ascent import Number, Step, go_on
 from retemper.kernels.language import tl, triton
+from retemper.kernels.launch import Launch, launch_prepared
 from retemper.kernels.pixels import (
+    MOST_DIMENSIONS,
     apart,
-    beside,
     channel_of,
     channels_of,
     differs_by,
     laid_out,
     number,
+    overlap,
     place,
     radius,
+    strides_beside,
 )
-from retemper.kernels.runtime import EXACT, clamp, launching, locate, pixel_runs
+from retemper.kernels.runtime import clamp, locate, pixel_runs, require_one_layout
 
 # The pixels of a program: 8 for each thread of 4 warps, so two loads of 16 bytes of each fp32 tensor. Chosen from the
 # code for sm_90, not yet measured on a GPU. It takes 17 instructions a pixel, where the memory leaves time for 110, and
@@ -155,6 +159,7 @@ def _l2_kernel(
     eps,
     lower,
     upper,
+    CLIP_FIRST: tl.constexpr,
     CHANNELS: tl.constexpr,
     STEP_BY: tl.constexpr,
     EPS_BY: tl.constexpr,
@@ -163,7 +168,6 @@ def _l2_kernel(
     GRAD: tl.constexpr,
     CLEAN: tl.constexpr,
     MASK: tl.constexpr,
-    CLIP_FIRST: tl.constexpr,
     PIXELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -233,26 +237,24 @@ def _moved(
 
 def launch(given: Step) -> None:
     """Take the step in place, in Triton: in one launch, with momentum in two, in L2 with `previous` in some more."""
-    given = given._replace(grad=apart(given.grad, given.adv), clean=apart(given.clean, given.adv))
-    with launching(given.adv):
-        if given.momentum is not None:
-            given = given._replace(grad=_gather(given, given.momentum), momentum=None)
-        if given.norm == "linf":
-            _launch_linf(given)
-        elif given.previous is None:
-            _launch_l2(given, given.adv, given.grad)
-        else:
-            _launch_l2_twice(given, given.previous)
+    adv, grad, clean = given.adv, given.grad, given.clean
+    if overlap(grad, adv) or overlap(clean, adv):
+        given = given._replace(grad=apart(grad, adv), clean=apart(clean, adv))
+    if given.momentum is not None:
+        given = given._replace(grad=_gather(given, given.momentum), momentum=None)
+    if given.norm == "linf":
+        _launch_linf(given)
+    elif given.previous is None:
+        _launch_l2(given, adv, given.grad)
+    else:
+        _launch_l2_twice(given, given.previous)
 
 
 def _gather(given: Step, momentum: Tensor) -> Tensor:
     """Update the momentum in place, and return it in the layout of `adv`."""
+    require_one_layout(adv=given.adv)
     total = laid_out(momentum, given.adv)
-    grad, grad_at = beside(given.grad, given.adv)
-    mask, mask_at = _mask(given)
-    pixels, _, block, _ = pixel_runs(given.adv, _block(grad_at, mask_at), True)
-    options: dict[str, Any] = dict(GRAD=grad_at, MASK=mask_at, PIXELS=pixels, BLOCK=block, **EXACT)
-    _momentum_kernel[(total.shape[0],)](total, grad, mask, given.decay, **options)
+    launch_prepared(_prepared_momentum, total, *_readable(given.adv, given.grad, given.mask), given.decay)
     if total is not momentum:
         momentum.copy_(total)
     return total
@@ -260,32 +262,18 @@ def _gather(given: Step, momentum: Tensor) -> Tensor:
 
 def _launch_linf(given: Step) -> None:
     adv, previous = given.adv, given.previous
-    grad, grad_at = beside(given.grad, adv)
-    clean, clean_at = beside(given.clean, adv)
-    mask, mask_at = _mask(given)
-    numbers, options = _numbers(given, adv)
-    by_sample = not {"sample", "both"}.isdisjoint(options.values())
-    most = _block(grad_at, clean_at, mask_at)
-    pixels, blocks, block, programs = pixel_runs(adv, most, by_sample or most < BLOCK)
-    weights: Any = (None, None) if previous is None else (given.inertia, 1 - given.inertia)
     before = previous if previous is None else laid_out(previous, adv)
-    options |= dict(GRAD=grad_at, CLEAN=clean_at, MASK=mask_at, BLOCK=block, **EXACT)
-    arguments: tuple[Any, ...] = (adv, grad, clean, mask, before, *numbers, *weights, pixels, blocks)
-    _linf_kernel[(programs,)](*arguments, **options)
+    weights: Any = (None, None) if previous is None else (given.inertia, 1 - given.inertia)
+    read = _readable(adv, given.grad, given.clean, given.mask)
+    launch_prepared(_prepared_linf, adv, *read, before, given.step, given.eps, given.lower, given.upper, *weights)
     if previous is not None and before is not None and before is not previous:
         previous.copy_(before)
 
 
 def _launch_l2(given: Step, adv: Tensor, grad: Tensor | None) -> None:
     """Take one step of `adv` in place; without a gradient, project it."""
-    grad, grad_at = (None, None) if grad is None else beside(grad, adv)
-    clean, clean_at = beside(given.clean, adv)
-    mask, mask_at = _mask(given)
-    numbers, options = _numbers(given, adv)
-    pixels, _, block, _ = pixel_runs(adv, _block(grad_at, clean_at, mask_at), True)
-    options |= dict(GRAD=grad_at, CLEAN=clean_at, MASK=mask_at, CLIP_FIRST=given.clip_first)
-    options |= dict(PIXELS=pixels, BLOCK=block, **EXACT)
-    _l2_kernel[(adv.shape[0],)](adv, grad, clean, mask, *numbers, **options)
+    read = _readable(adv, grad, given.clean, given.mask)
+    launch_prepared(_prepared_l2, adv, *read, given.step, given.eps, given.lower, given.upper, given.clip_first)
 
 
 def _launch_l2_twice(given: Step, previous: Tensor) -> None:
@@ -300,18 +288,61 @@ def _launch_l2_twice(given: Step, previous: Tensor) -> None:
     adv.copy_(new if given.mask is None else torch.where(given.mask, new, old))
 
 
-def _block(*layouts: object) -> int:
+def _readable(adv: Tensor, *tensors: Tensor | None) -> Sequence[Tensor | None]:
+    """Return tensors of the shape of `adv` as a kernel can read them: of many dimensions in the layout of `adv`."""
+    if adv.dim() <= MOST_DIMENSIONS:
+        return tensors
+    return [None if tensor is None else laid_out(tensor, adv) for tensor in tensors]
+
+
+def _prepared_momentum(total: Tensor, grad: Tensor, mask: Tensor | None, decay: float) -> Launch:
+    """Return the launch that updates the momentum."""
+    named = _layouts(total, GRAD=grad, MASK=mask)
+    pixels, _, block, _ = pixel_runs(total, _most_pixels(named), True)
+    return Launch(_momentum_kernel, (total.shape[0],), {**named, "PIXELS": pixels, "BLOCK": block})
+
+
+def _prepared_linf(
+    adv: Tensor, grad: Tensor, clean: Tensor, mask: Tensor | None, before: Tensor | None, *numbers: Number | None
+) -> Launch:
+    """Return the launch of a step in L-inf."""
+    named, by = _layouts(adv, GRAD=grad, CLEAN=clean, MASK=mask), _differences(adv, *numbers[:4])
+    most = _most_pixels(named)
+    by_sample = most < BLOCK or not {"sample", "both"}.isdisjoint(by.values())
+    pixels, blocks, block, programs = pixel_runs(adv, most, by_sample)
+    return Launch(_linf_kernel, (programs,), {**named, **by, "pixels": pixels, "blocks": blocks, "BLOCK": block})
+
+
+def _prepared_l2(
+    adv: Tensor,
+    grad: Tensor | None,
+    clean: Tensor,
+    mask: Tensor | None,
+    step: Number,
+    eps: Number,
+    lower: Number,
+    upper: Number,
+    clip_first: bool,
+) -> Launch:
+    """Return the launch of a step in L2, or without a gradient of a projection."""
+    named, by = _layouts(adv, GRAD=grad, CLEAN=clean, MASK=mask), _differences(adv, step, eps, lower, upper)
+    pixels, _, block, _ = pixel_runs(adv, _most_pixels(named), True)
+    return Launch(_l2_kernel, (adv.shape[0],), {**named, **by, "PIXELS": pixels, "BLOCK": block})
+
+
+def _layouts(adv: Tensor, **tensors: Tensor | None) -> dict[str, Any]:
+    """Return how tensors lie beside `adv`, by the names of the kernels, if it is dense with the batch outermost."""
+    require_one_layout(adv=adv)
+    return {name: None if one is None else strides_beside(one, adv) for name, one in tensors.items()}
+
+
+def _most_pixels(layouts: dict[str, Any]) -> int:
     """Return the most pixels of a program, of tensors that lie as `adv` does, or otherwise."""
-    return BLOCK if all(layout is None for layout in layouts) else STRIDED_BLOCK
+    return BLOCK if all(layout is None for layout in layouts.values()) else STRIDED_BLOCK
 
 
-def _mask(given: Step) -> tuple[Tensor | None, Any]:
-    return (None, None) if given.mask is None else beside(given.mask, given.adv)
-
-
-def _numbers(given: Step, adv: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the numbers as the kernels take them, and how each differs."""
-    numbers = (given.step, given.eps, given.lower, given.upper)
+def _differences(adv: Tensor, *numbers: Number | None) -> dict[str, Any]:
+    """Return how step, eps, lower and upper differ, by the names of the kernels."""
     by = [differs_by(value) if isinstance(value, Tensor) else "none" for value in numbers]
     names = ("STEP_BY", "EPS_BY", "LOWER_BY", "UPPER_BY")
-    return numbers, {"CHANNELS": channels_of(adv, *by), **dict(zip(names, by, strict=True))}
+    return {"CHANNELS": channels_of(adv, *by), **dict(zip(names, by, strict=True))}

@@ -9,17 +9,14 @@ crops, flips, scales and writes channels-last. The numbers are those of torchvis
 and ToTensor, to the bit. Bound by memory: one byte read and four written for each value.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from retemper.kernels.language import cdiv, next_power_of_2, tl, triton
+from retemper.kernels.launch import Launch, launch_prepared
 from retemper.kernels.operators import operator
 from retemper.kernels.runtime import (
-    EXACT,
     TRITON_FLOATS,
-    launching,
     require_one_device,
     require_vector,
     runs_triton,
@@ -114,12 +111,12 @@ def _augment_kernel(
     view_ptr,
     index_ptr,
     out_ptr,
+    PADDING: tl.constexpr,
+    MODE: tl.constexpr,
     N,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr,
-    PADDING: tl.constexpr,
-    REFLECT: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
@@ -140,7 +137,7 @@ def _augment_kernel(
     y = tile // across * ROWS + tl.arange(0, ROWS)
     down = view // 2 // side - PADDING
     from_y = y
-    if REFLECT:
+    if MODE == "reflect":
         inside = (y < HEIGHT)[:, None] & (col < row)
         from_y, down = _reflected(y + down, HEIGHT - 1), 0
         channel = col % CHANNELS
@@ -167,24 +164,31 @@ def _fake(image: Tensor, view: Tensor, index: Tensor | None, padding: int, dtype
 def _augment_op(
     image: Tensor, view: Tensor, index: Tensor | None, padding: int, dtype: torch.dtype, padding_mode: str = "zeros"
 ) -> Tensor:
-    _check(image, view, index, dtype)
-    _check_padding(image, padding, padding_mode)
-    if not runs_triton(image):
+    if not runs_triton(image) or image.dim() != 4 or view.dim() != 1:
+        _check(image, view, index, dtype, padding, padding_mode)
         return augment_reference(image, view, index=index, padding=padding, padding_mode=padding_mode, dtype=dtype)
-    _, height, width, channels = image.shape
-    out = image.new_empty((view.shape[0], height, width, channels), dtype=dtype)
-    if out.numel():
-        tile = view_tile(height, width * channels)
-        shape = {"HEIGHT": height, "WIDTH": width, "CHANNELS": channels}
-        border = {"PADDING": padding, "REFLECT": padding_mode == "reflect"}
-        tiles = cdiv(height, tile["ROWS"]) * cdiv(width * channels, tile["COLS"])
-        options: dict[str, Any] = {**shape, **border, **tile, **EXACT}
-        with launching(image):
-            _augment_kernel[(view.shape[0] * tiles,)](image, view, index, out, image.shape[0], **options)
-    return out.permute(0, 3, 1, 2)
+    out = _fake(image, view, index, padding, dtype)
+    launch_prepared(_prepared, image, view, index, out, padding, padding_mode)
+    return out
 
 
-def _check(image: Tensor, view: Tensor, index: Tensor | None, dtype: torch.dtype) -> None:
+def _prepared(
+    image: Tensor, view: Tensor, index: Tensor | None, out: Tensor, padding: int, padding_mode: str
+) -> Launch | None:
+    """Check the arguments, and return the launch."""
+    _check(image, view, index, out.dtype, padding, padding_mode)
+    if not out.numel():
+        return None
+    images, height, width, channels = image.shape
+    tile = view_tile(height, width * channels)
+    tiles = cdiv(height, tile["ROWS"]) * cdiv(width * channels, tile["COLS"])
+    shape = {"N": images, "HEIGHT": height, "WIDTH": width, "CHANNELS": channels}
+    return Launch(_augment_kernel, (view.shape[0] * tiles,), {**shape, **tile})
+
+
+def _check(
+    image: Tensor, view: Tensor, index: Tensor | None, dtype: torch.dtype, padding: int, padding_mode: str
+) -> None:
     if image.dim() != 4 or image.dtype != torch.uint8:
         raise ValueError(f"image: {image.dtype} of shape {tuple(image.shape)}; needs uint8 (N, H, W, C)")
     if not image.is_contiguous():
@@ -199,9 +203,6 @@ def _check(image: Tensor, view: Tensor, index: Tensor | None, dtype: torch.dtype
         raise ValueError(f"image: shape {tuple(image.shape)} holds nothing to look at")
     if dtype not in TRITON_FLOATS:
         raise ValueError(f"dtype: {dtype}; needs one of {', '.join(map(str, TRITON_FLOATS))}")
-
-
-def _check_padding(image: Tensor, padding: int, padding_mode: str) -> None:
     if padding_mode not in PADDING_MODES:
         raise ValueError(f"padding_mode: {padding_mode!r}; needs one of {', '.join(PADDING_MODES)}")
     if padding < 0:

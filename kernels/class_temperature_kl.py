@@ -24,11 +24,10 @@ from retemper.kernels.kl_arguments import Inputs, arguments, require_fitting, re
 from retemper.kernels.kl_divergence import AtOnce, compute, directions, divisor, evaluate, looked_up, overwrite
 from retemper.kernels.kl_kernel import launch
 from retemper.kernels.operators import differentiable, is_symbol, keep, operator, overwritten, rewritten
-from retemper.kernels.pixels import apart
+from retemper.kernels.pixels import apart, overlap
 from retemper.kernels.runtime import compute_dtype, require_no_grad, require_writable, runs_triton
 
 REDUCTIONS = ("batchmean", "mean", "sum", "none")
-
 
 _INPUTS = (
     "Tensor teacher, Tensor? label, Tensor? temperatures, Tensor? class_weight, Tensor? label_trust,"
@@ -46,10 +45,10 @@ def _fake_loss(student: Tensor, teacher: Tensor, *_: Any) -> Tensor:
 def _rows_op(*arguments: Any) -> Tensor:
     """Return the losses of the rows."""
     inputs = Inputs(*arguments)
-    require_fitting(inputs)
     if not runs_triton(inputs.student, inputs.teacher):
+        require_fitting(inputs)
         return evaluate(inputs)[0]
-    loss = inputs.student.new_empty(inputs.student.shape[0], dtype=torch.float32)
+    loss = inputs.student.new_empty(inputs.student.shape[:1], dtype=torch.float32)
     launch(inputs, loss=loss)
     return loss
 
@@ -87,13 +86,14 @@ def _backward_op(row_grad: Tensor | None, *arguments: Any) -> tuple[Tensor, Tens
 def _overwrite_op(*arguments: Any) -> None:
     """Overwrite the student's logits with the gradient of the summed loss."""
     inputs = Inputs(*arguments)
-    require_overwritable(inputs)
     student = inputs.student
-    inputs = inputs._replace(teacher=apart(inputs.teacher, student))
+    if overlap(inputs.teacher, student):
+        inputs = inputs._replace(teacher=apart(inputs.teacher, student))
     if runs_triton(student, inputs.teacher):
         launch(inputs, student_grad=student)
         overwritten(student)
     else:
+        require_overwritable(inputs)
         overwrite(inputs)
 
 
@@ -316,7 +316,7 @@ def class_temperature_kl_grad_(
         overwrite(looked_up(inputs._replace(teacher=apart(inputs.teacher, inputs.student))))
     else:
         (_grad_op if torch.compiler.is_compiling() else _overwrite_op)(*inputs.of_operator())
-    if inputs.student.data_ptr() != student.data_ptr():  # the rows were copied, to lie side by side
+    if inputs.student is not student and not _is_at(inputs.student, student):  # copied, to lie side by side
         rows = student.movedim(class_dim, -1)
         rows.copy_(inputs.student.view(rows.shape))
     return student
@@ -343,3 +343,8 @@ def gradient(
         return directions(looked_up(inputs))
     inputs = constant(inputs) if torch.compiler.is_compiling() else inputs
     return _backward_op(None, *inputs.of_operator(), True, False)[0]
+
+
+def _is_at(rows: Tensor, logits: Tensor) -> bool:
+    """Say whether the rows are known to be the memory of the logits, which torch.compile does not tell."""
+    return not torch.compiler.is_compiling() and rows.data_ptr() == logits.data_ptr()

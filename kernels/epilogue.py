@@ -7,19 +7,16 @@ c is the channel. The gradient needs y alone, so x is not kept. Bound by memory:
 writes y, where eager PyTorch takes three launches. The gradient reads two tensors and writes one.
 """
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from retemper.kernels.language import cdiv, tl, triton
+from retemper.kernels.epilogue_kernels import epilogue_grad_kernel, epilogue_kernel, over_words
+from retemper.kernels.launch import Launch, launch_prepared
 from retemper.kernels.operators import differentiable, keep, operator
 from retemper.kernels.runtime import (
-    EXACT,
-    access_width,
     compute_dtype,
-    launching,
     require_float,
     require_no_grad,
     require_one_device,
@@ -27,12 +24,6 @@ from retemper.kernels.runtime import (
     require_vector,
     runs_triton,
 )
-
-# How many words of 16 bytes a program reads of each tensor: two for each thread of 4 warps. Chosen from the code for
-# sm_90, not yet measured on a GPU. It takes 11 instructions a value in fp32 and 8 in bf16, 13 and 11 with a residual, 6
-# and 5 for the gradient, and at most 40 registers. A tile of pixels by channels takes 12, 8, 15 and 12, and leaves
-# lanes idle where C is no power of two. The memory leaves time for 55, 28, 83 and 41.
-WORDS = 256
 
 # How many values in half precision a CPU widens at a time: they stay in its cache, and memory is asked for once.
 PART = 2**18
@@ -87,119 +78,12 @@ def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
     return (wide * _of_channel(scale, wide)).to(grad.dtype)
 
 
-@triton.jit
-def _places(words, plane, channels, WORD: tl.constexpr, SPAN: tl.constexpr, WORDS: tl.constexpr, INDEX: tl.constexpr):
-    """Return the offsets of a program's values (WORDS, WORD), their channels (WORDS, SPAN), and a mask of real words.
-
-    A word is WORD values side by side: either SPAN = WORD channels of one pixel, or one channel (SPAN = 1) of WORD
-    pixels. So one division finds the channels of a whole word, and one access loads its scale.
-    """
-    word = tl.program_id(0).to(INDEX) * WORDS + tl.arange(0, WORDS)
-    channel = (word // plane % channels * SPAN)[:, None] + tl.arange(0, SPAN)[None, :]
-    place = word.to(tl.int64)[:, None] * WORD + tl.arange(0, WORD)[None, :]
-    return place, channel, (word < words)[:, None]
-
-
-@triton.jit
-def _epilogue_kernel(
-    x_ptr,
-    residual_ptr,
-    scale_ptr,
-    shift_ptr,
-    sum_ptr,
-    y_ptr,
-    words,
-    plane,
-    channels,
-    RELU: tl.constexpr,
-    WORD: tl.constexpr,
-    SPAN: tl.constexpr,
-    WORDS: tl.constexpr,
-    INDEX: tl.constexpr,
-):
-    place, channel, inside = _places(words, plane, channels, WORD, SPAN, WORDS, INDEX)
-    y = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    if sum_ptr is not None:  # the shortcut comes first, and its sum is wanted too
-        y += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        y = y.to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + place, y, mask=inside)
-        y = y.to(tl.float32)
-    if scale_ptr is not None:
-        y *= tl.load(scale_ptr + channel).to(tl.float32)
-    y += tl.load(shift_ptr + channel).to(tl.float32)
-    if residual_ptr is not None and sum_ptr is None:
-        y += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    if RELU:
-        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _epilogue_grad_kernel(
-    grad_ptr,
-    second_ptr,
-    y_ptr,
-    scale_ptr,
-    sum_grad_ptr,
-    x_grad_ptr,
-    residual_grad_ptr,
-    words,
-    plane,
-    channels,
-    PIXELS: tl.constexpr,  # of an image, where grad is that of the mean of y over them; else None
-    WORD: tl.constexpr,
-    SPAN: tl.constexpr,
-    WORDS: tl.constexpr,
-    INDEX: tl.constexpr,
-):
-    place, channel, inside = _places(words, plane, channels, WORD, SPAN, WORDS, INDEX)
-    if PIXELS is None:
-        grad = tl.load(grad_ptr + place, mask=inside, other=0.0)
-    else:
-        word = tl.program_id(0).to(INDEX) * WORDS + tl.arange(0, WORDS)
-        width: tl.constexpr = PIXELS * SPAN // WORD  # how many words of an image have the same channels
-        row = word // (channels * width) * channels * SPAN
-        grad = tl.load(grad_ptr + row[:, None] + channel, mask=inside, other=0.0)
-        grad = (grad.to(tl.float32) * (1.0 / PIXELS)).to(y_ptr.dtype.element_ty)
-    if second_ptr is not None:
-        second = tl.load(second_ptr + place, mask=inside, other=0.0)
-        grad = (grad.to(tl.float32) + second.to(tl.float32)).to(y_ptr.dtype.element_ty)
-    grad = tl.where(tl.load(y_ptr + place, mask=inside, other=0.0) <= 0, 0.0, grad)  # <= 0, so that NaN stays
-    if residual_grad_ptr is not None:
-        tl.store(residual_grad_ptr + place, grad, mask=inside)
-    if scale_ptr is not None:
-        grad = grad.to(tl.float32) * tl.load(scale_ptr + channel).to(tl.float32)
-    if sum_grad_ptr is not None:
-        grad = grad.to(tl.float32) + tl.load(sum_grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(x_grad_ptr + place, grad.to(x_grad_ptr.dtype.element_ty), mask=inside)
-
-
-def word_sizes(x: Tensor, *others: Tensor | None) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """Return the arguments (words, plane, channels) of a kernel over x and `others`, and its constants.
-
-    x is (B, C, H, W), contiguous or channels-last; the others have its shape and layout.
-    """
-    _, channels, height, width = x.shape
-    plane = height * width if x.is_contiguous() else 1  # from one channel to the next, in memory
-    starts = [t.data_ptr() // t.element_size() for t in (x, *others) if t is not None]  # a slice may start anywhere
-    word = math.gcd(access_width(channels if plane == 1 else plane, x), *starts)
-    words = x.numel() // word
-    constants = {"WORD": word, "WORDS": WORDS, "INDEX": tl.int32 if words < 2**31 - WORDS else tl.int64}
-    if plane == 1:
-        return (words, 1, channels // word), {**constants, "SPAN": word}
-    return (words, plane // word, channels), {**constants, "SPAN": 1}
-
-
 def _launch(
     x: Tensor, shift: Tensor, scale: Tensor | None, residual: Tensor | None, relu: bool, total: Tensor | None = None
 ) -> Tensor:
     """Return the operation's result; with `total`, x and the residual are added first, and it is filled with that."""
     y = torch.empty_like(x)
-    if x.numel():
-        sizes, constants = word_sizes(x, residual)
-        options: dict[str, Any] = {"RELU": relu, **constants, **EXACT}
-        with launching(x):
-            _epilogue_kernel[(cdiv(sizes[0], WORDS),)](x, residual, scale, shift, total, y, *sizes, **options)
+    launch_prepared(_prepared, x, residual, scale, shift, total, y, relu)
     return y
 
 
@@ -208,12 +92,20 @@ def _launch(
     fake=lambda x, *_: torch.empty_like(x),
 )
 def _epilogue_op(x: Tensor, shift: Tensor, scale: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
-    _check(x, shift, scale, residual)
     if not runs_triton(x):
+        _check(x, shift, scale, residual)
         if x.dtype in (torch.bfloat16, torch.float16):
             return _halved(x, shift, scale, residual, relu)
         return epilogue_reference(x, shift, scale=scale, residual=residual, relu=relu)
     return _launch(x, shift, scale, residual, relu)
+
+
+def _prepared(
+    x: Tensor, residual: Tensor | None, scale: Tensor | None, shift: Tensor, *_: Tensor | bool | None
+) -> Launch | None:
+    """Check the arguments, and return the launch of the forward pass."""
+    _check(x, shift, scale, residual)
+    return over_words(epilogue_kernel, x, residual)
 
 
 @operator(
@@ -227,8 +119,8 @@ def epilogue_of_sum(
 
     The sum is rounded before it is scaled, as it is returned. Not differentiable; `epilogue_grad` has the gradient.
     """
-    _check(x, shift, scale, residual)
     if not runs_triton(x):
+        _check(x, shift, scale, residual)
         total = x + residual
         return total, epilogue_reference(total, shift, scale=scale, relu=relu)
     total = torch.empty_like(x)
@@ -257,12 +149,8 @@ def epilogue_grad(
     second, sum_grad = (None if t is None else _laid_out(t, y) for t in (second, sum_grad))
     grad = grad.contiguous() if pixels else _laid_out(grad, y)
     grads = [torch.empty_like(y) for _ in range(1 + both)]
-    if y.numel():
-        sizes, constants = word_sizes(y, None if pixels else grad, second, sum_grad)
-        options: dict[str, Any] = {"PIXELS": pixels, **constants, **EXACT}
-        tensors = (grad, second, y, scale, sum_grad, grads[0], grads[1] if both else None)
-        with launching(y):
-            _epilogue_grad_kernel[(cdiv(sizes[0], WORDS),)](*tensors, *sizes, **options)
+    tensors = grad, second, y, scale, sum_grad, grads[0], grads[1] if both else None
+    launch_prepared(_prepared_grad, *tensors, pixels)
     return grads
 
 
@@ -280,6 +168,13 @@ def _backward_reference(
 def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
     """Return the tensor in the layout of another one of its shape."""
     return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
+
+
+def _prepared_grad(
+    grad: Tensor, second: Tensor | None, y: Tensor, scale: Tensor | None, sum_grad: Tensor | None, *rest: Any
+) -> Launch | None:
+    """Return the launch of the backward pass."""
+    return over_words(epilogue_grad_kernel, y, None if grad.dim() == 2 else grad, second, sum_grad)
 
 
 def _check(x: Tensor, shift: Tensor, scale: Tensor | None, residual: Tensor | None) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from retemper.kernels.kl_arguments import Inputs
+from retemper.kernels.kl_arguments import Inputs, require_fitting
 from retemper.kernels.language import cdiv, tl, triton
+from retemper.kernels.launch import Launch, launch_prepared
 from retemper.kernels.logit_rows import (
     each_stride,
     log2_softmax,
@@ -29,7 +30,7 @@ from retemper.kernels.logit_rows import (
     store_block,
 )
 from retemper.kernels.numerics import LN2, LOG2E
-from retemper.kernels.runtime import EXACT, access_width, launching
+from retemper.kernels.runtime import access_width
 
 
 @triton.jit
@@ -126,17 +127,17 @@ def _js_kernel(
     loss_ptr,
     student_grad_ptr,
     teacher_grad_ptr,
-    temperature_stride,
-    row_weight_stride,
-    row_grad_stride,
-    ignore_index,
     temperature,
     student_temperature,
     beta,
+    ignore_index,
+    BY_ROW: tl.constexpr,
+    temperature_stride,
+    row_weight_stride,
+    row_grad_stride,
     B,
     STUDENT_STRIDE: tl.constexpr,  # constant as K is: what divides it decides how wide an access may be
     TEACHER_STRIDE: tl.constexpr,
-    BY_ROW: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
@@ -184,18 +185,43 @@ def launch(
     teacher_grad: Tensor | None = None,
 ) -> None:
     """Fill `loss`, (B,), with the loss of each row; or gradients, (B, K), with those of the losses times `row_grad`."""
-    student, teacher = inputs.student, inputs.teacher
+    launch_prepared(
+        _prepared,
+        *(inputs.student, inputs.teacher, inputs.label, inputs.temperatures, inputs.class_weight, inputs.row_weight),
+        *(row_grad, loss, student_grad, teacher_grad),
+        *(float(inputs.temperature), float(inputs.student_temperature), float(beta)),
+        *(inputs.ignore_index, inputs.by_row and inputs.temperatures is not None),
+    )
+
+
+def _prepared(
+    student: Tensor,
+    teacher: Tensor,
+    label: Tensor | None,
+    temperatures: Tensor | None,
+    class_weight: Tensor | None,
+    row_weight: Tensor | None,
+    row_grad: Tensor | None,
+    loss: Tensor | None,
+    student_grad: Tensor | None,
+    teacher_grad: Tensor | None,
+    temperature: float,
+    student_temperature: float,
+    beta: float,
+    ignore_index: int | None,
+    by_row: bool,
+) -> Launch | None:
+    """Check the arguments, and return the launch."""
+    tensors = (student, teacher, label, temperatures, class_weight, None, row_weight)
+    require_fitting(
+        Inputs(*tensors, temperature, student_temperature, by_row, ignore_index, reverse=False, given=False)
+    )
     batch, classes = student.shape
     if batch == 0:
-        return
-    tiles: dict[str, Any] = row_tiles(classes, access_width(classes, student, teacher))
-    tiles["BY_ROW"] = by_row = inputs.by_row and inputs.temperatures is not None
-    given: Any = (
-        *(student, teacher, inputs.label, inputs.temperatures, inputs.class_weight, inputs.row_weight, row_grad),
-        *(loss, student_grad, teacher_grad),
-        *(each_stride(inputs.temperatures) if by_row else 0, each_stride(inputs.row_weight), each_stride(row_grad)),
-        *(inputs.ignore_index, inputs.temperature, inputs.student_temperature, beta, batch),
-    )
-    strides: Any = row_stride(student), row_stride(teacher)
-    with launching(student):
-        _js_kernel[(cdiv(batch, tiles["ROWS"]),)](*given, *strides, **tiles, **EXACT)
+        return None
+    named: dict[str, Any] = row_tiles(classes, access_width(classes, student, teacher))
+    grid = (cdiv(batch, named["ROWS"]),)
+    named |= {"STUDENT_STRIDE": row_stride(student), "TEACHER_STRIDE": row_stride(teacher), "B": batch}
+    named |= {"temperature_stride": each_stride(temperatures) if by_row else 0}
+    named |= {"row_weight_stride": each_stride(row_weight), "row_grad_stride": each_stride(row_grad)}
+    return Launch(_js_kernel, grid, named)

@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from retemper.kernels.kl_arguments import Inputs
+from retemper.kernels.kl_arguments import Inputs, require_fitting, require_overwritable
 from retemper.kernels.language import cdiv, tl, triton
+from retemper.kernels.launch import Launch, launch_prepared
 from retemper.kernels.logit_rows import (
     each_stride,
     log2_softmax,
@@ -29,7 +30,7 @@ from retemper.kernels.logit_rows import (
     store_block,
 )
 from retemper.kernels.numerics import LN2, LOG2E, exp2_m1, log2_1m
-from retemper.kernels.runtime import EXACT, access_width, launching
+from retemper.kernels.runtime import access_width
 
 
 @triton.jit
@@ -177,20 +178,20 @@ def _kl_kernel(
     loss_ptr,
     p_grad_ptr,
     q_grad_ptr,
+    temperature,
+    student_temperature,
+    ignore_index,
+    BY_ROW: tl.constexpr,
+    REVERSE: tl.constexpr,
+    GIVEN: tl.constexpr,
     temperature_stride,
     row_weight_stride,
     row_grad_stride,
-    ignore_index,
-    temperature,
-    student_temperature,
     B,
     P_STRIDE: tl.constexpr,  # constant as K is: what divides it decides how wide an access may be
     Q_STRIDE: tl.constexpr,
     P_GRAD_STRIDE: tl.constexpr,
     Q_GRAD_STRIDE: tl.constexpr,
-    BY_ROW: tl.constexpr,
-    REVERSE: tl.constexpr,
-    GIVEN: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
@@ -258,23 +259,48 @@ def launch(
     teacher_grad: Tensor | None = None,
 ) -> None:
     """Fill `loss`, (B,), with the loss of each row; or gradients, (B, K), with those of the losses times `row_grad`."""
-    batch, classes = inputs.student.shape
-    if batch == 0:
-        return
     p, q, p_grad, q_grad = inputs.teacher, inputs.student, teacher_grad, student_grad
     if inputs.reverse:
         p, q, p_grad, q_grad = q, p, q_grad, p_grad
-    tiles = row_tiles(classes, access_width(classes, p, q))
-    by_row = inputs.by_row and inputs.temperatures is not None
-    arguments: Any = (
-        *(p, q, inputs.label, inputs.temperatures),
-        *(inputs.class_weight, inputs.label_trust, inputs.row_weight, row_grad),
-        *(loss, p_grad, q_grad),
-        *(each_stride(inputs.temperatures) if by_row else 0, each_stride(inputs.row_weight), each_stride(row_grad)),
-        *(inputs.ignore_index, inputs.temperature, inputs.student_temperature, batch),
+    launch_prepared(
+        _prepared,
+        *(p, q, inputs.label, inputs.temperatures, inputs.class_weight, inputs.label_trust, inputs.row_weight),
+        *(row_grad, loss, p_grad, q_grad, float(inputs.temperature), float(inputs.student_temperature)),
+        *(inputs.ignore_index, inputs.by_row and inputs.temperatures is not None, inputs.reverse, inputs.given),
     )
-    strides = (row_stride(p), row_stride(q), row_stride(p_grad), row_stride(q_grad))
-    constants: Any = (*strides, by_row, inputs.reverse, inputs.given)
-    options: dict[str, Any] = {**tiles, **EXACT}
-    with launching(p):
-        _kl_kernel[(cdiv(batch, tiles["ROWS"]),)](*arguments, *constants, **options)
+
+
+def _prepared(
+    p: Tensor,
+    q: Tensor,
+    label: Tensor | None,
+    temperatures: Tensor | None,
+    class_weight: Tensor | None,
+    label_trust: Tensor | None,
+    row_weight: Tensor | None,
+    row_grad: Tensor | None,
+    loss: Tensor | None,
+    p_grad: Tensor | None,
+    q_grad: Tensor | None,
+    temperature: float,
+    student_temperature: float,
+    ignore_index: int | None,
+    by_row: bool,
+    reverse: bool,
+    given: bool,
+) -> Launch | None:
+    """Check the arguments, and return the launch."""
+    student, teacher = (p, q) if reverse else (q, p)
+    tensors = (student, teacher, label, temperatures, class_weight, label_trust, row_weight)
+    inputs = Inputs(*tensors, temperature, student_temperature, by_row, ignore_index, reverse, given)
+    (require_overwritable if loss is None else require_fitting)(inputs)
+    batch, classes = student.shape
+    if batch == 0:
+        return None
+    named: dict[str, Any] = row_tiles(classes, access_width(classes, p, q))
+    grid = (cdiv(batch, named["ROWS"]),)
+    named |= {"P_STRIDE": row_stride(p), "Q_STRIDE": row_stride(q), "B": batch}
+    named |= {"P_GRAD_STRIDE": row_stride(p_grad), "Q_GRAD_STRIDE": row_stride(q_grad)}
+    named |= {"temperature_stride": each_stride(temperatures) if by_row else 0}
+    named |= {"row_weight_stride": each_stride(row_weight), "row_grad_stride": each_stride(row_grad)}
+    return Launch(_kl_kernel, grid, named)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from retemper.kernels.language import cdiv, next_power_of_2, tl, triton
-from retemper.kernels.numerics import LN2, LOG2E, log2_total
+from retemper.kernels.numerics import log2_total
 
 # How many logits of each tensor a thread holds, in how many steps, and the warps of a program. Chosen from the code for
 # sm_90, not yet measured on a GPU. A row lies in the registers of one thread, or of neighbours in one warp: nothing is
@@ -157,45 +157,3 @@ def store_block(out_ptr, values, row, cls, ignored, B, STRIDE: tl.constexpr, K: 
     """Write a block (ROWS, LANES) to rows that lie STRIDE apart: 0 in those that are ignored."""
     values = tl.where(ignored[:, None], 0.0, values).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + (row * STRIDE)[:, None] + cls, values, mask=(row < B)[:, None] & (cls < K))
-
-
-@triton.jit
-def row_losses(
-    logits_ptr,
-    label_ptr,
-    row,
-    B,
-    STRIDE: tl.constexpr,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-    STEPS: tl.constexpr,
-):
-    """Return the class of each row, -1 where it has none, its cross-entropy, and whether it is predicted: (ROWS,)."""
-    label = tl.load(label_ptr + row, mask=row < B, other=0).to(tl.int64)
-    known = (row < B) & (label >= 0) & (label < K)
-    label = tl.where(known, label, -1).to(tl.int32)
-    row_ptr = logits_ptr + tl.minimum(row, B - 1) * STRIDE
-    own = tl.load(row_ptr + label, mask=known, other=0.0).to(tl.float32)
-
-    peak = tl.full((ROWS, LANES), float("-inf"), tl.float32)
-    earlier = tl.full((ROWS, LANES), float("-inf"), tl.float32)  # the highest of the classes before the label
-    total = tl.zeros((ROWS, LANES), tl.float32)
-    for start in range(0, K, STEPS * LANES):
-        logits = row_logits(row_ptr, start, K, LANES, STEPS)
-        higher = peak
-        for step in tl.static_range(STEPS):
-            higher = tl.maximum(higher, logits[step])
-        shift = tl.where(higher == float("-inf"), 0.0, higher)  # while all are -inf: -inf - -inf is NaN
-        total *= tl.exp2((peak - shift) * LOG2E)
-        for step in tl.static_range(STEPS):
-            total += tl.exp2((logits[step] - shift) * LOG2E)
-            cls = start + step * LANES + tl.arange(0, LANES)
-            before = tl.where(cls[None, :] < label[:, None], logits[step], float("-inf"))
-            earlier = tl.maximum(earlier, before)
-        peak = higher
-    top = tl.max(peak, 1)
-    total = tl.sum(total * tl.exp2((peak - tl.expand_dims(top, 1)) * LOG2E), 1)
-    cross_entropy = tl.log2(total) * LN2 - (own - top)
-    first = (own == top) & (tl.max(earlier, 1) < own)
-    return label, cross_entropy, first & (cross_entropy == cross_entropy)  # a row with NaN predicts nothing

@@ -14,12 +14,14 @@ second, that far apart, make a number for each of their pixels. In L2 a number i
 the pixels.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from retemper.kernels.language import cdiv, next_power_of_2, tl, triton
+from retemper.kernels.launch import Launch, launch_prepared
 from retemper.kernels.philox import (
     DRAWS,
     UNIT,
@@ -29,7 +31,7 @@ from retemper.kernels.philox import (
     uniform_draws,
 )
 from retemper.kernels.pixels import channel_of, channels_of, differs_by, number, radius, spread
-from retemper.kernels.runtime import EXACT, clamp, launching, locate, pixel_runs
+from retemper.kernels.runtime import clamp, locate, pixel_runs, require_one_layout
 
 NO_LENGTH = tl.constexpr(1e-30)  # below that of any sample: divides zeros
 
@@ -170,11 +172,11 @@ def _uniform_start_kernel(
     eps,
     lower,
     upper,
-    pixels,
-    blocks,
+    CLIP: tl.constexpr,
     first_row,
     rows_apart,
-    CLIP: tl.constexpr,
+    pixels,
+    blocks,
     CHANNELS: tl.constexpr,
     EPS: tl.constexpr,
     LOWER: tl.constexpr,
@@ -200,14 +202,14 @@ def _normal_start_kernel(
     clean_ptr,
     seed_ptr,
     eps,
-    scale,
     lower,
     upper,
-    pixels,
-    blocks,
+    scale,
+    CLIP: tl.constexpr,
     first_row,
     rows_apart,
-    CLIP: tl.constexpr,
+    pixels,
+    blocks,
     CHANNELS: tl.constexpr,
     EPS: tl.constexpr,
     LOWER: tl.constexpr,
@@ -240,15 +242,15 @@ def _ball_start_kernel(
     clean_ptr,
     seed_ptr,
     eps,
-    scale,
     lower,
     upper,
+    scale,
+    CLIP: tl.constexpr,
     first_row,
     rows_apart,
     PIXELS: tl.constexpr,
     NUMBERS: tl.constexpr,
     HALF: tl.constexpr,
-    CLIP: tl.constexpr,
     CHANNELS: tl.constexpr,
     EPS: tl.constexpr,
     LOWER: tl.constexpr,
@@ -294,28 +296,69 @@ def launch(
     *numbers: float | Tensor,
 ) -> None:
     """Write the start to `adv` by a kernel. The arguments are those of `fill`, and `clean` lies as `adv` does."""
-    by = [differs_by(n if isinstance(n, Tensor) else None) for n in numbers]
-    channels, pixels = channels_of(adv, *by), adv.numel() // adv.shape[0]
-    options: dict[str, Any] = {"CLIP": clip, "CHANNELS": channels, **EXACT}
-    options |= zip(("EPS", "LOWER", "UPPER"), by, strict=True)
-    eps, *bounds = numbers
-    kernel: Any
+    given = (adv, clean, seed, *numbers)
     if (noise, norm) == ("uniform", "linf"):
-        alone = rows == (0, 1) and channels is None and "sample" not in by and pixels % DRAWS.value == 0
-        pixels, blocks, options["BLOCK"], programs = pixel_runs(adv, BLOCK, not alone)
-        places = (pixels, None, None, None) if blocks is None else (pixels, blocks, *rows)
-        kernel, arguments = _uniform_start_kernel, (eps, *bounds, *places)
+        launch_prepared(_prepared_uniform, *given, clip, *rows)
+    elif norm == "linf":
+        launch_prepared(_prepared_normal, *given, scale, clip, *rows)
     else:
-        half = halves(pixels + spare(noise, norm))
-        block = min(BLOCK, max(64, next_power_of_2(half * DRAWS.value)))
-        if norm == "l2":
-            kernel, programs, arguments = _ball_start_kernel, adv.shape[0], (eps, scale, *bounds, *rows)
-            options |= {"PIXELS": pixels, "NUMBERS": pixels + spare(noise, norm), "HALF": half, "BLOCK": block}
-        else:
-            block = min(block, BLOCK // 2)
-            blocks = cdiv(half * DRAWS.value, block)
-            options |= {"BLOCK": block, "num_warps": NORMAL_WARPS}
-            kernel, programs = _normal_start_kernel, adv.shape[0] * blocks
-            arguments = (eps, scale, *bounds, pixels, blocks, *rows)
-    with launching(adv):
-        kernel[(programs,)](adv, clean, seed, *arguments, **options)
+        launch_prepared(_IN_BALL[noise], *given, scale, clip, *rows)
+
+
+def _named(adv: Tensor, *numbers: float | Tensor) -> dict[str, Any]:
+    """Return how eps, lower and upper differ, as the kernels take it, if `adv` is dense with the batch outermost."""
+    require_one_layout(adv=adv)
+    by = [differs_by(n if isinstance(n, Tensor) else None) for n in numbers]
+    return {"CHANNELS": channels_of(adv, *by), **dict(zip(("EPS", "LOWER", "UPPER"), by, strict=True))}
+
+
+def _prepared_uniform(
+    adv: Tensor,
+    clean: Tensor,
+    seed: Tensor,
+    eps: float | Tensor,
+    lower: float | Tensor,
+    upper: float | Tensor,
+    clip: bool,
+    first_row: int,
+    rows_apart: int,
+) -> Launch:
+    """Return the launch of uniform noise in L-inf."""
+    named, pixels = _named(adv, eps, lower, upper), adv.numel() // adv.shape[0]
+    alone = (first_row, rows_apart) == (0, 1) and named["CHANNELS"] is None and "sample" not in named.values()
+    pixels, blocks, block, programs = pixel_runs(adv, BLOCK, not (alone and pixels % DRAWS.value == 0))
+    return Launch(_uniform_start_kernel, (programs,), {**named, "pixels": pixels, "blocks": blocks, "BLOCK": block})
+
+
+def _prepared_normal(
+    adv: Tensor, clean: Tensor, seed: Tensor, eps: float | Tensor, lower: float | Tensor, upper: float | Tensor, *_: Any
+) -> Launch:
+    """Return the launch of normal noise in L-inf."""
+    pixels = adv.numel() // adv.shape[0]
+    half = halves(pixels + spare("normal", "linf"))
+    block = min(BLOCK // 2, max(64, next_power_of_2(half * DRAWS.value)))
+    blocks = cdiv(half * DRAWS.value, block)
+    named = {"pixels": pixels, "blocks": blocks, "BLOCK": block, "num_warps": NORMAL_WARPS}
+    return Launch(_normal_start_kernel, (adv.shape[0] * blocks,), named | _named(adv, eps, lower, upper))
+
+
+def _prepared_ball(
+    noise: str,
+    adv: Tensor,
+    clean: Tensor,
+    seed: Tensor,
+    eps: float | Tensor,
+    lower: float | Tensor,
+    upper: float | Tensor,
+    *_: Any,
+) -> Launch:
+    """Return the launch of noise in the ball of L2."""
+    pixels = adv.numel() // adv.shape[0]
+    numbers = pixels + spare(noise, "l2")
+    half = halves(numbers)
+    block = min(BLOCK, max(64, next_power_of_2(half * DRAWS.value)))
+    named = {"PIXELS": pixels, "NUMBERS": numbers, "HALF": half, "BLOCK": block}
+    return Launch(_ball_start_kernel, (adv.shape[0],), named | _named(adv, eps, lower, upper))
+
+
+_IN_BALL = {noise: partial(_prepared_ball, noise) for noise in ("uniform", "normal")}

@@ -1,8 +1,11 @@
 """The registration of the operations with PyTorch, as torch.ops.retemper.NAME.
 
-A `torch.library.Library` takes the functions as they are: a call costs about 2 us of the host's time on top of theirs.
-`torch.library.custom_op` would cost 30, and 1.4 seconds at the first call, since it imports torch._dynamo.
-torch.compile, torch.export, autograd and torch.library.opcheck treat both alike.
+A `torch.library.Library` takes the functions as they are: a call costs about 2 us of the host's time on top of theirs,
+and 5 where autograd stands between. `torch.library.custom_op` would cost 30, and 1.4 seconds at the first call, since
+it imports torch._dynamo. torch.compile, torch.export, autograd and torch.library.opcheck treat both alike.
+
+An eager loop is bound by the host, and needs nothing of this: where nobody else sees a call, `operator` calls the
+function itself.
 """
 
 from collections.abc import Callable
@@ -13,12 +16,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import Library
 
+# The types of arguments of which no other part of PyTorch wants to see a call.
+PLAIN = frozenset((Tensor, float, int, bool, str, torch.dtype, type(None)))
 NAMESPACE = "retemper"  # a copy of this package beside another one needs a name of its own
 LIBRARY = Library(NAMESPACE, "FRAGMENT")
 
 
-def operator(schema: str, *, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Return a decorator that makes a function an operator, and gives the operator in its place.
+def operator(schema: str, *, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], "Operator"]:
+    """Return a decorator that makes a function an operator, and gives what calls it in its place.
 
     Args:
         schema: "name(Tensor x, float eps) -> Tensor", in PyTorch's language; Tensor(a!) is overwritten.
@@ -26,13 +31,35 @@ def operator(schema: str, *, fake: Callable[..., Any]) -> Callable[[Callable[...
     """
     name = schema.partition("(")[0]
 
-    def register(function: Callable[..., Any]) -> Any:
+    def register(function: Callable[..., Any]) -> Operator:
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-        return getattr(getattr(torch.ops, NAMESPACE), name).default
+        return Operator(function, getattr(getattr(torch.ops, NAMESPACE), name).default)
 
     return register
+
+
+class Operator:
+    """A function and the operator that it is to PyTorch. Called, without keywords, it is whichever is needed.
+
+    Attributes:
+        function: computes.
+        of_torch: the operator.
+        recorded: computes and has autograd record it; its last argument is None. None where there is no gradient.
+    """
+
+    def __init__(self, function: Callable[..., Any], of_torch: Any) -> None:
+        self.function = function
+        self.of_torch = of_torch
+        self.recorded: Callable[..., Any] | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        if _seen(arguments):
+            return self.of_torch(*arguments)
+        if self.recorded is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            return self.recorded(*arguments, None)
+        return self.function(*arguments)
 
 
 def rewritten(schema: str) -> Callable[[Callable[..., Any]], Any]:
@@ -52,7 +79,23 @@ def rewritten(schema: str) -> Callable[[Callable[..., Any]], Any]:
     return register
 
 
-def differentiable(operator: Any, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
+def _seen(arguments: tuple[Any, ...]) -> bool:
+    """Say whether a part of PyTorch looks at each operator that is called on these arguments.
+
+    It is a compiler or a tracer, a transform of torch.func, the forward mode of autograd, a mode such as that of fake
+    tensors, or a tensor of a class of its own.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+        or forward_ad._current_level >= 0
+        or not PLAIN.issuperset(map(type, arguments))
+    )
+
+
+def differentiable(operator: Operator, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
     """Give an operator its gradient, once: to differentiate the gradient is an error, and so is the forward mode.
 
     `torch.library.register_autograd` would do the same, and cost 30 us a call.
@@ -62,14 +105,17 @@ def differentiable(operator: Any, backward: Callable[..., Any], setup: Callable[
         backward: takes the context and the gradients of the outputs; returns those of the inputs, and None after them.
         setup: takes the context, the inputs and the output, and saves what `backward` reads.
     """
-    after = torch._C._after_autograd_keyset
+    after, of_torch = torch._C._after_autograd_keyset, operator.of_torch
 
     class Gradient(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
             *given, keys = inputs
-            with torch._C._AutoDispatchBelowAutograd():
-                output = operator.redispatch(keys & after, *given)
+            if keys is None:
+                output = operator.function(*given)
+            else:
+                with torch._C._AutoDispatchBelowAutograd():
+                    output = of_torch.redispatch(keys & after, *given)
             setup(ctx, given, output)
             return output
 
@@ -81,9 +127,10 @@ def differentiable(operator: Any, backward: Callable[..., Any], setup: Callable[
         if (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)) or forward_ad._current_level >= 0:
             return Gradient.apply(*inputs, keys)
         with torch._C._AutoDispatchBelowAutograd():
-            return operator.redispatch(keys & after, *inputs)
+            return of_torch.redispatch(keys & after, *inputs)
 
-    LIBRARY.impl(operator._schema.name.partition("::")[2], autograd, "Autograd", with_keyset=True)
+    LIBRARY.impl(of_torch._schema.name.partition("::")[2], autograd, "Autograd", with_keyset=True)
+    operator.recorded = Gradient.apply
 
 
 def keep(ctx: Any, *tensors: Tensor | None) -> None:

@@ -37,9 +37,9 @@ from retemper.kernels.pixels import NORMS, finite, grid, named_norm, overlap, ro
 from retemper.kernels.runtime import (
     FLOATS,
     compute_dtype,
-    is_dense_batch_first,
     require_no_grad,
     require_one_device,
+    require_one_layout,
     require_pixel_units,
     require_writable,
     runs_triton,
@@ -82,6 +82,8 @@ def _take(
         _require_own_memory(momentum, previous, adv=adv, grad=grad, clean=clean)
     given = Step(adv, grad, clean, *numbers, norm, mask, momentum, decay, previous, inertia, clip_first)
     if not runs_triton(adv, grad, clean, momentum, previous):
+        if not adv.is_contiguous():
+            require_one_layout(adv=adv)
         ascend(given)
         return
     launch(given)
@@ -91,7 +93,7 @@ def _take(
 
 
 def _require_images(adv: Tensor, *others: Tensor | None) -> None:
-    """Raise ValueError unless all are floats of one shape and device, and `adv` is dense, the batch outermost."""
+    """Raise ValueError unless all are floats of one shape and device."""
     shape, device = adv.shape, adv.device
     for tensor in (adv, *others):
         if tensor is not None and (tensor.shape != shape or tensor.device != device or tensor.dtype not in FLOATS):
@@ -99,8 +101,6 @@ def _require_images(adv: Tensor, *others: Tensor | None) -> None:
             raise _misfit(("adv", "grad", "clean", "momentum", "previous")[place], tensor, adv)
     if not shape:
         raise ValueError("adv: a scalar; needs a leading batch dimension")
-    if not (adv.is_contiguous() or is_dense_batch_first(adv)):
-        raise ValueError(f"adv: strides {adv.stride()} leave holes or overlap; call .contiguous() on it")
 
 
 def _misfit(name: str, tensor: Tensor, adv: Tensor) -> ValueError:

@@ -13,6 +13,7 @@ from torch import Tensor
 from retemper.kernels.language import tl, triton
 from retemper.kernels.runtime import FLOATS, is_dense_batch_first
 
+MOST_DIMENSIONS = 4  # of an image beside which a tensor of another layout can be read
 NORMS = ("linf", "l2")
 ALIASES = {"linf": "linf", "inf": "linf", math.inf: "linf", "l2": "l2", "2": "l2", 2: "l2"}
 
@@ -148,7 +149,7 @@ def strides_beside(tensor: Tensor, image: Tensor) -> tuple[Any, ...] | None:
 
     Args:
         tensor: of the shape of the image, with any strides; 0 where it repeats itself.
-        image: (B, ...) of at most 4 dimensions, dense, the batch outermost.
+        image: (B, ...) of at most MOST_DIMENSIONS, dense, the batch outermost.
 
     Returns:
         The lengths of the image's dimensions after the first, as three, and the tensor's strides, as four. None where
@@ -158,21 +159,9 @@ def strides_beside(tensor: Tensor, image: Tensor) -> tuple[Any, ...] | None:
     if all(own == other or size == 1 for own, other, size in layouts):
         return None
     order = sorted(range(1, image.dim()), key=image.stride, reverse=True)
-    missing = [1] * (4 - image.dim())
+    missing = [1] * (MOST_DIMENSIONS - image.dim())
     lengths = (*missing, *(image.shape[dim] for dim in order))
     return lengths, (tensor.stride(0), *missing, *(tensor.stride(dim) for dim in order))
-
-
-def beside(tensor: Tensor, image: Tensor) -> tuple[Tensor, tuple[Any, ...] | None]:
-    """Return a tensor of the image's shape and its strides beside the image, as `place` takes them.
-
-    It is copied where it has more than 4 dimensions and another layout than the image.
-    """
-    if tensor.stride() == image.stride():
-        return tensor, None
-    if image.dim() > 4:
-        return laid_out(tensor, image), None
-    return tensor, strides_beside(tensor, image)
 
 
 def laid_out(tensor: Tensor, image: Tensor) -> Tensor:

@@ -100,11 +100,13 @@ def _random_start_op(
     if adv.numel() == 0:
         return
     rows, clean = (first_row, rows_apart), apart(clean, adv)
-    if not runs_triton(adv, clean):
+    if runs_triton(adv, clean):
+        launch(adv, laid_out(clean, adv), seed, noise, scale, clip, rows, norm, *numbers)
+        overwritten(adv)
+    else:
+        if not adv.is_contiguous():
+            require_one_layout(adv=adv)
         fill(adv, clean, seed, noise, scale, clip, rows, norm, *numbers)
-        return
-    launch(adv, laid_out(clean, adv), seed, noise, scale, clip, rows, norm, *numbers)
-    overwritten(adv)
 
 
 def _check(adv: Tensor, clean: Tensor, seed: Tensor, noise: str, scale: float, first_row: int, rows_apart: int) -> None:
@@ -112,7 +114,7 @@ def _check(adv: Tensor, clean: Tensor, seed: Tensor, noise: str, scale: float, f
         require_float(adv=adv, clean=clean)
     if clean.shape != adv.shape:
         raise ValueError(f"clean: shape {tuple(clean.shape)}, but adv has {tuple(adv.shape)}")
-    if not adv.is_contiguous() or not adv.shape:
+    if not adv.shape:
         require_one_layout(adv=adv)
     if not adv.device == clean.device == seed.device:
         require_one_device(adv=adv, clean=clean, seed=seed)
@@ -225,13 +227,14 @@ def random_start_(
     """
     if not (isinstance(adv, Tensor) and isinstance(clean, Tensor)):
         raise TypeError("adv, clean: they must be tensors")
-    if torch.is_grad_enabled():
-        require_writable("adv", adv)
-        require_no_grad(clean=clean, eps=eps, lower=lower, upper=upper)
     norm = named_norm(norm)
     eps, eps_by = split("eps", eps)
     lower, lower_by = split("lower", lower, -math.inf)
     upper, upper_by = split("upper", upper, math.inf)
+    constants = (clean, eps_by, lower_by, upper_by)
+    if torch.is_grad_enabled() and True in [one.requires_grad for one in (adv, *constants) if one is not None]:
+        require_writable("adv", adv)
+        require_no_grad(**dict(zip(("clean", "eps", "lower", "upper"), constants, strict=True)))
     pixels = 1 if norm == "linf" or not adv.numel() else adv.numel() // adv.shape[0]
     require_pixel_units(lower, upper, pixels, eps=eps)
     if not isinstance(seed, Tensor):

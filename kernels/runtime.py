@@ -31,9 +31,13 @@ def clamp(x, lower, upper):
 
 
 def runs_triton(*tensors: Tensor | None) -> bool:
-    """Say whether an operator on these tensors goes through Triton rather than the reference."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    return ((given[0].is_cuda and HAS_TRITON) or TRITON_ON_CPU) and all(t.dtype != torch.float64 for t in given)
+    """Say whether an operator on these tensors, of one device, goes through Triton rather than the reference."""
+    for tensor in tensors:
+        if tensor is not None and (
+            tensor.dtype is torch.float64 or not (TRITON_ON_CPU or (HAS_TRITON and tensor.is_cuda))
+        ):
+            return False
+    return True
 
 
 def launching(tensor: Tensor) -> AbstractContextManager[object]:

@@ -34,6 +34,8 @@ with pytest.MonkeyPatch.context() as during_import:
     for found in pkgutil.iter_modules(kernels.__path__):  # some are the engine's alone, which the package does not load
         importlib.import_module(f"{kernels.__name__}.{found.name}")
 runtime.TRITON_ON_CPU = False
+if torch.cuda.is_available():  # without it cuBLAS refuses deterministic algorithms, and looks at it once
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 torch.set_num_threads(1)  # the tests' tensors are too small to share, and a busy machine makes sharing slow
 # The same examples every time, on every machine, however slow it is.
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -139,6 +141,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def device() -> torch.device:
     """The GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def digits_of_float32(device: torch.device) -> None:
+    """On a GPU, products and convolutions have the digits of float32, the same ones each time, unless a test says else.
+
+    PyTorch's defaults there are TF32, and convolutions that add up in an order of chance.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from retemper.bench.case import Call, Case, PlannedCase, Request
+from retemper.kernels import launch
 
 VALUES = {  # of each constant, wherever a module has it
     "BLOCK": (256, 512, 1024, 2048, 4096),
@@ -29,7 +30,7 @@ MODULES = {  # the first word of a case's name -> the module with its constants
     "class_temperature_kl": "logit_rows",
     "class_temperature_kl_grad_": "logit_rows",
     "class_temperature_js": "logit_rows",
-    "class_sums": "class_sums",
+    "class_sums": "class_sums_kernels",
 }
 Setting = dict[str, int]
 
@@ -69,7 +70,7 @@ def spelled(setting: Setting) -> str:
 
 
 @contextmanager
-def in_place(module: ModuleType, setting: Setting) -> Iterator[None]:
+def in_place(module: ModuleType, setting: dict[str, Any]) -> Iterator[None]:
     """Give the module's constants the values of `setting` within the context."""
     before = {name: getattr(module, name) for name in setting}
     try:
@@ -80,10 +81,11 @@ def in_place(module: ModuleType, setting: Setting) -> Iterator[None]:
 
 
 def _under(module: ModuleType, setting: Setting, call: Call) -> Call:
-    """Return `call` under a setting of the module's constants."""
+    """Return `call` under a setting of the module's constants, from which its launches are prepared apart."""
+    prepared: dict[Any, Any] = {}
 
     def under() -> Any:
-        with in_place(module, setting):
+        with in_place(module, setting), in_place(launch, {"READY": prepared}):
             return call()
 
     return under

@@ -1,5 +1,9 @@
 """The training step: what it may not do (wait for the device, loop, lose a format), and that it learns."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import Tensor
@@ -123,6 +127,18 @@ def test_bf16_learns_and_keeps_fp32_weights(device: torch.device) -> None:
         assert not torch.equal(old, parameter), "a parameter got no gradient"
 
 
+@contextmanager
+def refusing_to_wait() -> Iterator[None]:
+    """Have what waits for the GPU raise."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch warns, once, that it does not see all that waits
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_never_waits_for_a_gpu(device: torch.device) -> None:
     if device.type != "cuda":
         pytest.skip("the CPU's trace is above; a GPU's own word needs one")
@@ -130,11 +146,8 @@ def test_never_waits_for_a_gpu(device: torch.device) -> None:
     for method in METHODS:
         state, recipe = make(method, device, "bf16")
         train_step(state, recipe, clean, label)  # kernels are compiled and tuned, which waits
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with refusing_to_wait():
             train_step(state, recipe, clean, label)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(

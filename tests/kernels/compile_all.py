@@ -39,12 +39,12 @@ OF_CLASS = ["temperature_ptr", "weight_ptr", "trust_ptr"]
 
 kl = import_module("retemper.kernels.kl_kernel")
 rows = import_module("retemper.kernels.logit_rows")
-sums = import_module("retemper.kernels.class_sums")
+sums = import_module("retemper.kernels.class_sums_kernels")
 js = import_module("retemper.kernels.js_kernel")
 pgd = import_module("retemper.kernels.ascent_kernels")
 noise = import_module("retemper.kernels.noise")
 views = import_module("retemper.kernels.augment")
-after = import_module("retemper.kernels.epilogue")
+after = import_module("retemper.kernels.epilogue_kernels")
 depth = import_module("retemper.kernels.depthwise")
 norms = import_module("retemper.kernels.batch_norm_kernels")
 folds = import_module("retemper.kernels.fold_weights")
@@ -104,7 +104,7 @@ def starts(dtype: str) -> Iterator[Case]:
         types |= {"eps": "*fp32", "lower": "*fp32", "upper": "*fp32", "clean_ptr": "*fp32"}
         by = {"CHANNELS": (3, 1024), "EPS": "one", "LOWER": "channel", "UPPER": "one"}
     by["CLIP"] = dtype != "fp32"
-    absent = {} if OPTIONAL[dtype] else dict.fromkeys(["blocks", "first_row", "rows_apart"])
+    absent = {} if OPTIONAL[dtype] else {"blocks": None}
     yield noise._uniform_start_kernel, types, absent | by | {"BLOCK": noise.BLOCK}
     yield noise._normal_start_kernel, types, by | {"BLOCK": noise.BLOCK // 2, "num_warps": noise.NORMAL_WARPS}
     for spare in (2, 0):
@@ -177,7 +177,8 @@ def augmentation(dtype: str) -> Iterator[Case]:
     types = {"image_ptr": "*u8", "view_ptr": "*i64", "index_ptr": "*i64", "out_ptr": f"*{dtype}", "N": "i32"}
     absent = {} if OPTIONAL[dtype] else {"index_ptr": None}
     for side, channels, reflect in ((32, 3, False), (28, 1, False), (32, 3, True)):
-        shape = {"HEIGHT": side, "WIDTH": side, "CHANNELS": channels, "PADDING": 4, "REFLECT": reflect}
+        shape = {"HEIGHT": side, "WIDTH": side, "CHANNELS": channels, "PADDING": 4}
+        shape["MODE"] = "reflect" if reflect else "zeros"
         yield views._augment_kernel, types, absent | shape | views.view_tile(side, side * channels)
 
 
@@ -191,11 +192,11 @@ def convolution(dtype: str) -> Iterator[Case]:
     for layout in ({"SPAN": word, "plane": 1}, {"SPAN": 1}):  # channels-last; contiguous
         sizes = {"WORD": word, "WORDS": after.WORDS, "INDEX": tl.int32, **layout}
         usual = absent | sizes | dict.fromkeys([*sums, "PIXELS"])
-        yield after._epilogue_kernel, types, usual | {"RELU": dtype != "fp16"}
-        yield after._epilogue_grad_kernel, types, usual
-        yield after._epilogue_kernel, types, sizes | {"RELU": True}
-        yield after._epilogue_grad_kernel, types, sizes | {"PIXELS": None}
-        yield after._epilogue_grad_kernel, types, usual | {"PIXELS": 16, "residual_grad_ptr": None}
+        yield after.epilogue_kernel, types, usual | {"RELU": dtype != "fp16"}
+        yield after.epilogue_grad_kernel, types, usual
+        yield after.epilogue_kernel, types, sizes | {"RELU": True}
+        yield after.epilogue_grad_kernel, types, sizes | {"PIXELS": None}
+        yield after.epilogue_grad_kernel, types, usual | {"PIXELS": 16, "residual_grad_ptr": None}
 
 
 def depthwise(dtype: str) -> Iterator[Case]:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from retemper.kernels import runtime
+from retemper.kernels import launch, runtime
 
 # What the kernels do not need, but Triton on this machine does, and is not installed.
 NEEDED = ["triton"] if torch.cuda.is_available() else ["triton", "numpy"]
@@ -44,6 +44,14 @@ def triton_path() -> Iterator[None]:
         torch.use_deterministic_algorithms(True)
         yield
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def unprepared() -> Iterator[None]:
+    """No launch is prepared: a test may have replaced a kernel, or a constant that launches follow from."""
+    launch.READY.clear()
+    yield
+    launch.READY.clear()
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def batch(shape: tuple[int, int], device: torch.device, dtype: torch.dtype = tor
     return logits.to(device, dtype), torch.randint(shape[1], shape[:1], generator=gen).to(device)
 
 
-sums_module: Any = import_module("retemper.kernels.class_sums")
+sums_module: Any = import_module("retemper.kernels.class_sums_kernels")
 each_path = pytest.mark.parametrize("path", ["triton", "reference"])
 
 

@@ -83,20 +83,19 @@ def layouts(image: Tensor) -> dict[str, Tensor]:
 def test_a_tensor_of_another_layout_is_read_where_it_lies(layout: str) -> None:
     image = torch.arange(120.0).view(2, 3, 4, 5)
     other = layouts(image)[layout]
-    found, (lengths, strides) = pixels.beside(other, image)  # pyright: ignore[reportGeneralTypeIssues]
-    assert found is other and lengths == (3, 4, 5) and strides == other.stride()
+    assert pixels.strides_beside(other, image) == ((3, 4, 5), other.stride())
     laid_out = pixels.laid_out(other, image)
     assert laid_out.stride() == image.stride() and torch.equal(laid_out, image)
 
 
 def test_a_tensor_that_lies_as_the_image_does_has_no_strides_beside_it() -> None:
     image = layouts(torch.rand(2, 3, 4, 5))["last"]
-    assert pixels.beside(image.clone(), image)[1] is None and pixels.laid_out(image, image) is image
+    assert pixels.strides_beside(image.clone(), image) is None and pixels.laid_out(image, image) is image
     lone = torch.zeros(1, 3, 4, 5).as_strided((1, 3, 4, 5), (7, 20, 5, 1))  # a stride nobody takes
     assert pixels.strides_beside(lone, torch.zeros(1, 3, 4, 5)) is None
     deep = torch.rand(2, 2, 2, 2, 2)
-    copied, strides = pixels.beside(deep.transpose(1, 2), deep)  # of 5 dimensions: copied
-    assert strides is None and copied.is_contiguous() and torch.equal(copied, deep.transpose(1, 2))
+    copied = pixels.laid_out(deep.transpose(1, 2), deep)
+    assert copied.is_contiguous() and torch.equal(copied, deep.transpose(1, 2))
 
 
 def test_a_mask_is_of_samples_or_broadcasts() -> None:
