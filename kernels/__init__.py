@@ -1,11 +1,11 @@
 """The fused operations: Triton on a GPU, plain PyTorch on a CPU, one contract for both.
 
 An operation has a module of its name: its formula, its operators and what users call. Where that is not all, its
-arithmetic is beside it: ascent.py and ascent_kernels.py of pgd_step.py; noise.py and philox.py of random_start.py;
-kl_arguments.py, kl_divergence.py and kl_kernel.py of class_temperature_kl.py; js_kernel.py of jensen_shannon.py;
-class_sums_kernels.py of class_sums.py. What they share is in runtime.py, launch.py, operators.py and language.py; in
-pixels.py for images; in rows.py, logit_rows.py and numerics.py for logits. modules.py has the operations as
-torch.nn.Module, and patches.py puts them into torchattacks.
+arithmetic is beside it: ascent.py and ascent_kernels.py of pgd_step.py; noise.py, noise_kernels.py and philox.py of
+random_start.py; kl_arguments.py, kl_divergence.py and kl_kernel.py of class_temperature_kl.py; js_kernel.py of
+jensen_shannon.py; class_sums_kernels.py of class_sums.py. What they share is in runtime.py, launch.py, operators.py and
+language.py; in pixels.py for images; in rows.py, logit_rows.py and numerics.py for logits. modules.py has the
+operations as torch.nn.Module, and patches.py puts them into torchattacks.
 """
 
 from retemper.kernels.ascent import pgd_step_reference
