@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retemper.kernels.noise import fill, launch
+from retemper.kernels.noise import fill
+from retemper.kernels.noise_kernels import launch
 from retemper.kernels.operators import is_symbol, operator, overwritten, rewritten
 from retemper.kernels.pixels import apart, grid, laid_out, named_norm, split
 from retemper.kernels.runtime import (

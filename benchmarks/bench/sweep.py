@@ -24,7 +24,7 @@ VALUES = {  # of each constant, wherever a module has it
 }
 MODULES = {  # the first word of a case's name -> the module with its constants
     "pgd_step_": "ascent_kernels",
-    "random_start_": "noise",
+    "random_start_": "noise_kernels",
     "augment": "augment",
     "epilogue": "epilogue",
     "class_temperature_kl": "logit_rows",

@@ -42,7 +42,7 @@ rows = import_module("retemper.kernels.logit_rows")
 sums = import_module("retemper.kernels.class_sums_kernels")
 js = import_module("retemper.kernels.js_kernel")
 pgd = import_module("retemper.kernels.ascent_kernels")
-noise = import_module("retemper.kernels.noise")
+noise = import_module("retemper.kernels.noise_kernels")
 views = import_module("retemper.kernels.augment")
 after = import_module("retemper.kernels.epilogue_kernels")
 depth = import_module("retemper.kernels.depthwise")
@@ -177,7 +177,7 @@ def augmentation(dtype: str) -> Iterator[Case]:
     types = {"image_ptr": "*u8", "view_ptr": "*i64", "index_ptr": "*i64", "out_ptr": f"*{dtype}", "N": "i32"}
     absent = {} if OPTIONAL[dtype] else {"index_ptr": None}
     for side, channels, reflect in ((32, 3, False), (28, 1, False), (32, 3, True)):
-        shape = {"HEIGHT": side, "WIDTH": side, "CHANNELS": channels, "PADDING": 4}
+        shape: dict[str, Any] = {"HEIGHT": side, "WIDTH": side, "CHANNELS": channels, "PADDING": 4}
         shape["MODE"] = "reflect" if reflect else "zeros"
         yield views._augment_kernel, types, absent | shape | views.view_tile(side, side * channels)
 
