@@ -56,11 +56,11 @@ class FoldedLayer(nn.Module):
         raise NotImplementedError
 
     def input_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
-        """Return the gradient of x, given that of what the activation takes."""
+        """Return the gradient of x, given that of what the activation takes; a norm is given no x."""
         raise NotImplementedError
 
     def gradient_at_once(self, grad: Tensor, x: Tensor, y: Tensor) -> Tensor | None:
-        """Return the gradient of x, given that of y, where one launch has it."""
+        """Return the gradient of x, given that of y, where one launch has it; a norm is given no x."""
         return None
 
     def handed_out(self, y: Tensor, total: Tensor | None) -> Any:
@@ -78,7 +78,7 @@ class _WithGradient(torch.autograd.Function):
         y, total = layer.compute(x, residual)
         ctx.layer = layer
         ctx.set_materialize_grads(False)
-        keep(ctx, x, y)
+        keep(ctx, x if isinstance(layer, FoldedConv) else None, y)
         return layer.handed_out(y, total)
 
     @staticmethod
@@ -217,12 +217,12 @@ class FoldedConv(FoldedLayer):
         return y
 
     def _output_shape(self, x: Tensor) -> tuple[int, ...]:
-        conv = self.source[0]
-        sizes = zip(x.shape[2:], conv.kernel_size, conv.stride, self.padding, conv.dilation, strict=True)
-        pixels = (
-            (n + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1 for n, kernel, stride, pad, dilation in sizes
-        )
-        return x.shape[0], conv.out_channels, *pixels
+        conv, shape = self.source[0], self.shapes.get(x.shape)
+        if shape is None:
+            sizes = zip(x.shape[2:], conv.kernel_size, conv.stride, self.padding, conv.dilation, strict=True)
+            pixels = [(n + 2 * pad - gap * (size - 1) - 1) // step + 1 for n, size, step, pad, gap in sizes]
+            shape = self.shapes[x.shape] = x.shape[0], conv.out_channels, *pixels
+        return shape
 
     @torch.no_grad()
     def refresh(self, scale: Tensor) -> None:
