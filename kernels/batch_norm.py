@@ -52,16 +52,21 @@ def batch_norm_reference(
     """
     wide, found = x.to(compute_dtype(x)), []
     weight, bias = weight.to(wide.dtype), bias.to(wide.dtype)
-    new = [torch.zeros(2, x.shape[1], dtype=wide.dtype, device=x.device) for _ in range(groups)]
-    for part, (mean, var) in zip(wide.chunk(groups), new, strict=True):  # with momentum 1 it writes the statistics here
-        found.append(torch.native_batch_norm(part, weight, bias, mean, var, True, 1.0, eps))
+    order = [*(range(groups) if moves is None else moves)]
+    own, share, new = [(None, None)] * groups, momentum, []
+    if statistics is not None and order == [*range(groups)]:
+        own = [(statistics[0], statistics[1])] * groups
+    elif statistics is not None:  # with momentum 1 each group's statistics are written here
+        new = [torch.zeros(2, x.shape[1], dtype=wide.dtype, device=x.device) for _ in range(groups)]
+        own, share = [(mean, var) for mean, var in new], 1.0
+    for part, (mean, var) in zip(wide.chunk(groups), own, strict=True):
+        found.append(torch.native_batch_norm(part, weight, bias, mean, var, True, share, eps))
     y, mean, rstd = (torch.cat(each) if groups > 1 else each[0] for each in zip(*found, strict=True))
     if statistics is not None:
-        *running, batches = statistics
-        for group in range(groups) if moves is None else moves:
-            for value, now in zip(running, new[group], strict=True):
+        for group in order if new else ():
+            for value, now in zip(statistics, new[group], strict=False):
                 value.mul_(1 - momentum).add_(now, alpha=momentum)
-            batches += 1
+        statistics[2].add_(len(order))
     y = y if residual is None else y.add_(residual)
     y = y.relu_() if relu else y
     return y.to(x.dtype), mean.view(groups, -1), rstd.view(groups, -1)

@@ -87,16 +87,17 @@ def test_is_pytorchs_batch_norm_of_each_group(
 
 
 @pytest.mark.parametrize("path", ["triton", "reference"], indirect=True)
-@pytest.mark.parametrize("moves", [(), (1,), (0, 1, 0, 0), (1, 0)], ids=str)
+@pytest.mark.parametrize("momentum", [0.3, 1.0])
+@pytest.mark.parametrize("moves", [(), (1,), (0, 1), (0, 1, 0, 0), (1, 0)], ids=str)
 def test_running_statistics_move_in_the_order_asked_for(
-    moves: tuple[int, ...], path: str, device: torch.device
+    moves: tuple[int, ...], momentum: float, path: str, device: torch.device
 ) -> None:
     given = inputs((4, 5, 6, 6), device)
     ours, theirs = statistics(5, device), double(statistics(5, device))
-    first = batch_norm(**given, statistics=ours, groups=2, moves=moves, momentum=0.3)
+    first = batch_norm(**given, statistics=ours, groups=2, moves=moves, momentum=momentum)
     for group in moves:
         part = given["x"].detach().double().chunk(2)[group]
-        F.batch_norm(part, theirs[0], theirs[1], training=True, momentum=0.3)
+        F.batch_norm(part, theirs[0], theirs[1], training=True, momentum=momentum)
         theirs[2] += 1
     for one, two in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one.double(), two.double(), rtol=1e-6, atol=1e-6)
