@@ -77,8 +77,8 @@ class RunFolder:
             try:
                 yield
             finally:
-                if new and os.listdir(self.path) == [".lock"]:  # a start that failed leaves nothing
-                    with suppress(OSError):
+                with suppress(OSError):  # it may be gone
+                    if new and os.listdir(self.path) == [".lock"]:  # a start that failed leaves nothing
                         (self.path / ".lock").unlink()
                         self.path.rmdir()
 
