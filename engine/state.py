@@ -35,6 +35,7 @@ class State:
         noise_seed: (1,) int64, the seed of the next random start; every step adds one.
         forwards: the student's forwards in each step of the epoch.
         sums, measured, loss_sum: of the epoch so far; `start_epoch` empties them.
+        one: 0-dim, where every backward pass begins.
         average: of the student's weights, where the recipe asks for one.
         perturbation: of the student's weights, where the recipe asks for one.
         part: which rows of each batch are this process's.
@@ -75,6 +76,7 @@ class State:
             self.optimizer.found_inf = self.guard.found_inf  # pyright: ignore[reportAttributeAccessIssue]
         class_state = method.class_state(num_classes, recipe)
         self.dtype = dtype = wide_dtype(next(student.parameters()))
+        self.one = torch.ones((), device=device, dtype=dtype)
         self.class_state = {name: value.to(device, dtype) for name, value in class_state.items()}
         self.forwards = method.forwards_in(1, recipe)
         self.noise_seed = torch.zeros(1, dtype=torch.int64, device=device)

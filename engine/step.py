@@ -143,7 +143,8 @@ def descend(state: State, recipe: Recipe, images: Mapping[str, Tensor], targets:
     logits, loss = forward(state, recipe, images, targets)
     share = part.weigh(loss)
     share = share + state.guard.poison if state.scaler.is_enabled() else share
-    state.scaler.scale(share).backward()
+    lowered = state.scaler.scale(share)
+    lowered.backward(state.one if (lowered.dtype, lowered.shape) == (state.dtype, ()) else None)
     whole = loss.detach() if state.bucket is None else state.bucket.all_reduce(share.detach())
     if state.perturbation is not None:
         decay = recipe.optim.weight_decay if recipe.optim.awp_decay == "perturbed" else 0.0
