@@ -227,11 +227,12 @@ def _climb(
 ) -> Tensor:
     """Return the last iterate of one attack. `see` is called with each before, and what the model returns there."""
     adv, options = first_iterate(clean, plan, restart), step_options(clean, plan)
+    as_seen = getattr(model, "as_seen", None)  # the step reads a gradient of half precision as it is
     for _ in range(plan.steps):
-        adv.requires_grad_(True)
-        logits = model(adv)
+        shown = adv.requires_grad_(True) if as_seen is None else as_seen(adv.detach()).requires_grad_(True)
+        logits = model(shown)
         see(adv, logits)
-        grad = _input_gradient(logits, adv, objective)
+        grad = _input_gradient(logits, shown, objective)
         adv = pgd_step_(adv.detach(), grad, clean, plan.step, plan.eps, **options)
     return adv
 

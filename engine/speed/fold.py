@@ -58,7 +58,11 @@ class Folded(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Map (B, C, H, W) pixels to (B, K) logits."""
-        return self.net(image.to(self.dtype))
+        return self.net(self.as_seen(image))
+
+    def as_seen(self, image: Tensor) -> Tensor:
+        """Return pixels in the dtype of the twin. An attack takes its gradient there: it need not be cast back."""
+        return image.to(self.dtype)
 
     def _copies(self, net: fx.GraphModule, model: nn.Module) -> None:
         """Cast what is not folded, such as the last layer; a batch norm that stays keeps its float32 statistics."""
