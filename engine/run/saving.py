@@ -134,11 +134,7 @@ class Saver:
         self._write(state, write)
 
     def save_here(self) -> None:
-        """Have the state saved as it stands after the newest step; every step so far must have been finite.
-
-        Raises:
-            Diverged, DataError: as `settle`.
-        """
+        """Have the state saved as it is; every step so far must have been finite. Raises as `settle`."""
         state = self.tail or self._snapshot(self.finished, self.done)
         self._write(state, lambda: self.folder.save_state(state))
 
@@ -193,16 +189,12 @@ class Saver:
     def _snapshot(self, finished: int, done: int) -> dict[str, Any]:
         """Return all that going on needs, on the host, once `memory.wait` has returned there. Raises as `settle`."""
         self.settle()
-        state, own = self.state, own_part(self.state)
-        # what follows the steps of an epoch moves neither of the two
-        both = {"student": state.student, "optimizer": state.optimizer} if self.tail is None else {}
+        own = own_part(self.state)
         saved = self.memory.copy(
             {
-                **{name: one.state_dict() for name, one in both.items()},
-                "scaler": state.scaler.state_dict(),
-                "class_state": state.class_state,
+                **(stepped_part(self.state) if self.tail is None else {}),
+                **moving_part(self.state),
                 "generators": own["generators"],
-                **({} if state.average is None else {"average": state.average.state()}),
                 "epoch": finished,
                 "step": done,
                 "so_far": own["so_far"] if done else {},
@@ -213,11 +205,11 @@ class Saver:
             }
         )
         if self.tail is not None:
-            saved |= {name: self.tail[name] for name in ("student", "optimizer")}
+            saved |= {name: self.tail[name] for name in ("student", "optimizer")}  # `stepped_part` is copied already
         if self.ranks.joined:  # all of them leave then
             self.memory.wait()
             if self.ranks.any(not is_finite(saved)) == [True]:
-                raise self._diverged(saved)
+                raise diverged(saved, self._kept())
         return saved
 
     def _write(self, state: dict[str, Any], write: Callable[[], None]) -> None:
@@ -226,7 +218,7 @@ class Saver:
         def job() -> None:
             self.memory.wait()
             if not is_finite(state):
-                raise self._diverged(state)
+                raise diverged(state, self._kept())
             write()
             self.saved = state["epoch"], state["step"]
 
@@ -236,10 +228,23 @@ class Saver:
             self.saved = state["epoch"], state["step"]
         self.next_save = time.monotonic() + self.save_every
 
-    def _diverged(self, state: dict[str, Any]) -> Diverged:
-        epoch, step = state["epoch"], state["step"]
-        when = f"epoch {epoch + 1}, step {step}" if step else f"epoch {epoch}"
-        return Diverged(f"the weights are not finite after {when}; {self._kept()}. {LOWER}")
+
+def stepped_part(state: State) -> dict[str, Any]:
+    """Return what the steps of an epoch move, and nothing that follows them."""
+    return {"student": state.student.state_dict(), "optimizer": state.optimizer.state_dict()}
+
+
+def moving_part(state: State) -> dict[str, Any]:
+    """Return what the end of an epoch moves too."""
+    average = {} if state.average is None else {"average": state.average.state()}
+    return {"scaler": state.scaler.state_dict(), "class_state": state.class_state, **average}
+
+
+def diverged(saved: Mapping[str, Any], kept: str) -> Diverged:
+    """Return the error that a saved state is not finite, where the disk holds what `kept` says."""
+    epoch, step = saved["epoch"], saved["step"]
+    when = f"epoch {epoch + 1}, step {step}" if step else f"epoch {epoch}"
+    return Diverged(f"the weights are not finite after {when}; {kept}. {LOWER}")
 
 
 def is_finite(saved: Mapping[str, Any]) -> bool:
