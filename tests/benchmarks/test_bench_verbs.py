@@ -131,6 +131,14 @@ def test_a_benchmark_that_was_cut_short_goes_on(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["rows"][0]["table"].endswith("batch 3"), "another request begins anew"
 
 
+@pytest.mark.parametrize("row", ["retemper", "eager chain"])
+def test_one_row_of_a_kernel_is_measured_alone(row: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "kernels", "--quick", "--rounds", "1", "--device", "cpu", "--only", "class_sums fp32"]
+    assert run([*words, "--rows", row]) == 0
+    told = capsys.readouterr().out
+    assert [name for name in ("retemper ", "eager chain ", "torch.compile") if f"\n{name}" in told] == [f"{row} "]
+
+
 def test_a_rehearsal_checks_no_values(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(attack, "examples_check", lambda problem: lambda adv: "it is garbage")
     words = ["bench", "attack", "--quick", "--rounds", "1", "--device", "cpu", "--only", "ce PGD-10"]
