@@ -1,4 +1,4 @@
-"""How the launches of random starts are cut into programs; what they draw is in test_noise.py and test_random_start.py."""
+"""How launches of random starts are cut into programs; what they draw is in test_noise.py and test_random_start.py."""
 
 import pytest
 import torch
