@@ -37,6 +37,7 @@ from retemper.kernels.pixels import NORMS, finite, grid, named_norm, overlap, ro
 from retemper.kernels.runtime import (
     FLOATS,
     compute_dtype,
+    is_dense_batch_first,
     require_no_grad,
     require_one_device,
     require_one_layout,
@@ -82,7 +83,7 @@ def _take(
         _require_own_memory(momentum, previous, adv=adv, grad=grad, clean=clean)
     given = Step(adv, grad, clean, *numbers, norm, mask, momentum, decay, previous, inertia, clip_first)
     if not runs_triton(adv, grad, clean, momentum, previous):
-        if not adv.is_contiguous():
+        if not (adv.is_contiguous() or is_dense_batch_first(adv)):
             require_one_layout(adv=adv)
         ascend(given)
         return

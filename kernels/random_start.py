@@ -27,6 +27,7 @@ from retemper.kernels.pixels import apart, grid, laid_out, named_norm, split
 from retemper.kernels.runtime import (
     FLOATS,
     compute_dtype,
+    is_dense_batch_first,
     require_float,
     require_no_grad,
     require_one_device,
@@ -105,7 +106,7 @@ def _random_start_op(
         launch(adv, laid_out(clean, adv), seed, noise, scale, clip, rows, norm, *numbers)
         overwritten(adv)
     else:
-        if not adv.is_contiguous():
+        if not (adv.is_contiguous() or is_dense_batch_first(adv)):
             require_one_layout(adv=adv)
         fill(adv, clean, seed, noise, scale, clip, rows, norm, *numbers)
 
