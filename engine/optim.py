@@ -79,16 +79,17 @@ class Perturbation:
 
     Args:
         student: on the device that it is trained on.
+        leaves_statistics: whether the loss that `move` takes leaves batch-norm statistics alone.
 
     Attributes:
         gamma: 0-dim, how far the weights move, a fraction of their norm; 0 until it is set.
         before: the weights before they moved.
     """
 
-    def __init__(self, student: nn.Module) -> None:
+    def __init__(self, student: nn.Module, leaves_statistics: bool = False) -> None:
         self.weights = [weight for weight in student.parameters() if weight.dim() > 1]
         self.gradients, self.before = ([torch.empty_like(weight) for weight in self.weights] for _ in range(2))
-        self.statistics = [*student.buffers()]
+        self.statistics = [] if leaves_statistics else [*student.buffers()]
         self.kept = [torch.empty_like(buffer) for buffer in self.statistics]
         self.gamma = self.weights[0].new_zeros((), dtype=wide_dtype(self.weights[0]))
 
@@ -103,7 +104,7 @@ class Perturbation:
         gradients = whole(torch.autograd.grad(loss(), self.weights))
         copy_each(self.statistics, self.kept)
         copy_each(self.gradients, gradients)
-        sizes, slopes = norms(self.weights), norms(self.gradients)
+        sizes, slopes = norms([*self.weights, *self.gradients]).chunk(2)
         with torch.no_grad():
             perturb_(self.weights, self.gradients, self.before, sizes, slopes, self.gamma)
 

@@ -84,7 +84,7 @@ class State:
         self.measured: dict[str, ClassMeans] = {}
         self.loss_sum = torch.zeros((), device=device, dtype=dtype)
         self.average = None if optim.average == "none" else Average(student, optim.average, optim.ema_decay)
-        self.perturbation = Perturbation(student) if optim.awp_gamma else None
+        self.perturbation = Perturbation(student, self.joined is not None) if optim.awp_gamma else None
         self.part, self.beside = Part.begin(ranks, device), Branch(device, execution.beside)
         self.bucket = GradientBucket(student, ranks) if ranks.joined else None
 
