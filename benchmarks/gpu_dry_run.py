@@ -82,6 +82,12 @@ def syncs(env: dict[str, str]) -> Iterator[str]:
     yield from ["the steps cannot be watched"] if found is None else found
 
 
+def replays(env: dict[str, str]) -> Iterator[str]:
+    """Yield the attacks and evaluations that do not replay from a graph as they should."""
+    found = part(env, "replays")
+    yield from ["what is captured beyond the step cannot be watched"] if found is None else found
+
+
 def command(env: dict[str, str]) -> Iterator[str]:
     """Yield what is wrong with a run that is trained, gone on with and evaluated on real images."""
     shutil.rmtree(RUNS, ignore_errors=True)
@@ -109,6 +115,7 @@ def tests(env: dict[str, str]) -> Iterator[str]:
 PARTS: dict[str, Callable[[dict[str, str]], Iterator[str]]] = {
     "counts": counts,
     "syncs": syncs,
+    "replays": replays,
     "command": command,
     "tests": tests,
     "host": host,

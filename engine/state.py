@@ -31,6 +31,7 @@ class State:
         teacher, clean_teacher: frozen; folded as `Execution.fold` says, where torch.fx can trace them.
         twin: the student as the attack sees it, folded anew in every step; None where it sees the student itself.
         joined: the student as its training forwards see it, all in one batch; None where they run one by one.
+        differentiated: the forwards that the loss has a gradient at, by the names of all and whether statistics move.
         guard: holds updates back once something is not finite.
         noise_seed: (1,) int64, the seed of the next random start; every step adds one.
         forwards: the student's forwards in each step of the epoch.
@@ -70,6 +71,7 @@ class State:
                 self.twin = _twin(recipe, student, self.precision, epilogue)
         half = self.precision if self.precision != torch.float32 else None
         self.joined = _joined(student, half) if execution.together_on(device) else None
+        self.differentiated: dict[tuple[tuple[str, ...], bool], tuple[str, ...]] = {}
         self.guard, self.optimizer = Guard(device), sgd(optim, student, device, fused=execution.fused_sgd)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
         if execution.fused_sgd and not self.scaler.is_enabled():  # as a scaler sets it

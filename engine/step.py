@@ -3,7 +3,8 @@
 No value is read on the host, so that the device never waits. Dimension key: B batch, C channels, H, W, K classes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -164,30 +165,43 @@ def forward(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return the student's logits on each of the training forwards' images, (B, K), and the loss, a scalar."""
     with state.autocast():
-        logits = _logits(state, recipe, images, state.forwards.before)
+        logits = _logits(state, recipe, images, state.forwards.before, partial(recipe.method.loss, targets=targets))
         return logits, recipe.method.loss(logits, targets)
 
 
 def perturbing_loss(state: State, recipe: Recipe, images: Mapping[str, Tensor], targets: Targets) -> Tensor:
     """Return the loss that the weights are perturbed along, a scalar; what it does to statistics is undone."""
     with state.autocast():
-        names = tuple(dict.fromkeys(state.forwards.before))
-        logits = _logits(state, recipe, images, names, moves=False)
-        return recipe.method.perturbing_loss(logits, targets)
+        names, loss = (
+            tuple(dict.fromkeys(state.forwards.before)),
+            partial(recipe.method.perturbing_loss, targets=targets),
+        )
+        return loss(_logits(state, recipe, images, names, loss, moves=False))
 
 
 def _logits(
-    state: State, recipe: Recipe, images: Mapping[str, Tensor], names: tuple[str, ...], moves: bool = True
+    state: State,
+    recipe: Recipe,
+    images: Mapping[str, Tensor],
+    names: tuple[str, ...],
+    loss: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
+    moves: bool = True,
 ) -> dict[str, Tensor]:
     """Return the student's logits on the images of each name, in training mode.
 
     Args:
         names: a name that comes again moves the running statistics once more.
-        moves: False leaves them alone where that costs nothing.
+        loss: of the logits, to be differentiated; None where nothing is.
+        moves: False leaves the statistics alone where that costs nothing.
     """
     each = tuple(dict.fromkeys(names))
     if state.part.idle or (state.joined is None and not recipe.optim.joint):
-        return _one_by_one(state, images, names)
+        return _one_by_one(state.student, images, names, each)
+    if state.joined is not None and loss is not None and not recipe.optim.joint:
+        differentiated = _differentiated(state, images, names, loss, moves)
+        if differentiated != each:  # in one batch, the gradient of all would be computed
+            alone = partial(state.joined, groups=1, moves=(0,) if moves else ())
+            return _one_by_one(alone, images, names, differentiated)
     batch = images[names[0]] if len(each) == 1 else torch.cat([images[name] for name in each])
     if state.joined is None:
         logits = state.student(batch)
@@ -198,15 +212,35 @@ def _logits(
     return dict(zip(each, logits.split([len(images[name]) for name in each]), strict=True))
 
 
-def _one_by_one(state: State, images: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
+def _differentiated(
+    state: State,
+    images: Mapping[str, Tensor],
+    names: tuple[str, ...],
+    loss: Callable[[Mapping[str, Tensor]], Tensor],
+    moves: bool,
+) -> tuple[str, ...]:
+    """Return the names whose logits the loss has a gradient at; it is asked once, in the first of such steps."""
+    if (names, moves) not in state.differentiated:
+        each = dict.fromkeys(names)
+        logits = {name: state.one.new_zeros(len(images[name]), state.num_classes, requires_grad=True) for name in each}
+        grads = torch.autograd.grad(loss(logits), [*logits.values()], allow_unused=True)
+        found = tuple(name for name, grad in zip(each, grads, strict=True) if grad is not None)
+        state.differentiated[names, moves] = found
+    return state.differentiated[names, moves]
+
+
+def _one_by_one(
+    student: Callable[[Tensor], Tensor],
+    images: Mapping[str, Tensor],
+    names: tuple[str, ...],
+    differentiated: tuple[str, ...],
+) -> dict[str, Tensor]:
     """Return the student's logits on the images of each name; a name that comes again moves the statistics alone."""
     logits: dict[str, Tensor] = {}
     for name in names:
-        if name not in logits:
-            logits[name] = state.student(images[name])
-            continue
-        with torch.no_grad():
-            state.student(images[name])
+        with nullcontext() if name in differentiated and name not in logits else torch.no_grad():
+            found = student(images[name])
+        logits.setdefault(name, found)
     return logits
 
 

@@ -116,11 +116,20 @@ def test_a_step_of_each_method_is_the_same(method: str, device: torch.device) ->
         ("trades", {"awp_gamma": 0.01}),
         ("trades", {"awp_gamma": 0.01, "variant": "released"}),
         ("absld", {"joint": True}),
+        ("ard", {"awp_gamma": 0.01}),
+        ("faal", {"variant": "released"}),
     ],
     ids=str,
 )
 def test_a_step_of_each_kind_is_the_same(method: str, changes: dict[str, Any], device: torch.device) -> None:
     assert_same(method, device, **changes)
+
+
+def test_what_the_loss_has_no_gradient_at_is_not_in_the_batch(device: torch.device) -> None:
+    """ARD trains on attacked images alone; the forward on clean ones moves the statistics."""
+    names = {method: ("adv", "clean") for method in ("ard", "absld")}
+    found = {method: stepped(method, "on", device)[1].differentiated for method in names}
+    assert found == {"ard": {(names["ard"], True): ("adv",)}, "absld": {(names["absld"], True): names["absld"]}}
 
 
 def test_a_process_without_rows_moves_no_statistics(device: torch.device) -> None:
