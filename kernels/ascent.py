@@ -155,23 +155,25 @@ def _norm(image: Tensor, order: int, dtype: torch.dtype) -> Tensor:
     return torch.linalg.vector_norm(image, order, tuple(range(1, image.dim())), True, dtype=dtype)
 
 
-def _in_float32(grad: Tensor, order: int) -> Tensor | None:
-    """Return the norm of each sample in float32, on a CPU where each keeps its digits there."""
-    if grad.dtype != torch.float32 or not grad.is_cpu or torch._C._are_functorch_transforms_active():
-        return None
-    length = _norm(grad, order, grad.dtype)
-    least, most = length.aminmax()
-    return length if SQUARED[0] < least.item() and most.item() < SQUARED[1] else None
-
-
 def _inverse_norm(grad: Tensor, order: int) -> Tensor:
     """Return 1 / norm of each sample, and a finite number for a sample of zeros.
 
-    It is computed in float64, which holds the square of any float32; on a CPU only where float32 does not.
+    It is computed in float64, which holds the square of any float32; on a CPU only for samples that need it.
     """
-    length = _in_float32(grad, order)
-    inverse = (_norm(grad, order, torch.float64) if length is None else length).reciprocal_()
-    return inverse.clamp_max_(torch.finfo(grad.dtype).max).to(grad.dtype)
+    if grad.dtype == torch.float32 and grad.is_cpu and not torch._C._are_functorch_transforms_active():
+        length = _norm(grad, order, grad.dtype)
+        near = (length > SQUARED[0]) & (length < SQUARED[1])
+        if not _all_hold(near):
+            length = torch.where(near, length.double(), _norm(grad, order, torch.float64))
+    else:
+        length = _norm(grad, order, torch.float64)
+    return length.reciprocal_().clamp_max_(torch.finfo(grad.dtype).max).to(grad.dtype)
+
+
+def _all_hold(near: Tensor) -> bool:
+    """Say whether all of a CPU's numbers are true."""
+    assert near.is_cpu
+    return bool(near.all().item())
 
 
 def _clip(adv: Tensor, lower: Number, upper: Number) -> None:

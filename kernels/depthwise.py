@@ -128,7 +128,9 @@ def tile(channels: int) -> dict[str, Any]:
     width = math.gcd(channels, 64)
     if width < FEW:
         width = min(64, next_power_of_2(channels))
-    return {"PIXELS": VALUES // width, "CHANNELS": width, "WHOLE": channels % width == 0}
+    whole = channels % width == 0
+    values = VALUES if whole and width > FEW else VALUES // 2  # more would not fit into the registers of every GPU
+    return {"PIXELS": values // width, "CHANNELS": width, "WHOLE": whole}
 
 
 def _launch(

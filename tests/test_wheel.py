@@ -114,7 +114,7 @@ def ran(site: Path) -> dict[str, str]:
 @pytest.mark.parametrize("name", drop_ins())
 def test_a_drop_in_does_what_plain_pytorch_does(name: str, ran: dict[str, str]) -> None:
     code = drop_ins()[name]
-    assert "from retemper.kernels import" in code and "assert" in code, "it compares nothing of ours"
+    assert "from retemper.kernels" in code and "assert" in code, "it compares nothing of ours"
     assert not ran[name]
 
 

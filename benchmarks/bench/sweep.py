@@ -26,7 +26,7 @@ MODULES = {  # the first word of a case's name -> the module with its constants
     "pgd_step_": "ascent_kernels",
     "random_start_": "noise_kernels",
     "augment": "augment",
-    "epilogue": "epilogue",
+    "epilogue": "epilogue_kernels",
     "class_temperature_kl": "logit_rows",
     "class_temperature_kl_grad_": "logit_rows",
     "class_temperature_js": "logit_rows",

@@ -261,7 +261,7 @@ def test_it_is_frozen_in_eval_mode_and_channels_last_where_it_can(shape: tuple[i
         ("net.py:needy", 3, "it is given num_classes and channels alone"),
         ("net.py:missing", 3, "FileNotFoundError: no weights); line"),
         ("net.py:weights", 2, "is a OrderedDict: it must be an nn.Module"),
-        ("net.py:lazy", 3, "is not ready for use (ValueError"),
+        ("net.py:lazy", 3, "is not ready for use (RuntimeError"),
         ("net.py:diverged", 3, "has weights that are not finite: head.bias"),
         ("syntax.py:build", 3, "cannot be imported (SyntaxError"),
         ("leaves.py:build", 3, "it leaves Python: put what it does as a script"),

@@ -279,7 +279,7 @@ def test_what_moves_many_tensors_takes_few_operators(device: torch.device) -> No
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.autograd, "grad", lambda *_: ready)
         moved = operators(lambda: perturbation.move(lambda: zero))
-    assert moved == ["_foreach_copy_"] * 5 + ["_foreach_norm", "stack"] * 2 + ["perturb_"]
+    assert moved == ["_foreach_copy_"] * 5 + ["_foreach_norm", "stack", "perturb_"]
     assert operators(lambda: perturbation.put_back(0.1, state.scaler)) == [
         "_foreach_sub", "_foreach_mul_", "_foreach_add_", "_foreach_copy_",
     ]  # fmt: skip
@@ -296,7 +296,7 @@ def operators(work: Callable[[], object]) -> list[str]:
 
     with Watch():
         work()
-    return [name for name in seen if name not in ("detach", "alias")]
+    return [name for name in seen if name not in ("detach", "alias", "split")]
 
 
 @pytest.mark.parametrize("decay", ["own", "perturbed"])

@@ -39,7 +39,12 @@ LOADS_WIDE = {
     "_batch_norm_sums_kernel",
     "_batch_norm_grad_kernel",
 }
-WRITES_FEW = {"_class_sums_kernel", "_row_losses_kernel", "_moments_kernel"}  # a number for each class, row or channel
+WRITES_FEW = {
+    "_class_sums_kernel",
+    "_row_losses_kernel",
+    "_moments_kernel",
+    "_batch_norm_sums_kernel",
+}  # a number a class, row or channel
 # The loads of the first are of a byte each, wherever the crop begins; those of the others are of single weights too.
 STORES_WIDE = LOADS_WIDE - WRITES_FEW | {"_augment_kernel", "_depthwise_kernel", "_depthwise_grad_kernel"}
 STATISTICS = 5  # what batch norm stores of each channel beside its images, and the count of batches
