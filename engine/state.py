@@ -18,7 +18,7 @@ from retemper.engine.optim import Average, Guard, Perturbation, sgd, wide_dtype
 from retemper.engine.recipe import Method, Recipe, Targets
 from retemper.engine.speed.beside import Branch
 from retemper.engine.speed.fold import Folded
-from retemper.engine.speed.together import Together
+from retemper.engine.speed.together import OneForward, Together
 from retemper.kernels import augment
 
 
@@ -31,6 +31,7 @@ class State:
         teacher, clean_teacher: frozen; folded as `Execution.fold` says, where torch.fx can trace them.
         twin: the student as the attack sees it, folded anew in every step; None where it sees the student itself.
         joined: the student as its training forwards see it, all in one batch; None where they run one by one.
+        in_training: the student as an attack in training mode sees it; None where it sees another network.
         differentiated: the forwards that the loss has a gradient at, by the names of all and whether statistics move.
         guard: holds updates back once something is not finite.
         noise_seed: (1,) int64, the seed of the next random start; every step adds one.
@@ -71,6 +72,8 @@ class State:
                 self.twin = _twin(recipe, student, self.precision, epilogue)
         half = self.precision if self.precision != torch.float32 else None
         self.joined = _joined(student, half) if execution.together_on(device) else None
+        trains = recipe.attack.bn_mode == "train"
+        self.in_training = OneForward(self.joined) if trains and self.joined is not None else None
         self.differentiated: dict[tuple[tuple[str, ...], bool], tuple[str, ...]] = {}
         self.guard, self.optimizer = Guard(device), sgd(optim, student, device, fused=execution.fused_sgd)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
@@ -127,7 +130,9 @@ class State:
 
     def attacked(self) -> nn.Module:
         """Return what the attack looks at: the student as it is now."""
-        return self.student if self.twin is None else self.twin.refresh()
+        if self.twin is not None:
+            return self.twin.refresh()
+        return self.student if self.in_training is None or self.part.idle else self.in_training
 
     def count(self, method: Method, logits: Mapping[str, Tensor], targets: Targets) -> None:
         """Count a step: each forward's class sums, and what the method measures besides. The guard counts its loss.

@@ -133,6 +133,18 @@ class Together:
         return functional_call(self.net, dict(zip(self.cast, cast, strict=True)), (image,))
 
 
+class OneForward(nn.Module):
+    """The twin for one forward at a time, each of which moves the statistics: an attack in training mode sees it."""
+
+    def __init__(self, together: Together) -> None:
+        super().__init__()
+        self.together = together
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Map (B, C, H, W) pixels to (B, K) logits."""
+        return self.together(image, 1, (0,))
+
+
 def _traced(student: nn.Module) -> fx.GraphModule:
     """Return the graph of the student in training mode, with its own modules. Raises ValueError if there is none."""
     modes = [(module, module.training) for module in student.modules()]

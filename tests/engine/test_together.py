@@ -15,7 +15,7 @@ from retemper.engine.catalogue import find_setting, methods
 from retemper.engine.distributed.ranks import Part
 from retemper.engine.models import MODELS, channels_last
 from retemper.engine.models.wide_resnet import WideResNet
-from retemper.engine.speed.together import NormTogether, Together
+from retemper.engine.speed.together import NormTogether, OneForward, Together
 
 TWINS = (
     "wrn34_20",
@@ -130,6 +130,14 @@ def test_what_the_loss_has_no_gradient_at_is_not_in_the_batch(device: torch.devi
     names = {method: ("adv", "clean") for method in ("ard", "absld")}
     found = {method: stepped(method, "on", device)[1].differentiated for method in names}
     assert found == {"ard": {(names["ard"], True): ("adv",)}, "absld": {(names["absld"], True): names["absld"]}}
+
+
+def test_an_attack_in_training_mode_sees_the_twin_too(device: torch.device) -> None:
+    state = stepped("sat", "on", device, attack_bn="train")[1]
+    assert isinstance(state.attacked(), OneForward)
+    state.part.idle = True
+    assert state.attacked() is state.student
+    assert stepped("absld", "on", device, attack_bn="eval")[1].in_training is None
 
 
 def test_a_process_without_rows_moves_no_statistics(device: torch.device) -> None:
