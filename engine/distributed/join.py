@@ -67,7 +67,8 @@ def join(device: torch.device) -> Ranks:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=limit, device_id=device if on_gpu else None)
         pulse = pulse_of(rank, world_size, limit.total_seconds())
         host = dist.new_group(backend="gloo", timeout=limit) if on_gpu else dist.group.WORLD
-        patient = dist.new_group(backend="gloo", timeout=PATIENCE)  # waits for all, so that none leaves with the store
+        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        dist.barrier(group=host)  # the first to be ready may hold the store that others still read: it waits for them
     return Ranks(rank, world_size, True, host, patient, pulse)
 
 
