@@ -13,10 +13,10 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from retemper.engine.device import is_out_of_memory
 from retemper.engine.speed.folded_layers import BATCH_NORM, FoldedConv, FoldedLayer, FoldedNorm, padding_of
+from retemper.engine.speed.trace import called, is_add, is_node, is_relu, replace
 from retemper.kernels.fold_weights import fold_norms_, scale_rows_
 
 READ_ONLY = (operator.add, torch.add)  # functions that leave their arguments as they are
@@ -153,11 +153,11 @@ def _fold_norms(net: fx.GraphModule, model: nn.Module, dtype: torch.dtype, form:
     """Replace every batch norm, with the convolution that feeds it and nothing else, by a folded module."""
     made: list[FoldedConv | FoldedNorm] = []
     for node in list(net.graph.nodes):
-        norm, before = _called(node, model), node.args[0] if node.args else None
+        norm, before = called(node, model), node.args[0] if node.args else None
         if not (isinstance(norm, BATCH_NORM) and norm.affine and norm.track_running_stats):
             continue
-        conv = _called(before, model)
-        if _is_node(before) and len(before.users) == 1 and _is_plain(conv):
+        conv = called(before, model)
+        if is_node(before) and len(before.users) == 1 and _is_plain(conv):
             folded, inputs = FoldedConv(conv, norm, dtype, form), before.args
         elif form != "plain":
             folded, inputs = FoldedNorm(norm), node.args
@@ -169,7 +169,7 @@ def _fold_norms(net: fx.GraphModule, model: nn.Module, dtype: torch.dtype, form:
         with net.graph.inserting_before(node):
             node.replace_all_uses_with(net.graph.call_module(name, inputs))
         net.graph.erase_node(node)
-        if _is_node(before) and not before.users:
+        if is_node(before) and not before.users:
             net.graph.erase_node(before)
     return made
 
@@ -182,7 +182,7 @@ def _take_in_shortcuts_and_relus(net: fx.GraphModule) -> tuple[tuple[FoldedConv,
     """
     handed_over = []
     for node in list(net.graph.nodes):
-        if _is_add(node) and node.args[0] is not node.args[1]:
+        if is_add(node) and node.args[0] is not node.args[1]:
             first, second = node.args
             for main, other in ((first, second), (second, first)):
                 conv, shortcut = _waiting_conv(main, net), _waiting_conv(other, net)
@@ -193,23 +193,23 @@ def _take_in_shortcuts_and_relus(net: fx.GraphModule) -> tuple[tuple[FoldedConv,
                     handed_over.append((shortcut, conv))
                 with net.graph.inserting_before(node):
                     new = net.graph.call_module(main.target, (main.args[0], other))
-                _replace(net, node, new)
+                replace(net.graph, node, new)
                 net.graph.erase_node(main)
                 break
-        elif _is_relu(node, net):
+        elif is_relu(node, net):
             before = node.args[0]
-            folded = _called(before, net)
+            folded = called(before, net)
             if isinstance(folded, FoldedConv | FoldedNorm) and len(before.users) == 1:
                 folded.relu = True
-                _replace(net, node, before)
+                replace(net.graph, node, before)
     return tuple(handed_over)
 
 
 def _take_in_sums(net: fx.GraphModule) -> None:
     """Move the addition before a folded norm with a ReLU into it; it returns the sum too, for who else needs it."""
     for node in list(net.graph.nodes):
-        norm, before = _called(node, net), node.args[0] if node.args else None
-        if not (isinstance(norm, FoldedNorm) and norm.relu and _is_node(before) and _is_add(before)):
+        norm, before = called(node, net), node.args[0] if node.args else None
+        if not (isinstance(norm, FoldedNorm) and norm.relu and is_node(before) and is_add(before)):
             continue
         added = before.all_input_nodes
         if len(added) == 1 or (before.target is operator.iadd and len(added[0].users) > 1):
@@ -218,8 +218,8 @@ def _take_in_sums(net: fx.GraphModule) -> None:
         with net.graph.inserting_before(before):
             both = net.graph.call_module(str(node.target), tuple(added))
             total, y = (net.graph.call_function(operator.getitem, (both, place)) for place in (0, 1))
-        _replace(net, before, total)
-        _replace(net, node, y)
+        replace(net.graph, before, total)
+        replace(net.graph, node, y)
 
 
 def _take_in_means_and_second_gradients(net: fx.GraphModule) -> None:
@@ -231,7 +231,7 @@ def _take_in_means_and_second_gradients(net: fx.GraphModule) -> None:
         users = list(node.users)
         if len(users) == 1 and _is_mean(users[0]):
             layer.pooled = True
-            _replace(net, users[0], node)
+            replace(net.graph, users[0], node)
         elif len(users) == 2 and all(_reads_once(user, node, net) for user in users):
             layer.twice = True
             source, first = (node.args[0], 1) if layer.adds else (node, 0)
@@ -246,10 +246,10 @@ def _take_in_means_and_second_gradients(net: fx.GraphModule) -> None:
 def _leave_masks_to_depthwise(net: fx.GraphModule) -> None:
     """Let a depthwise convolution mask the gradient of its input, where that comes from a ReLU and goes there alone."""
     for node in net.graph.nodes:
-        layer, before = _called(node, net), node.args[0] if node.args else None
-        if not (isinstance(layer, FoldedConv) and layer.depthwise and layer.relu and _is_node(before)):
+        layer, before = called(node, net), node.args[0] if node.args else None
+        if not (isinstance(layer, FoldedConv) and layer.depthwise and layer.relu and is_node(before)):
             continue
-        first = _called(before, net)
+        first = called(before, net)
         if isinstance(first, FoldedConv) and first.relu and len(before.users) == 1 and len(node.args) == 1:
             first.mask_left = layer.masks_x = True
 
@@ -261,41 +261,17 @@ def _is_plain(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
     return padding_of(conv) is not None
 
 
-def _replace(net: fx.GraphModule, node: fx.Node, by: fx.Node) -> None:
-    node.replace_all_uses_with(by)
-    net.graph.erase_node(node)
-
-
-def _is_node(node: object) -> TypeGuard[fx.Node]:
-    return isinstance(node, fx.Node)
-
-
-def _called(node: object, model: nn.Module) -> nn.Module | None:
-    """Return the module of `model` that `node` calls, or None if it calls none."""
-    return model.get_submodule(str(node.target)) if _is_node(node) and node.op == "call_module" else None
-
-
-def _is_relu(node: fx.Node, net: fx.GraphModule) -> bool:
-    function = node.op == "call_function" and node.target in (F.relu, torch.relu)
-    return function or isinstance(_called(node, net), nn.ReLU)
-
-
-def _is_add(node: fx.Node) -> bool:
-    two = len(node.args) == 2 and all(map(_is_node, node.args)) and not node.kwargs
-    return node.op == "call_function" and node.target in (operator.add, operator.iadd, torch.add) and two
-
-
 def _waiting_conv(node: object, net: fx.GraphModule) -> FoldedConv | None:
     """Return the folded convolution that `node` calls if it can take in an addition: one user, no residual, no ReLU."""
-    folded = _called(node, net)
-    free = _is_node(node) and len(node.users) == 1 and len(node.args) == 1
+    folded = called(node, net)
+    free = is_node(node) and len(node.users) == 1 and len(node.args) == 1
     return folded if isinstance(folded, FoldedConv) and free and not folded.relu else None
 
 
 def _answering(node: fx.Node, net: fx.GraphModule) -> FoldedLayer | None:
     """Return the layer with a ReLU whose y this is; one that returns a sum too has y in second place."""
     source = node.args[0] if node.target is operator.getitem else node
-    layer = _called(source, net)
+    layer = called(source, net)
     if not isinstance(layer, FoldedLayer) or not layer.relu:
         return None
     is_y = source is not node and node.args[1] == 1 if layer.adds else source is node
@@ -311,6 +287,6 @@ def _is_mean(node: fx.Node) -> bool:
 
 def _reads_once(user: fx.Node, node: fx.Node, net: fx.GraphModule) -> bool:
     """Say whether it takes the value of `node` once, and leaves it as it is."""
-    leaves = isinstance(_called(user, net), FoldedLayer | nn.Conv2d) or user.target in READ_ONLY
+    leaves = isinstance(called(user, net), FoldedLayer | nn.Conv2d) or user.target in READ_ONLY
     in_place = user.target is operator.iadd and user.args[0] is not node
     return (leaves or in_place) and list(user.args).count(node) == 1
