@@ -28,9 +28,13 @@ def main() -> None:
     if (out / "batches.meta.txt").is_file():
         return print(f"{out} is there already")
     records: dict[str, list[bytes]] = {"train": [], "test": []}
-    with ProcessPoolExecutor() as pool:
-        for split, record in pool.map(record_of, jpegs(source), chunksize=500):
-            records[split].append(record)
+    try:
+        with ProcessPoolExecutor() as pool:
+            for split, record in pool.map(record_of, jpegs(source), chunksize=500):
+                records[split].append(record)
+    except (OSError, ValueError, tarfile.TarError) as error:
+        why = str(error).splitlines()[0].rstrip(":")
+        sys.exit(f"{source} cannot be read as images in class folders: {why}")
     out.mkdir(parents=True, exist_ok=True)
     for split, files in FILES.items():
         if len(records[split]) != COUNTS[split]:
@@ -58,8 +62,12 @@ def jpegs(source: Path) -> Iterator[tuple[str, bytes]]:
 def record_of(named: tuple[str, bytes]) -> tuple[str, bytes]:
     """Return the split of an image and its record: the label, then planes of red, green and blue."""
     (split, label, _), data = named[0].split("/"), named[1]
-    pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    assert pixels.shape == (32, 32, 3), named[0]
+    try:
+        pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    except OSError as error:
+        raise ValueError(f"{named[0]} is no image, or cut off") from error
+    if pixels.shape != (32, 32, 3):
+        raise ValueError(f"{named[0]} is {pixels.shape[1]} x {pixels.shape[0]} pixels, not 32 x 32")
     return split, bytes([CLASSES.index(label)]) + pixels.transpose(2, 0, 1).tobytes()
 
 

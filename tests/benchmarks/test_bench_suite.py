@@ -246,3 +246,24 @@ def test_a_stale_table_is_found_and_mended(tmp_path: Path) -> None:
     speed, text = (tmp_path / "benchmarks/results/speed.md").read_text(), (tmp_path / "README.md").read_text()
     assert speed.startswith("| what | device |") and "not measured on a GPU yet" in speed
     assert text == f"before\n<!-- benchmarks/results/speed.md -->\n{speed}<!-- / -->\nafter\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("nowhere", "No such file"),
+        ("no.tar", "could not be opened"),
+        ("folder", "train/cat/a.jpg is no image, or cut off"),
+    ],
+)
+def test_images_that_cannot_be_read_are_named_in_a_line(
+    source: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "no.tar").write_text("not an archive")
+    (tmp_path / "folder/train/cat").mkdir(parents=True)
+    (tmp_path / "folder/train/cat/a.jpg").write_text("not an image")
+    monkeypatch.setattr(sys, "argv", ["gpu_images.py", str(tmp_path / source), str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stopped:
+        loaded("gpu_images").main()
+    assert words in str(stopped.value) and source in str(stopped.value) and "\n" not in str(stopped.value)
+    assert not (tmp_path / "out").exists()

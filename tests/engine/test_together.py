@@ -125,11 +125,24 @@ def test_a_step_of_each_kind_is_the_same(method: str, changes: dict[str, Any], d
     assert_same(method, device, **changes)
 
 
-def test_what_the_loss_has_no_gradient_at_is_not_in_the_batch(device: torch.device) -> None:
+def test_what_the_loss_has_no_gradient_at_is_not_in_the_batch(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """ARD trains on attacked images alone; the forward on clean ones moves the statistics."""
-    names = {method: ("adv", "clean") for method in ("ard", "absld")}
-    found = {method: stepped(method, "on", device)[1].differentiated for method in names}
-    assert found == {"ard": {(names["ard"], True): ("adv",)}, "absld": {(names["absld"], True): names["absld"]}}
+    names, groups, call = ("adv", "clean"), set[tuple[int, bool]](), Together.__call__
+
+    def seen(self: Together, image: torch.Tensor, groups_: int, moves: Any) -> torch.Tensor:
+        groups.add((groups_, torch.is_grad_enabled()))
+        return call(self, image, groups_, moves)
+
+    monkeypatch.setattr(Together, "__call__", lambda self, image, groups, moves: seen(self, image, groups, moves))
+    for method, differentiated, expected in (
+        ("ard", ("adv",), {(1, True), (1, False)}),
+        ("absld", names, {(2, True)}),
+    ):
+        groups.clear()
+        assert stepped(method, "on", device, attack_bn="eval")[1].differentiated == {(names, True): differentiated}
+        assert groups == expected, method
 
 
 def test_an_attack_in_training_mode_sees_the_twin_too(device: torch.device) -> None:

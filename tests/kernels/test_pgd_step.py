@@ -409,3 +409,30 @@ def test_a_cpu_that_takes_a_few_samples_at_a_time_takes_the_same_step(
     torch.testing.assert_close(pgd_step_(adv, grad, clean, **parted), expected)
     for buffer in ("momentum", "previous"):
         torch.testing.assert_close(parted[buffer], whole[buffer])
+
+
+@pytest.mark.parametrize("other", ["clean", "grad"])
+@pytest.mark.usefixtures("reference_path")
+def test_a_cpu_that_takes_a_few_samples_at_a_time_reads_none_that_it_has_overwritten(
+    other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = torch.rand(6, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    adv, later = memory[1:], memory[:5]  # a sample of `later` is the one before it of `adv`
+    apart = {"clean": torch.rand(5, 3, 4, 6), "grad": torch.randn(5, 3, 4, 6)}
+    alone, shared = (apart | {other: one} for one in (later.clone(), later))
+    expected = pgd_step_(adv.clone(), alone["grad"], alone["clean"], STEP, EPS)
+    monkeypatch.setattr("retemper.kernels.ascent.MANY", 0)
+    monkeypatch.setattr("retemper.kernels.ascent.PART", 2 * adv[0].numel() // torch.get_num_threads())
+    assert torch.equal(pgd_step_(adv, shared["grad"], shared["clean"], STEP, EPS), expected)
+
+
+@pytest.mark.usefixtures("reference_path")
+def test_a_cpu_finds_the_length_of_gradients_whose_squares_float32_does_not_hold() -> None:
+    clean = torch.full((5, 3, 4, 6), 0.5)
+    grad = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    grad *= torch.tensor([1e-30, 1.0, 1e30, 0.0, 1e-16])[:, None, None, None]
+    found = pgd_step_(clean.clone(), grad, clean, 0.25, 0.5, norm="l2")
+    expected = pgd_step_(clean.double(), grad.double(), clean.double(), 0.25, 0.5, norm="l2")
+    torch.testing.assert_close(found, expected.float(), rtol=0, atol=2**-22)
+    alone = pgd_step_(clean[1:2].clone(), grad[1:2], clean[1:2], 0.25, 0.5, norm="l2")
+    assert torch.equal(found[1:2], alone), "a sample's step depends on the others"
