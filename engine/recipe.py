@@ -151,6 +151,9 @@ class Method(Options):
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         """Return what training lowers: a scalar, a mean over these rows.
 
+        At which of the logits it has a gradient must be the same in all steps with the same forwards: it is found out
+        in the first of them, with logits of zeros, and the others' forwards are run without one.
+
         Args:
             logits: (B, K) for each of the images of `forwards_in`, with gradient.
         """
