@@ -21,9 +21,10 @@ from retemper.engine.losses import (
     kl_rows,
 )
 from retemper.engine.models import create_model
-from retemper.engine.recipe import Forwards, LabelAttack, Method, OwnPredictionAttack, Recipe, Setting, Targets, given
+from retemper.engine.recipe import LabelAttack, Method, OwnPredictionAttack, Recipe, Setting
 from retemper.engine.state import State
 from retemper.engine.step import train_step
+from retemper.engine.targets import Forwards, Targets, given
 from retemper.errors import Diverged
 from retemper.options import MOST_EPOCHS, option, require_order
 

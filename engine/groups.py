@@ -90,6 +90,9 @@ class Optimisation(Options):
     momentum: float = option(0.9, "SGD's momentum", at_most=1)
     nesterov: bool = option(False, "take Nesterov's momentum")
     weight_decay: float = option(2e-4, "L2 penalty on all weights", at_most=10)
+    label_smoothing: float = option(
+        0.0, "spread so much of a label's weight over all classes, in the loss, where it has hard labels", at_most=1
+    )
     batch_norm: Literal["local", "synced"] = option(
         "local", "on several GPUs: batch norm over each one's images, or over the whole batch"
     )

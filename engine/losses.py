@@ -192,14 +192,17 @@ def cw_objective(label_B: Tensor, confidence: float = 50.0) -> Objective:
     return LabelObjective(label_B, margin)
 
 
-def cross_entropy_rows(logits_BK: Tensor, label_B: Tensor) -> Tensor:
+def cross_entropy_rows(logits_BK: Tensor, label_B: Tensor, smoothing: float = 0.0) -> Tensor:
     """Return the cross-entropy of each row, (B,), in float32 or wider. Labels are whole numbers.
 
+    Args:
+        smoothing: the share of a label's weight that is spread evenly over all classes (Szegedy et al., CVPR 2016).
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit.
     """
     require_labelled(logits_BK, label_B)
-    return F.cross_entropy(at_least_float32(logits_BK), as_label(label_B), reduction="none", ignore_index=NO_LABEL)
+    options: dict[str, Any] = dict(reduction="none", ignore_index=NO_LABEL, label_smoothing=smoothing)
+    return F.cross_entropy(at_least_float32(logits_BK), as_label(label_B), **options)
 
 
 def kl_rows(clean_BK: Tensor, adv_BK: Tensor) -> Tensor:

@@ -11,77 +11,16 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from retemper.engine.attack import Watcher
-from retemper.engine.distributed.ranks import WHOLE, Part
 from retemper.engine.epoch_stats import EpochStats
 from retemper.engine.groups import Data, Networks, Optimisation, Selection, TrainingAttack
 from retemper.engine.losses import KlObjective, Objective, cross_entropy_objective
 from retemper.engine.models import PIXELS
 from retemper.engine.speed.execution import EXACTNESS, Execution
+from retemper.engine.targets import Forwards, Targets
 from retemper.errors import nearest
 from retemper.options import Option, Options, option, options_of
 
 UNTRAINED = "not trained yet"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Targets:
-    """The targets of the student on one batch. A field is None where the method does not ask for it.
-
-    Attributes:
-        label_B: (B,) int64.
-        teacher_BK: the teacher's logits on the clean images.
-        own_BK: the student's own logits on the clean images, taken before the attack in the attack's batch-norm mode,
-            without gradient (`Method.needs_own_prediction`).
-        teacher_adv_BK: the teacher's logits on the attacked images; None during the attack (`Method.teacher_sees`).
-        clean_teacher_BK, clean_teacher_adv_BK: the second teacher's logits (`Method.clean_teacher_sees`).
-        watched: what `Method.watcher` returned, after the attack.
-        attack: which attack of the step this is, from 0, where the method takes several.
-        state: the method's class state.
-        part: the rows of the batch that these are, where several processes train. A method asks it for what it needs of
-            the batch as a whole.
-    """
-
-    label_B: Tensor
-    teacher_BK: Tensor | None = None
-    own_BK: Tensor | None = None
-    teacher_adv_BK: Tensor | None = None
-    clean_teacher_BK: Tensor | None = None
-    clean_teacher_adv_BK: Tensor | None = None
-    watched: Any = None
-    attack: int = 0
-    state: Mapping[str, Tensor]
-    part: Part = WHOLE
-
-    @property
-    def teacher(self) -> Tensor:
-        """The teacher's logits on the clean images, for methods that have a teacher."""
-        return given(self.teacher_BK)
-
-    @property
-    def own(self) -> Tensor:
-        """The student's own logits on the clean images, for methods that ask for them."""
-        return given(self.own_BK)
-
-
-def given(logits_BK: Tensor | None) -> Tensor:
-    """Return logits that the method asked for."""
-    assert logits_BK is not None, "the method reads what it does not ask for"
-    return logits_BK
-
-
-@dataclass(frozen=True)
-class Forwards:
-    """The student's forwards in training mode in one step, by the names of their images.
-
-    All of them move the batch-norm statistics. Authors' code takes some of them for nothing else.
-
-    Attributes:
-        before: in their order, before the backward pass. The first of a name enters the loss; a repeat is of no use.
-        after: those after the optimizer's step, of no use either.
-    """
-
-    before: tuple[str, ...]
-    after: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +36,9 @@ class Method(Options):
         released_forwards: those of the variant `released`, where the authors' code takes others.
         needs_own_prediction: whether `Targets.own` is computed before the attack.
         teacher_sees, clean_teacher_sees: the images that each teacher is asked about, of "clean" and "adv".
+        average_sees: the images, of "clean" and "adv", that the average of the student's weights is asked about, in
+            eval mode and without gradient. The recipe keeps one then (`Optimisation.average`).
+        watches_progress: whether `Targets.progress` is set in every step.
         attack_asks_teacher: whether `objective` reads the teachers' logits. `margins` and `watcher` never do.
         attacks_teacher: whether the attack goes through the teacher too; its logits are then (B, 2 K), the student's
             and then the teacher's.
@@ -115,6 +57,8 @@ class Method(Options):
     needs_own_prediction: ClassVar[bool] = False
     teacher_sees: ClassVar[tuple[str, ...]] = ("clean",)
     clean_teacher_sees: ClassVar[tuple[str, ...]] = ()
+    average_sees: ClassVar[tuple[str, ...]] = ()
+    watches_progress: ClassVar[bool] = False
     attack_asks_teacher: ClassVar[bool] = True
     attacks_teacher: ClassVar[bool] = False
     validates_by: ClassVar[Literal["pgd", "training attack"] | None] = None
@@ -138,6 +82,18 @@ class Method(Options):
         """
         return 1
 
+    def attack_in(self, epoch: int, recipe: "Recipe") -> Mapping[str, Any]:
+        """Return the fields of `recipe.attack`, other than its mode, that are otherwise in `epoch`, from 1."""
+        return {}
+
+    def shown_to_teacher(self) -> tuple[str, ...]:
+        """Return the images that the teacher is asked about: "clean", "adv", and names of `views`."""
+        return self.teacher_sees
+
+    def views(self, images: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return further images of the step by name, (B, C, H, W), made of its clean and attacked ones."""
+        return {}
+
     def watcher(self, clean_BCHW: Tensor, targets: Targets) -> Watcher | None:
         """Return what looks on at the attack, or None."""
         return None
@@ -159,9 +115,13 @@ class Method(Options):
         """
         raise NotImplementedError
 
+    def training_loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
+        """Return `loss` and what is added to it whatever the method. Arguments and value are as for `loss`."""
+        return self.loss(logits, targets)
+
     def perturbing_loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         """Return what adversarial weight perturbation raises. Arguments and value are as for `loss`."""
-        return self.loss(logits, targets)
+        return self.training_loss(logits, targets)
 
     def measured(self, logits: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
         """Return what is averaged over each class's images in an epoch, by name: (B,) or (B, D)."""
@@ -240,6 +200,8 @@ class Recipe:
                 f"normalise = True: no mean and deviation are known of the pixels of {self.data.dataset}, but of "
                 f"{', '.join(PIXELS)}: set normalise = False"
             )
+        if self.method.average_sees and self.optim.average == "none":
+            raise ValueError("average = 'none': this method learns from an average of its weights; set ema or swa")
         if self.method.attacks_teacher and self.attack.bn_mode != "eval":
             raise ValueError("attack_bn = 'train': an attack on the teacher too would move its statistics")
 

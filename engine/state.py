@@ -5,6 +5,7 @@ Dimension key: B batch, C channels, H, W, K classes, D values.
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,14 @@ from retemper.console import say
 from retemper.engine.distributed.gradient_bucket import GradientBucket
 from retemper.engine.distributed.ranks import ALONE, Part, Ranks
 from retemper.engine.epoch_stats import ClassMeans, ClassSums
+from retemper.engine.groups import TrainingAttack
 from retemper.engine.models import MODELS, channels_last
 from retemper.engine.optim import Average, Guard, Perturbation, sgd, wide_dtype
-from retemper.engine.recipe import Method, Recipe, Targets
+from retemper.engine.recipe import Method, Recipe
 from retemper.engine.speed.beside import Branch
 from retemper.engine.speed.fold import Folded
 from retemper.engine.speed.together import OneForward, Together
+from retemper.engine.targets import Targets
 from retemper.kernels import augment
 
 
@@ -36,6 +39,9 @@ class State:
         guard: holds updates back once something is not finite.
         noise_seed: (1,) int64, the seed of the next random start; every step adds one.
         forwards: the student's forwards in each step of the epoch.
+        attack: the attack of the epoch; None for the recipe's own.
+        progress: 0-dim, the share of the run that is done, where the method watches it.
+        rate: the learning rate of the next step.
         sums, measured, loss_sum: of the epoch so far; `start_epoch` empties them.
         one: 0-dim, where every backward pass begins.
         average: of the student's weights, where the recipe asks for one.
@@ -83,7 +89,8 @@ class State:
         self.dtype = dtype = wide_dtype(next(student.parameters()))
         self.one = torch.ones((), device=device, dtype=dtype)
         self.class_state = {name: value.to(device, dtype) for name, value in class_state.items()}
-        self.forwards = method.forwards_in(1, recipe)
+        self.forwards, self.attack, self.rate = method.forwards_in(1, recipe), attack_in(1, recipe), optim.lr
+        self.progress = torch.zeros((), device=device, dtype=dtype)
         self.noise_seed = torch.zeros(1, dtype=torch.int64, device=device)
         self.sums = {name: ClassSums.zeros(num_classes, device, dtype) for name in method.forwards}
         self.measured: dict[str, ClassMeans] = {}
@@ -105,7 +112,7 @@ class State:
     def start_epoch(self, recipe: Recipe, epoch: int, noise_seed: int) -> None:
         """Empty the sums, and set what depends on the epoch, and the seed of the first random start."""
         optim = recipe.optim
-        self.forwards = recipe.method.forwards_in(epoch, recipe)
+        self.forwards, self.attack = recipe.method.forwards_in(epoch, recipe), attack_in(epoch, recipe)
         for total in self.epoch_sums():
             total.zero_()
         if self.perturbation is not None:
@@ -115,8 +122,17 @@ class State:
         self.noise_seed.fill_(noise_seed)
         self.set_lr(optim.lr_at(epoch))
 
+    def begin_step(self, recipe: Recipe, epoch: int, step: int, steps: int) -> None:
+        """Set what moves within an epoch before its step `step`, from 0, of `steps`."""
+        if recipe.method.watches_progress:
+            self.progress.fill_((epoch - 1 + step / steps) / recipe.optim.epochs)
+        rate = recipe.optim.lr_at(epoch, in_last_step=step + 1 == steps)
+        if rate != self.rate:
+            self.set_lr(rate)
+
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next steps."""
+        self.rate = lr
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
@@ -170,6 +186,12 @@ class State:
         ranks.all_reduce_each_([value for value in buffers if value.is_floating_point()], mean=True)
         for count in (value for value in buffers if not value.is_floating_point()):
             ranks.all_reduce_(count, largest=True)  # of batches: a process without rows has seen one less
+
+
+def attack_in(epoch: int, recipe: Recipe) -> TrainingAttack | None:
+    """Return the attack of `epoch`, from 1, where the method has another than the recipe's."""
+    changes = recipe.method.attack_in(epoch, recipe)
+    return replace(recipe.attack, **changes) if changes else None
 
 
 def clean_images(recipe: Recipe, image: Tensor, view: Tensor, index: Tensor | None = None) -> Tensor:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from retemper.engine.attack import ascend, module_mode
 from retemper.engine.attack_plan import Plan
 from retemper.engine.losses import as_label
-from retemper.engine.recipe import Recipe, Targets
+from retemper.engine.recipe import Recipe
 from retemper.engine.speed.beside import Awaiting
 from retemper.engine.state import State
+from retemper.engine.targets import Targets
 
 FAR = 2**62  # between the noise seeds of two attacks of a step: further than those of any two steps of a run
 
@@ -51,7 +52,8 @@ def train_step(
         images["adv"] = attack(state, recipe, attacked, clean_BCHW, targets)
         if targets.watched is not None:
             images |= targets.watched.images(images["adv"])
-    targets = observe_attacked(state, recipe, images["adv"], targets)
+    images |= recipe.method.views(images)
+    targets = observe_attacked(state, recipe, images, targets)
     return descend(state, recipe, images, targets)
 
 
@@ -77,13 +79,22 @@ def observe(
     The teachers' may still be computed (`State.beside`) until `attack` has returned.
     """
     method = recipe.method
-    targets = Targets(label_B=label_B, teacher_BK=teacher_BK, state=state.class_state, part=state.part)
+    targets = Targets(
+        label_B=label_B,
+        teacher_BK=teacher_BK,
+        progress=state.progress if method.watches_progress else None,
+        label_smoothing=recipe.optim.label_smoothing,
+        state=state.class_state,
+        part=state.part,
+    )
     with torch.no_grad(), state.autocast():
-        if state.teacher is not None and teacher_BK is None and "clean" in method.teacher_sees:
+        if state.teacher is not None and teacher_BK is None and "clean" in method.shown_to_teacher():
             targets = replace(targets, teacher_BK=state.beside.run(partial(state.teacher, clean_BCHW)))
         if state.clean_teacher is not None and "clean" in method.clean_teacher_sees:
             clean_teacher_BK = state.beside.run(partial(state.clean_teacher, clean_BCHW))
             targets = replace(targets, clean_teacher_BK=clean_teacher_BK)
+        if state.average is not None and "clean" in method.average_sees:
+            targets = replace(targets, average_BK=state.average.network(clean_BCHW))
         if method.needs_own_prediction:
             with module_mode(attacked, recipe.attack.bn_mode):
                 targets = replace(targets, own_BK=attacked(clean_BCHW))
@@ -101,13 +112,14 @@ def attack(state: State, recipe: Recipe, attacked: nn.Module, clean_BCHW: Tensor
     if recipe.method.attacks_teacher:
         assert state.teacher is not None
         attacked = Beside(attacked, state.teacher)
-    eps, step = recipe.method.margins(targets, recipe.attack)
+    chosen = state.attack or recipe.attack
+    eps, step = recipe.method.margins(targets, chosen)
     plan = Plan(
-        steps=recipe.attack.steps,
+        steps=chosen.steps,
         step=step,
         eps=eps,
-        start=recipe.attack.start,
-        clip_start=recipe.attack.clip_start,
+        start=chosen.start,
+        clip_start=chosen.clip_start,
         rows=state.part.ranks.rows,
         bn_mode=recipe.attack.bn_mode,
         seed=state.noise_seed + FAR * targets.attack if targets.attack else state.noise_seed,
@@ -121,13 +133,23 @@ def attack(state: State, recipe: Recipe, attacked: nn.Module, clean_BCHW: Tensor
     return adv
 
 
-def observe_attacked(state: State, recipe: Recipe, adv_BCHW: Tensor, targets: Targets) -> Targets:
-    """Return `targets` with the teachers' logits on the attacked images, where the method asks for them."""
+def observe_attacked(state: State, recipe: Recipe, images: Mapping[str, Tensor], targets: Targets) -> Targets:
+    """Return `targets` with the logits on what the attack has led to, of the networks that the method asks for them.
+
+    Args:
+        images: (B, C, H, W) by name: "adv", and those of `Method.views`. The teacher answers to all in one batch.
+    """
+    method = recipe.method
     with torch.no_grad(), state.autocast():
-        if state.teacher is not None and "adv" in recipe.method.teacher_sees:
-            targets = replace(targets, teacher_adv_BK=state.teacher(adv_BCHW))
-        if state.clean_teacher is not None and "adv" in recipe.method.clean_teacher_sees:
-            targets = replace(targets, clean_teacher_adv_BK=state.clean_teacher(adv_BCHW))
+        asked = [name for name in method.shown_to_teacher() if name != "clean"]
+        if state.teacher is not None and asked:
+            shown = images[asked[0]] if len(asked) == 1 else torch.cat([images[name] for name in asked])
+            views = dict(zip(asked, state.teacher(shown).chunk(len(asked)), strict=True))
+            targets = replace(targets, teacher_adv_BK=views.pop("adv", None), teacher_views=views)
+        if state.clean_teacher is not None and "adv" in method.clean_teacher_sees:
+            targets = replace(targets, clean_teacher_adv_BK=state.clean_teacher(images["adv"]))
+        if state.average is not None and "adv" in method.average_sees:
+            targets = replace(targets, average_adv_BK=state.average.network(images["adv"]))
     return targets
 
 
@@ -165,8 +187,9 @@ def forward(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return the student's logits on each of the training forwards' images, (B, K), and the loss, a scalar."""
     with state.autocast():
-        logits = _logits(state, recipe, images, state.forwards.before, partial(recipe.method.loss, targets=targets))
-        return logits, recipe.method.loss(logits, targets)
+        loss = partial(recipe.method.training_loss, targets=targets)
+        logits = _logits(state, recipe, images, state.forwards.before, loss)
+        return logits, loss(logits)
 
 
 def perturbing_loss(state: State, recipe: Recipe, images: Mapping[str, Tensor], targets: Targets) -> Tensor:

@@ -21,8 +21,9 @@ from retemper.engine.distributed.ranks import ALONE, Ranks
 from retemper.engine.epoch_stats import ClassMeans, ClassSums, HeldOut
 from retemper.engine.optim import wide_dtype
 from retemper.engine.predict import Attack, attacked_batches, predictions
-from retemper.engine.recipe import Recipe, Targets
+from retemper.engine.recipe import Recipe
 from retemper.engine.run.run_folder import RunFolder
+from retemper.engine.targets import Targets
 from retemper.errors import DataError
 from retemper.kernels import class_temperature_kl
 from retemper.loaders import Split

@@ -39,7 +39,7 @@ class Steps:
         self.loader, self.teacher, self.saver, self.watch, self.pace = loader, teacher, saver, watch, pace
         self.recipe, self.state = saver.recipe, saver.state
         captures = self.recipe.execution.captures_on(self.state.device)
-        self.step = captured(self._step, lambda: self.state.forwards) if captures else self._step
+        self.step = captured(self._step, lambda: (self.state.forwards, self.state.attack)) if captures else self._step
 
     def run(self, epoch: int) -> bool:
         """Train on every batch of `epoch` that is left; say whether that is all of it, or the run is cut here.
@@ -66,8 +66,7 @@ class Steps:
             for batch, teacher_BK in batches:
                 rows = min(size, total - saver.done * size)
                 self.state.part.take(len(batch.label), rows)
-                if saver.done + 1 == len(self.loader):
-                    self.state.set_lr(self.recipe.optim.lr_at(epoch, in_last_step=True))
+                self.state.begin_step(self.recipe, epoch, saver.done, len(self.loader))
                 with undisturbed():
                     loss = self.step(batch.image, batch.view, batch.label, teacher_BK)
                     saver.done += 1

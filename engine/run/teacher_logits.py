@@ -111,7 +111,7 @@ def teacher_logits(
         DataError: the table there is damaged.
     """
     teacher, rows, ahead = state.teacher, data.loader.plan.local_size, recipe.execution.teacher_ahead
-    if teacher is None or source is None or not ahead or "clean" not in recipe.method.teacher_sees:
+    if teacher is None or source is None or not ahead or "clean" not in recipe.method.shown_to_teacher():
         return None
 
     def ask(image: Tensor, view: Tensor, index: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def test_each_teacher_sees_what_the_method_asks_for(
     state = begin(recipe, device, teacher=True, clean_teacher=True)
     adv, targets = attacked(state, recipe, device)
     assert targets.teacher_adv_BK is None and targets.clean_teacher_adv_BK is None  # not known during the attack
-    targets = observe_attacked(state, recipe, adv, targets)
+    targets = observe_attacked(state, recipe, {"adv": adv}, targets)
     images = {"clean": batch(device)[0], "adv": adv}
     for which, prefix, seed in ((sees, "teacher", 1), (clean_sees, "clean_teacher", 2)):
         for image, suffix in (("clean", "_BK"), ("adv", "_adv_BK")):
