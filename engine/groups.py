@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from retemper.engine.models import MODELS
+from retemper.engine.schedule import cosine, onecycle, triangle
 from retemper.loaders import DATASETS
 from retemper.options import MOST_EPOCHS, Options, option
+
+LR_PEAK = 0.3  # as torch's OneCycleLR
+MANY = 10_000  # steps of an epoch, where it is not said how many it has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +76,24 @@ class TrainingAttack(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class Optimisation(Options):
-    """The outer minimisation: SGD, its schedule, and what is done to the weights besides."""
+    """The outer minimisation: the optimizer, its schedule, and what is done to the weights besides."""
 
     epochs: int = option(300, "how many passes over the training images", positive=True, at_most=MOST_EPOCHS)
     batch_size: int = option(128, "images a step, over all processes together", positive=True, at_most=2**20)
-    lr: float = option(0.1, "the learning rate", positive=True, at_most=1e38)
+    lr: float = option(0.1, "the learning rate, at its peak", positive=True, at_most=1e38)
+    lr_schedule: Literal["steps", "cosine", "onecycle", "triangle"] = option(
+        "steps",
+        "how it moves: in drops, by half a cosine, up and down by cosines as torch's OneCycleLR, or by lines as Rice's "
+        "cyclic; all but the drops move it with every step",
+    )
+    lr_warmup: float = option(
+        0.0, "epochs, also a part of one, in which the rate of steps or cosine first rises", at_most=MOST_EPOCHS
+    )
+    lr_peak: float = option(
+        LR_PEAK, "share of the epochs after which onecycle or triangle is at its peak", positive=True, at_most=1
+    )
     lr_drops: tuple[int, ...] = option(
-        (215, 260, 285), "the epochs after which the learning rate falls: 215,260,285", at_most=MOST_EPOCHS
+        (215, 260, 285), "steps: the epochs after which the learning rate falls: 215,260,285", at_most=MOST_EPOCHS
     )
     lr_factor: float = option(0.1, "what it is multiplied by at each drop", at_most=1)
     lr_drop_of: Literal["last", "first"] = option(
@@ -123,15 +138,43 @@ class Optimisation(Options):
             raise ValueError(f"momentum = {self.momentum}: it must be below 1, and above 0 with nesterov")
         if min(self.lr_drops, default=1) < 1:
             raise ValueError(f"lr_drops = {self.lr_drops}: epochs count from 1")
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        if self.lr_schedule in ("onecycle", "triangle"):
+            if self.lr_warmup:
+                raise ValueError(f"lr_warmup = {self.lr_warmup}: {self.lr_schedule} rises by itself; set lr_peak")
+        elif self.lr_peak != LR_PEAK:
+            raise ValueError(f"lr_peak = {self.lr_peak}: {self.lr_schedule} has no peak; set lr_warmup")
+        elif self.lr_warmup >= self.epochs:
+            raise ValueError(f"lr_warmup = {self.lr_warmup}: it must be below epochs = {self.epochs}")
+
+    @property
+    def lr_moves(self) -> bool:
+        """Whether the learning rate is another one from step to step."""
+        return self.lr_schedule != "steps" or self.lr_warmup > 0
 
     def decay(self, epoch: int) -> float:
-        """Return the factor that the schedule has reached after `epoch` (from 1)."""
-        drops = sum(drop <= epoch for drop in self.lr_drops)
-        return self.lr_factor ** (min(drops, 1) if self.lr_drop_of == "first" else drops)
+        """Return the learning rate after `epoch` (from 1) as a share of its peak: what methods scale their rates by."""
+        return self._factor(epoch + 1, 0, MANY)
 
-    def lr_at(self, epoch: int, *, in_last_step: bool = False) -> float:
-        """Return the learning rate during `epoch` (from 1), or in its last step."""
-        return self.lr * self.decay(epoch if in_last_step and self.lr_drop_early else epoch - 1)
+    def lr_at(self, epoch: int, step: int = 0, steps: int = MANY) -> float:
+        """Return the learning rate of step `step` (from 0) of the `steps` of `epoch` (from 1)."""
+        return self.lr * self._factor(epoch, step, steps)
+
+    def _factor(self, epoch: int, step: int, steps: int) -> float:
+        """Return the learning rate of a step as a share of its peak (`retemper.engine.schedule`)."""
+        total = self.epochs * steps
+        done = min((epoch - 1) * steps + step, total - 1)
+        if self.lr_schedule in ("onecycle", "triangle"):
+            return (onecycle if self.lr_schedule == "onecycle" else triangle)(done, total, self.lr_peak)
+        warm = self.lr_warmup * steps
+        risen = (done + 1) / warm if done + 1 < warm else 1
+        if self.lr_schedule == "cosine":
+            return risen * cosine(max(done - warm, 0), total - warm)
+        over = epoch if self.lr_drop_early and step + 1 == steps else epoch - 1
+        drops = sum(drop <= over for drop in self.lr_drops)
+        return risen * self.lr_factor ** (min(drops, 1) if self.lr_drop_of == "first" else drops)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,7 +126,7 @@ class State:
         """Set what moves within an epoch before its step `step`, from 0, of `steps`."""
         if recipe.method.watches_progress:
             self.progress.fill_((epoch - 1 + step / steps) / recipe.optim.epochs)
-        rate = recipe.optim.lr_at(epoch, in_last_step=step + 1 == steps)
+        rate = recipe.optim.lr_at(epoch, step, steps)
         if rate != self.rate:
             self.set_lr(rate)
 

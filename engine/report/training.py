@@ -147,7 +147,9 @@ def training_blocks(runs: RunSet) -> list[Plot]:
     which = "test" if all(on_test) else "held-out or test" if any(on_test) else "held-out training"
     which = f"{which} images, by which the best epoch is chosen" if held_out else "the training batches"
     caption = f"Losses of different methods have different scales. Robust accuracies are those of {which}."
-    drops = {run.label: _rate_drops(run.metrics) for run in trained}
+    drops = {
+        run.label: _rate_drops(run.metrics) for run in trained if run.recipe.get("lr_schedule", "steps") == "steps"
+    }
     draw = partial(training, curves, drops, runs.look, "held out" if held_out else "training")
     return [as_plot("training", f"{caption} Dotted: the learning rate drops.", said, draw)]
 

@@ -19,15 +19,16 @@ from retemper.files import finite, read_json_lines
 def epoch_line(epoch: int, recipe: Recipe, state: State, images: int) -> dict[str, Any]:
     """Return the epoch's line of metrics.jsonl, but for how long it took.
 
-    Its class state is the one that the epoch was trained under.
+    Its class state is the one that the epoch was trained under, its learning rate that of the step in the middle.
 
     Args:
         images: how many the epoch has.
     """
+    steps = -(-images // recipe.optim.batch_size)
     line: dict[str, Any] = {
         "epoch": epoch,
         "loss": float(state.loss_sum) / images,
-        "lr": recipe.optim.lr_at(epoch),
+        "lr": recipe.optim.lr_at(epoch, (steps - 1) // 2, steps),
     }
     for name, sums in state.sums.items():
         if name not in state.forwards.before:

@@ -75,7 +75,7 @@ class Steps:
                 look = saver.done % looks == 0
                 if look and not self.watch.is_finite():
                     break
-                progress.advance(rows, f"loss {loss.item():.4f}" if look else None)
+                progress.advance(rows, self._words(loss) if look else None)
                 if look:
                     self._leave_together()
                     # all processes do the same, and the host has waited for the device
@@ -107,6 +107,11 @@ class Steps:
     def _step(self, image: Tensor, view: Tensor, label: Tensor, teacher_BK: Tensor | None) -> Tensor:
         """Train on one batch; return the loss."""
         return train_step(self.state, self.recipe, clean_images(self.recipe, image, view), label, teacher_BK)
+
+    def _words(self, loss: Tensor) -> str:
+        """Return what the bar says: the loss and, where it moves from step to step, the learning rate."""
+        rate = f"  lr {self.state.rate:.3g}" * self.recipe.optim.lr_moves
+        return f"loss {loss.item():.4f}{rate}"
 
     def _leave_together(self) -> None:
         """Raise KeyboardInterrupt where a signal came to one of several processes: each does so at this place."""

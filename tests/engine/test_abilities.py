@@ -403,6 +403,6 @@ def test_weights_are_perturbed_along_the_loss_that_the_method_names(device: torc
 
 def test_a_drop_may_hold_in_the_last_step_of_its_epoch_already() -> None:
     late, early = (small(Plain, lr=0.5, lr_drops=(2,), lr_drop_early=early).optim for early in (False, True))
-    assert [late.lr_at(epoch, in_last_step=True) for epoch in (1, 2, 3)] == [0.5, 0.5, 0.05]
-    assert [early.lr_at(epoch, in_last_step=True) for epoch in (1, 2, 3)] == [0.5, 0.05, 0.05]
-    assert [early.lr_at(epoch) for epoch in (1, 2, 3)] == [0.5, 0.5, 0.05]
+    assert [late.lr_at(epoch, 9, 10) for epoch in (1, 2, 3)] == [0.5, 0.5, 0.05]
+    assert [early.lr_at(epoch, 9, 10) for epoch in (1, 2, 3)] == [0.5, 0.05, 0.05]
+    assert [early.lr_at(epoch, 8, 10) for epoch in (1, 2, 3)] == [0.5, 0.5, 0.05]
