@@ -11,7 +11,7 @@ from retemper.engine.schedule import cosine, onecycle, triangle
 from retemper.loaders import DATASETS
 from retemper.options import MOST_EPOCHS, Options, option
 
-LR_PEAK = 0.3  # as torch's OneCycleLR
+LR_PEAK, MOMENTUM, ADAM_BETAS = 0.3, 0.9, (0.9, 0.999)  # where nothing else is said
 MANY = 10_000  # steps of an epoch, where it is not said how many it has
 
 
@@ -102,9 +102,16 @@ class Optimisation(Options):
     lr_drop_early: bool = option(
         False, "let a drop hold in the last step of its epoch already, as schedules of fractional epochs do"
     )
-    momentum: float = option(0.9, "SGD's momentum", at_most=1)
+    optimizer: Literal["sgd", "adamw"] = option("sgd", "what moves the weights; adamw wants a rate of about 0.001")
+    momentum: float = option(MOMENTUM, "SGD's momentum", at_most=1)
     nesterov: bool = option(False, "take Nesterov's momentum")
-    weight_decay: float = option(2e-4, "L2 penalty on all weights", at_most=10)
+    adam_betas: tuple[float, ...] = option(
+        ADAM_BETAS, "AdamW's decay of the mean gradient and of the mean square: 0.9,0.999", at_most=1
+    )
+    weight_decay: float = option(
+        2e-4, "pull of the weights towards 0: SGD adds it to the gradient, AdamW takes it apart", at_most=10
+    )
+    decay_norms: bool = option(True, "let it pull at batch norm's scales and shifts and at biases too")
     label_smoothing: float = option(
         0.0, "spread so much of a label's weight over all classes, in the loss, where it has hard labels", at_most=1
     )
@@ -129,16 +136,20 @@ class Optimisation(Options):
         at_most=1,
     )
     ema_decay: float = option(0.999, "how much of the old average each update keeps", at_most=1)
+    ema_warmup: bool = option(False, "after t updates let each keep at most (1 + t) / (10 + t) of it")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.average == "ema" and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay = {self.ema_decay}: it must lie between 0 and 1")
+        if self.ema_warmup and self.average != "ema":
+            raise ValueError(f"ema_warmup = True: average = {self.average!r} has no decay; set average = 'ema'")
         if self.momentum >= 1 or (self.nesterov and self.momentum == 0):
             raise ValueError(f"momentum = {self.momentum}: it must be below 1, and above 0 with nesterov")
         if min(self.lr_drops, default=1) < 1:
             raise ValueError(f"lr_drops = {self.lr_drops}: epochs count from 1")
         self._check_schedule()
+        self._check_optimizer()
 
     def _check_schedule(self) -> None:
         if self.lr_schedule in ("onecycle", "triangle"):
@@ -148,6 +159,18 @@ class Optimisation(Options):
             raise ValueError(f"lr_peak = {self.lr_peak}: {self.lr_schedule} has no peak; set lr_warmup")
         elif self.lr_warmup >= self.epochs:
             raise ValueError(f"lr_warmup = {self.lr_warmup}: it must be below epochs = {self.epochs}")
+
+    def _check_optimizer(self) -> None:
+        if len(self.adam_betas) != 2 or max(self.adam_betas) >= 1:
+            raise ValueError(f"adam_betas = {self.adam_betas}: they are two numbers below 1, as 0.9,0.999")
+        if self.optimizer == "sgd":
+            if self.adam_betas != ADAM_BETAS:
+                raise ValueError(f"adam_betas = {self.adam_betas}: SGD has none; set optimizer = 'adamw'")
+            return
+        sgds = {"momentum": MOMENTUM, "nesterov": False, "awp_decay": "own"}  # the last adds decay to the gradient
+        for name, default in sgds.items():
+            if getattr(self, name) != default:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: AdamW has no use for it; leave it at {default!r}")
 
     @property
     def lr_moves(self) -> bool:

@@ -1,9 +1,11 @@
-"""How the weights of a student move: averages of them, adversarial perturbation, the guard of updates, and SGD.
+"""How the weights of a student move: averages of them, adversarial perturbation, the guard of updates, the optimizer.
 
     EMA     average <- decay average + (1 - decay) w              (Tarvainen and Valpola, NeurIPS 2017)
+            with a warm-up, decay = min(decay, (1 + t) / (10 + t)) after t updates (Wang et al., ICML 2023)
     SWA     average <- mean of w so far                           (Izmailov et al., UAI 2018)
     AWP     w <- w + gamma ||w|| g / ||g||, layer by layer        (Wu et al., NeurIPS 2020)
     SGD     v <- momentum v + g + decay w;   w <- w - lr v        (Nesterov's momentum: Sutskever et al., ICML 2013)
+    AdamW   w <- w - lr decay w - lr m / (sqrt v + 1e-8)          (Loshchilov and Hutter, ICLR 2019)
 
 Averages take in batch-norm statistics as they do weights (as CFA does); the statistics are not measured again. AWP's
 gradient is taken at the perturbed weights and applied to the weights themselves, as is their decay; the authors' code
@@ -29,6 +31,7 @@ class Average:
         student: the network; the average begins as a copy of it.
         kind: "ema" or "swa".
         decay: of EMA, a fraction of 1.
+        warm_up: whether an EMA begins with a lower decay, as in the module docstring.
 
     Attributes:
         network: the average, in eval mode, frozen.
@@ -36,9 +39,9 @@ class Average:
         count: 0-dim, how many times the student was taken in since then.
     """
 
-    def __init__(self, student: nn.Module, kind: str, decay: float) -> None:
+    def __init__(self, student: nn.Module, kind: str, decay: float, warm_up: bool = False) -> None:
         self.network = copy.deepcopy(student).eval().requires_grad_(False)
-        self.kind, self.decay = kind, decay
+        self.rate, self.warm_up = 1 - decay if kind == "ema" else None, warm_up
         values = self.network.state_dict().values()
         self.real = [value for value in values if value.is_floating_point()]
         self.whole = [value for value in values if not value.is_floating_point()]  # counts of batches
@@ -50,7 +53,7 @@ class Average:
         """Take in the student as it is now. Counts of batches are copied."""
         now = [*student.state_dict().values()]
         real = [value for value in now if value.is_floating_point()]
-        follow_(self.real, real, self.active, self.count, 1 - self.decay if self.kind == "ema" else None)
+        follow_(self.real, real, self.active, self.count, self.rate, self.warm_up)
         copy_each(self.whole, [value for value in now if not value.is_floating_point()])
         self.count += self.active
 
@@ -179,18 +182,37 @@ class Guard:
         )
 
 
-def sgd(options: Optimisation, student: nn.Module, device: torch.device, fused: bool) -> torch.optim.SGD:
-    """Return the optimizer of the student's parameters.
+def make_optimizer(
+    options: Optimisation, student: nn.Module, device: torch.device, fused: bool
+) -> torch.optim.Optimizer:
+    """Return the optimizer of the student's parameters, in one group, or two where some of them do not decay.
 
     Args:
         fused: one kernel a step. On a GPU the learning rate is then a tensor there, so that a captured step follows the
             schedule.
     """
-    return torch.optim.SGD(
-        student.parameters(),
-        lr=torch.tensor(options.lr, device=device) if device.type == "cuda" and fused else options.lr,
-        momentum=options.momentum,
+    on_device = device.type == "cuda" and fused
+    given: dict[str, Any] = dict(
+        lr=torch.tensor(options.lr, device=device) if on_device else options.lr,
         weight_decay=options.weight_decay,
-        nesterov=options.nesterov,
         fused=fused or None,  # with a scaler the fused step alone does not wait for the device
     )
+    weights: Any = decay_groups(student, options.decay_norms)
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(weights, momentum=options.momentum, nesterov=options.nesterov, **given)
+    first, second = options.adam_betas
+    optimizer = torch.optim.AdamW(weights, betas=(first, second), capturable=on_device, **given)
+    vars(optimizer)["_warned_capturable_if_run_uncaptured"] = True  # the steps before a graph is recorded are meant
+    return optimizer
+
+
+def decay_groups(student: nn.Module, decay_norms: bool) -> list[dict[str, Any]]:
+    """Return the groups of parameters that an optimizer takes: all in one or, apart, those that do not decay.
+
+    These are all of fewer than two dimensions: batch norm's scales and shifts, and biases.
+    """
+    weights = [*student.parameters()]
+    if decay_norms:
+        return [{"params": weights}]
+    decaying, others = ([w for w in weights if (w.dim() > 1) is decays] for decays in (True, False))
+    return [{"params": decaying}, {"params": others, "weight_decay": 0.0}]

@@ -16,7 +16,7 @@ from retemper.engine.distributed.ranks import ALONE, Part, Ranks
 from retemper.engine.epoch_stats import ClassMeans, ClassSums
 from retemper.engine.groups import TrainingAttack
 from retemper.engine.models import MODELS, channels_last
-from retemper.engine.optim import Average, Guard, Perturbation, sgd, wide_dtype
+from retemper.engine.optim import Average, Guard, Perturbation, make_optimizer, wide_dtype
 from retemper.engine.recipe import Method, Recipe
 from retemper.engine.speed.beside import Branch
 from retemper.engine.speed.fold import Folded
@@ -81,7 +81,7 @@ class State:
         trains = recipe.attack.bn_mode == "train"
         self.in_training = OneForward(self.joined) if trains and self.joined is not None else None
         self.differentiated: dict[tuple[tuple[str, ...], bool], tuple[str, ...]] = {}
-        self.guard, self.optimizer = Guard(device), sgd(optim, student, device, fused=execution.fused_sgd)
+        self.guard, self.optimizer = Guard(device), make_optimizer(optim, student, device, fused=execution.fused_sgd)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
         if execution.fused_sgd and not self.scaler.is_enabled():  # as a scaler sets it
             self.optimizer.found_inf = self.guard.found_inf  # pyright: ignore[reportAttributeAccessIssue]
@@ -95,7 +95,9 @@ class State:
         self.sums = {name: ClassSums.zeros(num_classes, device, dtype) for name in method.forwards}
         self.measured: dict[str, ClassMeans] = {}
         self.loss_sum = torch.zeros((), device=device, dtype=dtype)
-        self.average = None if optim.average == "none" else Average(student, optim.average, optim.ema_decay)
+        self.average = None
+        if optim.average != "none":
+            self.average = Average(student, optim.average, optim.ema_decay, optim.ema_warmup)
         self.perturbation = Perturbation(student, self.joined is not None) if optim.awp_gamma else None
         self.part, self.beside = Part.begin(ranks, device), Branch(device, execution.beside)
         self.bucket = GradientBucket(student, ranks) if ranks.joined else None

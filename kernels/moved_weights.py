@@ -3,7 +3,8 @@
     follow    average <- average + share (w - average)      (Tarvainen and Valpola, NeurIPS 2017)
               share = 1                                      while the average is not active
                       1 / (count + 1)                        of all so far (Izmailov et al., UAI 2018), and at first
-                      rate                                   where one is given
+                      rate                                   where one is given,
+                      max(rate, 9 / (count + 10))            with a warm-up (Wang et al., ICML 2023)
     perturb   kept <- w;   w <- w + gamma ||w|| g / (||g|| + 1e-12)       (Wu et al., NeurIPS 2020)
               where a gradient g is not finite, its weight stays
 
@@ -27,12 +28,18 @@ TINY = tl.constexpr(1e-12)
 
 
 def follow_reference(
-    average: Sequence[Tensor], weight: Sequence[Tensor], active: Tensor, count: Tensor, rate: float | None
+    average: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    active: Tensor,
+    count: Tensor,
+    rate: float | None,
+    warm_up: bool = False,
 ) -> None:
     """Move the averages in plain PyTorch: the truth for the tests, and the path on a CPU. Args: as for `follow_`."""
     share = 1 / (count + 1)
     if rate is not None:
-        share = torch.where(count > 0, rate, share)
+        least = (9 / (count + 10)).clamp(min=rate) if warm_up else rate
+        share = torch.where(count > 0, least, share)
     share = torch.where(active > 0, share, 1.0)
     torch._foreach_lerp_([*average], [*weight], [share] * len(average))  # pyright: ignore[reportPrivateImportUsage]
 
@@ -68,12 +75,15 @@ def _follow_piece(average_ptr, weight_ptr, share, inside):
 
 
 @triton.jit
-def _follow_kernel(table_ptr, average_ptr, weight_ptr, active_ptr, count_ptr, rate, CHUNK: tl.constexpr):
+def _follow_kernel(
+    table_ptr, average_ptr, weight_ptr, active_ptr, count_ptr, rate, WARM_UP: tl.constexpr, CHUNK: tl.constexpr
+):
     row_ptr, place = table_ptr + tl.program_id(0) * 4, tl.arange(0, CHUNK)
     count = tl.load(count_ptr)
     share = tl.div_rn(1.0, count + 1.0)
     if rate is not None:
-        share = tl.where(count > 0, rate, share)
+        least = tl.maximum(tl.div_rn(9.0, count + 10.0), rate) if WARM_UP else rate
+        share = tl.where(count > 0, least, share)
     share = tl.where(tl.load(active_ptr) > 0, share, 1.0)
     values = tl.load(row_ptr)
     average_ptr, weight_ptr = _at(row_ptr + 1, average_ptr) + place, _at(row_ptr + 2, weight_ptr) + place
@@ -134,15 +144,17 @@ _FOLLOWED, _PERTURBED = Tables(_chunks), Tables(_chunks)
 
 
 @operator(
-    "follow_(Tensor(a!)[] average, Tensor[] weight, Tensor active, Tensor count, float? rate) -> ()",
+    "follow_(Tensor(a!)[] average, Tensor[] weight, Tensor active, Tensor count, float? rate, bool warm_up) -> ()",
     fake=lambda *_: None,
 )
-def _follow_op(average: list[Tensor], weight: list[Tensor], active: Tensor, count: Tensor, rate: float | None) -> None:
+def _follow_op(
+    average: list[Tensor], weight: list[Tensor], active: Tensor, count: Tensor, rate: float | None, warm_up: bool
+) -> None:
     table = _FOLLOWED(average, weight)
     if table is None:
-        follow_reference(average, weight, active, count, rate)
+        follow_reference(average, weight, active, count, rate, warm_up)
         return
-    options: dict[str, Any] = {"CHUNK": CHUNK, **EXACT}
+    options: dict[str, Any] = {"WARM_UP": warm_up, "CHUNK": CHUNK, **EXACT}
     with launching(active):
         _follow_kernel[(len(table),)](table, average[0], weight[0], active, count, rate, **options)
 
@@ -172,7 +184,12 @@ def _perturb_op(
 
 
 def follow_(
-    average: Sequence[Tensor], weight: Sequence[Tensor], active: Tensor, count: Tensor, rate: float | None = None
+    average: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    active: Tensor,
+    count: Tensor,
+    rate: float | None = None,
+    warm_up: bool = False,
 ) -> None:
     """Take weights into their averages, as in the module docstring. Computes in float32, float64 for float64.
 
@@ -181,8 +198,9 @@ def follow_(
         weight: of the same shapes.
         active, count: 0-dim float32, or float64 with float64 weights.
         rate: of an exponential average, a fraction of 1; none where it is the mean of all.
+        warm_up: whether it is larger at first, so that an early weight is forgotten sooner.
     """
-    _follow_op([*average], [*weight], active, count, rate)
+    _follow_op([*average], [*weight], active, count, rate, warm_up)
 
 
 def perturb_(

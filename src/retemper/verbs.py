@@ -35,6 +35,8 @@ def train(arguments: Namespace) -> None:
     if recipe.attack.step > recipe.attack.eps and "attack_step" not in texts:
         step, eps = shown_value(recipe.attack.step), shown_value(recipe.attack.eps)
         say(f"note: one step of the attack ({step}) is longer than eps ({eps}): --attack-step says how long it is")
+    if recipe.optim.optimizer == "adamw" and "lr" not in texts:
+        say(f"note: AdamW at SGD's learning rate ({shown_value(recipe.optim.lr)}) seldom learns: --lr 0.001 is usual")
     if arguments.show:
         print("\n".join(f"{field:20} {value!r}" for field, value in recipe.flat().items()))
         return

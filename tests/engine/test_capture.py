@@ -25,7 +25,8 @@ from retemper.kernels import num_views
 
 Recorder = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("stand_in.py")))).Recorder  # no package
 OPTIONS: dict[str, dict[str, Any]] = {  # of the engine, beside the methods
-    "absld, averaged": dict(average="ema", ema_decay=0.9),
+    "absld, averaged": dict(average="ema", ema_decay=0.9, ema_warmup=True),
+    "absld, by AdamW": dict(optimizer="adamw", decay_norms=False),
     "absld, weights perturbed": dict(awp_gamma=0.01),
     "rslad, in bf16": dict(precision="bf16"),
 }
@@ -55,7 +56,7 @@ def record(state: State) -> Callable[[Callable[[], Tensor]], tuple[Callable[[], 
 def tensors(state: State) -> list[Tensor]:
     """Return all tensors that a step changes in place."""
     found = [*state.student.state_dict(keep_vars=True).values(), state.noise_seed, state.loss_sum]
-    found += [value["momentum_buffer"] for value in state.optimizer.state.values()]
+    found += [moment for moments in state.optimizer.state.values() for moment in moments.values()]
     found += list(state.class_state.values())
     for sums in state.sums.values():
         found += [sums.loss_K, sums.correct_K, sums.count_K]

@@ -64,6 +64,19 @@ def test_an_average_is_the_one_by_hand_with_its_statistics(kind: str, every: str
             torch.testing.assert_close(kept.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_an_average_forgets_its_first_weights_sooner_with_a_warm_up(device: torch.device) -> None:
+    state, recipe = make(device, average="ema", ema_decay=0.3, ema_warmup=True)
+    state.start_epoch(recipe, 1, 0)
+    expected, decays = {}, [0.0, 2 / 11, 3 / 12, 0.3, 0.3]  # (1 + t) / (10 + t) up to 0.3
+    for decay in decays:
+        train_step(state, recipe, *batch(device))
+        now = {name: value.double() for name, value in values(state.student).items()}
+        expected = {name: decay * expected.get(name, now[name]) + (1 - decay) * value for name, value in now.items()}
+    for name, kept in state.kept.state_dict().items():
+        if kept.is_floating_point():
+            torch.testing.assert_close(kept.double(), expected[name], rtol=1e-5, atol=1e-6)
+
+
 def test_an_average_is_the_network_itself_until_it_begins(device: torch.device) -> None:
     state, recipe = make(device, average="swa", average_from=2)
     state.start_epoch(recipe, 1, 0)

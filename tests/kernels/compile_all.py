@@ -246,7 +246,8 @@ def moving(dtype: str) -> Iterator[Case]:
     numbers = ["active_ptr", "count_ptr", "weight_norm_ptr", "gradient_norm_ptr", "gamma_ptr"]
     types = {"table_ptr": "*i64", **dict.fromkeys(weights, f"*{dtype}"), **dict.fromkeys(numbers, "*fp32")}
     absent = {} if OPTIONAL[dtype] else {"rate": None}
-    yield moved._follow_kernel, types | {"rate": "fp32"}, {"CHUNK": moved.CHUNK, **absent}
+    for warm_up in (False, True):
+        yield moved._follow_kernel, types | {"rate": "fp32"}, {"WARM_UP": warm_up, "CHUNK": moved.CHUNK, **absent}
     yield moved._perturb_kernel, types, {"CHUNK": moved.CHUNK}
 
 

@@ -29,16 +29,25 @@ def number(value: float, like: Tensor) -> Tensor:
 @each_path
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(
-    ("active", "count", "rate", "share"),
-    [(0.0, 0.0, 0.1, 1.0), (0.0, 4.0, None, 1.0), (1.0, 0.0, 0.1, 1.0), (1.0, 2.0, 0.1, 0.1), (1.0, 2.0, 0.7, 0.7),
-     (1.0, 3.0, None, 0.25), (1.0, 1.0, None, 0.5)],
+    ("active", "count", "rate", "warm_up", "share"),
+    [(0.0, 0.0, 0.1, False, 1.0), (0.0, 4.0, None, False, 1.0), (1.0, 0.0, 0.1, False, 1.0),
+     (1.0, 2.0, 0.1, False, 0.1), (1.0, 2.0, 0.7, False, 0.7), (1.0, 3.0, None, False, 0.25),
+     (1.0, 1.0, None, False, 0.5), (0.0, 0.0, 0.1, True, 1.0), (1.0, 0.0, 0.1, True, 1.0),
+     (1.0, 2.0, 0.1, True, 1 - 3 / 12), (1.0, 80.0, 0.1, True, 0.1), (1.0, 81.0, 0.1, True, 0.1)],
 )  # fmt: skip
 def test_an_average_moves_by_its_share(
-    active: float, count: float, rate: float | None, share: float, dtype: torch.dtype, path: str, device: torch.device
+    active: float,
+    count: float,
+    rate: float | None,
+    warm_up: bool,
+    share: float,
+    dtype: torch.dtype,
+    path: str,
+    device: torch.device,
 ) -> None:
     average, weight = tensors(0, device, dtype), tensors(1, device, dtype)
     before = [one.double().clone() for one in average]
-    follow_(average, weight, number(active, weight[0]), number(count, weight[0]), rate)
+    follow_(average, weight, number(active, weight[0]), number(count, weight[0]), rate, warm_up)
     for own, was, w in zip(average, before, weight, strict=True):
         torch.testing.assert_close(own.double(), was + share * (w.double() - was), rtol=0, atol=TOLERANCE[dtype])
         assert share < 1 or torch.equal(own, w), "it is the network itself, to the bit"
@@ -84,5 +93,5 @@ def test_the_operators_keep_to_their_schemas(device: torch.device) -> None:
     weight, gradient, kept = (tensors(seed, device) for seed in range(3))
     one, norms = torch.ones((), device=device), torch.ones(len(weight), device=device)
     for rate in (0.1, None):
-        torch.library.opcheck(torch.ops.retemper.follow_.default, (kept, weight, one, one, rate))
+        torch.library.opcheck(torch.ops.retemper.follow_.default, (kept, weight, one, one, rate, rate is not None))
     torch.library.opcheck(torch.ops.retemper.perturb_.default, (weight, gradient, kept, norms, norms, one))
