@@ -71,9 +71,7 @@ def override(recipe: Recipe, texts: dict[str, str]) -> Recipe:
     """
     values = read_options({name: one for name, (_, one) in recipe.options().items()}, texts)
     try:
-        if "variant" in values:  # first, so that what else the user wrote holds
-            recipe = recipe.as_variant(values["variant"])
-        return recipe.replace(**values)
+        return recipe.named_in(values).replace(**values)  # in this order, so that what else the user wrote holds
     except ValueError as error:
         raise UsageError(str(error)) from None
 

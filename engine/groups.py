@@ -78,6 +78,11 @@ class TrainingAttack(Options):
 class Optimisation(Options):
     """The outer minimisation: the optimizer, its schedule, and what is done to the weights besides."""
 
+    preset: Literal["paper", "strong"] = option(
+        "paper",
+        "how strongly it is trained: as in its paper, or with one cycle of the rate, an average and a perturbation of "
+        "the weights, and more",
+    )
     epochs: int = option(300, "how many passes over the training images", positive=True, at_most=MOST_EPOCHS)
     batch_size: int = option(128, "images a step, over all processes together", positive=True, at_most=2**20)
     lr: float = option(0.1, "the learning rate, at its peak", positive=True, at_most=1e38)
@@ -136,14 +141,12 @@ class Optimisation(Options):
         at_most=1,
     )
     ema_decay: float = option(0.999, "how much of the old average each update keeps", at_most=1)
-    ema_warmup: bool = option(False, "after t updates let each keep at most (1 + t) / (10 + t) of it")
+    ema_warmup: bool = option(False, "with ema: after t updates let each keep at most (1 + t) / (10 + t) of it")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.average == "ema" and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay = {self.ema_decay}: it must lie between 0 and 1")
-        if self.ema_warmup and self.average != "ema":
-            raise ValueError(f"ema_warmup = True: average = {self.average!r} has no decay; set average = 'ema'")
         if self.momentum >= 1 or (self.nesterov and self.momentum == 0):
             raise ValueError(f"momentum = {self.momentum}: it must be below 1, and above 0 with nesterov")
         if min(self.lr_drops, default=1) < 1:

@@ -15,6 +15,7 @@ from retemper.engine.epoch_stats import EpochStats
 from retemper.engine.groups import Data, Networks, Optimisation, Selection, TrainingAttack
 from retemper.engine.losses import KlObjective, Objective, cross_entropy_objective
 from retemper.engine.models import PIXELS
+from retemper.engine.presets import preset_options
 from retemper.engine.speed.execution import EXACTNESS, Execution
 from retemper.engine.targets import Forwards, Targets
 from retemper.errors import nearest
@@ -32,6 +33,7 @@ class Method(Options):
     Attributes:
         variants: the forms that the method has, the paper's first.
         variant_options: the options of the run that a variant sets otherwise.
+        hard_labels: whether the loss has a cross-entropy against the labels, which the run may smooth.
         forwards: the student's training forwards, in order. "adv" and "clean" are the attacked and the clean images.
         released_forwards: those of the variant `released`, where the authors' code takes others.
         needs_own_prediction: whether `Targets.own` is computed before the attack.
@@ -52,6 +54,7 @@ class Method(Options):
 
     variants: ClassVar[tuple[str, ...]] = ("paper",)
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    hard_labels: ClassVar[bool] = False
     forwards: ClassVar[tuple[str, ...]] = ("adv", "clean")
     released_forwards: ClassVar[Forwards | None] = None
     needs_own_prediction: ClassVar[bool] = False
@@ -118,6 +121,10 @@ class Method(Options):
     def training_loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         """Return `loss` and what is added to it whatever the method. Arguments and value are as for `loss`."""
         return self.loss(logits, targets)
+
+    def smooths_labels(self) -> bool:
+        """Return `hard_labels`, but False where the constants leave that part of the loss out."""
+        return self.hard_labels
 
     def perturbing_loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         """Return what adversarial weight perturbation raises. Arguments and value are as for `loss`."""
@@ -241,6 +248,24 @@ class Recipe:
     def as_variant(self, variant: str) -> "Recipe":
         """Return this recipe with the method's `variant` and the options that it sets."""
         return self.replace(variant=variant, **self.method.variant_options.get(variant, {}))
+
+    def as_preset(self, preset: str, **changes: Any) -> "Recipe":
+        """Return this recipe with what a preset (`retemper.engine.presets`) sets in a run with these `changes`."""
+        seen = self.replace(**changes)
+        return self.replace(
+            preset=preset, **preset_options(preset, seen.data, seen.optim, self.method.smooths_labels())
+        )
+
+    def named_in(self, options: Mapping[str, Any]) -> "Recipe":
+        """Return this recipe in the variant and the preset that `options`, by flat name, name in place of its own."""
+        recipe, now = self, self.flat()
+        if (variant := options.get("variant", now["variant"])) != now["variant"]:
+            recipe = recipe.as_variant(variant)
+        if (preset := options.get("preset", now["preset"])) != now["preset"]:
+            recipe = recipe.as_preset(
+                preset, **{name: options[name] for name in ("epochs", "dataset", "image_size") if name in options}
+            )
+        return recipe
 
     def flat(self) -> dict[str, Any]:
         """Return the value of every option by flat name."""

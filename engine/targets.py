@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from retemper.engine.distributed.ranks import WHOLE, Part
-from retemper.engine.losses import cross_entropy_rows
+from retemper.engine.losses import at_least_float32, cross_entropy_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,10 @@ class Targets:
             TypeError, ValueError: as `retemper.engine.losses.cross_entropy_rows`.
         """
         return cross_entropy_rows(logits_BK, self.label_B, self.label_smoothing)
+
+    def cross_entropy(self, logits_BK: Tensor) -> Tensor:
+        """Return the mean of `cross_entropy_rows`, a scalar, in one operation."""
+        return F.cross_entropy(at_least_float32(logits_BK), self.label_B, label_smoothing=self.label_smoothing)
 
     @property
     def own(self) -> Tensor:

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from retemper.engine import Forwards, Targets, cross_entropy_rows, given, kl_rows, option, run_recipe
+from retemper.engine import Forwards, Targets, given, kl_rows, option, run_recipe
 from retemper.kernels import class_temperature_kl
 from retemper.recipes.adaad import AUTHORS, OWN_TEACHERS, AdaAd
 from retemper.recipes.iad import Trust
@@ -29,13 +29,16 @@ class AdaIad(AdaAd, Trust):
     temperature: float = option(30.0, "temperature of both networks (t)", positive=True, at_most=1000)
     kl_scale: float = option(1.0, "factor on the soft terms", at_most=1000)
 
+    def smooths_labels(self) -> bool:
+        return self.adv_weight < 1
+
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         t, teacher_BK = self.temperature, given(targets.teacher_adv_BK)
         soft = class_temperature_kl(logits["adv"], teacher_BK, temperature=t, student_temperature=t)
         own = (self.distrust(targets) * kl_rows(logits["clean"], logits["adv"])).mean()
         loss = self.adv_weight * self.kl_scale * (t * t * soft + own)
         if self.adv_weight < 1:
-            loss = loss + (1 - self.adv_weight) * cross_entropy_rows(logits["clean"], targets.label_B).mean()
+            loss = loss + (1 - self.adv_weight) * targets.cross_entropy_rows(logits["clean"]).mean()
         return loss
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from retemper.engine import LabelAttack, Targets, cross_entropy_rows, option, run_recipe
+from retemper.engine import LabelAttack, Targets, option, run_recipe
 from retemper.kernels import class_temperature_kl
 from retemper.recipes.settings import ON_DIGITS, distillation
 
@@ -33,6 +33,9 @@ class Ard(LabelAttack):
         0.1, "factor on the soft term; the authors average over the classes: a tenth for 10", at_most=1000
     )
 
+    def smooths_labels(self) -> bool:
+        return self.soft_weight < 1
+
     def soft_loss(self, logits_BK: Tensor, teacher_BK: Tensor) -> Tensor:
         """Return the tempered KL of each image, (B,), with t^2 and the scale."""
         t = self.temperature
@@ -43,7 +46,7 @@ class Ard(LabelAttack):
         """Return what each image adds to the loss, (B,)."""
         loss_B = self.soft_weight * self.soft_loss(logits["adv"], targets.teacher)
         if self.soft_weight < 1:
-            loss_B = loss_B + (1 - self.soft_weight) * cross_entropy_rows(logits["clean"], targets.label_B)
+            loss_B = loss_B + (1 - self.soft_weight) * targets.cross_entropy_rows(logits["clean"])
         return loss_B
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:

@@ -20,7 +20,6 @@ from retemper.engine import (
     Targets,
     Watcher,
     at_least_float32,
-    cross_entropy_rows,
     kl_rows,
     option,
     run_recipe,
@@ -75,6 +74,7 @@ class Bat(OwnPredictionAttack):
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "released": dict(holdout_per_class=0, precision="fp32")
     }
+    hard_labels: ClassVar[bool] = True
     forwards: ClassVar[tuple[str, ...]] = ("last_clean", "adv", "clean")  # x_c, x_a, x in the authors' order
     beta: float = option(6.0, "weight of the robust term", at_most=1000)
     tau: int = option(1, "wrong iterates before the one that is learned from", at_most=1000)
@@ -90,7 +90,7 @@ class Bat(OwnPredictionAttack):
         return Boundary(clean_BCHW, targets.label_B, self.tau, sides)
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
-        clean_B = cross_entropy_rows(logits["last_clean"], targets.label_B)
+        clean_B = targets.cross_entropy_rows(logits["last_clean"])
         robust_B = kl_rows(logits["clean"], logits["adv"])
         uniform_B = certainty(logits["last_clean"]) + certainty(logits["adv"])
         return (clean_B + self.beta * robust_B + self.uniform_weight * uniform_B).mean()

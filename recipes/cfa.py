@@ -27,7 +27,6 @@ from retemper.engine import (
     Recipe,
     Targets,
     TrainingAttack,
-    cross_entropy_rows,
     kl_rows,
     option,
     run_recipe,
@@ -96,6 +95,7 @@ class ClassRadius(Method):
 class Cfa(ClassRadius, OwnPredictionAttack):
     # released: the TRADES of the first epochs is divided by 1 + beta, like the loss after them; a third forward
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {"released": RELEASED | dict(average_above=0.24)}
+    hard_labels: ClassVar[bool] = True
     forwards: ClassVar[tuple[str, ...]] = ("clean", "adv")
     released_forwards: ClassVar[Forwards] = Forwards(("clean", "adv", "clean"), after=("clean",))
     beta: float = option(6.0, "weight of the robust term", at_most=1000)
@@ -108,7 +108,7 @@ class Cfa(ClassRadius, OwnPredictionAttack):
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         ce_B, kl_B = (targets.state[name][targets.label_B] for name in ("ce_weight", "kl_weight"))
-        clean_B = cross_entropy_rows(logits["clean"], targets.label_B)
+        clean_B = targets.cross_entropy_rows(logits["clean"])
         return (ce_B * clean_B + kl_B * kl_rows(logits["clean"], logits["adv"])).mean()
 
     def calibrated(self, robust_accuracy_K: Tensor, recipe: Recipe) -> dict[str, Tensor]:
@@ -119,12 +119,13 @@ class Cfa(ClassRadius, OwnPredictionAttack):
 @dataclass(frozen=True, kw_only=True)
 class CfaAt(ClassRadius, LabelAttack):
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {"released": RELEASED}
+    hard_labels: ClassVar[bool] = True
     forwards: ClassVar[tuple[str, ...]] = ("adv",)
     released_forwards: ClassVar[Forwards] = Forwards(("adv",), after=("clean",))
     margin_offset: float = option(0.5, "added to a class's robust accuracy in its radius (lambda1)", at_most=100)
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
-        return cross_entropy_rows(logits["adv"], targets.label_B).mean()
+        return targets.cross_entropy_rows(logits["adv"]).mean()
 
 
 AUTHORS: dict[str, Any] = dict(

@@ -22,7 +22,6 @@ from retemper.engine import (
     Targets,
     TrainingAttack,
     at_least_float32,
-    cross_entropy_rows,
     kl_rows,
     option,
     run_recipe,
@@ -52,6 +51,7 @@ class Dafa(OwnPredictionAttack):
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "released": dict(nesterov=True, holdout_per_class=0, precision="fp32")
     }
+    hard_labels: ClassVar[bool] = True
     forwards: ClassVar[tuple[str, ...]] = ("adv", "clean")  # the authors' order
     beta: float = option(6.0, "weight of the robust term", at_most=1000)
     scale: float = option(1.0, "how much similar classes trade (lambda)", at_most=100)
@@ -66,7 +66,7 @@ class Dafa(OwnPredictionAttack):
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         weight_B = targets.state["class_weight"][targets.label_B]
-        clean_B = weight_B * cross_entropy_rows(logits["clean"], targets.label_B)
+        clean_B = weight_B * targets.cross_entropy_rows(logits["clean"])
         return (clean_B + self.beta * kl_rows(logits["clean"], logits["adv"])).mean()
 
     def measured(self, logits: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:

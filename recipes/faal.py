@@ -21,7 +21,6 @@ from retemper.engine import (
     Part,
     Targets,
     at_least_float32,
-    cross_entropy_rows,
     is_label,
     option,
     run_recipe,
@@ -83,6 +82,7 @@ class Faal(LabelAttack):
             precision="fp32",
         )
     }
+    hard_labels: ClassVar[bool] = True
     forwards: ClassVar[tuple[str, ...]] = ("adv",)
     released_forwards: ClassVar = Forwards(("adv", "clean"))
     radius: float = option(
@@ -90,12 +90,12 @@ class Faal(LabelAttack):
     )
 
     def perturbing_loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
-        return cross_entropy_rows(logits["adv"], targets.label_B).mean()
+        return targets.cross_entropy_rows(logits["adv"]).mean()
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         margin_K, count_K = class_margin(logits["adv"].detach(), targets.label_B, targets.part)
         weight_K = worst_distribution(margin_K * count_K if self.variant == "released" else margin_K, self.radius)
-        loss_B = cross_entropy_rows(logits["adv"], targets.label_B)
+        loss_B = targets.cross_entropy_rows(logits["adv"])
         return (len(weight_K) * weight_K[targets.label_B] * loss_B).mean()
 
 

@@ -25,7 +25,6 @@ from retemper.engine import (
     Recipe,
     Targets,
     TrainingAttack,
-    cross_entropy_rows,
     kl_rows,
     option,
     require_order,
@@ -65,6 +64,7 @@ class Frl(OwnPredictionAttack):
         "released": SCRIPT,
         "released-reweight": SCRIPT | REWEIGHT,
     }
+    hard_labels: ClassVar[bool] = True
     forwards: ClassVar[tuple[str, ...]] = ("clean", "adv")
     validates_by: ClassVar = "pgd"
     variant: str = option("remargin", "weights and margins, or weights alone", choices="variants")
@@ -99,7 +99,7 @@ class Frl(OwnPredictionAttack):
         clean_B, boundary_B = (
             loss_weight(targets.state[f"multiplier_{name}"])[targets.label_B] for name in ("clean", "boundary")
         )
-        clean = weighted_mean(cross_entropy_rows(logits["clean"], targets.label_B), clean_B, targets.part)
+        clean = weighted_mean(targets.cross_entropy_rows(logits["clean"]), clean_B, targets.part)
         boundary = weighted_mean(kl_rows(logits["clean"], logits["adv"]), boundary_B, targets.part)
         return clean + self.beta * boundary
 

@@ -99,9 +99,12 @@ class Iad2(Iad):
     clean_teacher_weight: float = option(0.25, "weight of the clean teacher (b)", at_most=1)
     begin: float = option(0.2, "share of the epochs that trust the teacher in full", at_most=1)
 
+    def smooths_labels(self) -> bool:
+        return self.soft_weight + self.clean_teacher_weight < 1
+
     def image_loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         adv_BK, distrust_B = logits["adv"], self.distrust(targets)
-        hard_B = cross_entropy_rows(adv_BK, targets.label_B)
+        hard_B = targets.cross_entropy_rows(adv_BK)
         robust_B = (1 - distrust_B) * self.soft_loss(adv_BK, given(targets.teacher_adv_BK))
         if "clean" in logits:
             robust_B = robust_B + self.temperature**2 * distrust_B * kl_rows(logits["clean"], adv_BK)

@@ -30,10 +30,10 @@ from retemper.recipes.settings import ON_DIGITS, adversarial_training
 FLOOR = 1e-4  # the authors' code adds it to 1 - p' under the logarithm: a runner-up that is certain costs 9.2, not inf
 
 
-def boosted_cross_entropy(logits_BK: Tensor, label_B: Tensor) -> Tensor:
+def boosted_cross_entropy(logits_BK: Tensor, label_B: Tensor, smoothing: float = 0.0) -> Tensor:
     """Return BCE of softmax(logits) for each image, (B,)."""
     runner_up_B = logits_BK.softmax(1).masked_fill(is_label(logits_BK, label_B), 0).amax(1)
-    return cross_entropy_rows(logits_BK, label_B) - torch.log(1 + FLOOR - runner_up_B)
+    return cross_entropy_rows(logits_BK, label_B, smoothing) - torch.log(1 + FLOOR - runner_up_B)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,7 @@ class Mart(LabelAttack):
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "released": dict(holdout_per_class=0, precision="fp32")
     }
+    hard_labels: ClassVar[bool] = True
     forwards: ClassVar[tuple[str, ...]] = ("clean", "adv")  # the authors' order
     beta: float = option(
         5.0, "weight of the robust term (lambda); the authors take 5 for ResNet-18, 6 for WRN-34-10", at_most=1000
@@ -56,7 +57,8 @@ class Mart(LabelAttack):
             robust_B = (1.0000001 - right_B) * kl_BK.sum(1)
         else:
             robust_B = (1 - right_B) * kl_rows(clean_BK, adv_BK)
-        return (boosted_cross_entropy(adv_BK, targets.label_B) + self.beta * robust_B).mean()
+        boosted_B = boosted_cross_entropy(adv_BK, targets.label_B, targets.label_smoothing)
+        return (boosted_B + self.beta * robust_B).mean()
 
 
 AUTHORS: dict[str, Any] = dict(

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
-from torch.nn import functional as F
 
-from retemper.engine import Forwards, LabelAttack, Targets, at_least_float32, run_recipe
+from retemper.engine import Forwards, LabelAttack, Targets, run_recipe
 from retemper.recipes.settings import BY_PGD_10, ON_BOTH, adversarial_training, as_student, teachers
 
 
@@ -25,11 +24,12 @@ class Sat(LabelAttack):
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "released": dict(attack_bn="train", padding_mode="reflect", normalise=True, lr_drop_early=True, **BY_PGD_10)
     }
+    hard_labels: ClassVar[bool] = True
     forwards: ClassVar[tuple[str, ...]] = ("adv",)
     released_forwards: ClassVar = Forwards(("adv", "adv"), after=("clean",))
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
-        return F.cross_entropy(at_least_float32(logits["adv"]), targets.label_B)
+        return targets.cross_entropy(logits["adv"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from retemper.engine import (
     Forwards,
@@ -16,7 +15,6 @@ from retemper.engine import (
     Recipe,
     Setting,
     Targets,
-    at_least_float32,
     option,
     run_recipe,
 )
@@ -32,6 +30,7 @@ class Trades(OwnPredictionAttack):
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "released": dict(holdout_per_class=0, awp_decay="perturbed", precision="fp32")
     }
+    hard_labels: ClassVar[bool] = True
     forwards: ClassVar[tuple[str, ...]] = ("clean", "adv")  # the authors' order
     beta: float = option(6.0, "weight of the robust term", at_most=1000)
 
@@ -41,7 +40,7 @@ class Trades(OwnPredictionAttack):
         return Forwards(("adv", "clean", "clean") if recipe.optim.awp_gamma else ("clean", "adv", "clean"))
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
-        clean = F.cross_entropy(at_least_float32(logits["clean"]), targets.label_B)
+        clean = targets.cross_entropy(logits["clean"])
         # the clean prediction is not detached: both networks' outputs move towards each other
         return clean + self.beta * class_temperature_kl(logits["adv"], logits["clean"])
 

@@ -21,7 +21,6 @@ from retemper.engine import (
     OwnPredictionAttack,
     Recipe,
     Targets,
-    cross_entropy_rows,
     kl_rows,
     option,
     run_recipe,
@@ -53,6 +52,7 @@ class Wat(OwnPredictionAttack):
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "released": dict(holdout_from="end", precision="fp32") | LAST_EPOCH
     }
+    hard_labels: ClassVar[bool] = True
     forwards: ClassVar[tuple[str, ...]] = ("clean", "adv")  # the authors' order
     validates_by: ClassVar = "training attack"
     beta: float = option(6.0, "weight of the robust term", at_most=1000)
@@ -66,7 +66,7 @@ class Wat(OwnPredictionAttack):
         }
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
-        clean_B = cross_entropy_rows(logits["clean"], targets.label_B)
+        clean_B = targets.cross_entropy_rows(logits["clean"])
         trades_B = clean_B + self.beta * kl_rows(logits["clean"], logits["adv"])
         weight_B = targets.state["class_weight"][targets.label_B] + targets.state["mean_weight"]
         return (weight_B * trades_B).mean()

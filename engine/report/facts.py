@@ -59,6 +59,7 @@ def _run_facts(run: RunRecord) -> dict[str, str]:
         "recipe": f"{config.get('method')}:{config.get('setting')}",
         "role": f"taught by {teacher.get('model')} from {teacher.get('path')}" if teacher else role,
         "variant": plain(recipe.get("variant")),
+        "preset": plain(recipe.get("preset", "paper")),
         "student": plain(recipe.get("student")),
         "epochs": f"{len(run.metrics)} of {recipe.get('epochs', 'unknown')}",
         "training eps": pixels(recipe.get("eps")),

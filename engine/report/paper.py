@@ -66,7 +66,9 @@ def _seed_groups(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     found: dict[str, list[RunRecord]] = {}
     for members in groups.values():
         if len({str(run.config.get("seed")) for run in members}) == len(members) > 1:
-            name = shorten(f"{members[0].config.get('method')}:{members[0].config.get('setting')}", 40)
+            config, preset = members[0].config, members[0].recipe.get("preset", "paper")
+            strength = f", {preset}" * (preset != "paper")
+            name = shorten(f"{config.get('method')}:{config.get('setting')}{strength}", 40)
             found[f"{name} ({len(found) + 1})" if name in found else name] = members
     return found
 

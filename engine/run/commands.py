@@ -40,13 +40,12 @@ def train_again(config: Mapping[str, Any], out: Path) -> str:
 def _overridden(name: str, recipe: Mapping[str, Any]) -> dict[str, str]:
     """Return the options of `recipe`, by flat name, that are not the setting's own, as one types them."""
     try:
-        own = find_setting(name)[2].recipe
-        if (variant := recipe.get("variant")) not in (None, own.flat().get("variant")):
-            own = own.as_variant(variant)
+        setting = find_setting(name)[2].recipe
+        own = setting.named_in(recipe)
     except (UsageError, ValueError):  # a setting or a variant of an earlier version
         return {}
-    before = find_setting(name)[2].recipe.flat().get("variant")
-    typed = {option: _typed(value) for option, value in own.flat().items()} | {"variant": _typed(before)}
+    untyped = {option: setting.flat()[option] for option in ("variant", "preset")}
+    typed = {option: _typed(value) for option, value in (own.flat() | untyped).items()}
     now = {option: _typed(recipe[option]) for option in own.flat() if option in recipe}
     return {option: text for option, text in now.items() if text != typed[option]}
 

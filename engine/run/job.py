@@ -134,9 +134,10 @@ class Job:
         }
 
 
-def default_out(method: str, setting: str, seed: int) -> Path:
+def default_out(method: str, setting: str, seed: int, preset: str = "paper") -> Path:
     """Return the folder of a run that is given no --out."""
-    return Path("runs") / f"{method}-{setting}-seed{seed}"
+    trained = setting if preset == "paper" else f"{setting}-{preset}"
+    return Path("runs") / f"{method}-{trained}-seed{seed}"
 
 
 def default_cache() -> Path:

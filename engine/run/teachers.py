@@ -98,10 +98,8 @@ def carried_options(job: Job, recipe: Recipe) -> dict[str, Any]:
     Args:
         recipe: the setting that trains a teacher or a start of the job.
     """
-    own = find_setting(job.name)[2].recipe
-    if (variant := job.recipe.method.variant) != own.method.variant:
-        own = own.as_variant(variant)
-    before, now, theirs = own.flat(), job.recipe.flat(), recipe.flat()
+    now, theirs = job.recipe.flat(), recipe.flat()
+    before = find_setting(job.name)[2].recipe.named_in(now).flat()
     changed = [name for name in CARRIED if name not in SAME_NETWORK and now[name] != before[name]]
     follow = [name for name in changed if name not in VARIED or theirs[name] == before[name]]
     return {name: now[name] for name in follow if now[name] != theirs[name]}

@@ -2,7 +2,7 @@
 
 import os
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,8 @@ def train(arguments: Namespace) -> None:
 
     method, name, setting = find_setting(arguments.METHOD_SETTING)
     recipe = override(setting.recipe, texts)
-    if recipe.attack.step > recipe.attack.eps and "attack_step" not in texts:
-        step, eps = shown_value(recipe.attack.step), shown_value(recipe.attack.eps)
-        say(f"note: one step of the attack ({step}) is longer than eps ({eps}): --attack-step says how long it is")
-    if recipe.optim.optimizer == "adamw" and "lr" not in texts:
-        say(f"note: AdamW at SGD's learning rate ({shown_value(recipe.optim.lr)}) seldom learns: --lr 0.001 is usual")
+    for note in _notes(method, recipe, texts):
+        say(f"note: {note}")
     if arguments.show:
         print("\n".join(f"{field:20} {value!r}" for field, value in recipe.flat().items()))
         return
@@ -46,7 +43,7 @@ def train(arguments: Namespace) -> None:
             method=method,
             setting=name,
             recipe=recipe,
-            out=arguments.out or default_out(method, name, arguments.seed),
+            out=arguments.out or default_out(method, name, arguments.seed, recipe.optim.preset),
             cache=arguments.cache or default_cache(),
             device=device,
             ranks=ranks,
@@ -55,6 +52,17 @@ def train(arguments: Namespace) -> None:
         out = train_job(with_teacher(job))
     if ranks.is_first:
         print(out)
+
+
+def _notes(method: str, recipe: Any, texts: Mapping[str, str]) -> Iterator[str]:
+    """Yield what the user may not have meant with the options that are in `texts`."""
+    if recipe.attack.step > recipe.attack.eps and "attack_step" not in texts:
+        step, eps = shown_value(recipe.attack.step), shown_value(recipe.attack.eps)
+        yield f"one step of the attack ({step}) is longer than eps ({eps}): --attack-step says how long it is"
+    if recipe.optim.optimizer == "adamw" and "lr" not in texts:
+        yield f"AdamW at SGD's learning rate ({shown_value(recipe.optim.lr)}) seldom learns: --lr 0.001 is usual"
+    if recipe.optim.label_smoothing and "label_smoothing" in texts and not recipe.method.smooths_labels():
+        yield f"{method} has no labels in its loss, so --label-smoothing changes nothing"
 
 
 def evaluate(arguments: Namespace) -> None:
@@ -170,6 +178,7 @@ def ls(arguments: Namespace) -> None:
         print("  ".join(f"{text:{width}}" for text, width in zip(line, [*widths, 0], strict=True)).rstrip())
     if len(shown) < len(trained + others):
         print(f"and {len(others)} settings that were not trained yet: retemper ls --all")
+    print("measured as trained by default, --preset paper; retemper train takes any of them with --preset strong too")
 
 
 def bench(arguments: Namespace) -> None:

@@ -142,8 +142,6 @@ def test_an_update_that_is_not_finite_moves_no_moment_of_the_fused_optimizer() -
         (dict(optimizer="adamw", adam_betas=(0.5, 1.0)), "adam_betas"),
         (dict(optimizer="adamw", adam_betas=(0.5,)), "adam_betas"),
         (dict(optimizer="adam"), "optimizer = 'adam'"),
-        (dict(ema_warmup=True), "ema_warmup = True"),
-        (dict(average="swa", ema_warmup=True), "ema_warmup = True"),
     ],
 )
 def test_what_an_optimizer_has_no_use_for_is_refused(options: dict[str, Any], said: str) -> None:
