@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from records import RECORDS, pack, unpack
 from runs import DEVICE, Protocol, commits, folder_of, settings_on, trained_and_evaluated
-from summary import common_radius, markdown, mean_and_range, words_of, write_summary
+from summary import common_radius, markdown, mean_and_range, told, words_of, write_summary
 
 from retemper.cli import reported
 from retemper.console import Progress, say
-from retemper.engine.evaluation.compare import Comparison, Difference, compare
+from retemper.engine.evaluation.compare import Comparison, compare
 from retemper.engine.evaluation.verdicts import read_evaluated
 from retemper.files import finite, read_json, write_atomically
 
@@ -79,7 +79,7 @@ def table(found: Evaluations, differences: dict[str, Comparison], attack: str, d
             mean_and_range(_values(found[name], attack, "average")),
             mean_and_range(_values(found[name], attack, "worst")),
             mean_and_range(_values(found[name], attack, "nsd"), ".3f"),
-            _told(differences[name].summary["worst"]) if name in differences else "",
+            told(differences[name].summary["worst"]) if name in differences else "",
             f"`retemper train {settings[name]}`",
         ]
         for name in sorted(found, key=lambda name: -_mean(found[name], attack, "worst"))
@@ -92,18 +92,8 @@ def ours_table(differences: dict[str, Comparison], attack: str) -> str:
     head = [f"{NAMES[OURS]} less, {TITLES[attack]}", "average, points", "worst class, points", "NSD, hundredths"]
     keys = ("average", "worst", "nsd")
     return markdown(
-        head, [[NAMES.get(name, name), *(_told(of.summary[key]) for key in keys)] for name, of in differences.items()]
+        head, [[NAMES.get(name, name), *(told(of.summary[key]) for key in keys)] for name, of in differences.items()]
     )
-
-
-def _told(of: Difference) -> str:
-    """Return the difference in hundredths with its two intervals, in words."""
-
-    def points(ends: Sequence[float]) -> str:
-        return " to ".join(f"{100 * end:+.1f}" for end in ends)
-
-    seeds = "" if of.seeds is None else f"; seeds {points(of.seeds)}"
-    return f"{100 * of.difference:+.1f} (images {points(of.images)}{seeds})"
 
 
 def _values(found: list[dict[str, Any]], attack: str, key: str) -> list[float]:

@@ -2,6 +2,7 @@
 
     python benchmarks/methods.py --data digits --seeds 3 --json benchmarks/results/methods_digits.json
     python benchmarks/methods.py --data digits --seeds 3 --variant released
+    python benchmarks/methods.py --data digits --seeds 3 --preset strong
 
 All students are the same small ResNet; the distillation methods share one robust teacher (and one clean one), the
 fine-tuning ones begin with one SAT student. What is finished under --out is not repeated. Prints a table: means over
@@ -21,9 +22,9 @@ from retemper.engine.catalogue import find_setting
 ATTACKS = ("clean", "pgd20")
 
 
-def measured(name: str, out: Path, seed: int, variant: str | None = None) -> dict[str, Any]:
-    """Return the figures of METHOD:SETTING, trained and evaluated under `out` unless that is done."""
-    content = trained_and_evaluated(name, seed, Protocol(out=out, attacks=ATTACKS, variant=variant))
+def measured(name: str, seed: int, protocol: Protocol) -> dict[str, Any]:
+    """Return the figures of METHOD:SETTING, trained and evaluated unless that is done."""
+    content = trained_and_evaluated(name, seed, protocol)
     attacks = content["attacks"]
     figures = {attack: {key: attacks[attack][key] for key in ("average", "worst", "nsd")} for attack in ATTACKS}
     return {
@@ -62,7 +63,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", help="methods, separated by commas")
     parser.add_argument("--variant", help="of the methods that have it, in folders named after it")
+    parser.add_argument("--preset", choices=("paper", "strong"), default="paper", help="how strongly all are trained")
     words = parser.parse_args()
+    protocol = Protocol(out=words.out, attacks=ATTACKS, variant=words.variant, preset=words.preset)
     chosen = settings_on(words.data)
     if words.only:
         chosen = {name: chosen[name] for name in words.only.split(",")}
@@ -74,11 +77,11 @@ def main() -> None:
         for seed in range(words.seeds):
             for name, setting in chosen.items():
                 say(f"{setting}, seed {seed}")
-                rows.setdefault(name, []).append(measured(setting, words.out, seed, words.variant))
+                rows.setdefault(name, []).append(measured(setting, seed, protocol))
                 progress.advance(1)
-    teacher = measured(f"sat:{words.data}", words.out, 0)
+    teacher = measured(f"sat:{words.data}", 0, Protocol(out=words.out, attacks=ATTACKS))
     print(table({"the teacher (SAT, twice as wide)": [teacher], **rows}))
-    write_summary(words.json, {"seeds": words.seeds, "rows": rows, "teacher": teacher}, DEVICE)
+    write_summary(words.json, {"seeds": words.seeds, "preset": words.preset, "rows": rows, "teacher": teacher}, DEVICE)
 
 
 if __name__ == "__main__":

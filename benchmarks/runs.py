@@ -32,6 +32,8 @@ class Protocol:
         suite: of AutoAttack's attacks, "standard" or "fast".
         check: look for masked gradients, too.
         variant: of the methods; None for each setting's own, as a teacher or a start that is trained first has it.
+        preset: "paper" or "strong"; teachers and starts that are trained first are as in their papers.
+        epochs: in place of each setting's own; None for those.
     """
 
     out: Path
@@ -41,6 +43,8 @@ class Protocol:
     suite: str = "standard"
     check: bool = False
     variant: str | None = None
+    preset: str = "paper"
+    epochs: int | None = None
 
 
 def settings_on(data: str) -> dict[str, str]:
@@ -61,10 +65,10 @@ def settings_on(data: str) -> dict[str, str]:
     return found
 
 
-def folder_of(name: str, seed: int, out: Path) -> Path:
+def folder_of(name: str, seed: int, out: Path, preset: str = "paper") -> Path:
     """Return the folder of the run of METHOD:SETTING."""
     method, setting, _ = find_setting(name)
-    return out / default_out(method, setting, seed).name
+    return out / default_out(method, setting, seed, preset).name
 
 
 def commits(runs: Iterable[Path]) -> list[str]:
@@ -79,10 +83,11 @@ def trained_and_evaluated(name: str, seed: int, protocol: Protocol) -> dict[str,
         The content of evaluation.json, and "seconds" of training.
     """
     method, setting, found = find_setting(name)
-    out, cache = folder_of(name, seed, protocol.out), default_cache()
-    recipe = found.recipe
+    out, cache = folder_of(name, seed, protocol.out, protocol.preset), default_cache()
+    recipe = found.recipe if protocol.epochs is None else found.recipe.replace(epochs=protocol.epochs)
     if protocol.variant is not None:  # in a folder of its own, beside that of a start of the same setting
         recipe, out = recipe.as_variant(protocol.variant), out.with_name(f"{out.name}-{protocol.variant}")
+    recipe = recipe.named_in({"preset": protocol.preset})
     job = Job(method=method, setting=setting, recipe=recipe, out=out, seed=seed, cache=cache, device=DEVICE)
     train(with_teacher(job))
     folder = RunFolder(out)

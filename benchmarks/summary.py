@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from retemper.engine.device import device_name
+from retemper.engine.evaluation.compare import Difference
 from retemper.errors import UsageError
 from retemper.files import write_atomically
 from retemper.options import shown_value
@@ -31,6 +32,16 @@ def mean_and_range(values: Sequence[float], form: str = ".1%") -> str:
     """Return the mean over the seeds, and of several seeds the lowest and the highest, all in one format."""
     mean = format(statistics.mean(values), form)
     return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
+
+
+def told(of: Difference) -> str:
+    """Return a difference in hundredths with its two intervals, in words."""
+
+    def points(ends: Sequence[float]) -> str:
+        return " to ".join(f"{100 * end:+.1f}" for end in ends)
+
+    seeds = "" if of.seeds is None else f"; seeds {points(of.seeds)}"
+    return f"{100 * of.difference:+.1f} (images {points(of.images)}{seeds})"
 
 
 def common_radius(evaluations: Iterable[Mapping[str, Any]]) -> str:
