@@ -21,7 +21,7 @@ def corrected(logits_BK: Tensor, label_B: Tensor) -> Tensor:
     """Return (B, K) logits with that of the label, (B,) int64, and the largest of each row exchanged."""
     own_B1, largest_B1 = label_B[:, None], logits_BK.argmax(1, keepdim=True)
     own, largest = logits_BK.gather(1, own_B1), logits_BK.gather(1, largest_B1)
-    return logits_BK.scatter(1, largest_B1, own).scatter(1, own_B1, largest)
+    return logits_BK.scatter(1, largest_B1, own).scatter_(1, own_B1, largest)
 
 
 @dataclass(frozen=True, kw_only=True)
