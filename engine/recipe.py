@@ -43,7 +43,7 @@ class Method(Options):
         watches_progress: whether `Targets.progress` is set in every step.
         attack_asks_teacher: whether `objective` reads the teachers' logits. `margins` and `watcher` never do.
         attacks_teacher: whether the attack goes through the teacher too; its logits are then (B, 2 K), the student's
-            and then the teacher's.
+            and then the teacher's. With `attacks_slope` they are too.
         validates_by: what attacks the held-out images that the class state moves by: PGD on the cross-entropy, or the
             method's own training attack. None where the class state does not need them.
     """
@@ -92,6 +92,10 @@ class Method(Options):
     def shown_to_teacher(self) -> tuple[str, ...]:
         """Return the images that the teacher is asked about: "clean", "adv", and names of `views`."""
         return self.teacher_sees
+
+    def attacks_slope(self) -> float:
+        """Return the c of `first_order.FirstOrder`, as which the attack goes through the teacher; 0: it does not."""
+        return 0.0
 
     def views(self, images: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return further images of the step by name, (B, C, H, W), made of its clean and attacked ones."""

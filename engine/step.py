@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from retemper.engine.attack import ascend, module_mode
 from retemper.engine.attack_plan import Plan
+from retemper.engine.first_order import FirstOrder, slope_at
 from retemper.engine.losses import as_label
 from retemper.engine.recipe import Recipe
 from retemper.engine.speed.beside import Awaiting
@@ -88,7 +89,10 @@ def observe(
         part=state.part,
     )
     with torch.no_grad(), state.autocast():
-        if state.teacher is not None and teacher_BK is None and "clean" in method.shown_to_teacher():
+        if state.teacher is not None and (factor := method.attacks_slope()):
+            logits_BK, slope = slope_at(state.teacher, clean_BCHW, label_B)
+            targets = replace(targets, teacher_BK=logits_BK, teacher_slope=factor * slope)
+        if state.teacher is not None and targets.teacher_BK is None and "clean" in method.shown_to_teacher():
             targets = replace(targets, teacher_BK=state.beside.run(partial(state.teacher, clean_BCHW)))
         if state.clean_teacher is not None and "clean" in method.clean_teacher_sees:
             clean_teacher_BK = state.beside.run(partial(state.clean_teacher, clean_BCHW))
@@ -112,6 +116,9 @@ def attack(state: State, recipe: Recipe, attacked: nn.Module, clean_BCHW: Tensor
     if recipe.method.attacks_teacher:
         assert state.teacher is not None
         attacked = Beside(attacked, state.teacher)
+    if targets.teacher_slope is not None:
+        there = FirstOrder(clean_BCHW, targets.teacher, targets.teacher_slope, targets.label_B)
+        attacked = Beside(attacked, there)
     chosen = state.attack or recipe.attack
     eps, step = recipe.method.margins(targets, chosen)
     plan = Plan(

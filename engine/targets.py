@@ -24,6 +24,8 @@ class Targets:
         own_BK: the student's own logits on the clean images, taken before the attack in the attack's batch-norm mode,
             without gradient (`Method.needs_own_prediction`).
         teacher_adv_BK: the teacher's logits on the attacked images; None during the attack (`Method.teacher_sees`).
+        teacher_slope: the gradient of the teacher's logit of each label at the clean images, (B, C, H, W), times
+            `Method.attacks_slope`.
         teacher_views: the teacher's logits on further images of the step by name (`Method.views`); empty in the attack.
         clean_teacher_BK, clean_teacher_adv_BK: the second teacher's logits (`Method.clean_teacher_sees`).
         average_BK, average_adv_BK: the logits of the average of the student's weights (`Method.average_sees`).
@@ -40,6 +42,7 @@ class Targets:
     teacher_BK: Tensor | None = None
     own_BK: Tensor | None = None
     teacher_adv_BK: Tensor | None = None
+    teacher_slope: Tensor | None = None
     teacher_views: Mapping[str, Tensor] = field(default_factory=dict)
     clean_teacher_BK: Tensor | None = None
     clean_teacher_adv_BK: Tensor | None = None

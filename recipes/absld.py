@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from retemper.engine import EpochStats, KlObjective, Method, Recipe, Targets, option, require_order, run_recipe
+from retemper.engine import EpochStats, KlObjective, Recipe, Targets, option, require_order, run_recipe
 from retemper.kernels import class_temperature_kl
+from retemper.recipes.igdm import Igdm
 from retemper.recipes.settings import JUDGED_ON_TEST, ON_BOTH, distillation
 
 
@@ -47,7 +48,7 @@ def next_temperature(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Absld(Method):
+class Absld(Igdm):
     # paper: separate temperatures for the two terms. released: the authors' code divides one storage twice in place, so
     # that the attack and both terms see the teacher at the product t_adv[y] * t_clean[y]. It takes a class's sum of the
     # cross-entropy, which is wrong where classes differ in size; and their split, their choice, and fp32.
@@ -72,7 +73,8 @@ class Absld(Method):
         start = self.manual_temperatures or (1.0,) * num_classes
         if len(start) != num_classes:
             raise ValueError(f"manual_temperatures: there are {len(start)}, and {num_classes} classes")
-        return {name: torch.tensor(start).float() for name in ("temperature_adv", "temperature_clean")}
+        own = {name: torch.tensor(start).float() for name in ("temperature_adv", "temperature_clean")}
+        return super().class_state(num_classes, recipe) | own
 
     def temperatures(self, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the temperatures of the adversarial term and of the clean one, each (K,)."""
@@ -92,11 +94,11 @@ class Absld(Method):
     def next_class_state(
         self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int, recipe: Recipe
     ) -> dict[str, Tensor]:
+        moved = super().next_class_state(state, stats, epoch, recipe)
         if self.manual_temperatures:
-            return dict(state)
+            return moved
         rate = self.temperature_rate * recipe.optim.decay(epoch)
         bounds = self.temperature_lower, self.temperature_upper
-        moved = {}
         for name, sums in stats.forwards.items():
             loss_K = sums.loss_K if self.variant == "released" else sums.mean_loss_K
             moved[f"temperature_{name}"] = next_temperature(state[f"temperature_{name}"], loss_K, rate, *bounds)

@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from retemper.engine import Method, Objective, Targets, given, kl_rows, option, run_recipe
+from retemper.engine import Objective, Targets, given, kl_rows, option, run_recipe
 from retemper.kernels import class_temperature_kl
+from retemper.recipes.igdm import Igdm
 from retemper.recipes.settings import BY_PGD_10, ON_DIGITS, distillation
 
 
@@ -23,7 +24,9 @@ def disagreement(both_B2K: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaAd(Method):
+class AdaAttack(Igdm):
+    """AdaAD's attack and the forwards behind it, for methods that build on it."""
+
     # 8/255 by steps of 2/255, as the authors' commands have it; their defaults are twice that.
     # released: the epoch is chosen on test images, by PGD-10, and training is in fp32. The authors' teachers, of LTD,
     # are those of the settings `.._authors_teacher`.
@@ -32,13 +35,17 @@ class AdaAd(Method):
     forwards: ClassVar[tuple[str, ...]] = ("clean", "adv")  # the authors' order
     teacher_sees: ClassVar[tuple[str, ...]] = ("clean", "adv")
     attacks_teacher: ClassVar[bool] = True
+
+    def objective(self, targets: Targets) -> Objective:
+        return disagreement
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaAd(AdaAttack):
     adv_weight: float = option(1.0, "weight of the attacked term (a)", at_most=1)
     kl_scale: float = option(
         0.1, "factor on the loss; the authors average over CIFAR-10's classes, sum CIFAR-100's", at_most=1000
     )
-
-    def objective(self, targets: Targets) -> Objective:
-        return disagreement
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         adv = class_temperature_kl(logits["adv"], given(targets.teacher_adv_BK))

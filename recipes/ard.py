@@ -14,11 +14,12 @@ from torch import Tensor
 
 from retemper.engine import LabelAttack, Targets, option, run_recipe
 from retemper.kernels import class_temperature_kl
+from retemper.recipes.igdm import Igdm
 from retemper.recipes.settings import ON_DIGITS, distillation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ard(LabelAttack):
+class Ard(LabelAttack, Igdm):
     # released: the authors' code multiplies the first learning rate at every drop, so that the second changes nothing.
     # It trains on all images in fp32 and keeps every epoch without choosing one: here the last.
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")

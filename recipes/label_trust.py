@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retemper.engine import EpochStats, KlObjective, Method, Recipe, Targets, option, run_recipe
+from retemper.engine import EpochStats, KlObjective, Recipe, Targets, option, run_recipe
 from retemper.kernels import class_temperature_kl
 from retemper.recipes.absld import class_gap
+from retemper.recipes.igdm import Igdm
 from retemper.recipes.settings import ON_BOTH, distillation
 
 
@@ -46,7 +47,7 @@ def next_weight(
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelTrust(Method):
+class LabelTrust(Igdm):
     adv_weight: float = option(5 / 6, "weight of the attacked term (a)", at_most=1)
     kl_scale: float = option(0.1, "factor on the loss", at_most=1000)
     trust_rate: float = option(0.1, "the most that the trust in labels moves in an epoch; 0 leaves it", at_most=1)
@@ -69,7 +70,8 @@ class LabelTrust(Method):
             "label_trust": (self.trust_start, self.trust_rate or self.trust_start),
             "class_weight": (1.0, self.weight_rate),
         }
-        return {name: torch.full((num_classes,), start) for name, (start, on) in parts.items() if on}
+        own = {name: torch.full((num_classes,), start) for name, (start, on) in parts.items() if on}
+        return super().class_state(num_classes, recipe) | own
 
     def objective(self, targets: Targets) -> KlObjective:
         return KlObjective(targets.teacher, targets.label_B, label_trust=targets.state.get("label_trust"))
@@ -102,7 +104,8 @@ class LabelTrust(Method):
                 w_K, error_K, self.weight_rate, self.weight_lower, self.weight_upper
             ),
         }
-        return {name: rules[name](now_K) for name, now_K in state.items()}
+        moved = {name: rule(state[name]) for name, rule in rules.items() if name in state}
+        return super().next_class_state(state, stats, epoch, recipe) | moved
 
 
 # both forwards are one batch to batch norm, and an average of the weights is kept

@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from retemper.engine import KlObjective, Method, Targets, option, run_recipe
+from retemper.engine import KlObjective, Targets, option, run_recipe
 from retemper.kernels import class_temperature_kl
+from retemper.recipes.igdm import Igdm
 from retemper.recipes.settings import JUDGED_ON_TEST, ON_BOTH, distillation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rslad(Method):
+class Rslad(Igdm):
     # released: the split and the choice of the authors' script, which saves every twentieth epoch, and each from 215
     # on, under the name of its accuracy under attack; fp32. Left out: their CIFAR-100 teacher answers in half
     # precision, and the step of one MobileNetV2 script is 0.0078, half a percent less.

@@ -82,7 +82,8 @@ class StepProblem:
         teacher = channels_last(teacher, self.device) if recipe.execution.channels_last else teacher
         state = State(recipe, copy.deepcopy(self.student), teacher, 10, self.device)
         temperature_K = torch.tensor(self.temperatures)
-        state.move_classes({"temperature_adv": temperature_K, "temperature_clean": temperature_K})
+        own = {"temperature_adv": temperature_K, "temperature_clean": temperature_K}
+        state.move_classes(state.class_state | own)
         return state
 
     def layout(self, images: Tensor, recipe: Recipe) -> Tensor:

@@ -53,6 +53,7 @@ OTHERWISE = (  # all additions but for one thing, asking the teacher in each ste
     Variant("all but epilogues in cuDNN's call", dict(epilogue="fused"), "rounding", "not used on a CPU"),
     Variant("all but forwards together", dict(together="off"), "rounding", "not used on a CPU"),
     Variant("all but the graph", dict(capture="off"), "bitwise", "not used on a CPU"),
+    Variant("with IGDM", dict(igdm=1e-9), "different algorithm"),  # whose weight no time depends on
     Variant("the teacher beside the attack", dict(beside=True), "bitwise", "on a CPU nothing is beside"),
     Variant("twin compiled instead of fused", dict(epilogue="compiled"), "rounding"),
 )

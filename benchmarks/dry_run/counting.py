@@ -25,6 +25,7 @@ SETTINGS = {
     "ResNet-18": RESNET18,
     "ResNet-18, teacher known": replace(RESNET18, given=True),
     "ResNet-18, EMA": replace(RESNET18, options={"average": "ema"}),
+    "ResNet-18, IGDM": replace(RESNET18, options={"igdm": 1.0}),
     "ResNet-18, AWP": replace(RESNET18, options={"awp_gamma": 0.01}),
     "ResNet-18, deterministic": replace(RESNET18, deterministic=True),
     "ResNet-18, attack in training mode (ARD)": Setting("ard:cifar10_resnet18"),

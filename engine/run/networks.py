@@ -52,7 +52,7 @@ def begin_state(
         layout = torch.channels_last if recipe.execution.channels_last else torch.contiguous_format
         require_usable(wanted.student, student, num_classes, networks.split.shape, layout)
         networks.unprobed.append((f"--student {wanted.student}", student, True))
-    attacked = recipe.method.attacks_teacher
+    attacked = recipe.method.attacks_teacher or bool(recipe.method.attacks_slope())
     robust, robust_source = networks.teacher(wanted.teacher_model, names["teacher"], attacked=attacked)
     clean, clean_source = networks.teacher(wanted.clean_teacher_model, names["clean_teacher"], whose=CLEAN)
     start = networks.start(student, wanted.student, names["start"])

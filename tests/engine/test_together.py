@@ -118,6 +118,11 @@ def test_a_step_of_each_method_is_the_same(method: str, device: torch.device) ->
         ("absld", {"joint": True}),
         ("ard", {"awp_gamma": 0.01}),
         ("faal", {"variant": "released"}),
+        ("rslad", {"igdm": 1.0}),  # three forwards
+        ("ard", {"igdm": 1.0}),  # one of three without a gradient
+        ("label_trust", {"igdm": 1.0}),  # which is joint
+        ("iad", {"igdm": 1.0, "variant": "released", "awp_gamma": 0.01}),
+        ("saad", {"clean_weight": 0.5}),
     ],
     ids=str,
 )

@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from retemper.cli import run
 from retemper.engine import Recipe, State, create_model, save_weights, train_step
-from retemper.engine.catalogue import find_setting, method_module, methods
+from retemper.engine.catalogue import find_setting, method_module, methods, override
 from retemper.engine.models import channels_last
 from retemper.engine.run.saving import Saver
+from retemper.recipes.igdm import Igdm
 
 SHORT = "--epochs 2 --attack-steps 2 --holdout-per-class 5 --select-steps 2 --batch-size 256 --device cpu".split()
 NAMES = [
@@ -24,6 +25,7 @@ NAMES = [
     if setting.recipe.data.dataset == "digits"
 ]
 VARIANTS = [(name, variant) for name in NAMES for variant in find_setting(name)[2].recipe.method.variants]
+WITH_IGDM = [name for name in NAMES if isinstance(find_setting(name)[2].recipe.method, Igdm)]
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal"}
 
 
@@ -47,11 +49,15 @@ def lines(out: Path) -> list[dict[str, Any]]:
     return [{key: line[key] for key in line.keys() - {"seconds", "images_per_second"}} for line in read]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {}) for name in NAMES), ("fair_iad:digits", {"igdm": "2"}), ("label_trust:digits", {"igdm": "2"})],
+    ids=str,
+)
 def test_trains_and_goes_on_where_it_was(
-    name: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, options: dict[str, str], teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = find_setting(name)[2].recipe
+    recipe = override(find_setting(name)[2].recipe, options)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     save = Saver.save_epoch
 
@@ -63,7 +69,8 @@ def test_trains_and_goes_on_where_it_was(
             shutil.copytree(whole, resumed)
 
     monkeypatch.setattr(Saver, "save_epoch", save_and_copy)
-    words = ["train", name, *SHORT, *given_networks(recipe, teacher, tmp_path / "start.safetensors")]
+    words = ["train", name, *SHORT, *(f"--{key}={value}" for key, value in options.items())]
+    words += given_networks(recipe, teacher, tmp_path / "start.safetensors")
     assert run([*words, "--out", str(whole)]) == 0
     assert len(lines(resumed)) == 1
     assert run([*words, "--out", str(resumed)]) == 0
@@ -83,11 +90,18 @@ def test_trains_and_goes_on_where_it_was(
 
 
 @pytest.mark.usefixtures("values_unseen")
-@pytest.mark.parametrize(("name", "variant"), VARIANTS)
-def test_a_step_never_waits_for_the_device_and_keeps_its_state_in_place(name: str, variant: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {"variant": variant}) for name, variant in VARIANTS),
+        *((name, {"igdm": "2"}) for name in WITH_IGDM),
+    ],
+    ids=str,
+)
+def test_a_step_never_waits_for_the_device_and_keeps_its_state_in_place(name: str, options: dict[str, str]) -> None:
     """What a step must do to be captured in a CUDA graph; on a CPU, where every call of an operator can be seen."""
     torch.manual_seed(0)
-    recipe = find_setting(name)[2].recipe.as_variant(variant).replace(attack_steps=2, precision="fp32")
+    recipe = override(find_setting(name)[2].recipe, options).replace(attack_steps=2, precision="fp32")
     cpu = torch.device("cpu")
     networks = [recipe.networks.teacher_model, recipe.networks.clean_teacher_model]
     teacher, clean_teacher = (

@@ -1,14 +1,16 @@
 """A short training run in float64, by the engine itself, with all that another program needs to repeat it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from retemper.engine import Recipe, State
 from retemper.engine.catalogue import find_setting
@@ -16,7 +18,7 @@ from retemper.engine.checkpoints.header import read_header
 from retemper.engine.run import networks, steps, train
 from retemper.engine.run.job import Job
 from retemper.kernels import random_start_
-from retemper.loaders import Split
+from retemper.loaders import Split, load_split
 
 CPU = torch.device("cpu")
 SHORT: dict[str, Any] = dict(
@@ -67,6 +69,27 @@ def small(seed: int) -> Small:
     return network
 
 
+PASSES = (3, 6, 3)  # over the digits: the student, the robust teacher and the clean one, which so disagree
+
+
+def trained(seed: int) -> nn.Module:
+    """Return a small network that knows the digits, so that the attack takes some steps to turn an answer."""
+    return deepcopy(_trained(seed))
+
+
+@cache
+def _trained(seed: int) -> nn.Module:
+    network, split = small(seed).train(), load_split("digits", "train")
+    image, label = torch.from_numpy(split.images).movedim(-1, 1).double() / 255, torch.from_numpy(split.labels)
+    adam = torch.optim.Adam(network.parameters(), lr=0.01)
+    for chosen in torch.arange(len(label)).repeat(PASSES[seed]).split(64):
+        adam.zero_grad()
+        F.cross_entropy(network(image[chosen]), label[chosen]).backward()
+        adam.step()
+    adam.zero_grad()
+    return network
+
+
 @dataclass
 class Batch:
     """A batch as the step is given it: (B, 1, 8, 8) float64 in [0, 1], (B,) int64, and the seed of its noise, (1,)."""
@@ -110,10 +133,18 @@ class Run:
         return random_start_(torch.empty_like(image), image, eps, noise=kind, seed=seed, clip=clip)
 
 
-def free_run(name: str, out: Path, monkeypatch: pytest.MonkeyPatch, variant: str = "released", **options: Any) -> Run:
+def free_run(
+    name: str,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variant: str = "released",
+    make: Callable[[int], nn.Module] = small,
+    **options: Any,
+) -> Run:
     """Train METHOD:SETTING for two epochs of twenty steps on digits, with small networks in float64.
 
     Args:
+        make: makes the student, the teacher and the clean teacher of 0, 1 and 2.
         options: what the recipe has otherwise than the setting, its variant and `SHORT` say.
     """
     recipe = find_setting(name)[2].recipe
@@ -123,9 +154,9 @@ def free_run(name: str, out: Path, monkeypatch: pytest.MonkeyPatch, variant: str
     own = recipe.networks
     run = Run(
         recipe=recipe,
-        student0=small(0).train(),
-        teacher=small(1).eval().requires_grad_(False) if own.teacher_model else None,
-        clean_teacher=small(2).eval().requires_grad_(False) if own.clean_teacher_model else None,
+        student0=make(0).train(),
+        teacher=make(1).eval().requires_grad_(False) if own.teacher_model else None,
+        clean_teacher=make(2).eval().requires_grad_(False) if own.clean_teacher_model else None,
     )
     states = _watch(run, monkeypatch)
     method, _, setting = name.partition(":")

@@ -8,20 +8,16 @@ mode, then in training mode the attacked images and the clean ones. Dimension ke
 
 import json
 from collections.abc import Callable
-from copy import deepcopy
-from functools import cache
 from pathlib import Path
 
-import driver
 import pytest
 import torch
-from driver import Batch, Run, assert_same, free_run, small
+from driver import Batch, Run, assert_same, free_run, trained
 from reference import climb
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from retemper.engine.run.selection import score
-from retemper.loaders import load_split
 
 
 class Script:
@@ -319,28 +315,10 @@ SCRIPTS: dict[str, type[Script]] = {
 }
 
 
-PASSES = (3, 6, 3)  # over the digits: the student, the robust teacher and the clean one, which so disagree
-
-
-@cache
-def trained(seed: int) -> nn.Module:
-    """Return a small network that knows the digits, so that the attack takes some steps to turn an answer."""
-    network, split = small(seed).train(), load_split("digits", "train")
-    image, label = torch.from_numpy(split.images).movedim(-1, 1).double() / 255, torch.from_numpy(split.labels)
-    adam = torch.optim.Adam(network.parameters(), lr=0.01)
-    for chosen in torch.arange(len(label)).repeat(PASSES[seed]).split(64):
-        adam.zero_grad()
-        F.cross_entropy(network(image[chosen]), label[chosen]).backward()
-        adam.step()
-    adam.zero_grad()
-    return network
-
-
 @pytest.mark.parametrize("method", SCRIPTS)
 def test_free_steps_end_where_the_script_ends(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "small", lambda seed: deepcopy(trained(seed)))
     name = f"{method}:cifar10_resnet18"
-    run = free_run(name, tmp_path, monkeypatch, eps=0.1, attack_step=0.05, padding=1, flip=False)
+    run = free_run(name, tmp_path, monkeypatch, make=trained, eps=0.1, attack_step=0.05, padding=1, flip=False)
     assert [len(batches) for batches in run.batches] == [20, 20]
     script = SCRIPTS[method](run)
     assert script.play() < 1e-12
