@@ -32,14 +32,15 @@ class KlObjective:
 
         target_i = (1 - label_trust[y_i]) softmax(teacher_i / temperature[y_i]) + label_trust[y_i] onehot(y_i)
 
-    y_i is the label of row i. An attack needs the gradient alone; `gradient` computes it in one launch, without the
-    value and without autograd.
+    y_i is the label of row i; row_trust[i] may take the place of label_trust[y_i]. An attack needs the gradient alone;
+    `gradient` computes it in one launch, without the value and without autograd.
 
     Attributes:
         teacher: (B, K) logits; a constant to the attack.
         label: (B,) whole numbers; they are kept as int64.
-        temperature: a number above 0, or (K,) of them for a temperature of each class.
+        temperature: a number above 0, also as a tensor of no dimensions, or (K,) of them, one for each class.
         label_trust: (K,) in [0, 1]; None trusts the teacher alone.
+        row_trust: (B,) in [0, 1], in place of label_trust.
     Raises:
         TypeError: teacher or label is no tensor.
         ValueError: a label is not (B,), or not of whole numbers; a shape, dtype or device does not fit the logits.
@@ -49,6 +50,7 @@ class KlObjective:
     label: Tensor
     temperature: float | Tensor = 1.0
     label_trust: Tensor | None = None
+    row_trust: Tensor | None = None
 
     def __post_init__(self) -> None:
         _require_tensor("teacher", self.teacher)
@@ -71,7 +73,7 @@ class KlObjective:
     @property
     def _target(self) -> dict[str, Any]:
         target = dict(teacher=self.teacher, label=self.label, temperature=self.temperature)
-        return target | dict(label_trust=self.label_trust, ignore_index=None)
+        return target | dict(label_trust=self.label_trust, row_trust=self.row_trust, ignore_index=None)
 
     def claims(self, logits: Tensor) -> list[Claim]:
         """Return what must hold of the values beside these logits. Raises as a call does."""
@@ -80,9 +82,11 @@ class KlObjective:
         if isinstance(self.temperature, Tensor):
             positive = (self.temperature > 0) & self.temperature.isfinite()
             found.append((positive.all(), "temperature: it must be finite and above 0 for every class"))
-        if self.label_trust is not None:
-            fraction = (self.label_trust >= 0) & (self.label_trust <= 1)
-            found.append((fraction.all(), "label_trust: it must lie in [0, 1] for every class"))
+        trusts = {"label_trust": (self.label_trust, "class"), "row_trust": (self.row_trust, "row")}
+        for name, (trust, each) in trusts.items():
+            if trust is not None:
+                fraction = (trust >= 0) & (trust <= 1)
+                found.append((fraction.all(), f"{name}: it must lie in [0, 1] for every {each}"))
         return found
 
 

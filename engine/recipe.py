@@ -38,8 +38,8 @@ class Method(Options):
         released_forwards: those of the variant `released`, where the authors' code takes others.
         needs_own_prediction: whether `Targets.own` is computed before the attack.
         teacher_sees, clean_teacher_sees: the images that each teacher is asked about, of "clean" and "adv".
-        average_sees: the images, of "clean" and "adv", that the average of the student's weights is asked about, in
-            eval mode and without gradient. The recipe keeps one then (`Optimisation.average`).
+        average_sees: the images, of "clean" and "adv", that the average of the student's weights is ever asked about,
+            in eval mode and without gradient. The recipe keeps one then (`Optimisation.average`).
         watches_progress: whether `Targets.progress` is set in every step.
         attack_asks_teacher: whether `objective` reads the teachers' logits. `margins` and `watcher` never do.
         attacks_teacher: whether the attack goes through the teacher too; its logits are then (B, 2 K), the student's
@@ -96,6 +96,10 @@ class Method(Options):
     def attacks_slope(self) -> float:
         """Return the c of `first_order.FirstOrder`, as which the attack goes through the teacher; 0: it does not."""
         return 0.0
+
+    def shown_to_average(self, epoch: int, recipe: "Recipe") -> tuple[str, ...]:
+        """Return the images of `average_sees` that the average of the weights is asked about in `epoch`, from 1."""
+        return self.average_sees
 
     def views(self, images: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return further images of the step by name, (B, C, H, W), made of its clean and attacked ones."""

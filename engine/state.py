@@ -21,7 +21,7 @@ from retemper.engine.recipe import Method, Recipe
 from retemper.engine.speed.beside import Branch
 from retemper.engine.speed.fold import Folded
 from retemper.engine.speed.together import OneForward, Together
-from retemper.engine.targets import Targets
+from retemper.engine.targets import Forwards, Targets
 from retemper.kernels import augment
 
 
@@ -45,6 +45,9 @@ class State:
         sums, measured, loss_sum: of the epoch so far; `start_epoch` empties them.
         one: 0-dim, where every backward pass begins.
         average: of the student's weights, where the recipe asks for one.
+        averaged: the network of the average as it answers the method, folded anew in every step (`fold_average`); None
+            where the method never asks it.
+        average_sees: the images that it is asked about in the steps of the epoch.
         perturbation: of the student's weights, where the recipe asks for one.
         part: which rows of each batch are this process's.
         beside: where the teachers answer before the attack.
@@ -98,6 +101,10 @@ class State:
         self.average = None
         if optim.average != "none":
             self.average = Average(student, optim.average, optim.ema_decay, optim.ema_warmup)
+        self.averaged = self.average.network if self.average is not None and method.average_sees else None
+        if execution.fold and self.averaged is not None:
+            self.averaged = _folded(self.averaged, self.precision, epilogue)
+        self.average_sees = method.shown_to_average(1, recipe)
         self.perturbation = Perturbation(student, self.joined is not None) if optim.awp_gamma else None
         self.part, self.beside = Part.begin(ranks, device), Branch(device, execution.beside)
         self.bucket = GradientBucket(student, ranks) if ranks.joined else None
@@ -111,10 +118,15 @@ class State:
         """The network that is evaluated and kept: the student, or the average of its weights."""
         return self.student if self.average is None else self.average.network
 
+    def phase(self) -> tuple[Forwards, TrainingAttack | None, tuple[str, ...]]:
+        """Return what decides which work the steps of the epoch do."""
+        return self.forwards, self.attack, self.average_sees
+
     def start_epoch(self, recipe: Recipe, epoch: int, noise_seed: int) -> None:
         """Empty the sums, and set what depends on the epoch, and the seed of the first random start."""
         optim = recipe.optim
         self.forwards, self.attack = recipe.method.forwards_in(epoch, recipe), attack_in(epoch, recipe)
+        self.average_sees = recipe.method.shown_to_average(epoch, recipe)
         for total in self.epoch_sums():
             total.zero_()
         if self.perturbation is not None:
@@ -151,6 +163,11 @@ class State:
         if self.twin is not None:
             return self.twin.refresh()
         return self.student if self.in_training is None or self.part.idle else self.in_training
+
+    def fold_average(self) -> None:
+        """Give the folded average the weights that the average has now."""
+        if isinstance(self.averaged, Folded) and self.average_sees:
+            self.averaged.refresh()
 
     def count(self, method: Method, logits: Mapping[str, Tensor], targets: Targets) -> None:
         """Count a step: each forward's class sums, and what the method measures besides. The guard counts its loss.
@@ -236,8 +253,8 @@ def _joined(student: nn.Module, dtype: torch.dtype | None) -> Together | None:
         return None
 
 
-def _folded(teacher: nn.Module, dtype: torch.dtype, epilogue: str) -> nn.Module:
+def _folded(network: nn.Module, dtype: torch.dtype, epilogue: str) -> nn.Module:
     try:
-        return Folded(teacher, dtype, epilogue)
-    except ValueError:  # it may be anybody's network
-        return teacher
+        return Folded(network, dtype, epilogue)
+    except ValueError:  # it may be anybody's
+        return network

@@ -75,9 +75,10 @@ def _require_batch(state: State, clean_BCHW: Tensor, label_B: Tensor, teacher_BK
 def observe(
     state: State, recipe: Recipe, attacked: nn.Module, clean_BCHW: Tensor, label_B: Tensor, teacher_BK: Tensor | None
 ) -> Targets:
-    """Return what the method asks for before the attack: the teachers' logits on clean images, the student's own.
+    """Return what the method asks for before the attack: logits on clean images of the teachers and of the average, and
+    the student's own.
 
-    The teachers' may still be computed (`State.beside`) until `attack` has returned.
+    All but the last may still be computed (`State.beside`) until `attack` has returned.
     """
     method = recipe.method
     targets = Targets(
@@ -97,8 +98,9 @@ def observe(
         if state.clean_teacher is not None and "clean" in method.clean_teacher_sees:
             clean_teacher_BK = state.beside.run(partial(state.clean_teacher, clean_BCHW))
             targets = replace(targets, clean_teacher_BK=clean_teacher_BK)
-        if state.average is not None and "clean" in method.average_sees:
-            targets = replace(targets, average_BK=state.average.network(clean_BCHW))
+        state.fold_average()
+        if state.averaged is not None and "clean" in state.average_sees:
+            targets = replace(targets, average_BK=state.beside.run(partial(state.averaged, clean_BCHW)))
         if method.needs_own_prediction:
             with module_mode(attacked, recipe.attack.bn_mode):
                 targets = replace(targets, own_BK=attacked(clean_BCHW))
@@ -155,8 +157,8 @@ def observe_attacked(state: State, recipe: Recipe, images: Mapping[str, Tensor],
             targets = replace(targets, teacher_adv_BK=views.pop("adv", None), teacher_views=views)
         if state.clean_teacher is not None and "adv" in method.clean_teacher_sees:
             targets = replace(targets, clean_teacher_adv_BK=state.clean_teacher(images["adv"]))
-        if state.average is not None and "adv" in method.average_sees:
-            targets = replace(targets, average_adv_BK=state.average.network(images["adv"]))
+        if state.averaged is not None and "adv" in state.average_sees:
+            targets = replace(targets, average_adv_BK=state.averaged(images["adv"]))
     return targets
 
 

@@ -1,13 +1,13 @@
 """The KL divergence from a student to a teacher whose temperature depends on the class, and its gradients.
 
     loss_i  = w_i sum_k p_ik (log p_ik - log q_ik)
-    p_i     = (1 - l[y_i]) softmax(teacher_i / T_i) + l[y_i] onehot(y_i),   q_i = softmax(student_i / Ts)
+    p_i     = (1 - l_i) softmax(teacher_i / T_i) + l_i onehot(y_i),   q_i = softmax(student_i / Ts)
     d loss_i / d student_ik = w_i (q_ik - p_ik) / Ts
     d loss_i / d teacher_ik = w_i p_ik (log p_ik - log q_ik - KL_i) / T_i   without l, KL_i = loss_i / w_i
 
 Of row i, y_i is the label, T_i the temperature, of its class or its own, and w_i the weight, of its class times its
-own. Of each class, l is the trust: how far the label is trusted over the teacher. Without l, the target p is the
-teacher alone. A term with p = 0 counts 0, as in torch.xlogy. `reverse` exchanges p and q in the sum.
+own. l_i is the trust, of its class or its own: how far the label is trusted over the teacher. Without l, the target p
+is the teacher alone. A term with p = 0 counts 0, as in torch.xlogy. `reverse` exchanges p and q in the sum.
 
 The loss and its class temperatures are those of ABSLD (Zhao et al., 2023). With one temperature of 1 it is the KL
 divergence of TRADES (Zhang et al., ICML 2019) and RSLAD (Zi et al., ICCV 2021).
@@ -32,7 +32,7 @@ REDUCTIONS = ("batchmean", "mean", "sum", "none")
 _INPUTS = (
     "Tensor teacher, Tensor? label, Tensor? temperatures, Tensor? class_weight, Tensor? label_trust,"
     " Tensor? row_weight, {number} temperature, {number} student_temperature, bool by_row, int? ignore_index,"
-    " bool reverse, bool given"
+    " bool reverse, bool given, bool trust_by_row"
 )
 _REAL, _ANY = _INPUTS.format(number="float"), _INPUTS.format(number="Scalar")
 
@@ -108,7 +108,7 @@ def _backward(ctx: Any, row_grad: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of student and teacher."""
     wanted = ctx.needs_input_grad[:2]
     grads = _backward_op(row_grad, *ctx.saved_tensors, *ctx.rest, *wanted)
-    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *[None] * 11
+    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *[None] * 12
 
 
 differentiable(_rows_op, _backward, _setup)
@@ -154,6 +154,7 @@ def class_temperature_kl(
     class_weight: Tensor | None = None,
     label_trust: Tensor | None = None,
     row_weight: Tensor | None = None,
+    row_trust: Tensor | None = None,
     teacher_is: str = "logits",
     reverse: bool = False,
     ignore_index: int | None = -100,
@@ -162,7 +163,7 @@ def class_temperature_kl(
 ) -> Tensor:
     """Compute the KL divergence of each row at the temperature of its class. Differentiable in student and teacher.
 
-    With `label_trust` the target is (1 - trust) times the teacher's prediction plus trust times the one-hot label. The
+    With a trust the target is (1 - trust) times the teacher's prediction plus trust times the one-hot label. The
     formula and its sources are in the module docstring. B is the number of rows: leading dimensions are flattened.
 
     A row with the label `ignore_index` counts nothing: its loss and gradients are 0, and "batchmean" and "mean" do not
@@ -177,8 +178,11 @@ def class_temperature_kl(
             (B,) or (B, 1). Where B is K and labels are given, (K,) is by class. Tensors are float32 or float64.
         student_temperature: one number above 0 for all rows.
         class_weight: (K,) float32 or float64, a factor on the loss of each row of that class; 1 when left out.
-        label_trust: (K,) float32 or float64 in [0, 1]; 0 when left out.
+        label_trust: (K,) float32 or float64 in [0, 1], the trust in the label of each row of that class; 0 when left
+            out.
         row_weight: (B,) or (B, 1) float32 or float64, a factor on the loss of each row; 1 when left out.
+        row_trust: (B,) or (B, 1) float32 or float64 in [0, 1], the trust in the label of each row, in place of
+            `label_trust`.
         teacher_is: "logits"; or "probabilities", which are taken as they are, as in torch.nn.functional.kl_div, and
             need not add up to 1. Without temperature then.
         reverse: KL(student || teacher) in place of KL(teacher || student).
@@ -195,13 +199,19 @@ def class_temperature_kl(
     Raises:
         TypeError: what must be a tensor is none.
         ValueError: a shape, dtype, device or stride does not fit; a temperature given as a number is not finite or not
-            above 0; two arguments exclude each other; temperature, class_weight, label_trust or row_weight requires
-            grad: only student and teacher have gradients.
+            above 0; two arguments exclude each other; temperature, class_weight, label_trust, row_weight or row_trust
+            requires grad: only student and teacher have gradients.
         RuntimeError: a gradient is differentiated again.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: {reduction!r}; needs one of {', '.join(REDUCTIONS)}")
-    require_no_grad(temperature=temperature, class_weight=class_weight, label_trust=label_trust, row_weight=row_weight)
+    require_no_grad(
+        temperature=temperature,
+        class_weight=class_weight,
+        label_trust=label_trust,
+        row_weight=row_weight,
+        row_trust=row_trust,
+    )
     inputs = arguments(
         student,
         teacher,
@@ -211,6 +221,7 @@ def class_temperature_kl(
         class_weight=class_weight,
         label_trust=label_trust,
         row_weight=row_weight,
+        row_trust=row_trust,
         teacher_is=teacher_is,
         reverse=reverse,
         ignore_index=ignore_index,
@@ -271,6 +282,7 @@ def class_temperature_kl_grad_(
     class_weight: Tensor | None = None,
     label_trust: Tensor | None = None,
     row_weight: Tensor | None = None,
+    row_trust: Tensor | None = None,
     teacher_is: str = "logits",
     reverse: bool = False,
     ignore_index: int | None = -100,
@@ -295,6 +307,7 @@ def class_temperature_kl_grad_(
         class_weight=class_weight,
         label_trust=label_trust,
         row_weight=row_weight,
+        row_trust=row_trust,
     )
     inputs = arguments(
         student,
@@ -305,6 +318,7 @@ def class_temperature_kl_grad_(
         class_weight=class_weight,
         label_trust=label_trust,
         row_weight=row_weight,
+        row_trust=row_trust,
         teacher_is=teacher_is,
         reverse=reverse,
         ignore_index=ignore_index,

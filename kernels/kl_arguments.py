@@ -4,7 +4,7 @@ A front function asks `arguments` once. The operators themselves check shapes, d
 can be called as torch.ops.retemper.* too.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -31,13 +31,15 @@ class Inputs(NamedTuple):
         student, teacher: (B, K) logits; the teacher's are probabilities where `given`.
         label: (B,) whole numbers, or None.
         temperatures: of the teacher: (B,) or a single one where `by_row`, otherwise (K,); None: `temperature` holds.
-        class_weight, label_trust: (K,) or None.
+        class_weight: (K,) or None.
+        label_trust: (B,) where `trust_by_row`, otherwise (K,); or None.
         row_weight: (B,) or None.
         temperature, student_temperature: numbers above 0.
         by_row: what `temperatures` are.
         ignore_index: rows with this label count nothing; None leaves none out.
         reverse: KL(student || teacher) in place of KL(teacher || student).
         given: the teacher's probabilities are given as they are.
+        trust_by_row: what `label_trust` is.
         known: every label is an int64 of a class. It is no argument of an operator.
     """
 
@@ -54,6 +56,7 @@ class Inputs(NamedTuple):
     ignore_index: int | None
     reverse: bool
     given: bool
+    trust_by_row: bool = False
     known: bool = False
 
     def of_operator(self) -> tuple[Any, ...]:
@@ -62,10 +65,12 @@ class Inputs(NamedTuple):
 
     def parts(self, size: int) -> Iterator[tuple[slice, "Inputs"]]:
         """Cut the rows into parts of at most `size` rows."""
+        either = {"temperatures": self.by_row, "label_trust": self.trust_by_row}
+        of_rows = ("label", "row_weight", *(name for name, by_row in either.items() if by_row))
         for start in range(0, self.student.shape[0], size):
             rows = slice(start, start + size)
             cut: dict[str, Any] = {"student": self.student[rows], "teacher": self.teacher[rows]}
-            for name in ("label", "row_weight", *(["temperatures"] if self.by_row else [])):
+            for name in of_rows:
                 value = getattr(self, name)
                 cut[name] = value[rows] if value is not None and value.dim() else value
             yield rows, self._replace(**cut)
@@ -81,6 +86,7 @@ def arguments(
     class_weight: Tensor | None = None,
     label_trust: Tensor | None = None,
     row_weight: Tensor | None = None,
+    row_trust: Tensor | None = None,
     teacher_is: str = "logits",
     reverse: bool = False,
     ignore_index: int | None = -100,
@@ -89,7 +95,7 @@ def arguments(
     """Return what users call with as the operators take it. The arguments are those of `class_temperature_kl`.
 
     Raises:
-        TypeError: student, teacher, label or row_weight is no tensor.
+        TypeError: student, teacher, label, row_weight or row_trust is no tensor.
         ValueError: two arguments exclude each other, a dimension is missing, or a number is out of its range.
     """
     require_class_dim("student", student, class_dim)
@@ -99,8 +105,10 @@ def arguments(
     given = teacher_is == "probabilities"
     if not given and teacher_is != "logits":
         raise ValueError(f"teacher_is: {teacher_is!r}; needs 'logits' or 'probabilities'")
-    if given or reverse or label is None:
-        _require_combination(teacher_is, label, temperature, class_weight, label_trust, reverse)
+    trust_by_row = row_trust is not None
+    if given or reverse or label is None or trust_by_row:
+        trusts = {"label_trust": label_trust, "row_trust": row_trust}
+        _require_combination(teacher_is, label, temperature, class_weight, trusts, reverse)
     require_positive(student_temperature=student_temperature)
     temperatures, of_rows = None, False
     if isinstance(temperature, Tensor):
@@ -116,7 +124,7 @@ def arguments(
         None if label is None else by_row("label", label, shapes[:1]),
         temperatures,
         class_weight,
-        label_trust,
+        by_row("row_trust", row_trust, shapes) if trust_by_row else label_trust,
         None if row_weight is None else by_row("row_weight", row_weight, shapes),
         temperature,
         student_temperature,
@@ -124,6 +132,7 @@ def arguments(
         None if label is None else ignore_index,
         reverse,
         given,
+        trust_by_row,
     )
 
 
@@ -132,20 +141,24 @@ def _require_combination(
     label: Tensor | None,
     temperature: float | Tensor,
     class_weight: Tensor | None,
-    label_trust: Tensor | None,
+    trusts: Mapping[str, Tensor | None],
     reverse: bool,
 ) -> None:
     """Raise ValueError where one of the arguments leaves no meaning to another."""
+    asked = [name for name, value in trusts.items() if value is not None]
     if label is None:
-        for name, value in (("class_weight", class_weight), ("label_trust", label_trust)):
-            if value is not None:
-                raise ValueError(f"label: None; needs the class of each row, as {name} is by class")
-    if reverse and label_trust is not None:
-        raise ValueError("label_trust: needs reverse=False")
+        if class_weight is not None:
+            raise ValueError("label: None; needs the class of each row, as class_weight is by class")
+        if asked:
+            raise ValueError(f"label: None; needs the class of each row, as {asked[0]} is the trust in it")
+    if len(asked) > 1:
+        raise ValueError("row_trust: needs label_trust=None; the trust in a label is by class or by row")
+    if asked and reverse:
+        raise ValueError(f"{asked[0]}: needs reverse=False")
     if teacher_is == "logits":
         return
-    if label_trust is not None:
-        raise ValueError("label_trust: needs teacher_is='logits'")
+    if asked:
+        raise ValueError(f"{asked[0]}: needs teacher_is='logits'")
     if reverse:
         raise ValueError("reverse: needs teacher_is='logits'; the logits of probabilities are their teacher.log()")
     if isinstance(temperature, Tensor) or temperature != 1:
@@ -176,7 +189,11 @@ def require_fitting(inputs: Inputs) -> None:
         require_dense("label", label)
     if row_weight is not None:
         require_each("row_weight", row_weight, batch, NUMBERS, student.device)
-    by_class = {"class_weight": class_weight, "label_trust": label_trust}
+    by_class = {"class_weight": class_weight}
+    if label_trust is not None and inputs.trust_by_row:
+        require_each("row_trust", label_trust, batch, NUMBERS, student.device)
+    else:
+        by_class["label_trust"] = label_trust
     if temperatures is not None:
         if not inputs.by_row:
             by_class["temperature"] = temperatures

@@ -20,6 +20,7 @@ from retemper.kernels.runtime import compute_dtype
 # How many logits of a tensor each thread of a CPU works on at a time: what it computes of them stays in its cache.
 # Whole (512, 32000) tensors would go through memory once for every line of `compute`.
 PART = 2**18
+NOTHING = -1e30  # the logarithm of a share of 0: -inf times 0 would be NaN
 FEW = 16  # classes; PyTorch's softmax of a CPU is 4 times as fast over the columns of such rows: they fill no vector
 
 
@@ -115,7 +116,7 @@ def rows_of(inputs: Inputs, dtype: torch.dtype) -> Rows:
     if row_weight is not None:
         scale = _product(scale, row_weight[:, None].to(dtype))
     if label_trust is not None:
-        trust = _of_class(label_trust, label).to(dtype)
+        trust = (label_trust[:, None] if inputs.trust_by_row else _of_class(label_trust, label)).to(dtype)
     return Rows(temperature, None if scale is None else scale.to(dtype), trust, label, ignored)
 
 
@@ -207,7 +208,8 @@ def _mixed(log_p: Tensor, p: Tensor, label: Any, trust: Tensor) -> tuple[Tensor,
     short = (trust - 1) * own.expm1()  # what P lacks of 1 at the label: where that is small, it keeps its digits
     far = ((1 - trust) * own.exp() + trust).log()
     moved = torch.where(short > 0.5, far, (-short.clamp(max=0.5)).log1p())
-    log_mixed = (log_p + (-trust).log1p()).scatter(1, label[:, None], torch.where(trust == 0, own, moved))
+    kept = (-trust).log1p().clamp(min=NOTHING)  # a trust of 1 leaves P no share, and its logits a gradient of 0
+    log_mixed = (log_p + kept).scatter(1, label[:, None], torch.where(trust == 0, own, moved))
     return log_mixed, torch.where(trust == 0, p, log_mixed.exp())
 
 

@@ -63,16 +63,23 @@ def _row_mass(row_ptr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 
 
 @triton.jit
-def _target_numbers(trust_ptr, p_row, label, of_p, ROWS: tl.constexpr):
+def _target_numbers(
+    trust_ptr, trust_stride, p_row, label, row, of_p, of_p_logits, TRUST_BY_ROW: tl.constexpr, ROWS: tl.constexpr
+):
     """Return the trust in the label, log2 of the target there, and log2 of the share that it keeps of P: (ROWS,)."""
     trust = tl.zeros((ROWS,), tl.float32)
     log_own, log_kept = trust, trust
     if trust_ptr is not None:
         peak, rate, log_total = of_p
-        trust = tl.load(trust_ptr + label).to(tl.float32)
+        if TRUST_BY_ROW:
+            trust = tl.load(trust_ptr + row * trust_stride).to(tl.float32)
+        else:
+            trust = tl.load(trust_ptr + label).to(tl.float32)
         own = tl.load(p_row + label).to(tl.float32)
         log_own = _mixed_own((own - peak) * rate - log_total, trust)
         log_kept = log2_1m(trust)
+        if of_p_logits:
+            log_kept = tl.maximum(log_kept, -1e30)  # a trust of 1 leaves P no share, and its logits a gradient of 0
     return trust, log_own, log_kept
 
 
@@ -184,7 +191,9 @@ def _kl_kernel(
     BY_ROW: tl.constexpr,
     REVERSE: tl.constexpr,
     GIVEN: tl.constexpr,
+    TRUST_BY_ROW: tl.constexpr,
     temperature_stride,
+    trust_stride,
     row_weight_stride,
     row_grad_stride,
     B,
@@ -226,7 +235,9 @@ def _kl_kernel(
         log_total_p = row_log2_total(p_row, peak_p, rate_p, K, ROWS, LANES, STEPS)
     log_total_q = row_log2_total(q_row, peak_q, rate_q, K, ROWS, LANES, STEPS)
     of_p, of_q = (peak_p, rate_p, log_total_p), (peak_q, rate_q, log_total_q)
-    trust, log_own, log_kept = _target_numbers(trust_ptr, p_row, label, of_p, ROWS)
+    trust, log_own, log_kept = _target_numbers(
+        trust_ptr, trust_stride, p_row, label, real, of_p, p_grad_ptr is not None, TRUST_BY_ROW, ROWS
+    )
     target = (label, log_own, log_kept)
 
     mean = tl.zeros((ROWS,), tl.float32)
@@ -267,6 +278,7 @@ def launch(
         *(p, q, inputs.label, inputs.temperatures, inputs.class_weight, inputs.label_trust, inputs.row_weight),
         *(row_grad, loss, p_grad, q_grad, float(inputs.temperature), float(inputs.student_temperature)),
         *(inputs.ignore_index, inputs.by_row and inputs.temperatures is not None, inputs.reverse, inputs.given),
+        inputs.trust_by_row and inputs.label_trust is not None,
     )
 
 
@@ -288,11 +300,12 @@ def _prepared(
     by_row: bool,
     reverse: bool,
     given: bool,
+    trust_by_row: bool,
 ) -> Launch | None:
     """Check the arguments, and return the launch."""
     student, teacher = (p, q) if reverse else (q, p)
     tensors = (student, teacher, label, temperatures, class_weight, label_trust, row_weight)
-    inputs = Inputs(*tensors, temperature, student_temperature, by_row, ignore_index, reverse, given)
+    inputs = Inputs(*tensors, temperature, student_temperature, by_row, ignore_index, reverse, given, trust_by_row)
     (require_overwritable if loss is None else require_fitting)(inputs)
     batch, classes = student.shape
     if batch == 0:
@@ -302,5 +315,6 @@ def _prepared(
     named |= {"P_STRIDE": row_stride(p), "Q_STRIDE": row_stride(q), "B": batch}
     named |= {"P_GRAD_STRIDE": row_stride(p_grad), "Q_GRAD_STRIDE": row_stride(q_grad)}
     named |= {"temperature_stride": each_stride(temperatures) if by_row else 0}
+    named |= {"trust_stride": each_stride(label_trust) if trust_by_row else 0}
     named |= {"row_weight_stride": each_stride(row_weight), "row_grad_stride": each_stride(row_grad)}
     return Launch(_kl_kernel, grid, named)

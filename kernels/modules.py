@@ -99,14 +99,20 @@ class ClassTemperatureKL(_WithSettings):
         )
 
     def forward(
-        self, student: Tensor, teacher: Tensor, label: Tensor | None = None, row_weight: Tensor | None = None
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        label: Tensor | None = None,
+        row_weight: Tensor | None = None,
+        row_trust: Tensor | None = None,
     ) -> Tensor:
         """Compute the loss, differentiable in both networks' predictions.
 
         Args:
             student, teacher: (B, K) logits, or with more dimensions as for `class_temperature_kl`.
-            label: (B,), the class of each row; needed where a setting is (K,).
+            label: (B,), the class of each row; needed where a setting is (K,), and with `row_trust`.
             row_weight: (B,), a factor on the loss of each row.
+            row_trust: (B,) in [0, 1], how far the label of each row is trusted, in place of `label_trust`.
 
         Returns:
             A scalar, or the rows for "none", in nats.
@@ -114,7 +120,8 @@ class ClassTemperatureKL(_WithSettings):
         Raises:
             ValueError: as `class_temperature_kl`.
         """
-        return class_temperature_kl(student, teacher, label, row_weight=row_weight, **self.settings())
+        of_rows: dict[str, Any] = {"row_weight": row_weight, "row_trust": row_trust}
+        return class_temperature_kl(student, teacher, label, **of_rows, **self.settings())
 
 
 class ClassTemperatureJS(_WithSettings):

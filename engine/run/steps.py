@@ -39,7 +39,7 @@ class Steps:
         self.loader, self.teacher, self.saver, self.watch, self.pace = loader, teacher, saver, watch, pace
         self.recipe, self.state = saver.recipe, saver.state
         captures = self.recipe.execution.captures_on(self.state.device)
-        self.step = captured(self._step, lambda: (self.state.forwards, self.state.attack)) if captures else self._step
+        self.step = captured(self._step, self.state.phase) if captures else self._step
 
     def run(self, epoch: int) -> bool:
         """Train on every batch of `epoch` that is left; say whether that is all of it, or the run is cut here.

@@ -284,7 +284,8 @@ def test_a_kl_objective_that_cannot_be_is_refused(model: nn.Module, clean: Tenso
     for wrong in (0.0, -1.0, float("nan")):
         refused("temperature: .* above 0", teacher, label, wrong)
         refused("temperature: .* above 0", teacher, label, K * wrong)
-    refused(r"label_trust: it must lie in \[0, 1\]", teacher, label, label_trust=K * 2)
+    refused(r"label_trust: it must lie in \[0, 1\] for every class", teacher, label, label_trust=K * 2)
+    refused(r"row_trust: it must lie in \[0, 1\] for every row", teacher, label, row_trust=-K[:6])
 
 
 def test_objectives_and_models_that_cannot_be_are_refused(model: nn.Module, clean: Tensor, label: Tensor) -> None:

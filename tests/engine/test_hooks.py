@@ -80,6 +80,36 @@ def test_a_step_shows_the_teacher_and_the_average_what_the_method_asks_for(recip
     torch.testing.assert_close(loss.double(), 3 * smoothed, rtol=1e-5, atol=1e-5)  # `training_loss` is what is lowered
 
 
+@pytest.mark.parametrize("awp", [0.0, 0.01])
+def test_a_folded_average_answers_as_it_was_before_the_step(recipe: Recipe, awp: float) -> None:
+    teacher = create_model("tiny_resnet", 10, channels=1).eval()
+    recipe = recipe.replace(fold=True, precision="fp32", awp_gamma=awp)
+    state = State(recipe, create_model("tiny_resnet", 10, channels=1), teacher, 10, CPU)
+    state.start_epoch(recipe, 1, 0)
+    assert state.average is not None and state.averaged is not state.average.network
+    clean, label = a_step()
+    for _ in range(3):  # after the first, the average is no copy of the student
+        with torch.no_grad():
+            wanted = state.average.network(clean)
+        train_step(state, recipe, clean, label)
+        torch.testing.assert_close(given(Watching.seen[-1][0].average_BK), wanted, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            assert (state.average.network(clean) - wanted).abs().max() > 1e-3
+
+
+def test_the_average_is_asked_in_the_epochs_that_the_method_names(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Watching, "shown_to_average", lambda self, epoch, recipe: ("clean", "adv")[: epoch - 1])
+    teacher = create_model("tiny_resnet", 10, channels=1).eval()
+    state = State(recipe, create_model("tiny_resnet", 10, channels=1), teacher, 10, CPU)
+    for epoch, clean, adv in ((1, False, False), (2, True, False), (3, True, True)):
+        state.start_epoch(recipe, epoch, 0)
+        train_step(state, recipe, *a_step())
+        targets = Watching.seen[-1][0]
+        assert (targets.average_BK is not None, targets.average_adv_BK is not None) == (clean, adv)
+
+
 def test_progress_and_the_attack_follow_the_epoch(recipe: Recipe) -> None:
     teacher = create_model("tiny_resnet", 10, channels=1).eval()
     state = State(recipe, create_model("tiny_resnet", 10, channels=1), teacher, 10, CPU)

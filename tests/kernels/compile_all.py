@@ -116,12 +116,12 @@ def by_class(dtype: str) -> Iterator[Case]:
     """Yield what recipes launch, with and without all that is by class; and once each what else may be asked for."""
     types = {"label_ptr": "*i64", "temperature": "fp32", "student_temperature": "fp32", "B": "i32"}
     types |= dict.fromkeys(["temperature_stride", "row_weight_stride", "row_grad_stride", "ignore_index"], "i32")
-    types |= dict.fromkeys(["p_ptr", "q_ptr", "p_grad_ptr", "q_grad_ptr"], f"*{dtype}")
+    types |= {"trust_stride": "i32"} | dict.fromkeys(["p_ptr", "q_ptr", "p_grad_ptr", "q_grad_ptr"], f"*{dtype}")
     types |= dict.fromkeys(["temperature_ptr", "weight_ptr", "trust_ptr", "row_weight_ptr", "row_grad_ptr"], "*fp32")
     types |= {"loss_ptr": "*fp32", "p_ptr": f"*{dtype}" if ALIGNED[dtype] else "*bf16"}
     rare = dict.fromkeys(["row_weight_ptr", "ignore_index", "p_grad_ptr"])
     absent = rare if OPTIONAL[dtype] else rare | dict.fromkeys(OF_CLASS) | {"row_grad_ptr": None}
-    flags = dict.fromkeys(["BY_ROW", "REVERSE", "GIVEN"], False)
+    flags = dict.fromkeys(["BY_ROW", "REVERSE", "GIVEN", "TRUST_BY_ROW"], False)
     # of 100 classes, fp16 differs from bf16 in its alignment alone, which 10 and 1,000 classes cover
     for classes in (10, 100, 1000) if ALIGNED[dtype] else (10, 1000):
         tiles = rows.row_tiles(classes, gcd(classes, 16 // SIZE[dtype]))
@@ -139,6 +139,7 @@ def rarely(types: dict[str, str], constants: dict[str, Any]) -> Iterator[Case]:
     for out in (both, loss):
         yield kl._kl_kernel, types, constants | out  # all at once
         yield kl._kl_kernel, types, constants | out | {**dict.fromkeys(OF_CLASS[1:]), "BY_ROW": True, "REVERSE": True}
+        yield kl._kl_kernel, types, constants | out | {"TRUST_BY_ROW": True, "BY_ROW": True, "weight_ptr": None}
         yield kl._kl_kernel, types, constants | out | unlabelled | {"GIVEN": True}
 
 

@@ -362,10 +362,13 @@ def test_rows_may_have_gaps(device: torch.device) -> None:
     assert torch.equal(args.student[:, :5], around[:, :5]) and torch.equal(args.student[:, 15:], around[:, 15:])
 
 
+@pytest.mark.parametrize(("trust", "rows"), [("label_trust", 10), ("row_trust", 7)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_the_gradient_in_memory_of_its_own_is_the_same(dtype: torch.dtype, device: torch.device) -> None:
+def test_the_gradient_in_memory_of_its_own_is_the_same(
+    dtype: torch.dtype, trust: str, rows: int, device: torch.device
+) -> None:
     args = batch((7, 10), device, dtype, dtype)
-    options: dict[str, Any] = {"label_trust": trusts(10, device), "ignore_index": None}
+    options: dict[str, Any] = {trust: trusts(rows, device), "ignore_index": None}
     before = args.student.clone()
     found = gradient(args.student.requires_grad_(), *args[1:], **options)
     assert torch.equal(args.student, before) and found.dtype == dtype and not found.requires_grad
@@ -385,6 +388,7 @@ def operands(inputs: dict[str, Any]) -> tuple[Any, ...]:
         ("by class", torch.float64),
         ("number", torch.float32),
         ("by row", torch.float32),
+        ("trust by row", torch.float32),
         ("probabilities", torch.float32),
     ],
     ids=str,
@@ -400,6 +404,7 @@ def test_are_well_formed_ops(form: str, dtype: torch.dtype, device: torch.device
         },
         "number": {"label": label, "temperature": 0.3, "ignore_index": None},
         "by row": {"temperature": temperature[:7], "row_weight": weights(7, device), "reverse": True},
+        "trust by row": {"label": label, "temperature": temperature[0], "row_trust": trusts(7, device)},
         "probabilities": {"teacher_is": "probabilities"},
     }[form]
     given = operands({"student": student, "teacher": teacher.softmax(1), "student_temperature": 2.0, **options})
@@ -415,9 +420,10 @@ def test_are_well_formed_ops(form: str, dtype: torch.dtype, device: torch.device
     torch.library.opcheck(ops.class_temperature_kl_backward.default, (None, *given, True, False))
 
 
-def test_compiles_into_one_graph(device: torch.device) -> None:
+@pytest.mark.parametrize(("trust", "rows"), [("label_trust", 10), ("row_trust", 7)])
+def test_compiles_into_one_graph(trust: str, rows: int, device: torch.device) -> None:
     args = batch((7, 10), device)
-    by_class: dict[str, Any] = {"class_weight": weights(10, device), "label_trust": trusts(10, device)}
+    by_class: dict[str, Any] = {"class_weight": weights(10, device), trust: trusts(rows, device)}
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def loss(student: Tensor) -> Tensor:

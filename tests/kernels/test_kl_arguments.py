@@ -42,6 +42,15 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
         (r"temperature: torch.float16 on", (student, teacher, label, temperature[0].half()), {}),
         (r"row_weight: shape \(10,\); needs \(7,\)", (student, teacher, label), {"row_weight": temperature}),
         (r"row_weight: torch.int64", (student, teacher, label), {"row_weight": label}),
+        (r"row_trust: shape \(10,\); needs \(7,\)", (student, teacher, label), {"row_trust": temperature}),
+        (r"row_trust: torch.int64", (student, teacher, label), {"row_trust": label}),
+        (r"label: None; needs .* as row_trust", (student, teacher), {"row_trust": temperature[:7]}),
+        (r"row_trust: needs reverse=False", (student, teacher, label), {"row_trust": temperature[:7], "reverse": True}),
+        (
+            r"row_trust: needs label_trust=None; .* by class or by row",
+            (student, teacher, label),
+            {"row_trust": temperature[:7], "label_trust": temperature},
+        ),
         (r"label_trust: needs reverse=False", (student, teacher, label), {"label_trust": temperature, "reverse": True}),
         (r"teacher_is: 'probs'; needs 'logits' or", (student, teacher, label), {"teacher_is": "probs"}),
         *(
@@ -50,6 +59,7 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
                 (r"temperature: needs teacher_is='logits'", 2.0, {}),
                 (r"temperature: needs teacher_is='logits'", temperature, {}),
                 (r"label_trust: needs teacher_is='logits'", 1.0, {"label_trust": temperature}),
+                (r"row_trust: needs teacher_is='logits'", 1.0, {"row_trust": temperature[:7]}),
                 (r"reverse: needs teacher_is='logits'; .* teacher.log\(\)", 1.0, {"reverse": True}),
             ]
         ),
@@ -81,6 +91,8 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
     tracked = student.requires_grad_()
     with pytest.raises(ValueError, match=r"student: requires grad .* student.detach\(\)"):
         class_temperature_kl_grad_(tracked * 1, teacher, label, temperature)
+    with pytest.raises(TypeError, match="row_trust: a float; needs a tensor"):
+        class_temperature_kl(student, teacher, label, row_trust=0.5)  # type: ignore[arg-type]
     for name, args in {"student": (None, teacher), "teacher": (student, None)}.items():
         with pytest.raises(TypeError, match=f"{name}: a NoneType; needs a tensor"):
             class_temperature_kl(*args, label)  # type: ignore[arg-type]

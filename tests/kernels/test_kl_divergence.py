@@ -45,6 +45,18 @@ def test_is_pytorchs_divergence_to_the_target(own: float) -> None:
     torch.testing.assert_close(grad, expected_grad, **TOLERANCE)
 
 
+def test_the_label_of_each_row_is_trusted_by_its_own_share() -> None:
+    student, teacher, label, _ = inputs()
+    share, tau = torch.linspace(0, 1, len(label)).double(), torch.tensor(2.5).double()
+    target = (1 - share[:, None]) * (teacher / tau).softmax(1) + share[:, None] * F.one_hot(label, 5)
+    expected = F.kl_div(student.requires_grad_().log_softmax(1), target, reduction="none").sum(1)
+    loss = class_temperature_kl_reference(student, teacher, label, tau, row_trust=share)
+    torch.testing.assert_close(loss, expected, **TOLERANCE)
+    (expected_grad,) = torch.autograd.grad(expected.sum(), student)
+    grad = class_temperature_kl_grad_reference(student, teacher, label, tau, row_trust=share)
+    torch.testing.assert_close(grad, expected_grad, **TOLERANCE)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_number_has_the_bits_of_a_tensor_filled_with_it(dtype: torch.dtype) -> None:
     student, teacher, label, _ = inputs()

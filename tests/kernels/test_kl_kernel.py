@@ -49,6 +49,7 @@ def forms(device: torch.device, batch: int = BATCH, classes: int = CLASSES) -> d
         "reverse": labelled | temperature | {"reverse": True, "student_temperature": 1.5},
         "reverse by row": {"temperature": own, "reverse": True, "row_weight": own},
         "left out": {"label": labelled["label"].where(own > 1, -100)} | classed,
+        "trust by row": labelled | temperature | {"row_trust": ((own - 0.3) / 4)[:, None], "row_weight": own},
     }
 
 
@@ -70,7 +71,9 @@ def truth(student: Tensor, teacher: Tensor, weight: Tensor, form: dict[str, Any]
 
 SHAPES = [(form, (BATCH, CLASSES)) for form in forms(torch.device("cpu"))]
 SHAPES += [
-    (form, shape) for form in ("by class", "reverse by row") for shape in ((1, 1), (3, 100), (1, 1501), (130, 3))
+    (form, shape)
+    for form in ("by class", "reverse by row", "trust by row")
+    for shape in ((1, 1), (3, 100), (1, 1501), (130, 3))
 ]
 
 
@@ -169,7 +172,7 @@ def test_only_what_is_asked_for_has_a_gradient(path: str, device: torch.device) 
 def test_what_has_no_gradient_is_refused(path: str, device: torch.device) -> None:
     student, teacher = (one.detach() for one in logits((BATCH, CLASSES), device))
     label = labels(BATCH, device)
-    named = by_class(device) | {"row_weight": torch.ones(BATCH, device=device)}
+    named = by_class(device) | dict.fromkeys(("row_weight", "row_trust"), torch.ones(BATCH, device=device))
     for name, value in named.items():
         options: dict[str, Any] = {name: value.clone().requires_grad_()}
         with pytest.raises(ValueError, match=rf"{name}: requires grad, .* {name}.detach\(\)"):
@@ -222,6 +225,19 @@ def test_temperatures_of_as_many_rows_as_classes_are_by_class_where_there_are_la
     found = class_temperature_kl(student, teacher, label, value, reduction="none")
     expected = class_temperature_kl(student, teacher, None, value.flip(0), reduction="none")
     torch.testing.assert_close(found, expected)
+
+
+def test_a_trust_of_as_many_rows_as_classes_is_by_the_name_of_its_argument(path: str, device: torch.device) -> None:
+    student, teacher = logits((CLASSES, CLASSES), device)
+    label, trust = labels(CLASSES, device).flip(0), torch.linspace(0, 1, CLASSES, device=device)
+    forms: list[dict[str, Any]] = [{"row_trust": trust}, {"label_trust": trust.flip(0)}]  # row i is of class K - 1 - i
+    by_row, of_class = (class_temperature_kl(student, teacher, label, **form, reduction="none") for form in forms)
+    assert torch.equal(by_row, of_class)
+    grads = [torch.autograd.grad(loss.sum(), (student, teacher)) for loss in (by_row, of_class)]
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+    assert grads[0][1][:-1].all() and (grads[0][1][-1] == 0).all()  # where the label is all, the teacher is nothing
+    spread = torch.stack([trust, trust], 1)[:, 0]  # every second number: the stride counts
+    assert torch.equal(class_temperature_kl(student, teacher, label, row_trust=spread, reduction="none"), by_row)
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, torch.nan])

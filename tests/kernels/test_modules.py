@@ -40,6 +40,13 @@ def test_the_kl_module_is_its_function(rows: tuple[Tensor, Tensor, Tensor], sett
     assert student.grad is not None and teacher.grad is not None
 
 
+def test_the_kl_module_takes_a_trust_of_each_row(rows: tuple[Tensor, Tensor, Tensor]) -> None:
+    student, teacher, label = rows
+    trust = torch.linspace(0, 1, 6)
+    expected = class_temperature_kl(student, teacher, label, row_trust=trust)
+    assert torch.equal(ClassTemperatureKL()(student, teacher, label, row_trust=trust), expected)
+
+
 def test_a_teacher_of_probabilities_and_the_classes_dimension_are_settings(rows: tuple[Tensor, Tensor, Tensor]) -> None:
     student, teacher, _ = rows
     soft = teacher.detach().softmax(1)
