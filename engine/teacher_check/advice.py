@@ -42,8 +42,8 @@ def remarks(found: Findings) -> list[str]:
     head, out = found.head, []
     if head is not None and head.correlation >= CORRELATION and max(head.norms) >= SPREAD * min(head.norms):
         out.append(
-            f"the norms of its last layer go with the classes' robust accuracy (r = {head.correlation:.2f}): part of its "
-            "unevenness is the last layer's, and can be evened there without training"
+            f"the norms of its last layer go with the robust accuracy of the classes (r = {head.correlation:.2f}): "
+            "part of its unevenness is the last layer's, and can be evened there without training"
         )
     if found.hard.images < FEW:
         out.append(f"only {found.hard.images} images are hard: too few to say how sure it is of such images")

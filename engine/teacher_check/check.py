@@ -79,8 +79,8 @@ def check_teacher(request: TeacherRequest) -> tuple[Path, str]:
         return model, source["sha256"]
 
     teacher, digest = load(network, facts)
-    students = [(label(other), load(other, of_other)[0]) for other, of_other in zip(others, known, strict=True)]
-    found = measure(teacher, label(network), students, images)
+    models = [load(other, of_other)[0] for other, of_other in zip(others, known, strict=True)]
+    found = measure(teacher, label(network), [*zip(_labels(others), models, strict=True)], images)
     content: dict[str, Any] = finite(
         {
             "network": label(network),
@@ -116,6 +116,12 @@ def _student_facts(student: Network, teacher: Facts, classes: int, channels: int
             raise UsageError(f"{whose} does not say its architecture: name a run's folder, or net.py:build")
         facts = facts.or_else(Facts(model=fitting[0]))
     return facts.or_else(Facts(num_classes=classes, channels=channels))
+
+
+def _labels(networks: list[Network]) -> list[str]:
+    """Return short names of networks; as the user wrote them, where two of the short ones are the same."""
+    short = [label(one) for one in networks]
+    return short if len(set(short)) == len(short) else [one.name for one in networks]
 
 
 def _default_out(network: Network) -> Path:

@@ -163,12 +163,12 @@ def measure(teacher: nn.Module, name: str, students: Sequence[tuple[str, nn.Modu
         DataError: a network's answers are not finite.
     """
     label_N, classes = images.label_N, len(images.split.classes)
-    (own,) = answers(teacher, {name: teacher}, images)
+    (own,) = answers(teacher, [(name, teacher)], images)
     wrong_N, measured, whose = own.adv_NK.argmax(1) != label_N, [], "the network itself"
     clean, robust = (_report(own, label_N, classes, attacked=attacked) for attacked in (False, True))
     wrong: list[Tensor] = []
     for student_name, student in students:
-        of_student, of_teacher = answers(student, {student_name: student, name: teacher}, images)
+        of_student, of_teacher = answers(student, [(student_name, student), (name, teacher)], images)
         measured.append(against(student_name, of_student, of_teacher, label_N, classes))
         wrong.append(of_student.adv_NK.argmax(1) != label_N)
     if wrong:
@@ -183,24 +183,26 @@ def measure(teacher: nn.Module, name: str, students: Sequence[tuple[str, nn.Modu
     )
 
 
-def answers(attacked: nn.Module, asked: dict[str, nn.Module], images: Images) -> list[Answers]:
+def answers(attacked: nn.Module, asked: Sequence[tuple[str, nn.Module]], images: Images) -> list[Answers]:
     """Return what each network that is asked says of the images, clean and attacked through `attacked` by PGD-20.
 
+    Args:
+        asked: each with its name; the first is the one that is attacked.
     Raises:
         DataError: answers are not finite.
     """
     perturb = ATTACKS[ATTACK].on(folded_twin(attacked, images.device), images.eps)
-    said: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in asked}
+    said: list[list[tuple[Tensor, Tensor]]] = [[] for _ in asked]
     chosen: dict[str, Any] = dict(indices=images.order, batch_size=images.batch_size)
-    with exact_fp32(), Progress(f"attacking {next(iter(asked))}", len(images.order)) as progress:
+    with exact_fp32(), Progress(f"attacking {asked[0][0]}", len(images.order)) as progress:
         for first, clean, label_B in labelled_batches(images.split, images.device, **chosen):
             adv = perturb(clean, clean, label_B, images.seed + first)  # PGD looks at no logits of clean images
             with torch.no_grad():
-                for name, network in asked.items():
-                    said[name].append((network(clean).cpu().double(), network(adv).cpu().double()))
+                for pairs, (_, network) in zip(said, asked, strict=True):
+                    pairs.append((network(clean).cpu().double(), network(adv).cpu().double()))
             progress.advance(len(label_B))
-    found = [Answers(*(torch.cat(part) for part in zip(*pairs, strict=True))) for pairs in said.values()]
-    for name, one in zip(asked, found, strict=True):
+    found = [Answers(*(torch.cat(part) for part in zip(*pairs, strict=True))) for pairs in said]
+    for (name, _), one in zip(asked, found, strict=True):
         if not (one.clean_NK.isfinite().all() and one.adv_NK.isfinite().all()):
             raise DataError(f"{name}: its answers to some images are not finite: it can teach nothing, name another")
     return found

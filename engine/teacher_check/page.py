@@ -53,7 +53,7 @@ def _class_table(content: dict[str, Any]) -> Table:
     clean, robust = content["clean"], content["robust"]
     norms = content["head"]["norms"] if content["head"] else None
     head = ["class", "clean", "under attack", "entropy", "hard images", *(["row norm"] if norms else [])]
-    head += [f"moved by {student['network']}" for student in content["students"]]
+    head += [f"fooled with {student['network']}" for student in content["students"]]
     rows = []
     for k, name in enumerate(content["classes"]):
         row = [Cell(name), _share(clean["accuracy"][k]), _share(robust["accuracy"][k])]
