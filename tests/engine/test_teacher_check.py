@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from retemper.cli import run
 from retemper.engine import class_report, create_model, save_weights
 from retemper.engine.class_report import by_class
+from retemper.engine.predict import ATTACKS
 from retemper.engine.teacher_check.advice import advice, remarks
 from retemper.engine.teacher_check.measure import (
     Answers,
     Findings,
     Hard,
     Head,
+    Images,
     SoftLabels,
     Student,
     against,
@@ -27,8 +29,10 @@ from retemper.engine.teacher_check.measure import (
     entropy,
     hard,
     head,
+    measure,
     soft_labels,
 )
+from retemper.loaders import split_of_arrays
 
 CLASSES = ("cat", "dog", "owl", "elk")
 LABEL = torch.tensor([0, 0, 1, 2])
@@ -90,13 +94,56 @@ def test_transfer_counts_what_fools_both_of_what_the_teacher_knows() -> None:
     """Images 0 and 1 fool the student, 1 the teacher too; 2 the teacher has wrong anyway; 3 fools neither."""
     right = logits([[0.7, 0.1, 0.1, 0.1], [0.7, 0.1, 0.1, 0.1], [0.1, 0.7, 0.1, 0.1], [0.1, 0.1, 0.7, 0.1]])
     first = logits([[0.1, 0.1, 0.1, 0.7]] * 4)
-    teacher = Answers(torch.cat([right[:2], first[2:3], right[3:]]), torch.cat([right[:1], first[1:3], right[3:]]))
+    fooled = logits([[0.1, 0.3, 0.3, 0.3]])
+    teacher = Answers(
+        torch.cat([right[:2], first[2:3], right[3:]]), torch.cat([right[:1], fooled, first[2:3], right[3:]])
+    )
     student = Answers(right, torch.cat([first[:3], right[3:]]))
     found = against("s", student, teacher, LABEL, 4)
     assert (found.clean, found.robust, found.agreement) == (1, 0.25, 0.75)
     assert (found.fooled, found.transfer, found.transfer_by_class[0]) == (2, 0.5, 0.5)
     assert math.isnan(found.transfer_by_class[1])
-    assert found.moved == pytest.approx((0.7 - 0.1) * math.log(7) / 4)
+    assert found.moved == pytest.approx((0.7 * math.log(7) - 0.3 * math.log(3)) / 4)
+
+
+class Brighter(nn.Module):
+    """A network that takes an image for class 1 where its mean pixel is above a bound, else for class 0."""
+
+    def __init__(self, bound: float) -> None:
+        super().__init__()
+        self.bound = bound
+
+    def forward(self, image: Tensor) -> Tensor:
+        brighter_B = image.flatten(1).mean(1) - self.bound
+        return torch.stack([-brighter_B, brighter_B], 1)
+
+
+def test_hard_images_are_those_that_all_students_lose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attack makes every image brighter. Each batch of it draws from a seed of its own."""
+    attacked: list[tuple[nn.Module, float, int]] = []
+
+    class Stub:
+        def on(self, network: nn.Module, eps: float) -> Any:
+            def perturb(clean: Tensor, clean_BK: Tensor, label_B: Tensor, seed: int) -> Tensor:
+                attacked.append((network, eps, seed))
+                return clean + 0.4
+
+            return perturb
+
+    monkeypatch.setitem(ATTACKS, "pgd20", Stub())
+    pixels = np.array([25, 25, 76], dtype=np.uint8).repeat(4).reshape(3, 2, 2, 1)  # of 0.1, 0.1 and 0.3
+    split = split_of_arrays("two", "test", pixels, np.zeros(3, dtype=np.int64), ("dark", "bright"), "")
+    order = np.array([0, 1, 2])
+    images = Images(split=split, order=order, eps=0.4, device=torch.device("cpu"), batch_size=2, seed=5)
+    teacher, students = Brighter(0.9), [("a", Brighter(0.4)), ("b", Brighter(0.6))]
+    found = measure(teacher, "t", students, images)
+    assert [(network.bound, seed) for network, _, seed in attacked] == [
+        (bound, seed) for bound in (0.9, 0.4, 0.6) for seed in (5, 7)
+    ]
+    assert found.hard.images == 1 and found.hard.wrong_for == "a, b"
+    assert [one.robust for one in found.students] == [0, pytest.approx(2 / 3)]
+    assert (found.clean["average"], found.robust["average"]) == (1, 1)
+    assert measure(teacher, "t", [], images).hard.images == 0
 
 
 # the advice
@@ -158,6 +205,10 @@ def test_few_images_lead_to_no_conclusion() -> None:
     few = findings(students=[student(transfer=0.0, fooled=29)], hard=replace(findings().hard, images=29, share=0.0))
     assert advice(few, CLASSES).startswith("go ahead")
     assert "only 29 images are hard" in " ".join(remarks(few))
+
+
+def test_a_weakest_class_that_chance_may_have_made_is_no_reason() -> None:
+    assert advice(findings(robust=report([60, 60, 60, 20])), CLASSES).startswith("go ahead")
 
 
 def test_what_is_worth_knowing_besides_is_a_remark() -> None:
