@@ -9,13 +9,12 @@ from matplotlib.figure import Figure
 from retemper.engine.report.figures import BARS_UP_TO, LOOKS, TEACHER, as_plot, class_rows, new_figure
 from retemper.engine.report.fonts import find_fonts
 from retemper.engine.report.page import Plot
-from retemper.engine.teacher_check.page import shown_classes
-from retemper.text import shorten
+from retemper.text import shorten, shorten_all
 
 
 def class_plot(content: dict[str, Any]) -> Plot:
     """Return the figure: a dot for clean and attacked accuracy in the row of each class, and one for each student."""
-    chosen, names = shown_classes(content, BARS_UP_TO)
+    chosen, names = _shown(content, BARS_UP_TO)
     series = [
         ("clean", TEACHER, content["clean"]["accuracy"]),
         ("under attack", LOOKS[0], content["robust"]["accuracy"]),
@@ -49,3 +48,10 @@ def class_plot(content: dict[str, Any]) -> Plot:
 
 def _is(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
+
+
+def _shown(content: dict[str, Any], most: int) -> tuple[list[int], list[str]]:
+    """Return the classes that a figure has room for, the least robust ones in their order, and their names."""
+    robust = [math.inf if value is None else value for value in content["robust"]["accuracy"]]
+    chosen = sorted(sorted(range(len(robust)), key=lambda k: robust[k])[:most])
+    return chosen, shorten_all([content["classes"][k] for k in chosen], 14)

@@ -2,14 +2,13 @@
 
 import importlib.util
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from retemper.console import say
 from retemper.engine.class_report import read_result
 from retemper.engine.report.page import Cell, Plot, Section, Table, Text, write_page
 from retemper.engine.report.words import COLUMNS, columns, pixels
-from retemper.text import number, shorten_all
+from retemper.text import number
 
 FOOTER = (
     "Attack: PGD with 20 steps of a quarter of the radius on the cross-entropy, from a uniform start. An image that is "
@@ -177,10 +176,3 @@ def _percent(value: float | None) -> str:
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def shown_classes(content: dict[str, Any], most: int) -> tuple[Sequence[int], list[str]]:
-    """Return the classes that a figure has room for, the least robust ones in their order, and their names."""
-    robust = [math.inf if value is None else value for value in content["robust"]["accuracy"]]
-    chosen = sorted(sorted(range(len(robust)), key=lambda k: robust[k])[:most])
-    return chosen, shorten_all([content["classes"][k] for k in chosen], 14)
