@@ -54,6 +54,11 @@ class Networks(Options):
         None, "the architecture of the second teacher, trained without attacks", choices=(None, *MODELS)
     )
     clean_teacher_recipe: str | None = option(None, "the METHOD:SETTING that trains such a second teacher")
+    peer_model: str | None = option(
+        None,
+        "the architecture of the peer, where the method trains one beside the student (none: the student's)",
+        choices=(None, *MODELS),
+    )
     start_recipe: str | None = option(None, "fine-tune the weights of such a METHOD:SETTING (none: begin at random)")
 
 

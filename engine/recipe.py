@@ -40,8 +40,11 @@ class Method(Options):
         teacher_sees, clean_teacher_sees: the images that each teacher is asked about, of "clean" and "adv".
         average_sees: the images, of "clean" and "adv", that the average of the student's weights is ever asked about,
             in eval mode and without gradient. The recipe keeps one then (`Optimisation.average`).
+        trains_peer: whether a second network is trained beside the student, from scratch: it answers to the clean
+            images (`Targets.peer_BK`) and, in training mode, to the attacked ones (`Targets.peer_adv_BK`).
         watches_progress: whether `Targets.progress` is set in every step.
-        attack_asks_teacher: whether `objective` reads the teachers' logits. `margins` and `watcher` never do.
+        attack_asks_teacher: whether `objective` reads the logits of the teachers or of the peer. `margins` and
+            `watcher` never do.
         attacks_teacher: whether the attack goes through the teacher too; its logits are then (B, 2 K), the student's
             and then the teacher's. With `attacks_slope` they are too.
         validates_by: what attacks the held-out images that the class state moves by: PGD on the cross-entropy, or the
@@ -61,6 +64,7 @@ class Method(Options):
     teacher_sees: ClassVar[tuple[str, ...]] = ("clean",)
     clean_teacher_sees: ClassVar[tuple[str, ...]] = ()
     average_sees: ClassVar[tuple[str, ...]] = ()
+    trains_peer: ClassVar[bool] = False
     watches_progress: ClassVar[bool] = False
     attack_asks_teacher: ClassVar[bool] = True
     attacks_teacher: ClassVar[bool] = False
@@ -217,6 +221,8 @@ class Recipe:
             )
         if self.method.average_sees and self.optim.average == "none":
             raise ValueError("average = 'none': this method learns from an average of its weights; set ema or swa")
+        if self.networks.peer_model is not None and not self.method.trains_peer:
+            raise ValueError(f"peer_model = {self.networks.peer_model!r}: this method trains no peer; leave it at none")
         if self.method.attacks_teacher and self.attack.bn_mode != "eval":
             raise ValueError("attack_bn = 'train': an attack on the teacher too would move its statistics")
 

@@ -17,6 +17,7 @@ from retemper.engine.epoch_stats import ClassMeans, ClassSums
 from retemper.engine.groups import TrainingAttack
 from retemper.engine.models import MODELS, channels_last
 from retemper.engine.optim import Average, Guard, Perturbation, make_optimizer, wide_dtype
+from retemper.engine.peer import Peer
 from retemper.engine.recipe import Method, Recipe
 from retemper.engine.speed.beside import Branch
 from retemper.engine.speed.fold import Folded
@@ -33,6 +34,8 @@ class State:
     Attributes:
         teacher, clean_teacher: frozen; folded as `Execution.fold` says, where torch.fx can trace them.
         twin: the student as the attack sees it, folded anew in every step; None where it sees the student itself.
+        peer: the network that is trained beside the student; None where the method has none.
+        trained: the student, and the network of the peer.
         joined: the student as its training forwards see it, all in one batch; None where they run one by one.
         in_training: the student as an attack in training mode sees it; None where it sees another network.
         differentiated: the forwards that the loss has a gradient at, by the names of all and whether statistics move.
@@ -63,11 +66,13 @@ class State:
         device: torch.device,
         clean_teacher: nn.Module | None = None,
         ranks: Ranks = ALONE,
+        peer: nn.Module | None = None,
     ) -> None:
-        """Make everything as it is before the first step; the student moves to `device`.
+        """Make everything as it is before the first step; the student and the peer move to `device`.
 
         Raises:
-            ValueError: `fold` is set and torch.fx cannot trace the student; synced batch norm without a GPU.
+            ValueError: `fold` is set and torch.fx cannot trace the student; synced batch norm without a GPU; the method
+                trains a peer, and none is given.
         """
         optim, execution, method = recipe.optim, recipe.execution, recipe.method
         self.device, self.num_classes = device, num_classes
@@ -81,10 +86,17 @@ class State:
                 self.twin = _twin(recipe, student, self.precision, epilogue)
         half = self.precision if self.precision != torch.float32 else None
         self.joined = _joined(student, half) if execution.together_on(device) else None
+        if method.trains_peer and peer is None:
+            raise ValueError("peer: the method trains one beside the student, and none is given")
+        self.peer = None if peer is None else _peer(_placed(peer, recipe, device, ranks), recipe, device)
+        self.trained = nn.ModuleList([student] if self.peer is None else [student, self.peer.network])
         trains = recipe.attack.bn_mode == "train"
         self.in_training = OneForward(self.joined) if trains and self.joined is not None else None
         self.differentiated: dict[tuple[tuple[str, ...], bool], tuple[str, ...]] = {}
-        self.guard, self.optimizer = Guard(device), make_optimizer(optim, student, device, fused=execution.fused_sgd)
+        self.guard, self.optimizer = (
+            Guard(device),
+            make_optimizer(optim, self.trained, device, fused=execution.fused_sgd),
+        )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
         if execution.fused_sgd and not self.scaler.is_enabled():  # as a scaler sets it
             self.optimizer.found_inf = self.guard.found_inf  # pyright: ignore[reportAttributeAccessIssue]
@@ -96,6 +108,8 @@ class State:
         self.progress = torch.zeros((), device=device, dtype=dtype)
         self.noise_seed = torch.zeros(1, dtype=torch.int64, device=device)
         self.sums = {name: ClassSums.zeros(num_classes, device, dtype) for name in method.forwards}
+        if self.peer is not None:
+            self.sums["peer"] = ClassSums.zeros(num_classes, device, dtype)
         self.measured: dict[str, ClassMeans] = {}
         self.loss_sum = torch.zeros((), device=device, dtype=dtype)
         self.average = None
@@ -107,7 +121,7 @@ class State:
         self.average_sees = method.shown_to_average(1, recipe)
         self.perturbation = Perturbation(student, self.joined is not None) if optim.awp_gamma else None
         self.part, self.beside = Part.begin(ranks, device), Branch(device, execution.beside)
-        self.bucket = GradientBucket(student, ranks) if ranks.joined else None
+        self.bucket = GradientBucket(self.trained, ranks) if ranks.joined else None
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return mixed precision for one phase; a context for two would carry casts made without gradient along."""
@@ -177,9 +191,10 @@ class State:
         counts, label_B = not targets.part.idle, targets.label_B
         logits = {name: logits_BK.detach() for name, logits_BK in logits.items()}
         if counts:
-            for name, sums in self.sums.items():
-                if name in logits:
-                    sums.add(logits[name], label_B)
+            peer = {} if targets.peer_adv_BK is None else {"peer": targets.peer_adv_BK.detach()}
+            for name, logits_BK in (logits | peer).items():
+                if name in self.sums:
+                    self.sums[name].add(logits_BK, label_B)
         for name, value_BD in method.measured(logits, targets).items():
             if name not in self.measured:  # in the first step, which is not captured
                 values = value_BD.numel() // max(1, len(value_BD))
@@ -200,7 +215,7 @@ class State:
         """
         ranks = self.part.ranks
         ranks.all_reduce_each_(self.epoch_sums())
-        networks = [self.student] if self.average is None else [self.student, self.kept]
+        networks = [self.trained] if self.average is None else [self.trained, self.kept]
         buffers = [value for network in networks for value in network.buffers()]
         ranks.all_reduce_each_([value for value in buffers if value.is_floating_point()], mean=True)
         for count in (value for value in buffers if not value.is_floating_point()):
@@ -251,6 +266,15 @@ def _joined(student: nn.Module, dtype: torch.dtype | None) -> Together | None:
     except ValueError as error:
         say(f"note: {error}; its training forwards run one by one")
         return None
+
+
+def _peer(network: nn.Module, recipe: Recipe, device: torch.device) -> Peer:
+    """Return the peer of the student, executed as the teachers are and as the student is."""
+    execution = recipe.execution
+    dtype = execution.dtype_on(device)
+    eyes = _folded(network, dtype, execution.epilogue_on(device)) if execution.fold else network
+    joined = _joined(network, dtype if dtype != torch.float32 else None) if execution.together_on(device) else None
+    return Peer(network, eyes, joined)
 
 
 def _folded(network: nn.Module, dtype: torch.dtype, epilogue: str) -> nn.Module:

@@ -101,6 +101,8 @@ def observe(
         state.fold_average()
         if state.averaged is not None and "clean" in state.average_sees:
             targets = replace(targets, average_BK=state.beside.run(partial(state.averaged, clean_BCHW)))
+        if state.peer is not None:
+            targets = replace(targets, peer_BK=state.beside.run(partial(state.peer.answer, clean_BCHW)))
         if method.needs_own_prediction:
             with module_mode(attacked, recipe.attack.bn_mode):
                 targets = replace(targets, own_BK=attacked(clean_BCHW))
@@ -166,6 +168,9 @@ def descend(state: State, recipe: Recipe, images: Mapping[str, Tensor], targets:
     """Take one step of the optimizer on `images`, named as in `Method.forwards`; return the loss before it."""
     part = state.part
     state.student.train(not part.idle)
+    if state.peer is not None:
+        with state.autocast():
+            targets = replace(targets, peer_adv_BK=state.peer.learn(images["adv"], idle=part.idle))
     if state.perturbation is not None:
 
         def scaled() -> Tensor:
@@ -281,7 +286,7 @@ def update(state: State, loss: Tensor, rows: int = 0) -> None:
 
     Counts the step too: the loss of so many rows, and the noise seed, which moves on.
     """
-    weights = [weight for weight in state.student.parameters() if weight.grad is not None]
+    weights = [weight for weight in state.trained.parameters() if weight.grad is not None]
     # a scaler skips a step whose gradients overflow in half precision and lowers the scale: they are no fault
     gradients = [] if state.scaler.is_enabled() else [weight.grad for weight in weights if weight.grad is not None]
     state.guard.look(loss, gradients, state.noise_seed, state.loss_sum, rows)

@@ -29,6 +29,8 @@ class Targets:
         teacher_views: the teacher's logits on further images of the step by name (`Method.views`); empty in the attack.
         clean_teacher_BK, clean_teacher_adv_BK: the second teacher's logits (`Method.clean_teacher_sees`).
         average_BK, average_adv_BK: the logits of the average of the student's weights (`Method.average_sees`).
+        peer_BK: the peer's logits on the clean images, in eval mode and without gradient (`Method.trains_peer`).
+        peer_adv_BK: the peer's logits on the attacked images, in training mode and with gradient; None in the attack.
         progress: the share of the run that is done, 0-dim in [0, 1) (`Method.watches_progress`).
         watched: what `Method.watcher` returned, after the attack.
         label_smoothing: how much of a label's weight is spread over all classes (`Optimisation.label_smoothing`).
@@ -48,6 +50,8 @@ class Targets:
     clean_teacher_adv_BK: Tensor | None = None
     average_BK: Tensor | None = None
     average_adv_BK: Tensor | None = None
+    peer_BK: Tensor | None = None
+    peer_adv_BK: Tensor | None = None
     progress: Tensor | None = None
     watched: Any = None
     label_smoothing: float = 0.0

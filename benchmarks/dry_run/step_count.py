@@ -102,7 +102,9 @@ class Step:
         teacher, clean_teacher = (
             frozen(name, classes, channels, recipe) for name in (networks.teacher_model, networks.clean_teacher_model)
         )
-        self.state = State(recipe, student, teacher, classes, device, clean_teacher)
+        peer = create_model(networks.peer_model or networks.student, classes, channels=channels, normalise=normalise)
+        peer = peer if recipe.method.trains_peer else None
+        self.state = State(recipe, student, teacher, classes, device, clean_teacher, peer=peer)
         self.state.start_epoch(recipe, 1, 0)
         image = torch.zeros(setting.batch, side, side, channels, dtype=torch.uint8, device=device)
         index = torch.zeros(setting.batch, dtype=torch.int64, device=device)

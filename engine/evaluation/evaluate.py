@@ -104,7 +104,7 @@ def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
     if request.protocol != STANDARD:
         request = replace(request, suite=PROTOCOLS[request.protocol].suite)
     network = find_network(request.target, dataset=request.facts.dataset, which=request.weights)
-    facts, split, data_root = _test_images(network, request.facts, request.data_root)
+    facts, split, data_root = images_for(network, request.facts, request.data_root)
     order = balanced_order(split.labels, request.limit)
     eps = _radius(request, network, split.name, facts.eps)
     path = destination(network, request.out)
@@ -263,10 +263,16 @@ def _probe(
     return zero_gradients(network.name, model, image, label_B)
 
 
-def _test_images(network: Network, told: Facts, data_root: Path | None) -> tuple[Facts, Split, Path | None]:
+def images_for(
+    network: Network, told: Facts, data_root: Path | None, *, verb: str = "evaluate", which: str = "test"
+) -> tuple[Facts, Split, Path | None]:
     """Return the facts about a network, the test images for it, and the folder of these images.
 
     What the user says, in `told` and `data_root`, comes before what the network's file and its run say.
+
+    Args:
+        verb: of the command line, for messages.
+        which: "test", or "train" for the training images.
     """
     folder = None if network.weights is None else network.weights.parent
     config = RunFolder(folder).read_config() if folder is not None and is_run(folder) else None
@@ -284,12 +290,12 @@ def _test_images(network: Network, told: Facts, data_root: Path | None) -> tuple
             if not data_root.is_dir():
                 where = f"{data_root}, which {folder}/config.json names, is not a folder"
                 raise DataError(f"{where}: say with --data-root where {facts.dataset} lies now")
-    require_described(network, facts, data_root)
+    require_described(network, facts, data_root, verb)
     assert facts.dataset is not None
-    split = load_split(facts.dataset, "test", data_root, facts.image_size)
+    split = load_split(facts.dataset, which, data_root, facts.image_size)
     require_same_images(network.name, facts, len(split.classes), split.shape[2])
     if config is not None and list(split.classes) != config["classes"]:
-        raise DataError(f"the test images of {facts.dataset} have other classes than {folder} was trained on")
+        raise DataError(f"the {which} images of {facts.dataset} have other classes than {folder} was trained on")
     known = Facts(num_classes=len(split.classes), channels=split.shape[2])
     return facts.or_else(known), split, data_root
 

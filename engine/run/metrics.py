@@ -31,7 +31,7 @@ def epoch_line(epoch: int, recipe: Recipe, state: State, images: int) -> dict[st
         "lr": recipe.optim.lr_at(epoch, (steps - 1) // 2, steps),
     }
     for name, sums in state.sums.items():
-        if name not in state.forwards.before:
+        if name not in (*state.forwards.before, "peer"):
             continue
         suffix = "" if name == "adv" else f"_{name}"
         line[f"class_loss{suffix}"] = sums.mean_loss_K.tolist()

@@ -37,7 +37,7 @@ def begin_state(
     """Return a run's state before its first step, and how config.json names its teachers and its start.
 
     Args:
-        seed: of the student's weights.
+        seed: of the weights of the student and of its peer.
         names: what the user calls the "teacher", the "clean_teacher" and the "start", as `find_network` takes it.
     Raises:
         UsageError, DataError: a network cannot be used, or an option does not fit the device.
@@ -47,6 +47,10 @@ def begin_state(
     student = build_student(wanted.student, num_classes, channels=networks.split.shape[2])
     if wanted.normalise:
         student = normalising(student, recipe.data.dataset)
+    peer = None
+    if recipe.method.trains_peer:  # its weights are drawn after the student's, and are others
+        peer = build_student(wanted.peer_model or wanted.student, num_classes, channels=networks.split.shape[2])
+        peer = normalising(peer, recipe.data.dataset) if wanted.normalise else peer
     if users_network(wanted.student):
         require_readable(wanted.student, student)
         layout = torch.channels_last if recipe.execution.channels_last else torch.contiguous_format
@@ -58,7 +62,7 @@ def begin_state(
     start = networks.start(student, wanted.student, names["start"])
     try:
         recipe.execution.captures_on(networks.device)  # asked before the data is read
-        state = State(recipe, student, robust, num_classes, networks.device, clean, ranks)
+        state = State(recipe, student, robust, num_classes, networks.device, clean, ranks, peer)
     except ValueError as error:
         raise UsageError(str(error)) from None
     return state, {"teacher": robust_source, "clean_teacher": clean_source, "start": start}

@@ -205,7 +205,9 @@ class Saver:
             }
         )
         if self.tail is not None:
-            saved |= {name: self.tail[name] for name in ("student", "optimizer")}  # `stepped_part` is copied already
+            saved |= {
+                name: self.tail[name] for name in ("student", "optimizer", "peer") if name in self.tail
+            }  # `stepped_part` is copied already
         if self.ranks.joined:  # all of them leave then
             self.memory.wait()
             if self.ranks.any(not is_finite(saved)) == [True]:
@@ -231,7 +233,8 @@ class Saver:
 
 def stepped_part(state: State) -> dict[str, Any]:
     """Return what the steps of an epoch move, and nothing that follows them."""
-    return {"student": state.student.state_dict(), "optimizer": state.optimizer.state_dict()}
+    peer = {} if state.peer is None else {"peer": state.peer.network.state_dict()}
+    return {"student": state.student.state_dict(), "optimizer": state.optimizer.state_dict(), **peer}
 
 
 def moving_part(state: State) -> dict[str, Any]:
@@ -248,8 +251,9 @@ def diverged(saved: Mapping[str, Any], kept: str) -> Diverged:
 
 
 def is_finite(saved: Mapping[str, Any]) -> bool:
-    """Say whether every weight and statistic of the student in a saved state is finite."""
-    return all(bool(value.isfinite().all()) for value in saved["student"].values())
+    """Say whether every weight and statistic of the student, and of a peer, in a saved state is finite."""
+    networks = [saved[name] for name in ("student", "peer") if name in saved]
+    return all(bool(value.isfinite().all()) for network in networks for value in network.values())
 
 
 def own_part(state: State) -> dict[str, Any]:
@@ -279,6 +283,8 @@ def restore(state: State, saved: Mapping[str, Any], own: Mapping[str, Any], runn
         RuntimeError, ValueError, KeyError, TypeError, AttributeError: it is not of such a run.
     """
     state.student.load_state_dict(saved["student"])
+    if state.peer is not None:
+        state.peer.network.load_state_dict(saved["peer"])
     rates = [group["lr"] for group in state.optimizer.param_groups]
     state.optimizer.load_state_dict(saved["optimizer"])
     for group, lr in zip(state.optimizer.param_groups, rates, strict=True):
@@ -309,6 +315,7 @@ def _take_sums(state: State, saved: Mapping[str, Any]) -> None:
 def _statistics(state: State) -> dict[str, Tensor]:
     """Return the statistics of batch norm, by network and name."""
     networks = {"student": state.student, "kept": state.kept}
+    networks |= {} if state.peer is None else {"peer": state.peer.network}
     return {f"{which}.{name}": value for which, one in networks.items() for name, value in one.named_buffers()}
 
 

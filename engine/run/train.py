@@ -54,7 +54,8 @@ def train(job: Job) -> Path:
             split, recipe, ranks, job.device, seed=job.seed, data_root=job.data_root, cache=job.cache, beton=job.beton
         )
         networks.probe(data.loader)
-        require_no_lone_image(state.student, recipe, data.loader, split.shape)
+        for network in state.trained:
+            require_no_lone_image(network, recipe, data.loader, split.shape)
         teacher = teacher_logits(recipe, state, data, sources["teacher"], run=job.name, cache=job.cache)
         saver = Saver(folder, recipe, state, seed=job.seed, save_every=job.save_every, header=job.header(split))
         pace = Pace(recipe, len(data.loader), job.max_steps)
@@ -126,7 +127,7 @@ def _conclude(
     recipe, images = job.recipe, data.loader.num_images
     saver.hold_tail(epoch)
     state.all_reduce()
-    if not job.ranks.hold_same_bits([*state.student.state_dict().values()]):
+    if not job.ranks.hold_same_bits([*state.trained.state_dict().values()]):
         raise Diverged(f"the processes hold different weights after epoch {epoch}; {saver.kept()}")
     line = epoch_line(epoch, recipe, state, images)
     _move_classes(job, state, data, epoch)

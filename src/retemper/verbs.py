@@ -120,6 +120,24 @@ def _hint(name: str, known: Sequence[str]) -> str:
     return nearest(name, known)
 
 
+def teacher(arguments: Namespace) -> None:
+    """Check a teacher before students are trained: accuracy by class, soft labels, and a line of advice."""
+    from retemper.engine.checkpoints.header import Facts
+    from retemper.engine.device import pick_device
+    from retemper.engine.teacher_check.check import TeacherRequest, check_teacher
+
+    same = "target split out eps data_root limit batch_size seed"
+    request = TeacherRequest(
+        **{name: getattr(arguments, name) for name in same.split()},
+        students=tuple(arguments.student),
+        device=pick_device(arguments.device),
+        facts=Facts(model=arguments.model, dataset=arguments.dataset),
+    )
+    path, said = check_teacher(request)
+    print(said)
+    print(path)
+
+
 def report(arguments: Namespace) -> None:
     """Write one page and its plots for one or more runs."""
     from retemper.engine.report import write_report

@@ -29,9 +29,10 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of the engine, beside the methods
     "absld, by AdamW": dict(optimizer="adamw", decay_norms=False),
     "absld, weights perturbed": dict(awp_gamma=0.01),
     "rslad, in bf16": dict(precision="bf16"),
+    "peeraid, weights perturbed": dict(awp_gamma=0.01),
 }
 # those whose steps are others, or change where IAD begins
-RELEASED = "sat trades cfa frl faal iad fair_iad adaiad mtard b_mtard bat".split()
+RELEASED = "sat trades cfa frl faal iad fair_iad adaiad mtard b_mtard bat peeraid".split()
 OPTIONS |= {f"{method}, released": dict(variant="released") for method in RELEASED}
 METHODS = [*(name for name in methods() if "digits" in method_module(name).SETTINGS), *OPTIONS]
 STEPS = 20
@@ -55,7 +56,7 @@ def record(state: State) -> Callable[[Callable[[], Tensor]], tuple[Callable[[], 
 
 def tensors(state: State) -> list[Tensor]:
     """Return all tensors that a step changes in place."""
-    found = [*state.student.state_dict(keep_vars=True).values(), state.noise_seed, state.loss_sum]
+    found = [*state.trained.state_dict(keep_vars=True).values(), state.noise_seed, state.loss_sum]
     found += [moment for moments in state.optimizer.state.values() for moment in moments.values()]
     found += list(state.class_state.values())
     for sums in state.sums.values():
@@ -75,7 +76,9 @@ def make(name: str, device: torch.device) -> tuple[State, Recipe]:
     teachers = [channels_last(create_model("tiny_resnet", 10), device).eval().requires_grad_(False) for _ in range(2)]
     teacher = teachers[0] if recipe.networks.teacher_model else None
     clean_teacher = teachers[1] if recipe.networks.clean_teacher_model else None
-    state = State(recipe, create_model("tiny_resnet", 10), teacher, 10, device, clean_teacher)
+    student = create_model("tiny_resnet", 10)
+    peer = create_model("tiny_resnet", 10) if recipe.method.trains_peer else None
+    state = State(recipe, student, teacher, 10, device, clean_teacher, peer=peer)
     if device.type == "cpu":  # there the rate is a number, as nothing is captured; here it is
         for group in state.optimizer.param_groups:
             group["lr"] = torch.tensor(group["lr"])

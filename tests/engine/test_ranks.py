@@ -140,6 +140,7 @@ METHODS: dict[str, dict[str, Any]] = {  # all that is done with a batch as a who
     "faal": {},
     "rslad": dict(awp_gamma=0.01, average="ema", ema_decay=0.9),
     "bat": dict(attack_start="uniform"),
+    "peeraid": dict(average_from=2),
 }
 SIZES = [12, 12, 2]  # of batches: of three processes one has nothing of the last
 
@@ -156,7 +157,8 @@ def trained(ranks: Ranks) -> dict[str, Any]:
         student = normalising(student, "digits") if recipe.networks.normalise else student
         wanted = recipe.networks.teacher_model, recipe.networks.clean_teacher_model
         teacher, clean_teacher = (one if name else None for one, name in zip(teachers, wanted, strict=True))
-        state = State(recipe, student, teacher, 10, CPU, clean_teacher, ranks)
+        peer = Plain(8).double() if recipe.method.trains_peer else None
+        state = State(recipe, student, teacher, 10, CPU, clean_teacher, ranks, peer)
         for name, value in state.class_state.items():
             state.class_state[name] = value.double()
         state.loss_sum = state.loss_sum.double()
@@ -175,12 +177,12 @@ def trained(ranks: Ranks) -> dict[str, Any]:
                 state.move_classes(recipe.method.next_class_state(state.class_state, stats, epoch, recipe))
         found[method] = {
             "losses": torch.stack(losses).double(),
-            "weights": dict(student.named_parameters()),
+            "weights": dict(state.trained.named_parameters()),
             "kept": state.kept.state_dict(),
             "classes": state.class_state,
             "counts": {name: sums.count_K for name, sums in state.sums.items()},
             "correct": {name: sums.correct_K for name, sums in state.sums.items()},
-            "same": ranks.hold_same_bits(list(student.parameters())),
+            "same": ranks.hold_same_bits(list(state.trained.parameters())),
         }
     return found
 

@@ -108,7 +108,9 @@ def test_a_step_never_waits_for_the_device_and_keeps_its_state_in_place(name: st
         channels_last(create_model(model, 10), cpu).eval().requires_grad_(False) if model else None
         for model in networks
     )
-    state = State(recipe, create_model(recipe.networks.student, 10), teacher, 10, cpu, clean_teacher)
+    student = create_model(recipe.networks.student, 10)
+    peer = create_model(recipe.networks.student, 10) if recipe.method.trains_peer else None
+    state = State(recipe, student, teacher, 10, cpu, clean_teacher, peer=peer)
     label = torch.arange(20) % 10
     clean = torch.rand(20, 1, 8, 8).to(memory_format=torch.channels_last)
     train_step(state, recipe, clean, label)  # the first one may allocate
