@@ -58,6 +58,7 @@ def _centred(
     apart = (clean if clean.dtype is dtype else clean.to(dtype)) - adv
     if ignored is not None:
         weight, apart = weight.masked_fill(ignored, 0), apart.masked_fill(ignored, 0)
+    apart = apart - apart[:, :1]  # where all are nearly equal, their mean is rounded as what lies between them
     total = _row_sums(weight)
     apart = apart - _row_sums(weight * apart) / total.clamp(min=LEAST.value)
     return weight * apart, apart, total

@@ -40,13 +40,16 @@ def require_fitting(clean: Tensor, adv: Tensor, weight: Tensor, label: Tensor | 
 
 
 @triton.jit
-def _block(clean_row, adv_row, weight_row, cls, K: tl.constexpr):
-    """Return the difference of the logits, and the weight, of a block (ROWS, LANES): 0 beyond the last class."""
+def _block(clean_row, adv_row, weight_row, first, cls, K: tl.constexpr):
+    """Return the difference of the logits less that of the `first`, and the weight, of a block (ROWS, LANES).
+
+    Beyond the last class the weight is 0.
+    """
     inside = cls < K
     clean = tl.load(clean_row[:, None] + cls, mask=inside, other=0.0).to(tl.float32)
     adv = tl.load(adv_row[:, None] + cls, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_row[:, None] + cls, mask=inside, other=0.0).to(tl.float32)
-    return clean - adv, weight
+    return clean - adv - first[:, None], weight
 
 
 @triton.jit
@@ -81,13 +84,15 @@ def _pair_kernel(
     if label_ptr is not None:
         weight_row = weight_ptr + label.to(tl.int64) * WEIGHT_STRIDE
         scale *= known  # NaN where the label is no class
+    # where all are nearly equal, their mean is rounded as what lies between them
+    first = tl.load(clean_row).to(tl.float32) - tl.load(adv_row).to(tl.float32)
 
     weights = tl.zeros((ROWS, LANES), tl.float32)
     moments = tl.zeros((ROWS, LANES), tl.float32)
     for start in range(0, K, STEPS * LANES):
         for step in tl.static_range(STEPS):
             cls = start + step * LANES + tl.arange(0, LANES)
-            apart, weight = _block(clean_row, adv_row, weight_row, cls, K)
+            apart, weight = _block(clean_row, adv_row, weight_row, first, cls, K)
             weights += weight
             moments += weight * apart
     total = tl.sum(weights, 1)
@@ -97,7 +102,7 @@ def _pair_kernel(
     for start in range(0, K, STEPS * LANES):
         for step in tl.static_range(STEPS):
             cls = start + step * LANES + tl.arange(0, LANES)
-            apart, weight = _block(clean_row, adv_row, weight_row, cls, K)
+            apart, weight = _block(clean_row, adv_row, weight_row, first, cls, K)
             apart -= tl.expand_dims(mean, 1)
             pull = weight * apart
             if loss_ptr is not None:
