@@ -41,33 +41,38 @@ def class_pair_reference(
     Returns:
         (B,), leading dimensions flattened; float32, or float64 when clean or adv is.
     """
-    return _losses(*_centred(*_arguments(clean, adv, weight, label, **options)))
+    pull, apart, total, ones = _centred(*_arguments(clean, adv, weight, label, **options))
+    return _losses(pull * apart, total, ones).view(-1)
 
 
-def _losses(pull: Tensor, apart: Tensor, total: Tensor) -> Tensor:
-    return (_row_sums(pull * apart) * (2 * total)).view(-1)
+def _losses(squares: Tensor, total: Tensor, ones: Tensor | None) -> Tensor:
+    return _row_sums(squares, ones) * total * 2
 
 
 def _centred(
     clean: Tensor, adv: Tensor, weight: Tensor, label: Tensor | None, ignore_index: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return w (d - m) and d - m, (B, K), and W, (B, 1): 0 in rows left out, NaN where the label is no class."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return w (d - m) and d - m, (B, K), and W, (B, 1): 0 in rows left out, NaN where the label is no class.
+
+    And what `_row_sums` takes beside the rows.
+    """
     dtype = compute_dtype(clean, adv)
     weight, ignored = (weight, None) if label is None else _looked_up(weight, label, ignore_index)
     weight = weight if weight.dtype is dtype else weight.to(dtype)
     apart = (clean if clean.dtype is dtype else clean.to(dtype)) - adv
     if ignored is not None:
         weight, apart = weight.masked_fill(ignored, 0), apart.masked_fill(ignored, 0)
+    classes = weight.shape[1]
+    ones = weight.new_ones(classes, 1) if classes < FEW else None
     apart = apart - apart[:, :1]  # where all are nearly equal, their mean is rounded as what lies between them
-    total = _row_sums(weight)
-    apart = apart - _row_sums(weight * apart) / total.clamp(min=LEAST.value)
-    return weight * apart, apart, total
+    total = _row_sums(weight, ones)
+    apart = apart - _row_sums(weight * apart, ones) / total.clamp(min=LEAST.value)
+    return weight * apart, apart, total, ones
 
 
-def _row_sums(values: Tensor) -> Tensor:
+def _row_sums(values: Tensor, ones: Tensor | None) -> Tensor:
     """Return the sum of each row, (B, 1)."""
-    classes = values.shape[1]
-    return values.mm(values.new_ones(classes, 1)) if classes < FEW else values.sum(1, keepdim=True)
+    return values.sum(1, keepdim=True) if ones is None else values.mm(ones)
 
 
 def _looked_up(table: Tensor, label: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor | None]:
@@ -87,25 +92,26 @@ def _looked_up(table: Tensor, label: Tensor, ignore_index: int | None) -> tuple[
 
 
 def _evaluate(rows: Rows, differentiated: bool = False) -> tuple[Tensor, Any]:
-    """Return the losses of the rows, (B,), and where they are `differentiated` a quarter of the gradient at `clean`.
+    """Return the losses of the rows, (B, 1), and where they are `differentiated` a quarter of the gradient at `clean`.
 
     A CPU takes a few rows of many at a time.
     """
     clean, adv, weight, label, ignore_index = rows
-    size = max(1, PART * torch.get_num_threads() // clean.shape[1])
+    size = PART * torch.get_num_threads() // clean.shape[1] or 1
     if clean.is_cuda or clean.shape[0] <= size:
-        pull, apart, total = _centred(*rows)
-        return _losses(pull, apart, total), pull * total if differentiated else None
+        pull, apart, total, ones = _centred(*rows)
+        slope = pull * total if differentiated else None
+        return _losses(pull.mul_(apart), total, ones), slope
     dtype = compute_dtype(clean, adv)
-    losses = clean.new_empty(clean.shape[0], dtype=dtype)
+    losses = clean.new_empty(clean.shape[0], 1, dtype=dtype)
     slopes = clean.new_empty(clean.shape, dtype=dtype) if differentiated else None
     for start in range(0, clean.shape[0], size):
         part = slice(start, start + size)
         own = (weight[part], None) if label is None else (weight, label[part])
-        pull, apart, total = _centred(clean[part], adv[part], *own, ignore_index)
-        losses[part] = _losses(pull, apart, total)
+        pull, apart, total, ones = _centred(clean[part], adv[part], *own, ignore_index)
         if slopes is not None:
             torch.mul(pull, total, out=slopes[part])
+        losses[part] = _losses(pull.mul_(apart), total, ones)
     return losses, slopes
 
 
@@ -118,7 +124,7 @@ class _AtOnce(torch.autograd.Function):
         ctx.save_for_backward(slope)
         ctx.dtypes, ctx.divisor = (clean.dtype, adv.dtype), None
         if reduction == "none":
-            return loss
+            return loss.view(-1)
         ctx.divisor = _divisor(rows, reduction)
         return loss.sum() / ctx.divisor
 
@@ -165,7 +171,7 @@ def _rows_op(clean: Tensor, adv: Tensor, weight: Tensor, label: Tensor | None, i
     """Return the losses of the rows."""
     if not runs_triton(clean, adv):
         require_fitting(clean, adv, weight, label)
-        return _evaluate((clean, adv, weight, label, ignore_index))[0]
+        return _evaluate((clean, adv, weight, label, ignore_index))[0].view(-1)
     loss = _fake_rows(clean, adv)
     launch(clean, adv, weight, label, ignore_index, loss=loss)
     return loss
@@ -265,7 +271,7 @@ def _reduced(rows: Rows, reduction: str) -> Tensor:
             rows = rows if ignored is not None else (clean, adv, own, None, None)
         if (clean.requires_grad or adv.requires_grad) and torch.is_grad_enabled():
             return _AtOnce.apply(clean, adv, rows, reduction)  # pyright: ignore[reportReturnType]
-        loss = _evaluate(rows)[0]
+        loss = _evaluate(rows)[0].view(-1)
     else:
         loss = _rows_op(*rows)
     if reduction in ("none", "sum"):

@@ -26,8 +26,7 @@ def require_fitting(clean: Tensor, adv: Tensor, weight: Tensor, label: Tensor | 
     """Raise ValueError where a shape, dtype, device or stride does not fit."""
     require_logits(clean=clean, adv=adv)
     batch, classes = clean.shape
-    wanted = (batch if label is None else classes, classes)
-    if weight.shape != wanted:
+    if weight.shape != (wanted := (batch if label is None else classes, classes)):
         form = "a row for each row of logits" if label is None else "a row for each class, as label is given"
         raise ValueError(f"weight: shape {tuple(weight.shape)}; needs {wanted}, {form}")
     if weight.dtype not in FLOATS or weight.device != clean.device:
