@@ -39,6 +39,7 @@ class Method(Options):
         average_sees: the images, of "clean" and "adv", that the average of the student's weights is asked about, in
             eval mode and without gradient. The recipe keeps one then (`Optimisation.average`).
         watches_progress: whether `Targets.progress` is set in every step.
+        draws: whether `Targets.uniform` is drawn in every step.
         attack_asks_teacher: whether `objective` reads the teachers' logits. `margins` and `watcher` never do.
         attacks_teacher: whether the attack goes through the teacher too; its logits are then (B, 2 K), the student's
             and then the teacher's.
@@ -59,6 +60,7 @@ class Method(Options):
     clean_teacher_sees: ClassVar[tuple[str, ...]] = ()
     average_sees: ClassVar[tuple[str, ...]] = ()
     watches_progress: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
     attack_asks_teacher: ClassVar[bool] = True
     attacks_teacher: ClassVar[bool] = False
     validates_by: ClassVar[Literal["pgd", "training attack"] | None] = None

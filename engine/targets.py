@@ -27,6 +27,7 @@ class Targets:
         clean_teacher_BK, clean_teacher_adv_BK: the second teacher's logits (`Method.clean_teacher_sees`).
         average_BK, average_adv_BK: the logits of the average of the student's weights (`Method.average_sees`).
         progress: the share of the run that is done, 0-dim in [0, 1) (`Method.watches_progress`).
+        uniform_BK: random numbers of this step, uniform in [0, 1], of each image and class (`Method.draws`).
         watched: what `Method.watcher` returned, after the attack.
         label_smoothing: how much of a label's weight is spread over all classes (`Optimisation.label_smoothing`).
         attack: which attack of the step this is, from 0, where the method takes several.
@@ -45,6 +46,7 @@ class Targets:
     average_BK: Tensor | None = None
     average_adv_BK: Tensor | None = None
     progress: Tensor | None = None
+    uniform_BK: Tensor | None = None
     watched: Any = None
     label_smoothing: float = 0.0
     attack: int = 0
@@ -65,15 +67,20 @@ class Targets:
         return cross_entropy_rows(logits_BK, self.label_B, self.label_smoothing)
 
     @property
+    def uniform(self) -> Tensor:
+        """The random numbers of this step, for methods that draw."""
+        return given(self.uniform_BK)
+
+    @property
     def own(self) -> Tensor:
         """The student's own logits on the clean images, for methods that ask for them."""
         return given(self.own_BK)
 
 
-def given(logits_BK: Tensor | None) -> Tensor:
-    """Return logits that the method asked for."""
-    assert logits_BK is not None, "the method reads what it does not ask for"
-    return logits_BK
+def given(asked_BK: Tensor | None) -> Tensor:
+    """Return what the method asked for: logits, or random numbers."""
+    assert asked_BK is not None, "the method reads what it does not ask for"
+    return asked_BK
 
 
 @dataclass(frozen=True)
