@@ -43,6 +43,7 @@ class Method(Options):
         trains_peer: whether a second network is trained beside the student, from scratch: it answers to the clean
             images (`Targets.peer_BK`) and, in training mode, to the attacked ones (`Targets.peer_adv_BK`).
         watches_progress: whether `Targets.progress` is set in every step.
+        draws: whether `Targets.uniform` is drawn in every step.
         attack_asks_teacher: whether `objective` reads the logits of the teachers or of the peer. `margins` and
             `watcher` never do.
         attacks_teacher: whether the attack goes through the teacher too; its logits are then (B, 2 K), the student's
@@ -66,6 +67,7 @@ class Method(Options):
     average_sees: ClassVar[tuple[str, ...]] = ()
     trains_peer: ClassVar[bool] = False
     watches_progress: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
     attack_asks_teacher: ClassVar[bool] = True
     attacks_teacher: ClassVar[bool] = False
     validates_by: ClassVar[Literal["pgd", "training attack"] | None] = None

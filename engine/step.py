@@ -19,8 +19,10 @@ from retemper.engine.recipe import Recipe
 from retemper.engine.speed.beside import Awaiting
 from retemper.engine.state import State
 from retemper.engine.targets import Targets
+from retemper.kernels import random_start_
 
 FAR = 2**62  # between the noise seeds of two attacks of a step: further than those of any two steps of a run
+APART = 2**61  # between the seed of a step's attack and that of what its method draws
 
 
 def train_step(
@@ -85,6 +87,7 @@ def observe(
         label_B=label_B,
         teacher_BK=teacher_BK,
         progress=state.progress if method.watches_progress else None,
+        uniform_BK=uniform(state, label_B) if method.draws else None,
         label_smoothing=recipe.optim.label_smoothing,
         state=state.class_state,
         part=state.part,
@@ -107,6 +110,13 @@ def observe(
             with module_mode(attacked, recipe.attack.bn_mode):
                 targets = replace(targets, own_BK=attacked(clean_BCHW))
     return begin_attack(recipe, clean_BCHW, targets, number=0)
+
+
+def uniform(state: State, label_B: Tensor) -> Tensor:
+    """Return numbers uniform in [0, 1], (B, K), that follow from the step's noise seed and the rows' places in it."""
+    middle_BK = torch.full((len(label_B), state.num_classes), 0.5, device=state.device, dtype=state.dtype)
+    seed, rows = state.noise_seed + APART, state.part.ranks.rows
+    return random_start_(torch.empty_like(middle_BK), middle_BK, 0.5, seed=seed, rows=rows)
 
 
 def begin_attack(recipe: Recipe, clean_BCHW: Tensor, targets: Targets, number: int) -> Targets:

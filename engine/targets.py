@@ -32,6 +32,7 @@ class Targets:
         peer_BK: the peer's logits on the clean images, in eval mode and without gradient (`Method.trains_peer`).
         peer_adv_BK: the peer's logits on the attacked images, in training mode and with gradient; None in the attack.
         progress: the share of the run that is done, 0-dim in [0, 1) (`Method.watches_progress`).
+        uniform_BK: random numbers of this step, uniform in [0, 1], of each image and class (`Method.draws`).
         watched: what `Method.watcher` returned, after the attack.
         label_smoothing: how much of a label's weight is spread over all classes (`Optimisation.label_smoothing`).
         attack: which attack of the step this is, from 0, where the method takes several.
@@ -53,6 +54,7 @@ class Targets:
     peer_BK: Tensor | None = None
     peer_adv_BK: Tensor | None = None
     progress: Tensor | None = None
+    uniform_BK: Tensor | None = None
     watched: Any = None
     label_smoothing: float = 0.0
     attack: int = 0
@@ -77,15 +79,20 @@ class Targets:
         return F.cross_entropy(at_least_float32(logits_BK), self.label_B, label_smoothing=self.label_smoothing)
 
     @property
+    def uniform(self) -> Tensor:
+        """The random numbers of this step, for methods that draw."""
+        return given(self.uniform_BK)
+
+    @property
     def own(self) -> Tensor:
         """The student's own logits on the clean images, for methods that ask for them."""
         return given(self.own_BK)
 
 
-def given(logits_BK: Tensor | None) -> Tensor:
-    """Return logits that the method asked for."""
-    assert logits_BK is not None, "the method reads what it does not ask for"
-    return logits_BK
+def given(asked_BK: Tensor | None) -> Tensor:
+    """Return what the method asked for: logits, or random numbers."""
+    assert asked_BK is not None, "the method reads what it does not ask for"
+    return asked_BK
 
 
 @dataclass(frozen=True)

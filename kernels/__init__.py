@@ -12,6 +12,7 @@ operations as torch.nn.Module, and patches.py puts them into torchattacks.
 from retemper.kernels.ascent import pgd_step_reference
 from retemper.kernels.augment import augment, augment_reference, identity_view, num_views
 from retemper.kernels.batch_norm import batch_norm, batch_norm_reference, batch_norm_twice
+from retemper.kernels.class_pair import class_pair, class_pair_reference
 from retemper.kernels.class_sums import class_sums, class_sums_reference
 from retemper.kernels.class_temperature_kl import class_temperature_kl, class_temperature_kl_grad_
 from retemper.kernels.epilogue import epilogue, epilogue_reference
@@ -33,6 +34,8 @@ __all__ = [
     "batch_norm",
     "batch_norm_reference",
     "batch_norm_twice",
+    "class_pair",
+    "class_pair_reference",
     "class_sums",
     "class_sums_reference",
     "class_temperature_js",

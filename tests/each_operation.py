@@ -45,6 +45,11 @@ def run_each(kernels: ModuleType) -> dict[str, Tensor]:
     parts = [w * F.kl_div(mixed.log(), p, reduction="batchmean") for w, p in ((0.3, target), (0.7, student.softmax(1)))]
     torch.testing.assert_close(found["class_temperature_js"], sum(parts))
 
+    found["class_pair"] = kernels.class_pair(student, teacher, target)
+    apart = (student - teacher)[:, :, None] - (student - teacher)[:, None]
+    pairs = (target[:, :, None] * target[:, None] * apart**2).sum((1, 2))
+    torch.testing.assert_close(found["class_pair"], pairs.mean())
+
     found["class_sums"] = kernels.class_sums(student, label, 4)[0]
     each = F.cross_entropy(student, label, reduction="none")
     torch.testing.assert_close(found["class_sums"], torch.zeros(4).index_add(0, label, each))

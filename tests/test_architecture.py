@@ -22,6 +22,7 @@ BUILDS_ON = {
     "fair_iad": {"ard", "fair", "iad"},
     "fair_mtard": {"fair", "mtard"},
     "fair_rslad": {"fair", "rslad"},
+    "fair_tat": {"cfa"},
     "iad": {"ard"},
     "label_trust": {"absld"},
 }

@@ -78,6 +78,10 @@ CALLS = {  # a name of kernels.py -> ours and the chain, with the names of INPUT
         "class_temperature_js(student, teacher, label, temperature)",
         "F.kl_div(((student.softmax(1) + teacher.softmax(1)) / 2).log(), teacher.softmax(1), reduction='batchmean')",
     ),
+    "class_pair forward": (
+        "class_pair(student, teacher, student.softmax(1))",
+        "(student.softmax(1) * (student - teacher) ** 2).sum(1).mean()",
+    ),
     "class_sums": (
         "class_sums(student, label, 10)",
         "zeros.index_add(0, label, F.cross_entropy(student, label, reduction='none'))",

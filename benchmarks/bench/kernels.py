@@ -8,8 +8,8 @@ measured, and `kernels ms` is the kernel alone. On a CPU our kernels are their p
 GB/s counts the bytes that must move, each once, whoever computes it: `pgd_step_` reads three images and writes one;
 `random_start_` reads one and writes one; `augment` reads a byte and writes a float for each value; `epilogue` reads one
 or two tensors and writes one, its gradient reads two and writes one; the divergences read two tensors of logits, their
-gradients write a third; `class_sums` reads one. A share of the bound over 100% says that the tensors fit in a cache,
-which those of one training step do.
+gradients write a third; `class_pair` reads three, its gradients write two more; `class_sums` reads one. A share of the
+bound over 100% says that the tensors fit in a cache, which those of one training step do.
 
 The tables of host_time.py say how long a call holds Python, those of first_call.py what the first one of a process
 takes.
@@ -48,6 +48,8 @@ LOGITS: dict[str, tuple[Build, str]] = {
     "class_temperature_kl_grad_": (logit_cases.kl_grad_case, ""),
     "class_temperature_js forward": (logit_cases.js_case, ""),
     "class_temperature_js forward and backward": (logit_cases.js_case, "backward"),
+    "class_pair forward": (logit_cases.pair_case, ""),
+    "class_pair forward and backward": (logit_cases.pair_case, "backward"),
     "class_sums": (logit_cases.sums_case, ""),
 }
 

@@ -1,4 +1,4 @@
-"""The cases of the kernels on logits: the KL, its gradient, the Jensen-Shannon divergence and the sums by class."""
+"""The cases of the kernels on logits: the KL, its gradient, the Jensen-Shannon divergence, class pairs, class sums."""
 
 import math
 from collections.abc import Callable
@@ -12,6 +12,8 @@ from retemper.bench.case import Case, Contender, equal_to, near_to
 from retemper.bench.kernel_cases import CHECKED, OURS, KernelSize, bytes_of
 from retemper.bench.peers import library, missing
 from retemper.kernels import (
+    class_pair,
+    class_pair_reference,
     class_sums,
     class_temperature_js,
     class_temperature_js_reference,
@@ -117,6 +119,38 @@ def js_case(size: KernelSize) -> Case:
     ours = Contender(name=OURS, call=call, exactness="rounding", check=check)
     must_move = (3 if backward else 2) * bytes_of(student) + 12 * size.batch
     return size.case(ours, eager_js, given, check, must_move, wrap=whole)
+
+
+def eager_pair(clean: Tensor, adv: Tensor, weight: Tensor) -> Tensor:
+    apart = clean.float() - adv.float()
+    apart = apart - apart[:, :1]
+    total = weight.sum(1, keepdim=True)
+    apart = apart - (weight * apart).sum(1, keepdim=True) / total
+    return (2 * total * (weight * apart**2).sum(1, keepdim=True)).mean()
+
+
+def pair_case(size: KernelSize) -> Case:
+    """Return the case of the class-pair term, or with the form "backward" of its gradient at both sides.
+
+    Each row has weights of its own, since 32,000 classes have no table. The chain keeps the digits that ours does.
+    """
+    clean, adv, *_ = size.logits()
+    weight, backward = torch.rand(size.batch, size.classes).softmax(1).to(clean.device), size.form == "backward"
+    few = clean[:CHECKED].double().requires_grad_(backward), adv[:CHECKED], weight[:CHECKED]
+    if backward:
+        truth = torch.autograd.grad(class_pair_reference(*few).sum(), few[0])[0] / size.batch
+        check = near_to(truth, size.tolerance, lambda result: result[0][:CHECKED])
+    else:
+        check = near_to(class_pair_reference(clean.double(), adv, weight).mean(), size.tolerance)
+    leaves = [clean.requires_grad_(backward), adv.requires_grad_(backward)]
+
+    def whole(loss: Callable[[], Tensor]) -> Callable[[], Any]:
+        return (lambda: torch.autograd.grad(loss(), leaves)) if backward else loss
+
+    given = clean, adv, weight
+    ours = Contender(name=OURS, call=whole(lambda: class_pair(*given)), exactness="rounding", check=check)
+    must_move = (4 if backward else 2) * bytes_of(clean) + bytes_of(weight)
+    return size.case(ours, eager_pair, given, check, must_move, wrap=whole)
 
 
 def eager_sums(student: Tensor, label: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,6 +30,7 @@ MODULES = {  # the first word of a case's name -> the module with its constants
     "class_temperature_kl": "logit_rows",
     "class_temperature_kl_grad_": "logit_rows",
     "class_temperature_js": "logit_rows",
+    "class_pair": "logit_rows",
     "class_sums": "class_sums_kernels",
 }
 Setting = dict[str, int]

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -26,8 +26,10 @@ from retemper.engine import (
     given,
     train_step,
 )
+from retemper.engine.distributed.ranks import Ranks
 from retemper.engine.models import channels_last
 from retemper.engine.step import attack, descend, observe, observe_attacked
+from retemper.kernels import random_start_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +168,34 @@ def test_each_class_has_its_own_margin_and_step(device: torch.device) -> None:
     assert (moved <= label / 20 + 1e-6).all()
     inside = moved[label > 0] / (label[label > 0] / 20)
     assert inside.min() > 0.9 and moved[label == 0].max() == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing(Plain):
+    draws: ClassVar[bool] = True
+
+
+def drawn(state: State, rows: int, method: type[Method] = Drawing) -> Tensor | None:
+    label = torch.zeros(rows, dtype=torch.int64, device=state.device)
+    clean = torch.zeros(rows, 1, 8, 8, device=state.device)
+    return observe(state, small(method), state.student, clean, label, None).uniform_BK
+
+
+def test_what_a_method_draws_follows_from_the_steps_seed_and_the_rows_places(device: torch.device) -> None:
+    state = begin(small(Drawing), device)
+    state.noise_seed.fill_(7)
+    whole = given(drawn(state, 400))
+    assert whole.shape == (400, 10) and whole.min() >= 0 and whole.max() <= 1
+    assert (whole.mean() - 0.5).abs() < 0.02 and (whole.std() - 12**-0.5).abs() < 0.02  # 4 deviations
+    start = random_start_(torch.empty_like(whole), torch.full_like(whole, 0.5), 0.5, seed=7)
+    assert not (start == whole).any()  # not the noise of the attack
+    assert torch.equal(given(drawn(state, 400)), whole)
+    state.part = replace(state.part, ranks=Ranks(rank=1, world_size=3))
+    assert torch.equal(given(drawn(state, 20)), whole[1::3][:20])  # as a process of three draws its rows
+    state.part = replace(state.part, ranks=Ranks())
+    state.noise_seed += 1
+    assert not (given(drawn(state, 400)) == whole).any()
+    assert drawn(state, 1, Plain) is None
 
 
 def test_a_watcher_sees_every_iterate_before_its_step(device: torch.device) -> None:

@@ -41,6 +41,7 @@ kl = import_module("retemper.kernels.kl_kernel")
 rows = import_module("retemper.kernels.logit_rows")
 sums = import_module("retemper.kernels.class_sums_kernels")
 js = import_module("retemper.kernels.js_kernel")
+pairs = import_module("retemper.kernels.class_pair_kernels")
 pgd = import_module("retemper.kernels.ascent_kernels")
 noise = import_module("retemper.kernels.noise_kernels")
 views = import_module("retemper.kernels.augment")
@@ -172,6 +173,23 @@ def jensen_shannon(dtype: str) -> Iterator[Case]:
         tiles |= {"STUDENT_STRIDE": classes, "TEACHER_STRIDE": classes, "BY_ROW": dtype == "fp16"}
         for left_out in (["student_grad_ptr", "teacher_grad_ptr"], ["loss_ptr"], ["loss_ptr", "teacher_grad_ptr"]):
             yield js._js_kernel, types, absent | tiles | dict.fromkeys(left_out)
+
+
+def class_pairs(dtype: str) -> Iterator[Case]:
+    """Yield what recipes launch, a table of float32 whatever the logits are; and weights of each row, unlabelled."""
+    types = dict.fromkeys(["clean_ptr", "adv_ptr", "clean_grad_ptr", "adv_grad_ptr"], f"*{dtype}")
+    types |= dict.fromkeys(["weight_ptr", "row_grad_ptr", "loss_ptr"], "*fp32") | {"label_ptr": "*i64"}
+    types |= dict.fromkeys(["row_grad_stride", "ignore_index", "B"], "i32")
+    absent = {} if OPTIONAL[dtype] else dict.fromkeys(["label_ptr", "ignore_index"])
+    for classes in (10, 100, 1000) if ALIGNED[dtype] else (10, 1000):
+        tiles = rows.row_tiles(classes, gcd(classes, 16 // SIZE[dtype]))
+        tiles |= dict.fromkeys(["CLEAN_STRIDE", "ADV_STRIDE", "WEIGHT_STRIDE"], classes)
+        for left_out in (
+            ["clean_grad_ptr", "adv_grad_ptr", "row_grad_ptr"],
+            ["loss_ptr"],
+            ["loss_ptr", "clean_grad_ptr"],
+        ):
+            yield pairs._pair_kernel, types, absent | tiles | dict.fromkeys(left_out)
 
 
 def augmentation(dtype: str) -> Iterator[Case]:
@@ -317,6 +335,7 @@ def report(folder: str, name: str) -> None:
                 *by_class(dtype),
                 *class_sums(dtype),
                 *jensen_shannon(dtype),
+                *class_pairs(dtype),
                 *augmentation(dtype),
                 *convolution(dtype),
                 *depthwise(dtype),

@@ -30,6 +30,7 @@ LOADS_WIDE = {
     "_ball_start_kernel",
     "_kl_kernel",
     "_js_kernel",
+    "_pair_kernel",
     "_class_sums_kernel",
     "_row_losses_kernel",
     "epilogue_kernel",
