@@ -100,7 +100,7 @@ def view_tile(height: int, row: int) -> dict[str, int]:
 
 
 @triton.jit
-def _reflected(place, last: tl.constexpr):
+def reflected(place, last: tl.constexpr):
     """Return the place in 0 ... last that an outer one mirrors; it lies outside by at most `last`."""
     return tl.minimum(tl.abs(place), 2 * last - tl.abs(place))
 
@@ -139,9 +139,9 @@ def _augment_kernel(
     from_y = y
     if MODE == "reflect":
         inside = (y < HEIGHT)[:, None] & (col < row)
-        from_y, down = _reflected(y + down, HEIGHT - 1), 0
+        from_y, down = reflected(y + down, HEIGHT - 1), 0
         channel = col % CHANNELS
-        from_col = _reflected(from_col - channel, row - CHANNELS) + channel
+        from_col = reflected(from_col - channel, row - CHANNELS) + channel
     else:
         inside = ((y + down >= 0) & (y + down < HEIGHT))[:, None] & ((from_col >= 0) & (from_col < row))
     # a column's address, computed once for all rows, plus a row's constant: in int64, so that no sum needs widening

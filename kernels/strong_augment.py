@@ -8,12 +8,17 @@ once, whatever is done to its geometry, and its bytes are rounded where PIL roun
 colour operation changes nothing and the others take the image for its own grey, as PIL does.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from retemper.kernels.augment import check_images
-from retemper.kernels.language import tl
+from retemper.kernels.language import next_power_of_2, tl
+from retemper.kernels.launch import Launch, launch_prepared
 from retemper.kernels.operators import operator
+from retemper.kernels.runtime import runs_triton
+from retemper.kernels.strong_augment_kernels import BLOCK, WARPS, _strong_augment_kernel
 from retemper.kernels.view_draws import (
     AUTOCONTRAST,
     BRIGHTNESS,
@@ -23,6 +28,7 @@ from retemper.kernels.view_draws import (
     POLICIES,
     SHARPNESS,
     Drawn,
+    most_cut,
     view_draws,
 )
 
@@ -217,9 +223,42 @@ def _strong_augment_op(
     padding_mode: str,
     cutout: int,
 ) -> Tensor:
+    if runs_triton(image) and image.dim() == 4 and view.dim() == 1:
+        out = _fake(image, view, index, policy, dtype)
+        launch_prepared(_prepared, image, view, index, out, policy, flip, padding, padding_mode, cutout)
+        return out
     _check(image, view, index, dtype, policy, padding, padding_mode, cutout)
     how = {"policy": policy, "flip": flip, "padding": padding, "padding_mode": padding_mode, "cutout": cutout}
     return strong_augment_reference(image, view, index=index, dtype=dtype, **how)
+
+
+def _prepared(
+    image: Tensor,
+    view: Tensor,
+    index: Tensor | None,
+    out: Tensor,
+    policy: str,
+    flip: bool,
+    padding: int,
+    padding_mode: str,
+    cutout: int,
+) -> Launch | None:
+    """Check the arguments, and return the launch."""
+    _check(image, view, index, out.dtype, policy, padding, padding_mode, cutout)
+    if not out.numel():
+        return None
+    return Launch(_strong_augment_kernel, (view.shape[0],), strong_constants(image.shape, policy))
+
+
+def strong_constants(shape: tuple[int, ...], policy: str) -> dict[str, Any]:
+    """Return the constants of the kernel for images (N, H, W, C), and its warps."""
+    images, height, width, channels = shape
+    rule = POLICIES[policy]
+    size = {"N": images, "HEIGHT": height, "WIDTH": width, "CHANNELS": channels, "ROWS": next_power_of_2(channels)}
+    drawn = {"UNTIL": rule.until, "SHEAR_RANGE": rule.shear, "TURNS": rule.turns, "SHARE": rule.erase}
+    drawn |= {"MOST_CUT": None if rule.cut is None else most_cut(rule, height, width), "RANGE": rule.erase_range}
+    block = min(BLOCK, max(128, next_power_of_2(height * width * channels)))
+    return {**size, **drawn, "BLOCK": block, "num_warps": max(1, block * WARPS // BLOCK)}
 
 
 def _check(

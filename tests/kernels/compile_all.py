@@ -44,6 +44,7 @@ js = import_module("retemper.kernels.js_kernel")
 pgd = import_module("retemper.kernels.ascent_kernels")
 noise = import_module("retemper.kernels.noise_kernels")
 views = import_module("retemper.kernels.augment")
+strong = import_module("retemper.kernels.strong_augment")
 after = import_module("retemper.kernels.epilogue_kernels")
 depth = import_module("retemper.kernels.depthwise")
 norms = import_module("retemper.kernels.batch_norm_kernels")
@@ -182,6 +183,21 @@ def augmentation(dtype: str) -> Iterator[Case]:
         yield views._augment_kernel, types, absent | shape | views.view_tile(side, side * channels)
 
 
+def strong_augmentation(dtype: str) -> Iterator[Case]:
+    """Yield what recipes launch: IDBH of colour images and of grey ones, CropShift, a reflected crop with cutout."""
+    types = {"image_ptr": "*u8", "view_ptr": "*i64", "index_ptr": "*i64", "out_ptr": f"*{dtype}", "N": "i32"}
+    absent = {} if OPTIONAL[dtype] else {"index_ptr": None}
+    policies = {"idbh-strong": (32, 3), "idbh-svhn": (28, 1), "cropshift": (32, 3), "crop": (32, 3)}
+    for policy, (side, channels) in policies.items() if dtype == "fp32" else [("idbh-weak", (32, 3))]:
+        form = {"POLICY": policy, "MIRROR": True, "PADDING": 4, "MODE": "reflect", "SQUARE": 8 * (policy == "crop")}
+        sizes = strong.strong_constants((1, side, side, channels), policy)
+        yield (
+            strong._strong_augment_kernel,
+            types,
+            absent | form | {name: to for name, to in sizes.items() if name != "N"},
+        )
+
+
 def convolution(dtype: str) -> Iterator[Case]:
     images = ["x_ptr", "residual_ptr", "y_ptr", "grad_ptr", "x_grad_ptr", "residual_grad_ptr"]
     images += (sums := ["sum_ptr", "second_ptr", "sum_grad_ptr"])
@@ -316,6 +332,7 @@ def report(folder: str, name: str) -> None:
                 *class_sums(dtype),
                 *jensen_shannon(dtype),
                 *augmentation(dtype),
+                *strong_augmentation(dtype),
                 *convolution(dtype),
                 *depthwise(dtype),
                 *batch_norm(dtype),
