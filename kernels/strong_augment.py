@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from retemper.kernels.augment import check_images
-from retemper.kernels.language import next_power_of_2, tl
+from retemper.kernels.language import next_power_of_2
 from retemper.kernels.launch import Launch, launch_prepared
 from retemper.kernels.operators import operator
 from retemper.kernels.runtime import runs_triton
@@ -63,8 +63,7 @@ def strong_augment_reference(
     turns = bool(POLICIES[policy].until)
     pixel = _gathered(image, index, drawn, turns, reflect)
     if turns:
-        _tone_(pixel, drawn)
-        _mix_(pixel, drawn)
+        _change_(pixel, drawn)
     y, x = torch.arange(height, device=view.device), torch.arange(width, device=view.device)
     black = _inside(y, drawn.erase_y, drawn.erase_height)[:, :, None]
     black = black & _inside(x, drawn.erase_x, drawn.erase_width)[:, None]
@@ -84,8 +83,9 @@ def _gathered(image: Tensor, index: Tensor | None, drawn: Drawn, turns: bool, re
     images, height, width, channels = image.shape
     batch = torch.arange(len(drawn.flip), device=image.device)
     source = batch if index is None else index.clamp(0, images - 1)
-    flip, shift_x, left, right, shift_y, top, bottom = (one[:, None, None] for one in drawn[:7])
-    y, x = torch.arange(height, device=image.device)[:, None], torch.arange(width, device=image.device)
+    flip, shift_x, left, right, shift_y, top, bottom = (one.int()[:, None, None] for one in drawn[:7])
+    y, x = (torch.arange(side, dtype=torch.int32, device=image.device) for side in (height, width))
+    y = y[:, None]
     if turns:
         scale, x_by_y, y_by_x = (one[:, None, None] for one in (drawn.scale, drawn.x_by_y, drawn.y_by_x))
         x, y = _seen_from(x, y, scale, x_by_y, width, height), _seen_from(y, x, scale, y_by_x, height, width)
@@ -95,7 +95,7 @@ def _gathered(image: Tensor, index: Tensor | None, drawn: Drawn, turns: bool, re
     if reflect:
         x, y = (last - (last - at.abs()).abs() for at, last in ((x, width - 1), (y, height - 1)))
     inside = across & down
-    place = (source[:, None, None] * height + y * down) * width + x * across
+    place = y * down * width + x * across + (source * (height * width))[:, None, None]
     pixel = image.view(-1, channels).index_select(0, place.flatten()).view(*inside.shape, channels)
     return pixel.mul_(inside[..., None])
 
@@ -108,44 +108,29 @@ def _seen_from(place: Tensor, other: Tensor, scale: Tensor, skew: Tensor, side: 
         scale, skew: what they count, (B, 1, 1) in units of 2**-32.
     """
     begin = side * 2**32 - scale * (side - 1) - skew * (other_side - 1)
-    return _fixed(begin, 17) + _fixed(scale, 16) * place + _fixed(skew, 16) * other >> 16
+    return _fixed(scale, 16) * place + _fixed(skew, 16) * other + _fixed(begin, 17) >> 16
 
 
 def _fixed(number: Tensor, bits: int) -> Tensor:
-    """Return a number divided by 2**bits, rounded as PIL does, half up."""
-    return number + (1 << bits - 1) >> bits
+    """Return a number divided by 2**bits, rounded as PIL does, half up; int32."""
+    return (number + (1 << bits - 1) >> bits).int()
 
 
-def _rows(operation: Tensor, *wanted: tl.constexpr) -> Tensor:
-    """Return which images have a wanted operation; on a GPU, whose answer would have to be waited for, all."""
-    if not operation.is_cpu:
-        return torch.arange(len(operation), device=operation.device)
-    return torch.isin(operation, torch.tensor([one.value for one in wanted])).nonzero().flatten()
-
-
-def _tone_(pixel: Tensor, drawn: Drawn) -> None:
-    """Do the operations that give each byte of a channel another one, in place, as PIL does.
+def _change_(pixel: Tensor, drawn: Drawn) -> None:
+    """Do the operations of colour in place, as PIL does; a CPU looks for the images that have each.
 
     Args:
         pixel: (B, H, W, C) uint8, C is 1 or 3.
     """
-    rows = _rows(drawn.operation, BRIGHTNESS, CONTRAST, AUTOCONTRAST, EQUALIZE)
-    chosen = pixel[rows]
-    table = _tables(chosen.int(), drawn.operation[rows, None, None], drawn.strength[rows, None, None])
-    pixel[rows] = table.gather(2, chosen.flatten(1, 2).mT.long()).mT.view_as(chosen)
+    for kind, change in CHANGES.items():
+        wanted = drawn.operation == kind
+        rows = wanted.nonzero().flatten() if wanted.is_cpu else torch.arange(len(wanted), device=wanted.device)
+        here, strength, value = wanted[rows, None, None, None], drawn.strength[rows, None, None, None], pixel[rows]
+        pixel[rows] = torch.where(here, change(value.int(), strength).byte(), value)
 
 
-def _mix_(pixel: Tensor, drawn: Drawn) -> None:
-    """Do the operations that look at other channels or other pixels, in place, as PIL does."""
-    rows = _rows(drawn.operation, COLOR, SHARPNESS)
-    value, operation = pixel[rows].int(), drawn.operation[rows, None, None, None]
-    sharp = operation == SHARPNESS.value
-    mixed = blend(torch.where(sharp, _smooth(value), _grey(value)), value, drawn.strength[rows, None, None, None])
-    pixel[rows] = torch.where(sharp | (operation == COLOR.value), mixed, value).byte()
-
-
-def blend(worst: Tensor, value: Tensor, strength: Tensor) -> Tensor:
-    """Return bytes as far beyond `worst` as `strength` says, (...) int32: 0 gives `worst`, 1 gives `value`."""
+def _blend(worst: Tensor, value: Tensor, strength: Tensor) -> Tensor:
+    """Return bytes as far beyond `worst` as `strength` says, int32: 0 gives `worst`, 1 gives `value`."""
     return (worst.float() + strength * (value - worst).float()).clamp_(0, 255).int()
 
 
@@ -157,50 +142,72 @@ def _grey(value: Tensor) -> Tensor:
     return red * GREY[0] + green * GREY[1] + blue * GREY[2] + 2**15 >> 16
 
 
-def _smooth(value: Tensor) -> Tensor:
-    """Return the images smoothed by their neighbours, (B, H, W, C) int32; the border stays as it is."""
+def _coloured(value: Tensor, strength: Tensor) -> Tensor:
+    return _blend(_grey(value), value, strength)
+
+
+def _brightened(value: Tensor, strength: Tensor) -> Tensor:
+    return _blend(torch.zeros_like(value), value, strength)
+
+
+def _contrasted(value: Tensor, strength: Tensor) -> Tensor:
+    pixels = value.shape[1] * value.shape[2]
+    mean = (2 * _grey(value).sum((1, 2, 3), keepdim=True) + pixels) // (2 * pixels)
+    return _blend(mean.int(), value, strength)
+
+
+def _sharpened(value: Tensor, strength: Tensor) -> Tensor:
     height, width = value.shape[1:3]
-    if min(height, width) < 3:
-        return value
-    rows = value[:, :-2] + value[:, 1:-1] + value[:, 2:]
-    inner = value[:, 1:-1, 1:-1]
-    total = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + CENTRE * inner
-    smooth = value.clone()
-    smooth[:, 1:-1, 1:-1] = (2 * total + SMOOTH) // (2 * SMOOTH)
-    return smooth
+    smooth = value.clone()  # as the border stays
+    if min(height, width) > 2:
+        rows = value[:, :-2] + value[:, 1:-1] + value[:, 2:]
+        total = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + CENTRE * value[:, 1:-1, 1:-1]
+        smooth[:, 1:-1, 1:-1] = (2 * total + SMOOTH) // (2 * SMOOTH)
+    return _blend(smooth, value, strength)
 
 
-def _tables(value: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
-    """Return what becomes of each byte in each channel of an image, (B, C, 256) uint8.
-
-    Args:
-        value: (B, H, W, C) int32.
-        operation, strength: (B, 1, 1).
-    """
+def _counts(value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return how often each byte occurs in each channel of an image, (B, C, 256) int64; the bytes; the largest one."""
     batch, height, width, channels = value.shape
-    byte, pixels = torch.arange(256, device=value.device, dtype=torch.int32), height * width
-    row = torch.arange(batch * channels, device=value.device) * 256
-    place = value.view(batch, pixels, channels) + row.view(batch, 1, channels)
-    ones = torch.ones((), device=value.device, dtype=torch.int64).expand(place.numel())
-    count = torch.zeros(256 * len(row), device=value.device, dtype=torch.int64).scatter_add_(0, place.flatten(), ones)
-    count = count.view(batch, channels, 256)
-    used = torch.where(count > 0, byte, 256)
-    low, high = used.amin(2, keepdim=True), torch.where(count > 0, byte, -1).amax(2, keepdim=True)
+    row = torch.arange(batch * channels, device=value.device).view(batch, 1, channels) * 256
+    place = (value.view(batch, height * width, channels) + row).flatten()
+    count = torch.zeros(256 * batch * channels, device=value.device, dtype=torch.int64)
+    count.scatter_add_(0, place, torch.ones((), device=value.device, dtype=torch.int64).expand(len(place)))
+    count, byte = count.view(batch, channels, 256), torch.arange(256, device=value.device, dtype=torch.int32)
+    return count, byte, torch.where(count > 0, byte, -1).amax(2, keepdim=True)
 
+
+def _looked_up(value: Tensor, table: Tensor) -> Tensor:
+    """Return what a (B, C, 256) table has for each byte of its channel."""
+    return table.gather(2, value.flatten(1, 2).mT.long()).mT.view_as(value)
+
+
+def _stretched(value: Tensor, strength: Tensor) -> Tensor:
+    """Return the images after autocontrast, in the float64 of PIL's Python."""
+    count, byte, high = _counts(value)
+    low = torch.where(count > 0, byte, 256).amin(2, keepdim=True)
     span = (high - low).double()
     scale = torch.full_like(span, 255).div_(span.clamp(min=1))  # 255 / span would multiply by 1 / span
-    stretched = torch.where(span > 0, (byte * scale + -low * scale).clamp(0, 255).int(), byte)
-    step = (pixels - count.gather(2, high.long())) // 255
-    before = count.cumsum(2) - count
-    equal = torch.where(step > 0, ((step // 2 + before) // step.clamp(min=1)).clamp(max=255), byte).int()
-    mean = (2 * _grey(value).sum((1, 2, 3)) + pixels) // (2 * pixels)
-    worst = torch.where(operation == CONTRAST.value, mean.int()[:, None, None], 0)
-    tone = blend(worst, byte, strength)
+    table = (byte * scale + -low * scale).clamp_(0, 255).int()
+    return _looked_up(value, torch.where(span > 0, table, byte))
 
-    table = torch.where(operation == AUTOCONTRAST.value, stretched, byte)
-    table = torch.where(operation == EQUALIZE.value, equal, table)
-    toned = (operation == BRIGHTNESS.value) | (operation == CONTRAST.value)
-    return torch.where(toned, tone, table).byte()
+
+def _equalized(value: Tensor, strength: Tensor) -> Tensor:
+    count, byte, high = _counts(value)
+    step = (value.shape[1] * value.shape[2] - count.gather(2, high.long())) // 255
+    before = count.cumsum(2) - count
+    table = ((step // 2 + before) // step.clamp(min=1)).clamp_(max=255).int()
+    return _looked_up(value, torch.where(step > 0, table, byte))
+
+
+CHANGES = {
+    COLOR.value: _coloured,
+    BRIGHTNESS.value: _brightened,
+    CONTRAST.value: _contrasted,
+    SHARPNESS.value: _sharpened,
+    AUTOCONTRAST.value: _stretched,
+    EQUALIZE.value: _equalized,
+}
 
 
 def _fake(image: Tensor, view: Tensor, index: Tensor | None, policy: str, dtype: torch.dtype, *_: object) -> Tensor:

@@ -5,6 +5,10 @@ over it twice: it has come to the cache then. Whatever gives each byte another o
 strong_augment.py.
 """
 
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAssignmentType=false, reportPossiblyUnboundVariable=false
+# (Triton declares that static_range never returns, and that a constant is no number.)
+
 from retemper.kernels.augment import REST, WHOLE, reflected
 from retemper.kernels.language import tl, triton
 from retemper.kernels.view_draw_kernels import (

@@ -2,6 +2,9 @@
 float64, of which there are but sums, products, quotients and roots.
 """
 
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
+# (Triton declares that static_range never returns, and that a constant is no number.)
+
 from retemper.kernels.language import tl, triton
 from retemper.kernels.view_draws import (
     BRIGHTNESS,

@@ -184,18 +184,16 @@ def augmentation(dtype: str) -> Iterator[Case]:
 
 
 def strong_augmentation(dtype: str) -> Iterator[Case]:
-    """Yield what recipes launch: IDBH of colour images and of grey ones, CropShift, a reflected crop with cutout."""
+    """Yield what recipes launch: IDBH of colour images and of grey ones, and a reflected crop with cutout."""
     types = {"image_ptr": "*u8", "view_ptr": "*i64", "index_ptr": "*i64", "out_ptr": f"*{dtype}", "N": "i32"}
     absent = {} if OPTIONAL[dtype] else {"index_ptr": None}
-    policies = {"idbh-strong": (32, 3), "idbh-svhn": (28, 1), "cropshift": (32, 3), "crop": (32, 3)}
-    for policy, (side, channels) in policies.items() if dtype == "fp32" else [("idbh-weak", (32, 3))]:
+    policies = {"fp32": ("idbh-strong", "crop"), "fp16": ("idbh-svhn",), "bf16": ("idbh-weak", "cropshift")}
+    for policy in policies[dtype]:
+        side, channels = (28, 1) if policy == "idbh-svhn" else (32, 3)
         form = {"POLICY": policy, "MIRROR": True, "PADDING": 4, "MODE": "reflect", "SQUARE": 8 * (policy == "crop")}
         sizes = strong.strong_constants((1, side, side, channels), policy)
-        yield (
-            strong._strong_augment_kernel,
-            types,
-            absent | form | {name: to for name, to in sizes.items() if name != "N"},
-        )
+        sizes.pop("N")
+        yield strong._strong_augment_kernel, types, absent | form | sizes
 
 
 def convolution(dtype: str) -> Iterator[Case]:
