@@ -26,11 +26,22 @@ class Data(Options):
     images_per_class: int | None = option(
         None, "train on so many images of each class (none: on all)", positive=True, at_most=10**7
     )
-    padding: int = option(4, "pad by so many pixels and crop at random; 0 switches cropping off", at_most=128)
+    augment: Literal["crop", "cropshift", "idbh-weak", "idbh-strong", "idbh-svhn"] = option(
+        "crop",
+        "what is done to images: a random crop; CropShift, which cuts off up to 10 of 32 lines and moves the rest; or "
+        "IDBH, which also changes colour or shape, and erases a part of half of the images (weak) or of all (strong)",
+    )
+    cutout: int = option(0, "put a black square of so many pixels a side into each image; 0: none", at_most=4096)
+    padding: int = option(4, "pad by so many pixels and crop at random, with augment crop; 0: no cropping", at_most=128)
     padding_mode: Literal["zeros", "reflect"] = option(
         "zeros", "what lies outside an image that is cropped at random: black, or its mirror image"
     )
     flip: bool = option(True, "mirror half of the images")
+
+    @property
+    def strong(self) -> bool:
+        """Say whether views are more than a crop and a flip: no table holds all views of an image then."""
+        return self.augment != "crop" or self.cutout > 0
 
 
 @dataclass(frozen=True, kw_only=True)

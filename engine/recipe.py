@@ -225,6 +225,11 @@ class Recipe:
             raise ValueError("average = 'none': this method learns from an average of its weights; set ema or swa")
         if self.networks.peer_model is not None and not self.method.trains_peer:
             raise ValueError(f"peer_model = {self.networks.peer_model!r}: this method trains no peer; leave it at none")
+        if self.data.strong and self.execution.teacher_table == "on":
+            raise ValueError(
+                f"teacher_table = 'on': augment = {self.data.augment!r} and cutout = {self.data.cutout} show other "
+                "views in every epoch, too many for a table; set teacher_table = 'auto', which asks the teacher ahead"
+            )
         if self.method.attacks_teacher and self.attack.bn_mode != "eval":
             raise ValueError("attack_bn = 'train': an attack on the teacher too would move its statistics")
 

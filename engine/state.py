@@ -23,7 +23,7 @@ from retemper.engine.speed.beside import Branch
 from retemper.engine.speed.fold import Folded
 from retemper.engine.speed.together import OneForward, Together
 from retemper.engine.targets import Forwards, Targets
-from retemper.kernels import augment
+from retemper.kernels import augment, strong_augment
 
 
 class State:
@@ -232,10 +232,12 @@ def clean_images(recipe: Recipe, image: Tensor, view: Tensor, index: Tensor | No
     """Return the images that networks are shown, (B, C, H, W) fp32 in [0, 1], in the recipe's memory format.
 
     Args:
-        image, view, index: what a loader gives, as `augment` takes it.
+        image, view, index: what a loader gives, as `augment` and `strong_augment` take it.
     """
-    data = recipe.data
-    clean = augment(image, view, index=index, padding=data.padding, padding_mode=data.padding_mode)
+    data, how = recipe.data, {"padding": recipe.data.padding, "padding_mode": recipe.data.padding_mode}
+    if data.strong:
+        how |= {"policy": data.augment, "flip": data.flip, "cutout": data.cutout}
+    clean = (strong_augment if data.strong else augment)(image, view, index=index, **how)
     return clean if recipe.execution.channels_last else clean.contiguous()
 
 

@@ -100,7 +100,7 @@ def view_tile(height: int, row: int) -> dict[str, int]:
 
 
 @triton.jit
-def _reflected(place, last: tl.constexpr):
+def reflected(place, last: tl.constexpr):
     """Return the place in 0 ... last that an outer one mirrors; it lies outside by at most `last`."""
     return tl.minimum(tl.abs(place), 2 * last - tl.abs(place))
 
@@ -139,9 +139,9 @@ def _augment_kernel(
     from_y = y
     if MODE == "reflect":
         inside = (y < HEIGHT)[:, None] & (col < row)
-        from_y, down = _reflected(y + down, HEIGHT - 1), 0
+        from_y, down = reflected(y + down, HEIGHT - 1), 0
         channel = col % CHANNELS
-        from_col = _reflected(from_col - channel, row - CHANNELS) + channel
+        from_col = reflected(from_col - channel, row - CHANNELS) + channel
     else:
         inside = ((y + down >= 0) & (y + down < HEIGHT))[:, None] & ((from_col >= 0) & (from_col < row))
     # a column's address, computed once for all rows, plus a row's constant: in int64, so that no sum needs widening
@@ -165,7 +165,7 @@ def _augment_op(
     image: Tensor, view: Tensor, index: Tensor | None, padding: int, dtype: torch.dtype, padding_mode: str = "zeros"
 ) -> Tensor:
     if not runs_triton(image) or image.dim() != 4 or view.dim() != 1:
-        _check(image, view, index, dtype, padding, padding_mode)
+        check_images(image, view, index, dtype, padding, padding_mode)
         return augment_reference(image, view, index=index, padding=padding, padding_mode=padding_mode, dtype=dtype)
     out = _fake(image, view, index, padding, dtype)
     launch_prepared(_prepared, image, view, index, out, padding, padding_mode)
@@ -176,7 +176,7 @@ def _prepared(
     image: Tensor, view: Tensor, index: Tensor | None, out: Tensor, padding: int, padding_mode: str
 ) -> Launch | None:
     """Check the arguments, and return the launch."""
-    _check(image, view, index, out.dtype, padding, padding_mode)
+    check_images(image, view, index, out.dtype, padding, padding_mode)
     if not out.numel():
         return None
     images, height, width, channels = image.shape
@@ -186,7 +186,7 @@ def _prepared(
     return Launch(_augment_kernel, (view.shape[0] * tiles,), {**shape, **tile})
 
 
-def _check(
+def check_images(
     image: Tensor, view: Tensor, index: Tensor | None, dtype: torch.dtype, padding: int, padding_mode: str
 ) -> None:
     if image.dim() != 4 or image.dtype != torch.uint8:

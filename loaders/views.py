@@ -1,11 +1,12 @@
-"""The random part of an epoch: the order of the images, and the view (crop and flip) that each one is seen in.
+"""The random part of an epoch: the order of the images, and the view that each one is seen in.
 
 Both are functions of (seed, epoch, position in the data set) alone. So any epoch can be drawn again, whatever the
-backend, the batch size or the number of processes. A view has an id:
+backend, the batch size or the number of processes. A view, a crop and a flip, has an id:
 
     id = (dy * (2 p + 1) + dx) * 2 + flip        0 <= dy, dx <= 2 p;  p = padding;  0 <= id < 2 (2 p + 1)^2
 
-(dy, dx) is where the crop begins in the image padded by p on every side.
+(dy, dx) is where the crop begins in the image padded by p on every side. A strong view has too many choices for ids: it
+is a number of 63 bits, from which `strong_augment` draws them, and -1 leaves the image as it is.
 Only the raw 64-bit words of PCG64 are used: numpy promises not to change those, but not its permutations.
 """
 
@@ -42,10 +43,11 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ViewSpace:
-    """The views that an image may be seen in: crops after padding, mirrored or not.
+    """The views that an image may be seen in: crops after padding, mirrored or not; or strong ones.
 
     padding: pixels on every side.
     flip: whether views may be mirrored.
+    strong: draw the numbers of strong views, whatever they may show.
 
     Raises:
         UsageError: negative padding.
@@ -53,6 +55,7 @@ class ViewSpace:
 
     padding: int = 4
     flip: bool = True
+    strong: bool = False
 
     def __post_init__(self) -> None:
         if self.padding < 0:
@@ -61,12 +64,14 @@ class ViewSpace:
     @property
     def count(self) -> int:
         """Return the number of ids. They lie in [0, count); without flips only the even ones are drawn."""
+        if self.strong:
+            return 2**63
         return 2 * (2 * self.padding + 1) ** 2
 
     @property
     def identity(self) -> int:
-        """Return the id of the view that leaves an image as it is."""
-        return (self.padding * (2 * self.padding + 1) + self.padding) * 2
+        """Return the id of the view that leaves an image as it is; of strong views it is the only one below 0."""
+        return -1 if self.strong else (self.padding * (2 * self.padding + 1) + self.padding) * 2
 
     def draw(self, n: int, seed: int, epoch: int) -> np.ndarray:
         """Return the views of n images in an epoch, (n,) int64; the i-th depends on (seed, epoch, i) alone.
@@ -75,6 +80,8 @@ class ViewSpace:
             UsageError: a negative seed or epoch.
         """
         words = random_words(n, seed, epoch, VIEW)
+        if self.strong:
+            return (words >> np.uint64(1)).astype(np.int64)
         # the remainder favours small ids by less than count / 2**64
         ids = words % np.uint64(self.count) if self.flip else words % np.uint64(self.count // 2) * np.uint64(2)
         return ids.astype(np.int64)

@@ -66,4 +66,7 @@ def run_each(kernels: ModuleType) -> dict[str, Tensor]:
     pixels = (clean.permute(0, 2, 3, 1) * 255).byte().contiguous()
     found["augment"] = kernels.augment(pixels, torch.full((2,), kernels.identity_view(4)))
     torch.testing.assert_close(found["augment"], pixels.permute(0, 3, 1, 2) / 255)
+
+    found["strong_augment"] = kernels.strong_augment(pixels, torch.full((2,), -1), policy="idbh-strong")
+    torch.testing.assert_close(found["strong_augment"], found["augment"])
     return found

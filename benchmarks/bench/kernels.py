@@ -1,4 +1,5 @@
-"""Each kernel against the chain of eager operations that it stands for, that chain compiled, and Liger's KL divergence.
+"""Each kernel against the chain of eager operations that it stands for, that chain compiled, and Liger's KL divergence;
+`strong_augment` against Pillow.
 
 One table a kernel, size and precision. `ratio` is a row's time in ours: above 1 ours is faster. `of bound` is what a
 copy of as many bytes takes on this machine in this run, as a share of the time; the aim at the large sizes is 90% for
@@ -6,10 +7,10 @@ copy of as many bytes takes on this machine in this run, as a share of the time;
 measured, and `kernels ms` is the kernel alone. On a CPU our kernels are their plain PyTorch references.
 
 GB/s counts the bytes that must move, each once, whoever computes it: `pgd_step_` reads three images and writes one;
-`random_start_` reads one and writes one; `augment` reads a byte and writes a float for each value; `epilogue` reads one
-or two tensors and writes one, its gradient reads two and writes one; the divergences read two tensors of logits, their
-gradients write a third; `class_pair` reads three, its gradients write two more; `class_sums` reads one. A share of the
-bound over 100% says that the tensors fit in a cache, which those of one training step do.
+`random_start_` reads one and writes one; `augment` and `strong_augment` read a byte and write a float for each value;
+`epilogue` reads one or two tensors and writes one, its gradient reads two and writes one; the divergences read two
+tensors of logits, their gradients write a third; `class_pair` reads three, its gradients write two more; `class_sums`
+reads one. A share of the bound over 100% says that the tensors fit in a cache, which those of one training step do.
 
 The tables of host_time.py say how long a call holds Python, those of first_call.py what the first one of a process
 takes.
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
-from retemper.bench import image_cases, logit_cases
+from retemper.bench import image_cases, logit_cases, strong_cases
 from retemper.bench.case import Case, PlannedCase, Request
 from retemper.bench.first_call import first_call_cases
 from retemper.bench.host_time import host_case
@@ -38,6 +39,9 @@ IMAGES: dict[str, tuple[Build, str]] = {  # with the form
     "random_start_ l2": (image_cases.start_case, "l2"),
     "augment": (image_cases.augment_case, "zeros"),
     "augment reflected": (image_cases.augment_case, "reflect"),
+}
+STRONG: dict[str, tuple[Build, str]] = {
+    f"strong_augment {policy}": (strong_cases.strong_case, policy) for policy in ("cropshift", "idbh-weak")
 }
 EPILOGUES: dict[str, tuple[Build, str]] = {
     f"epilogue {form}": (image_cases.epilogue_case, form) for form in image_cases.EPILOGUES
@@ -85,6 +89,9 @@ def _sized(request: Request) -> Iterator[PlannedCase]:
         for name in IMAGES:
             for batch in _batches(request, 3 * 32 * 32 * item, few=" " in name):
                 yield _planned(f"{name} {precision} {batch}x3x32x32", IMAGES[name], replace(size, batch=batch))
+        for name in STRONG:
+            for batch in request.batches((128,), 16):
+                yield _planned(f"{name} {precision} {batch}x3x32x32", STRONG[name], replace(size, batch=batch))
         for name in EPILOGUES:
             for batch in request.batches((128, 1024) if request.on_gpu else (16, 128), 2):
                 yield _planned(f"{name} {precision} {batch}x64x32x32", EPILOGUES[name], replace(size, batch=batch))

@@ -48,12 +48,14 @@ def training_split(data: Data, data_root: Path | None, beton: Path | None) -> Sp
 
     Raises:
         UsageError: no such data set; the converted file has images of another size than the recipe says; or they are
-            too small to be reflected as far as the recipe pads them.
+            too small to be reflected as far as the recipe pads them, or for its cutout.
         DataError: the images cannot be read, or the converted file holds others.
     """
     split = _split(data, data_root, beton)
     side = min(split.shape[:2])
-    if data.padding_mode == "reflect" and data.padding >= side:
+    if data.cutout >= side:
+        raise UsageError(f"--cutout {data.cutout}: images of {side} px a side can lose {side - 1} px a side at most")
+    if data.augment == "crop" and data.padding_mode == "reflect" and data.padding >= side:
         raise UsageError(f"--padding {data.padding}: images of {side} px a side can be reflected by {side - 1} at most")
     return split
 
@@ -103,7 +105,7 @@ def load_data(
         indices=train_indices,
         batch_size=recipe.optim.batch_size,
         seed=seed,
-        views=ViewSpace(recipe.data.padding, recipe.data.flip),
+        views=ViewSpace(recipe.data.padding, recipe.data.flip, recipe.data.strong),
         device=device,
         cache_dir=cache,
         beton=beton,

@@ -137,6 +137,10 @@ def _table(
     execution, device, split = recipe.execution, state.device, data.split
     size = len(split), data.loader.plan.views.count, state.num_classes
     wanted = execution.teacher_table
+    if recipe.data.strong:
+        if wanted == "auto":
+            say(f"{run}: the views change in every epoch: no table of the teacher's answers is kept, it is asked ahead")
+        return None
     if wanted == "off" or (wanted == "auto" and table_bytes(*size) > AUTO_LIMIT):
         return None
     facts = {

@@ -26,6 +26,7 @@ from retemper.bench import (
     step_phases,
     step_problem,
     step_variants,
+    strong_cases,
     sweep,
 )
 from retemper.bench.case import EXACTNESS, Case, Request
@@ -212,13 +213,14 @@ def test_every_variant_of_the_step_is_a_recipe_of_a_gpu() -> None:
 
 
 def test_a_wrong_kernel_is_refused_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    step, views = image_cases.pgd_step_, image_cases.augment
+    step, views, strong = image_cases.pgd_step_, image_cases.augment, strong_cases.strong_augment
     gradient, sums = logit_cases.class_temperature_kl_grad_, logit_cases.class_sums
     wrong = {
         (image_cases, "pgd_step_"): lambda adv, grad, clean, by, eps, **options: step(
             adv, grad, clean, by, 2 * eps, **options
         ),
         (image_cases, "augment"): lambda image, view, **options: views(image, view ^ 1, **options),
+        (strong_cases, "strong_augment"): lambda image, view, **options: strong(image, view ^ 1, **options),
         (logit_cases, "class_temperature_kl_grad_"): lambda own, other, label, k: gradient(
             own, other, label, k.flip(0)
         ),
@@ -228,7 +230,7 @@ def test_a_wrong_kernel_is_refused_a_time(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(module, name, function)
     request = Request(what="kernels", device=CPU, quick=True)
     planned = {case.name.split(" fp32")[0]: case for case in kernels.cases(request)}
-    for name in ("pgd_step_", "pgd_step_ l2", "class_temperature_kl_grad_", "class_sums", "augment"):
+    for name in ("pgd_step_", "pgd_step_ l2", "class_temperature_kl_grad_", "class_sums", "augment", *kernels.STRONG):
         assert "disagrees" in refused(planned[name].build(), "retemper"), name
 
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from retemper.engine.catalogue import find_setting
 from retemper.engine.groups import Data
 from retemper.engine.run.data import chosen_indices, training_split
 from retemper.engine.state import clean_images
-from retemper.kernels import augment_reference
+from retemper.kernels import augment_reference, strong_augment_reference
 from retemper.loaders import DataError, UsageError, convert, load_split, split_of_arrays
 
 
@@ -75,6 +76,29 @@ def test_images_are_padded_as_the_recipe_says() -> None:
     for mode, found in seen.items():
         assert torch.equal(found, augment_reference(image, view, padding=3, padding_mode=mode))
     assert torch.equal(clean_images(recipe, image, view), seen["zeros"]) and not torch.equal(*seen.values())
+
+
+def test_images_are_augmented_as_the_recipe_says() -> None:
+    plain = find_setting("sat:digits")[2].recipe
+    image, view = torch.from_numpy(load_split("digits", "test").images[:50]), torch.arange(50) * 2**50
+    for options in (
+        dict(augment="cropshift"),
+        dict(augment="idbh-weak", cutout=3),
+        dict(augment="crop", cutout=2, padding=3, padding_mode="reflect", flip=False),
+    ):
+        recipe = plain.replace(**options)
+        how: dict[str, Any] = {
+            name: getattr(recipe.data, name) for name in ("flip", "padding", "padding_mode", "cutout")
+        }
+        seen = clean_images(recipe, image, view)
+        assert torch.equal(seen, strong_augment_reference(image, view, policy=recipe.data.augment, **how))
+        assert recipe.data.strong and not plain.data.strong
+
+
+def test_a_square_that_hides_an_image_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "sat:digits", "--cutout", "8", "--out", str(tmp_path / "run")]) == 2
+    assert "--cutout 8: images of 8 px a side can lose 7 px a side at most" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_images_are_reflected_as_far_as_they_reach(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

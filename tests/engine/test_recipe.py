@@ -183,6 +183,8 @@ class Both(Method):
         (Method, dict(average="ema", ema_decay=1.0), "ema_decay = 1.0"),
         (Method, dict(lr_drops=(0, 3)), "lr_drops = (0, 3)"),
         (Method, dict(teacher_table="on", teacher_ahead=0), "teacher_table = 'on'"),
+        (Method, dict(teacher_table="on", augment="cropshift"), "too many for a table"),
+        (Method, dict(teacher_table="on", cutout=2), "set teacher_table = 'auto'"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(

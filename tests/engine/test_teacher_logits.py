@@ -188,6 +188,26 @@ def test_a_run_is_the_same_with_and_without_it(
     assert all(torch.allclose(first[key].float(), others[0][key].float(), atol=1e-4) for key in first)
 
 
+def test_where_views_change_the_teacher_is_asked_ahead_and_no_table_is_kept(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run whose teacher is asked ahead, cut between two epochs, and another asked within the step: one training."""
+    command = [*COMMAND, str(teacher), "--cache", str(tmp_path / "cache"), "--augment", "idbh-weak", "--cutout", "2"]
+    assert run([*command, "--out", str(tmp_path / "whole")]) == 0
+    said = capsys.readouterr().err
+    assert said.count("the views change in every epoch: no table of the teacher's answers is kept") == 1
+    assert not (tmp_path / "cache/teacher_logits").exists()
+    assert run([*command, "--out", str(tmp_path / "cut"), "--max-steps", "9"]) == 0
+    assert run([*command, "--out", str(tmp_path / "cut")]) == 0
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    assert run([*command, "--out", str(tmp_path / "within"), "--teacher-ahead", "0"]) == 0
+    within = weights(tmp_path / "within")
+    assert all(torch.allclose(whole[key].float(), within[key].float(), atol=1e-4) for key in whole)
+    assert run([*command, "--out", str(tmp_path / "on"), "--teacher-table", "on"]) == 2
+    assert "too many for a table" in capsys.readouterr().err and not (tmp_path / "on").exists()
+
+
 def filled_by_a_run(teacher: Path, tmp_path: Path) -> tuple[list[str], TeacherTable]:
     """A command that fills a table but for its --out, after one run of it; and the table."""
     cache = tmp_path / "cache"

@@ -45,6 +45,7 @@ pairs = import_module("retemper.kernels.class_pair_kernels")
 pgd = import_module("retemper.kernels.ascent_kernels")
 noise = import_module("retemper.kernels.noise_kernels")
 views = import_module("retemper.kernels.augment")
+strong = import_module("retemper.kernels.strong_augment")
 after = import_module("retemper.kernels.epilogue_kernels")
 depth = import_module("retemper.kernels.depthwise")
 norms = import_module("retemper.kernels.batch_norm_kernels")
@@ -201,6 +202,19 @@ def augmentation(dtype: str) -> Iterator[Case]:
         yield views._augment_kernel, types, absent | shape | views.view_tile(side, side * channels)
 
 
+def strong_augmentation(dtype: str) -> Iterator[Case]:
+    """Yield what recipes launch: IDBH of colour images and of grey ones, and a reflected crop with cutout."""
+    types = {"image_ptr": "*u8", "view_ptr": "*i64", "index_ptr": "*i64", "out_ptr": f"*{dtype}", "N": "i32"}
+    absent = {} if OPTIONAL[dtype] else {"index_ptr": None}
+    policies = {"fp32": ("idbh-strong", "crop"), "fp16": ("idbh-svhn",), "bf16": ("idbh-weak", "cropshift")}
+    for policy in policies[dtype]:
+        side, channels = (28, 1) if policy == "idbh-svhn" else (32, 3)
+        form = {"POLICY": policy, "MIRROR": True, "PADDING": 4, "MODE": "reflect", "SQUARE": 8 * (policy == "crop")}
+        sizes = strong.strong_constants((1, side, side, channels), policy)
+        sizes.pop("N")
+        yield strong._strong_augment_kernel, types, absent | form | sizes
+
+
 def convolution(dtype: str) -> Iterator[Case]:
     images = ["x_ptr", "residual_ptr", "y_ptr", "grad_ptr", "x_grad_ptr", "residual_grad_ptr"]
     images += (sums := ["sum_ptr", "second_ptr", "sum_grad_ptr"])
@@ -337,6 +351,7 @@ def report(folder: str, name: str) -> None:
                 *jensen_shannon(dtype),
                 *class_pairs(dtype),
                 *augmentation(dtype),
+                *strong_augmentation(dtype),
                 *convolution(dtype),
                 *depthwise(dtype),
                 *batch_norm(dtype),

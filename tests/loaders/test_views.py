@@ -41,6 +41,16 @@ def test_every_view_is_drawn_equally_often(padding: int, flip: bool, drawn: int)
     assert np.abs(times[times > 0] - expected).max() <= 5 * expected**0.5  # five standard deviations
 
 
+@given(n=st.integers(1, 300), seed=SEEDS, epoch=EPOCHS)
+def test_a_strong_view_is_a_number_of_63_bits_of_its_own(n: int, seed: int, epoch: int) -> None:
+    space = ViewSpace(strong=True)
+    view = space.draw(n, seed, epoch)
+    assert view.dtype == np.int64 and 0 <= view.min() and len(set(view.tolist())) == n
+    np.testing.assert_array_equal(view, space.draw(2 * n, seed, epoch)[:n])
+    np.testing.assert_array_equal(view, (random_words(n, seed, epoch, VIEW) >> np.uint64(1)).astype(np.int64))
+    assert space.identity == -1 and space.count == 2**63
+
+
 def test_seeds_and_epochs_differ_and_so_do_order_and_view() -> None:
     orders = {tuple(epoch_order(50, seed, epoch)) for seed in range(4) for epoch in range(4)}
     views = {tuple(ViewSpace().draw(50, seed, epoch)) for seed in range(4) for epoch in range(4)}
@@ -53,6 +63,7 @@ def test_seeds_and_epochs_differ_and_so_do_order_and_view() -> None:
 def test_the_streams_are_fixed_for_ever() -> None:
     assert epoch_order(8, seed=1, epoch=2).tolist() == [5, 1, 3, 4, 6, 2, 7, 0]
     assert ViewSpace(4, True).draw(6, seed=1, epoch=2).tolist() == [145, 52, 95, 25, 118, 115]
+    assert ViewSpace(strong=True).draw(2, seed=1, epoch=2).tolist() == [8014723384741760304, 3988491134056317440]
     assert holdout_split(np.arange(12) % 2, 2)[1].tolist() == [4, 5, 8, 9]
 
 
