@@ -149,7 +149,7 @@ def test_ls_shows_every_setting_of_the_contract(capsys: Capture) -> None:
     capsys.readouterr()
     assert run(["ls", "cifar100", "absld"]) == 0
     head, *found = capsys.readouterr().out.splitlines()
-    assert head.startswith("recipe ") and len(found) == 1
+    assert head.startswith("recipe ") and head.endswith("measured (--preset paper)") and len(found) == 1
 
 
 def test_ls_hides_settings_that_were_not_trained_unless_asked(capsys: Capture) -> None:

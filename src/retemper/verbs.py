@@ -190,13 +190,12 @@ def ls(arguments: Namespace) -> None:
     shown = trained + (others if arguments.all or arguments.words else [])
     if not trained + others:
         raise UsageError(f"no recipe's line holds {' and '.join(arguments.words)}; retemper ls --all lists them all")
-    lines = [("recipe", "source", "data set", "student <- teacher", "measured"), *shown]
+    lines = [("recipe", "source", "data set", "student <- teacher", "measured (--preset paper)"), *shown]
     widths = [max(len(line[column]) for line in lines) for column in range(4)]
     for line in lines:
         print("  ".join(f"{text:{width}}" for text, width in zip(line, [*widths, 0], strict=True)).rstrip())
     if len(shown) < len(trained + others):
         print(f"and {len(others)} settings that were not trained yet: retemper ls --all")
-    print("measured as trained by default, --preset paper; retemper train takes any of them with --preset strong too")
 
 
 def bench(arguments: Namespace) -> None:

@@ -129,6 +129,44 @@ def test_the_comparison_pairs_ours_with_each_and_each_with_the_baseline(fairness
     assert "| RSLAD | +10.0 (" in text and text.count("\n") == 4
 
 
+def test_the_comparison_of_presets_says_what_strong_moves(tmp_path: Path) -> None:
+    strength = script("strength")
+    better = [accuracy + 0.1 for accuracy in ABSLD]
+    runs = {
+        "absld": {
+            preset: [made.make_run(tmp_path / f"{preset}{seed}", one, verdicts=True, seed=seed) for seed in range(2)]
+            for preset, one in (("paper", ABSLD), ("strong", better))
+        }
+    }
+    found = strength.compared(runs, "pgd20")
+    assert found["absld"].summary["worst"].difference == pytest.approx(0.1)
+    lines = strength.table(runs, found, "pgd20").splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| ABSLD, paper",
+        "| ABSLD, strong",
+        "| strong less paper, points and hundredths",
+    ]
+    assert "+10.0 (" in lines[4].split(" | ")[3]
+
+
+def test_a_preset_has_folders_of_its_own_and_leaves_the_teacher_as_it_is(
+    runs: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[Any] = []
+
+    def stop(job: Any) -> None:
+        asked.append(job)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "with_teacher", stop)
+    for preset in ("paper", "strong"):
+        with pytest.raises(KeyboardInterrupt):
+            runs.trained_and_evaluated("rslad:digits", 1, runs.Protocol(out=tmp_path, attacks=(), preset=preset))
+    assert [job.out.name for job in asked] == ["rslad-digits-seed1", "rslad-digits-strong-seed1"]
+    assert [job.recipe.optim.preset for job in asked] == ["paper", "strong"]
+    assert [job.recipe.optim.lr_schedule for job in asked] == ["steps", "onecycle"]
+
+
 def test_a_table_is_of_one_radius_and_names_it(fairness: ModuleType) -> None:
     def evaluated(eps: float, network: str) -> dict[str, Any]:
         numbers = {"average": 0.5, "worst": 0.25, "nsd": 0.1}
