@@ -100,7 +100,7 @@ class Method(Options):
         return self.teacher_sees
 
     def attacks_slope(self) -> float:
-        """Return the c of `first_order.FirstOrder`, as which the attack goes through the teacher; 0: it does not."""
+        """Return c of first_order.py, where the attack goes through the teacher to first order; 0: it does not."""
         return 0.0
 
     def shown_to_average(self, epoch: int, recipe: "Recipe") -> tuple[str, ...]:

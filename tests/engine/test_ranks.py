@@ -132,7 +132,7 @@ class Plain(nn.Module):
 
 
 METHODS: dict[str, dict[str, Any]] = {  # all that is done with a batch as a whole, and what goes beside the gradient
-    "absld": {},
+    "absld": dict(igdm=1.0),
     "mtard": {},
     "b_mtard": {},
     "fair_rslad": dict(normalise=True, average="swa"),
@@ -141,6 +141,7 @@ METHODS: dict[str, dict[str, Any]] = {  # all that is done with a batch as a who
     "rslad": dict(awp_gamma=0.01, average="ema", ema_decay=0.9),
     "bat": dict(attack_start="uniform"),
     "peeraid": dict(average_from=2),
+    "saad": dict(clean_weight=0.5, average_from=1, average_every="step"),
 }
 SIZES = [12, 12, 2]  # of batches: of three processes one has nothing of the last
 
