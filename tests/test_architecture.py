@@ -16,14 +16,17 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("kernels", "loaders", "engine", "recipes")
 LINKS = {part: part for part in FOLDERS} | {"bench": "benchmarks/bench"}
 BUILDS_ON = {
+    "adr": {"sat"},
     "adaiad": {"adaad", "iad"},
     "b_mtard": {"mtard"},
     "fair_ard": {"ard", "fair"},
     "fair_iad": {"ard", "fair", "iad"},
     "fair_mtard": {"fair", "mtard"},
     "fair_rslad": {"fair", "rslad"},
+    "group_dro": {"sat"},
     "iad": {"ard"},
     "label_trust": {"absld"},
+    "rebat": {"sat"},
 }
 ON_A_CPU = {"_all_hold", "_all_known", "to_normal"}  # they read values, of tensors that they have found to be a CPU's
 SOURCES = [source for part in LINKS.values() for source in sorted((ROOT / part).rglob("*.py"))]
