@@ -82,8 +82,8 @@ class KlObjective:
         if isinstance(self.temperature, Tensor):
             positive = (self.temperature > 0) & self.temperature.isfinite()
             found.append((positive.all(), "temperature: it must be finite and above 0 for every class"))
-        trusts = {"label_trust": (self.label_trust, "class"), "row_trust": (self.row_trust, "row")}
-        for name, (trust, each) in trusts.items():
+        for name, each in (("label_trust", "class"), ("row_trust", "row")):
+            trust = getattr(self, name)
             if trust is not None:
                 fraction = (trust >= 0) & (trust <= 1)
                 found.append((fraction.all(), f"{name}: it must lie in [0, 1] for every {each}"))

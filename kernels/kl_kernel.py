@@ -193,10 +193,10 @@ def _kl_kernel(
     GIVEN: tl.constexpr,
     TRUST_BY_ROW: tl.constexpr,
     temperature_stride,
-    trust_stride,
     row_weight_stride,
     row_grad_stride,
     B,
+    trust_stride,
     P_STRIDE: tl.constexpr,  # constant as K is: what divides it decides how wide an access may be
     Q_STRIDE: tl.constexpr,
     P_GRAD_STRIDE: tl.constexpr,

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("kernels", "loaders", "engine", "recipes")
 LINKS = {part: part for part in FOLDERS} | {"bench": "benchmarks/bench"}
 BUILDS_ON = {
+    "adr": {"sat"},
     "adaiad": {"adaad", "iad"},
     "b_mtard": {"mtard"},
     "dgad": {"adaad"},
@@ -24,8 +25,10 @@ BUILDS_ON = {
     "fair_mtard": {"fair", "mtard"},
     "fair_rslad": {"fair", "rslad"},
     "fair_tat": {"cfa"},
+    "group_dro": {"sat"},
     "iad": {"ard"},
     "label_trust": {"absld"},
+    "rebat": {"sat"},
     "saad": {"adaad"},
 }
 ON_A_CPU = {"_all_hold", "_all_known", "to_normal"}  # they read values, of tensors that they have found to be a CPU's

@@ -32,7 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of the engine, beside the methods
     "peeraid, weights perturbed": dict(awp_gamma=0.01),
 }
 # those whose steps are others, or change where IAD begins
-RELEASED = "sat trades cfa fair_tat frl faal iad fair_iad adaiad mtard b_mtard bat peeraid".split()
+RELEASED = "sat trades cfa fair_tat frl faal iad fair_iad adaiad mtard b_mtard bat peeraid rebat".split()
 OPTIONS |= {f"{method}, released": dict(variant="released") for method in RELEASED}
 METHODS = [*(name for name in methods() if "digits" in method_module(name).SETTINGS), *OPTIONS]
 STEPS = 20
@@ -93,8 +93,7 @@ def run(name: str, device: torch.device, capture: bool) -> tuple[list[Tensor], l
         return train_step(state, recipe, clean_images(recipe, image, view), label, teacher_BK)
 
     if capture:
-        phase = lambda: (state.forwards, state.attack)  # noqa: E731
-        step = captured(step, phase) if device.type == "cuda" else Captured(step, record(state), phase)
+        step = captured(step, state.phase) if device.type == "cuda" else Captured(step, record(state), state.phase)
     gen, losses = torch.Generator().manual_seed(1), []
     for epoch in range(2):
         state.start_epoch(recipe.replace(lr=0.05 / (1 + epoch), lr_drops=()), 1 + 19 * epoch, 1000 * epoch)

@@ -38,13 +38,30 @@ SCRIPTS: dict[str, dict[str, Any]] = {
         attack_steps=10, epochs=2, lr=0.01, lr_drops=(1,), weight_decay=5e-4, select_on="test", select_by="worst",
         select_steps=10, select_every=1, select_from=1,
     ),
+    "adr:cifar10_resnet18": dict(
+        student="resnet18", normalise=True, padding=4, padding_mode="zeros", flip=True, eps=8 / 255,
+        attack_step=2 / 255, attack_steps=10, attack_start="uniform", clip_start=True, epochs=200, lr=0.1,
+        lr_drops=(100, 150), weight_decay=5e-4, nesterov=True, average="ema", ema_decay=0.995, select_on="test",
+        select_by="robust", select_steps=10, select_every=1,
+    ),
+    "adr:cifar10_resnet18_trades": dict(
+        student="resnet18", normalise=True, joint=True, attack_bn="train", beta=6.0, eps=8 / 255, attack_step=2 / 255,
+        epochs=200, weight_decay=5e-4, nesterov=True, average="ema", ema_decay=0.995, select_on="test",
+    ),
+    "rebat:cifar10_preact_resnet18": dict(
+        student="preact_resnet18", normalise=True, padding=4, padding_mode="reflect", eps=8 / 255,
+        attack_step=2 / 255, attack_steps=10, attack_start="uniform", epochs=200, lr=0.1, lr_drops=(100, 150),
+        lr_factor=1 / 1.5, lr_drop_early=True, weight_decay=5e-4, average="ema", ema_decay=0.999, average_from=106,
+        select_on="holdout", select_by="robust", select_steps=10, select_every=1,
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_run_around_the_steps_is_the_scripts(name: str) -> None:
     recipe = find_setting(name)[2].recipe.as_variant("released")
-    script = SCRIPTS[name] | dict(precision="fp32", momentum=0.9, nesterov=False, batch_size=128, average="none")
+    usual = dict(precision="fp32", momentum=0.9, nesterov=False, batch_size=128, average="none")
+    script = usual | SCRIPTS[name]
     assert {option: recipe.flat()[option] for option in script} == script
 
 
