@@ -40,7 +40,8 @@ def class_plot(content: dict[str, Any]) -> Plot:
         f"{name} {100 * robust[k]:.0f} % under attack" for k, name in zip(chosen, names, strict=True) if _is(robust[k])
     ]
     fewer = f" The {BARS_UP_TO} weakest classes." if len(chosen) < len(content["classes"]) else ""
-    caption = f"Accuracy of each class; of the images that fool a student, the share that fool the teacher too.{fewer}"
+    fooled = "; of the images that fool a student, the share that fool the teacher too" * bool(content["students"])
+    caption = f"Accuracy of each class{fooled}.{fewer}"
     fonts, _ = find_fonts([*names, *(label for label, _, _ in series)])
     with rc_context({"font.family": fonts}):
         return as_plot("teacher_classes", caption, said, draw)

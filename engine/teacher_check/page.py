@@ -66,10 +66,8 @@ def _class_table(content: dict[str, Any]) -> Table:
             for result in results
         ]
         summaries.append([Cell(column.title), *cells, Cell("", span=len(head) - 3)])
-    caption = (
-        "Accuracies in percent; the entropy of its answers to clean images; of the images that fool a student, the "
-        "percentage that fool the teacher too."
-    )
+    fooled = "; of the images that fool a student, the percentage that fool the teacher too" * bool(content["students"])
+    caption = f"Accuracies in percent; the entropy of its answers to clean images{fooled}."
     return Table(caption, head, [("", rows), ("All classes", summaries)])
 
 

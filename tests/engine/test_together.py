@@ -83,7 +83,8 @@ def stepped(
     networks = recipe.networks
     student = create_model("tiny_resnet", 10).double()
     clean_teacher = teacher if networks.clean_teacher_model else None
-    state = State(recipe, student, teacher if networks.teacher_model else None, 10, device, clean_teacher)
+    peer = create_model("tiny_resnet", 10).double() if recipe.method.trains_peer else None
+    state = State(recipe, student, teacher if networks.teacher_model else None, 10, device, clean_teacher, peer=peer)
     state.start_epoch(recipe, 1, 0)
     image = torch.rand(20, 1, 8, 8, dtype=torch.float64).to(device).contiguous(memory_format=torch.channels_last)
     rows = 0 if idle else 20
@@ -96,7 +97,7 @@ def assert_same(method: str, device: torch.device, **changes: Any) -> None:
     apart, together = (stepped(method, way, device, **changes) for way in ("off", "on"))
     assert apart[1].joined is None and together[1].joined is not None
     torch.testing.assert_close(torch.stack(together[0]), torch.stack(apart[0]), rtol=1e-9, atol=1e-12)
-    ours, theirs = together[1].student.state_dict(), apart[1].student.state_dict()
+    ours, theirs = together[1].trained.state_dict(), apart[1].trained.state_dict()
     assert list(ours) == list(theirs)
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-11)
