@@ -192,17 +192,19 @@ def make_optimizer(
             schedule.
     """
     on_device = device.type == "cuda" and fused
-    given: dict[str, Any] = dict(
-        lr=torch.tensor(options.lr, device=device) if on_device else options.lr,
-        weight_decay=options.weight_decay,
-        fused=fused or None,  # with a scaler the fused step alone does not wait for the device
-    )
+    # with a scaler the fused step alone does not wait for the device
+    given: dict[str, Any] = dict(lr=options.lr, weight_decay=options.weight_decay, fused=fused or None)
     weights: Any = decay_groups(student, options.decay_norms)
     if options.optimizer == "sgd":
-        return torch.optim.SGD(weights, momentum=options.momentum, nesterov=options.nesterov, **given)
-    first, second = options.adam_betas
-    optimizer = torch.optim.AdamW(weights, betas=(first, second), capturable=on_device, **given)
-    vars(optimizer)["_warned_capturable_if_run_uncaptured"] = True  # the steps before a graph is recorded are meant
+        optimizer = torch.optim.SGD(weights, momentum=options.momentum, nesterov=options.nesterov, **given)
+    else:
+        first, second = options.adam_betas
+        optimizer = torch.optim.AdamW(weights, betas=(first, second), capturable=on_device, **given)
+        vars(optimizer)["_warned_capturable_if_run_uncaptured"] = True  # steps before a graph is recorded are meant
+    if on_device:
+        rate = torch.tensor(options.lr, device=device)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
     return optimizer
 
 

@@ -60,6 +60,7 @@ def _run_facts(run: RunRecord) -> dict[str, str]:
         "role": f"taught by {teacher.get('model')} from {teacher.get('path')}" if teacher else role,
         "variant": plain(recipe.get("variant")),
         "preset": plain(recipe.get("preset", "paper")),
+        "learning rate": f"{plain(recipe.get('lr'))}, by {plain(recipe.get('lr_schedule', 'steps'))}",
         "student": plain(recipe.get("student")),
         "epochs": f"{len(run.metrics)} of {recipe.get('epochs', 'unknown')}",
         "training eps": pixels(recipe.get("eps")),

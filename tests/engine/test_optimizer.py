@@ -158,16 +158,19 @@ def test_on_a_gpu_a_captured_step_may_hold_adamw() -> None:
     class Noting(torch.optim.AdamW):
         def __init__(self, params: Any, **options: Any) -> None:
             made.append(options)
-            super().__init__(params, lr=0.1)
+            super().__init__(params, lr=options["lr"])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim, "AdamW", Noting)
         patch.setattr(torch, "tensor", lambda value, device: ("tensor", value, device))
-        for fused in (True, False):
-            make_optimizer(Optimisation(optimizer="adamw", lr=0.1), student, gpu, fused)
+        options = Optimisation(optimizer="adamw", lr=0.1, decay_norms=False)
+        rates = [
+            [group["lr"] for group in make_optimizer(options, student, gpu, fused).param_groups]
+            for fused in (True, False)
+        ]
     assert [one["capturable"] for one in made] == [True, False]
     assert [one["fused"] for one in made] == [True, None]
-    assert [one["lr"] for one in made] == [("tensor", 0.1, gpu), 0.1]
+    assert rates == [[("tensor", 0.1, gpu)] * 2, [0.1] * 2]
 
 
 WORDS = (

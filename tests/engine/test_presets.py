@@ -92,7 +92,8 @@ def test_a_strong_run_is_named_trained_and_gone_on_with(tmp_path: Path, monkeypa
     rates = [json.loads(line)["lr"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(rates) == 2 and rates[0] > rates[1]
     assert run(["report", str(out), "--out", str(tmp_path / "page")]) == 0
-    assert "strong" in (tmp_path / "page" / "report.md").read_text()
+    page = (tmp_path / "page" / "report.md").read_text()
+    assert "| preset | strong |" in page and "| learning rate | 0.1, by onecycle |" in page
 
 
 def test_another_preset_in_the_same_folder_is_another_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
