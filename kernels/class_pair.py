@@ -63,7 +63,7 @@ def _centred(
     if ignored is not None:
         weight, apart = weight.masked_fill(ignored, 0), apart.masked_fill(ignored, 0)
     classes = weight.shape[1]
-    ones = weight.new_ones(classes, 1) if classes < FEW else None
+    ones = weight.new_ones(classes) if classes < FEW else None
     apart = apart - apart[:, :1]  # where all are nearly equal, their mean is rounded as what lies between them
     total = _row_sums(weight, ones)
     apart = apart - _row_sums(weight * apart, ones) / total.clamp(min=LEAST.value)
@@ -72,11 +72,11 @@ def _centred(
 
 def _row_sums(values: Tensor, ones: Tensor | None) -> Tensor:
     """Return the sum of each row, (B, 1)."""
-    return values.sum(1, keepdim=True) if ones is None else values.mm(ones)
+    return values.sum(1, keepdim=True) if ones is None else values.mv(ones)[:, None]  # autocast leaves mv alone
 
 
 def _looked_up(table: Tensor, label: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor | None]:
-    """Return each row's weights, and (B, 1), which rows are left out: None where every label is a class.
+    """Return each row's weights, NaN where its label is no class, and which rows are left out, (B, 1), or None.
 
     A look-up on a CPU refuses a label that is no class, which costs less than to compare labels.
     """
@@ -88,7 +88,7 @@ def _looked_up(table: Tensor, label: Tensor, ignore_index: int | None) -> tuple[
             pass
     known = label.clamp(0, classes - 1)
     weight = table.index_select(0, known).masked_fill((known != label)[:, None], torch.nan)
-    return weight, (label == (classes if ignore_index is None else ignore_index))[:, None]
+    return weight, None if ignore_index is None else (label == ignore_index)[:, None]
 
 
 def _evaluate(rows: Rows, differentiated: bool = False) -> tuple[Tensor, Any]:

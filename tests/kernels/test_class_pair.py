@@ -138,10 +138,23 @@ def test_rows_left_out_and_rows_without_a_class(path: str, device: torch.device)
     for reduction, divisor in (("sum", 1), ("batchmean", 3)):
         torch.testing.assert_close(class_pair(*few, reduction=reduction), loss[3:].sum() / divisor)
     assert class_pair(clean[:1], adv[:1], table, label[:1]) == 0
-    assert class_pair(*few, ignore_index=None).isnan()
+    unlike = class_pair(clean, adv, table, label, ignore_index=None, reduction="none")
+    assert unlike[:3].isnan().all() and torch.equal(unlike[3:], loss[3:])
     chosen = int(label[3])  # a class that counts nothing
     of_class = class_pair(*few, ignore_index=chosen, reduction="none")
     assert of_class[0].isnan() and of_class[1] == 0 and (of_class[2:][label[4:] != chosen] > 0).all()
+
+
+@pytest.mark.parametrize("classes", [10, 30])
+def test_half_precision_around_it_changes_nothing(classes: int, reference_path: None) -> None:
+    """A CPU's sums of few classes are products, which autocast would round to 8 bits."""
+    args = batch((12, classes), torch.device("cpu"))
+    leaf = args.clean.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = class_pair(leaf, *args[1:])
+    expected = class_pair(args.clean, *args[1:])
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected)
 
 
 def test_leading_dimensions_are_rows(device: torch.device) -> None:
