@@ -66,9 +66,7 @@ def term(student: dict[str, Tensor], teacher: dict[str, Tensor], plus: str, minu
     ("options", "views"),
     [({}, ("adv", "minus")), ({"igdm_gamma": 0.0}, ("adv", "clean")), ({"igdm_beta": 0.5}, ("plus", "minus"))],
 )
-def test_the_loss_is_the_hosts_and_the_term(
-    host: type[Igdm], options: dict[str, float], views: tuple[str, str]
-) -> None:
+def test_the_loss_is_the_hosts_and_the_term(host: type[Igdm], options: dict[str, Any], views: tuple[str, str]) -> None:
     (ours, teacher), (theirs, _) = drawn(), drawn()
     given = targets(teacher, weight=0.75)
     method = host(igdm=3.0, **options)

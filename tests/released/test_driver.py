@@ -1,6 +1,7 @@
 """The harness itself: a run in float64 is one throughout, and RSLAD's formula as it stands repeats it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,6 @@ def test_a_loop_of_plain_pytorch_repeats_rslad(broken: bool, tmp_path: Path, mon
 def test_the_rate_of_a_run_falls_in_the_last_step_where_that_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = dict(lr_drop_early=True, attack_steps=1, images_per_class=4, holdout_per_class=0)
+    options: dict[str, Any] = dict(lr_drop_early=True, attack_steps=1, images_per_class=4, holdout_per_class=0)
     run = free_run("rslad:cifar10_resnet18", tmp_path, monkeypatch, variant="paper", **options)
     assert run.lr == pytest.approx([0.1] * 4 + [0.01] * 6)

@@ -265,7 +265,7 @@ class Frl:
 
 @pytest.mark.parametrize(("variant", "delta", "rate2"), [("released", 0.07, 0.2), ("released-reweight", 0.1, 0.0)])
 def test_frl(variant: str, delta: float, rate2: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    short = dict(lr=0.01, rate_halves_every=2, select_from=10_000)
+    short: dict[str, Any] = dict(lr=0.01, rate_halves_every=2, select_from=10_000)
     run = free_run("frl:cifar10_preact_resnet18", tmp_path, monkeypatch, variant, **short)
     theirs = Frl(run, delta, rate2)
     student, rates = replay(run, theirs.attack, theirs.loss, around=theirs.move)
