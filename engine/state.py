@@ -53,7 +53,7 @@ class State:
         average_sees: the images that it is asked about in the steps of the epoch.
         perturbation: of the student's weights, where the recipe asks for one.
         part: which rows of each batch are this process's.
-        beside: where the teachers answer before the attack.
+        beside: where the teachers and the average answer before the attack.
         bucket: the gradients, where several processes add them up; None in one on its own.
     """
 

@@ -52,7 +52,9 @@ class Execution(Options):
         "auto", "keep the teacher's answers to every view of an image on disk; auto does so up to 4 GiB"
     )
     fused_sgd: bool = option(True, "run the optimiser as one kernel")
-    beside: bool = option(False, "on a GPU, ask the teacher within the step on a stream beside the attack's")
+    beside: bool = option(
+        False, "on a GPU, ask the teacher, or the average, within the step on a stream beside the attack's"
+    )
     loader: Literal["auto", "ffcv", "resident"] = option(
         "auto", "where the images lie: an FFCV file, or all in memory; both give the same batches"
     )

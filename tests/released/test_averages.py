@@ -80,7 +80,7 @@ def test_adr_labels_by_its_average(trades: bool, tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("name", ["", "_plus_plus"])
 def test_rebat_is_pulled_to_its_average(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = SHORT | dict(average_from=4, ema_decay=0.9)
+    options: dict[str, Any] = SHORT | dict(average_from=4, ema_decay=0.9)
     run = free_run(f"rebat:cifar10_preact_resnet18{name}", tmp_path, monkeypatch, **options)
     student, own, factor, rates = run.student0, run.recipe.attack, 1.7 if name else 1.5, []
     average = copy.deepcopy(student).eval()
