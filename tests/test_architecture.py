@@ -24,6 +24,7 @@ BUILDS_ON = {
     "fair_rslad": {"fair", "rslad"},
     "iad": {"ard"},
     "label_trust": {"absld"},
+    "plain": {"trades"},
 }
 ON_A_CPU = {"_all_hold", "_all_known", "to_normal"}  # they read values, of tensors that they have found to be a CPU's
 SOURCES = [source for part in LINKS.values() for source in sorted((ROOT / part).rglob("*.py"))]

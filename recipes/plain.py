@@ -1,0 +1,24 @@
+"""Plain: TRADES for two more epochs on a robust network, the control of `csr`: the same without its confusions (ours).
+
+min  CE(S(x), y) + beta KL(S(x) || S(x'))   where   x' = argmax KL(S(x) || S(x')) in the eps ball
+
+Rate, epochs, radius and start are those of `recipes/csr.py`: what the two differ in is due to the method alone.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from retemper.engine import run_recipe
+from retemper.recipes.settings import TWO_EPOCHS, adversarial_training
+from retemper.recipes.trades import Trades
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain(Trades):
+    variants: ClassVar[tuple[str, ...]] = ("paper",)
+
+
+SETTINGS = adversarial_training(Plain, from_robust="trades", **TWO_EPOCHS)
+
+if __name__ == "__main__":
+    run_recipe(__file__)
