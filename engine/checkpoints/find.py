@@ -97,12 +97,13 @@ def find_network(target: str | Path, *, dataset: str | None, which: str = "best"
     return Network(name=name, facts=facts, weights=weights, sha256=sha256, entry=entry, published=known)
 
 
-def require_described(network: Network, facts: Facts, data_root: Path | None = None) -> None:
-    """Check that the architecture and the data set of a network are known, before it is evaluated.
+def require_described(network: Network, facts: Facts, data_root: Path | None = None, verb: str = "evaluate") -> None:
+    """Check that the architecture and the data set of a network are known, before it is looked at.
 
     Args:
         facts: all that is known of it.
         data_root: the folder of the images, if the user named it.
+        verb: the command that looks at it.
     Raises:
         DataError: the file is no checkpoint.
         UsageError: they are not known; the message has the whole command.
@@ -114,7 +115,7 @@ def require_described(network: Network, facts: Facts, data_root: Path | None = N
     if network.weights is not None:
         require_intact(network.weights)  # what the file is comes first
         model = model or "|".join(fitting_models(network.weights)) or "NAME"
-    words = ["retemper", "evaluate", shlex.quote(network.name)]
+    words = ["retemper", verb, shlex.quote(network.name)]
     words += [] if network.weights is None else ["--model", str(model)]
     words += ["--dataset", facts.dataset or "NAME"]
     words += [] if facts.dataset == "digits" else ["--data-root", shlex.quote(str(data_root or "DIR"))]
