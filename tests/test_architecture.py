@@ -18,13 +18,13 @@ LINKS = {part: part for part in FOLDERS} | {"bench": "benchmarks/bench"}
 BUILDS_ON = {
     "adaiad": {"adaad", "iad"},
     "b_mtard": {"mtard"},
+    "csr_control": {"trades"},
     "fair_ard": {"ard", "fair"},
     "fair_iad": {"ard", "fair", "iad"},
     "fair_mtard": {"fair", "mtard"},
     "fair_rslad": {"fair", "rslad"},
     "iad": {"ard"},
     "label_trust": {"absld"},
-    "plain": {"trades"},
 }
 ON_A_CPU = {"_all_hold", "_all_known", "to_normal"}  # they read values, of tensors that they have found to be a CPU's
 SOURCES = [source for part in LINKS.values() for source in sorted((ROOT / part).rglob("*.py"))]

@@ -65,7 +65,7 @@ def _tuned(one: Subject, by: str) -> tuple[Path, str]:
     request, network = one.request, one.known.network
     start = network.name if request.weights == "best" else network.weights
     job = Job(
-        method=by,
+        method=one.method,
         setting=one.found.setting,
         recipe=one.found.recipe,
         out=one.out(by),

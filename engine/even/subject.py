@@ -25,6 +25,7 @@ from retemper.options import shown_value
 
 FREE = ("norm", "half", "bias")  # without training
 FINE_TUNES = ("csr", "plain")  # in two epochs
+CONTROL = "csr_control"  # the method of the second
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,11 @@ class Subject:
     before: dict[str, Any]
 
     @property
+    def method(self) -> str:
+        """The method of the fine-tune."""
+        return method_of(self.request.by)
+
+    @property
     def name(self) -> str:
         """The network as the user named it."""
         return self.known.network.name
@@ -117,7 +123,7 @@ def subject(request: EvenRequest) -> Subject:
     """
     network = find_network(request.target, dataset=request.facts.dataset, which=request.weights)
     known = described(network, request.facts, request.data_root, "even")
-    found = tuning(request.by if request.by in FINE_TUNES else "plain", known, request.holdout, request.eps)
+    found = tuning(method_of(request.by), known, request.holdout, request.eps)
     split = training_split(found.recipe.data, known.data_root, None)
     known.require_classes(split)
     images = even_images(split, found.recipe)
@@ -138,6 +144,11 @@ def subject(request: EvenRequest) -> Subject:
         source=source,
         before=before,
     )
+
+
+def method_of(by: str | None) -> str:
+    """Return the method of a fine-tune; of a way without training, the one whose images and radius it shares."""
+    return CONTROL if by is None or by in FREE or by == FINE_TUNES[-1] else by
 
 
 def require_learned(report: dict[str, Any], found: Tuning, split: Split, whose: str) -> None:

@@ -39,7 +39,7 @@ def tuning(method: str, known: Described, holdout: int | None = None, eps: float
     """Return the setting of `method` that is the nearest to a network's, with what the network has otherwise.
 
     Args:
-        method: "csr" or "plain".
+        method: that of the fine-tune.
         known: what is known of the network.
         holdout, eps: how many images of each class choose, and the radius, where the user says it.
     Raises:

@@ -127,7 +127,7 @@ def test_a_network_without_such_a_layer_is_refused() -> None:
 
 
 def recipe(**options: object) -> Recipe:
-    return find_setting("plain:digits")[2].recipe.replace(**options)
+    return find_setting("csr_control:digits")[2].recipe.replace(**options)
 
 
 def test_images_that_choose_are_those_that_the_run_held_out_and_no_others_are_fitted_on() -> None:
@@ -227,7 +227,7 @@ def test_the_fine_tune_is_a_run_that_begins_with_the_network(trained: Path, tmp_
     out, table = even(request(trained, by="plain", out=tmp_path / "tuned"))
     config = config_of(out)
     own, theirs = (RunFolder(folder).read_config()["recipe"] for folder in (out, trained))
-    assert config["method"] == "plain" and config["setting"] == "digits" and config["seed"] == 4
+    assert config["method"] == "csr_control" and config["setting"] == "digits" and config["seed"] == 4
     assert config["start"]["sha256"] == file_digest(trained / "best.safetensors")  # pyright: ignore
     assert own["epochs"] == 2 and own["lr"] == 0.001 and own["attack_steps"] == 10
     for name in ("eps", "attack_step", "padding", "holdout_per_class", "student", "dataset"):

@@ -69,12 +69,12 @@ def test_loss_is_the_papers() -> None:
     assert (given != label).any() and (given == label).any()
     expected = 0.7 * clean.mean() + 6 * kl(p, q).mean() + 0.3 * (weight[given, label] * adv).mean()
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
-    control = find_setting("plain:digits")[2].recipe.method.loss(of, Targets(label_B=label, state={}))
+    control = find_setting("csr_control:digits")[2].recipe.method.loss(of, Targets(label_B=label, state={}))
     torch.testing.assert_close(control, clean.mean() + 6 * kl(p, q).mean(), rtol=1e-10, atol=0)
 
 
 def test_control_differs_in_the_method_alone() -> None:
-    ours, control = (find_setting(f"{method}:digits")[2].recipe for method in ("csr", "plain"))
+    ours, control = (find_setting(f"{method}:digits")[2].recipe for method in ("csr", "csr_control"))
     assert [vars(ours)[group] for group in ("data", "networks", "attack", "optim", "selection", "execution")] == [
         vars(control)[group] for group in ("data", "networks", "attack", "optim", "selection", "execution")
     ]

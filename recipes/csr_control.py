@@ -1,4 +1,4 @@
-"""Plain: TRADES for two more epochs on a robust network, the control of `csr`: the same without its confusions (ours).
+"""The control of CSR: two more epochs of TRADES on a robust network, the same but for the confusions (ours).
 
 min  CE(S(x), y) + beta KL(S(x) || S(x'))   where   x' = argmax KL(S(x) || S(x')) in the eps ball
 
@@ -14,11 +14,11 @@ from retemper.recipes.trades import Trades
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plain(Trades):
+class CsrControl(Trades):
     variants: ClassVar[tuple[str, ...]] = ("paper",)
 
 
-SETTINGS = adversarial_training(Plain, from_robust="trades", **TWO_EPOCHS)
+SETTINGS = adversarial_training(CsrControl, from_robust="trades", **TWO_EPOCHS)
 
 if __name__ == "__main__":
     run_recipe(__file__)
