@@ -79,7 +79,7 @@ def table(found: Evaluations, differences: dict[str, Comparison], attack: str, d
             mean_and_range(_values(found[name], attack, "average")),
             mean_and_range(_values(found[name], attack, "worst")),
             mean_and_range(_values(found[name], attack, "nsd"), ".3f"),
-            _told(differences[name].summary["worst"]) if name in differences else "",
+            told(differences[name].summary["worst"]) if name in differences else "",
             f"`retemper train {settings[name]}`",
         ]
         for name in sorted(found, key=lambda name: -_mean(found[name], attack, "worst"))
@@ -92,11 +92,11 @@ def ours_table(differences: dict[str, Comparison], attack: str) -> str:
     head = [f"{NAMES[OURS]} less, {TITLES[attack]}", "average, points", "worst class, points", "NSD, hundredths"]
     keys = ("average", "worst", "nsd")
     return markdown(
-        head, [[NAMES.get(name, name), *(_told(of.summary[key]) for key in keys)] for name, of in differences.items()]
+        head, [[NAMES.get(name, name), *(told(of.summary[key]) for key in keys)] for name, of in differences.items()]
     )
 
 
-def _told(of: Difference) -> str:
+def told(of: Difference) -> str:
     """Return the difference in hundredths with its two intervals, in words."""
 
     def points(ends: Sequence[float]) -> str:
