@@ -29,7 +29,7 @@ OTHERS_OPTIONS = {  # of torchrun, pip, apt and kernel-builder
     "--nproc-per-node", "--no-python", "--nnodes", "--node-rank", "--master-addr",
     "--no-build-isolation", "--require-hashes", "--repo-id",
 }  # fmt: skip
-VERBS = ("demo", "ls", "train", "evaluate", "report", "compare", "export", "convert", "bench", "doctor")
+VERBS = ("demo", "ls", "train", "evaluate", "even", "report", "compare", "export", "convert", "bench", "doctor")
 
 
 def blocks(page: Path, language: str, title: str = "") -> list[str]:
