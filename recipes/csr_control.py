@@ -5,8 +5,9 @@ min  CE(S(x), y) + beta KL(S(x) || S(x'))   where   x' = argmax KL(S(x) || S(x')
 Rate, epochs, radius and start are those of `recipes/csr.py`: what the two differ in is due to the method alone.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from retemper.engine import run_recipe
 from retemper.recipes.settings import TWO_EPOCHS, adversarial_training
@@ -16,6 +17,7 @@ from retemper.recipes.trades import Trades
 @dataclass(frozen=True, kw_only=True)
 class CsrControl(Trades):
     variants: ClassVar[tuple[str, ...]] = ("paper",)
+    variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
 
 SETTINGS = adversarial_training(CsrControl, from_robust="trades", **TWO_EPOCHS)

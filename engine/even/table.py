@@ -24,7 +24,7 @@ def as_text(one: Subject, after: Mapping[str, Mapping[str, Any]], chosen: str) -
     rows = [["", *(f"{name}*" if name == chosen and len(after) > 1 else name for name in columns)]]
     rows += [["average, %", *(number(100 * report["average"], 1) for report in columns.values())]]
     rows += [["worst class, %", *(number(100 * report["worst"], 1) for report in columns.values())]]
-    rows += [["NSD", *(number(report["nsd"], 3) for report in columns.values())]]
+    rows += [["NSD", *("-" if report["nsd"] is None else number(report["nsd"], 3) for report in columns.values())]]
     rows += [
         [names[k], *(number(100 * report["accuracy"][k], 1) for report in columns.values())] for k in sorted(weakest)
     ]
