@@ -185,6 +185,7 @@ def table(methods: Mapping[str, Mapping[str, Row]], attack: str) -> str:
             if row.difference is not None:
                 differences = [told(row.difference.summary[key]) for key in ("average", "worst", "nsd")]
             tau = mean_and_range(row.tau, ".2f") if by != BEFORE else ""
+            tau = "refused: a seed never learned a class" if len(rows) == 1 else tau
             lines.append([f"{NAMES.get(name, name)}, {by}", *cells, *differences, tau])
     return markdown(head, lines)
 

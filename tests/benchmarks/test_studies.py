@@ -162,6 +162,8 @@ def test_an_evening_is_compared_with_what_it_was_made_of_and_csr_with_its_contro
     assert control.tau[0] < 1
     lines = evening.table({"rslad": rows}, "pgd20").splitlines()
     assert len(lines) == 2 + 8 and lines[5].startswith("| RSLAD, bias |") and "| +3.0 (" in lines[5]
+    alone = evening.table({"rslad": {"before": rows["before"]}}, "pgd20").splitlines()
+    assert len(alone) == 3 and "refused: a seed never learned a class" in alone[2] and "refused" not in lines[2]
 
 
 def test_students_are_copied_from_where_they_are_finished(
