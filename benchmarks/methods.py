@@ -5,8 +5,8 @@
     python benchmarks/methods.py --data digits --seeds 3 --preset strong
 
 All students are the same small ResNet; the distillation methods share one robust teacher (and one clean one), the
-fine-tuning ones begin with one SAT student. What is finished under --out is not repeated. Prints a table: means over
-the seeds, and the range for the worst class; writes all figures to --json.
+fine-tuning ones begin with one student of SAT, or of TRADES. What is finished under --out is not repeated. Prints a
+table: means over the seeds, and the range for the worst class; writes all figures to --json.
 """
 
 import statistics

@@ -90,7 +90,14 @@ def trained_and_evaluated(name: str, seed: int, protocol: Protocol) -> dict[str,
     recipe = recipe.named_in({"preset": protocol.preset})
     job = Job(method=method, setting=setting, recipe=recipe, out=out, seed=seed, cache=cache, device=DEVICE)
     train(with_teacher(job))
-    folder = RunFolder(out)
+    content = evaluated(out, protocol)
+    lines = [json.loads(line) for line in RunFolder(out).metrics.read_text().splitlines()]
+    return content | {"seconds": sum(line["seconds"] for line in lines)}
+
+
+def evaluated(run: Path, protocol: Protocol) -> dict[str, Any]:
+    """Evaluate a finished run where that is not done; return the content of evaluation.json."""
+    folder = RunFolder(run)
     content = json.loads(folder.evaluation.read_text()) if folder.evaluation.exists() else {"attacks": {}}
     if content["attacks"] and content["protocol"]["eps"] != usual_eps(content["protocol"]["dataset"]):
         content = {"attacks": {}}  # it stays, beside the new one
@@ -100,7 +107,7 @@ def trained_and_evaluated(name: str, seed: int, protocol: Protocol) -> dict[str,
         if not missing and (not protocol.check or "checks" in content):
             break
         request = EvaluationRequest(
-            target=out,
+            target=run,
             attacks=missing,
             device=DEVICE,
             facts=Facts(),
@@ -111,8 +118,7 @@ def trained_and_evaluated(name: str, seed: int, protocol: Protocol) -> dict[str,
         )
         content = evaluate_target(request)[1]
         missing = tuple(name for name in protocol.attacks if _entry(name, protocol) not in _done(content))
-    lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
-    return content | {"seconds": sum(line["seconds"] for line in lines)}
+    return content
 
 
 def _done(content: dict[str, Any]) -> set[str]:

@@ -92,8 +92,10 @@ class EpochStats:
         forwards: the sums of each training forward, by name.
         measured: the sums of what `Method.measured` returned, by name.
         held: the held-out images; None unless the method has `validates_by`.
+        surveyed: the sums of what `Method.surveyed` returned; None unless the next epoch has `surveys_by`.
     """
 
     forwards: Mapping[str, ClassSums] = field(default_factory=dict)
     measured: Mapping[str, ClassMeans] = field(default_factory=dict)
     held: HeldOut | None = None
+    surveyed: ClassMeans | None = None

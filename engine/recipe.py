@@ -115,6 +115,14 @@ class Method(Options):
         """Return what looks on at the attack, or None."""
         return None
 
+    def surveys_by(self, epoch: int, recipe: "Recipe") -> TrainingAttack | None:
+        """Return the attack, on the cross-entropy, that the training images are shown under before `epoch`, from 1."""
+        return None
+
+    def surveyed(self, logits_BK: Tensor, label_B: Tensor) -> Tensor:
+        """Return what is then summed over each class's images: (B, D), of (B, K) logits on attacked images."""
+        raise NotImplementedError
+
     def forwards_in(self, epoch: int, recipe: "Recipe") -> Forwards:
         """Return the student's forwards in each step of `epoch`, from 1."""
         if self.variant == "released" and self.released_forwards is not None:
@@ -156,7 +164,7 @@ class Method(Options):
     ) -> dict[str, Tensor]:
         """Return the class state after `epoch`, from what the epoch has shown.
 
-        A method with `validates_by` is asked after epoch 0 as well, with `stats.held` alone.
+        A method with `validates_by` or `surveys_by` is asked after epoch 0 as well, with what these have shown alone.
         """
         return dict(state)
 

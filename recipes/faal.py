@@ -108,7 +108,7 @@ SETTINGS = adversarial_training(
     Faal,
     AUTHORS,
     ON_DIGITS,
-    from_robust=True,
+    from_robust="sat",
     digits=dict(lr_drops=(10,)),
     fashion_mnist_small=dict(epochs=6, lr_drops=(3,), select_always_from=4),
     fashion_mnist_resnet18=FINE_TUNE,

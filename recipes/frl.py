@@ -136,7 +136,7 @@ SETTINGS = adversarial_training(
     Frl,
     AUTHORS,
     ON_DIGITS,
-    from_robust=True,
+    from_robust="sat",
     digits=DIGITS_SHORT,
     fashion_mnist_small=FASHION_SHORT,
     fashion_mnist_resnet18=FINE_TUNE,

@@ -279,6 +279,12 @@ ADVERSARIAL_TRAINING: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# of CSR's authors, on top of TRADES; theirs on top of AWP has ten times the rate
+TWO_EPOCHS: dict[str, dict[str, Any]] = {
+    name: dict(epochs=2, lr=0.001, lr_drops=(), weight_decay=5e-4, select_every=1, select_from=1, select_always_from=1)
+    for name in ADVERSARIAL_TRAINING
+}
+
 
 def as_student(name: str) -> str:
     """Return the setting of SAT and TRADES with the student of setting `name`: their small ones train the teachers."""
@@ -290,18 +296,18 @@ def adversarial_training(
     authors: Mapping[str, Any] = NO_OPTIONS,
     status: Mapping[str, str] = NO_STATUS,
     *,
-    from_robust: bool = False,
+    from_robust: str | None = None,
     **changes: Mapping[str, Any],
 ) -> dict[str, Setting]:
     """Return every setting of the methods without a teacher, for `method`.
 
     Args:
         authors, status, changes: as `distillation` takes them.
-        from_robust: the method fine-tunes a student that SAT has trained, which the small settings train first.
+        from_robust: the method fine-tunes a student that this one has trained, which the small settings train first.
     """
     table = dict(ADVERSARIAL_TRAINING)
     if from_robust:
         for name, (note, options) in table.items():
-            start = dict(start_recipe=f"sat:{as_student(name)}", train_teacher=as_student(name) != name)
+            start = dict(start_recipe=f"{from_robust}:{as_student(name)}", train_teacher=as_student(name) != name)
             table[name] = note, {**options, **start}
     return _settings(method, table, authors, status, changes)

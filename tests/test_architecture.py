@@ -19,6 +19,7 @@ BUILDS_ON = {
     "adr": {"sat"},
     "adaiad": {"adaad", "iad"},
     "b_mtard": {"mtard"},
+    "csr_control": {"trades"},
     "dgad": {"adaad"},
     "fair_ard": {"ard", "fair"},
     "fair_iad": {"ard", "fair", "iad"},

@@ -29,7 +29,9 @@ OTHERS_OPTIONS = {  # of torchrun, pip, apt and kernel-builder
     "--nproc-per-node", "--no-python", "--nnodes", "--node-rank", "--master-addr",
     "--no-build-isolation", "--require-hashes", "--repo-id",
 }  # fmt: skip
-VERBS = ("demo", "ls", "train", "evaluate", "teacher", "report", "compare", "export", "convert", "bench", "doctor")
+VERBS = (
+    "demo", "ls", "train", "evaluate", "teacher", "even", "report", "compare", "export", "convert", "bench", "doctor"
+)  # fmt: skip
 
 
 def blocks(page: Path, language: str, title: str = "") -> list[str]:

@@ -98,12 +98,12 @@ def find_network(target: str | Path, *, dataset: str | None, which: str = "best"
 
 
 def require_described(network: Network, facts: Facts, data_root: Path | None = None, verb: str = "evaluate") -> None:
-    """Check that the architecture and the data set of a network are known, before it is evaluated.
+    """Check that the architecture and the data set of a network are known, before it is looked at.
 
     Args:
         facts: all that is known of it.
         data_root: the folder of the images, if the user named it.
-        verb: of the command line.
+        verb: the command that looks at it.
     Raises:
         DataError: the file is no checkpoint.
         UsageError: they are not known; the message has the whole command.

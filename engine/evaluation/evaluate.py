@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from retemper.console import Progress, say
-from retemper.engine.checkpoints.find import Network, find_network, require_described
-from retemper.engine.checkpoints.header import Facts, is_run, read_header, require_same_images
+from retemper.engine.checkpoints.find import Network, find_network
+from retemper.engine.checkpoints.header import Facts, read_header
 from retemper.engine.distributed.ranks import ALONE, Ranks
 from retemper.engine.evaluation.autoattack import (
     SuiteRequest,
@@ -21,6 +21,7 @@ from retemper.engine.evaluation.autoattack import (
     suite_attacks,
     suite_entry,
 )
+from retemper.engine.evaluation.described import described
 from retemper.engine.evaluation.evaluation_file import EvaluationFile, Outcome
 from retemper.engine.evaluation.ledger import Ledger
 from retemper.engine.evaluation.library import FULL, library_version
@@ -31,10 +32,9 @@ from retemper.engine.evaluation.shards import Shard, evaluate_suite, require_ima
 from retemper.engine.predict import Attack, balanced_order, labelled_batches, predictions
 from retemper.engine.run.commands import absolute
 from retemper.engine.run.job import default_cache
-from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.sanity.check import IMAGES, check_evaluated
 from retemper.engine.sanity.ladder import CheckRequest
-from retemper.errors import DataError, UsageError
+from retemper.errors import UsageError
 from retemper.loaders import Split, load_split
 from retemper.options import shown_value
 from retemper.provenance import versions
@@ -266,38 +266,18 @@ def _probe(
 def images_for(
     network: Network, told: Facts, data_root: Path | None, *, verb: str = "evaluate", which: str = "test"
 ) -> tuple[Facts, Split, Path | None]:
-    """Return the facts about a network, the test images for it, and the folder of these images.
-
-    What the user says, in `told` and `data_root`, comes before what the network's file and its run say.
+    """Return the facts about a network, the images for it, and the folder of these images.
 
     Args:
-        verb: of the command line, for messages.
+        told, data_root, verb: as `described` takes them.
         which: "test", or "train" for the training images.
     """
-    folder = None if network.weights is None else network.weights.parent
-    config = RunFolder(folder).read_config() if folder is not None and is_run(folder) else None
-    if network.weights is None and told.model is not None:
-        raise UsageError(f"--model {told.model}: {network.name} brings its own architecture: leave it out")
-    facts = told.or_else(network.facts)
-    if config is not None:
-        recipe = config["recipe"]
-        if told.model not in (None, recipe["student"]):
-            raise UsageError(f"--model {told.model}: {network.name} is a run of {recipe['student']}: leave out --model")
-        known = Facts(model=recipe["student"], dataset=recipe["dataset"], eps=recipe["eps"])
-        facts = facts.or_else(known).or_else(Facts(image_size=recipe.get("image_size")))
-        if data_root is None and config.get("data_root") and facts.dataset != "digits":  # which has no root
-            data_root = Path(config["data_root"])
-            if not data_root.is_dir():
-                where = f"{data_root}, which {folder}/config.json names, is not a folder"
-                raise DataError(f"{where}: say with --data-root where {facts.dataset} lies now")
-    require_described(network, facts, data_root, verb)
+    known = described(network, told, data_root, verb)
+    facts = known.facts
     assert facts.dataset is not None
-    split = load_split(facts.dataset, which, data_root, facts.image_size)
-    require_same_images(network.name, facts, len(split.classes), split.shape[2])
-    if config is not None and list(split.classes) != config["classes"]:
-        raise DataError(f"the {which} images of {facts.dataset} have other classes than {folder} was trained on")
-    known = Facts(num_classes=len(split.classes), channels=split.shape[2])
-    return facts.or_else(known), split, data_root
+    split = load_split(facts.dataset, which, known.data_root, facts.image_size)
+    known.require_classes(split)
+    return facts.or_else(Facts(num_classes=len(split.classes), channels=split.shape[2])), split, known.data_root
 
 
 def _radius(request: EvaluationRequest, network: Network, dataset: str, trained: float | None) -> float:

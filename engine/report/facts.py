@@ -50,6 +50,8 @@ def _run_facts(run: RunRecord) -> dict[str, str]:
         return {"folder": str(run.folder), "role": "from elsewhere", "network": plain(run.protocol.get("weights"))}
     config, recipe, teacher = run.config, run.recipe, as_dict(run.config.get("teacher"))
     role = f"teacher of {', '.join(run.taught)}" if run.taught else "trained without a teacher"
+    start, evened = as_dict(config.get("start")), as_dict(config.get("evened"))
+    role = f"{start.get('path')}, evened by {evened.get('by')}" if evened else role
     seconds, speed = (
         [float(row[name]) for row in run.metrics if as_number(row.get(name)) >= 0]
         for name in ("seconds", "images_per_second")

@@ -25,12 +25,16 @@ def absolute(path: str | Path | None) -> str | None:
 
 
 def train_again(config: Mapping[str, Any], out: Path) -> str:
-    """Return the command that goes on with a run.
+    """Return the command that goes on with a run, or makes it again where it was evened.
 
     Args:
         config: what `RunFolder.read_config` returns.
         out: the run's folder.
     """
+    if evened := config.get("evened"):
+        weights = None if evened.get("weights", "best") == "best" else evened["weights"]
+        where = {"out": out, "data_root": config.get("data_root"), "weights": weights}
+        return command("retemper", "even", config["start"]["path"], by=evened["by"], **where)
     name = f"{config['method']}:{config['setting']}"
     networks = {what: (config.get(what) or {}).get("path") for what in SOURCES}
     where = {"out": out, "seed": config["seed"] or None, "data_root": config.get("data_root")}

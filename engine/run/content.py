@@ -32,6 +32,7 @@ class Config(_Told, total=False):
     data_root: PathText | None
     clean_teacher: Named | None
     start: Named | None
+    evened: dict[str, Any]
     loader: str
     versions: dict[str, str | None]
     device: str

@@ -132,6 +132,10 @@ class RunFolder:
         self.save_weights(self.last, weights, metadata)
         self.save_state(state)
 
+    def save_metrics(self, lines: list[dict[str, Any]]) -> None:
+        """Write the lines of a run that is made at once, in place of all there were. Raises as `save_epoch`."""
+        self._write_metrics(0, *lines)
+
     def save_weights(self, path: Path, weights: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
         """Write `last` or `best`. Raises as `save_epoch`."""
         with _telling(path):

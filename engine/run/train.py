@@ -26,6 +26,7 @@ from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.run.saving import Saver
 from retemper.engine.run.selection import judge, score, validate
 from retemper.engine.run.steps import Steps
+from retemper.engine.run.survey import survey
 from retemper.engine.run.teacher_logits import teacher_logits
 from retemper.engine.state import State
 from retemper.errors import Diverged
@@ -145,13 +146,18 @@ def _conclude(
 
 
 def _move_classes(job: Job, state: State, data: TrainingData, epoch: int) -> None:
-    """Move the class state after `epoch`; before the first, epoch 0, only where held-out images move it."""
-    method = job.recipe.method
-    if epoch == 0 and not method.validates_by:
+    """Move the class state after `epoch`; before the first, epoch 0, only where images are looked at for it."""
+    recipe, method = job.recipe, job.recipe.method
+    attack = method.surveys_by(epoch + 1, recipe) if epoch < recipe.optim.epochs else None
+    if epoch == 0 and not method.validates_by and attack is None:
         return
-    held = _validated(job, state, data) if method.validates_by else None
-    stats = EpochStats(forwards=state.sums, measured=state.measured, held=held) if epoch else EpochStats(held=held)
-    state.move_classes(method.next_class_state(state.class_state, stats, epoch, job.recipe))
+    stats = EpochStats(
+        forwards=state.sums if epoch else {},
+        measured=state.measured if epoch else {},
+        held=_validated(job, state, data) if method.validates_by else None,
+        surveyed=None if attack is None else survey(state, recipe, data.loader, epoch + 1, attack, job.seed),
+    )
+    state.move_classes(method.next_class_state(state.class_state, stats, epoch, recipe))
 
 
 def _average(job: Job, state: State, data: TrainingData, epoch: int) -> None:

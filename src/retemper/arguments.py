@@ -254,6 +254,30 @@ OPTIONS: dict[str, tuple[str | tuple[str, dict[str, Any]], ...]] = {  # of each 
         _option("--model", f"its architecture: {', '.join(INDEX.models)}", "NAME", completes=INDEX.models),
         _option("--dataset", f"its data set: {', '.join(INDEX.datasets)}", "NAME", completes=INDEX.datasets),
     ),
+    "even": (
+        _option("target", NETWORK, "NETWORK"),
+        _option(
+            "--by",
+            "the last layer's rows scaled to one norm, or half the way, or a bias that is fitted; or two epochs of csr "
+            "or of its control, plain (the best of the first three on held-out training images)",
+            choices=("norm", "half", "bias", "csr", "plain"),
+        ),
+        _option("--out", "the new run's folder (beside the network's, NAME-even-BY)", "DIR", type=PATH),
+        _option("--data-root", "where the data set lies (as in training)", "DIR", type=PATH),
+        _option("--weights", "which of a run's weights (best)", choices=("best", "last"), default="best"),
+        _option(
+            "--holdout",
+            "training images of each class that choose, of a network whose training held none out (as csr's setting)",
+            "N",
+            type=COUNT,
+        ),
+        _option("--eps", "the radius, in [0, 1] pixels (that of its training, or the usual one)", "X", type=RADIUS),
+        _option("--seed", "of a fine-tune (the run's own, or 0)", "N", type=SEED),
+        DEVICE,
+        "what a bare checkpoint does not say",
+        _option("--model", f"its architecture: {', '.join(INDEX.models)}", "NAME", completes=INDEX.models),
+        _option("--dataset", f"its data set: {', '.join(INDEX.datasets)}", "NAME", completes=INDEX.datasets),
+    ),
     "report": (
         _option("runs", "the folder of a run or of an evaluation", "RUN", type=PATH, nargs="+"),
         _option("--out", "where the page goes", "DIR", type=PATH, required=True),

@@ -138,6 +138,25 @@ def teacher(arguments: Namespace) -> None:
     print(path)
 
 
+def even(arguments: Namespace) -> None:
+    """Even the classes of a trained network, in two epochs or in none, into a run of its own."""
+    from retemper.engine.checkpoints.header import Facts
+    from retemper.engine.device import pick_device
+    from retemper.engine.even.even import even as even_network
+    from retemper.engine.even.subject import EvenRequest
+
+    same = "target by out data_root weights holdout seed".split()
+    request = EvenRequest(
+        **{name: getattr(arguments, name) for name in same},
+        eps=None if arguments.eps == "trained" else arguments.eps,
+        device=pick_device(arguments.device),
+        facts=Facts(model=arguments.model, dataset=arguments.dataset),
+    )
+    out, table = even_network(request)
+    print(table)
+    print(out)
+
+
 def report(arguments: Namespace) -> None:
     """Write one page and its plots for one or more runs."""
     from retemper.engine.report import write_report

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from retemper.engine import save_weights
 from retemper.engine.catalogue import find_setting
 from retemper.engine.evaluation.autoattack import SuiteRequest
 from retemper.engine.evaluation.evaluate import EvaluationRequest
@@ -47,6 +48,11 @@ def study() -> ModuleType:
 @pytest.fixture(scope="module")
 def fairness() -> ModuleType:
     return script("fairness")
+
+
+@pytest.fixture(scope="module")
+def evening() -> ModuleType:
+    return script("even")
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +171,59 @@ def test_a_preset_has_folders_of_its_own_and_leaves_the_teacher_as_it_is(
     assert [job.out.name for job in asked] == ["rslad-digits-seed1", "rslad-digits-strong-seed1"]
     assert [job.recipe.optim.preset for job in asked] == ["paper", "strong"]
     assert [job.recipe.optim.lr_schedule for job in asked] == ["steps", "onecycle"]
+
+
+def test_an_evening_is_compared_with_what_it_was_made_of_and_csr_with_its_control(
+    evening: ModuleType, tmp_path: Path
+) -> None:
+    def reached(by: str, score: float) -> dict[str, Any]:
+        return {"evened": {"by": by, "tried": {by: {"average": score, "worst": 0.0}}}}
+
+    ways = ("before", "norm", "half", "bias", "csr", "plain")
+    of: dict[str, list[Path]] = {}
+    for number, by in enumerate(ways):
+        accuracy = [a + 0.01 * number for a in RSLAD] if by != "csr" else RSLAD[::-1]
+        of[by] = [made.make_run(tmp_path / f"{by}{seed}", accuracy, verdicts=True, seed=seed) for seed in range(2)]
+    for by, scores in (("norm", (0.5, 0.9)), ("half", (0.6, 0.8)), ("bias", (0.4, 0.7))):
+        for folder, score in zip(of[by], scores, strict=True):
+            config = json.loads((folder / "config.json").read_text()) | reached(by, score)
+            (folder / "config.json").write_text(json.dumps(config))
+    whole = evening.with_picked(of)
+    assert [*whole] == ["before", "norm", "half", "bias", "picked", "csr", "plain"]
+    assert whole["picked"] == [of["half"][0], of["norm"][1]]
+    assert "picked" not in evening.with_picked({by: of[by] for by in ("before", "norm", "half")})
+    rows = evening.rows_of(whole, "pgd20")
+    assert rows["before"].difference is None and rows["bias"].tau == pytest.approx([1.0, 1.0])
+    assert rows["bias"].difference.summary["worst"].difference == pytest.approx(0.03)
+    control = rows["csr less plain"]
+    assert control.difference.summary["average"].difference == pytest.approx(-0.05, abs=0.006) and control.found == []
+    assert control.tau[0] < 1
+    lines = evening.table({"rslad": rows}, "pgd20").splitlines()
+    assert len(lines) == 2 + 8 and lines[5].startswith("| RSLAD, bias |") and "| +3.0 (" in lines[5]
+    alone = evening.table({"rslad": {"before": rows["before"]}}, "pgd20").splitlines()
+    assert len(alone) == 3 and "refused: a seed never learned a class" in alone[2] and "refused" not in lines[2]
+
+
+def test_students_are_copied_from_where_they_are_finished(
+    evening: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not finished there is trained below --out, and nothing is written there."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    out.mkdir()
+    done: list[str] = []
+    monkeypatch.setattr(evening, "evaluated", lambda folder, protocol: done.append(f"evaluated {folder.name}"))
+    monkeypatch.setattr(evening, "trained_and_evaluated", lambda name, seed, protocol: done.append(f"trained {seed}"))
+    for seed, epoch in enumerate(("20", "4")):
+        folder = evening.folder_of("rslad:digits", seed, source)
+        folder.mkdir(parents=True)
+        for name in ("best", "last"):
+            save_weights(folder / f"{name}.safetensors", nn.Linear(2, 2), {"epoch": epoch})
+        (folder / "last.state").write_text("large")
+    there = sorted(source.rglob("*"))
+    copied = evening.base_of("rslad:digits", 0, source, out, None)
+    evening.base_of("rslad:digits", 1, source, out, None)
+    assert done == ["evaluated rslad-digits-seed0", "trained 1"] and sorted(source.rglob("*")) == there
+    assert sorted(path.name for path in copied.iterdir()) == ["best.safetensors", "last.safetensors"]
 
 
 def test_a_table_is_of_one_radius_and_names_it(fairness: ModuleType) -> None:
