@@ -78,6 +78,7 @@ def pgd(
     momentum: float | None = None,
     restarts: int = 1,
     keep: str = "last",
+    start_eps: float | Tensor | None = None,
     watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Return images inside the ball of radius `eps` around `clean` that raise `objective(model(x))`.
@@ -116,6 +117,9 @@ def pgd(
             objective of each image. `restarts` and "best" need an objective with a method `rows`, from logits to the
             values of the images, (B,): this library's have one, and `RowsObjective` makes one of a function. They take
             one forward more for each attack, and values that are NaN are passed over.
+        start_eps: the radius that a random start is drawn in, as `eps`; None for `eps` itself. A larger one, with an
+            `eps` that holds no iterate back, is N-FGSM (de Jorge et al., NeurIPS 2022): start_eps = 2 eps, one step
+            of eps, eps = 1.
         watch: is called with each iterate before its step, and the logits there. The iterate is then overwritten.
     Returns:
         The last iterate, or the one that `keep` and `restarts` choose; like `clean`, without gradient.
@@ -127,6 +131,7 @@ def pgd(
             input.
     """
     begin: dict[str, Any] = dict(start=start, seed=seed, clip_start=clip_start, rows=rows, restarts=restarts)
+    begin["start_eps"] = start_eps
     climb: dict[str, Any] = dict(steps=steps, step=step, momentum=momentum, bn_mode=bn_mode, keep=keep)
     ball: dict[str, Any] = dict(eps=eps, norm=named_norm(norm), lower=lower, upper=upper, mask=mask)
     return _checked(model, checked_images(clean), Plan(**begin, **climb, **ball), objective, watch)

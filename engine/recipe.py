@@ -42,6 +42,7 @@ class Method(Options):
         attack_asks_teacher: whether `objective` reads the teachers' logits. `margins` and `watcher` never do.
         attacks_teacher: whether the attack goes through the teacher too; its logits are then (B, 2 K), the student's
             and then the teacher's.
+        follows_iterates: whether `watcher` needs an attack of several steps.
         validates_by: what attacks the held-out images that the class state moves by: PGD on the cross-entropy, or the
             method's own training attack. None where the class state does not need them.
     """
@@ -61,6 +62,7 @@ class Method(Options):
     watches_progress: ClassVar[bool] = False
     attack_asks_teacher: ClassVar[bool] = True
     attacks_teacher: ClassVar[bool] = False
+    follows_iterates: ClassVar[bool] = False
     validates_by: ClassVar[Literal["pgd", "training attack"] | None] = None
 
     def class_state(self, num_classes: int, recipe: "Recipe") -> dict[str, Tensor]:
@@ -202,6 +204,11 @@ class Recipe:
             )
         if self.method.average_sees and self.optim.average == "none":
             raise ValueError("average = 'none': this method learns from an average of its weights; set ema or swa")
+        if self.method.follows_iterates and self.attack.one_step:
+            raise ValueError(
+                f"attack = {self.attack.kind!r}: this method looks for where the steps of an attack cross the "
+                "boundary, and one step tells nothing: take pgd, pgd10 or pgd3"
+            )
         if self.method.attacks_teacher and self.attack.bn_mode != "eval":
             raise ValueError("attack_bn = 'train': an attack on the teacher too would move its statistics")
 

@@ -14,7 +14,7 @@ from retemper.console import say
 from retemper.engine.distributed.gradient_bucket import GradientBucket
 from retemper.engine.distributed.ranks import ALONE, Part, Ranks
 from retemper.engine.epoch_stats import ClassMeans, ClassSums
-from retemper.engine.groups import TrainingAttack
+from retemper.engine.groups import TrainingAttack, taken
 from retemper.engine.models import MODELS, channels_last
 from retemper.engine.optim import Average, Guard, Perturbation, sgd, wide_dtype
 from retemper.engine.recipe import Method, Recipe
@@ -74,7 +74,7 @@ class State:
         if execution.fold:
             self.teacher = teacher and _folded(teacher, self.precision, epilogue)
             self.clean_teacher = clean_teacher and _folded(clean_teacher, self.precision, epilogue)
-            if recipe.attack.bn_mode == "eval" and recipe.attack.steps:
+            if recipe.attack.bn_mode == "eval" and taken(recipe.attack).steps:
                 self.twin = _twin(recipe, student, self.precision, epilogue)
         half = self.precision if self.precision != torch.float32 else None
         self.joined = _joined(student, half) if execution.together_on(device) else None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from retemper.engine.attack import ascend, module_mode
 from retemper.engine.attack_plan import Plan
+from retemper.engine.groups import STEPS, step_share, taken
 from retemper.engine.losses import as_label
 from retemper.engine.recipe import Recipe
 from retemper.engine.speed.beside import Awaiting
@@ -112,13 +113,17 @@ def attack(state: State, recipe: Recipe, attacked: nn.Module, clean_BCHW: Tensor
     if recipe.method.attacks_teacher:
         assert state.teacher is not None
         attacked = Beside(attacked, state.teacher)
-    chosen = state.attack or recipe.attack
+    chosen = taken(state.attack or recipe.attack)
     eps, step = recipe.method.margins(targets, chosen)
+    if chosen.kind in STEPS:
+        step = eps * step_share(chosen.steps)  # where a class has a radius of its own, too
+    unbound = chosen.kind == "nfgsm"
     plan = Plan(
         steps=chosen.steps,
         step=step,
-        eps=eps,
+        eps=1.0 if unbound else eps,  # pixels have a range of 1: that far, nothing is projected
         start=chosen.start,
+        start_eps=2 * eps if unbound else None,
         clip_start=chosen.clip_start,
         rows=state.part.ranks.rows,
         bn_mode=recipe.attack.bn_mode,

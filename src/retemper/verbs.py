@@ -32,7 +32,7 @@ def train(arguments: Namespace) -> None:
 
     method, name, setting = find_setting(arguments.METHOD_SETTING)
     recipe = override(setting.recipe, texts)
-    if recipe.attack.step > recipe.attack.eps and "attack_step" not in texts:
+    if recipe.attack.kind == "pgd" and recipe.attack.step > recipe.attack.eps and "attack_step" not in texts:
         step, eps = shown_value(recipe.attack.step), shown_value(recipe.attack.eps)
         say(f"note: one step of the attack ({step}) is longer than eps ({eps}): --attack-step says how long it is")
     if arguments.show:
