@@ -5,7 +5,7 @@ How the step is executed is the sixth group (`retemper.engine.speed.execution`).
 
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 from retemper.engine.models import MODELS
 from retemper.loaders import DATASETS
@@ -78,6 +78,14 @@ class TrainingAttack(Options):
         "eval", "batch norm under attack: running statistics, or the batch's own (and the running ones move)",
         name="attack_bn",
     )  # fmt: skip
+    guard: Literal["auto", "on", "off"] = option(
+        "auto",
+        "hold the attack against ten steps after each epoch, and take more steps where they part; auto does so for "
+        "attacks in one step",
+    )
+    guard_share: float = option(
+        0.5, "they part where the accuracy under ten steps is below this share of that under the attack", at_most=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,12 +111,24 @@ def step_share(steps: int) -> float:
 
 
 @cache
-def taken(attack: TrainingAttack) -> TrainingAttack:
-    """Return the attack with the steps, the step and the start that its kind takes."""
+def taken(attack: TrainingAttack, kind: Any = None) -> TrainingAttack:
+    """Return the attack, or the one of the `kind` that stands in for it, with its steps, its step and its start."""
+    attack = attack if kind is None else replace(attack, kind=kind)
     steps = STEPS.get(attack.kind)
     if steps is None:
         return attack
     return replace(attack, steps=steps, step=attack.eps * step_share(steps), start="uniform", clip_start=True)
+
+
+def harder(own: TrainingAttack, now: TrainingAttack) -> str | None:
+    """Return the kind of attack that takes the next more steps: two, three, ten; None after ten.
+
+    Args:
+        own: the recipe's attack. If its own options say how to take ten steps or more, they are the last resort.
+        now: the attack in force, as `taken` returns it.
+    """
+    more = next((kind for kind in ("pgd2", "pgd3", "pgd10") if STEPS[kind] > now.steps), None)
+    return "pgd" if more == "pgd10" and own.steps >= STEPS[more] else more
 
 
 @dataclass(frozen=True, kw_only=True)

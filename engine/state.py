@@ -40,6 +40,7 @@ class State:
         noise_seed: (1,) int64, the seed of the next random start; every step adds one.
         forwards: the student's forwards in each step of the epoch.
         attack: the attack of the epoch; None for the recipe's own.
+        fallback: the kind of attack that stands in for both since the guard saw a collapse; None before.
         progress: 0-dim, the share of the run that is done, where the method watches it.
         rate: the learning rate of the next step.
         sums, measured, loss_sum: of the epoch so far; `start_epoch` empties them.
@@ -90,6 +91,7 @@ class State:
         self.one = torch.ones((), device=device, dtype=dtype)
         self.class_state = {name: value.to(device, dtype) for name, value in class_state.items()}
         self.forwards, self.attack, self.rate = method.forwards_in(1, recipe), attack_in(1, recipe), optim.lr
+        self.fallback: str | None = None
         self.progress = torch.zeros((), device=device, dtype=dtype)
         self.noise_seed = torch.zeros(1, dtype=torch.int64, device=device)
         self.sums = {name: ClassSums.zeros(num_classes, device, dtype) for name in method.forwards}
@@ -129,6 +131,10 @@ class State:
         rate = recipe.optim.lr_at(epoch, in_last_step=step + 1 == steps)
         if rate != self.rate:
             self.set_lr(rate)
+
+    def attack_now(self, recipe: Recipe) -> TrainingAttack:
+        """Return the attack of the next step."""
+        return taken(self.attack or recipe.attack, self.fallback)
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next steps."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from retemper.engine.attack import ascend, module_mode
 from retemper.engine.attack_plan import Plan
-from retemper.engine.groups import STEPS, step_share, taken
+from retemper.engine.groups import STEPS, step_share
 from retemper.engine.losses import as_label
 from retemper.engine.recipe import Recipe
 from retemper.engine.speed.beside import Awaiting
@@ -113,7 +113,7 @@ def attack(state: State, recipe: Recipe, attacked: nn.Module, clean_BCHW: Tensor
     if recipe.method.attacks_teacher:
         assert state.teacher is not None
         attacked = Beside(attacked, state.teacher)
-    chosen = taken(state.attack or recipe.attack)
+    chosen = state.attack_now(recipe)
     eps, step = recipe.method.margins(targets, chosen)
     if chosen.kind in STEPS:
         step = eps * step_share(chosen.steps)  # where a class has a radius of its own, too

@@ -237,7 +237,8 @@ def stepped_part(state: State) -> dict[str, Any]:
 def moving_part(state: State) -> dict[str, Any]:
     """Return what the end of an epoch moves too."""
     average = {} if state.average is None else {"average": state.average.state()}
-    return {"scaler": state.scaler.state_dict(), "class_state": state.class_state, **average}
+    fallback = {} if state.fallback is None else {"fallback": state.fallback}
+    return {"scaler": state.scaler.state_dict(), "class_state": state.class_state, **average, **fallback}
 
 
 def diverged(saved: Mapping[str, Any], kept: str) -> Diverged:
@@ -285,6 +286,7 @@ def restore(state: State, saved: Mapping[str, Any], own: Mapping[str, Any], runn
         group["lr"] = lr  # the tensor that a captured step reads, not the saved one's copy
     state.scaler.load_state_dict(saved["scaler"])
     state.move_classes(saved["class_state"])
+    state.fallback = saved.get("fallback")
     if state.average is not None:
         state.average.load(saved["average"])
     _copy(_statistics(state), own.get("statistics", {}))

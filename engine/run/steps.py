@@ -1,7 +1,7 @@
 """The steps of an epoch: every batch that is left of it, with one training step each."""
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Hashable, Iterator
 from contextlib import closing, contextmanager
 from itertools import islice
 
@@ -39,7 +39,7 @@ class Steps:
         self.loader, self.teacher, self.saver, self.watch, self.pace = loader, teacher, saver, watch, pace
         self.recipe, self.state = saver.recipe, saver.state
         captures = self.recipe.execution.captures_on(self.state.device)
-        self.step = captured(self._step, lambda: (self.state.forwards, self.state.attack)) if captures else self._step
+        self.step = captured(self._step, self._phase) if captures else self._step
 
     def run(self, epoch: int) -> bool:
         """Train on every batch of `epoch` that is left; say whether that is all of it, or the run is cut here.
@@ -107,6 +107,10 @@ class Steps:
     def _step(self, image: Tensor, view: Tensor, label: Tensor, teacher_BK: Tensor | None) -> Tensor:
         """Train on one batch; return the loss."""
         return train_step(self.state, self.recipe, clean_images(self.recipe, image, view), label, teacher_BK)
+
+    def _phase(self) -> Hashable:
+        """Return what decides, beside the batch, which work a step does."""
+        return self.state.forwards, self.state.attack, self.state.fallback
 
     def _leave_together(self) -> None:
         """Raise KeyboardInterrupt where a signal came to one of several processes: each does so at this place."""
