@@ -232,14 +232,34 @@ def _climb(
 ) -> Tensor:
     """Return the last iterate of one attack. `see` is called with each before, and what the model returns there."""
     adv, options = first_iterate(clean, plan, restart), step_options(clean, plan)
-    as_seen = getattr(model, "as_seen", None)  # the step reads a gradient of half precision as it is
     for _ in range(plan.steps):
-        shown = adv.requires_grad_(True) if as_seen is None else as_seen(adv.detach()).requires_grad_(True)
-        logits = model(shown)
-        see(adv, logits)
-        grad = _input_gradient(logits, shown, objective)
+        grad = _gradient_at(model, adv, objective, see)
         adv = pgd_step_(adv.detach(), grad, clean, plan.step, plan.eps, **options)
     return adv
+
+
+def _gradient_at(
+    model: Callable[[Tensor], Any], adv: Tensor, objective: Objective, see: Callable[[Tensor, Any], None]
+) -> Tensor:
+    """Return the gradient of the objective at `adv`, in the precision in which the model sees images."""
+    as_seen = getattr(model, "as_seen", None)  # the step reads a gradient of half precision as it is
+    shown = adv.requires_grad_(True) if as_seen is None else as_seen(adv.detach()).requires_grad_(True)
+    logits = model(shown)
+    see(adv, logits)
+    return _input_gradient(logits, shown, objective)
+
+
+def gradient_at(
+    model: nn.Module, adv: Tensor, objective: Objective, bn_mode: str, watch: Callable[[Tensor, Tensor], None] | None
+) -> Tensor:
+    """Return the gradient of `objective(model(adv))` with respect to `adv`, a fresh tensor; arguments as for `pgd`."""
+
+    def see(adv: Tensor, logits: Any) -> None:
+        if watch is not None:
+            watch(adv.detach(), logits.detach())
+
+    with module_mode(model, bn_mode), torch.enable_grad():
+        return _gradient_at(model, adv.detach(), objective, see)
 
 
 class Best:

@@ -61,10 +61,11 @@ class TrainingAttack(Options):
     `taken` has the numbers of steps that a `kind` other than "pgd" takes in place of those given.
     """
 
-    kind: Literal["pgd", "pgd10", "pgd3", "pgd2", "nfgsm"] = option(
+    kind: Literal["pgd", "pgd10", "pgd3", "pgd2", "nfgsm", "pgi"] = option(
         "pgd",
         "pgd: as the options below say; pgd10, pgd3, pgd2: so many steps of 2 eps / steps from a uniform start; "
-        "nfgsm: one step of eps from uniform noise of 2 eps, and no projection to the ball",
+        "nfgsm: one step of eps from uniform noise of 2 eps, and no projection to the ball; "
+        "pgi: one step of eps from where the image's last one led",
         name="attack",
     )
     eps: float = option(8 / 255, "the radius of the ball, in [0, 1] pixels: 8/255, not 8", at_most=1)
@@ -78,6 +79,14 @@ class TrainingAttack(Options):
         "eval", "batch norm under attack: running statistics, or the batch's own (and the running ones move)",
         name="attack_bn",
     )  # fmt: skip
+    pgi_weight: float = option(
+        10.0,
+        "with pgi: the weight of the squared distance between the logits on attacked images and on those it began at; "
+        "above 0 it costs a training forward",
+        at_most=1000,
+    )
+    pgi_decay: float = option(0.3, "with pgi: how much of an image's momentum is left an epoch later", at_most=1)
+    pgi_reset: int = option(40, "with pgi: begin anew after so many epochs", positive=True, at_most=MOST_EPOCHS)
     guard: Literal["auto", "on", "off"] = option(
         "auto",
         "hold the attack against ten steps after each epoch, and take more steps where they part; auto does so for "
@@ -98,7 +107,7 @@ class TrainingAttack(Options):
         return STEPS.get(self.kind) == 1
 
 
-STEPS = {"nfgsm": 1, "pgd2": 2, "pgd3": 3, "pgd10": 10}  # of the attacks whose names say how many
+STEPS = {"nfgsm": 1, "pgi": 1, "pgd2": 2, "pgd3": 3, "pgd10": 10}  # of the attacks whose names say how many
 
 
 def step_share(steps: int) -> float:

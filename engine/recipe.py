@@ -209,6 +209,8 @@ class Recipe:
                 f"attack = {self.attack.kind!r}: this method looks for where the steps of an attack cross the "
                 "boundary, and one step tells nothing: take pgd, pgd10 or pgd3"
             )
+        if self.attack.kind == "pgi" and self.method.attacks() > 1:
+            raise ValueError("attack = 'pgi': this method attacks several times a step, and an image keeps one: nfgsm")
         if self.method.attacks_teacher and self.attack.bn_mode != "eval":
             raise ValueError("attack_bn = 'train': an attack on the teacher too would move its statistics")
 

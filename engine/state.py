@@ -15,6 +15,7 @@ from retemper.engine.distributed.gradient_bucket import GradientBucket
 from retemper.engine.distributed.ranks import ALONE, Part, Ranks
 from retemper.engine.epoch_stats import ClassMeans, ClassSums
 from retemper.engine.groups import TrainingAttack, taken
+from retemper.engine.kept import Kept
 from retemper.engine.models import MODELS, channels_last
 from retemper.engine.optim import Average, Guard, Perturbation, sgd, wide_dtype
 from retemper.engine.recipe import Method, Recipe
@@ -40,6 +41,7 @@ class State:
         noise_seed: (1,) int64, the seed of the next random start; every step adds one.
         forwards: the student's forwards in each step of the epoch.
         attack: the attack of the epoch; None for the recipe's own.
+        prior: what the attack "pgi" keeps of each image; None with another.
         fallback: the kind of attack that stands in for both since the guard saw a collapse; None before.
         progress: 0-dim, the share of the run that is done, where the method watches it.
         rate: the learning rate of the next step.
@@ -92,6 +94,7 @@ class State:
         self.class_state = {name: value.to(device, dtype) for name, value in class_state.items()}
         self.forwards, self.attack, self.rate = method.forwards_in(1, recipe), attack_in(1, recipe), optim.lr
         self.fallback: str | None = None
+        self.prior: Kept | None = None
         self.progress = torch.zeros((), device=device, dtype=dtype)
         self.noise_seed = torch.zeros(1, dtype=torch.int64, device=device)
         self.sums = {name: ClassSums.zeros(num_classes, device, dtype) for name in method.forwards}
@@ -122,6 +125,8 @@ class State:
         if self.average is not None:
             self.average.active.fill_(epoch >= optim.average_from)
         self.noise_seed.fill_(noise_seed)
+        if self.prior is not None:
+            self.prior.start_epoch(epoch, noise_seed)
         self.set_lr(optim.lr_at(epoch))
 
     def begin_step(self, recipe: Recipe, epoch: int, step: int, steps: int) -> None:
@@ -186,6 +191,8 @@ class State:
         Each process's statistics are of its own images; afterwards all hold the same networks.
         """
         ranks = self.part.ranks
+        if self.prior is not None:
+            self.prior.merge(ranks)
         ranks.all_reduce_each_(self.epoch_sums())
         networks = [self.student] if self.average is None else [self.student, self.kept]
         buffers = [value for network in networks for value in network.buffers()]

@@ -56,7 +56,7 @@ class CollapseGuard:
         own, ten = self._own_accuracy(), self._accuracy_in_ten_steps()
         parted = ten < self.recipe.attack.guard_share * own and own - ten > CLEAR
         if parted:
-            self.state.fallback = more
+            self.state.fallback, self.state.prior = more, None
         return {"attack": now.kind, "own": own, "pgd10": ten, "next": more if parted else now.kind}
 
     def _accuracy_in_ten_steps(self) -> float:

@@ -189,6 +189,8 @@ class Saver:
     def _snapshot(self, finished: int, done: int) -> dict[str, Any]:
         """Return all that going on needs, on the host, once `memory.wait` has returned there. Raises as `settle`."""
         self.settle()
+        if self.state.prior is not None:
+            self.state.prior.merge(self.ranks)
         own = own_part(self.state)
         saved = self.memory.copy(
             {
@@ -205,7 +207,8 @@ class Saver:
             }
         )
         if self.tail is not None:
-            saved |= {name: self.tail[name] for name in ("student", "optimizer")}  # `stepped_part` is copied already
+            stepped = ("student", "optimizer", "prior")  # `stepped_part` is copied already
+            saved |= {name: self.tail[name] for name in stepped if name in self.tail}
         if self.ranks.joined:  # all of them leave then
             self.memory.wait()
             if self.ranks.any(not is_finite(saved)) == [True]:
@@ -231,7 +234,8 @@ class Saver:
 
 def stepped_part(state: State) -> dict[str, Any]:
     """Return what the steps of an epoch move, and nothing that follows them."""
-    return {"student": state.student.state_dict(), "optimizer": state.optimizer.state_dict()}
+    prior = {} if state.prior is None or not state.part.ranks.is_first else {"prior": state.prior.places}
+    return {"student": state.student.state_dict(), "optimizer": state.optimizer.state_dict(), **prior}
 
 
 def moving_part(state: State) -> dict[str, Any]:
@@ -287,6 +291,10 @@ def restore(state: State, saved: Mapping[str, Any], own: Mapping[str, Any], runn
     state.scaler.load_state_dict(saved["scaler"])
     state.move_classes(saved["class_state"])
     state.fallback = saved.get("fallback")
+    if state.fallback is not None:
+        state.prior = None
+    if state.prior is not None:
+        state.prior.load(saved["prior"])
     if state.average is not None:
         state.average.load(saved["average"])
     _copy(_statistics(state), own.get("statistics", {}))

@@ -16,7 +16,7 @@ from retemper.commands import command
 from retemper.console import duration, say
 from retemper.engine.epoch_stats import EpochStats, HeldOut
 from retemper.engine.run.collapse import CollapseGuard, collapse_words, guard_of
-from retemper.engine.run.data import TrainingData, load_data, training_split
+from retemper.engine.run.data import TrainingData, kept_of, load_data, training_split
 from retemper.engine.run.diverged import FiniteWatch
 from retemper.engine.run.job import Job
 from retemper.engine.run.lone_image import require_no_lone_image
@@ -59,6 +59,7 @@ def train(job: Job) -> Path:
         teacher = teacher_logits(recipe, state, data, sources["teacher"], run=job.name, cache=job.cache)
         saver = Saver(folder, recipe, state, seed=job.seed, save_every=job.save_every, header=job.header(split))
         pace = Pace(recipe, len(data.loader), job.max_steps)
+        state.prior = kept_of(recipe, data, job.device, job.out)
         guard = guard_of(recipe, state, data, ranks)
         steps = Steps(data.loader, teacher, saver, FiniteWatch(state, folder, split.classes), pace)
 

@@ -7,6 +7,7 @@ the recorded tensors, so that a step with a tensor that moves, or a number read 
 import runpy
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import gettempdir
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,8 @@ from retemper.engine import KlObjective, Recipe, State, create_model, train_step
 from retemper.engine.attack import ascend
 from retemper.engine.attack_plan import Plan
 from retemper.engine.catalogue import find_setting, method_module, methods
+from retemper.engine.distributed.ranks import ALONE
+from retemper.engine.kept import Kept
 from retemper.engine.models import channels_last
 from retemper.engine.speed.capture import WARM_UP, Captured, captured
 from retemper.engine.state import clean_images
@@ -28,6 +31,9 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of the engine, beside the methods
     "absld, averaged": dict(average="ema", ema_decay=0.9),
     "absld, weights perturbed": dict(awp_gamma=0.01),
     "rslad, in bf16": dict(precision="bf16"),
+    "absld, in one step": dict(attack="nfgsm"),
+    "rslad, in one step from what is kept": dict(attack="pgi"),
+    "sat, in one step from what is kept on disk": dict(attack="pgi", kept="disk"),
 }
 # those whose steps are others, or change where IAD begins
 RELEASED = "sat trades cfa frl faal iad fair_iad adaiad mtard b_mtard bat".split()
@@ -61,6 +67,8 @@ def tensors(state: State) -> list[Tensor]:
         found += [sums.loss_K, sums.correct_K, sums.count_K]
     for means in state.measured.values():
         found += [means.total_KD, means.count_K]
+    if state.prior is not None:
+        found += [*state.prior.places.values(), *state.prior.window.values()]
     if state.average is not None:
         found += [*state.average.network.state_dict(keep_vars=True).values(), state.average.count]
     return [tensor.detach() for tensor in found]
@@ -75,6 +83,10 @@ def make(name: str, device: torch.device) -> tuple[State, Recipe]:
     teacher = teachers[0] if recipe.networks.teacher_model else None
     clean_teacher = teachers[1] if recipe.networks.clean_teacher_model else None
     state = State(recipe, create_model("tiny_resnet", 10), teacher, 10, device, clean_teacher)
+    if recipe.attack.kind == "pgi":
+        file = Path(gettempdir()) / "captured" if recipe.execution.kept == "disk" else None
+        padding = recipe.data.padding
+        state.prior = Kept(32, (8, 8, 1), padding, eps=recipe.attack.eps, reset=20, rows=16, device=device, file=file)
     if device.type == "cpu":  # there the rate is a number, as nothing is captured; here it is
         for group in state.optimizer.param_groups:
             group["lr"] = torch.tensor(group["lr"])
@@ -85,8 +97,8 @@ def run(name: str, device: torch.device, capture: bool) -> tuple[list[Tensor], l
     """Run STEPS steps in two epochs that differ in rate and class state; return losses and state."""
     state, recipe = make(name, device)
 
-    def step(image: Tensor, view: Tensor, label: Tensor, teacher_BK: Tensor | None) -> Tensor:
-        return train_step(state, recipe, clean_images(recipe, image, view), label, teacher_BK)
+    def step(image: Tensor, view: Tensor, label: Tensor, teacher_BK: Tensor | None, index: Tensor) -> Tensor:
+        return train_step(state, recipe, clean_images(recipe, image, view), label, teacher_BK, index, view)
 
     if capture:
         phase = lambda: state.forwards  # noqa: E731
@@ -101,7 +113,14 @@ def run(name: str, device: torch.device, capture: bool) -> tuple[list[Tensor], l
             label = torch.randint(10, (size,), generator=gen)
             known = torch.randn(size, 10, generator=gen) if recipe.method.teacher_sees == ("clean",) else None
             asked = known.to(device) if known is not None and state.teacher is not None else None
-            losses.append(step(image.to(device), view.to(device), label.to(device), asked))
+            index = torch.arange(size) + 16 * (number % 2)
+            if state.prior is not None:
+                state.prior.begin_step(index.numpy())
+            losses.append(step(image.to(device), view.to(device), label.to(device), asked, index.to(device)))
+            if state.prior is not None:
+                state.prior.end_step(index.numpy())
+        if state.prior is not None:
+            state.prior.merge(ALONE)
         moved = {}
         for key, value in state.class_state.items():
             moved[key] = value + 0.1 * torch.rand(value.shape, generator=gen).to(device)

@@ -95,7 +95,7 @@ def test_a_step_is_one_pass_for_the_attack(method: str, device: torch.device) ->
     clean, label = batch(device)
     assert train_step(state, recipe, clean, label).isfinite()
     own = int(recipe.method.needs_own_prediction)
-    assert len(seen) == own + 1 + len(state.forwards.before)
+    assert sum(seen) == len(clean) * (own + 1 + len(state.forwards.before))
 
 
 def test_what_one_step_cannot_do_is_refused() -> None:
