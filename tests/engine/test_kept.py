@@ -100,6 +100,11 @@ def test_a_step_is_the_papers_formula(method: str, device: torch.device) -> None
         own = 5 / 6 * kl["adv"] + 1 / 6 * kl["clean"]
     expected = own + 10 * (logits["adv"] - logits["start"]).square().mean()
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
+    optim = recipe.optim
+    expected.backward()
+    torch.optim.SGD(student.parameters(), optim.lr, optim.momentum, weight_decay=optim.weight_decay).step()
+    for name, value in student.state_dict().items():  # both sides of the distance have a gradient
+        torch.testing.assert_close(state.student.state_dict()[name], value, rtol=1e-8, atol=1e-10)
 
 
 def test_without_the_weight_there_is_no_further_forward(device: torch.device) -> None:
