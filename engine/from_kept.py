@@ -53,5 +53,6 @@ def images_from_kept(
 
 def held_near(loss: Callable[[Mapping[str, Tensor]], Tensor], weight: float, logits: Mapping[str, Tensor]) -> Tensor:
     """Return the loss of the logits, (B, K) by the names of their images, with the term of the module docstring."""
+    own = {name: logits_BK for name, logits_BK in logits.items() if name != "start"}
     apart_BK = at_least_float32(logits["adv"]) - at_least_float32(logits["start"])
-    return loss(logits) + weight * apart_BK.square().mean()
+    return loss(own) + weight * apart_BK.square().mean()

@@ -235,7 +235,7 @@ def forward(
         if "start" in images:
             names, loss = (*names, "start"), partial(held_near, loss, recipe.attack.pgi_weight)
         logits = _logits(state, recipe, images, names, loss)
-        return logits, loss(logits)
+        return {name: logits[name] for name in dict.fromkeys(state.forwards.before)}, loss(logits)
 
 
 def perturbing_loss(state: State, recipe: Recipe, images: Mapping[str, Tensor], targets: Targets) -> Tensor:

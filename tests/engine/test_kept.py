@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from retemper.cli import run
 from retemper.engine import Recipe, State, create_model, train_step
@@ -115,6 +116,23 @@ def test_without_the_weight_there_is_no_further_forward(device: torch.device) ->
         state.student.register_forward_pre_hook(lambda _, images, given=given: given.append(len(images[0])))
         train_step(state, recipe, clean, label, None, index, view)
         assert sum(given) == forwards * len(clean)
+
+
+def test_a_step_never_waits_for_the_device(device: torch.device) -> None:
+    state, recipe = made("rslad", device)
+    clean, label, index, view = batch(device)
+    called: set[str] = set()
+
+    class Listener(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.add(func.__name__.split(".")[0])
+            return func(*args, **(kwargs or {}))
+
+    train_step(state, recipe, clean, label, None, index, view)
+    with Listener():
+        train_step(state, recipe, clean, label, None, index, view)
+    assert not called & {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal"}
+    assert "index_put_" in called
 
 
 @pytest.mark.parametrize("channels", [1, 3])
