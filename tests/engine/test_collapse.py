@@ -148,6 +148,7 @@ def test_a_collapse_made_on_purpose_is_caught(tmp_path: Path) -> None:
     far: dict[str, Any] = dict(eps=0.3, attack_step=0.3, attack_steps=1, attack_start="none", guard="on")
     recipe, state, data = made(tmp_path, "sat", student="tiny_resnet", **far)
     guard = CollapseGuard(recipe, state, data, ALONE)
+    seen: dict[str, Any] = {}
     for epoch in range(1, 31):  # ten, as a rule
         state.start_epoch(recipe, epoch, epoch << 24)
         for one in data.loader.epoch(epoch):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +109,16 @@ def test_a_step_is_the_papers_formula(method: str, device: torch.device) -> None
         torch.testing.assert_close(state.student.state_dict()[name], value, rtol=1e-8, atol=1e-10)
 
 
+def note(given: list[int], _: nn.Module, images: tuple[Tensor]) -> None:
+    given.append(len(images[0]))
+
+
 def test_without_the_weight_there_is_no_further_forward(device: torch.device) -> None:
     clean, label, index, view = batch(device)
     for weight, forwards in ((10.0, 4), (0.0, 3)):
         state, recipe = made("rslad", device, pgi_weight=weight)
         given: list[int] = []
-        state.student.register_forward_pre_hook(lambda _, images, given=given: given.append(len(images[0])))
+        state.student.register_forward_pre_hook(partial(note, given))
         train_step(state, recipe, clean, label, None, index, view)
         assert sum(given) == forwards * len(clean)
 
