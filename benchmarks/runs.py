@@ -1,8 +1,8 @@
 """Methods trained and evaluated under one protocol, run by run; what is finished is not repeated."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class Protocol:
         fold: attack the folded network, which computes the same with fewer operations.
         suite: of AutoAttack's attacks, "standard" or "fast".
         check: look for masked gradients, too.
+        options: of the recipes that are otherwise than in the setting, by flat name.
+        name: what tells a folder of runs with such options from others; it ends their names.
         variant: of the methods; None for each setting's own, as a teacher or a start that is trained first has it.
         preset: "paper" or "strong"; teachers and starts that are trained first are as in their papers.
         epochs: in place of each setting's own; None for those.
@@ -45,6 +47,8 @@ class Protocol:
     variant: str | None = None
     preset: str = "paper"
     epochs: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
 
 
 def settings_on(data: str) -> dict[str, str]:
@@ -88,6 +92,7 @@ def trained_and_evaluated(name: str, seed: int, protocol: Protocol) -> dict[str,
     if protocol.variant is not None:  # in a folder of its own, beside that of a start of the same setting
         recipe, out = recipe.as_variant(protocol.variant), out.with_name(f"{out.name}-{protocol.variant}")
     recipe = recipe.named_in({"preset": protocol.preset})
+    recipe, out = recipe.replace(**protocol.options), out.with_name(out.name + protocol.name)
     job = Job(method=method, setting=setting, recipe=recipe, out=out, seed=seed, cache=cache, device=DEVICE)
     train(with_teacher(job))
     content = evaluated(out, protocol)

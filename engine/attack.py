@@ -78,6 +78,7 @@ def pgd(
     momentum: float | None = None,
     restarts: int = 1,
     keep: str = "last",
+    start_eps: float | Tensor | None = None,
     watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Return images inside the ball of radius `eps` around `clean` that raise `objective(model(x))`.
@@ -116,6 +117,9 @@ def pgd(
             objective of each image. `restarts` and "best" need an objective with a method `rows`, from logits to the
             values of the images, (B,): this library's have one, and `RowsObjective` makes one of a function. They take
             one forward more for each attack, and values that are NaN are passed over.
+        start_eps: the radius that a random start is drawn in, as `eps`; None for `eps` itself. A larger one, with an
+            `eps` that holds no iterate back, is N-FGSM (de Jorge et al., NeurIPS 2022): start_eps = 2 eps, one step
+            of eps, eps = 1.
         watch: is called with each iterate before its step, and the logits there. The iterate is then overwritten.
     Returns:
         The last iterate, or the one that `keep` and `restarts` choose; like `clean`, without gradient.
@@ -127,6 +131,7 @@ def pgd(
             input.
     """
     begin: dict[str, Any] = dict(start=start, seed=seed, clip_start=clip_start, rows=rows, restarts=restarts)
+    begin["start_eps"] = start_eps
     climb: dict[str, Any] = dict(steps=steps, step=step, momentum=momentum, bn_mode=bn_mode, keep=keep)
     ball: dict[str, Any] = dict(eps=eps, norm=named_norm(norm), lower=lower, upper=upper, mask=mask)
     return _checked(model, checked_images(clean), Plan(**begin, **climb, **ball), objective, watch)
@@ -227,14 +232,34 @@ def _climb(
 ) -> Tensor:
     """Return the last iterate of one attack. `see` is called with each before, and what the model returns there."""
     adv, options = first_iterate(clean, plan, restart), step_options(clean, plan)
-    as_seen = getattr(model, "as_seen", None)  # the step reads a gradient of half precision as it is
     for _ in range(plan.steps):
-        shown = adv.requires_grad_(True) if as_seen is None else as_seen(adv.detach()).requires_grad_(True)
-        logits = model(shown)
-        see(adv, logits)
-        grad = _input_gradient(logits, shown, objective)
+        grad = _gradient_at(model, adv, objective, see)
         adv = pgd_step_(adv.detach(), grad, clean, plan.step, plan.eps, **options)
     return adv
+
+
+def _gradient_at(
+    model: Callable[[Tensor], Any], adv: Tensor, objective: Objective, see: Callable[[Tensor, Any], None]
+) -> Tensor:
+    """Return the gradient of the objective at `adv`, in the precision in which the model sees images."""
+    as_seen = getattr(model, "as_seen", None)  # the step reads a gradient of half precision as it is
+    shown = adv.requires_grad_(True) if as_seen is None else as_seen(adv.detach()).requires_grad_(True)
+    logits = model(shown)
+    see(adv, logits)
+    return _input_gradient(logits, shown, objective)
+
+
+def gradient_at(
+    model: nn.Module, adv: Tensor, objective: Objective, bn_mode: str, watch: Callable[[Tensor, Tensor], None] | None
+) -> Tensor:
+    """Return the gradient of `objective(model(adv))` with respect to `adv`, a fresh tensor; arguments as for `pgd`."""
+
+    def see(adv: Tensor, logits: Any) -> None:
+        if watch is not None:
+            watch(adv.detach(), logits.detach())
+
+    with module_mode(model, bn_mode), torch.enable_grad():
+        return _gradient_at(model, adv.detach(), objective, see)
 
 
 class Best:

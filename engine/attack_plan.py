@@ -35,6 +35,7 @@ class Plan:
     momentum: float | None = None
     restarts: int = 1
     keep: str = "last"
+    start_eps: float | Tensor | None = None
 
     @property
     def picks(self) -> bool:
@@ -63,7 +64,8 @@ def first_iterate(clean: Tensor, plan: Plan, restart: int = 0) -> Tensor:
         adv.copy_(clean)
     elif start in ("normal", "uniform"):
         options: dict[str, Any] = dict(noise=start, clip=plan.clip_start, rows=plan.rows, **plan.ball)
-        random_start_(adv, clean, plan.eps, seed=_seed(plan.seed, clean.device, restart), **options)
+        radius = plan.eps if plan.start_eps is None else plan.start_eps
+        random_start_(adv, clean, radius, seed=_seed(plan.seed, clean.device, restart), **options)
     else:
         raise ValueError(f"start = {start!r}: it must be 'uniform', 'normal', 'none' or a tensor like clean")
     if plan.mask is not None:
@@ -122,7 +124,8 @@ def require_fits(plan: Plan, clean: Tensor) -> None:
         raise ValueError(f"restarts = {plan.restarts}: each would be the same; needs start = 'uniform' or 'normal'")
     if plan.momentum is not None and not 0 <= plan.momentum < math.inf:
         raise ValueError(f"momentum = {plan.momentum}: it must be finite and at least 0")
-    lengths = {name: per_pixel(name, getattr(plan, name), clean) for name in ("step", "eps", "lower", "upper")}
+    given = [name for name in ("step", "eps", "start_eps", "lower", "upper") if getattr(plan, name) is not None]
+    lengths = {name: per_pixel(name, getattr(plan, name), clean) for name in given}
     known = {name: abs(one) if name == "step" else one for name, one in lengths.items() if not isinstance(one, Tensor)}
     if "lower" in known and "upper" in known:
         require_pixel_units(known.pop("lower"), known.pop("upper"), _pixels(plan, clean), **known)
@@ -142,7 +145,10 @@ def claims(plan: Plan, clean: Tensor) -> list[Claim]:
     if isinstance(width, Tensor):
         found.insert(0, ((width > 0).all(), "lower, upper: the range of a pixel is empty"))
     longest = width * math.sqrt(_pixels(plan, clean))
-    for name, value in (("step", abs(step)), ("eps", eps)):
+    checked = [("step", abs(step)), ("eps", eps)]
+    if plan.start_eps is not None:
+        checked.append(("start_eps", per_pixel("start_eps", plan.start_eps, clean)))
+    for name, value in checked:
         fits: Any = (value >= 0) & (value <= longest)
         if isinstance(fits, Tensor):
             words = "for each image, as pixels have a range (8/255, not 8)"
@@ -161,7 +167,7 @@ def per_pixel(name: str, value: float | Tensor, clean: Tensor) -> Any:
     """Return a number as it is, and a tensor of numbers so that it broadcasts to the images.
 
     Args:
-        name: "step" or "eps", which may differ by image or by channel; "lower" or "upper", by channel alone.
+        name: "step", "eps" or "start_eps", which may differ by image or by channel; "lower" or "upper", by channel.
     Raises:
         TypeError: it is neither.
         ValueError: it is a tensor of another shape or dtype.
@@ -169,7 +175,7 @@ def per_pixel(name: str, value: float | Tensor, clean: Tensor) -> Any:
     number, tensor = split(name, value)
     if tensor is None:
         return number
-    of_images = name in ("step", "eps")
+    of_images = name in ("step", "eps", "start_eps")
     return spread(grid(name, tensor.detach(), clean, by_sample=of_images), clean, compute_dtype(clean))
 
 

@@ -3,8 +3,9 @@
 How the step is executed is the sixth group (`retemper.engine.speed.execution`). Each is a frozen value of options.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Literal
 
 from retemper.engine.models import MODELS
 from retemper.engine.schedule import cosine, onecycle, triangle
@@ -75,8 +76,18 @@ class Networks(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingAttack(Options):
-    """The inner maximisation: projected gradient descent in the L-inf ball."""
+    """The inner maximisation: projected gradient descent in the L-inf ball, or a cheaper attack in one step.
 
+    `taken` has the numbers of steps that a `kind` other than "pgd" takes in place of those given.
+    """
+
+    kind: Literal["pgd", "pgd10", "pgd3", "pgd2", "nfgsm", "pgi"] = option(
+        "pgd",
+        "pgd: as the options below say; pgd10, pgd3, pgd2: so many steps of 2 eps / steps from a uniform start; "
+        "nfgsm: one step of eps from uniform noise of 2 eps, and no projection to the ball; "
+        "pgi: one step of eps from where the image's last one led",
+        name="attack",
+    )
     eps: float = option(8 / 255, "the radius of the ball, in [0, 1] pixels: 8/255, not 8", at_most=1)
     step: float = option(2 / 255, "the size of one step, in [0, 1] pixels", name="attack_step", at_most=1)
     steps: int = option(10, "how many steps", name="attack_steps", at_most=10_000)
@@ -88,6 +99,65 @@ class TrainingAttack(Options):
         "eval", "batch norm under attack: running statistics, or the batch's own (and the running ones move)",
         name="attack_bn",
     )  # fmt: skip
+    pgi_weight: float = option(
+        10.0,
+        "with pgi: the weight of the squared distance between the logits on attacked images and on those it began at; "
+        "above 0 it costs a training forward",
+        at_most=1000,
+    )
+    pgi_decay: float = option(0.3, "with pgi: how much of an image's momentum is left an epoch later", at_most=1)
+    pgi_reset: int = option(40, "with pgi: begin anew after so many epochs", positive=True, at_most=MOST_EPOCHS)
+    guard: Literal["auto", "on", "off"] = option(
+        "auto",
+        "hold the attack against ten steps after each epoch, and take more steps where they part; auto does so for "
+        "attacks in one step",
+    )
+    guard_share: float = option(
+        0.5, "they part where the accuracy under ten steps is below this share of that under the attack", at_most=1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind == "nfgsm" and self.eps > 1 / 2:
+            raise ValueError(f"eps = {self.eps}: attack = 'nfgsm' draws noise of twice that, so it must be at most 0.5")
+
+    @property
+    def one_step(self) -> bool:
+        """True for the attacks that are made to take one step."""
+        return STEPS.get(self.kind) == 1
+
+
+STEPS = {"nfgsm": 1, "pgi": 1, "pgd2": 2, "pgd3": 3, "pgd10": 10}  # of the attacks whose names say how many
+
+
+def step_share(steps: int) -> float:
+    """Return the size of one of so many steps in units of eps, for the attacks of `STEPS`.
+
+    Together they cross the ball, so that any of its points is reached from any start. Three steps of 2/3 eps are those
+    of Salman et al. (NeurIPS 2020), ten of eps/5 those of Andriushchenko and Flammarion (NeurIPS 2020).
+    """
+    return min(1.0, 2 / steps)
+
+
+@cache
+def taken(attack: TrainingAttack, kind: Any = None) -> TrainingAttack:
+    """Return the attack, or the one of the `kind` that stands in for it, with its steps, its step and its start."""
+    attack = attack if kind is None else replace(attack, kind=kind)
+    steps = STEPS.get(attack.kind)
+    if steps is None:
+        return attack
+    return replace(attack, steps=steps, step=attack.eps * step_share(steps), start="uniform", clip_start=True)
+
+
+def harder(own: TrainingAttack, now: TrainingAttack) -> str | None:
+    """Return the kind of attack that takes the next more steps: two, three, ten; None after ten.
+
+    Args:
+        own: the recipe's attack. If its own options say how to take ten steps or more, they are the last resort.
+        now: the attack in force, as `taken` returns it.
+    """
+    more = next((kind for kind in ("pgd2", "pgd3", "pgd10") if STEPS[kind] > now.steps), None)
+    return "pgd" if more == "pgd10" and own.steps >= STEPS[more] else more
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,7 @@ class Method(Options):
             `watcher` never do.
         attacks_teacher: whether the attack goes through the teacher too; its logits are then (B, 2 K), the student's
             and then the teacher's. With `attacks_slope` they are too.
+        follows_iterates: whether `watcher` needs an attack of several steps.
         validates_by: what attacks the held-out images that the class state moves by: PGD on the cross-entropy, or the
             method's own training attack. None where the class state does not need them.
     """
@@ -70,6 +71,7 @@ class Method(Options):
     draws: ClassVar[bool] = False
     attack_asks_teacher: ClassVar[bool] = True
     attacks_teacher: ClassVar[bool] = False
+    follows_iterates: ClassVar[bool] = False
     validates_by: ClassVar[Literal["pgd", "training attack"] | None] = None
 
     def class_state(self, num_classes: int, recipe: "Recipe") -> dict[str, Tensor]:
@@ -238,6 +240,13 @@ class Recipe:
                 f"teacher_table = 'on': augment = {self.data.augment!r} and cutout = {self.data.cutout} show other "
                 "views in every epoch, too many for a table; set teacher_table = 'auto', which asks the teacher ahead"
             )
+        if self.method.follows_iterates and self.attack.one_step:
+            raise ValueError(
+                f"attack = {self.attack.kind!r}: this method looks for where the steps of an attack cross the "
+                "boundary, and one step tells nothing: take pgd, pgd10 or pgd3"
+            )
+        if self.attack.kind == "pgi" and self.method.attacks() > 1:
+            raise ValueError("attack = 'pgi': this method attacks several times a step, and an image keeps one: nfgsm")
         if self.method.attacks_teacher and self.attack.bn_mode != "eval":
             raise ValueError("attack_bn = 'train': an attack on the teacher too would move its statistics")
 

@@ -14,7 +14,8 @@ from retemper.console import say
 from retemper.engine.distributed.gradient_bucket import GradientBucket
 from retemper.engine.distributed.ranks import ALONE, Part, Ranks
 from retemper.engine.epoch_stats import ClassMeans, ClassSums
-from retemper.engine.groups import TrainingAttack
+from retemper.engine.groups import TrainingAttack, taken
+from retemper.engine.kept import Kept
 from retemper.engine.models import MODELS, channels_last
 from retemper.engine.optim import Average, Guard, Perturbation, make_optimizer, wide_dtype
 from retemper.engine.peer import Peer
@@ -43,6 +44,8 @@ class State:
         noise_seed: (1,) int64, the seed of the next random start; every step adds one.
         forwards: the student's forwards in each step of the epoch.
         attack: the attack of the epoch; None for the recipe's own.
+        prior: what the attack "pgi" keeps of each image; None with another.
+        fallback: the kind of attack that stands in for both since the guard saw a collapse; None before.
         progress: 0-dim, the share of the run that is done, where the method watches it.
         rate: the learning rate of the next step.
         sums, measured, loss_sum: of the epoch so far; `start_epoch` empties them.
@@ -82,7 +85,7 @@ class State:
         if execution.fold:
             self.teacher = teacher and _folded(teacher, self.precision, epilogue)
             self.clean_teacher = clean_teacher and _folded(clean_teacher, self.precision, epilogue)
-            if recipe.attack.bn_mode == "eval" and recipe.attack.steps:
+            if recipe.attack.bn_mode == "eval" and taken(recipe.attack).steps:
                 self.twin = _twin(recipe, student, self.precision, epilogue)
         half = self.precision if self.precision != torch.float32 else None
         self.joined = _joined(student, half) if execution.together_on(device) else None
@@ -105,6 +108,8 @@ class State:
         self.one = torch.ones((), device=device, dtype=dtype)
         self.class_state = {name: value.to(device, dtype) for name, value in class_state.items()}
         self.forwards, self.attack, self.rate = method.forwards_in(1, recipe), attack_in(1, recipe), optim.lr
+        self.fallback: str | None = None
+        self.prior: Kept | None = None
         self.progress = torch.zeros((), device=device, dtype=dtype)
         self.noise_seed = torch.zeros(1, dtype=torch.int64, device=device)
         self.sums = {name: ClassSums.zeros(num_classes, device, dtype) for name in method.forwards}
@@ -132,9 +137,9 @@ class State:
         """The network that is evaluated and kept: the student, or the average of its weights."""
         return self.student if self.average is None else self.average.network
 
-    def phase(self) -> tuple[Forwards, TrainingAttack | None, tuple[str, ...]]:
+    def phase(self) -> tuple[Forwards, TrainingAttack | None, str | None, tuple[str, ...]]:
         """Return what decides which work the steps of the epoch do."""
-        return self.forwards, self.attack, self.average_sees
+        return self.forwards, self.attack, self.fallback, self.average_sees
 
     def start_epoch(self, recipe: Recipe, epoch: int, noise_seed: int) -> None:
         """Empty the sums, and set what depends on the epoch, and the seed of the first random start."""
@@ -148,6 +153,8 @@ class State:
         if self.average is not None:
             self.average.active.fill_(epoch >= optim.average_from)
         self.noise_seed.fill_(noise_seed)
+        if self.prior is not None:
+            self.prior.start_epoch(epoch, noise_seed)
         self.set_lr(optim.lr_at(epoch))
 
     def begin_step(self, recipe: Recipe, epoch: int, step: int, steps: int) -> None:
@@ -157,6 +164,10 @@ class State:
         rate = recipe.optim.lr_at(epoch, step, steps)
         if rate != self.rate:
             self.set_lr(rate)
+
+    def attack_now(self, recipe: Recipe) -> TrainingAttack:
+        """Return the attack of the next step."""
+        return taken(self.attack or recipe.attack, self.fallback)
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next steps."""
@@ -214,6 +225,8 @@ class State:
         Each process's statistics are of its own images; afterwards all hold the same networks.
         """
         ranks = self.part.ranks
+        if self.prior is not None:
+            self.prior.merge(ranks)
         ranks.all_reduce_each_(self.epoch_sums())
         networks = [self.trained] if self.average is None else [self.trained, self.kept]
         buffers = [value for network in networks for value in network.buffers()]

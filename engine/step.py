@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from retemper.engine.attack import ascend, module_mode
 from retemper.engine.attack_plan import Plan
 from retemper.engine.first_order import FirstOrder, slope_at
+from retemper.engine.from_kept import held_near, images_from_kept
+from retemper.engine.groups import STEPS, step_share
 from retemper.engine.losses import as_label
 from retemper.engine.recipe import Recipe
 from retemper.engine.speed.beside import Awaiting
@@ -26,7 +28,13 @@ APART = 2**61  # between the seed of a step's attack and that of what its method
 
 
 def train_step(
-    state: State, recipe: Recipe, clean_BCHW: Tensor, label_B: Tensor, teacher_BK: Tensor | None = None
+    state: State,
+    recipe: Recipe,
+    clean_BCHW: Tensor,
+    label_B: Tensor,
+    teacher_BK: Tensor | None = None,
+    index_B: Tensor | None = None,
+    view_B: Tensor | None = None,
 ) -> Tensor:
     """Train on one batch, or on this process's rows of it (`State.part`), which may be none.
 
@@ -34,25 +42,28 @@ def train_step(
         clean_BCHW: fp32, in the networks' memory format, pixels in [0, 1], on the student's device.
         label_B: int64.
         teacher_BK: the teacher's logits on `clean_BCHW` where they are known; it is asked otherwise.
+        index_B, view_B: int64, which images these are, and how they are cropped and mirrored, as a loader gives them.
+            The attack "pgi" alone asks for them.
     Returns:
         The loss of the whole batch before the step, a scalar on the device.
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit. Values are not read: pixels outside [0, 1] are
             clipped by the attack.
     """
-    label_B = as_label(label_B)
+    label_B, seen = as_label(label_B), _seen(state, index_B, view_B, len(label_B))
     _require_batch(state, clean_BCHW, label_B, teacher_BK)
     state.part.idle = not len(label_B)
     if state.part.idle:  # one black image of class 0, so that this process takes part in every collective call
         clean_BCHW, label_B = clean_BCHW.new_zeros(1, *clean_BCHW.shape[1:]), label_B.new_zeros(1)
         teacher_BK = None if teacher_BK is None else teacher_BK.new_zeros(1, teacher_BK.shape[1])
+        seen = None
         recipe = recipe.replace(attack_bn="eval")  # an image that counts for nothing must move no statistics
     attacked = state.attacked()
     targets = observe(state, recipe, attacked, clean_BCHW, label_B, teacher_BK)
     images = {"clean": clean_BCHW}
     for number in range(recipe.method.attacks()):
         targets = begin_attack(recipe, clean_BCHW, targets, number) if number else targets
-        images["adv"] = attack(state, recipe, attacked, clean_BCHW, targets)
+        images |= attacked_images(state, recipe, attacked, clean_BCHW, targets, seen)
         if targets.watched is not None:
             images |= targets.watched.images(images["adv"])
     images |= recipe.method.views(images)
@@ -72,6 +83,15 @@ def _require_batch(state: State, clean_BCHW: Tensor, label_B: Tensor, teacher_BK
         raise ValueError(f"teacher: shape {tuple(teacher_BK.shape)}; needs {wanted}, a row of logits for each image")
     if {clean_BCHW.device.type, label_B.device.type} != {state.device.type}:
         raise ValueError(f"clean, label: on {clean_BCHW.device}, {label_B.device}; the student is on {state.device}")
+
+
+def _seen(state: State, index_B: Tensor | None, view_B: Tensor | None, images: int) -> tuple[Tensor, Tensor] | None:
+    """Return which images these are and how they are seen, where `pgi` keeps something of them."""
+    if state.prior is None:
+        return None
+    if index_B is None or view_B is None or not index_B.shape == view_B.shape == (images,):
+        raise ValueError(f"index, view: the attack pgi asks for both, ({images},) int64 as a loader gives them")
+    return index_B, view_B
 
 
 def observe(
@@ -127,19 +147,39 @@ def begin_attack(recipe: Recipe, clean_BCHW: Tensor, targets: Targets, number: i
 
 def attack(state: State, recipe: Recipe, attacked: nn.Module, clean_BCHW: Tensor, targets: Targets) -> Tensor:
     """Return adversarial images like `clean_BCHW`: the inner maximisation."""
+    return attacked_images(state, recipe, attacked, clean_BCHW, targets)["adv"]
+
+
+def attacked_images(
+    state: State,
+    recipe: Recipe,
+    attacked: nn.Module,
+    clean_BCHW: Tensor,
+    targets: Targets,
+    seen: tuple[Tensor, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Return the images of the inner maximisation: "adv", and "start" where `pgi` began if the loss asks for it.
+
+    Args:
+        seen: index_B and view_B of `train_step`. Without them `pgi` begins anywhere in the ball.
+    """
     if recipe.method.attacks_teacher:
         assert state.teacher is not None
         attacked = Beside(attacked, state.teacher)
     if targets.teacher_slope is not None:
         there = FirstOrder(clean_BCHW, targets.teacher, targets.teacher_slope, targets.label_B)
         attacked = Beside(attacked, there)
-    chosen = state.attack or recipe.attack
+    chosen = state.attack_now(recipe)
     eps, step = recipe.method.margins(targets, chosen)
+    if chosen.kind in STEPS:
+        step = eps * step_share(chosen.steps)  # where a class has a radius of its own, too
+    unbound = chosen.kind == "nfgsm"
     plan = Plan(
         steps=chosen.steps,
         step=step,
-        eps=eps,
+        eps=1.0 if unbound else eps,  # pixels have a range of 1: that far, nothing is projected
         start=chosen.start,
+        start_eps=2 * eps if unbound else None,
         clip_start=chosen.clip_start,
         rows=state.part.ranks.rows,
         bn_mode=recipe.attack.bn_mode,
@@ -149,9 +189,13 @@ def attack(state: State, recipe: Recipe, attacked: nn.Module, clean_BCHW: Tensor
     make = partial(recipe.method.objective, targets)
     objective = Awaiting(make, state.beside) if awaits else make()
     with state.autocast():
-        adv = ascend(attacked, clean_BCHW, plan, objective=objective, watch=targets.watched)
+        if chosen.kind == "pgi" and state.prior is not None and seen is not None:
+            begin = (attacked, clean_BCHW, plan, objective, targets.watched)
+            images = images_from_kept(state.prior, seen, chosen, *begin)
+        else:
+            images = {"adv": ascend(attacked, clean_BCHW, plan, objective=objective, watch=targets.watched)}
     state.beside.join()
-    return adv
+    return images
 
 
 def observe_attacked(state: State, recipe: Recipe, images: Mapping[str, Tensor], targets: Targets) -> Targets:
@@ -211,9 +255,11 @@ def forward(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return the student's logits on each of the training forwards' images, (B, K), and the loss, a scalar."""
     with state.autocast():
-        loss = partial(recipe.method.training_loss, targets=targets)
-        logits = _logits(state, recipe, images, state.forwards.before, loss)
-        return logits, loss(logits)
+        names, loss = state.forwards.before, partial(recipe.method.training_loss, targets=targets)
+        if "start" in images:
+            names, loss = (*names, "start"), partial(held_near, loss, recipe.attack.pgi_weight)
+        logits = _logits(state, recipe, images, names, loss)
+        return {name: logits[name] for name in dict.fromkeys(state.forwards.before)}, loss(logits)
 
 
 def perturbing_loss(state: State, recipe: Recipe, images: Mapping[str, Tensor], targets: Targets) -> Tensor:

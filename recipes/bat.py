@@ -76,6 +76,7 @@ class Bat(OwnPredictionAttack):
     }
     hard_labels: ClassVar[bool] = True
     forwards: ClassVar[tuple[str, ...]] = ("last_clean", "adv", "clean")  # x_c, x_a, x in the authors' order
+    follows_iterates: ClassVar[bool] = True
     beta: float = option(6.0, "weight of the robust term", at_most=1000)
     tau: int = option(1, "wrong iterates before the one that is learned from", at_most=1000)
     uniform_weight: float = option(1.0, "weight of the pull towards the uniform distribution", at_most=1000)

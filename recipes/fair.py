@@ -3,8 +3,9 @@
 w[k] <- clip(K v[k] / sum v, 5/6, 5/2)   where   v[k] = (1 / (kappa[k] + 1e-5)) ** beta
 
 kappa[k] is the class's mean difficulty over an epoch: how many of the training attack's iterates, the last one apart,
-the student still classifies correctly. The weights are not normalised again after the clip. Every term of an image's
-loss is multiplied by its class's weight; in the first epoch all are 1.
+the student still classifies correctly. Of an attack in one step that is its random start alone, so an image counts 0
+or 1. The weights are not normalised again after the clip. Every term of an image's loss is multiplied by its class's
+weight; in the first epoch all are 1.
 """
 
 from collections.abc import Mapping

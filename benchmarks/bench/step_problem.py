@@ -40,6 +40,7 @@ BARE: dict[str, Any] = dict(
     teacher_table="off",
     fused_sgd=False,
     beside=False,
+    kept="device",
 )
 
 

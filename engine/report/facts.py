@@ -66,6 +66,7 @@ def _run_facts(run: RunRecord) -> dict[str, str]:
         "student": plain(recipe.get("student")),
         "epochs": f"{len(run.metrics)} of {recipe.get('epochs', 'unknown')}",
         "training eps": pixels(recipe.get("eps")),
+        **({"training attack": plain(recipe["attack"])} if recipe.get("attack", "pgd") != "pgd" else {}),
         "seed": plain(config.get("seed")),
         "training time": f"{sum(seconds):,.0f} s" if seconds else "not recorded",
         "images per second, all told": f"{median(speed):,.0f}" if speed else "not recorded",

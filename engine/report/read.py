@@ -126,6 +126,12 @@ def _read_metrics(run: RunRecord) -> None:
     rows, unreadable = read_json_lines(run.folder / "metrics.jsonl", EpochLine)
     epochs = {row["epoch"]: row for row in rows}
     run.metrics = [epochs[epoch] for epoch in sorted(epochs)]
+    for row in run.metrics:
+        guard = as_dict(row.get("guard"))
+        if guard.get("next") != guard.get("attack"):
+            own, ten = (f"{as_number(guard.get(name)):.0%}" for name in ("own", "pgd10"))
+            seen = f"right on {own} under {guard.get('attack')}, on {ten} under ten steps"
+            run.notes.append(Text(f"After epoch {row['epoch']}, {seen}: it was trained on with {guard.get('next')}."))
     if unreadable:
         run.notes.append(Text(f"{unreadable} unreadable lines of metrics.jsonl were left out."))
     if not run.metrics:

@@ -55,6 +55,7 @@ class EpochLine(_Epoch, total=False):
     class_loss: list[float | None]
     class_accuracy: list[float | None]
     holdout: dict[str, Any]
+    guard: dict[str, Any]
 
 
 class Scored(TypedDict):

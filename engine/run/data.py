@@ -9,6 +9,7 @@ import torch
 from retemper.console import say
 from retemper.engine.distributed.ranks import Ranks
 from retemper.engine.groups import Data
+from retemper.engine.kept import Kept
 from retemper.engine.recipe import Recipe
 from retemper.errors import DataError, UsageError
 from retemper.loaders import (
@@ -124,6 +125,29 @@ def load_data(
         labels = split.labels[held_indices]
         held = split_of_arrays(split.name, "train", images, labels, split.classes, split.fingerprint)
     return TrainingData(split=split, loader=loader, held=held, judged=held if test is None else test)
+
+
+def kept_of(recipe: Recipe, data: TrainingData, device: torch.device, folder: Path) -> Kept | None:
+    """Return what the attack "pgi" keeps of the images, as it is before the first epoch; None with another attack.
+
+    Args:
+        folder: the run's, for a file that goes with this process.
+    Raises:
+        DataError: there is no room for that file.
+    """
+    chosen, plan = recipe.attack, data.loader.plan
+    if chosen.kind != "pgi":
+        return None
+    return Kept(
+        len(data.split),
+        data.split.shape,
+        recipe.data.padding,
+        eps=chosen.eps,
+        reset=chosen.pgi_reset,
+        rows=plan.local_size,
+        device=device,
+        file=folder / f".kept.rank{plan.rank}" if recipe.execution.kept == "disk" else None,
+    )
 
 
 def _test_split(data: Data, data_root: Path | None) -> Split:

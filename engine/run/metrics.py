@@ -48,6 +48,9 @@ def epoch_words(line: dict[str, Any], recipe: Recipe, classes: Sequence[str], is
         first, epochs = recipe.selection.select_from, recipe.optim.epochs
         words += "  best so far" * is_best
         words += f"  (no epoch is kept as the best before {min(first, epochs)})" * (line["epoch"] < min(first, epochs))
+    if "guard" in line:
+        seen = line["guard"]
+        words += f"  {seen['attack']} {seen['own']:.1%}, ten steps {seen['pgd10']:.1%}"
     return words
 
 

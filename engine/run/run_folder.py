@@ -2,11 +2,13 @@
 
 Every file is replaced atomically, and `last.state` is written last in an epoch: whatever the moment of a kill, it names
 an epoch and a step whose weights, class state and score are whole, and lines of `metrics.jsonl` beyond it are dropped
-on resume. The state before it stays as `last.1.state`, for the day that the disk damages the newest.
+on resume. The state before it stays as `last.1.state`, for the day that the disk damages the newest. What the attack
+"pgi" keeps of each image lies beside them in a file for each of the two (`prior-EPOCH-STEP.state`), written first.
 """
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -34,6 +36,7 @@ from retemper.files import (
 )
 from retemper.shape import misfit
 
+PRIOR = re.compile(r"prior-(\d+)-(\d+)\.state")
 ANEW = "delete the folder to start the run anew"
 
 
@@ -143,11 +146,31 @@ class RunFolder:
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write the state that resuming reads, of an epoch or of a step within one. Raises as `save_epoch`."""
+        at = state["epoch"], state["step"]
+        if "prior" in state:  # much larger than the rest; it is there before a state asks for it
+            path = self._prior(*at)
+            with _telling(path), atomic_write(path) as file:
+                write_state(file, state["prior"])
+            state = state | {"prior": True}
         with _telling(self.state), atomic_write(self.state) as file:
             write_state(file, state)
             sync(file)
             if self.state.exists():
                 self._keep_the_one_before()  # only now that the new one is on the disk
+        self._sweep_priors(at)
+
+    def _prior(self, epoch: int, step: int) -> Path:
+        """Return the file of what the attack "pgi" keeps of each image, that goes with the state at this place."""
+        return self.path / f"prior-{epoch}-{step}.state"
+
+    def _sweep_priors(self, at: tuple[int, int]) -> None:
+        """Remove the files that neither the state at this place asks for nor the one before it."""
+        places = {
+            (int(found[1]), int(found[2])) for path in self.path.iterdir() if (found := PRIOR.fullmatch(path.name))
+        }
+        asked = sorted(place for place in places if place <= at)[-2:]
+        for place in places - {*asked}:
+            self._prior(*place).unlink(missing_ok=True)
 
     def _keep_the_one_before(self) -> None:
         """Name `last.state` `last.1.state` too, so that at no moment there is none."""
@@ -175,6 +198,11 @@ class RunFolder:
         for path in (path for path in (self.state, self.older) if path.exists()):
             try:
                 state = unpack(path, Saved)
+                if state.get("prior"):
+                    prior = self._prior(state["epoch"], state["step"])
+                    if not prior.exists():
+                        raise Damaged(f"{path} asks for {prior.name}, which is gone")
+                    state["prior"] = unpack(prior)
             except Damaged as error:
                 damaged.append(str(error))
                 continue

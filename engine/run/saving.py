@@ -189,6 +189,8 @@ class Saver:
     def _snapshot(self, finished: int, done: int) -> dict[str, Any]:
         """Return all that going on needs, on the host, once `memory.wait` has returned there. Raises as `settle`."""
         self.settle()
+        if self.state.prior is not None:
+            self.state.prior.merge(self.ranks)
         own = own_part(self.state)
         saved = self.memory.copy(
             {
@@ -205,9 +207,8 @@ class Saver:
             }
         )
         if self.tail is not None:
-            saved |= {
-                name: self.tail[name] for name in ("student", "optimizer", "peer") if name in self.tail
-            }  # `stepped_part` is copied already
+            stepped = ("student", "optimizer", "peer", "prior")  # `stepped_part` is copied already
+            saved |= {name: self.tail[name] for name in stepped if name in self.tail}
         if self.ranks.joined:  # all of them leave then
             self.memory.wait()
             if self.ranks.any(not is_finite(saved)) == [True]:
@@ -234,13 +235,15 @@ class Saver:
 def stepped_part(state: State) -> dict[str, Any]:
     """Return what the steps of an epoch move, and nothing that follows them."""
     peer = {} if state.peer is None else {"peer": state.peer.network.state_dict()}
-    return {"student": state.student.state_dict(), "optimizer": state.optimizer.state_dict(), **peer}
+    prior = {} if state.prior is None or not state.part.ranks.is_first else {"prior": state.prior.places}
+    return {"student": state.student.state_dict(), "optimizer": state.optimizer.state_dict(), **peer, **prior}
 
 
 def moving_part(state: State) -> dict[str, Any]:
     """Return what the end of an epoch moves too."""
     average = {} if state.average is None else {"average": state.average.state()}
-    return {"scaler": state.scaler.state_dict(), "class_state": state.class_state, **average}
+    fallback = {} if state.fallback is None else {"fallback": state.fallback}
+    return {"scaler": state.scaler.state_dict(), "class_state": state.class_state, **average, **fallback}
 
 
 def diverged(saved: Mapping[str, Any], kept: str) -> Diverged:
@@ -291,6 +294,11 @@ def restore(state: State, saved: Mapping[str, Any], own: Mapping[str, Any], runn
         group["lr"] = lr  # the tensor that a captured step reads, not the saved one's copy
     state.scaler.load_state_dict(saved["scaler"])
     state.move_classes(saved["class_state"])
+    state.fallback = saved.get("fallback")
+    if state.fallback is not None:
+        state.prior = None
+    if state.prior is not None:
+        state.prior.load(saved["prior"])
     if state.average is not None:
         state.average.load(saved["average"])
     _copy(_statistics(state), own.get("statistics", {}))

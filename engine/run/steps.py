@@ -5,6 +5,7 @@ from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from itertools import islice
 
+import numpy as np
 from torch import Tensor
 
 from retemper.console import Progress
@@ -38,6 +39,7 @@ class Steps:
     ) -> None:
         self.loader, self.teacher, self.saver, self.watch, self.pace = loader, teacher, saver, watch, pace
         self.recipe, self.state = saver.recipe, saver.state
+        self.order = np.empty(0, np.int64)
         captures = self.recipe.execution.captures_on(self.state.device)
         self.step = captured(self._step, self.state.phase) if captures else self._step
 
@@ -68,7 +70,7 @@ class Steps:
                 self.state.part.take(len(batch.label), rows)
                 self.state.begin_step(self.recipe, epoch, saver.done, len(self.loader))
                 with undisturbed():
-                    loss = self.step(batch.image, batch.view, batch.label, teacher_BK)
+                    loss = self._take(epoch, batch, teacher_BK)
                     saver.done += 1
                 self.pace.step()
                 saver.look()
@@ -104,9 +106,31 @@ class Steps:
                 self.save_here()
             raise
 
-    def _step(self, image: Tensor, view: Tensor, label: Tensor, teacher_BK: Tensor | None) -> Tensor:
+    def _take(self, epoch: int, batch: Batch, teacher_BK: Tensor | None) -> Tensor:
+        """Take the next step, and carry what is kept of the images to and fro around it; return the loss."""
+        prior = self.state.prior
+        if prior is None:
+            return self.step(batch.image, batch.view, batch.label, teacher_BK, None)
+        index = np.empty(0, np.int64)
+        if prior.on_disk:
+            index, self.order = np.split(self._order(epoch), [len(batch.label)])
+        prior.begin_step(index)
+        loss = self.step(batch.image, batch.view, batch.label, teacher_BK, batch.index)
+        prior.end_step(index)
+        return loss
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Return which images the batches from the next one on hold, (M,) int64 on the host."""
+        if not len(self.order):
+            self.order, _ = self.loader.schedule(epoch, self.saver.done)
+        return self.order
+
+    def _step(
+        self, image: Tensor, view: Tensor, label: Tensor, teacher_BK: Tensor | None, index: Tensor | None
+    ) -> Tensor:
         """Train on one batch; return the loss."""
-        return train_step(self.state, self.recipe, clean_images(self.recipe, image, view), label, teacher_BK)
+        clean = clean_images(self.recipe, image, view)
+        return train_step(self.state, self.recipe, clean, label, teacher_BK, index, view)
 
     def _words(self, loss: Tensor) -> str:
         """Return what the bar says: the loss and, where it moves from step to step, the learning rate."""

@@ -15,7 +15,8 @@ from typing import Any
 from retemper.commands import command
 from retemper.console import duration, say
 from retemper.engine.epoch_stats import EpochStats, HeldOut
-from retemper.engine.run.data import TrainingData, load_data, training_split
+from retemper.engine.run.collapse import CollapseGuard, collapse_words, guard_of
+from retemper.engine.run.data import TrainingData, kept_of, load_data, training_split
 from retemper.engine.run.diverged import FiniteWatch
 from retemper.engine.run.job import Job
 from retemper.engine.run.lone_image import require_no_lone_image
@@ -60,6 +61,8 @@ def train(job: Job) -> Path:
         teacher = teacher_logits(recipe, state, data, sources["teacher"], run=job.name, cache=job.cache)
         saver = Saver(folder, recipe, state, seed=job.seed, save_every=job.save_every, header=job.header(split))
         pace = Pace(recipe, len(data.loader), job.max_steps)
+        state.prior = kept_of(recipe, data, job.device, job.out)
+        guard = guard_of(recipe, state, data, ranks)
         steps = Steps(data.loader, teacher, saver, FiniteWatch(state, folder, split.classes), pace)
 
         if ranks.is_first and not folder.state.exists():
@@ -79,7 +82,7 @@ def train(job: Job) -> Path:
                         _cut(job, state, data, saver, steps)
                         break
                     with pace.ending(epoch):
-                        _conclude(job, state, data, saver, board, pace, epoch)
+                        _conclude(job, state, data, saver, guard, board, pace, epoch)
                 saver.settle()
         finally:
             saver.writer.close()
@@ -122,9 +125,16 @@ def _cut(job: Job, state: State, data: TrainingData, saver: Saver, steps: Steps)
 
 
 def _conclude(
-    job: Job, state: State, data: TrainingData, saver: Saver, board: Board | None, pace: Pace, epoch: int
+    job: Job,
+    state: State,
+    data: TrainingData,
+    saver: Saver,
+    guard: CollapseGuard | None,
+    board: Board | None,
+    pace: Pace,
+    epoch: int,
 ) -> None:
-    """After the steps of an epoch: move the class state, average the weights, judge them, and save."""
+    """After the steps of an epoch: move the class state, average the weights, judge them and the attack, and save."""
     recipe, images = job.recipe, data.loader.num_images
     saver.hold_tail(epoch)
     state.all_reduce()
@@ -134,6 +144,8 @@ def _conclude(
     _move_classes(job, state, data, epoch)
     _average(job, state, data, epoch)
     _select(job, state, data, saver, line)
+    if guard is not None and (seen := guard.look()):
+        line["guard"] = seen
     with undisturbed():
         seconds = saver.lap_s()
         line |= {"images_per_second": images / seconds, "seconds": seconds}
@@ -143,6 +155,8 @@ def _conclude(
         words = epoch_words(line, recipe, data.split.classes, is_best=saver.best.epoch == epoch)
         left_s = pace.left_s(epoch + 1, 0)
         say(f"{words}  {duration(left_s)} left" if left_s else words)
+        if "guard" in line and line["guard"]["next"] != line["guard"]["attack"]:
+            say(f"{job.name}: after epoch {epoch} {collapse_words(line['guard'])}")
 
 
 def _move_classes(job: Job, state: State, data: TrainingData, epoch: int) -> None:

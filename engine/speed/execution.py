@@ -22,6 +22,7 @@ EXACTNESS = {
     "teacher_table": "rounding",
     "fused_sgd": "rounding",
     "beside": "bitwise",
+    "kept": "bitwise",
 }
 
 
@@ -54,6 +55,9 @@ class Execution(Options):
     fused_sgd: bool = option(True, "run the optimiser as one kernel")
     beside: bool = option(
         False, "on a GPU, ask the teacher, or the average, within the step on a stream beside the attack's"
+    )
+    kept: Literal["device", "disk"] = option(
+        "device", "where the attack pgi keeps its perturbations: on the device, or in a file that is mapped into memory"
     )
     loader: Literal["auto", "ffcv", "resident"] = option(
         "auto", "where the images lie: an FFCV file, or all in memory; both give the same batches"

@@ -56,7 +56,7 @@ def train(arguments: Namespace) -> None:
 
 def _notes(method: str, recipe: Any, texts: Mapping[str, str]) -> Iterator[str]:
     """Yield what the user may not have meant with the options that are in `texts`."""
-    if recipe.attack.step > recipe.attack.eps and "attack_step" not in texts:
+    if recipe.attack.kind == "pgd" and recipe.attack.step > recipe.attack.eps and "attack_step" not in texts:
         step, eps = shown_value(recipe.attack.step), shown_value(recipe.attack.eps)
         yield f"one step of the attack ({step}) is longer than eps ({eps}): --attack-step says how long it is"
     if recipe.optim.optimizer == "adamw" and "lr" not in texts:

@@ -7,6 +7,7 @@ the recorded tensors, so that a step with a tensor that moves, or a number read 
 import runpy
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import gettempdir
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,8 @@ from retemper.engine import KlObjective, Recipe, State, create_model, train_step
 from retemper.engine.attack import ascend
 from retemper.engine.attack_plan import Plan
 from retemper.engine.catalogue import find_setting, method_module, methods
+from retemper.engine.distributed.ranks import ALONE
+from retemper.engine.kept import Kept
 from retemper.engine.models import channels_last
 from retemper.engine.speed.capture import WARM_UP, Captured, captured
 from retemper.engine.state import clean_images
@@ -30,6 +33,9 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of the engine, beside the methods
     "absld, weights perturbed": dict(awp_gamma=0.01),
     "rslad, in bf16": dict(precision="bf16"),
     "peeraid, weights perturbed": dict(awp_gamma=0.01),
+    "absld, in one step": dict(attack="nfgsm"),
+    "rslad, in one step from what is kept": dict(attack="pgi"),
+    "sat, in one step from what is kept on disk": dict(attack="pgi", kept="disk"),
 }
 # those whose steps are others, or change where IAD begins
 RELEASED = "sat trades cfa fair_tat frl faal iad fair_iad adaiad mtard b_mtard bat peeraid rebat".split()
@@ -63,6 +69,8 @@ def tensors(state: State) -> list[Tensor]:
         found += [sums.loss_K, sums.correct_K, sums.count_K]
     for means in state.measured.values():
         found += [means.total_KD, means.count_K]
+    if state.prior is not None:
+        found += [*state.prior.places.values(), *state.prior.window.values()]
     if state.average is not None:
         found += [*state.average.network.state_dict(keep_vars=True).values(), state.average.count]
     return [tensor.detach() for tensor in found]
@@ -79,6 +87,10 @@ def make(name: str, device: torch.device) -> tuple[State, Recipe]:
     student = create_model("tiny_resnet", 10)
     peer = create_model("tiny_resnet", 10) if recipe.method.trains_peer else None
     state = State(recipe, student, teacher, 10, device, clean_teacher, peer=peer)
+    if recipe.attack.kind == "pgi":
+        file = Path(gettempdir()) / "captured" if recipe.execution.kept == "disk" else None
+        padding = recipe.data.padding
+        state.prior = Kept(32, (8, 8, 1), padding, eps=recipe.attack.eps, reset=20, rows=16, device=device, file=file)
     if device.type == "cpu":  # there the rate is a number, as nothing is captured; here it is
         for group in state.optimizer.param_groups:
             group["lr"] = torch.tensor(group["lr"])
@@ -89,8 +101,8 @@ def run(name: str, device: torch.device, capture: bool) -> tuple[list[Tensor], l
     """Run STEPS steps in two epochs that differ in rate and class state; return losses and state."""
     state, recipe = make(name, device)
 
-    def step(image: Tensor, view: Tensor, label: Tensor, teacher_BK: Tensor | None) -> Tensor:
-        return train_step(state, recipe, clean_images(recipe, image, view), label, teacher_BK)
+    def step(image: Tensor, view: Tensor, label: Tensor, teacher_BK: Tensor | None, index: Tensor) -> Tensor:
+        return train_step(state, recipe, clean_images(recipe, image, view), label, teacher_BK, index, view)
 
     if capture:
         step = captured(step, state.phase) if device.type == "cuda" else Captured(step, record(state), state.phase)
@@ -104,7 +116,14 @@ def run(name: str, device: torch.device, capture: bool) -> tuple[list[Tensor], l
             label = torch.randint(10, (size,), generator=gen)
             known = torch.randn(size, 10, generator=gen) if recipe.method.teacher_sees == ("clean",) else None
             asked = known.to(device) if known is not None and state.teacher is not None else None
-            losses.append(step(image.to(device), view.to(device), label.to(device), asked))
+            index = torch.arange(size) + 16 * (number % 2)
+            if state.prior is not None:
+                state.prior.begin_step(index.numpy())
+            losses.append(step(image.to(device), view.to(device), label.to(device), asked, index.to(device)))
+            if state.prior is not None:
+                state.prior.end_step(index.numpy())
+        if state.prior is not None:
+            state.prior.merge(ALONE)
         moved = {}
         for key, value in state.class_state.items():
             moved[key] = value + 0.1 * torch.rand(value.shape, generator=gen).to(device)

@@ -383,6 +383,23 @@ def test_two_processes_train_as_one_does(whole: Path, words: list[object], tmp_p
             assert torch.equal(value, weights[name.removeprefix("kept.")]), name
 
 
+def test_two_processes_keep_what_each_saw_of_the_images(tmp_path: Path) -> None:
+    """One-step attacks from what is kept: the guard agrees, rows meet in one file, and a resume changes no bit."""
+    words = ["train", "sat:digits_student", *SHORT, "--attack", "pgi"]
+    out, cut = tmp_path / "whole", tmp_path / "cut"
+    assert forked(2, lambda: run([str(word) for word in [*words, "--out", out]])) == [0, 0]
+    assert all(line["guard"].keys() == {"attack", "own", "pgd10", "next"} for line in lines(out))
+    state, prior = unpack(out / "last.state"), unpack(out / "prior-2-0.state")
+    assert state["prior"] is True
+    moved = prior["momentum"].flatten(1).ne(0).any(1)  # an image that no process had written of would be as at first
+    assert moved.sum() == 868
+    for more in ("--max-steps=20", "--max-steps=1000"):
+        assert forked(2, lambda more=more: run([str(word) for word in [*words, "--out", cut, more]])) == [0, 0]
+    for name, value in unpack(cut / "prior-2-0.state").items():
+        assert torch.equal(value, prior[name])
+    require_same(out, cut)
+
+
 def test_one_that_is_killed_ends_the_other(
     whole: Path, words: list[object], start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
