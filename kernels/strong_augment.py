@@ -116,16 +116,23 @@ def _fixed(number: Tensor, bits: int) -> Tensor:
     return (number + (1 << bits - 1) >> bits).int()
 
 
+def _rows_with(kind: int, operation: Tensor) -> Tensor:
+    """Return which images have an operation, (R,) int64; on a GPU, whose answer would have to be waited for, all."""
+    if operation.is_cpu:
+        return (operation == kind).nonzero().flatten()
+    return torch.arange(len(operation), device=operation.device)
+
+
 def _change_(pixel: Tensor, drawn: Drawn) -> None:
-    """Do the operations of colour in place, as PIL does; a CPU looks for the images that have each.
+    """Do the operations of colour in place, as PIL does.
 
     Args:
         pixel: (B, H, W, C) uint8, C is 1 or 3.
     """
     for kind, change in CHANGES.items():
-        wanted = drawn.operation == kind
-        rows = wanted.nonzero().flatten() if wanted.is_cpu else torch.arange(len(wanted), device=wanted.device)
-        here, strength, value = wanted[rows, None, None, None], drawn.strength[rows, None, None, None], pixel[rows]
+        rows = _rows_with(kind, drawn.operation)
+        value, strength = pixel[rows], drawn.strength[rows, None, None, None]
+        here = drawn.operation[rows, None, None, None] == kind
         pixel[rows] = torch.where(here, change(value.int(), strength).byte(), value)
 
 
