@@ -34,10 +34,8 @@ from retemper.kernels.view_draws import (
 
 LONGEST = 2**14  # pixels of a side: its places, in units of 2**-16, are whole numbers of 32 bits
 GREY = (19595, 38470, 7471)  # the weights of red, green and blue, of 2**16
-SMOOTH, CENTRE = (
-    13,
-    4,
-)  # of PIL's filter: the sum of its weights, and what the middle has more than its eight neighbours
+# of PIL's filter: the sum of its weights, and what the middle has more than its eight neighbours
+SMOOTH, CENTRE = 13, 4
 
 
 def strong_augment_reference(
