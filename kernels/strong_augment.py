@@ -34,10 +34,8 @@ from retemper.kernels.view_draws import (
 
 LONGEST = 2**14  # pixels of a side: its places, in units of 2**-16, are whole numbers of 32 bits
 GREY = (19595, 38470, 7471)  # the weights of red, green and blue, of 2**16
-SMOOTH, CENTRE = (
-    13,
-    4,
-)  # of PIL's filter: the sum of its weights, and what the middle has more than its eight neighbours
+# of PIL's filter: the sum of its weights, and what the middle has more than its eight neighbours
+SMOOTH, CENTRE = 13, 4
 
 
 def strong_augment_reference(
@@ -116,16 +114,23 @@ def _fixed(number: Tensor, bits: int) -> Tensor:
     return (number + (1 << bits - 1) >> bits).int()
 
 
+def _rows_with(kind: int, operation: Tensor) -> Tensor:
+    """Return which images have an operation, (R,) int64; on a GPU, whose answer would have to be waited for, all."""
+    if operation.is_cpu:
+        return (operation == kind).nonzero().flatten()
+    return torch.arange(len(operation), device=operation.device)
+
+
 def _change_(pixel: Tensor, drawn: Drawn) -> None:
-    """Do the operations of colour in place, as PIL does; a CPU looks for the images that have each.
+    """Do the operations of colour in place, as PIL does.
 
     Args:
         pixel: (B, H, W, C) uint8, C is 1 or 3.
     """
     for kind, change in CHANGES.items():
-        wanted = drawn.operation == kind
-        rows = wanted.nonzero().flatten() if wanted.is_cpu else torch.arange(len(wanted), device=wanted.device)
-        here, strength, value = wanted[rows, None, None, None], drawn.strength[rows, None, None, None], pixel[rows]
+        rows = _rows_with(kind, drawn.operation)
+        value, strength = pixel[rows], drawn.strength[rows, None, None, None]
+        here = drawn.operation[rows, None, None, None] == kind
         pixel[rows] = torch.where(here, change(value.int(), strength).byte(), value)
 
 

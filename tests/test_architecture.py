@@ -32,7 +32,8 @@ BUILDS_ON = {
     "rebat": {"sat"},
     "saad": {"adaad"},
 }
-ON_A_CPU = {"_all_hold", "_all_known", "to_normal"}  # they read values, of tensors that they have found to be a CPU's
+# They read values, of tensors that they have found to be a CPU's.
+ON_A_CPU = {"_all_hold", "_all_known", "_rows_with", "to_normal"}
 SOURCES = [source for part in LINKS.values() for source in sorted((ROOT / part).rglob("*.py"))]
 
 
