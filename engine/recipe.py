@@ -16,7 +16,7 @@ from retemper.engine.groups import Data, Networks, Optimisation, Selection, Trai
 from retemper.engine.losses import KlObjective, Objective, cross_entropy_objective
 from retemper.engine.models import PIXELS
 from retemper.engine.presets import preset_options
-from retemper.engine.speed.execution import EXACTNESS, Execution
+from retemper.engine.speed.execution import Execution
 from retemper.engine.targets import Forwards, Targets
 from retemper.errors import nearest
 from retemper.options import Option, Options, option, options_of
@@ -240,6 +240,11 @@ class Recipe:
                 f"teacher_table = 'on': augment = {self.data.augment!r} and cutout = {self.data.cutout} show other "
                 "views in every epoch, too many for a table; set teacher_table = 'auto', which asks the teacher ahead"
             )
+        if self.attack.kind == "pgi" and self.data.strong:
+            raise ValueError(
+                f"attack = 'pgi', augment = {self.data.augment!r}, cutout = {self.data.cutout}: what is kept of an "
+                "image follows its crop and flip alone; take nfgsm, or augment = 'crop' and cutout = 0"
+            )
         if self.method.follows_iterates and self.attack.one_step:
             raise ValueError(
                 f"attack = {self.attack.kind!r}: this method looks for where the steps of an attack cross the "
@@ -319,24 +324,6 @@ class Recipe:
 def _places(method: type[Method]) -> dict[str, tuple[str, Option]]:
     groups = {"method": method, **GROUPS}
     return {name: (group, one) for group, kind in groups.items() for name, one in options_of(kind).items()}
-
-
-def flat_options(shown: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a config.json by flat name, whether it shows groups or, as earlier versions, none."""
-    flat: dict[str, Any] = {}
-    for name, value in shown.items():
-        flat |= value if isinstance(value, dict) else {name: value}
-    return flat
-
-
-def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return the options by which `new` leads to another run than `old`, both as `flat_options` returns them.
-
-    An option that `old` is too old to have counts as its default, which is what was done before there was a choice.
-    """
-    defaults = {one.name: one.default for kind in (Method, *GROUPS.values()) for one in options_of(kind).values()}
-    before = {name: old.get(name, defaults.get(name)) for name in new}
-    return [name for name in new if before[name] != new[name] and EXACTNESS.get(name) != "bitwise"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,10 @@ from retemper.bench.case import Call, Contender, Request
 from retemper.bench.step_problem import StepProblem
 from retemper.bench.step_variants import whole
 from retemper.engine.device import tuned_convolutions
+from retemper.engine.maximise import attack
 from retemper.engine.recipe import Recipe
 from retemper.engine.speed.capture import WARM_UP, CudaGraphs
-from retemper.engine.step import attack, descend, observe, train_step
+from retemper.engine.step import descend, observe, train_step
 
 CPU_BATCH = {"tiny_resnet": 128, "mobilenet_v2": 8, "resnet18": 4}
 PHASES = ("folding", "teacher", "attack", "the same with SGD and class sums")  # which make up a step

@@ -27,7 +27,7 @@ from retemper.errors import UsageError
 
 PHASES = {  # functions of engine/step.py, and what they do in a step
     "observe": "teacher",
-    "attack": "attack",
+    "attacked_images": "attack",
     "observe_attacked": "teacher",
     "descend": "train",
 }

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from retemper.engine.distributed.ranks import WHOLE, Ranks
 from retemper.engine.groups import harder
+from retemper.engine.maximise import attack
 from retemper.engine.predict import Attack, attacked_batches, balanced_order, predicted, predictions
 from retemper.engine.recipe import Recipe
 from retemper.engine.run.data import TrainingData
 from retemper.engine.state import State
-from retemper.engine.step import attack, observe
+from retemper.engine.step import observe
 from retemper.loaders import Split, split_of_arrays
 
 IMAGES = 500  # as many of each class as there can be

@@ -20,7 +20,7 @@ from torch import Tensor
 from retemper.console import say
 from retemper.engine.checkpoints.find import same_network
 from retemper.engine.checkpoints.weights import save_weights
-from retemper.engine.recipe import changed_options, flat_options
+from retemper.engine.run.changed import changed_options, flat_options
 from retemper.engine.run.content import RECORDED, Config, EpochLine, Saved
 from retemper.engine.run.state_file import Damaged, unpack, write_state
 from retemper.errors import DataError, UsageError

@@ -12,7 +12,8 @@ from retemper.commands import command
 from retemper.console import say
 from retemper.engine.catalogue import find_setting
 from retemper.engine.checkpoints.header import read_header
-from retemper.engine.recipe import Recipe, changed_options
+from retemper.engine.recipe import Recipe
+from retemper.engine.run.changed import changed_options
 from retemper.engine.run.commands import absolute
 from retemper.engine.run.job import Job, default_out
 from retemper.engine.run.run_folder import RunFolder

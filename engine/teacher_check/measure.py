@@ -293,7 +293,8 @@ def best_temperature(logits_NK: Tensor, label_N: Tensor) -> float:
         return float(F.cross_entropy(logits_NK / math.exp(log_t), label_N))
 
     low, high = map(math.log, TEMPERATURES)
-    return math.exp(minimize_scalar(cost, bounds=(low, high), method="bounded").x)
+    found: Any = minimize_scalar(cost, bounds=(low, high), method="bounded")
+    return math.exp(found.x)
 
 
 def _report(own: Answers, label_N: Tensor, classes: int, *, attacked: bool) -> dict[str, Any]:

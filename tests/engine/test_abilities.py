@@ -27,8 +27,9 @@ from retemper.engine import (
     train_step,
 )
 from retemper.engine.distributed.ranks import Ranks
+from retemper.engine.maximise import attack
 from retemper.engine.models import channels_last
-from retemper.engine.step import attack, descend, observe, observe_attacked
+from retemper.engine.step import descend, observe, observe_attacked
 from retemper.kernels import random_start_
 
 

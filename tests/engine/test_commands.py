@@ -13,8 +13,9 @@ from retemper.commands import command
 from retemper.engine import create_model, save_weights
 from retemper.engine.catalogue import find_setting, override
 from retemper.engine.evaluation.protocols import attack_options
-from retemper.engine.recipe import Recipe, flat_options
+from retemper.engine.recipe import Recipe
 from retemper.engine.report.read import read_run
+from retemper.engine.run.changed import flat_options
 from retemper.engine.run.commands import absolute, evaluate_again, train_again
 
 SHORT = "--epochs 1 --attack-steps 1 --holdout-per-class 0 --batch-size 16 --loader resident".split()

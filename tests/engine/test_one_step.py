@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from retemper.engine import Recipe, State, create_model, pgd, train_step
 from retemper.engine.catalogue import find_setting
 from retemper.engine.losses import cross_entropy_objective
-from retemper.engine.step import attack, observe
+from retemper.engine.maximise import attack
+from retemper.engine.step import observe
 from retemper.errors import UsageError
 from retemper.kernels import random_start_
 

@@ -10,7 +10,7 @@ import torch
 from retemper.cli import run
 from retemper.engine import Recipe
 from retemper.engine.catalogue import find_setting, method_module, methods, override
-from retemper.engine.recipe import flat_options
+from retemper.engine.run.changed import flat_options
 from retemper.engine.run.commands import train_again
 from retemper.engine.run.job import Job, default_out
 from retemper.engine.run.run_folder import RunFolder

@@ -9,7 +9,8 @@ import pytest
 
 from retemper.engine import Method, Recipe, option
 from retemper.engine.catalogue import method_module, methods
-from retemper.engine.recipe import GROUPS, changed_options, flat_options
+from retemper.engine.recipe import GROUPS
+from retemper.engine.run.changed import changed_options, flat_options
 from retemper.options import options_of
 
 by_method = pytest.mark.parametrize("method", methods())

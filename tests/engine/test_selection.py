@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from retemper.engine import Recipe, create_model, cross_entropy_objective, load_checkpoint, pgd
 from retemper.engine.catalogue import find_setting
 from retemper.engine.distributed.ranks import ALONE
-from retemper.engine.recipe import changed_options
 from retemper.engine.run import train as training
+from retemper.engine.run.changed import changed_options
 from retemper.engine.run.data import chosen_indices
 from retemper.engine.run.selection import judge, score
 from retemper.loaders import load_split, split_of_arrays

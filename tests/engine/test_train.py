@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from retemper.cli import run
 from retemper.engine import create_model, load_checkpoint, save_weights
 from retemper.engine.checkpoints.header import read_header
-from retemper.engine.recipe import flat_options
+from retemper.engine.run.changed import flat_options
 from retemper.engine.run.run_folder import RunFolder
 from retemper.recipes.absld import next_temperature
 
