@@ -225,14 +225,15 @@ def _logits(
         loss: of the logits, to be differentiated; None where nothing is.
         moves: False leaves the statistics alone where that costs nothing.
     """
-    each = tuple(dict.fromkeys(names))
+    each = differentiated = tuple(dict.fromkeys(names))
+    if state.joined is not None and loss is not None and not recipe.optim.joint:
+        # a process without rows asks too: a loss may add up over all of them
+        differentiated = _differentiated(state, images, names, loss, moves)
     if state.part.idle or (state.joined is None and not recipe.optim.joint):
         return _one_by_one(state.student, images, names, each)
-    if state.joined is not None and loss is not None and not recipe.optim.joint:
-        differentiated = _differentiated(state, images, names, loss, moves)
-        if differentiated != each:  # in one batch, the gradient of all would be computed
-            alone = partial(state.joined, groups=1, moves=(0,) if moves else ())
-            return _one_by_one(alone, images, names, differentiated)
+    if state.joined is not None and differentiated != each:  # in one batch, the gradient of all would be computed
+        alone = partial(state.joined, groups=1, moves=(0,) if moves else ())
+        return _one_by_one(alone, images, names, differentiated)
     batch = images[names[0]] if len(each) == 1 else torch.cat([images[name] for name in each])
     if state.joined is None:
         logits = state.student(batch)

@@ -54,6 +54,7 @@ class Csr(OwnPredictionAttack):
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "released": dict(holdout_per_class=0, precision="fp32")
     }
+    hard_labels: ClassVar[bool] = True
     forwards: ClassVar[tuple[str, ...]] = ("clean", "adv")
     released_forwards: ClassVar[Forwards | None] = Forwards(("clean", "adv", "clean", "adv"))
     beta: float = option(6.0, "weight of the robust term", at_most=1000)

@@ -51,6 +51,7 @@ class FairTat(ClassRadius):
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "released": {name: value for name, value in RELEASED.items() if name not in ("margin_offset", "ema_decay")}
     }
+    hard_labels: ClassVar[bool] = True
     forwards: ClassVar[tuple[str, ...]] = ("adv",)
     released_forwards: ClassVar[Forwards] = Forwards(("adv", "clean"), after=("clean",))
     attack_asks_teacher: ClassVar[bool] = False

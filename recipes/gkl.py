@@ -59,6 +59,7 @@ class Gkl(Method):
             precision="fp32",
         ),
     }
+    hard_labels: ClassVar[bool] = True
     forwards: ClassVar[tuple[str, ...]] = ("adv", "clean")  # the authors' order
     needs_own_prediction: ClassVar[bool] = True
     attack_asks_teacher: ClassVar[bool] = False
@@ -123,7 +124,7 @@ AUTHORS: dict[str, Any] = dict(
     attack_step=4 / 255,
     epochs=200,
     lr=0.2,
-    lr_drops=(100, 150),  # theirs is a cosine: lr / 2 (1 + cos(pi epoch / (epochs + 1)))
+    lr_schedule="cosine",  # by the step; theirs by the epoch, of one more: lr / 2 (1 + cos(pi epoch / (epochs + 1)))
     weight_decay=5e-4,
     awp_gamma=5e-3,
     awp_from=10,

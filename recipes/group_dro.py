@@ -27,6 +27,7 @@ def next_weight(weight_K: Tensor, loss_K: Tensor, eta: float) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupDro(LabelAttack):
+    hard_labels: ClassVar[bool] = True
     forwards: ClassVar[tuple[str, ...]] = ("adv",)
     eta: float = option(0.01, "rate of the class weights", at_most=100)
 

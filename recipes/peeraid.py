@@ -26,6 +26,7 @@ class PeerAid(Method):
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {"released": BY_PGD_10}
     released_forwards: ClassVar[Forwards] = Forwards(("adv", "adv", "clean"))
+    hard_labels: ClassVar[bool] = True
     trains_peer: ClassVar[bool] = True
     peer_label_weight: float = option(1.0, "weight of the peer's cross-entropy (g1)", at_most=1000)
     peer_soft_weight: float = option(0.1, "weight of the student's answers in the peer's loss (g2)", at_most=1000)
@@ -39,6 +40,9 @@ class PeerAid(Method):
 
     def objective(self, targets: Targets) -> KlObjective:
         return KlObjective(given(targets.peer_BK), targets.label_B)
+
+    def smooths_labels(self) -> bool:
+        return self.peer_label_weight > 0 or self.label_weight > 0
 
     def loss(self, logits: Mapping[str, Tensor], targets: Targets) -> Tensor:
         adv_BK, peer_BK = logits["adv"], given(targets.peer_adv_BK)

@@ -29,6 +29,7 @@ class Rebat(LabelAttack):
     # first epoch, and its images and perturbations are in half precision.
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {"released": dict(BY_PGD_10) | RELEASED}
+    hard_labels: ClassVar[bool] = True
     forwards: ClassVar[tuple[str, ...]] = ("adv",)
     released_forwards: ClassVar = Forwards(("adv", "adv"), after=("clean",))
     average_sees: ClassVar[tuple[str, ...]] = ("adv",)
