@@ -31,11 +31,12 @@ def loss_of(name: str, **options: Any) -> float:
     recipe = find_setting(name)[2].recipe.replace(**options)
     networks = recipe.networks
     torch.manual_seed(0)
-    student, *teachers = (create_model("tiny_resnet", 10).double() for _ in range(3))
+    student, peer, *teachers = (create_model("tiny_resnet", 10).double() for _ in range(4))
     teacher, clean_teacher = (one.eval().requires_grad_(False) for one in teachers)
     state = State(
         recipe, student, teacher if networks.teacher_model else None, 10, CPU,
         clean_teacher if networks.clean_teacher_model else None,
+        peer=peer if recipe.method.trains_peer else None,
     )  # fmt: skip
     state.start_epoch(recipe, 1, 0)
     gen = torch.Generator().manual_seed(1)
