@@ -158,3 +158,12 @@ def test_a_collapse_made_on_purpose_is_caught(tmp_path: Path) -> None:
             break
     assert (seen["attack"], seen["next"]) == ("pgd", "pgd2")
     assert seen["own"] > 0.1 and seen["pgd10"] < seen["own"] / 2
+
+
+def test_both_attacks_keep_to_the_radius_in_force(tmp_path: Path) -> None:
+    """GKL begins with a radius near 0: ten steps in the whole ball would look like a collapse."""
+    recipe, state, data = made(tmp_path, "gkl", attack="nfgsm")
+    guard = CollapseGuard(recipe, state, data, ALONE)
+    state.class_state["radius_share"].zero_()
+    clean = guard._own_accuracy()
+    assert guard._accuracy_in_ten_steps() == clean
