@@ -16,11 +16,20 @@ def flat_options(shown: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def changed_options(old: Mapping[str, Any], new: Mapping[str, Any], method: type[Method] = Method) -> list[str]:
     """Return the options by which `new` leads to another run than `old`, both as `flat_options` returns them.
 
     An option that `old` is too old to have counts as its default, which is what was done before there was a choice.
+
+    Args:
+        method: that of `new`, whose own options have defaults too.
     """
-    defaults = {one.name: one.default for kind in (Method, *GROUPS.values()) for one in options_of(kind).values()}
+    defaults = {one.name: one.default for kind in (method, *GROUPS.values()) for one in options_of(kind).values()}
     before = {name: old.get(name, defaults.get(name)) for name in new}
-    return [name for name in new if before[name] != new[name] and EXACTNESS.get(name) != "bitwise"]
+    changed = [name for name in new if _plain(before[name]) != _plain(new[name])]
+    return [name for name in changed if EXACTNESS.get(name) != "bitwise"]
+
+
+def _plain(value: Any) -> Any:
+    """Return an option's value as a config.json has it."""
+    return [*value] if isinstance(value, tuple) else value

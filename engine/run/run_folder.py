@@ -20,6 +20,7 @@ from torch import Tensor
 from retemper.console import say
 from retemper.engine.checkpoints.find import same_network
 from retemper.engine.checkpoints.weights import save_weights
+from retemper.engine.recipe import Method
 from retemper.engine.run.changed import changed_options, flat_options
 from retemper.engine.run.content import RECORDED, Config, EpochLine, Saved
 from retemper.engine.run.state_file import Damaged, unpack, write_state
@@ -103,9 +104,11 @@ class RunFolder:
                 raise DataError(f"{self.config} is damaged ({error}): {ANEW}") from None
         return config
 
-    def begin(self, config: dict[str, Any]) -> None:
+    def begin(self, config: dict[str, Any], method: type[Method] = Method) -> None:
         """Write the config, or check that the run found here is the same one.
 
+        Args:
+            method: the run's, whose own options have defaults.
         Raises:
             UsageError: the folder holds a run of another recipe, seed or teacher.
         """
@@ -116,7 +119,7 @@ class RunFolder:
             with _telling(self.config):
                 write_json(self.config, config)
             return
-        differing = _differences(self.read_config(), config)
+        differing = _differences(self.read_config(), config, method)
         if differing:
             raise UsageError(
                 f"{self.path} holds another run ({'; '.join(differing)}): "
@@ -241,10 +244,10 @@ def _telling(path: Path) -> Iterator[None]:
         raise DataError(f"cannot write {path} ({error.strerror or error}): {advice}") from None
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def _differences(old: dict[str, Any], new: dict[str, Any], method: type[Method]) -> list[str]:
     """Say what makes `new` another run than `old`, as "field: old, now new"."""
     was, now = old["recipe"], flat_options(new["recipe"])
-    changed = [(name, was.get(name), now[name]) for name in changed_options(was, now)]
+    changed = [(name, was.get(name), now[name]) for name in changed_options(was, now, method)]
     changed += [
         (name, old.get(name), new.get(name))
         for name in ("method", "seed", "student_source")

@@ -63,7 +63,7 @@ class Saver:
         """
         found: dict[str, Any] = {}
         if self.ranks.is_first:
-            self.folder.begin(config)
+            self.folder.begin(config, type(self.recipe.method))
             found["state"] = self.folder.load_state()
             found["best"] = asdict(newest_best(self.folder, found["state"]))
         found = self.ranks.broadcast(found)

@@ -138,6 +138,6 @@ def _is_done(job: Job) -> bool:
         config = folder.read_config()
     except DataError:
         return False
-    other = changed_options(config["recipe"], json.loads(json.dumps(job.recipe.flat())))
+    other = changed_options(config["recipe"], json.loads(json.dumps(job.recipe.flat())), type(job.recipe.method))
     same = (config["method"], config["seed"]) == (job.method, job.seed) and _same_folder(job, config)
     return same and not other and read_header(folder.last).get("epoch") == str(job.recipe.optim.epochs)

@@ -126,6 +126,17 @@ def test_what_leads_to_another_run_is_told() -> None:
 
 
 @by_method
+def test_an_option_that_a_run_is_too_old_to_have_counts_as_its_default(method: str) -> None:
+    """Those of the method itself too, and those that are lists in a file."""
+    for recipe in recipes(method):
+        now = json.loads(json.dumps(recipe.flat()))
+        for name, (_, one) in recipe.options().items():
+            if recipe.flat()[name] == one.default:
+                old = {other: value for other, value in now.items() if other != name}
+                assert changed_options(old, now, type(recipe.method)) == [], name
+
+
+@by_method
 def test_every_option_is_explained_in_a_line(method: str) -> None:
     for recipe in recipes(method):
         for name, (_, one) in recipe.options().items():
