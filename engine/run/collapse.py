@@ -70,7 +70,7 @@ class CollapseGuard:
         now, network = state.attack_now(self.recipe), folded_twin(state.student.eval(), state.device)
 
         def perturb(clean: Tensor, _: Tensor, label_B: Tensor, seed: int) -> Tensor:
-            eps, _ = method.margins(Targets(label_B=label_B, state=state.class_state), now)
+            eps = method.margins(Targets(label_B=label_B, state=state.class_state), now)[0]
             plan = Plan(steps=JUDGED_STEPS, step=eps / 4, eps=eps, seed=seed)
             return ascend(network, clean, plan, objective=cross_entropy_objective(label_B))
 

@@ -64,7 +64,7 @@ def test_what_is_late_is_read_by_no_method_too_soon(method: str) -> None:
 def test_an_attack_on_the_labels_does_not_wait_for_the_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     awaited = []
     monkeypatch.setattr(
-        "retemper.engine.step.Awaiting", lambda make, branch: awaited.append(make) or Awaiting(make, branch)
+        "retemper.engine.maximise.Awaiting", lambda make, branch: awaited.append(make) or Awaiting(make, branch)
     )
     trained("ard", Late())
     assert not awaited
