@@ -126,6 +126,11 @@ class TrainingAttack(Options):
         """True for the attacks that are made to take one step."""
         return STEPS.get(self.kind) == 1
 
+    @property
+    def own_steps(self) -> dict[str, Any]:
+        """The options by which `Plan` goes as these options say, whatever `kind` puts in their place."""
+        return {name: getattr(self, name) for name in ("steps", "step", "eps", "start", "clip_start")}
+
 
 STEPS = {"nfgsm": 1, "pgi": 1, "pgd2": 2, "pgd3": 3, "pgd10": 10}  # of the attacks whose names say how many
 

@@ -54,8 +54,9 @@ def attacked_images(
         attacked = Beside(attacked, there)
     chosen = state.attack_now(recipe)
     eps, step = recipe.method.margins(targets, chosen)
-    if chosen.kind in STEPS:
-        step = eps * step_share(chosen.steps)  # where a class has a radius of its own, too
+    if chosen.kind in STEPS:  # of the radius that is the class's own, too; and down where the method goes down
+        down = isinstance(step, float) and step < 0
+        step = eps * step_share(chosen.steps) * (-1 if down else 1)
     unbound = chosen.kind == "nfgsm"
     plan = Plan(
         steps=chosen.steps,
@@ -77,6 +78,8 @@ def attacked_images(
             images = images_from_kept(state.prior, seen, chosen, *begin)
         else:
             images = {"adv": ascend(attacked, clean_BCHW, plan, objective=objective, watch=targets.watched)}
+            if chosen.kind == "pgi" and state.prior is not None and chosen.pgi_weight:
+                images["start"] = images["adv"]  # a process without rows takes the forwards of the others
     state.beside.join()
     return images
 

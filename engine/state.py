@@ -79,27 +79,22 @@ class State:
         """
         optim, execution, method = recipe.optim, recipe.execution, recipe.method
         self.device, self.num_classes = device, num_classes
-        self.precision, epilogue = execution.dtype_on(device), execution.epilogue_on(device)
-        self.student = student = _placed(student, recipe, device, ranks)
-        self.teacher, self.clean_teacher, self.twin = teacher, clean_teacher, None
-        if execution.fold:
-            self.teacher = teacher and _folded(teacher, self.precision, epilogue)
-            self.clean_teacher = clean_teacher and _folded(clean_teacher, self.precision, epilogue)
-            if recipe.attack.bn_mode == "eval" and taken(recipe.attack).steps:
-                self.twin = _twin(recipe, student, self.precision, epilogue)
-        half = self.precision if self.precision != torch.float32 else None
-        self.joined = _joined(student, half) if execution.together_on(device) else None
         if method.trains_peer and peer is None:
             raise ValueError("peer: the method trains one beside the student, and none is given")
-        self.peer = None if peer is None else _peer(_placed(peer, recipe, device, ranks), recipe, device)
+        self.precision = execution.dtype_on(device)
+        self.student = student = _placed(student, recipe, device, ranks)
+        self.teacher, self.clean_teacher = (one and _eyes(one, recipe, device) for one in (teacher, clean_teacher))
+        self.twin, self.joined = _twin(student, recipe, device), _joined(student, recipe, device)
+        self.peer = None
+        if peer is not None:
+            peer = _placed(peer, recipe, device, ranks)
+            self.peer = Peer(peer, _eyes(peer, recipe, device), _joined(peer, recipe, device))
         self.trained = nn.ModuleList([student] if self.peer is None else [student, self.peer.network])
         trains = recipe.attack.bn_mode == "train"
         self.in_training = OneForward(self.joined) if trains and self.joined is not None else None
         self.differentiated: dict[tuple[tuple[str, ...], bool], tuple[str, ...]] = {}
-        self.guard, self.optimizer = (
-            Guard(device),
-            make_optimizer(optim, self.trained, device, fused=execution.fused_sgd),
-        )
+        self.guard = Guard(device)
+        self.optimizer = make_optimizer(optim, self.trained, device, fused=execution.fused_sgd)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
         if execution.fused_sgd and not self.scaler.is_enabled():  # as a scaler sets it
             self.optimizer.found_inf = self.guard.found_inf  # pyright: ignore[reportAttributeAccessIssue]
@@ -112,17 +107,15 @@ class State:
         self.prior: Kept | None = None
         self.progress = torch.zeros((), device=device, dtype=dtype)
         self.noise_seed = torch.zeros(1, dtype=torch.int64, device=device)
-        self.sums = {name: ClassSums.zeros(num_classes, device, dtype) for name in method.forwards}
-        if self.peer is not None:
-            self.sums["peer"] = ClassSums.zeros(num_classes, device, dtype)
+        counted = method.forwards if self.peer is None else (*method.forwards, "peer")
+        self.sums = {name: ClassSums.zeros(num_classes, device, dtype) for name in counted}
         self.measured: dict[str, ClassMeans] = {}
         self.loss_sum = torch.zeros((), device=device, dtype=dtype)
-        self.average = None
+        self.average = self.averaged = None
         if optim.average != "none":
             self.average = Average(student, optim.average, optim.ema_decay, optim.ema_warmup)
-        self.averaged = self.average.network if self.average is not None and method.average_sees else None
-        if execution.fold and self.averaged is not None:
-            self.averaged = _folded(self.averaged, self.precision, epilogue)
+        if self.average is not None and method.average_sees:
+            self.averaged = _eyes(self.average.network, recipe, device)
         self.average_sees = method.shown_to_average(1, recipe)
         self.perturbation = Perturbation(student, self.joined is not None) if optim.awp_gamma else None
         self.part, self.beside = Part.begin(ranks, device), Branch(device, execution.beside)
@@ -263,10 +256,24 @@ def _placed(student: nn.Module, recipe: Recipe, device: torch.device, ranks: Ran
     return channels_last(student, device) if recipe.execution.channels_last else student.to(device)
 
 
-def _twin(recipe: Recipe, student: nn.Module, dtype: torch.dtype, epilogue: str) -> Folded | None:
-    """Return the student's twin; None where torch.fx does not trace a network of the user's own."""
+def _eyes(network: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
+    """Return a network as it answers in eval mode: folded, where the recipe says so and torch.fx can trace it."""
+    execution = recipe.execution
+    if not execution.fold:
+        return network
     try:
-        return Folded(student, dtype, epilogue)
+        return Folded(network, execution.dtype_on(device), execution.epilogue_on(device))
+    except ValueError:  # it may be anybody's
+        return network
+
+
+def _twin(student: nn.Module, recipe: Recipe, device: torch.device) -> Folded | None:
+    """Return the student's twin for attacks; None without one, and where torch.fx does not trace a user's network."""
+    execution, attack = recipe.execution, recipe.attack
+    if not execution.fold or attack.bn_mode != "eval" or not taken(attack).steps:
+        return None
+    try:
+        return Folded(student, execution.dtype_on(device), execution.epilogue_on(device))
     except ValueError as error:
         if recipe.networks.student in MODELS:
             raise
@@ -274,26 +281,13 @@ def _twin(recipe: Recipe, student: nn.Module, dtype: torch.dtype, epilogue: str)
         return None
 
 
-def _joined(student: nn.Module, dtype: torch.dtype | None) -> Together | None:
-    """Return the student's twin for training; None where its forwards in one batch may be others."""
+def _joined(network: nn.Module, recipe: Recipe, device: torch.device) -> Together | None:
+    """Return a network's twin for training; None without one, and where its forwards in one batch may be others."""
+    if not recipe.execution.together_on(device):
+        return None
+    dtype = recipe.execution.dtype_on(device)
     try:
-        return Together(student, dtype)
+        return Together(network, dtype if dtype != torch.float32 else None)
     except ValueError as error:
         say(f"note: {error}; its training forwards run one by one")
         return None
-
-
-def _peer(network: nn.Module, recipe: Recipe, device: torch.device) -> Peer:
-    """Return the peer of the student, executed as the teachers are and as the student is."""
-    execution = recipe.execution
-    dtype = execution.dtype_on(device)
-    eyes = _folded(network, dtype, execution.epilogue_on(device)) if execution.fold else network
-    joined = _joined(network, dtype if dtype != torch.float32 else None) if execution.together_on(device) else None
-    return Peer(network, eyes, joined)
-
-
-def _folded(network: nn.Module, dtype: torch.dtype, epilogue: str) -> nn.Module:
-    try:
-        return Folded(network, dtype, epilogue)
-    except ValueError:  # it may be anybody's
-        return network

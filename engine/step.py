@@ -94,8 +94,8 @@ def _seen(state: State, index_B: Tensor | None, view_B: Tensor | None, images: i
 def observe(
     state: State, recipe: Recipe, attacked: nn.Module, clean_BCHW: Tensor, label_B: Tensor, teacher_BK: Tensor | None
 ) -> Targets:
-    """Return what the method asks for before the attack: logits on clean images of the teachers and of the average, and
-    the student's own.
+    """Return what the method asks for before the attack: logits on clean images of the teachers, of the average and of
+    the peer, and the student's own.
 
     All but the last may still be computed (`State.beside`) until `attack` has returned.
     """

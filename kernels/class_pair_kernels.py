@@ -52,6 +52,30 @@ def _block(clean_row, adv_row, weight_row, first, cls, K: tl.constexpr):
 
 
 @triton.jit
+def _total_and_mean(
+    clean_row,
+    adv_row,
+    weight_row,
+    first,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Return each row's sum of weights, (ROWS,), and the mean under them of the differences that `_block` returns."""
+    weights = tl.zeros((ROWS, LANES), tl.float32)
+    moments = tl.zeros((ROWS, LANES), tl.float32)
+    for start in range(0, K, STEPS * LANES):
+        for step in tl.static_range(STEPS):
+            cls = start + step * LANES + tl.arange(0, LANES)
+            apart, weight = _block(clean_row, adv_row, weight_row, first, cls, K)
+            weights += weight
+            moments += weight * apart
+    total = tl.sum(weights, 1)
+    return total, tl.sum(moments, 1) / tl.maximum(total, LEAST)
+
+
+@triton.jit
 def _pair_kernel(
     clean_ptr,
     adv_ptr,
@@ -86,17 +110,7 @@ def _pair_kernel(
     # where all are nearly equal, their mean is rounded as what lies between them
     first = tl.load(clean_row).to(tl.float32) - tl.load(adv_row).to(tl.float32)
 
-    weights = tl.zeros((ROWS, LANES), tl.float32)
-    moments = tl.zeros((ROWS, LANES), tl.float32)
-    for start in range(0, K, STEPS * LANES):
-        for step in tl.static_range(STEPS):
-            cls = start + step * LANES + tl.arange(0, LANES)
-            apart, weight = _block(clean_row, adv_row, weight_row, first, cls, K)
-            weights += weight
-            moments += weight * apart
-    total = tl.sum(weights, 1)
-    mean = tl.sum(moments, 1) / tl.maximum(total, LEAST)
-
+    total, mean = _total_and_mean(clean_row, adv_row, weight_row, first, K, ROWS, LANES, STEPS)
     spread = tl.zeros((ROWS, LANES), tl.float32)
     for start in range(0, K, STEPS * LANES):
         for step in tl.static_range(STEPS):

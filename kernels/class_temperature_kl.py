@@ -205,23 +205,15 @@ def class_temperature_kl(
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: {reduction!r}; needs one of {', '.join(REDUCTIONS)}")
-    require_no_grad(
-        temperature=temperature,
-        class_weight=class_weight,
-        label_trust=label_trust,
-        row_weight=row_weight,
-        row_trust=row_trust,
-    )
+    given = dict(class_weight=class_weight, label_trust=label_trust, row_weight=row_weight, row_trust=row_trust)
+    require_no_grad(temperature=temperature, **given)
     inputs = arguments(
         student,
         teacher,
         label,
         temperature,
         student_temperature=student_temperature,
-        class_weight=class_weight,
-        label_trust=label_trust,
-        row_weight=row_weight,
-        row_trust=row_trust,
+        **given,
         teacher_is=teacher_is,
         reverse=reverse,
         ignore_index=ignore_index,
@@ -301,24 +293,15 @@ def class_temperature_kl_grad_(
         TypeError, ValueError: as `class_temperature_kl`; the rows of `student` overlap; autograd is tracking `student`
             or `teacher`.
     """
-    require_no_grad(
-        teacher=teacher,
-        temperature=temperature,
-        class_weight=class_weight,
-        label_trust=label_trust,
-        row_weight=row_weight,
-        row_trust=row_trust,
-    )
+    given = dict(class_weight=class_weight, label_trust=label_trust, row_weight=row_weight, row_trust=row_trust)
+    require_no_grad(teacher=teacher, temperature=temperature, **given)
     inputs = arguments(
         student,
         teacher,
         label,
         temperature,
         student_temperature=student_temperature,
-        class_weight=class_weight,
-        label_trust=label_trust,
-        row_weight=row_weight,
-        row_trust=row_trust,
+        **given,
         teacher_is=teacher_is,
         reverse=reverse,
         ignore_index=ignore_index,

@@ -166,6 +166,51 @@ def _table(
 
 
 @triton.jit
+def _recoloured(image_ptr, frame, y, x, channel, value, operation, strength, table, HEIGHT, WIDTH, CHANNELS, MODE):
+    """Return what an operation on colours makes of the values at some places, int32."""
+    if operation == COLOR:
+        value = _blend(_grey(image_ptr, frame, y, x, HEIGHT, WIDTH, CHANNELS, MODE), value, strength)
+    elif operation == SHARPNESS:
+        smooth = _smooth(image_ptr, frame, y, x, channel, HEIGHT, WIDTH, CHANNELS, MODE)
+        value = _blend(smooth, value, strength)
+    elif operation <= EQUALIZE:
+        value = tl.gather(table, channel * 256 + value, 0)
+    return value
+
+
+@triton.jit
+def _frame(
+    view,
+    operation,
+    HEIGHT,
+    WIDTH,
+    MIRROR: tl.constexpr,
+    PADDING,
+    MODE,
+    MOST_CUT: tl.constexpr,
+    TURNING: tl.constexpr,
+    SHEAR_RANGE,
+    TURNS,
+):
+    """Return how the image is seen, as `_pixel` reads it: mirrored, what is cut off, and turned."""
+    flip = tl.where(view >= 0, below(word_of(view, FLIP), 2) if MIRROR else 0, 0)
+    if MOST_CUT is None:
+        shift_x, left, right = crop(view, FROM_X, WIDTH, PADDING, MODE)
+        shift_y, top, bottom = crop(view, FROM_Y, HEIGHT, PADDING, MODE)
+    else:
+        cut = tl.where(view >= 0, below(word_of(view, CUT), MOST_CUT + 1), 0)
+        cut_x = below(word_of(view, CUT_X), cut + 1)
+        shift_x, left, right = shift(view, FROM_X, TO_X, WIDTH, cut_x)
+        shift_y, top, bottom = shift(view, FROM_Y, TO_Y, HEIGHT, cut - cut_x)
+    begin_x, begin_y, scale, x_by_y, y_by_x = flip, flip, flip, flip, flip
+    if TURNING:
+        wide, across, down = turn(view, operation, SHEAR_RANGE, TURNS)
+        begin_x, begin_y = begin(wide, across, WIDTH, HEIGHT), begin(wide, down, HEIGHT, WIDTH)
+        scale, x_by_y, y_by_x = fixed(wide, 16), fixed(across, 16), fixed(down, 16)
+    return flip, shift_x, left, right, shift_y, top, bottom, begin_x, begin_y, scale, x_by_y, y_by_x
+
+
+@triton.jit
 def _blackened(value, y, x, first_y, first_x, height, width):
     """Return the values, but for 0 in a rectangle."""
     inside = (y >= first_y) & (y < first_y + height) & (x >= first_x) & (x < first_x + width)
@@ -205,25 +250,11 @@ def _strong_augment_kernel(
     turning: tl.constexpr = len(UNTIL) > 0
     mode: tl.constexpr = MODE if MOST_CUT is None else "zeros"
 
-    flip = view >= 0
-    flip = tl.where(flip, below(word_of(view, FLIP), 2) if MIRROR else 0, 0)
-    if MOST_CUT is None:
-        shift_x, left, right = crop(view, FROM_X, WIDTH, PADDING, MODE)
-        shift_y, top, bottom = crop(view, FROM_Y, HEIGHT, PADDING, MODE)
-    else:
-        cut = tl.where(view >= 0, below(word_of(view, CUT), MOST_CUT + 1), 0)
-        cut_x = below(word_of(view, CUT_X), cut + 1)
-        shift_x, left, right = shift(view, FROM_X, TO_X, WIDTH, cut_x)
-        shift_y, top, bottom = shift(view, FROM_Y, TO_Y, HEIGHT, cut - cut_x)
-    operation, strength, begin_x, begin_y = flip, 0.0, flip, flip
-    scale, x_by_y, y_by_x = flip, flip, flip
+    operation, strength = 0, 0.0
     if turning:
         operation = operation_of(view, UNTIL)
         strength = strength_of(view, operation)
-        wide, across, down = turn(view, operation, SHEAR_RANGE, TURNS)
-        begin_x, begin_y = begin(wide, across, WIDTH, HEIGHT), begin(wide, down, HEIGHT, WIDTH)
-        scale, x_by_y, y_by_x = fixed(wide, 16), fixed(across, 16), fixed(down, 16)
-    frame = (flip, shift_x, left, right, shift_y, top, bottom, begin_x, begin_y, scale, x_by_y, y_by_x)
+    frame = _frame(view, operation, HEIGHT, WIDTH, MIRROR, PADDING, MODE, MOST_CUT, turning, SHEAR_RANGE, TURNS)
     if turning:
         table = _table(image_ptr, frame, operation, strength, HEIGHT, WIDTH, CHANNELS, mode, BLOCK, ROWS)
     if SHARE > 0:
@@ -236,14 +267,9 @@ def _strong_augment_kernel(
         y, x, channel = _places(start, WIDTH, CHANNELS, BLOCK)
         value = _pixel(image_ptr, frame, y, x, channel, HEIGHT, WIDTH, CHANNELS, mode, turning)
         if turning:
-            if operation == COLOR:
-                grey = _grey(image_ptr, frame, y, x, HEIGHT, WIDTH, CHANNELS, mode)
-                value = _blend(grey, value, strength)
-            elif operation == SHARPNESS:
-                smooth = _smooth(image_ptr, frame, y, x, channel, HEIGHT, WIDTH, CHANNELS, mode)
-                value = _blend(smooth, value, strength)
-            elif operation <= EQUALIZE:
-                value = tl.gather(table, channel * 256 + value, 0)
+            value = _recoloured(
+                image_ptr, frame, y, x, channel, value, operation, strength, table, HEIGHT, WIDTH, CHANNELS, mode
+            )
         if SHARE > 0:
             value = _blackened(value, y, x, erase_y, erase_x, erase_height, erase_width)
         if SQUARE > 0:

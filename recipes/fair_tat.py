@@ -24,10 +24,10 @@ from retemper.engine import (
     Targets,
     TrainingAttack,
     cross_entropy_objective,
+    is_label,
     option,
     run_recipe,
 )
-from retemper.engine.losses import is_label
 from retemper.recipes.cfa import AUTHORS_AT, RELEASED, ClassRadius, full
 from retemper.recipes.settings import adversarial_training
 

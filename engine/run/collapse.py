@@ -2,9 +2,9 @@
 
 Such training may collapse within an epoch (catastrophic overfitting; Wong et al., ICLR 2020): the student is right
 under the one step that it is trained on, and wrong under several. After each epoch the guard holds its accuracy under
-the training's own attack against that under ten steps, on the same images. Where they part, the epochs to come take
-more steps: two, then three, then ten. A student that collapsed recovers under them (Li et al., arXiv 2006.03089), so no
-epoch is taken back; the choice of the best epoch keeps the network from before.
+the training's own attack against that under ten steps within the same radius, on the same images. Where they part, the
+epochs to come take more steps: two, then three, then ten. A student that collapsed recovers under them (Li et al.,
+arXiv 2006.03089), so no epoch is taken back; the choice of the best epoch keeps the network from before.
 
 Dimension key: B batch, C channels, H, W, K classes.
 """
@@ -16,19 +16,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retemper.engine.attack import ascend
+from retemper.engine.attack_plan import Plan
 from retemper.engine.distributed.ranks import WHOLE, Ranks
 from retemper.engine.groups import harder
+from retemper.engine.losses import cross_entropy_objective
 from retemper.engine.maximise import attack
-from retemper.engine.predict import Attack, attacked_batches, balanced_order, predicted, predictions
+from retemper.engine.predict import Perturb, attacked_batches, balanced_order, folded_twin, predicted
 from retemper.engine.recipe import Recipe
 from retemper.engine.run.data import TrainingData
 from retemper.engine.state import State
 from retemper.engine.step import observe
+from retemper.engine.targets import Targets
 from retemper.loaders import Split, split_of_arrays
 
 IMAGES = 500  # as many of each class as there can be
 CLEAR = 0.1  # how far two accuracies of so few images must lie apart to mean anything: over 3 standard errors
-JUDGE = Attack(steps=10, alone=True)
+JUDGED_STEPS = 10
 
 
 class CollapseGuard:
@@ -61,10 +65,16 @@ class CollapseGuard:
         return {"attack": now.kind, "own": own, "pgd10": ten, "next": more if parted else now.kind}
 
     def _accuracy_in_ten_steps(self) -> float:
-        state = self.state
-        options: dict[str, Any] = dict(indices=self.order, device=state.device, ranks=self.ranks, batch_size=self._size)
-        given_N = predictions(state.student, self.images, JUDGE, eps=self.recipe.attack.eps, **options)
-        return float((given_N.numpy() == self.images.labels[self.order]).mean())
+        """Return the accuracy under PGD on the cross-entropy, each image within the radius that its class now has."""
+        state, method = self.state, self.recipe.method
+        now, network = state.attack_now(self.recipe), folded_twin(state.student.eval(), state.device)
+
+        def perturb(clean: Tensor, _: Tensor, label_B: Tensor, seed: int) -> Tensor:
+            eps = method.margins(Targets(label_B=label_B, state=state.class_state), now)[0]
+            plan = Plan(steps=JUDGED_STEPS, step=eps / 4, eps=eps, seed=seed)
+            return ascend(network, clean, plan, objective=cross_entropy_objective(label_B))
+
+        return self._accuracy(perturb)
 
     def _own_accuracy(self) -> float:
         """Return the accuracy under the training's attack, without batch statistics: images are looked at once."""
@@ -75,6 +85,11 @@ class CollapseGuard:
             targets = replace(observe(state, recipe, network, clean, label_B, None), part=WHOLE)
             return attack(state, recipe, network, clean, targets)
 
+        return self._accuracy(perturb)
+
+    def _accuracy(self, perturb: Perturb) -> float:
+        """Return the share of images that the student is right on once they are attacked."""
+        state = self.state
         options: dict[str, Any] = dict(indices=self.order, device=state.device, ranks=self.ranks, batch_size=self._size)
         right = torch.zeros((), dtype=torch.int64, device=state.device)
         for batch in attacked_batches(state.student, self.images, perturb, **options):

@@ -179,12 +179,7 @@ class Saver:
     def kept(self) -> str:
         """Say what a run that diverged leaves on the disk. Raises as `settle`."""
         self.settle()
-        return self._kept()
-
-    def _kept(self) -> str:
-        finished, done = self.saved
-        within = f" and {done} steps of the next" if done else ""
-        return f"{self.folder.state} holds epoch {finished}{within}" if any(self.saved) else "no state was saved yet"
+        return on_disk(self.folder, self.saved)
 
     def _snapshot(self, finished: int, done: int) -> dict[str, Any]:
         """Return all that going on needs, on the host, once `memory.wait` has returned there. Raises as `settle`."""
@@ -212,7 +207,7 @@ class Saver:
         if self.ranks.joined:  # all of them leave then
             self.memory.wait()
             if self.ranks.any(not is_finite(saved)) == [True]:
-                raise diverged(saved, self._kept())
+                raise diverged(saved, on_disk(self.folder, self.saved))
         return saved
 
     def _write(self, state: dict[str, Any], write: Callable[[], None]) -> None:
@@ -221,7 +216,7 @@ class Saver:
         def job() -> None:
             self.memory.wait()
             if not is_finite(state):
-                raise diverged(state, self._kept())
+                raise diverged(state, on_disk(self.folder, self.saved))
             write()
             self.saved = state["epoch"], state["step"]
 
@@ -230,6 +225,13 @@ class Saver:
         else:
             self.saved = state["epoch"], state["step"]
         self.next_save = time.monotonic() + self.save_every
+
+
+def on_disk(folder: RunFolder, saved: tuple[int, int]) -> str:
+    """Say what a folder holds, where `saved` are the epochs and the steps of the next one that its state is behind."""
+    finished, done = saved
+    within = f" and {done} steps of the next" if done else ""
+    return f"{folder.state} holds epoch {finished}{within}" if any(saved) else "no state was saved yet"
 
 
 def stepped_part(state: State) -> dict[str, Any]:

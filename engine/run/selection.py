@@ -121,8 +121,7 @@ def validate(
 
     def trained(clean: Tensor, clean_BK: Tensor, label_B: Tensor, seed: int) -> Tensor:
         objective = recipe.method.objective(Targets(label_B=label_B, own_BK=clean_BK, state={}))
-        chosen = {name: getattr(attack, name) for name in ("steps", "step", "eps", "start", "clip_start")}
-        return ascend(model, clean, Plan(**chosen, seed=seed), objective=objective)
+        return ascend(model, clean, Plan(**attack.own_steps, seed=seed), objective=objective)
 
     judging = judging_attack(recipe).on(model, attack.eps)
     perturb = trained if recipe.method.validates_by == "training attack" else judging

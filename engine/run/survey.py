@@ -4,7 +4,7 @@ The images come in the order and the views of that epoch, and each process attac
 Dimension key: B batch, K classes, D values.
 """
 
-from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -33,7 +33,7 @@ def survey(
     seen: ClassMeans | None = None
     student, ranks = state.student.eval(), state.part.ranks
     network = student if state.twin is None else state.twin.refresh()
-    chosen = asdict(attack) | {"bn_mode": "eval", "rows": ranks.rows}
+    chosen: dict[str, Any] = attack.own_steps | {"rows": ranks.rows}
     with Progress(f"before epoch {epoch}", loader.num_images) as progress:
         for number, batch in enumerate(loader.epoch(epoch)):
             if not len(batch.label):

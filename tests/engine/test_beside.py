@@ -41,7 +41,8 @@ def trained(method: str, branch: Branch) -> list[Tensor]:
     recipe = find_setting(f"{method}:digits")[2].recipe.replace(attack_steps=2, precision="fp32")
     one, two = (channels_last(create_model("tiny_resnet", 10), CPU).eval().requires_grad_(False) for _ in range(2))
     teachers = one if recipe.networks.teacher_model else None, two if recipe.networks.clean_teacher_model else None
-    state = State(recipe, create_model("tiny_resnet", 10), teachers[0], 10, CPU, teachers[1])
+    peer = create_model("tiny_resnet", 10) if recipe.method.trains_peer else None
+    state = State(recipe, create_model("tiny_resnet", 10), teachers[0], 10, CPU, teachers[1], peer=peer)
     state.beside = branch
     clean, label = torch.rand(8, 1, 8, 8), torch.arange(8)
     losses = [train_step(state, recipe, clean, label) for _ in range(2)]
@@ -57,14 +58,15 @@ def test_what_is_late_is_read_by_no_method_too_soon(method: str) -> None:
     recipe = method_module(method).SETTINGS["digits"].recipe
     asked = [recipe.networks.teacher_model and recipe.method.teacher_sees]
     asked += [recipe.networks.clean_teacher_model and recipe.method.clean_teacher_sees]
-    asked += [recipe.method.average_sees]
-    assert late.runs == 2 * sum("clean" in (images or ()) for images in asked), "a teacher, or the average, and a step"
+    asked += [recipe.method.average_sees, ("clean",) * recipe.method.trains_peer]
+    wanted = 2 * sum("clean" in (images or ()) for images in asked)
+    assert late.runs == wanted, "a teacher, the average or the peer, and a step"
 
 
 def test_an_attack_on_the_labels_does_not_wait_for_the_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     awaited = []
     monkeypatch.setattr(
-        "retemper.engine.step.Awaiting", lambda make, branch: awaited.append(make) or Awaiting(make, branch)
+        "retemper.engine.maximise.Awaiting", lambda make, branch: awaited.append(make) or Awaiting(make, branch)
     )
     trained("ard", Late())
     assert not awaited

@@ -158,3 +158,16 @@ def test_a_collapse_made_on_purpose_is_caught(tmp_path: Path) -> None:
             break
     assert (seen["attack"], seen["next"]) == ("pgd", "pgd2")
     assert seen["own"] > 0.1 and seen["pgd10"] < seen["own"] / 2
+
+
+def test_both_attacks_keep_to_the_radius_in_force(tmp_path: Path) -> None:
+    """GKL begins with a radius near 0: ten steps in the whole ball would look like a collapse."""
+    recipe, state, data = made(tmp_path, "gkl", attack="nfgsm")
+    guard = CollapseGuard(recipe, state, data, ALONE)
+    state.class_state["radius_share"].zero_()
+    seen: list[torch.Tensor] = []
+    state.student.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    for accuracy in (guard._own_accuracy, guard._accuracy_in_ten_steps):
+        seen.clear()
+        accuracy()
+        torch.testing.assert_close(seen[0], seen[-1], rtol=0, atol=1e-6)  # clean, and attacked

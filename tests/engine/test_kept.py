@@ -17,8 +17,10 @@ from retemper.cli import run
 from retemper.engine import Recipe, State, create_model, train_step
 from retemper.engine.catalogue import find_setting
 from retemper.engine.kept import SCALE, Kept
+from retemper.engine.maximise import attacked_images
 from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.run.state_file import unpack
+from retemper.engine.step import observe
 from retemper.kernels import identity_view, num_views
 
 EPS, PADDING, SIZE = 0.1, 2, 8
@@ -121,6 +123,15 @@ def test_without_the_weight_there_is_no_further_forward(device: torch.device) ->
         state.student.register_forward_pre_hook(partial(note, given))
         train_step(state, recipe, clean, label, None, index, view)
         assert sum(given) == forwards * len(clean)
+
+
+def test_a_process_without_rows_takes_the_forwards_of_the_others(device: torch.device) -> None:
+    """Or it would ask by itself which logits the loss has a gradient at, where a loss may add up over all of them."""
+    state, recipe = made("rslad", device)
+    clean, label, *seen = batch(device)
+    targets = observe(state, recipe, state.student, clean, label, None)
+    with_rows = attacked_images(state, recipe, state.student, clean, targets, (seen[0], seen[1]))
+    assert attacked_images(state, recipe, state.student, clean, targets).keys() == with_rows.keys() == {"adv", "start"}
 
 
 def test_a_step_never_waits_for_the_device(device: torch.device) -> None:

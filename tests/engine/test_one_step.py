@@ -78,6 +78,16 @@ def test_each_class_has_the_step_and_the_noise_of_its_own_radius(device: torch.d
     torch.testing.assert_close(moved, radius_B, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["nfgsm", "pgd3"])
+def test_a_method_that_goes_down_its_objective_still_does(kind: str, device: torch.device) -> None:
+    state, recipe = made("fair_tat", device, attack=kind)
+    clean, label = batch(device)
+    targets = observe(state, recipe, state.attacked(), clean, label, None)
+    adv = attacked(state, recipe, clean, label)
+    objective = recipe.method.objective(targets)
+    assert objective(state.student.eval()(adv)) < objective(state.student(clean))
+
+
 @pytest.mark.parametrize(("name", "steps"), [("pgd2", 2), ("pgd3", 3), ("pgd10", 10)])
 def test_few_steps_cross_the_ball(name: str, steps: int, device: torch.device) -> None:
     state, recipe = made("sat", device, attack=name, attack_steps=7)

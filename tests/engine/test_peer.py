@@ -76,7 +76,7 @@ def test_both_networks_take_the_step_of_the_formula(options: dict[str, Any], mon
     state, recipe = begin(**options)
     clean, label = a_batch()
     adv = (clean + 0.05).clamp(max=1)
-    monkeypatch.setattr("retemper.engine.step.ascend", lambda *_, **__: adv)
+    monkeypatch.setattr("retemper.engine.maximise.ascend", lambda *_, **__: adv)
     theirs = [copy.deepcopy(one).train() for one in networks(state)]
     optimizer = torch.optim.SGD(
         [weight for one in theirs for weight in one.parameters()], lr=0.1, momentum=0.5, weight_decay=2e-4

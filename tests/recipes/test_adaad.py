@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from retemper.engine import Targets, pgd
-from retemper.engine.step import Beside
+from retemper.engine.maximise import Beside
 from retemper.recipes import adaad, adaiad
 from retemper.recipes.adaad import AdaAd
 from retemper.recipes.adaiad import AdaIad

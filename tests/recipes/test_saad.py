@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from retemper.engine import Recipe, State, Targets, create_model, step, train_step
+from retemper.engine import Recipe, State, Targets, create_model, maximise, train_step
 from retemper.engine.first_order import FirstOrder, slope_at
 from retemper.recipes.adaad import disagreement
 from retemper.recipes.saad import SETTINGS, Saad, entropy
@@ -97,13 +97,13 @@ def test_the_attack_foresees_the_teacher_by_one_backward_pass_of_it(monkeypatch:
     asked: list[tuple[int, bool]] = []
     teacher.register_forward_pre_hook(lambda _, args: asked.append((len(args[0]), args[0].requires_grad)))
     state = State(recipe, create_model("tiny_resnet", 10).double(), teacher, 10, CPU)
-    seen, ascend = [], step.ascend
+    seen, ascend = [], maximise.ascend
 
     def watched(*arguments, objective, **options):
         seen.append((arguments[0], objective))
         return ascend(*arguments, objective=objective, **options)
 
-    monkeypatch.setattr(step, "ascend", watched)
+    monkeypatch.setattr(maximise, "ascend", watched)
     clean, label = torch.rand(8, 1, 8, 8, dtype=torch.float64), torch.arange(8)
     state.start_epoch(recipe, 1, 0)
     train_step(state, recipe, clean.to(memory_format=torch.channels_last), label)

@@ -199,10 +199,10 @@ def _watch(run: Run, monkeypatch: pytest.MonkeyPatch) -> list[State]:
         run.batches.append([])
         run.class_state.append({key: value.clone() for key, value in state.class_state.items()})
 
-    def stepped(state: State, recipe: Recipe, image: Tensor, label: Tensor, teacher_BK: Tensor | None) -> Tensor:
+    def stepped(state: State, recipe: Recipe, image: Tensor, label: Tensor, *rest: Tensor | None) -> Tensor:
         run.batches[-1].append(Batch(image.clone(), label.clone(), state.noise_seed.clone()))
         run.lr.append(float(state.optimizer.param_groups[0]["lr"]))
-        return step(state, recipe, image, label, teacher_BK)
+        return step(state, recipe, image, label, *rest)
 
     monkeypatch.setattr(networks, "build_student", built)
     for name, stand_in in (("teacher", teacher), ("start", _none), ("probe", _none), ("check_teachers", _none)):
