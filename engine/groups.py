@@ -264,7 +264,7 @@ class Optimisation(Options):
         sgds = {"momentum": MOMENTUM, "nesterov": False, "awp_decay": "own"}  # the last adds decay to the gradient
         for name, default in sgds.items():
             if getattr(self, name) != default:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: AdamW has no use for it; leave it at {default!r}")
+                raise ValueError(f"{name} = {getattr(self, name)!r}: AdamW has no use for it; set it to {default!r}")
 
     @property
     def lr_moves(self) -> bool:

@@ -5,6 +5,7 @@ Dimension key: B batch, C channels, H, W, K classes.
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from retemper.engine.attack import ascend
 from retemper.engine.attack_plan import Plan
 from retemper.engine.first_order import FirstOrder
 from retemper.engine.from_kept import images_from_kept
-from retemper.engine.groups import STEPS, step_share
+from retemper.engine.groups import STEPS, TrainingAttack, step_share
 from retemper.engine.recipe import Recipe
 from retemper.engine.speed.beside import Awaiting
 from retemper.engine.state import State
@@ -54,17 +55,10 @@ def attacked_images(
         attacked = Beside(attacked, there)
     chosen = state.attack_now(recipe)
     eps, step = recipe.method.margins(targets, chosen)
-    if chosen.kind in STEPS:  # of the radius that is the class's own, too; and down where the method goes down
-        down = isinstance(step, float) and step < 0
-        step = eps * step_share(chosen.steps) * (-1 if down else 1)
-    unbound = chosen.kind == "nfgsm"
-    plan = Plan(
-        steps=chosen.steps,
-        step=step,
-        eps=1.0 if unbound else eps,  # pixels have a range of 1: that far, nothing is projected
-        start=chosen.start,
-        start_eps=2 * eps if unbound else None,
-        clip_start=chosen.clip_start,
+    plan = plan_of(
+        chosen,
+        eps,
+        step,
         rows=state.part.ranks.rows,
         bn_mode=recipe.attack.bn_mode,
         seed=state.noise_seed + FAR * targets.attack if targets.attack else state.noise_seed,
@@ -82,6 +76,29 @@ def attacked_images(
                 images["start"] = images["adv"]  # a process without rows takes the forwards of the others
     state.beside.join()
     return images
+
+
+def plan_of(chosen: TrainingAttack, eps: float | Tensor, step: float | Tensor, **options: Any) -> Plan:
+    """Return how an attack of a recipe goes; `pgi` begins anywhere in the ball.
+
+    Args:
+        chosen: the attack as `taken` returns it.
+        eps, step: its radius and its step in pixel units: numbers, or (B,).
+        options: what else `Plan` takes.
+    """
+    if chosen.kind in STEPS:  # of the radius that is the class's own, too; and down where the method goes down
+        down = isinstance(step, float) and step < 0
+        step = eps * step_share(chosen.steps) * (-1 if down else 1)
+    unbound = chosen.kind == "nfgsm"
+    return Plan(
+        steps=chosen.steps,
+        step=step,
+        eps=1.0 if unbound else eps,  # pixels have a range of 1: that far, nothing is projected
+        start=chosen.start,
+        start_eps=2 * eps if unbound else None,
+        clip_start=chosen.clip_start,
+        **options,
+    )
 
 
 class Beside(nn.Module):

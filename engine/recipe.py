@@ -12,7 +12,7 @@ from torch import Tensor
 
 from retemper.engine.attack import Watcher
 from retemper.engine.epoch_stats import EpochStats
-from retemper.engine.groups import Data, Networks, Optimisation, Selection, TrainingAttack
+from retemper.engine.groups import STEPS, Data, Networks, Optimisation, Selection, TrainingAttack, taken
 from retemper.engine.losses import KlObjective, Objective, cross_entropy_objective
 from retemper.engine.models import PIXELS
 from retemper.engine.presets import preset_options
@@ -244,6 +244,11 @@ class Recipe:
             raise ValueError(
                 f"attack = 'pgi', augment = {self.data.augment!r}, cutout = {self.data.cutout}: what is kept of an "
                 "image follows its crop and flip alone; take nfgsm, or augment = 'crop' and cutout = 0"
+            )
+        if self.attack.guard == "on" and taken(self.attack).steps >= STEPS["pgd10"]:
+            raise ValueError(
+                f"guard = 'on': attack = {self.attack.kind!r} takes {taken(self.attack).steps} steps already, and the "
+                "guard knows no more than ten to go on with; set guard = 'auto'"
             )
         if self.method.follows_iterates and self.attack.one_step:
             raise ValueError(

@@ -52,7 +52,10 @@ class Plan:
         if len(self.indices) == 0:
             raise UsageError("there are no images to train on")
         if self.batch_size < 1 or self.batch_size % self.world_size:
-            raise UsageError(f"a batch of {self.batch_size} does not divide among {self.world_size} processes")
+            raise UsageError(
+                f"a batch of {self.batch_size} does not divide among {self.world_size} processes: give a --batch-size "
+                f"that is a multiple of {self.world_size}"
+            )
         if not 0 <= self.rank < self.world_size:
             raise UsageError(f"process {self.rank} is not one of {self.world_size}")
 

@@ -45,6 +45,9 @@ def _attack_settings(settings: dict[str, Any]) -> str:
     return ", ".join(f"{name} {pixels(value) if name == 'step' else plain(value)}" for name, value in settings.items())
 
 
+OF_TRAINING = ("variant", "preset", "learning rate", "epochs", "training attack")
+
+
 def _run_facts(run: RunRecord) -> dict[str, str]:
     if run.is_foreign:
         return {"folder": str(run.folder), "role": "from elsewhere", "network": plain(run.protocol.get("weights"))}
@@ -60,18 +63,20 @@ def _run_facts(run: RunRecord) -> dict[str, str]:
         "folder": str(run.folder),
         "recipe": f"{config.get('method')}:{config.get('setting')}",
         "role": f"taught by {teacher.get('model')} from {teacher.get('path')}" if teacher else role,
+        "begins with": plain(start.get("path", "random weights")),
         "variant": plain(recipe.get("variant")),
         "preset": plain(recipe.get("preset", "paper")),
         "learning rate": f"{plain(recipe.get('lr'))}, by {plain(recipe.get('lr_schedule', 'steps'))}",
         "student": plain(recipe.get("student")),
         "epochs": f"{len(run.metrics)} of {recipe.get('epochs', 'unknown')}",
         "training eps": pixels(recipe.get("eps")),
-        **({"training attack": plain(recipe["attack"])} if recipe.get("attack", "pgd") != "pgd" else {}),
+        "training attack": plain(recipe.get("attack", "pgd")),
         "seed": plain(config.get("seed")),
         "training time": f"{sum(seconds):,.0f} s" if seconds else "not recorded",
         "images per second, all told": f"{median(speed):,.0f}" if speed else "not recorded",
         **{name: plain(config.get(name)) for name in ("device", "commit", "versions", "started")},
         "teacher's digest": plain(teacher.get("sha256")) if teacher else "none",
+        **(dict.fromkeys(OF_TRAINING, "none: not trained") if evened else {}),
     }
 
 

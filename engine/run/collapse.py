@@ -109,12 +109,15 @@ def guard_of(recipe: Recipe, state: State, data: TrainingData, ranks: Ranks) -> 
     return CollapseGuard(recipe, state, data, ranks) if wanted else None
 
 
-def collapse_words(guard: dict[str, Any]) -> str:
-    """Return what to say of a look after which more steps are taken."""
+def collapse_words(guard: dict[str, Any], is_last: bool) -> str:
+    """Return what to say of a look after which more steps are taken, or would be, had the epoch not been the last."""
     own, ten, now, then = (guard[name] for name in ("own", "pgd10", "attack", "next"))
+    after = (
+        f"this was the last epoch, so begin anew with --attack {then}" if is_last else f"training goes on with {then}"
+    )
     return (
         f"the student is right on {own:.1%} of the images looked at under {now}, and on {ten:.1%} under ten steps, "
-        f"so it has learned that attack alone: training goes on with {then}"
+        f"so it has learned that attack alone: {after}"
     )
 
 

@@ -4,17 +4,15 @@ The images come in the order and the views of that epoch, and each process attac
 Dimension key: B batch, K classes, D values.
 """
 
-from typing import Any
-
 import torch
 
 from retemper.console import Progress
 from retemper.engine.attack import ascend
-from retemper.engine.attack_plan import Plan
 from retemper.engine.device import exact_fp32
 from retemper.engine.epoch_stats import ClassMeans
-from retemper.engine.groups import TrainingAttack
+from retemper.engine.groups import TrainingAttack, taken
 from retemper.engine.losses import cross_entropy_objective
+from retemper.engine.maximise import plan_of
 from retemper.engine.recipe import Recipe
 from retemper.engine.state import State, clean_images
 from retemper.loaders import Loader
@@ -28,18 +26,20 @@ def survey(
     """Return the sums of `Method.surveyed` over the images of `epoch`, from 1: the student, in eval mode, is attacked.
 
     Args:
+        attack: its `kind` says how it goes, and once the guard saw a collapse, the one that stands in for it.
         seed: of the run.
     """
     seen: ClassMeans | None = None
     student, ranks = state.student.eval(), state.part.ranks
     network = student if state.twin is None else state.twin.refresh()
-    chosen: dict[str, Any] = attack.own_steps | {"rows": ranks.rows}
+    chosen = taken(attack, state.fallback)
     with Progress(f"before epoch {epoch}", loader.num_images) as progress:
         for number, batch in enumerate(loader.epoch(epoch)):
             if not len(batch.label):
                 continue
             clean = clean_images(recipe, batch.image, batch.view)
-            plan = Plan(**chosen, seed=OWN_NOISE ^ ((seed << 40) + (epoch << 24) + number))
+            own_seed = OWN_NOISE ^ ((seed << 40) + (epoch << 24) + number)
+            plan = plan_of(chosen, chosen.eps, chosen.step, rows=ranks.rows, seed=own_seed)
             with state.autocast():
                 adv = ascend(network, clean, plan, objective=cross_entropy_objective(batch.label))
             with torch.no_grad(), exact_fp32():

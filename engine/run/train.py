@@ -156,7 +156,7 @@ def _conclude(
         left_s = pace.left_s(epoch + 1, 0)
         say(f"{words}  {duration(left_s)} left" if left_s else words)
         if "guard" in line and line["guard"]["next"] != line["guard"]["attack"]:
-            say(f"{job.name}: after epoch {epoch} {collapse_words(line['guard'])}")
+            say(f"{job.name}: after epoch {epoch} {collapse_words(line['guard'], epoch == recipe.optim.epochs)}")
 
 
 def _move_classes(job: Job, state: State, data: TrainingData, epoch: int) -> None:

@@ -3,18 +3,21 @@
 The bounds are ours, for want of any that is published; each reason has its number, so that it can be weighed.
 
     chance      robust accuracy is no more than chance explains: it is no robust teacher
-    unlearned   a class's clean accuracy is below half of the average: its soft labels teach the wrong class
+    unlearned   a class's clean accuracy is below half of the average, and below the average up to the end of its
+                interval, of 5 images or more: its soft labels teach the wrong class
     uneven      the weakest class's robust accuracy, up to the end of its interval, is below half of the average
     sure        mean entropy on the hard images is below a quarter of log K, as far as there are 30 of them
     stiff       below a fifth of the images that fool a student fool the teacher too, as far as there are 30 of them
     overdone    the soft labels fit best at a temperature above 1.5: it is surer than it is right
     head        norms of the last layer differ by a fifth, and go with robust accuracy (r of 0.8 or more)
 
-The first two say that it is no teacher, the next four that it is one to think about; the last is for information.
+From fewer than 30 images in all nothing is concluded. The first two say that it is no teacher, the next four that it is
+one to think about; the last is for information.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from retemper.engine.checkpoints.published import margin
 from retemper.engine.teacher_check.measure import Findings
@@ -24,11 +27,13 @@ ENTROPY = 0.25  # of log K
 TRANSFER = 0.2
 TEMPERATURE = 1.5
 SPREAD, CORRELATION = 1.2, 0.8
-FEW = 30  # images: from fewer nothing is concluded
+FEW, FEW_OF_A_CLASS = 30, 5  # images: from fewer nothing is concluded
 
 
 def advice(found: Findings, classes: Sequence[str]) -> str:
     """Return one line: whether to distil from the teacher, why, and what would help."""
+    if (images := sum(found.robust["count"])) < FEW:
+        return f"no word for or against it: {images} images are too few to judge it by; give --limit {FEW} or more."
     against, doubts = _refusals(found, classes), _doubts(found, classes)
     if against:
         return f"do not distil from it: {'; '.join(against)}."
@@ -55,17 +60,25 @@ def remarks(found: Findings) -> list[str]:
 def _refusals(found: Findings, classes: Sequence[str]) -> list[str]:
     clean, robust = found.clean, found.robust
     chance, out = 1 / len(classes), []
-    if robust["average"] <= chance + margin(chance, sum(robust["count"])):
+    bound = chance + margin(chance, sum(robust["count"]))
+    if robust["average"] <= bound:
+        serves = " (it may serve as a second, clean one: --clean-teacher)" * (clean["average"] > bound)
         out.append(
             f"it holds {robust['average']:.1%} of the images under attack, which chance explains: it is no robust "
-            "teacher (it may serve as a second, clean one: --clean-teacher)"
+            f"teacher{serves}"
         )
-    if clean["worst"] < HALF * clean["average"]:
+    if _is_unlearned(clean):
         out.append(
             f"it never learned class {classes[clean['worst_class']]} ({clean['worst']:.1%} right without an attack, "
             f"{clean['average']:.1%} on average): its soft labels teach another class there"
         )
     return out
+
+
+def _is_unlearned(clean: dict[str, Any]) -> bool:
+    k, average = clean["worst_class"], clean["average"]
+    is_sure = clean["count"][k] >= FEW_OF_A_CLASS and clean["interval"]["class"][k][1] < average
+    return is_sure and clean["worst"] < HALF * average
 
 
 def _doubts(found: Findings, classes: Sequence[str]) -> list[str]:

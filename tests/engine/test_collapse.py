@@ -13,7 +13,7 @@ from retemper.cli import run
 from retemper.engine import Recipe, State, create_model, train_step
 from retemper.engine.catalogue import find_setting
 from retemper.engine.distributed.ranks import ALONE
-from retemper.engine.run.collapse import CollapseGuard, guard_of
+from retemper.engine.run.collapse import CollapseGuard, collapse_words, guard_of
 from retemper.engine.run.data import TrainingData, load_data, training_split
 from retemper.engine.run.state_file import unpack
 from retemper.engine.state import clean_images
@@ -67,7 +67,7 @@ def test_it_stands_by_where_one_step_is_taken_and_can_be_switched(tmp_path: Path
     for options, there in (
         ({}, False),
         ({"attack": "pgd2"}, False),
-        ({"guard": "on"}, True),
+        ({"attack": "pgd2", "guard": "on"}, True),
         ({"attack": "nfgsm"}, True),
         ({"attack": "nfgsm", "guard": "off"}, False),
     ):
@@ -112,6 +112,15 @@ def test_it_looks_at_training_images_where_none_are_held_out(tmp_path: Path) -> 
     assert data.held is None and len(guard.order) == 500
     assert {np.bincount(guard.images.labels[guard.order])[k] for k in range(10)} == {50}
     assert guard.look().keys() == {"attack", "own", "pgd10", "next"}
+
+
+def test_a_guard_that_knows_no_more_steps_is_refused_and_after_the_last_epoch_none_is_promised() -> None:
+    for options in ({"attack": "pgd10"}, {"attack": "pgd", "attack_steps": 10}):
+        with pytest.raises(ValueError, match=r"guard = 'on': .* takes 10 steps already"):
+            find_setting("sat:digits")[2].recipe.replace(guard="on", **options)
+    seen = {"own": 0.9, "pgd10": 0.1, "attack": "nfgsm", "next": "pgd2"}
+    assert collapse_words(seen, is_last=False).endswith("that attack alone: training goes on with pgd2")
+    assert collapse_words(seen, is_last=True).endswith("the last epoch, so begin anew with --attack pgd2")
 
 
 def lines(out: Path) -> list[dict[str, Any]]:

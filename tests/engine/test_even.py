@@ -214,8 +214,14 @@ def test_the_run_is_evaluated_reported_exported_and_made_again(
         assert run(["evaluate", str(folder), *words]) == 0
     assert run(["report", str(trained), str(out), "--out", str(tmp_path / "page")]) == 0
     assert "evened by norm" in (tmp_path / "page/report.html").read_text()
+    assert "none: not trained" in (tmp_path / "page/report.md").read_text()
     assert run(["compare", str(trained), str(out)]) == 0
     assert run(["export", str(out), "--out", str(tmp_path / "card")]) == 0
+    card = (tmp_path / "card/README.md").read_text()
+    assert (
+        "by `retemper even --by norm`.\nNothing was trained; 10 training images" in card
+        and "trained against" not in card
+    )
     assert train_again(RunFolder(out).read_config(), out) == f"retemper even {trained} --by norm --out {out}"
     capsys.readouterr()
     assert run(["even", str(trained), "--by", "half", "--out", str(out), "--device", "cpu"]) == 2

@@ -15,7 +15,7 @@ from retemper.cli import run
 from retemper.engine import class_report, create_model, save_weights
 from retemper.engine.class_report import by_class
 from retemper.engine.predict import ATTACKS
-from retemper.engine.teacher_check.advice import advice, remarks
+from retemper.engine.teacher_check.advice import _is_unlearned, advice, remarks
 from retemper.engine.teacher_check.measure import (
     Answers,
     Findings,
@@ -205,6 +205,22 @@ def test_few_images_lead_to_no_conclusion() -> None:
     few = findings(students=[student(transfer=0.0, fooled=29)], hard=replace(findings().hard, images=29, share=0.0))
     assert advice(few, CLASSES).startswith("go ahead")
     assert "only 29 images are hard" in " ".join(remarks(few))
+
+
+def report_of(correct: list[int], each: int) -> dict[str, Any]:
+    """Return the report of so many images of each class."""
+    given = np.concatenate([[k] * right + [(k + 1) % 4] * (each - right) for k, right in enumerate(correct)])
+    return by_class(given.astype(int), np.repeat(np.arange(4), each), 4)
+
+
+def test_a_handful_of_images_says_nothing_and_a_class_of_few_is_not_called_unlearned() -> None:
+    said = advice(findings(clean=report_of([1, 1, 1, 1], 1), robust=report_of([1, 1, 1, 1], 1)), CLASSES)
+    assert said == "no word for or against it: 4 images are too few to judge it by; give --limit 30 or more."
+    for right, each in (([4, 4, 4, 0], 4), ([6, 6, 3, 2], 8)):  # too few, and too little below the average
+        assert not _is_unlearned(report_of(right, each))
+    assert _is_unlearned(report_of([8, 8, 8, 1], 8))
+    none = findings(clean=report_of([0, 50, 0, 0], 50), robust=report_of([0, 50, 0, 0], 50))
+    assert "no robust teacher;" in advice(none, CLASSES) and "clean one" not in advice(none, CLASSES)
 
 
 def test_a_weakest_class_that_chance_may_have_made_is_no_reason() -> None:

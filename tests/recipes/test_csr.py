@@ -1,6 +1,9 @@
 """CSR and its control: the weights of pairs and the losses in float64, the counts by hand, and when they are made."""
 
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -121,10 +124,19 @@ def test_images_are_looked_at_before_each_epoch_or_in_the_training_attack() -> N
     )
 
 
-def test_survey_is_a_loop_over_the_epochs_images() -> None:
+SURVEYS: dict[str, dict[str, Any]] = {  # of `pgd`, at the setting's radius of 0.15 and step of 0.0375
+    "pgd": dict(steps=2, step=0.0375, eps=0.15, clip_start=False),
+    "nfgsm": dict(steps=1, step=0.15, eps=1.0, start_eps=0.3),
+    "pgi": dict(steps=1, step=0.15, eps=0.15),
+    "pgd2": dict(steps=2, step=0.15, eps=0.15),
+}
+
+
+@pytest.mark.parametrize("kind", SURVEYS)
+def test_survey_is_a_loop_over_the_epochs_images(kind: str) -> None:
     """It counts what each class's attacked images are taken for, and moves neither weights nor statistics."""
     torch.manual_seed(0)
-    recipe = csr(attack_steps=2, gamma=0.0, batch_size=64, fold=False)
+    recipe = csr(attack=kind, attack_steps=2, gamma=0.0, batch_size=64, fold=False)
     student = create_model("tiny_resnet", 10)
     state = State(recipe, student, None, 10, CPU)
     split = load_split("digits", "train")
@@ -145,12 +157,9 @@ def test_survey_is_a_loop_over_the_epochs_images() -> None:
             student.eval(),
             clean,
             objective=cross_entropy_objective(batch.label),
-            steps=2,
-            step=attack.step,
-            eps=attack.eps,
             start="uniform",
-            clip_start=False,
             seed=seed,
+            **SURVEYS[kind],
         )
         with torch.no_grad():
             given = student(adv).argmax(1)
