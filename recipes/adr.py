@@ -29,7 +29,7 @@ from retemper.engine import (
 )
 from retemper.kernels import class_temperature_kl
 from retemper.recipes.sat import ATTACK, RICE
-from retemper.recipes.settings import BY_PGD_10, adversarial_training
+from retemper.recipes.settings import BY_PGD_10, ON_DIGITS, adversarial_training
 
 
 def annealed(start: float, end: float, progress: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ CHANGES_AWP: dict[str, Any] = dict(
 )
 WITH_AWP = adversarial_training(Adr, ATTACK | AUTHORS | AWP, **CHANGES_AWP)
 WITH_TRADES = adversarial_training(AdrTrades, AUTHORS, **CHANGES)
-SETTINGS = adversarial_training(Adr, ATTACK | AUTHORS, **CHANGES)
+SETTINGS = adversarial_training(Adr, ATTACK | AUTHORS, ON_DIGITS, **CHANGES)
 SETTINGS |= {f"{name}_awp": replace(WITH_AWP[name], note=f"ADR + AWP: {WITH_AWP[name].note}") for name in CHANGES_AWP}
 SETTINGS |= {f"{name}_trades": replace(one, note=f"TRADES + ADR: {one.note}") for name, one in WITH_TRADES.items()}
 

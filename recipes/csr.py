@@ -28,7 +28,7 @@ from retemper.engine import (
     run_recipe,
 )
 from retemper.kernels import class_temperature_kl
-from retemper.recipes.settings import TWO_EPOCHS, adversarial_training
+from retemper.recipes.settings import ON_DIGITS, TWO_EPOCHS, adversarial_training
 
 
 def pair_weight(confusion_KK: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class Csr(OwnPredictionAttack):
         return found | {"pair_weight": pair_weight(confusion_KK).to(state["pair_weight"])}
 
 
-SETTINGS = adversarial_training(Csr, from_robust="trades", **TWO_EPOCHS)
+SETTINGS = adversarial_training(Csr, status=ON_DIGITS, from_robust="trades", **TWO_EPOCHS)
 
 if __name__ == "__main__":
     run_recipe(__file__)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from retemper.engine import run_recipe
-from retemper.recipes.settings import TWO_EPOCHS, adversarial_training
+from retemper.recipes.settings import ON_DIGITS, TWO_EPOCHS, adversarial_training
 from retemper.recipes.trades import Trades
 
 
@@ -20,7 +20,7 @@ class CsrControl(Trades):
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
 
-SETTINGS = adversarial_training(CsrControl, from_robust="trades", **TWO_EPOCHS)
+SETTINGS = adversarial_training(CsrControl, status=ON_DIGITS, from_robust="trades", **TWO_EPOCHS)
 
 if __name__ == "__main__":
     run_recipe(__file__)

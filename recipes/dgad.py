@@ -14,7 +14,7 @@ from torch import Tensor
 
 from retemper.engine import Targets, at_least_float32, given, kl_rows, option, run_recipe
 from retemper.recipes.adaad import AUTHORS, OWN_TEACHERS, AdaAttack
-from retemper.recipes.settings import distillation
+from retemper.recipes.settings import ON_DIGITS, distillation
 
 
 def corrected(logits_BK: Tensor, label_B: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class Dgad(AdaAttack):
         return guided + self.consistency_weight * apart_BK.square().mean()
 
 
-SETTINGS = distillation(Dgad, AUTHORS, own_teachers=OWN_TEACHERS)
+SETTINGS = distillation(Dgad, AUTHORS, ON_DIGITS, own_teachers=OWN_TEACHERS)
 
 if __name__ == "__main__":
     run_recipe(__file__)

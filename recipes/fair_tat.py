@@ -29,7 +29,7 @@ from retemper.engine import (
     run_recipe,
 )
 from retemper.recipes.cfa import AUTHORS_AT, RELEASED, ClassRadius, full
-from retemper.recipes.settings import adversarial_training
+from retemper.recipes.settings import ON_DIGITS, adversarial_training
 
 
 def drawn_target(score_K: Tensor, label_B: Tensor, uniform_BK: Tensor) -> Tensor:
@@ -90,6 +90,7 @@ AUTHORS: dict[str, Any] = AUTHORS_AT | dict(average_from=1)
 SETTINGS = adversarial_training(
     FairTat,
     AUTHORS,
+    ON_DIGITS,
     # the second half of the epochs may be kept, as of the authors' 200
     fashion_mnist_small=dict(select_from=6),
     fashion_mnist_resnet18=dict(select_from=31),

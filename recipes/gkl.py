@@ -31,7 +31,7 @@ from retemper.engine import (
     run_recipe,
 )
 from retemper.kernels import class_pair, class_temperature_kl
-from retemper.recipes.settings import adversarial_training
+from retemper.recipes.settings import ON_DIGITS, adversarial_training
 
 LONGER = (2.0, 4 / 3, 1.0, 1.0)  # how much longer a step is in each quarter than in the last
 
@@ -143,7 +143,7 @@ CHANGES: dict[str, Any] = dict(
     cifar100_resnet18=CIFAR100,
     tiny_imagenet_preact_resnet18=dict(awp_from=6, average_from=76),
 )
-SETTINGS = adversarial_training(Gkl, AUTHORS, **CHANGES) | {
+SETTINGS = adversarial_training(Gkl, AUTHORS, ON_DIGITS, **CHANGES) | {
     "cifar10_wrn34_10": Setting(
         note="CIFAR-10, WRN-34-10, the authors' setting",
         recipe=Recipe.of(Gkl, **AUTHORS, dataset="cifar10", student="wrn34_10"),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from retemper.engine import LabelAttack, Recipe, Targets, is_label, option, run_recipe
 from retemper.recipes.sat import ATTACK, RICE
-from retemper.recipes.settings import adversarial_training
+from retemper.recipes.settings import ON_DIGITS, adversarial_training
 
 
 def next_weight(weight_K: Tensor, loss_K: Tensor, eta: float) -> Tensor:
@@ -54,7 +54,7 @@ class GroupDro(LabelAttack):
         state["class_weight"].copy_(self.weighed(logits["adv"], targets)[1])
 
 
-SETTINGS = adversarial_training(GroupDro, ATTACK | RICE)
+SETTINGS = adversarial_training(GroupDro, ATTACK | RICE, ON_DIGITS)
 
 if __name__ == "__main__":
     run_recipe(__file__)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from retemper.engine import Forwards, KlObjective, Method, Targets, given, kl_rows, option, run_recipe
 from retemper.kernels import class_temperature_kl
-from retemper.recipes.settings import BY_PGD_10, adversarial_training
+from retemper.recipes.settings import BY_PGD_10, ON_DIGITS, adversarial_training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,7 @@ SHORT = dict(kl_scale=1.0)  # one or two thousand steps are too few for a tenth 
 SETTINGS = adversarial_training(
     PeerAid,
     AUTHORS,
+    ON_DIGITS,
     digits=SHORT | dict(average_from=15),  # from the first drop on, as the authors' average
     fashion_mnist_small=SHORT | dict(average_from=8),
     fashion_mnist_resnet18=dict(average_from=44),

@@ -17,7 +17,7 @@ from torch import Tensor
 from retemper.engine import Forwards, LabelAttack, Recipe, Targets, option, run_recipe
 from retemper.kernels import class_temperature_kl
 from retemper.recipes.sat import ATTACK, RICE
-from retemper.recipes.settings import BY_PGD_10, adversarial_training
+from retemper.recipes.settings import BY_PGD_10, ON_DIGITS, adversarial_training
 
 RELEASED: dict[str, Any] = dict(select_on="holdout", padding_mode="reflect", normalise=True, lr_drop_early=True)
 
@@ -65,7 +65,7 @@ CHANGES: dict[str, Any] = dict(
     tiny_imagenet_preact_resnet18=dict(average_from=78),
 )
 PLUS_PLUS: dict[str, Any] = dict(lr_factor=1 / 1.7, strong_eps=1.25, strong_steps=2)
-SETTINGS = adversarial_training(Rebat, AUTHORS, **CHANGES) | {
+SETTINGS = adversarial_training(Rebat, AUTHORS, ON_DIGITS, **CHANGES) | {
     f"{name}_plus_plus": replace(setting, note=f"ReBAT++: {setting.note}")
     for name, setting in adversarial_training(Rebat, AUTHORS | PLUS_PLUS, **CHANGES).items()
 }

@@ -16,7 +16,7 @@ from retemper.engine import Forwards, Objective, Recipe, Targets, at_least_float
 from retemper.kernels import class_temperature_kl
 from retemper.recipes.adaad import disagreement
 from retemper.recipes.igdm import Igdm
-from retemper.recipes.settings import distillation
+from retemper.recipes.settings import ON_DIGITS, distillation
 
 
 def entropy(logits_BK: Tensor, order: float = 1.0) -> Tensor:
@@ -87,6 +87,7 @@ AUTHORS: dict[str, Any] = dict(epochs=200, lr_drops=(100, 150), select_always_fr
 SETTINGS = distillation(
     Saad,
     AUTHORS,
+    ON_DIGITS,
     digits=SHORT | averaged_from(13),
     fashion_mnist_small=SHORT | averaged_from(7),
     fashion_mnist_resnet18=averaged_from(41),
