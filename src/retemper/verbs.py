@@ -59,10 +59,21 @@ def _notes(method: str, recipe: Any, texts: Mapping[str, str]) -> Iterator[str]:
     if recipe.attack.kind == "pgd" and recipe.attack.step > recipe.attack.eps and "attack_step" not in texts:
         step, eps = shown_value(recipe.attack.step), shown_value(recipe.attack.eps)
         yield f"one step of the attack ({step}) is longer than eps ({eps}): --attack-step says how long it is"
+    if recipe.attack.kind != "pgd":
+        for name in ("attack_step", "attack_steps", "attack_start", "clip_start"):
+            if name in texts:
+                yield f"--attack {recipe.attack.kind} has its own steps and start, so --{_word(name)} changes nothing"
+    if recipe.optim.ema_warmup and "ema_warmup" in texts and recipe.optim.average != "ema":
+        yield "--ema-warmup is of --average ema, so it changes nothing"
     if recipe.optim.optimizer == "adamw" and "lr" not in texts:
         yield f"AdamW at SGD's learning rate ({shown_value(recipe.optim.lr)}) seldom learns: --lr 0.001 is usual"
     if recipe.optim.label_smoothing and "label_smoothing" in texts and not recipe.method.smooths_labels():
         yield f"{method} has no labels in its loss, so --label-smoothing changes nothing"
+
+
+def _word(name: str) -> str:
+    """Return an option's flat name as one types it."""
+    return name.replace("_", "-")
 
 
 def evaluate(arguments: Namespace) -> None:
@@ -140,6 +151,9 @@ def teacher(arguments: Namespace) -> None:
 
 def even(arguments: Namespace) -> None:
     """Even the classes of a trained network, in two epochs or in none, into a run of its own."""
+    if arguments.seed is not None and arguments.by not in ("csr", "plain"):
+        raise UsageError("--seed is of a fine-tune: give it with --by csr or plain, nothing else is drawn")
+
     from retemper.engine.checkpoints.header import Facts
     from retemper.engine.device import pick_device
     from retemper.engine.even.even import even as even_network
