@@ -155,12 +155,13 @@ class RunFolder:
             with _telling(path), atomic_write(path) as file:
                 write_state(file, state["prior"])
             state = state | {"prior": True}
-        with _telling(self.state), atomic_write(self.state) as file:
-            write_state(file, state)
-            sync(file)
-            if self.state.exists():
-                self._keep_the_one_before()  # only now that the new one is on the disk
-        self._sweep_priors(at)
+        with _telling(self.state):
+            with atomic_write(self.state) as file:
+                write_state(file, state)
+                sync(file)
+                if self.state.exists():
+                    self._keep_the_one_before()  # only now that the new one is on the disk
+            self._sweep_priors(at)
 
     def _prior(self, epoch: int, step: int) -> Path:
         """Return the file of what the attack "pgi" keeps of each image, that goes with the state at this place."""

@@ -117,6 +117,7 @@ def locked(path: str | Path, busy: str | None = None) -> Iterator[None]:
     try:
         lock.acquire(timeout=-1 if busy is None else 0)
     except Timeout:
+        path.parent.stat()  # a folder that was taken away since looks the same
         raise UsageError(busy) from None
     try:
         yield

@@ -32,13 +32,15 @@ def save(path: Path, epoch: int) -> None:
 
 @contextmanager
 def at_call(number: int, act: Callable[[], object]) -> Iterator[list[int]]:
-    """Call `act` in place of the system call of that number, from 0; yield a list with how many there were."""
+    """Call `act` before the system call of that number, from 0; yield a list with how many there were."""
     made, whole = [0], {name: getattr(os, name) for name in CALLS}
 
     def instead(name: str) -> Callable[..., Any]:
         def call(*words: Any, **more: Any) -> Any:
             made[0] += 1
-            return act() if made[0] == number + 1 else whole[name](*words, **more)
+            if made[0] == number + 1:
+                act()
+            return whole[name](*words, **more)
 
         return call
 
@@ -82,6 +84,22 @@ def test_a_process_that_ends_at_any_system_call_of_a_save_loses_nothing_and_leav
         save(path, 4)
         assert sorted(os.listdir(path)) == KEPT, number
         assert (path / "last.1.state").stat().st_nlink == 1
+
+
+def test_a_folder_taken_away_at_any_system_call_of_a_save_is_an_error_that_names_what_was_written(
+    tmp_path: Path,
+) -> None:
+    with at_call(-1, fail) as made:
+        for epoch in (1, 2):
+            save(tmp_path / "counted", epoch)
+    for number in range(made[0]):
+        path, elsewhere = tmp_path / f"run{number}", tmp_path / f"elsewhere{number}"
+        with at_call(number, lambda: path.rename(elsewhere)):
+            with pytest.raises((DataError, UsageError), match=f"cannot write (to )?{path}"):
+                for epoch in (1, 2):
+                    save(path, epoch)
+                pytest.fail("a folder that is gone was written to")
+
 
 
 def test_a_start_that_fails_leaves_no_folder_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
