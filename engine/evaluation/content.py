@@ -105,6 +105,20 @@ class Checks(_Found, total=False):
     ladder: Rungs
 
 
+class Corrupted(TypedDict):
+    """What `retemper evaluate --corruptions` found (`retemper.engine.evaluation.corrupted.summed_up`)."""
+
+    constants: str
+    seed: int
+    severities: list[int]
+    count: list[int]
+    accuracy: dict[str, list[list[float | None]]]
+    average: float | None
+    worst: float | None
+    worst_class: int
+    complete: bool
+
+
 class _Numbers(TypedDict):
     protocol: Protocol
     attacks: dict[str, AttackResult]
@@ -114,6 +128,7 @@ class Evaluation(_Numbers, total=False):
     """The whole file."""
 
     checks: Checks
+    corruptions: Corrupted
 
 
 def read_evaluation(path: Path, partial: bool = False) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from retemper.engine.evaluation.autoattack import (
     suite_attacks,
     suite_entry,
 )
+from retemper.engine.evaluation.corrupted import corrupted_accuracies
 from retemper.engine.evaluation.described import described
 from retemper.engine.evaluation.evaluation_file import EvaluationFile, Outcome
 from retemper.engine.evaluation.ledger import Ledger
@@ -60,6 +61,7 @@ class EvaluationRequest:
         facts: what the user says about a bare checkpoint.
         suite, fold, shard, budget_s: of AutoAttack, as `SuiteRequest` and `evaluate_suite` take them.
         check: whether to look for masked gradients too.
+        corruptions: whether to ask about corrupted images too.
         capture: "auto" to replay on a GPU what comes again from CUDA graphs, with other rounding; or "off".
     """
 
@@ -82,6 +84,7 @@ class EvaluationRequest:
     shard: Shard | None = None
     budget_s: float | None = None
     check: bool = False
+    corruptions: bool = False
     capture: str = "auto"
 
     def attack(self, name: str) -> Attack:
@@ -139,6 +142,13 @@ def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
         folder = None if network.weights is None else network.weights.parent
         file.content["checks"] = check_evaluated(checked, folder, file.content["attacks"])
         file.write()
+    if request.corruptions:
+        chosen: dict[str, Any] = dict(device=request.device, batch_size=request.batch_size, seed=request.seed)
+        known = file.content.get("corruptions")
+        for found in corrupted_accuracies(model, split, order, known=known, ranks=request.ranks, **chosen):
+            file.content["corruptions"] = found
+            if first:
+                file.write()
     if first:
         file.finish()
     return file.path, file.content

@@ -10,6 +10,7 @@ import numpy as np
 
 from retemper.console import say
 from retemper.engine.class_report import by_class
+from retemper.engine.evaluation.corrupted import fuller
 from retemper.engine.evaluation.places import beside, content_of, free_name, fullness, same_question
 from retemper.engine.evaluation.verdicts import Evaluated, Verdicts, write_verdicts
 from retemper.errors import DataError
@@ -129,6 +130,7 @@ class EvaluationFile:
             self.verdicts |= _known_verdicts(self.path, there, [name])
         if "checks" in there:
             self.content.setdefault("checks", there["checks"])
+        self.content |= fuller(self.content, there)
 
 
 def _rename(path: Path, new: Path) -> None:

@@ -11,6 +11,7 @@ from matplotlib import rc_context
 
 from retemper.engine.report.classwise import classwise_blocks
 from retemper.engine.report.confusion import confusion_blocks
+from retemper.engine.report.corruptions import corruption_blocks
 from retemper.engine.report.facts import protocol_blocks, run_blocks
 from retemper.engine.report.headline import headline, subline, warnings
 from retemper.engine.report.page import Plot, Section, write_page
@@ -81,6 +82,7 @@ def _sections(runs: RunSet) -> list[Section]:
         Section("paired", "Differences on the same images", paired_blocks(runs)),
         Section("classes", "Class by class", classwise_blocks(runs)),
         Section("confusion", "What is taken for what", confusion_blocks(runs)),
+        Section("corruptions", "Corrupted images", corruption_blocks(runs)),
         Section("state", "Class state over the epochs", state_blocks(runs)),
         Section("training", "Training", training_blocks(runs)),
         Section("checks", "Can the numbers be trusted?", check_blocks(runs.evaluated, runs.look)),

@@ -49,6 +49,7 @@ class RunRecord:
     asked: dict[str, Any] = field(default_factory=dict)  # how evaluation.json names the network
     results: dict[str, Result] = field(default_factory=dict)
     checks: dict[str, Any] = field(default_factory=dict)  # of the evaluation; empty where they were not run
+    corruptions: dict[str, Any] = field(default_factory=dict)  # of the evaluation; empty where they were not run
     flags: list[str] = field(default_factory=list)  # warnings of the attacks themselves
     classes: list[str] = field(default_factory=list)
     notes: list[Text] = field(default_factory=list)  # what is missing, and the command that makes it
@@ -144,10 +145,10 @@ def _read_evaluation(run: RunRecord) -> None:
     except DataError:
         evaluation = {}
     run.protocol, run.checks = as_dict(evaluation.get("protocol")), as_dict(evaluation.get("checks"))
-    run.asked = as_dict(evaluation.get("asked"))
+    run.asked, run.corruptions = as_dict(evaluation.get("asked")), as_dict(evaluation.get("corruptions"))
     attacks = as_dict(evaluation.get("attacks"))
     if is_stale(run.evaluation, run.protocol):
-        weights, run.protocol, run.checks = run.protocol["weights"], {}, {}
+        weights, run.protocol, run.checks, run.corruptions = run.protocol["weights"], {}, {}, {}
         run.notes.append(
             Text(f"{run.evaluation.name} is of other weights than {weights} has now. To evaluate again:", run.evaluate)
         )

@@ -212,6 +212,7 @@ OPTIONS: dict[str, tuple[str | tuple[str, dict[str, Any]], ...]] = {  # of each 
         _option("--batch-size", "images at once (256)", "N", type=BATCH, default=256),
         _option("--seed", "of the random starts (0)", "N", type=SEED, default=0),
         _option("--check", "also look for masked gradients, on 300 of the images", action="store_true"),
+        _option("--corruptions", "also CIFAR-10-C's fifteen corruptions at five severities", action="store_true"),
         _option(
             "--capture",
             "replay what comes again from CUDA graphs, on a GPU (auto)",

@@ -81,11 +81,14 @@ def evaluate(arguments: Namespace) -> None:
     attacks = _attacks(arguments)
     if arguments.check and arguments.shard:
         raise UsageError("--check is not for a shard: give it once, in a run without --shard")
+    if arguments.corruptions and arguments.shard:
+        raise UsageError("--corruptions is not for a shard: give it once, in a run without --shard")
     if arguments.shard and attacks != ("autoattack",):
         raise UsageError("--shard is for AutoAttack: give it with --attacks autoattack, the others in a run without it")
 
     from retemper.engine.checkpoints.header import Facts
     from retemper.engine.distributed.join import joined
+    from retemper.engine.evaluation.corrupted import corruption_table
     from retemper.engine.evaluation.evaluate import EvaluationRequest, evaluate_target
     from retemper.engine.evaluation.summary import summary
 
@@ -96,6 +99,7 @@ def evaluate(arguments: Namespace) -> None:
         request = EvaluationRequest(
             **{name: getattr(arguments, name) for name in same.split()},
             capture=arguments.capture,
+            corruptions=arguments.corruptions,
             attacks=attacks,
             device=device,
             ranks=ranks,
@@ -105,6 +109,8 @@ def evaluate(arguments: Namespace) -> None:
         path, content = evaluate_target(request)
     if ranks.is_first:
         print(summary(content))
+        if arguments.corruptions:
+            print(corruption_table(content))
         print(path)
 
 
