@@ -5,6 +5,7 @@ Every switch of torch that is global is a context manager here, which puts it ba
 
 import os
 import re
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -20,6 +21,16 @@ OUT_OF_MEMORY = (  # in the words of Linux; torch's allocator; oneDNN, for a con
     *("Cannot allocate memory", "can't allocate memory", "could not create a primitive"),
     *("out of memory", "STATUS_ALLOC_FAILED"),
 )
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Return the most memory that this process has held so far, in MiB: on a GPU that of its tensors, else the host's.
+
+    The host does not wait for the device.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts in KiB
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -142,7 +142,7 @@ def differences(
     correct_RK = np.array([np.bincount(label_N[row], minlength=num_classes) for row in correct_RN])
     reports = [class_report(correct_K, count_K) for correct_K in correct_RK]
     alone_2SK = _alone(correct_RN, label_N, num_classes)
-    drawn_DRK = _draw(correct_RN, label_N, num_classes, draws, np.random.default_rng(seed))
+    drawn_DRK = drawn_accuracies(correct_RN, label_N, num_classes, draws, np.random.default_rng(seed))
     drawn = summaries(drawn_DRK[:, :, count_K > 0].reshape(draws * len(correct_RN), -1), count_K[count_K > 0])
     of_summary = {
         name: _difference(
@@ -168,7 +168,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
-def _draw(
+def drawn_accuracies(
     correct_RN: np.ndarray, label_N: np.ndarray, num_classes: int, draws: int, rng: np.random.Generator
 ) -> np.ndarray:
     """Return the accuracies of resampled images, (D, R, K).
@@ -215,14 +215,14 @@ def _difference(
         b_range=(float(b_S.min()), float(b_S.max())),
         difference=difference,
         images=both_ways(drawn_D, difference, level) if biased else percentiles(drawn_D, level),
-        seeds=_student(b_S - a_S, level),
+        seeds=over_seeds(b_S - a_S, level),
         p=p,
         discordant=() if alone_2S is None else tuple((int(a), int(b)) for a, b in alone_2S.T),
     )
 
 
-def _student(difference_S: np.ndarray, level: float) -> Pair | None:
-    """Return Student's interval of the mean over the seeds; None for one seed."""
+def over_seeds(difference_S: np.ndarray, level: float) -> Pair | None:
+    """Return Student's interval of the mean of (S,) values over the seeds; None for one seed."""
     from scipy.stats import t
 
     n = len(difference_S)

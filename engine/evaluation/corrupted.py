@@ -16,13 +16,25 @@ from retemper.console import Progress
 from retemper.engine.class_report import class_report
 from retemper.engine.device import exact_fp32
 from retemper.engine.distributed.ranks import ALONE, Ranks
-from retemper.engine.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from retemper.engine.evaluation.corruptions import CONSTANTS, CORRUPTIONS, SEVERITIES, corrupt
+from retemper.engine.evaluation.evaluation_file import EvaluationFile
 from retemper.engine.predict import predicted
 from retemper.files import finite
 from retemper.kernels import augment, identity_view
 from retemper.loaders import Split
 
-CONSTANTS = "CIFAR-10-C, 1"  # a change of what is computed counts it up
+
+def add_corruptions(file: EvaluationFile, model: nn.Module, split: Split, order: np.ndarray, **options: Any) -> None:
+    """Add the accuracies on corrupted images to an evaluation, and write it after each corruption.
+
+    Args:
+        model, split, order, options: as `corrupted_accuracies` takes them.
+    """
+    known = file.content.get("corruptions")
+    for found in corrupted_accuracies(model, split, order, known=known, **options):
+        file.content["corruptions"] = found
+        if options.get("ranks", ALONE).is_first:
+            file.write()
 
 
 def corrupted_accuracies(
@@ -50,8 +62,7 @@ def corrupted_accuracies(
     model.eval()
     count_K = np.bincount(split.labels[order], minlength=len(split.classes))
     about = {"constants": CONSTANTS, "seed": seed, "severities": list(SEVERITIES), "count": count_K.tolist()}
-    same = known is not None and all(known.get(name) == value for name, value in about.items())
-    accuracy = ranks.broadcast(dict(known["accuracy"]) if same and known is not None else {})
+    accuracy = ranks.broadcast(_finished(known or {}, about))
     if len(accuracy) == len(CORRUPTIONS):
         yield summed_up(about, accuracy)
     with Progress("corruptions", len(order) * len(SEVERITIES) * (len(CORRUPTIONS) - len(accuracy))) as progress:
@@ -69,6 +80,15 @@ def corrupted_accuracies(
                 rows.append(class_report(correct_K, count_K).accuracy)
             accuracy = accuracy | {name: finite(rows)}
             yield summed_up(about, accuracy)
+
+
+def _finished(known: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the accuracies that are known of the very same images; what is damaged is left out."""
+    if any(known.get(name) != value for name, value in about.items()):
+        return {}
+    sizes = [len(about["count"])] * len(SEVERITIES)
+    found = known.get("accuracy") or {}
+    return {name: found[name] for name in CORRUPTIONS if [len(row) for row in found.get(name, ())] == sizes}
 
 
 def _right(
@@ -103,13 +123,6 @@ def summed_up(about: Mapping[str, Any], accuracy: Mapping[str, list[list[float |
         "complete": len(accuracy) == len(CORRUPTIONS),
     }
     return finite(dict(about) | {"accuracy": dict(accuracy)} | means)
-
-
-def fuller(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the corruptions of two contents of evaluation.json with more of them, under their key; or nothing."""
-    found = [one["corruptions"] for one in (mine, theirs) if "corruptions" in one]
-    best = max(found, key=lambda one: (one["constants"] == CONSTANTS, len(one["accuracy"])), default=None)
-    return {} if best is None else {"corruptions": best}
 
 
 def corruption_table(content: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from retemper.engine.evaluation.autoattack import (
     suite_attacks,
     suite_entry,
 )
-from retemper.engine.evaluation.corrupted import corrupted_accuracies
+from retemper.engine.evaluation.corrupted import add_corruptions
 from retemper.engine.evaluation.described import described
 from retemper.engine.evaluation.evaluation_file import EvaluationFile, Outcome
 from retemper.engine.evaluation.ledger import Ledger
@@ -144,11 +144,7 @@ def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
         file.write()
     if request.corruptions:
         chosen: dict[str, Any] = dict(device=request.device, batch_size=request.batch_size, seed=request.seed)
-        known = file.content.get("corruptions")
-        for found in corrupted_accuracies(model, split, order, known=known, ranks=request.ranks, **chosen):
-            file.content["corruptions"] = found
-            if first:
-                file.write()
+        add_corruptions(file, model, split, order, ranks=request.ranks, **chosen)
     if first:
         file.finish()
     return file.path, file.content

@@ -10,8 +10,7 @@ import numpy as np
 
 from retemper.console import say
 from retemper.engine.class_report import by_class
-from retemper.engine.evaluation.corrupted import fuller
-from retemper.engine.evaluation.places import beside, content_of, free_name, fullness, same_question
+from retemper.engine.evaluation.places import beside, content_of, free_name, fuller, fullness, same_question
 from retemper.engine.evaluation.verdicts import Evaluated, Verdicts, write_verdicts
 from retemper.errors import DataError
 from retemper.files import locked, write_json

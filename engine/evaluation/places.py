@@ -17,6 +17,7 @@ from typing import Any
 from retemper.engine.checkpoints.find import Network
 from retemper.engine.checkpoints.header import is_run
 from retemper.engine.evaluation.content import read_evaluation
+from retemper.engine.evaluation.corruptions import CONSTANTS
 from retemper.errors import DataError
 from retemper.files import file_digest
 
@@ -55,6 +56,13 @@ def fullness(content: dict[str, Any]) -> tuple[int, int]:
     """Return the number of images and the number of attacks of an evaluation: the larger pair is the fuller one."""
     images = content["protocol"].get("images")
     return images if isinstance(images, int) else 0, len(content["attacks"])
+
+
+def fuller(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the corruptions of two contents of evaluation.json with more of them, under their key; or nothing."""
+    found = [one["corruptions"] for one in (mine, theirs) if "corruptions" in one]
+    best = max(found, key=lambda one: (one.get("constants") == CONSTANTS, len(one.get("accuracy", ()))), default=None)
+    return {} if best is None else {"corruptions": best}
 
 
 def fullest(path: Path) -> Path:

@@ -52,6 +52,7 @@ class EpochLine(_Epoch, total=False):
     lr: float | None
     images_per_second: float | None
     seconds: float | None
+    peak_memory_mib: float | None
     class_loss: list[float | None]
     class_accuracy: list[float | None]
     holdout: dict[str, Any]

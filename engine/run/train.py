@@ -14,6 +14,7 @@ from typing import Any
 
 from retemper.commands import command
 from retemper.console import duration, say
+from retemper.engine.device import peak_memory_mib
 from retemper.engine.epoch_stats import EpochStats, HeldOut
 from retemper.engine.run.collapse import CollapseGuard, collapse_words, guard_of
 from retemper.engine.run.data import TrainingData, kept_of, load_data, training_split
@@ -149,6 +150,7 @@ def _conclude(
     with undisturbed():
         seconds = saver.lap_s()
         line |= {"images_per_second": images / seconds, "seconds": seconds}
+        line["peak_memory_mib"] = peak_memory_mib(job.device)
         saver.save_epoch(epoch, line)
         if board is not None:
             board.write(line)

@@ -99,7 +99,9 @@ def in_processes(world_size: int, work: Callable[[Ranks], Any], folder: Path) ->
 
 def lines(folder: Path) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: line[key] for key in line.keys() - {"seconds", "images_per_second"}} for line in found]
+    return [
+        {key: line[key] for key in line.keys() - {"seconds", "images_per_second", "peak_memory_mib"}} for line in found
+    ]
 
 
 def require_same(one: Path, two: Path) -> None:

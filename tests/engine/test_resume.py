@@ -53,7 +53,9 @@ def require_same(whole: Path, run: Path) -> None:
 
 def read_lines(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: line[key] for key in line.keys() - {"seconds", "images_per_second"}} for line in lines]
+    return [
+        {key: line[key] for key in line.keys() - {"seconds", "images_per_second", "peak_memory_mib"}} for line in lines
+    ]
 
 
 def position(folder: Path) -> tuple[int, int]:
