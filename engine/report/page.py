@@ -85,7 +85,7 @@ def _data_uri(svg: bytes) -> str:
 
 def _markdown_cell(cell: Cell) -> str:
     text = f"**{_plain(cell.text)}**" if cell.strong else _plain(cell.text)
-    details = "; ".join(filter(None, (cell.note, cell.detail)))
+    details = "; ".join(filter(None, (cell.note, *cell.detail.splitlines())))
     return text + (f" ({_plain(details)})" if details else "") + " | " * (cell.span - 1)
 
 

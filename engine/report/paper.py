@@ -48,7 +48,7 @@ def paper_blocks(runs: Sequence[RunRecord], attacks: Sequence[str]) -> list[List
     facts = f"{protocol.get('dataset', 'unknown data')}, eps {pixels(protocol.get('eps'))}"
     facts = shorten(f"{facts}, {protocol.get('norm', 'linf')}; %, NSD as it is", 100)
     latex = [f"% {facts}", "% " + " & ".join(head) + r" \\"]
-    latex += [" & ".join([_latex(name), *map(_latex_number, numbers)]) + r" \\" for name, numbers in rows]
+    latex += [" & ".join([latex_text(name), *map(_latex_number, numbers)]) + r" \\" for name, numbers in rows]
     lines = [head, ["---", *["---:"] * len(shown)], *([_markdown(name), *numbers] for name, numbers in rows)]
     note = " A range: lowest to highest of the seeds." if groups else ""
     return [
@@ -89,7 +89,8 @@ def _over_seeds(runs: Sequence[RunRecord], attack: str, name: str, column: Colum
     return most + column.text(fmean(values)), column.between((min(values), max(values)))
 
 
-def _latex(text: str) -> str:
+def latex_text(text: str) -> str:
+    """Return the text with what LaTeX takes for markup escaped."""
     return "".join(LATEX.get(char, char) for char in text)
 
 

@@ -284,10 +284,21 @@ OPTIONS: dict[str, tuple[str | tuple[str, dict[str, Any]], ...]] = {  # of each 
         _option("--out", "where the page goes", "DIR", type=PATH, required=True),
     ),
     "compare": (
-        _option("a", "a run's folder; several seeds as A1,A2,A3", "A"),
-        _option("b", "another; seed i of B is paired with seed i of A", "B"),
+        _option(
+            "runs",
+            "two runs' folders, several seeds as A1,A2,A3 B1,B2,B3, seed i of B paired with seed i of A; with --out "
+            "any number of runs, or folders of runs",
+            "RUN",
+            nargs="+",
+        ),
         _option("--attack", "the attack (the strongest that all were evaluated with)", "NAME"),
         _option("--json", "write every number there too", "FILE", type=PATH),
+        "one page for many methods, seeds grouped by recipe",
+        _option("--out", "where comparison.html, .md, .csv and .tex go", "DIR", type=PATH),
+        _option(
+            "--against", "published numbers to set beside them, as benchmarks/published/ has", "FILE.csv", type=PATH
+        ),
+        _option("--other-data", "even where they are on other data", action="store_true"),
     ),
     "export": (
         _option("run", "the run's folder", "RUN", type=PATH),

@@ -185,7 +185,28 @@ def report(arguments: Namespace) -> None:
 
 
 def compare(arguments: Namespace) -> None:
-    """Compare two runs on the same images: differences by class, intervals, McNemar's test."""
+    """Compare two runs image by image; or with --out many methods, a row each, on one page."""
+    if arguments.out is None:
+        _compare_two(arguments)
+        return
+    if arguments.attack or arguments.json:
+        given = "--attack" if arguments.attack else "--json"
+        raise UsageError(f"{given} is for two runs: with --out every attack and number is in comparison.csv")
+
+    from retemper.engine.report.methods import write_comparison
+
+    runs = [Path(name) for name in arguments.runs]
+    print(write_comparison(runs, arguments.out, arguments.against, other_data=arguments.other_data))
+
+
+def _compare_two(arguments: Namespace) -> None:
+    """Print the differences of two runs, or of the seeds of two recipes, on the same images."""
+    if arguments.against or arguments.other_data:
+        raise UsageError("--against and --other-data are for the page of many methods: name its folder with --out")
+    if len(arguments.runs) != 2:
+        known = f"not {len(arguments.runs)}; --out DIR makes a page of any number"
+        raise UsageError(f"compare takes two runs, several seeds as A1,A2,A3 B1,B2,B3, {known}")
+
     from dataclasses import asdict
 
     from retemper.engine.evaluation.compare import as_text
@@ -193,7 +214,7 @@ def compare(arguments: Namespace) -> None:
     from retemper.engine.evaluation.verdicts import read_evaluated
     from retemper.files import finite, write_json
 
-    a, b = ([read_evaluated(Path(name), name) for name in side.split(",")] for side in (arguments.a, arguments.b))
+    a, b = ([read_evaluated(Path(name), name) for name in side.split(",")] for side in arguments.runs)
     found = compare_runs(a, b, arguments.attack)
     if arguments.json:
         write_json(arguments.json, finite(asdict(found)))
