@@ -15,6 +15,7 @@ from retemper.engine.report.words import COLUMNS, pixels
 from retemper.text import number, shorten
 
 TITLES = {"clean": "Clean", "pgd20": "PGD-20", "autoattack": "AutoAttack"}
+STRONGEST_FIRST = ("autoattack", "pgd20", "clean")
 HEADINGS = {METHOD: "", TEACHER: "the teacher", PUBLISHED: "published by others, not measured here"}
 COST = "seconds_per_step images_per_second peak_memory_mib".split()
 
@@ -35,7 +36,7 @@ def accuracy_table(group: Group, look: Mapping[Key, Look]) -> Table:
         rows = []
         for row in group.of(kind):
             cells = [_name_cell(row, look)]
-            for attack in ATTACKS:
+            for attack in STRONGEST_FIRST:
                 cells += [_cell(row.get(attack, name), name, best[attack, name], kind) for name in MEASURES]
             rows.append(cells)
         groups += [(heading, rows)] if rows else []
@@ -46,7 +47,7 @@ def accuracy_table(group: Group, look: Mapping[Key, Look]) -> Table:
         "class first; bold: best of its column among the methods measured here. ≤: an upper bound, from a weaker "
         "attack or one broken off."
     )
-    head = ["method", *(f"{TITLES[attack]} {COLUMNS[name].short}" for attack in ATTACKS for name in MEASURES)]
+    head = ["method", *(f"{TITLES[attack]} {COLUMNS[name].short}" for attack in STRONGEST_FIRST for name in MEASURES)]
     return Table(caption, head, groups)
 
 
@@ -58,36 +59,38 @@ def _best(group: Group, attack: str, name: str) -> float:
 
 def _name_cell(row: Row, look: Mapping[Key, Look]) -> Cell:
     note = {METHOD: f"{len(row.runs)} seed{'s' * (len(row.runs) != 1)}", TEACHER: "", PUBLISHED: "published"}[row.kind]
-    colour = look[row.key].colour if row.key in look else ""
+    colour = "" if row.kind == PUBLISHED else look[row.key].colour
     detail = "\n".join(filter(None, (shorten(row.network, 30), shorten(row.source, 80) * (row.kind == PUBLISHED))))
     return Cell(shorten(row.name, 60), note, detail, colour=colour)
 
 
 def _cell(one: Measured | None, name: str, best: float, kind: str) -> Cell:
     if one is None:
-        return Cell("not published" if kind == PUBLISHED else "not evaluated")
+        return Cell("none" if kind == PUBLISHED else "not evaluated")
     text = "≤ " * one.upper_bound + COLUMNS[name].text(one.mean)
     ends = [pair for pair in (one.seeds, one.images) if pair is not None]
     detail = "\n".join(COLUMNS[name].between(pair) for pair in ends)
-    return Cell(text, one.note, detail, strong=one.mean == best and not one.note)
+    return Cell(text, one.note, detail, strong=kind == METHOD and one.mean == best and not one.note)
 
 
 def cost_table(group: Group) -> Table:
-    """Return the table of what each method took to train."""
-    rows = []
-    for row in group.of(METHOD, TEACHER):
+    """Return the table of what each method took to train. The device stands in its caption where it is one for all."""
+    rows, shown = [], group.of(METHOD, TEACHER)
+    devices = {row.cost.device for row in shown if row.runs}
+    for row in shown:
         cost = row.cost
         times = [_time(cost.seconds_per_step), _known(cost.images_per_second, ",.0f"), _memory(cost.peak_memory_mib)]
         rows.append([Cell(shorten(row.name, 60)), *map(Cell, [*times, cost.epochs or "not known"])])
-        rows[-1] += [
-            Cell(shorten(text, 60)) for text in (row.teacher, row.network, cost.device or "several, or unknown")
-        ]
+        model, _, folder = row.teacher.partition(", ")
+        rows[-1] += [Cell(shorten(model or "not known", 40), detail=shorten(folder, 30) if folder else "")]
+        rows[-1] += [Cell(shorten(cost.device or "several, or unknown", 60))] * (len(devices) > 1)
     caption = (
-        "What training took, each run's own record: the median over the epochs of all seeds, with all that an epoch "
-        "does. Peak memory: on a GPU of its tensors, else of the process. Times on different devices do not compare."
+        "What training took, by each run's own record: the median over the epochs of all seeds, with all that an epoch "
+        "does. Peak memory: on a GPU that of its tensors, else the process's."
     )
-    head = ["method", "a step", "images/s", "peak memory", "epochs", "teacher", "network", "device"]
-    return Table(caption, head, [("", rows)])
+    caption += " Times on different devices do not compare." if len(devices) > 1 else f" On {', '.join(devices)}."
+    head = ["method", "a step", "images/s", "peak memory", "epochs", "teacher"]
+    return Table(caption, head + ["device"] * (len(devices) > 1), [("", rows)])
 
 
 def _time(seconds: float) -> str:
