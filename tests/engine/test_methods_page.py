@@ -81,6 +81,15 @@ def test_the_interval_over_images_is_the_whole_side_s(runs: Path) -> None:
     assert both.seeds[1] - both.mean == pytest.approx(min(half, 1 - both.mean), rel=1e-3)
 
 
+def test_what_else_an_evaluation_measured_is_read_where_it_is_there(runs: Path) -> None:
+    one = read_run(runs / "rslad-0")
+    before = one.results["pgd20"]
+    more: Any = SimpleNamespace(**vars(before), measures={"gini": 0.1, "honest_worst": None})
+    one.results["pgd20"] = more
+    found = measured([one], "pgd20")
+    assert found["gini"].mean == 0.1 and "honest_worst" not in found
+
+
 def test_all_forms_say_the_same_and_the_page_fetches_nothing(page: Path) -> None:
     names = {path.name for path in page.iterdir()}
     assert names == {f"comparison.{kind}" for kind in ("html", "md", "csv", "tex", "png")}

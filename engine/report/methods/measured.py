@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from retemper.engine.class_report import Pair, both_ways, percentiles, summaries
+from retemper.engine.class_report import Pair, Result, both_ways, percentiles, summaries
 from retemper.engine.evaluation.compare import drawn_accuracies, over_seeds
 from retemper.engine.evaluation.verdicts import read_evaluated
 from retemper.engine.report.read import RunRecord
 from retemper.errors import DataError
 
 MEASURES = ("average", "worst", "nsd")
+FURTHER = ("honest_worst", "gini")  # where an evaluation has them: in the CSV file alone
 LEVEL, DRAWS = 0.95, 2_000
 
 
@@ -44,7 +45,7 @@ class Measured:
 
 
 def measured(runs: Sequence[RunRecord], attack: str) -> dict[str, Measured]:
-    """Return each of `MEASURES` under an attack; none unless every run was evaluated under it.
+    """Return each of `MEASURES`, and of `FURTHER`, under an attack; none unless every run was evaluated under it.
 
     Args:
         runs: the seeds of one method, evaluated under one protocol.
@@ -54,8 +55,8 @@ def measured(runs: Sequence[RunRecord], attack: str) -> dict[str, Measured]:
         return {}
     images = over_images(runs, attack) or (results[0].interval if len(runs) == 1 else {})
     found = {}
-    for name in MEASURES:
-        value_S = np.array([getattr(result.report, name) for result in results])
+    for name in (*MEASURES, *FURTHER):
+        value_S = np.array([_value(result, name) for result in results])
         if np.isfinite(value_S).all():
             found[name] = Measured(
                 mean=float(value_S.mean()),
@@ -67,6 +68,14 @@ def measured(runs: Sequence[RunRecord], attack: str) -> dict[str, Measured]:
                 upper_bound=name != "nsd" and any(result.upper_bound for result in results),
             )
     return found
+
+
+def _value(result: Result, name: str) -> float:
+    """Return one number of one seed; NaN where it is not known."""
+    if name in MEASURES:
+        return getattr(result.report, name)
+    value = getattr(result, "measures", {}).get(name)
+    return math.nan if value is None else float(value)
 
 
 def over_images(runs: Sequence[RunRecord], attack: str) -> dict[str, Pair]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from retemper.engine.report.figures import Look
-from retemper.engine.report.methods.measured import MEASURES, Measured
+from retemper.engine.report.methods.measured import FURTHER, MEASURES, Measured
 from retemper.engine.report.methods.rows import ATTACKS, METHOD, PUBLISHED, TEACHER, Group, Key, Row
 from retemper.engine.report.page import Cell, Table
 from retemper.engine.report.paper import latex_text
@@ -113,6 +113,7 @@ def csv_text(groups: Iterable[Group]) -> str:
         for name in MEASURES
         for suffix, pick in PICKED.items()
     }
+    numbers |= {f"{attack}_{name}": (attack, name, PICKED[""]) for attack in ATTACKS for name in FURTHER}
     about = ["method", "kind", "network", "dataset", "eps", "images", "seeds"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
