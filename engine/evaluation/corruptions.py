@@ -73,7 +73,7 @@ def corrupt(image_BHWC: np.ndarray, name: str, severity: int, index_B: np.ndarra
 
 def _as_bytes(x: np.ndarray) -> np.ndarray:
     """Return pixels in [0, 1] as uint8, cut off as CIFAR-10-C's are; a whole number survives its rounding error."""
-    return (x.clip(0, 1) * 255 + 1e-6).astype(np.uint8)
+    return (x.clip(0, 1) * 255 + 1e-6).astype(np.uint8, order="C")
 
 
 def gaussian_noise(x: np.ndarray, c: float, _: float, draws: Draws) -> np.ndarray:

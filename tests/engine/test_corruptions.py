@@ -45,6 +45,11 @@ def test_every_corruption_changes_images_of_any_size_and_grows(side: int, channe
             assert last > first or (side == 8 and name in ("defocus_blur", "motion_blur") and last >= first), name
 
 
+def test_whole_batches_come_back_dense() -> None:
+    """einsum picks its order by the sizes, and with it the strides of what it returns."""
+    assert corrupt(pictures(256, 14, 1), "zoom_blur", 3, np.arange(256)).flags.c_contiguous
+
+
 def test_what_is_not_random_is_what_its_constants_say() -> None:
     image, index = pictures(2), np.arange(2)
     lighter = image.max(axis=-1) + 0.3 * 255

@@ -77,6 +77,7 @@ def test_the_interval_over_images_is_the_whole_side_s(runs: Path) -> None:
     assert alone.images and both.images and both.seeds and alone.seeds is None
     width = alone.images[1] - alone.images[0]
     assert both.images[1] - both.images[0] == pytest.approx(width, rel=0.15)
+    assert sum(both.images) / 2 == pytest.approx(both.mean, abs=0.005)
     half = 12.706 * np.std([one.results["pgd20"].report.average, two.results["pgd20"].report.average], ddof=1) / 2**0.5
     assert both.seeds[1] - both.mean == pytest.approx(min(half, 1 - both.mean), rel=1e-3)
 
@@ -105,16 +106,18 @@ def test_all_forms_say_the_same_and_the_page_fetches_nothing(page: Path) -> None
 
 def test_what_training_took_is_told(runs: Path, tmp_path: Path) -> None:
     out = made.make_run(tmp_path / "r" / "one", RSLAD, **ALL)
-    edit(out / "config.json", recipe={"batch_size": 50})
+    edit(out / "config.json", recipe={"batch_size": 400})
     lines = [
         json.loads(line) | {"peak_memory_mib": 2048.0} for line in (out / "metrics.jsonl").read_text().splitlines()
     ]
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (row,) = groups_of([read_run(out)])[0].rows
-    assert row.cost.seconds_per_step == pytest.approx(1.5 / 27)  # 900 images a second for 1.5 s are 27 steps of 50
+    assert row.cost.seconds_per_step == pytest.approx(
+        1.5 / 4
+    )  # 900 images a second for 1.5 s are 4 steps of 400 and less
     assert (row.cost.images_per_second, row.cost.peak_memory_mib, row.cost.epochs) == (900.0, 2048.0, "2")
     text = write_comparison([out], tmp_path / "page").read_text()
-    assert "55.6 ms" in text and "2.0 GiB" in text
+    assert "375 ms" in text and "2.0 GiB" in text
 
 
 def test_what_was_evaluated_otherwise_has_a_table_or_a_note_of_its_own(runs: Path, tmp_path: Path) -> None:
@@ -156,10 +159,15 @@ def test_published_numbers_are_marked_and_stand_beside_their_own_data_alone(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     near, other = tmp_path / "near.csv", tmp_path / "other.csv"
-    near.write_text(f'{HEAD},eps\nTheirs,tiny_resnet,digits,98,,71.5,40,0.2,"A paper, Table 1",0.15\n')
+    ours = 'Theirs,tiny_resnet,digits,98,,71.5,40,0.2,"A paper, Table 1",0.15'
+    near.write_text(f"{HEAD},eps
+{ours}
+Nearer,n,digits,99,,,,,A paper,0.1
+")
     other.write_text(f"{HEAD}\nFar,resnet18,cifar10,80,50,48,20,,A paper\n")
     page = write_comparison([runs], tmp_path / "page", near)
     text, row = page.read_text(), rows_of(page.parent)["Theirs"]
+    assert "Nearer" not in rows_of(page.parent)  # at another radius
     assert "published by others, not measured here" in text and "A paper, Table 1" in text
     assert (row["kind"], row["autoattack_average"], row["autoattack_worst"], row["clean_worst"]) == (
         "published", "0.715", "0.4", "")  # fmt: skip

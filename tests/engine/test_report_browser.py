@@ -23,6 +23,7 @@ import pytest
 from PIL import Image
 
 from retemper.engine.report import write_report
+from retemper.engine.report.methods import write_comparison
 
 made = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("made_runs.py"))))  # the tests are no package
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -192,6 +193,19 @@ def test_every_figure_is_drawn_at_the_size_it_was_made_for(seen: dict[str, Any])
 def test_the_browser_complains_of_nothing_and_fetches_nothing(seen: dict[str, Any], browser: Browser) -> None:
     assert seen["height"] > 1000 and browser.complaints() == []
     assert {url.partition(":")[0] for url in browser.requests()} == {"file", "data"}
+
+
+def test_the_page_of_many_methods_fits_too(browser: Browser, tmp_path: Path) -> None:
+    same = {"attacks": ("clean", "pgd20", "autoattack"), "verdicts": True, "epochs": 2, "state": False}
+    for name, accuracy in (("a_method_of_quite_a_long_name", made.RSLAD), ("absld", made.ABSLD)):
+        made.make_run(tmp_path / "runs" / name, accuracy, **same)
+    page = write_comparison([tmp_path / "runs"], tmp_path / "page")
+    for width in (WIDTHS["phone"], WIDTHS["desk"]):
+        seen = browser.open(page, width)
+        assert seen["page"] <= seen["window"] and seen["cut"] == [] and seen["text"] >= 11 and seen["lost"] == 0
+        assert {"Accuracy", "Cost", "For a paper"} <= set(seen["sections"])
+        assert all(image["colours"] > 20 and image["right"] <= width for image in seen["images"])
+    assert browser.complaints() == []
 
 
 def test_it_can_be_printed(browser: Browser, page: Path) -> None:
