@@ -60,7 +60,7 @@ def _best(group: Group, attack: str, name: str) -> float:
 def _name_cell(row: Row, look: Mapping[Key, Look]) -> Cell:
     note = {METHOD: f"{len(row.runs)} seed{'s' * (len(row.runs) != 1)}", TEACHER: "", PUBLISHED: "published"}[row.kind]
     colour = "" if row.kind == PUBLISHED else look[row.key].colour
-    detail = "\n".join(filter(None, (shorten(row.network, 30), shorten(row.source, 80) * (row.kind == PUBLISHED))))
+    detail = "\n".join(filter(None, (shorten(row.network, 30), shorten(row.source, 120) * (row.kind == PUBLISHED))))
     return Cell(shorten(row.name, 60), note, detail, colour=colour)
 
 
