@@ -185,7 +185,7 @@ def distillation(
         status: what was measured, by setting.
         own_teachers: the teachers, model and recipe, that the authors themselves have in a setting; it is there with
             either, theirs under a name of its own.
-        changes: the options that the method has otherwise in a setting, by setting; "small" stands for those of `SMALL`.
+        changes: the options that the method has otherwise, by setting; "small" stands for those of `SMALL`.
     """
     table = dict(DISTILLATION)
     if method.clean_teacher_sees:

@@ -30,7 +30,7 @@ NAMES = [f"{method}:{setting}" for method in methods() for setting in method_mod
 
 
 def large() -> Iterator[str]:
-    """The names of the settings to run: each method takes one that the fewest before it have taken, and then the rest."""
+    """The names of the settings to run: each method takes one that the fewest have taken, and then the rest."""
     taken: Counter[tuple[str | None, ...]] = Counter()
     large = [name for name in NAMES if not name.partition(":")[2].startswith(("digits", *SMALL))]
     for _, names in groupby(large, key=lambda name: name.partition(":")[0]):
