@@ -50,7 +50,10 @@ CIFAR10_SMALL: dict[str, Any] = dict(  # eps 8/255, steps of 2/255, crops and fl
     select_every=2,
     select_always_from=8,
 )
-SMALL = ("fashion_mnist_small", "cifar10_small")  # of ten epochs on one core: methods have the same options in both
+SMALL: tuple[str, ...] = (
+    "fashion_mnist_small",
+    "cifar10_small",
+)  # of ten epochs on one core: methods have the same options in both
 CIFAR10: dict[str, Any] = dict(dataset="cifar10", teacher_model="wrn34_10", teacher_recipe="trades:cifar10_wrn34_10")
 CIFAR100: dict[str, Any] = dict(
     dataset="cifar100", teacher_model="wrn34_10", teacher_recipe="trades:cifar100_wrn34_10", holdout_per_class=10
