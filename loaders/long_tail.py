@@ -44,10 +44,11 @@ def long_tail(label_N: np.ndarray, num_classes: int, factor: float) -> np.ndarra
         UsageError: as `tail_sizes`; or a class has no image, so that there is no largest tail.
     """
     count_K = np.bincount(label_N, minlength=num_classes)
+    size_K = tail_sizes(count_K, factor)
     if not count_K.all():
         raise UsageError(f"a long tail needs images of every class, and class {int(count_K.argmin())} has none")
     chosen = []
-    for k, size in enumerate(tail_sizes(count_K, factor)):
+    for k, size in enumerate(size_K):
         members = np.flatnonzero(label_N == k)
         chosen.append(members[permutation(len(members), 0, k, TAIL)[:size]])
     return np.sort(np.concatenate(chosen))
