@@ -14,10 +14,11 @@ from retemper.engine.report.figures import BARS_UP_TO, INK, Look, as_plot, class
 from retemper.engine.report.page import Cell, Plot, Table, Text
 from retemper.engine.report.read import attack_title
 from retemper.engine.report.run_set import RunSet
-from retemper.engine.report.words import columns
+from retemper.engine.report.words import Column, columns
 from retemper.errors import DataError, UsageError
 from retemper.text import shorten
 
+HONEST = Column("weakest, honest", "honest")  # the unevenness section says what it is
 SURE = 0.05  # a smaller p is taken for a difference
 
 
@@ -46,7 +47,7 @@ def paired_blocks(runs: RunSet) -> list[Any]:
 
 
 def _table(found: Mapping[str, Comparison], runs: RunSet, title: str, versus: str) -> Table:
-    shown = columns(len(runs.classes))
+    shown = columns(len(runs.classes)) | {"honest_worst": HONEST}
     rows = []
     for run, of in found.items():
         cells = [Cell(run)]

@@ -95,7 +95,7 @@ def test_a_class_without_images_counts_in_no_mean() -> None:
     loss_K = F.cross_entropy(LOGITS["adv"], LABEL, reduction="none").view(4, K).mean(0)[without]
     gap_K = loss_K - loss_K.mean()
     assert moved[7] == 1  # it stays
-    rate = recipe.method.temperature_rate * recipe.optim.decay(EPOCH)
+    rate = recipe.flat()["temperature_rate"] * recipe.optim.decay(EPOCH)
     torch.testing.assert_close(moved[without], 1 - rate * gap_K / gap_K.abs().max())
     weight = next_state(find_setting("fair_rslad:digits")[2].recipe, stats)["class_weight"]
     kappa_K = KAPPA.view(4, K).mean(0)
