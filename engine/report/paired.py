@@ -14,11 +14,10 @@ from retemper.engine.report.figures import BARS_UP_TO, INK, Look, as_plot, class
 from retemper.engine.report.page import Cell, Plot, Table, Text
 from retemper.engine.report.read import attack_title
 from retemper.engine.report.run_set import RunSet
-from retemper.engine.report.words import Column, columns
+from retemper.engine.report.words import PERCENT, columns
 from retemper.errors import DataError, UsageError
 from retemper.text import shorten
 
-HONEST = Column("weakest, honest", "honest")  # the unevenness section says what it is
 SURE = 0.05  # a smaller p is taken for a difference
 
 
@@ -47,20 +46,21 @@ def paired_blocks(runs: RunSet) -> list[Any]:
 
 
 def _table(found: Mapping[str, Comparison], runs: RunSet, title: str, versus: str) -> Table:
-    shown = columns(len(runs.classes)) | {"honest_worst": HONEST}
+    shown = columns(len(runs.classes))
     rows = []
     for run, of in found.items():
         cells = [Cell(run)]
         for name, column in shown.items():
             difference, (low, high) = of.summary[name].difference, of.summary[name].images
             text, ends = column.text(difference, "+"), column.between((low, high))
-            cells.append(Cell(text, detail=ends, strong=low > 0 or high < 0))
+            honest = f"honest {PERCENT.text(of.summary['honest_worst'].difference, '+')}" if name == "worst" else ""
+            cells.append(Cell(text, honest, ends, strong=low > 0 or high < 0))
         cells += [_sure_cell(of, runs, sign) for sign in (1, -1)]
         rows.append([*cells, Cell(f"{of.summary['average'].p:.2g}")])
     caption = (
         f"{title}, {versus}, in points (NSD: less is fairer), with 95 % intervals of the paired bootstrap; bold: 0 is "
-        "outside. p: McNemar's exact test on all images. Better and worse: classes with p below "
-        f"{SURE} after Holm's correction. All for the choice of images; other seeds may come out otherwise."
+        "outside. Honest: as in the section on that. p: McNemar's exact test on all images. Better and worse: classes "
+        f"with p below {SURE} after Holm's correction. All for the choice of images; other seeds may come out otherwise."
     )
     head = ["run", *(column.title for column in shown.values()), "better in", "worse in", "p"]
     return Table(caption, head, [("", rows)])

@@ -14,14 +14,14 @@ from retemper.engine.report.run_set import RunSet
 from retemper.engine.report.words import PERCENT, Column, at_most, called
 
 PLAIN = Column("", "", scale=1, digits=3)
-HEAD = ["run", "weakest class", "honest", "luck", "class average", "Gini", "confusion norm", "class order"]
+HEAD = ["run", "weakest class", "honest", "class average", "Gini", "confusion", "class order"]
 CAPTION = (
     "correct, %, with 95 % intervals. The weakest of many classes was also unlucky in its test images, so that its "
     "accuracy is too low on average. Honest: the class that is the weakest on one half of the images, measured on the "
     "other half; the mean over all halvings. It is too high, if anything: the truth lies between the two on average. "
     "Luck: their difference in points. Class average: every class counts alike. Gini: 0 where all classes are alike. "
-    "Confusion norm: the largest singular value of the shares of each class that are taken for another. Class order: "
-    "Kendall's tau between training and test; 1 is the same order, 0 none."
+    "Confusion: the largest singular value of the shares of each class that are taken for another. Class order: "
+    "Kendall's tau between training images, or those held out of training, and test; 1 is the same order, 0 none."
 )
 
 
@@ -35,11 +35,11 @@ def unevenness_blocks(runs: RunSet) -> list[Any]:
 def _row(runs: RunSet, run: RunRecord, result: Result) -> list[Cell]:
     found, most, worst_ends = result.measures, at_most(result), PERCENT.between(result.interval["worst"])
     ends, (tau, of) = found["interval"], class_order(run, result)
+    luck = f"luck {PERCENT.text(found['worst_bias'], '+')}"
     return [
         Cell(run.label, runs.undrawn.get(run.label, ""), colour=runs.look[run.label].colour),
         Cell(most + PERCENT.text(result.report.worst), called(runs.weakest(result)), worst_ends),
-        Cell(PERCENT.text(found["honest_worst"]), detail=PERCENT.between(ends["honest_worst"])),
-        Cell(PERCENT.text(found["worst_bias"], "+")),
+        Cell(PERCENT.text(found["honest_worst"]), luck, PERCENT.between(ends["honest_worst"])),
         Cell(most + PERCENT.text(found["class_average"]), detail=PERCENT.between(ends["class_average"])),
         Cell(PLAIN.text(found["gini"]), detail=PLAIN.between(ends["gini"])),
         Cell(PLAIN.text(found["confusion_norm"])),
@@ -56,7 +56,7 @@ def class_order(run: RunRecord, result: Result) -> tuple[float, str]:
     epoch = read_header(run.folder / str(run.protocol.get("weights"))).get("epoch")
     row = next((row for row in run.metrics if str(row["epoch"]) == epoch), run.metrics[-1] if run.metrics else {})
     trained, held = row.get("class_accuracy"), as_dict(row.get("holdout")).get("accuracy")
-    for accuracy_K, images in ((trained, "training images"), (held, "held-out images")):
+    for accuracy_K, images in ((trained, "training"), (held, "held out")):
         if isinstance(accuracy_K, list) and len(accuracy_K) == len(result.report.accuracy):
             return kendall_tau(np.array([*map(as_number, accuracy_K)]), np.array(result.report.accuracy)), images
     return math.nan, ""

@@ -31,9 +31,10 @@ def test_the_table_tells_of_each_run_what_an_older_evaluation_does_not_hold(tmp_
         found, result = run.results["pgd20"].measures, run.results["pgd20"]
         assert row[1].text == f"{100 * result.report.worst:.1f}" and "class" in row[1].note
         assert row[2].text == f"{100 * found['honest_worst']:.1f}" and " to " in row[2].detail
-        assert row[3].text == f"{100 * found['worst_bias']:+.1f}" and row[4].text == f"{100 * found['class_average']:.1f}"
-        assert row[5].text == f"{found['gini']:.3f}" and row[6].text == "none"  # no confusion was written
-        assert (row[7].text, row[7].detail) == ("1.000", "training images")  # the made runs keep the order
+        assert row[2].note == f"luck {100 * found['worst_bias']:+.1f}"
+        assert row[3].text == f"{100 * found['class_average']:.1f}"
+        assert row[4].text == f"{found['gini']:.3f}" and row[5].text == "none"  # no confusion was written
+        assert (row[6].text, row[6].detail) == ("1.000", "training")  # the made runs keep the order
 
 
 def test_the_order_in_training_is_that_of_the_epoch_that_was_evaluated(tmp_path: Path) -> None:
@@ -42,11 +43,11 @@ def test_the_order_in_training_is_that_of_the_epoch_that_was_evaluated(tmp_path:
     rows[1]["class_accuracy"] = [1 - a for a in rows[1]["class_accuracy"]]  # the opposite order
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = read_run(folder)
-    assert order(run) == (pytest.approx(1), "training images")  # no weights are there: the last
+    assert order(run) == (pytest.approx(1), "training")  # no weights are there: the last
     save_weights(folder / "best.safetensors", torch.nn.Linear(1, 1), {"epoch": "2"})
-    assert order(run) == (pytest.approx(-1), "training images")
+    assert order(run) == (pytest.approx(-1), "training")
     for row in run.metrics:
         del row["class_accuracy"]
-    assert order(run)[1] == "held-out images" and 0.7 < order(run)[0] <= 1
+    assert order(run)[1] == "held out" and 0.7 < order(run)[0] <= 1
     run.metrics.clear()
     assert order(run)[1] == ""

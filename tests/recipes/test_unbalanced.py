@@ -1,5 +1,6 @@
 """Classes of unequal size: a rule goes by the mean of each class, so that its number of images changes nothing."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 
 from retemper.engine import ClassMeans, ClassSums, EpochStats, HeldOut, Recipe, Targets, is_label
 from retemper.engine.catalogue import find_setting
+from retemper.engine.run.metrics import epoch_line
 from retemper.recipes.faal import class_margin
 from retemper.recipes.fair import class_weight
 
@@ -52,6 +54,16 @@ def test_the_sums_of_unequal_classes_give_their_means() -> None:
         torch.testing.assert_close(stats.forwards["adv"].accuracy_K[k], right[own].mean(), rtol=1e-12, atol=0)
         torch.testing.assert_close(stats.measured["kappa"].mean_K[k], KAPPA[own].mean(), rtol=1e-12, atol=0)
     assert stats.forwards["adv"].count_K.tolist() == [16, 4, 4, 8, 4, 4, 4, 4, 4, 4]
+
+
+def test_a_line_of_metrics_has_no_number_for_a_class_without_images() -> None:
+    recipe = find_setting("sat:digits")[2].recipe
+    sums = shown(torch.arange(40)[LABEL != 7]).forwards
+    told: Any = SimpleNamespace(loss_sum=36.0, sums=sums, forwards=SimpleNamespace(before=("adv",)), class_state={})
+    line = epoch_line(1, recipe, told, 36)
+    for name in ("class_loss", "class_accuracy"):
+        assert [value is None for value in line[name]] == [k == 7 for k in range(K)]
+    assert "class_loss_clean" not in line
 
 
 RULES = ("absld", "cfa", "csr", "dafa", "fair_rslad", "fair_tat", "frl", "gkl", "label_trust", "wat")
