@@ -60,7 +60,7 @@ def _table(found: Mapping[str, Comparison], runs: RunSet, title: str, versus: st
     caption = (
         f"{title}, {versus}, in points (NSD: less is fairer), with 95 % intervals of the paired bootstrap; bold: 0 is "
         "outside. Honest: as in the section on that. p: McNemar's exact test on all images. Better and worse: classes "
-        f"with p below {SURE} after Holm's correction. All for the choice of images; other seeds may come out otherwise."
+        f"with p below {SURE} after Holm's correction. All for the choice of images; other seeds may differ."
     )
     head = ["run", *(column.title for column in shown.values()), "better in", "worse in", "p"]
     return Table(caption, head, [("", rows)])
