@@ -1,14 +1,17 @@
-"""The report's table of the honest worst class: what it says, and which epoch's order of the classes it takes."""
+"""What is shown of the honest worst class: in the terminal, and in the report's table, which has more."""
 
 import json
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from retemper.engine.checkpoints.weights import save_weights
+from retemper.engine.class_report import by_class
+from retemper.engine.evaluation.summary import summary
 from retemper.engine.report.page import Table
 from retemper.engine.report.read import RunRecord, read_run
 from retemper.engine.report.run_set import RunSet
@@ -19,6 +22,22 @@ made = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("made_runs.
 
 def order(run: RunRecord) -> tuple[float, str]:
     return class_order(run, run.results["pgd20"])
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+def test_the_terminal_shows_it_in_a_line_of_80_columns(classes: int) -> None:
+    label = np.repeat(np.arange(classes), 20)
+    given = np.where(np.random.default_rng(0).random(len(label)) < 0.6, label, -1)
+    new, old = by_class(given, label, classes), by_class(given, label, classes)
+    new["upper_bound"] = True
+    del old["measures"]
+    names = [f"class {k}" for k in range(classes)]
+    protocol = {"classes": names, "images": len(label), "split": "test", "eps": 0.1, "attacks": {}}
+    text = summary({"protocol": protocol, "attacks": {"autoattack-fast": new, "pgd20": old}})
+    head, first, second = (line.split() for line in text.splitlines()[:3])
+    assert all(len(line) <= 80 for line in text.splitlines()[:3])
+    assert head[:3] == ["average", "worst", "honest"] and ("tenth" in head) == (classes > 10)
+    assert first[5] == f"{new['measures']['honest_worst']:.1%}" and second[3] == "-"
 
 
 def test_the_table_tells_of_each_run_what_an_older_evaluation_does_not_hold(tmp_path: Path) -> None:
