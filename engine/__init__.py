@@ -5,7 +5,7 @@ from importlib import import_module
 from retemper.engine.attack import Watcher, pgd
 from retemper.engine.captured_attack import CapturedAttack
 from retemper.engine.checkpoints.weights import load_checkpoint, save_weights
-from retemper.engine.class_report import ClassReport, class_report, intervals
+from retemper.engine.class_report import ClassReport, class_measures, class_report, intervals
 from retemper.engine.distributed.ranks import WHOLE, Part
 from retemper.engine.epoch_stats import ClassMeans, ClassSums, EpochStats, HeldOut
 from retemper.engine.groups import TrainingAttack
@@ -39,7 +39,7 @@ __all__ = [
     "MOST_EPOCHS", "WHOLE", "CapturedAttack", "ClassMeans", "ClassReport", "ClassSums", "Diverged", "EpochStats",
     "Forwards", "HeldOut", "KlObjective", "LabelAttack", "Method", "Objective", "OwnPredictionAttack", "Part",
     "Recipe", "RowsObjective", "Setting", "State", "Targets", "TrainingAttack", "Watcher", "at_least_float32",
-    "class_report", "create_model", "cross_entropy_objective", "cross_entropy_rows", "cw_objective", "given",
-    "intervals", "is_label", "kl_rows", "load_checkpoint", "option", "pgd", "require_order", "run_recipe",
+    "class_measures", "class_report", "create_model", "cross_entropy_objective", "cross_entropy_rows", "cw_objective",
+    "given", "intervals", "is_label", "kl_rows", "load_checkpoint", "option", "pgd", "require_order", "run_recipe",
     "save_weights", "train_step",
 ]  # fmt: skip

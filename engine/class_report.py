@@ -10,14 +10,17 @@ Dimension key: K classes, D bootstrap draws. The interval of one class is Wilson
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
+from retemper.engine.measures import confusion_norm, gini, honest_worst
 from retemper.files import finite
 
 SUMMARIES = ("average", "worst", "worst_tenth", "nsd")
+MEASURES = ("class_average", "honest_worst", "worst_bias", "gini", "confusion_norm")
 Pair = tuple[float, float]
 
 
@@ -83,19 +86,70 @@ def intervals(correct_K: Any, count_K: Any, level: float = 0.95, draws: int = 10
     Raises:
         ValueError: as `class_report`, or `level` outside (0, 1), or no draws.
     """
-    if not 0 < level < 1 or draws < 1:
-        raise ValueError(f"need 0 < level < 1 and draws >= 1, got level={level} and draws={draws}")
-    correct_K, count_K = _checked(correct_K, count_K)
+    correct_K, count_K = _checked(correct_K, count_K, level, draws)
     out: dict[str, Any] = {"class": _wilson(correct_K, count_K, level)}
     seen = count_K > 0
     if not seen.any():
         return out | dict.fromkeys(SUMMARIES, (math.nan, math.nan))
     n = count_K[seen].astype(np.int64)
-    accuracy_K, inwards_K = correct_K[seen] / n, 0.5 / (n + 1)
-    chance_K = accuracy_K.clip(inwards_K, 1 - inwards_K)
-    drawn_DK = np.random.default_rng(seed).binomial(n, chance_K, size=(draws, len(n))) / n
-    drawn, estimate = summaries(drawn_DK, n), summaries(accuracy_K[None], n)
+    drawn = summaries(_drawn(correct_K[seen], n, draws, seed) / n, n)
+    estimate = summaries(correct_K[seen][None] / n, n)
     return out | {name: _ends(name, drawn[name], float(estimate[name][0]), level) for name in SUMMARIES}
+
+
+def class_measures(
+    correct_K: Any,
+    count_K: Any,
+    confusion_KK: np.ndarray | None = None,
+    *,
+    level: float = 0.95,
+    draws: int = 500,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Return what a reader of `class_report` may ask next: the weakest class without its bad luck, and unevenness.
+
+    `retemper.engine.measures` has the formulas. The smallest accuracy lies below that of the class which is truly the
+    weakest on average, and `honest_worst` not: "worst_bias" is their difference. It estimates the bias of the smallest
+    accuracy where the weakest classes are alike, and exceeds it where they differ. Intervals are of the bootstrap of
+    `intervals`: percentiles, of Gini's coefficient mirrored on its square.
+
+    Args:
+        correct_K, count_K: as in `class_report`.
+        confusion_KK: (K, K) counts, a row a true class, a column the class given; None where they are not known.
+        level, draws, seed: as in `intervals`.
+    Returns:
+        The numbers by the names of `MEASURES`, and "interval": (low, high) of the class average, the honest worst
+        class and Gini's coefficient. "class_average" is the mean of the class accuracies, which differs from the
+        average over the images where classes differ in size. Unknown numbers are NaN: without a class; the honest
+        worst class and the bias where a class has a single image; Gini's coefficient where no image is right.
+    Raises:
+        ValueError: as `intervals`.
+    """
+    correct_K, count_K = _checked(correct_K, count_K, level, draws)
+    seen = count_K > 0
+    n, found = count_K[seen].astype(np.int64), dict.fromkeys(MEASURES, math.nan)
+    if not seen.any():
+        return found | {"interval": dict.fromkeys(("class_average", "honest_worst", "gini"), (math.nan, math.nan))}
+    one, many = (_measured(of_DK, n) for of_DK in (correct_K[seen][None], _drawn(correct_K[seen], n, draws, seed)))
+    found |= {name: float(value[0]) for name, value in one.items()}
+    found["worst_bias"] = float((correct_K[seen] / n).min()) - found["honest_worst"]
+    if confusion_KK is not None:
+        found["confusion_norm"] = confusion_norm(confusion_KK, count_K)
+    return found | {"interval": {name: _ends(name, many[name], found[name], level) for name in one}}
+
+
+def _measured(correct_DK: np.ndarray, count_K: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the measures that have intervals, each (D,); every class has images."""
+    accuracy_DK = correct_DK / count_K
+    honest_D = honest_worst(correct_DK, count_K)
+    return {"class_average": accuracy_DK.mean(axis=1), "honest_worst": honest_D, "gini": gini(accuracy_DK)}
+
+
+def _drawn(correct_K: np.ndarray, count_K: np.ndarray, draws: int, seed: int) -> np.ndarray:
+    """Return how many images are right in each draw of the bootstrap, (D, K) int64; every class has images."""
+    inwards_K = 0.5 / (count_K + 1)
+    chance_K = (correct_K / count_K).clip(inwards_K, 1 - inwards_K)
+    return np.random.default_rng(seed).binomial(count_K, chance_K, size=(draws, len(count_K)))
 
 
 def percentiles(drawn_D: np.ndarray, level: float) -> Pair:
@@ -115,9 +169,9 @@ def _ends(name: str, drawn_D: np.ndarray, estimate: float, level: float) -> Pair
     """Return one summary's interval, as `intervals` says; it always holds the estimate."""
     if math.isnan(estimate):
         return math.nan, math.nan
-    if name == "nsd":
+    if name in ("nsd", "gini"):
         low, high = (math.sqrt(max(0.0, 2 * estimate**2 - end)) for end in percentiles(drawn_D**2, level)[::-1])
-    elif name == "average":
+    elif name in ("average", "class_average", "honest_worst"):
         low, high = percentiles(drawn_D, level)
     else:
         low, high = both_ways(drawn_D, estimate, level)
@@ -137,6 +191,12 @@ class Result:
     interval: dict[str, Any]
     upper_bound: bool = False
     confusion: np.ndarray | None = None
+
+    @cached_property
+    def measures(self) -> dict[str, Any]:
+        """The result of `class_measures`."""
+        accuracy_K, count_K = np.nan_to_num(self.report.accuracy), np.array(self.report.count)
+        return class_measures(np.rint(accuracy_K * count_K), count_K, self.confusion)
 
 
 def read_result(entry: Mapping[str, Any]) -> Result:
@@ -170,8 +230,10 @@ def _confusion(rows: Any, classes: int) -> np.ndarray | None:
     return counts_KK if whole and math.isfinite(counts_KK.sum()) else None
 
 
-def _checked(correct_K: Any, count_K: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return both as (K,) float64. Raises ValueError as `class_report`."""
+def _checked(correct_K: Any, count_K: Any, level: float = 0.5, draws: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Return both counts as (K,) float64. Raises ValueError as `intervals`."""
+    if not 0 < level < 1 or draws < 1:
+        raise ValueError(f"need 0 < level < 1 and draws >= 1, got level={level} and draws={draws}")
     arrays = [np.asarray(x.cpu() if hasattr(x, "cpu") else x, dtype=np.float64) for x in (correct_K, count_K)]
     shapes = [array.shape for array in arrays]
     if shapes[0] != shapes[1] or len(shapes[0]) != 1 or shapes[0] == (0,):
@@ -213,15 +275,19 @@ def _wilson(correct_K: np.ndarray, count_K: np.ndarray, level: float) -> list[Pa
     return list(zip(low.tolist(), high.tolist(), strict=True))
 
 
-def by_class(predicted_N: np.ndarray, label_N: np.ndarray, num_classes: int) -> dict[str, Any]:
+def by_class(
+    predicted_N: np.ndarray, label_N: np.ndarray, num_classes: int, *, report_alone: bool = False
+) -> dict[str, Any]:
     """Return the report of one attack, as evaluation.json holds it.
 
     Args:
         predicted_N: (N,) int64, the classes given; -1 for none.
         label_N: (N,) int64.
+        report_alone: leave out all but the fields of `ClassReport`, for what is asked often.
     Returns:
-        The fields of `ClassReport`, "interval", and "confusion": (K, K) counts, a row a true class, a column a class
-        given; images that are given none are in no column. Numbers that are not finite are null.
+        The fields of `ClassReport`, "interval", "measures" as `class_measures` returns them, and "confusion": (K, K)
+        counts, a row a true class, a column a class given; images that are given none are in no column. Numbers that
+        are not finite are null.
     """
     count = np.bincount(label_N, minlength=num_classes)
     given = predicted_N >= 0
@@ -229,4 +295,7 @@ def by_class(predicted_N: np.ndarray, label_N: np.ndarray, num_classes: int) -> 
     confusion = np.bincount(cell, minlength=num_classes**2).reshape(num_classes, num_classes)
     correct = confusion.diagonal()
     report = asdict(class_report(correct, count))
-    return finite(report | {"interval": intervals(correct, count), "confusion": confusion.tolist()})
+    if report_alone:
+        return finite(report)
+    more = {"interval": intervals(correct, count), "measures": class_measures(correct, count, confusion)}
+    return finite(report | more | {"confusion": confusion.tolist()})

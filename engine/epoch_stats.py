@@ -36,6 +36,12 @@ class ClassSums:
         return self.loss_K / self.count_K.clamp(min=1)
 
     @property
+    def known_loss_K(self) -> Tensor:
+        """The mean loss of each class's images, (K,); a class without images is given the mean of the others."""
+        met_K = self.count_K > 0
+        return torch.where(met_K, self.mean_loss_K, self.mean_loss_K[met_K].mean())
+
+    @property
     def accuracy_K(self) -> Tensor:
         """The share of each class's images classified correctly, (K,); 0 where there were none."""
         return self.correct_K.to(self.loss_K.dtype) / self.count_K.clamp(min=1)

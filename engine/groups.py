@@ -27,6 +27,12 @@ class Data(Options):
     images_per_class: int | None = option(
         None, "train on so many images of each class (none: on all)", positive=True, at_most=10**7
     )
+    imbalance: float | None = option(
+        None,
+        "train on a long tail, so many times more images of the first class than of the last: 100, not 0.01",
+        positive=True,
+        at_most=10**6,
+    )
     augment: Literal["crop", "cropshift", "idbh-weak", "idbh-strong", "idbh-svhn"] = option(
         "crop",
         "what is done to images: a random crop; CropShift, which cuts off up to 10 of 32 lines and moves the rest; or "
@@ -38,6 +44,14 @@ class Data(Options):
         "zeros", "what lies outside an image that is cropped at random: black, or its mirror image"
     )
     flip: bool = option(True, "mirror half of the images")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.imbalance is not None and self.imbalance < 1:
+            raise ValueError(
+                f"imbalance = {self.imbalance:g}: it is the largest class over the smallest, so give its inverse, "
+                f"{1 / self.imbalance:g}"
+            )
 
     @property
     def strong(self) -> bool:

@@ -6,6 +6,7 @@ from retemper.loaders.choose import LoaderKind, make_loader
 from retemper.loaders.datasets import DATASETS, load_split, usual_eps
 from retemper.loaders.ffcv_library import ffcv_problem
 from retemper.loaders.loader import Batch, Loader
+from retemper.loaders.long_tail import long_tail
 from retemper.loaders.split import Split, split_of_arrays
 from retemper.loaders.views import ViewSpace, epoch_order, holdout_split
 
@@ -24,6 +25,7 @@ __all__ = [
     "ffcv_problem",
     "holdout_split",
     "load_split",
+    "long_tail",
     "make_loader",
     "split_of_arrays",
     "usual_eps",

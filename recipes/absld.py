@@ -100,7 +100,7 @@ class Absld(Igdm):
         rate = self.temperature_rate * recipe.optim.decay(epoch)
         bounds = self.temperature_lower, self.temperature_upper
         for name, sums in stats.forwards.items():
-            loss_K = sums.loss_K if self.variant == "released" else sums.mean_loss_K
+            loss_K = sums.loss_K if self.variant == "released" else sums.known_loss_K
             moved[f"temperature_{name}"] = next_temperature(state[f"temperature_{name}"], loss_K, rate, *bounds)
         return moved
 

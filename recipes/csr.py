@@ -2,7 +2,7 @@
 
 min  0.7 CE(S(x), y) + 6 KL(S(x) || S(x')) + 0.3 mean G[argmax S(x'), y] CE(S(x'), y)
 
-where x' = argmax KL(S(x) || S(x')). Before each epoch the training images are attacked, and of the counts C of those
+where x' = argmax KL(S(x) || S(x')). Before each epoch the training images are attacked, and of the shares C of those
 of class j that are taken for class i, the diagonal 0, the spectral norm has the gradient u v':
 
 G = 2 (u v' - min) / (max - min) + 0.01   where   C = sum_r s_r u_r v_r',  u, v those of the largest s
@@ -37,8 +37,8 @@ def pair_weight(confusion_KK: Tensor) -> Tensor:
     The sign of u and v is not told by the decomposition, but is the same for both: their product has none.
 
     Args:
-        confusion_KK: (K, K) counts, of any float dtype; a row is a class that is given, the diagonal is 0. Where all
-            are 0, there is nothing to lower, and G is 0.01.
+        confusion_KK: (K, K) shares or counts, of any float dtype; a row is a class that is given, the diagonal is 0.
+            Where all are 0, there is nothing to lower, and G is 0.01.
     """
     u_KK, _, v_KK = torch.linalg.svd(confusion_KK.double())
     pull_KK = torch.outer(u_KK[:, 0], v_KK[0]) * (confusion_KK.sum() > 0)
@@ -49,7 +49,8 @@ def pair_weight(confusion_KK: Tensor) -> Tensor:
 @dataclass(frozen=True, kw_only=True)
 class Csr(OwnPredictionAttack):
     # released: the authors' script looks at both images twice, which moves the statistics of batch norm twice, trains
-    # on all images and chooses no epoch. The same gamma is taken of the logit, so that a negative one is raised.
+    # on all images and chooses no epoch. It counts images, so that the larger of two classes weighs more. The same
+    # gamma is taken of the logit, so that a negative one is raised.
     variants: ClassVar[tuple[str, ...]] = ("paper", "released")
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "released": dict(holdout_per_class=0, precision="fp32")
@@ -99,7 +100,8 @@ class Csr(OwnPredictionAttack):
         seen = stats.surveyed or stats.measured.get("given")
         if seen is None:  # after the last epoch
             return found
-        confusion_KK = seen.total_KD.T.clone().fill_diagonal_(0)
+        seen_KK = seen.total_KD if self.variant == "released" else seen.mean_KD
+        confusion_KK = seen_KK.T.clone().fill_diagonal_(0)
         return found | {"pair_weight": pair_weight(confusion_KK).to(state["pair_weight"])}
 
 

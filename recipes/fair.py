@@ -22,12 +22,15 @@ FLOOR = 1e-5  # a class that is never classified correctly has kappa = 0
 STEEPEST = 7  # the largest beta: FLOOR ** -8 is more than float32 holds
 
 
-def class_weight(kappa_K: Tensor, beta: float = 2.0, lower: float = 5 / 6, upper: float = 5 / 2) -> Tensor:
+def class_weight(
+    kappa_K: Tensor, beta: float = 2.0, lower: float = 5 / 6, upper: float = 5 / 2, met_K: Tensor | None = None
+) -> Tensor:
     """Return the next epoch's class weights.
 
     Args:
         kappa_K: (K,) float, each in [0, number of attack steps].
         beta: how strongly difficulty counts; 0 weighs all classes alike.
+        met_K: (K,) bool, the classes that had images: another weighs 1, and counts in no sum. None: all had.
     Returns:
         (K,), like `kappa_K`, each in [lower, upper].
     Raises:
@@ -36,6 +39,8 @@ def class_weight(kappa_K: Tensor, beta: float = 2.0, lower: float = 5 / 6, upper
     if kappa_K.dim() != 1:
         raise ValueError(f"kappa_K has shape {tuple(kappa_K.shape)}: it must be (K,)")
     raw_K = (kappa_K + FLOOR).reciprocal() ** beta
+    if met_K is not None:
+        raw_K = torch.where(met_K, raw_K, raw_K[met_K].mean())
     return (raw_K * kappa_K.numel() / raw_K.sum()).clamp(lower, upper)
 
 
@@ -93,5 +98,6 @@ class Fair(Method):
     def next_class_state(
         self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int, recipe: Recipe
     ) -> dict[str, Tensor]:
-        weight_K = class_weight(self.kappa(stats), self.beta, self.weight_lower, self.weight_upper)
+        met_K = stats.measured["kappa"].count_K > 0
+        weight_K = class_weight(self.kappa(stats), self.beta, self.weight_lower, self.weight_upper, met_K)
         return super().next_class_state(state, stats, epoch, recipe) | {"class_weight": weight_K}

@@ -3,7 +3,8 @@
 min  CE(S(x'), y)   where   x' = argmin CE(S(x'), t) in the ball of radius eps[y]
 
 The target t of an image is drawn in every step: class k with a chance that grows as exp(2 f[k]), and never y. f[k] is
-the share of the last epoch's wrong answers, to attacked training images, that were k. The radius is CFA's:
+the share of the last epoch's wrong answers, to attacked training images, that were k, each true class counted alike
+whatever its size. The radius is CFA's:
 eps[k] = (1/2 + t[k]) eps, with t[k] the share of class k's images that withstood; and so is the average that is kept.
 In the first epoch all targets are alike, and all radii eps.
 """
@@ -47,7 +48,8 @@ def drawn_target(score_K: Tensor, label_B: Tensor, uniform_BK: Tensor) -> Tensor
 @dataclass(frozen=True, kw_only=True)
 class FairTat(ClassRadius):
     # released: as AT + CFA's, of whose code theirs is a fork: the first images of each class are held out, the test
-    # images choose, mirrored borders, normalised images, and forwards of clean images before and after each step.
+    # images choose, mirrored borders, normalised images, and forwards of clean images before and after each step. Wrong
+    # answers count one by one, so that those of a larger class weigh more.
     variant_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "released": {name: value for name, value in RELEASED.items() if name not in ("margin_offset", "ema_decay")}
     }
@@ -81,8 +83,9 @@ class FairTat(ClassRadius):
     def next_class_state(
         self, state: Mapping[str, Tensor], stats: EpochStats, epoch: int, recipe: Recipe
     ) -> dict[str, Tensor]:
-        errors_K = stats.measured["error"].total_KD.sum(0)
-        share = {"error_share": errors_K / errors_K.sum().clamp(min=1)}
+        seen = stats.measured["error"]
+        errors_K = (seen.total_KD if self.variant == "released" else seen.mean_KD).sum(0)
+        share = {"error_share": errors_K / errors_K.sum().clamp(min=torch.finfo(errors_K.dtype).tiny)}
         return super().next_class_state(state, stats, epoch, recipe) | share
 
 

@@ -96,7 +96,7 @@ class LabelTrust(Igdm):
     ) -> dict[str, Tensor]:
         adv = stats.forwards["adv"]
         met_K = adv.count_K > 0  # a class without images costs as much as the mean, and has not fallen
-        loss_K = torch.where(met_K, adv.mean_loss_K, adv.mean_loss_K[met_K].mean())
+        loss_K = adv.known_loss_K
         error_K = torch.where(met_K, 1 - adv.accuracy_K, 0.0)
         rules = {
             "label_trust": lambda l_K: next_trust(l_K, loss_K, self.trust_rate, self.trust_upper),

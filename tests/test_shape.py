@@ -94,6 +94,7 @@ def test_lines_that_hold_something_else_are_counted(tmp_path: Path) -> None:
 ENTRY = {
     "accuracy": [0.5, None, 1.0], "count": [2, 0, 2], "average": 0.75, "worst": 0.5, "worst_class": 0,
     "worst_tenth": 0.5, "nsd": 0.3, "interval": {"average": [0.1, 0.9], "nsd": None, "class": [[0, 1]]},
+    "measures": {"class_average": 0.75, "honest_worst": None, "interval": {"gini": [0.1, 0.2], "class_average": None}},
     "confusion": [[1, 0, 1], [0, 0, 0], [0, 0, 2]], "seconds": 1.0, "complete": True, "upper_bound": False,
     "flags": ["a"], "broken_by": {"square": 1},
 }  # fmt: skip

@@ -4,7 +4,8 @@
                  alone and b under B alone (Psychometrika 1947). Classes also get Holm's correction for their number.
     images       paired bootstrap: every draw resamples the images of each class, the same ones for both sides and
                  all seeds; for worst, worst_tenth and nsd both ways round (class_report.py says why). It covers the
-                 choice of test images for these very networks, not how others would come out.
+                 choice of test images for these very networks, not how others would come out. The honest worst class
+                 (measures.py) is of all halvings of the same images on both sides; it has a tenth of the draws.
     seeds        mean difference of the seeds -+ Student's t with S - 1 degrees of freedom times the standard error. It
                  covers chance in training for these very images; the seeds are taken as a sample of all.
 
@@ -22,10 +23,17 @@ import numpy as np
 
 from retemper.engine.class_report import SUMMARIES, Pair, both_ways, class_report, percentiles, summaries
 from retemper.engine.evaluation.verdicts import Evaluated, require_attack, require_same, require_same_radius, strongest
+from retemper.engine.measures import honest_worst
 from retemper.errors import DataError, UsageError
 from retemper.text import number, pad, shorten, shorten_all, text_width
 
-TITLES = {"average": "average, %", "worst": "worst class, %", "worst_tenth": "worst tenth, %", "nsd": "NSD"}
+TITLES = {
+    "average": "average, %",
+    "worst": "worst class, %",
+    "honest_worst": "worst, honest, %",
+    "worst_tenth": "worst tenth, %",
+    "nsd": "NSD",
+}
 MOST_CLASSES = 20  # in a table
 NAME = 24  # columns of a terminal that a class's name may take: with one seed a line then has less than 80
 
@@ -132,7 +140,7 @@ def compare(
 def differences(
     correct_RN: np.ndarray, label_N: np.ndarray, num_classes: int, *, level: float, draws: int, seed: int
 ) -> tuple[dict[str, Difference], list[Difference]]:
-    """Return the differences of the summaries, by name, and of every class.
+    """Return the differences of the summaries and of the honest worst class, by name, and of every class.
 
     Args:
         correct_RN: (R, N) bool, first the seeds of A, then those of B.
@@ -154,11 +162,21 @@ def differences(
         )
         for name in SUMMARIES
     }
+    of_summary["honest_worst"] = _honest(correct_RK, drawn_DRK[: max(1, draws // 10)], count_K, level)
     by_class = [
         _difference([r.accuracy[k] for r in reports], drawn_DRK[:, :, k], level, alone_2SK[:, :, k] if n else None)
         for k, n in enumerate(count_K)
     ]
     return of_summary, _holm(by_class)
+
+
+def _honest(correct_RK: np.ndarray, drawn_DRK: np.ndarray, count_K: np.ndarray, level: float) -> Difference:
+    """Return the difference of the honest worst class; the draws are as `_draw` returns them."""
+    seen = count_K > 0
+    n = count_K[seen]
+    drawn_DRK = np.rint(drawn_DRK[:, :, seen] * n)
+    drawn_N = honest_worst(drawn_DRK.reshape(-1, len(n)), n)
+    return _difference(honest_worst(correct_RK[:, seen], n).tolist(), drawn_N.reshape(drawn_DRK.shape[:2]), level, None)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -248,7 +266,7 @@ def as_text(found: Comparison) -> str:
     known = [k for k, of_class in enumerate(found.by_class) if of_class.p is not None]
     shown = sorted(sorted(known, key=lambda k: found.by_class[k].a)[:MOST_CLASSES])
     rows = [["", "A", "B", "B - A", "images"] + ["seeds"] * several + ["p"]]
-    named = [name for name in SUMMARIES if name != "worst_tenth" or len(found.classes) > 10]
+    named = [name for name in TITLES if name != "worst_tenth" or len(found.classes) > 10]
     rows += [_row(TITLES[name], found.summary[name], several, name != "nsd") for name in named]
     names = shorten_all(found.classes, NAME)
     rows += [_row(names[k], found.by_class[k], several, True) for k in shown]
@@ -270,9 +288,8 @@ def as_text(found: Comparison) -> str:
     p = "p: McNemar's exact test, for classes after Holm's correction for their number"
     if several:
         interval, p = f"{interval}; seeds, for chance in training", f"{p};\n   the largest of the seeds'"
-    return "\n".join(
-        [*lines, interval, p, "   (the intervals have no such correction: one may leave out 0 where p is large)"]
-    )
+    p += "\n   (the intervals have no such correction: one may leave out 0 where p is large)"
+    return "\n".join([*lines, "honest: the worst class of one half of the images, on the other half", interval, p])
 
 
 def _row(title: str, of: Difference, several: bool, percent: bool) -> list[str]:

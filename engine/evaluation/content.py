@@ -19,6 +19,25 @@ class Interval(TypedDict, total=False):
     nsd: Ends
 
 
+class MeasuresInterval(TypedDict, total=False):
+    """The intervals of those measures that have one."""
+
+    class_average: Ends
+    honest_worst: Ends
+    gini: Ends
+
+
+class Measures(TypedDict, total=False):
+    """What `retemper.engine.class_report.class_measures` returns; earlier versions wrote none."""
+
+    class_average: float | None
+    honest_worst: float | None
+    worst_bias: float | None
+    gini: float | None
+    confusion_norm: float | None
+    interval: MeasuresInterval
+
+
 class Counted(TypedDict):
     """What is known of every attack: the report by class (`retemper.engine.class_report.ClassReport`)."""
 
@@ -35,6 +54,7 @@ class AttackResult(Counted, total=False):
     """The entry of one attack; the last fields are AutoAttack's."""
 
     interval: Interval
+    measures: Measures
     confusion: list[list[float]]
     seconds: float
     complete: bool

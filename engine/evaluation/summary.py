@@ -10,14 +10,19 @@ def summary(content: dict[str, Any]) -> str:
     protocol = content["protocol"]
     wide = max([16, *(len(name) + 2 for name in content["attacks"])])
     weaker: list[str] = []
-    lines, notes = [f"{'':{wide}}{'average':>10}{'worst':>10}  {'class':16}{'worst tenth':>12}{'NSD':>8}"], []
+    many = len(protocol["classes"]) > 10  # else the worst tenth is the worst class
+    head = f"{'':{wide}}{'average':>10}{'worst':>10}{'honest':>8}  {'class':16}"
+    lines, notes = [head + f"{'tenth':>10}" * many + f"{'NSD':>7}"], []
     for name, result in content["attacks"].items():
         worst, images = protocol["classes"][result["worst_class"]], sum(result["count"])
         nsd = "-" if result["nsd"] is None else f"{result['nsd']:.3f}"
         bound = "<= " if result.get("upper_bound") else ""
         shares = [result[key] for key in ("average", "worst", "worst_tenth")]
         average, least, tenth = ("-" if share is None else f"{bound}{share:.1%}" for share in shares)
-        lines.append(f"{name:{wide}}{average:>10}{least:>10}  {worst:16}{tenth:>12}{nsd:>8}")
+        honest = result.get("measures", {}).get("honest_worst")
+        chosen = "-" if honest is None else f"{honest:.1%}"
+        numbers = f"{name:{wide}}{average:>10}{least:>10}{chosen:>8}  {worst:16}"
+        lines.append(numbers + f"{tenth:>10}" * many + f"{nsd:>7}")
         if result.get("complete") is False:
             notes.append(f"{name} was interrupted: these are upper bounds, and the same command goes on")
         elif bound and "protocol" in protocol["attacks"].get(name, {}):
@@ -29,6 +34,8 @@ def summary(content: dict[str, Any]) -> str:
             notes.append(f"{name}: on the first {images} of the images, balanced over the classes")
     if weaker:
         notes.append(f"{', '.join(weaker)}: a paper's own evaluation, weaker than the standard one: upper bounds")
+    if any(result.get("measures", {}).get("honest_worst") is not None for result in content["attacks"].values()):
+        notes.append("honest: the worst class of one half of the images, on the other; worst alone is biased downwards")
     lines.append(f"{protocol['images']} {protocol['split']} images, L-inf eps {protocol['eps']:.4g}, fp32")
     if "training_cut" in protocol:
         notes.append(f"the training was cut {protocol['training_cut']}: these are no numbers of a full run")

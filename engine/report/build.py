@@ -22,6 +22,7 @@ from retemper.engine.report.run_set import RunSet
 from retemper.engine.report.summary import summary_blocks
 from retemper.engine.report.training import state_blocks, training_blocks
 from retemper.engine.report.trust import check_blocks
+from retemper.engine.report.unevenness import unevenness_blocks
 from retemper.engine.run.run_folder import RunFolder
 from retemper.errors import UsageError
 from retemper.files import write_atomically
@@ -78,6 +79,7 @@ def _sections(runs: RunSet) -> list[Section]:
     shown = runs.comparable
     return [
         Section("summary", "Summary", summary_blocks(runs)),
+        Section("unevenness", "The weakest class, honestly", unevenness_blocks(runs)),
         Section("seeds", "Seeds together", seed_blocks(shown, runs.in_order)),
         Section("paired", "Differences on the same images", paired_blocks(runs)),
         Section("classes", "Class by class", classwise_blocks(runs)),

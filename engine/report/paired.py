@@ -14,7 +14,7 @@ from retemper.engine.report.figures import BARS_UP_TO, INK, Look, as_plot, class
 from retemper.engine.report.page import Cell, Plot, Table, Text
 from retemper.engine.report.read import attack_title
 from retemper.engine.report.run_set import RunSet
-from retemper.engine.report.words import columns
+from retemper.engine.report.words import PERCENT, columns
 from retemper.errors import DataError, UsageError
 from retemper.text import shorten
 
@@ -53,13 +53,14 @@ def _table(found: Mapping[str, Comparison], runs: RunSet, title: str, versus: st
         for name, column in shown.items():
             difference, (low, high) = of.summary[name].difference, of.summary[name].images
             text, ends = column.text(difference, "+"), column.between((low, high))
-            cells.append(Cell(text, detail=ends, strong=low > 0 or high < 0))
+            honest = f"honest {PERCENT.text(of.summary['honest_worst'].difference, '+')}" if name == "worst" else ""
+            cells.append(Cell(text, honest, ends, strong=low > 0 or high < 0))
         cells += [_sure_cell(of, runs, sign) for sign in (1, -1)]
         rows.append([*cells, Cell(f"{of.summary['average'].p:.2g}")])
     caption = (
         f"{title}, {versus}, in points (NSD: less is fairer), with 95 % intervals of the paired bootstrap; bold: 0 is "
-        "outside. p: McNemar's exact test on all images. Better and worse: classes with p below "
-        f"{SURE} after Holm's correction. All for the choice of images; other seeds may come out otherwise."
+        "outside. Honest: as in the section on that. p: McNemar's exact test on all images. Better and worse: classes "
+        f"with p below {SURE} after Holm's correction. All for the choice of images; other seeds may differ."
     )
     head = ["run", *(column.title for column in shown.values()), "better in", "worse in", "p"]
     return Table(caption, head, [("", rows)])

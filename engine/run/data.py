@@ -19,6 +19,7 @@ from retemper.loaders import (
     beton_split,
     holdout_split,
     load_split,
+    long_tail,
     make_loader,
     split_of_arrays,
 )
@@ -166,7 +167,22 @@ def chosen_indices(split: Split, recipe: Recipe) -> tuple[np.ndarray, np.ndarray
         train, held = holdout_split(split.labels, per_class, place=place)
     if recipe.data.images_per_class is not None:
         train = _first_of_each_class(split, train, recipe.data.images_per_class)
+    if recipe.data.imbalance is not None:  # what is held out stays balanced
+        train = train[long_tail(split.labels[train], len(split.classes), recipe.data.imbalance)]
+    _tell_sizes(split, train, recipe.data.imbalance)
     return train, held
+
+
+def _tell_sizes(split: Split, train: np.ndarray, factor: float | None) -> None:
+    """Say how long the tail is, if there is one, and which classes have no image to train on."""
+    count_K = np.bincount(split.labels[train], minlength=len(split.classes))
+    if factor is not None:
+        first, last = (f"{count_K[k]:,} of {split.classes[k]}" for k in (0, -1))
+        say(f"--imbalance {factor:g}: {len(train):,} training images, from {first} down to {last}")
+    empty = [name for name, n in zip(split.classes, count_K, strict=True) if n == 0]
+    if empty:
+        more = f" and {len(empty) - 5} classes more" * (len(empty) > 5)
+        say(f"warning: there is no image to train on of {', '.join(empty[:5])}{more}")
 
 
 def _first_of_each_class(split: Split, index_N: np.ndarray, wanted: int) -> np.ndarray:

@@ -4,6 +4,7 @@ TensorBoard is an optional extra (`retemper train ... --tensorboard`). It shows 
 before: a run that goes on writes its earlier epochs anew, and what an earlier process wrote of them is purged.
 """
 
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -34,8 +35,8 @@ def epoch_line(epoch: int, recipe: Recipe, state: State, images: int) -> dict[st
         if name not in (*state.forwards.before, "peer"):
             continue
         suffix = "" if name == "adv" else f"_{name}"
-        line[f"class_loss{suffix}"] = sums.mean_loss_K.tolist()
-        line[f"class_accuracy{suffix}"] = sums.accuracy_K.tolist()
+        for what, value_K in (("loss", sums.mean_loss_K), ("accuracy", sums.accuracy_K)):  # of no image: null
+            line[f"class_{what}{suffix}"] = value_K.where(sums.count_K > 0, math.nan).tolist()
     return finite(line | {name: value.tolist() for name, value in state.class_state.items()})
 
 

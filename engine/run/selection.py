@@ -84,8 +84,8 @@ def judge(network: nn.Module, recipe: Recipe, images: Split, device: torch.devic
         eps = recipe.attack.eps
         return predictions(network, images, attack, eps=eps, device=device, ranks=ranks).numpy()
 
-    report = by_class(answers(judging_attack(recipe)), images.labels, len(images.classes))
-    kept = {name: value for name, value in report.items() if name not in ("count", "interval", "confusion")}
+    report = by_class(answers(judging_attack(recipe)), images.labels, len(images.classes), report_alone=True)
+    kept = {name: value for name, value in report.items() if name != "count"}
     if recipe.selection.select_by == "clean+robust":
         kept["clean_average"] = float((answers(Attack(steps=0)) == images.labels).mean())
     return kept

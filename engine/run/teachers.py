@@ -25,6 +25,7 @@ CARRIED = {  # the options that a teacher or a start shares with the student, an
     "dataset": "",
     "image_size": "px",
     "images_per_class": "perclass",
+    "imbalance": "tail",
     "padding": "padding",
     "padding_mode": "",
     "flip": "flip",

@@ -13,6 +13,7 @@ from retemper.cli import run as command
 from retemper.engine.class_report import class_report, summaries
 from retemper.engine.evaluation.compare import Comparison, as_text, compare, differences, mcnemar
 from retemper.engine.evaluation.verdicts import read_evaluated
+from retemper.engine.measures import honest_worst
 from retemper.errors import DataError, UsageError
 from retemper.text import text_width
 
@@ -77,6 +78,21 @@ def test_differences_are_those_of_the_reports(tmp_path: Path) -> None:
     for k, of in enumerate(found.by_class):
         assert of.p == mcnemar(int((a & ~b)[k::3].sum()), int((b & ~a)[k::3].sum()))
     assert found.images == 120 and found.classes == CLASSES and not found.upper_bound
+
+
+def test_the_honest_worst_class_is_paired_too(tmp_path: Path) -> None:
+    a, b = verdicts(0.5, 0.52, 0.6), verdicts(0.6, 0.62, 0.6, seed=1)
+    runs = write_run(tmp_path / "a", a), write_run(tmp_path / "b", b)
+    of = against(*runs).summary["honest_worst"]
+    honest = [honest_worst(np.array([[v[k::3].sum() for k in range(3)]]), np.full(3, PER_CLASS))[0] for v in (a, b)]
+    assert (of.a, of.b, of.difference) == pytest.approx((*honest, honest[1] - honest[0]))
+    assert of.images[0] < of.difference < of.images[1] and of.p is None
+    assert against(runs[0], runs[0]).summary["honest_worst"].images == (0.0, 0.0)
+    better = a.copy()
+    better[np.flatnonzero(~a)[:6]] = True
+    paired = against(runs[0], write_run(tmp_path / "c", better)).summary["honest_worst"].images
+    assert paired[1] - paired[0] < 0.7 * (of.images[1] - of.images[0])
+    assert "worst, honest, %" in as_text(against(*runs))
 
 
 def test_shared_luck_of_the_images_is_not_counted_twice(tmp_path: Path) -> None:
@@ -179,10 +195,11 @@ def test_the_table_aligns_names_of_any_script_within_80_columns(tmp_path: Path) 
     lines = as_text(against(*runs)).splitlines()
     assert max(map(text_width, (line for line in lines if str(tmp_path) not in line))) <= 80
     head = next(i for i, line in enumerate(lines) if line.endswith("p"))
-    ends = {text_width(line[: line.index("  ", 30)]) for line in lines[head + 1 : head + 7]}
+    ends = {text_width(line[: line.index("  ", 30)]) for line in lines[head + 1 : head + 8]}
     assert len(ends) == 1, "the column A does not end at one place"
-    assert "…d on, 1" in lines[head + 5] and "…d on, 2" in lines[head + 6]
+    assert "…d on, 1" in lines[head + 6] and "…d on, 2" in lines[head + 7]
     assert "the intervals have no such correction" in lines[-1]
+    assert "honest: the worst class of one half" in lines[-4]
 
 
 def test_what_has_no_value_is_called_none(tmp_path: Path) -> None:

@@ -33,6 +33,28 @@ def test_images_per_class_takes_as_many_of_every_class_and_says_which_have_fewer
     assert capsys.readouterr().err == ""
 
 
+def test_a_long_tail_is_of_what_is_left_to_train_on_and_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], 60))
+    split = split_of_arrays("toy", "train", np.zeros((180, 2, 2, 1), np.uint8), labels, ("ant", "bee", "cat"), "")
+    recipe = find_setting("sat:digits")[2].recipe.replace(holdout_per_class=10, imbalance=25.0)
+    train, held = chosen_indices(split, recipe)
+    assert np.bincount(labels[train]).tolist() == [50, 10, 2] and np.bincount(labels[held]).tolist() == [10, 10, 10]
+    assert not set(train) & set(held)
+    assert capsys.readouterr().err == "--imbalance 25: 62 training images, from 50 of ant down to 2 of cat\n"
+    fewer, _ = chosen_indices(split, recipe.replace(images_per_class=20))
+    assert np.bincount(labels[fewer], minlength=3).tolist() == [20, 4, 0]
+    said = capsys.readouterr().err
+    assert "from 20 of ant down to 0 of cat\nwarning: there is no image to train on of cat\n" in said
+
+
+def test_the_inverse_of_an_imbalance_factor_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "sat:digits", "--imbalance", "0.01", "--out", str(tmp_path / "run")]) == 2
+    assert "imbalance = 0.01: it is the largest class over the smallest, so give its inverse, 100" in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_converted_file_serves_by_itself(tmp_path: Path, datafiles: ModuleType) -> None:
     datafiles.make_cifar10(tmp_path / "data", n=10)
     beton = tmp_path / "train.beton"

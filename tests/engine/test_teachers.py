@@ -65,6 +65,8 @@ def test_every_network_that_is_trained_first_follows(trained: list[Job], tmp_pat
     start = teachers.with_teacher(job_of("faal:digits", tmp_path / "b", images_per_class="20")).start
     assert start == tmp_path / "sat-digits_student-seed0-perclass20"
     assert [job.recipe.attack.eps for job in trained] == [8 / 255, 8 / 255, 0.15]
+    tail = teachers.with_teacher(job_of("absld:digits", tmp_path / "c", imbalance="10")).teacher
+    assert tail == tmp_path / "sat-digits-seed0-tail10" and trained[-1].recipe.data.imbalance == 10
 
 
 def test_how_images_are_varied_is_followed(trained: list[Job], tmp_path: Path) -> None:

@@ -92,14 +92,16 @@ def counted(label: list[int], given: list[int]) -> ClassMeans:
     return seen
 
 
-def test_rule_takes_the_counts_off_the_diagonal_by_the_class_that_is_given() -> None:
-    recipe = csr()
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_rule_takes_what_is_off_the_diagonal_by_the_class_that_is_given(variant: str) -> None:
+    recipe = csr().as_variant(variant)
     before = recipe.method.class_state(3, recipe)
     seen = counted(label=[0, 0, 0, 0, 1, 2, 2], given=[0, 0, 1, 1, 0, 2, 1])
     counts = torch.tensor([[0.0, 1, 0], [2, 0, 1], [0, 0, 0]])  # [given, true]
+    confusion = counts if variant == "released" else counts / torch.tensor([4, 1, 2])
     moved = recipe.method.next_class_state(before, EpochStats(surveyed=seen), 0, recipe)
-    torch.testing.assert_close(moved["pair_weight"], pair_weight(counts).float())
-    assert moved["pair_weight"][1, 0] == moved["pair_weight"].max()
+    torch.testing.assert_close(moved["pair_weight"], pair_weight(confusion).float())
+    assert (moved["pair_weight"][1, 0] == moved["pair_weight"].max()) == (variant == "released")
     kept = recipe.method.next_class_state(moved, EpochStats(), 2, recipe)
     assert torch.equal(kept["pair_weight"], moved["pair_weight"])
 
