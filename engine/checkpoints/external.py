@@ -35,7 +35,7 @@ from retemper.engine.checkpoints.surroundings import (
 )
 from retemper.engine.checkpoints.weights import state_digest
 from retemper.engine.device import is_out_of_memory
-from retemper.engine.models import channels_last, create_model
+from retemper.engine.models import NORMALISING, channels_last, create_model
 from retemper.errors import DataError, UsageError, nearest
 from retemper.options import FUNCTION as USER
 from retemper.packages import import_package
@@ -248,15 +248,17 @@ def build_module(network: ExternalNetwork, num_classes: int, channels: int, cach
     return built
 
 
-def build_student(model: str, num_classes: int, *, channels: int | None) -> nn.Module:
+def build_student(model: str, num_classes: int, *, channels: int | None, dataset: str | None = None) -> nn.Module:
     """Build a network with fresh weights, as `create_model` does: of the literature, or of the user's net.py:build.
 
+    Args:
+        dataset: of its images; a network of `NORMALISING` normalises them as it was published for that.
     Raises:
         ValueError: no network has this name.
         UsageError, DataError: the user's code does not build one.
     """
     if (own := users_network(model)) is None:
-        return create_model(model, num_classes, channels=channels)
+        return create_model(model, num_classes, channels=channels, normalise=dataset if model in NORMALISING else None)
     return build_module(own, num_classes, 3 if channels is None else channels, Path()).float().requires_grad_().train()
 
 

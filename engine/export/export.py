@@ -21,7 +21,7 @@ from retemper.engine.checkpoints.header import Facts, find_weights, is_run, load
 from retemper.engine.evaluation.content import read_evaluation
 from retemper.engine.evaluation.places import fullest
 from retemper.engine.export.model_card import ExportedNetwork, model_card, model_info
-from retemper.engine.models import MODELS, Normalised, blocks, normalised
+from retemper.engine.models import MODELS, Normalised, NormalisingNetwork, blocks, normalised
 from retemper.engine.run.run_folder import RunFolder
 from retemper.errors import DataError, UsageError
 from retemper.files import file_digest, json_bytes, write_atomically
@@ -49,7 +49,7 @@ def export(run: str | Path, out: str | Path, form: str, which: str = "best", nam
             "RobustBench takes networks of the literature, this one is of your own code: export safetensors"
         )
     files = _safetensors(network) if form == "safetensors" else _robustbench(network)
-    files["model.py"] = architecture_source(str(network.facts.model), network.normalises).encode()
+    files["model.py"] = architecture_source(str(network.facts.model), network.is_wrapped).encode()
     sums = "".join(f"{sha256(data).hexdigest()}  {path}\n" for path, data in sorted(files.items()))
     for path, data in (files | {"SHA256SUMS": sums.encode()}).items():
         try:
@@ -80,22 +80,25 @@ def _read_network(run: Path, which: str, name: str | None) -> ExportedNetwork:
         evaluation=evaluation,
         image_shape=(facts.channels, side, side),
         build=_call(model, facts),
-        normalises=isinstance(model, Normalised),
+        normalises=isinstance(model, Normalised | NormalisingNetwork),
     )
 
 
 def _call(network: nn.Module, facts: Facts) -> str:
     """Return the call that makes the network of `facts`, with the exported model.py imported."""
-    if isinstance(network, Normalised):
+    pixels = ""
+    if isinstance(network, Normalised | NormalisingNetwork):
         mean, std = (", ".join(f"{value:.7g}" for value in values.flatten()) for values in (network.mean, network.std))
-        return f"Normalised({_call(network.network, facts)}, mean=[{mean}], std=[{std}])"
+        pixels = f", mean=[{mean}], std=[{std}]"
+    if isinstance(network, Normalised):
+        return f"Normalised({_call(network.network, facts)}{pixels})"
     model, num_classes, channels = str(facts.model), facts.num_classes, facts.channels
     assert num_classes is not None and channels is not None
     if own := users_network(model):
         return own.call(num_classes, channels)
     keywords = {"channels": channels} | getattr(MODELS[model], "keywords", {})
     words = [str(num_classes), *(f"{word}={value}" for word, value in keywords.items())]
-    return f"{_function(model).__name__}({', '.join(words)})"
+    return f"{_function(model).__name__}({', '.join(words)}{pixels})"
 
 
 def _function(model: str) -> Any:
