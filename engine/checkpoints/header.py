@@ -23,10 +23,11 @@ class Facts:
     """Facts about a network that its weights do not show. A field is None where it is not known.
 
     Attributes:
-        model: the name of its architecture, a key of `MODELS` for a checkpoint file, or the user's net.py:build.
+        model: the name of its architecture: of a checkpoint file, a key of `MODELS`, timm:NAME or net.py:build.
         channels, image_size: of the images that it was trained on; pixels a side.
         dataset: that it was trained on.
         eps: the radius that it was trained for, in pixel units.
+        side: pixels a side that it is built for, if it takes no others.
         source: the SHA-256 of the user's file that builds it.
     """
 
@@ -36,6 +37,7 @@ class Facts:
     image_size: int | None = None
     dataset: str | None = None
     eps: float | None = None
+    side: int | None = None
     source: str | None = None
 
     def or_else(self, other: "Facts") -> "Facts":
@@ -58,6 +60,7 @@ KINDS = {
     "image_size": int,
     "dataset": str,
     "eps": float,
+    "side": int,
     "source": str,
 }
 
@@ -129,8 +132,9 @@ def load_network(weights: Path, facts: Facts, device: torch.device, entry: str |
         raise UsageError(f"{weights} does not say what it is: {name}")
     require_same_source(facts.model, facts.source)
     try:
-        trained_on = read_facts(weights).dataset or facts.dataset
-        model = build_student(facts.model, facts.num_classes, channels=facts.channels, dataset=trained_on)
+        dataset = read_facts(weights).dataset or facts.dataset  # that of its training comes first
+        how: dict[str, Any] = {"channels": facts.channels, "dataset": dataset, "side": facts.side}
+        model = build_student(facts.model, facts.num_classes, **how)
     except ValueError as error:
         raise UsageError(str(error)) from None
     try:

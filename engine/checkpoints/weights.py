@@ -96,19 +96,18 @@ def _copy_into(
     taken = take(str(whose), content, target, entry)
     if problem := _misfit(taken.state, target):
         raise Misfit(f"{whose}: {problem}")
-    pixels, itself = taken.pixels, isinstance(model, NormalisingNetwork)
-    if pixels is not None and not pixels_wanted and not itself:
+    pixels = taken.pixels
+    if pixels is not None and not pixels_wanted and not isinstance(model, NormalisingNetwork):
         problem = f"its network first takes {pixels}, which the model does not; name a network that does not"
         raise CheckpointError(f"{whose}: {problem}")
     with torch.no_grad():
         for name in target.keys() & taken.state.keys():
             target[name].copy_(taken.state[name])
-        if itself and pixels is not None:
-            model.mean.copy_(pixels.mean.view(1, -1, 1, 1))
-            model.std.copy_(pixels.std.view(1, -1, 1, 1))
+        if isinstance(model, NormalisingNetwork) and pixels is not None:
+            model.take_pixels(pixels.mean, pixels.std)
     if taken.note:
         say(taken.note)
-    return None if itself else pixels
+    return None if isinstance(model, NormalisingNetwork) else pixels
 
 
 def require_intact(path: str | os.PathLike[str]) -> None:

@@ -1,5 +1,6 @@
 """What is told of an exported network: its README.md, and RobustBench's entry."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,8 +60,7 @@ class ExportedNetwork:
     @property
     def imports(self) -> str:
         """Return the names in model.py that make the network, as one imports them."""
-        names = self.build.split("(")
-        return ", ".join(names[: 1 + self.is_wrapped])
+        return ", ".join(re.findall(r"(?:^|\()([A-Za-z]\w*)(?=[(.])", self.build))
 
     @property
     def is_wrapped(self) -> bool:
@@ -74,7 +74,7 @@ class ExportedNetwork:
 
     @property
     def is_known(self) -> bool:
-        """Return whether retemper can build the network wherever it is: one of net.py:build it cannot."""
+        """Say whether retemper has the network itself: it has none of net.py:build, and none of timm's."""
         return self.facts.model in MODELS
 
     @property

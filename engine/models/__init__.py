@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from retemper.engine.models.cifar_resnet import resnet56
+from retemper.engine.models.from_timm import is_timm, one_side, timm_network
 from retemper.engine.models.mobilenet_v2 import mobilenet_v2
 from retemper.engine.models.normalised import Normalised
 from retemper.engine.models.pixels import PIXELS, normalising, own_pixels
@@ -27,7 +28,9 @@ __all__ = [
     "NormalisingNetwork",
     "channels_last",
     "create_model",
+    "is_timm",
     "normalising",
+    "one_side",
 ]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -54,29 +57,38 @@ NORMALISING = frozenset(name for name in MODELS if name.endswith("_silu"))  # th
 
 
 def create_model(
-    name: str, num_classes: int, *, channels: int | None = None, normalise: str | None = None
+    name: str,
+    num_classes: int,
+    *,
+    channels: int | None = None,
+    normalise: str | None = None,
+    image_size: int | None = None,
 ) -> nn.Module:
     """Build a network with fresh weights: float32, on the CPU, in training mode.
 
     Args:
-        name: a key of `MODELS`.
+        name: a key of `MODELS`, or timm:NAME for one of the package timm.
         num_classes: K.
         channels: of the input; None means 1 (grey) for the tiny networks and 3 (colour) for all others.
         normalise: the data set, a key of `PIXELS`, whose mean the network first subtracts from its pixels and by whose
             deviation it divides them; None for one that takes its pixels as they are. A network of `NORMALISING` does
-            so in any case, with the values it was published with: `own_pixels` has them.
+            so in any case, with the values it was published with: `own_pixels` has them. So does one of timm.
+        image_size: pixels a side; needed by networks of timm that take one size, such as a ViT. None means timm's own.
     Returns:
         A network from (B, C, H, W) pixels in [0, 1] to (B, K) logits. H and W are free: 28, 32 and 64 pixels all work.
     Raises:
         ValueError: no network or data set has this name, or `num_classes` or `channels` is below 1.
+        UsageError: timm is not installed, has no such network, or does not build it for such images.
     """
-    if name not in MODELS:
+    if name not in MODELS and not is_timm(name):
         near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown model {name!r}; the nearest is {near!r}, all are {', '.join(MODELS)}")
     if num_classes < 1 or (channels is not None and channels < 1):
         raise ValueError(f"num_classes and channels must be at least 1, not {num_classes} and {channels}")
+    colours = 3 if channels is None else channels
+    if is_timm(name):
+        return timm_network(name, num_classes, colours, image_size)
     if name in NORMALISING:
-        colours = 3 if channels is None else channels
         return MODELS[name](num_classes, colours, **own_pixels(normalise, num_classes, colours))
     network = MODELS[name](num_classes) if channels is None else MODELS[name](num_classes, channels)
     return network if normalise is None else normalising(network, normalise)

@@ -36,18 +36,23 @@ class NormalisingNetwork(nn.Module):
         super().__init__()
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
-        self.register_load_state_dict_pre_hook(self._take_pixels)
+        self.register_load_state_dict_pre_hook(self._take_out_pixels)
 
     def normal(self, image: Tensor) -> Tensor:
         """Return the normalised images, in the dtype of the images."""
         return ((image - self.mean) / self.std).to(image.dtype)
 
-    @staticmethod
     @torch.no_grad()
-    def _take_pixels(network: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-        for name in ("mean", "std"):
-            if (values := state.pop(prefix + name, None)) is not None:
-                network.get_buffer(name).copy_(values.view(1, -1, 1, 1))
+    def take_pixels(self, mean: Tensor, std: Tensor) -> None:
+        """Normalise by other values from now on, each 1 or C."""
+        self.mean.copy_(mean.view(1, -1, 1, 1))
+        self.std.copy_(std.view(1, -1, 1, 1))
+
+    @staticmethod
+    def _take_out_pixels(network: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+        found = [state.pop(prefix + name) for name in ("mean", "std") if prefix + name in state]
+        if isinstance(network, NormalisingNetwork) and len(found) == 2:
+            network.take_pixels(*found)
 
 
 def strided_conv3x3(inputs: int, outputs: int, stride: int) -> nn.Conv2d:

@@ -12,7 +12,7 @@ from torch import nn
 from retemper.console import say
 from retemper.engine.attack import module_mode
 from retemper.engine.checkpoints.content import CheckpointError
-from retemper.engine.checkpoints.external import build_student, require_usable, users_network
+from retemper.engine.checkpoints.external import build_student, require_usable
 from retemper.engine.checkpoints.find import Network, Source, find_network
 from retemper.engine.checkpoints.header import Facts, fitting_models, require_finite, require_same_images
 from retemper.engine.checkpoints.probe import IMAGES, require_sound
@@ -47,7 +47,7 @@ def begin_state(
     student, peer = networks.fresh(wanted.student, wanted.normalise), None
     if recipe.method.trains_peer:  # its weights are drawn after the student's, and are others
         peer = networks.fresh(wanted.peer_model or wanted.student, wanted.normalise)
-    if users_network(wanted.student):
+    if wanted.student not in MODELS:
         require_readable(wanted.student, student)
         layout = torch.channels_last if recipe.execution.channels_last else torch.contiguous_format
         require_usable(wanted.student, student, num_classes, networks.split.shape, layout)
@@ -122,7 +122,8 @@ class NetworkLoader:
     def fresh(self, model: str, normalise: bool) -> nn.Module:
         """Return a network with fresh weights that normalises its images where it is asked to, and none does twice."""
         classes, dataset = len(self.split.classes), self.data.dataset
-        network = build_student(model, classes, channels=self.split.shape[2], dataset=dataset)
+        side, _, channels = self.split.shape
+        network = build_student(model, classes, channels=channels, dataset=dataset, side=side)
         wanted = normalise and not isinstance(network, NormalisingNetwork)
         return normalising(network, dataset) if wanted else network
 
