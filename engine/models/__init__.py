@@ -72,7 +72,7 @@ def create_model(
         channels: of the input; None means 1 (grey) for the tiny networks and 3 (colour) for all others.
         normalise: the data set, a key of `PIXELS`, whose mean the network first subtracts from its pixels and by whose
             deviation it divides them; None for one that takes its pixels as they are. A network of `NORMALISING` does
-            so in any case, with the values it was published with: `own_pixels` has them. So does one of timm.
+            so in any case, as it was published for that data set, and so does one of timm, as timm says.
         image_size: pixels a side; needed by networks of timm that take one size, such as a ViT. None means timm's own.
     Returns:
         A network from (B, C, H, W) pixels in [0, 1] to (B, K) logits. H and W are free: 28, 32 and 64 pixels all work.
