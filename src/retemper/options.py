@@ -72,13 +72,13 @@ class Option:
         """Raise ValueError where `value` is none that the option may have."""
         if (self.or_file and FUNCTION.fullmatch(str(value))) or (self.or_timm and TIMM.fullmatch(str(value))):
             return
-        if (self.or_file or self.or_timm) and value not in (self.choices or ()):
+        timm = ", timm:NAME" * self.or_timm
+        if self.or_file and value not in (self.choices or ()):
             known = [choice for choice in self.choices or () if choice]
-            own = f"it must be one of {', '.join(known)}{', timm:NAME' * self.or_timm}"
-            own += ", or your own as net.py:build" * self.or_file
+            own = f"it must be one of {', '.join(known)}{timm}, or your own as net.py:build"
             raise ValueError(f"--{self.name.replace('_', '-')} {value}{nearest(str(value), known)}: {own}")
         if self.choices is not None and value not in self.choices:
-            raise ValueError(f"{self.name} = {value!r}: it must be one of {', '.join(map(str, self.choices))}")
+            raise ValueError(f"{self.name} = {value!r}: it must be one of {', '.join(map(str, self.choices))}{timm}")
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float) and not isinstance(number, bool):
                 self._check_number(number)
