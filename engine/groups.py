@@ -64,26 +64,28 @@ class Networks(Options):
     """Who learns from whom."""
 
     student: str = option(
-        help="the architecture that is trained, or net.py:build (your own nn.Module)",
+        help="the architecture that is trained, timm:NAME, or net.py:build (your own nn.Module)",
         choices=tuple(MODELS),
         or_file=True,
+        or_timm=True,
     )
     normalise: bool = option(
         False, "the student first subtracts its data set's mean from the pixels and divides by their deviation"
     )
-    teacher_model: str | None = option(None, "the teacher's architecture", choices=(None, *MODELS))
+    teacher_model: str | None = option(None, "the teacher's architecture", choices=(None, *MODELS), or_timm=True)
     teacher_recipe: str | None = option(
         None, "the METHOD:SETTING that trains such a teacher, or robustbench:NAME where it is published"
     )
     train_teacher: bool = option(False, "train missing teachers and starts first, where none is given")
     clean_teacher_model: str | None = option(
-        None, "the architecture of the second teacher, trained without attacks", choices=(None, *MODELS)
+        None, "the architecture of the second teacher, trained without attacks", choices=(None, *MODELS), or_timm=True
     )
     clean_teacher_recipe: str | None = option(None, "the METHOD:SETTING that trains such a second teacher")
     peer_model: str | None = option(
         None,
         "the architecture of the peer, where the method trains one beside the student (none: the student's)",
         choices=(None, *MODELS),
+        or_timm=True,
     )
     start_recipe: str | None = option(None, "fine-tune the weights of such a METHOD:SETTING (none: begin at random)")
 

@@ -257,13 +257,14 @@ def _placed(student: nn.Module, recipe: Recipe, device: torch.device, ranks: Ran
 
 
 def _eyes(network: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
-    """Return a network as it answers in eval mode: folded, where the recipe says so and torch.fx can trace it."""
+    """Return a network as it answers in eval mode: folded where the recipe says so, with a note where it cannot be."""
     execution = recipe.execution
     if not execution.fold:
         return network
     try:
         return Folded(network, execution.dtype_on(device), execution.epilogue_on(device))
-    except ValueError:  # it may be anybody's
+    except ValueError as error:  # it may be anybody's
+        say(f"note: {error}; it answers as it is")
         return network
 
 

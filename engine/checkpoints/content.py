@@ -45,6 +45,10 @@ class CheckpointError(DataError):
     """A checkpoint that cannot be read or does not fit the model; the message is one line that names the fix."""
 
 
+class Misfit(CheckpointError):
+    """A checkpoint whose tensors are of another network than the model."""
+
+
 class Unread:
     """What stands in for an object of no interest beside the weights: it takes anything and holds nothing."""
 

@@ -35,7 +35,7 @@ from retemper.engine.checkpoints.surroundings import (
 )
 from retemper.engine.checkpoints.weights import state_digest
 from retemper.engine.device import is_out_of_memory
-from retemper.engine.models import channels_last, create_model
+from retemper.engine.models import NORMALISING, channels_last, create_model, is_timm
 from retemper.errors import DataError, UsageError, nearest
 from retemper.options import FUNCTION as USER
 from retemper.packages import import_package
@@ -179,6 +179,11 @@ def external_network(name: str, dataset: str | None) -> ExternalNetwork | None:
         )
     if found := USER.fullmatch(name):
         return UserNetwork(file=Path(found["file"]), factory=found["factory"])
+    if is_timm(name):
+        raise UsageError(
+            f"{name} has no trained weights: name the file that has them, with --model {name} (of a teacher, "
+            f"--teacher-model {name})"
+        )
     if name.startswith("robustbench:"):
         raise UsageError(f"{name}: write it as robustbench:NAME or robustbench:NAME@cifar10/Linf")
     if re.search(r"\.py(:|$)", name) and not Path(name).is_dir():
@@ -248,15 +253,21 @@ def build_module(network: ExternalNetwork, num_classes: int, channels: int, cach
     return built
 
 
-def build_student(model: str, num_classes: int, *, channels: int | None) -> nn.Module:
-    """Build a network with fresh weights, as `create_model` does: of the literature, or of the user's net.py:build.
+def build_student(
+    model: str, num_classes: int, *, channels: int | None, dataset: str | None = None, side: int | None = None
+) -> nn.Module:
+    """Build a network with fresh weights: one that `create_model` knows, or of the user's net.py:build.
 
+    Args:
+        dataset: of its images; a network of `NORMALISING` normalises them as it was published for that.
+        side: pixels of its images.
     Raises:
         ValueError: no network has this name.
         UsageError, DataError: the user's code does not build one.
     """
     if (own := users_network(model)) is None:
-        return create_model(model, num_classes, channels=channels)
+        normalise = dataset if model in NORMALISING else None
+        return create_model(model, num_classes, channels=channels, normalise=normalise, image_size=side)
     return build_module(own, num_classes, 3 if channels is None else channels, Path()).float().requires_grad_().train()
 
 

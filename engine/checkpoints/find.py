@@ -2,7 +2,7 @@
 
 import hashlib
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from retemper.engine.checkpoints.header import Facts, find_weights, fitting_mode
 from retemper.engine.checkpoints.published import Published, published
 from retemper.engine.checkpoints.weights import require_intact, split_entry, state_digest
 from retemper.engine.models import MODELS
-from retemper.errors import UsageError
+from retemper.errors import DataError, UsageError
 from retemper.files import file_digest
 from retemper.loaders import DATASETS
 
@@ -57,6 +57,7 @@ class Network:
         """
         if self.external is None:
             assert self.weights is not None and self.sha256 is not None
+            facts = self._sized(facts, shape)
             model = load_network(self.weights, facts, device, self.entry)
             source = self.source(facts, model)
         else:
@@ -64,6 +65,16 @@ class Network:
             model, sha256 = load_external(self.external, facts.num_classes, shape, device, cache)
             source = {"path": self.name, "model": str(facts.model), "sha256": sha256}
         return model, source | ({} if self.published is None else {"released": self.published.title})
+
+    def _sized(self, facts: Facts, shape: Shape) -> Facts:
+        """Return the facts with the side of the images. Raises DataError where the network takes none of that side."""
+        H, W, _ = shape
+        if facts.side not in (None, H):
+            one = f"{facts.side} x {facts.side}"
+            raise DataError(
+                f"{self.name} takes images of {one} alone, not of {H} x {W}: give --image-size {facts.side}"
+            )
+        return replace(facts, side=H)
 
     def source(self, facts: Facts, model: nn.Module) -> Source:
         """Return how config.json names a checkpoint whose weights `model` has."""

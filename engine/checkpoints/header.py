@@ -1,18 +1,20 @@
 """A trained network on disk: which file holds its weights, what is known about it, and how it is built again."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from retemper.engine.checkpoints.content import few, read_content
+from retemper.engine.checkpoints.content import Misfit, few, read_content
 from retemper.engine.checkpoints.external import build_student, require_same_source
 from retemper.engine.checkpoints.unwrap import fits, nearest_state
 from retemper.engine.checkpoints.weights import load_with_pixels
-from retemper.engine.models import MODELS, Normalised, channels_last, create_model
+from retemper.engine.models import MODELS, Normalised, channels_last
 from retemper.errors import DataError, UsageError
 
 
@@ -21,10 +23,11 @@ class Facts:
     """Facts about a network that its weights do not show. A field is None where it is not known.
 
     Attributes:
-        model: the name of its architecture, a key of `MODELS` for a checkpoint file, or the user's net.py:build.
+        model: the name of its architecture: of a checkpoint file, a key of `MODELS`, timm:NAME or net.py:build.
         channels, image_size: of the images that it was trained on; pixels a side.
         dataset: that it was trained on.
         eps: the radius that it was trained for, in pixel units.
+        side: pixels a side that it is built for, if it takes no others.
         source: the SHA-256 of the user's file that builds it.
     """
 
@@ -34,6 +37,7 @@ class Facts:
     image_size: int | None = None
     dataset: str | None = None
     eps: float | None = None
+    side: int | None = None
     source: str | None = None
 
     def or_else(self, other: "Facts") -> "Facts":
@@ -56,6 +60,7 @@ KINDS = {
     "image_size": int,
     "dataset": str,
     "eps": float,
+    "side": int,
     "source": str,
 }
 
@@ -127,10 +132,15 @@ def load_network(weights: Path, facts: Facts, device: torch.device, entry: str |
         raise UsageError(f"{weights} does not say what it is: {name}")
     require_same_source(facts.model, facts.source)
     try:
-        model = build_student(facts.model, facts.num_classes, channels=facts.channels)
+        dataset = read_facts(weights).dataset or facts.dataset  # that of its training comes first
+        how: dict[str, Any] = {"channels": facts.channels, "dataset": dataset, "side": facts.side}
+        model = build_student(facts.model, facts.num_classes, **how)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    pixels = load_with_pixels(weights, model, entry)
+    try:
+        pixels = load_with_pixels(weights, model, entry)
+    except Misfit as error:
+        raise Misfit(f"{error}{_whose_tensors(weights, facts.model)}") from None
     require_finite(weights, model)
     model = model if pixels is None else Normalised(model, pixels.mean, pixels.std)
     return channels_last(model, device).eval().requires_grad_(False)
@@ -146,21 +156,42 @@ def fitting_models(weights: Path) -> list[str]:
     return [name for name, names in fitting.items() if not any(names < others for others in fitting.values())]
 
 
+def _whose_tensors(weights: Path, model: str) -> str:
+    """Return in words which network of `MODELS` the tensors in a file are of, or most of them; empty for `model`."""
+    if model in (fitting := fitting_models(weights)):
+        return ""
+    if fitting:
+        return f"; its tensors are those of {' or '.join(fitting)}"
+    content, share = read_content(weights), dict[str, float]()
+    for name in MODELS:
+        own = _tensors(MODELS[name], 10)
+        state = nearest_state(content, own)
+        share[name] = sum(value.shape == own[name].shape for name, value in state.items()) / len(own)
+    nearest = max(share, key=lambda name: share[name])
+    near = nearest != model and share[nearest] > 0.5
+    return f"; the nearest network is {nearest}, {share[nearest]:.0%} of whose tensors it has" if near else ""
+
+
 def _fitting(model: str, content: object) -> set[str]:
     """Return the names of a model's tensors where all are in the content of a file, and none where one is lacking.
 
     The model is built for as many classes and channels as that has.
     """
+    own = _tensors(MODELS[model], 10)
+    state = nearest_state(content, own)
+    if {name for name in own if not name.endswith("num_batches_tracked")} - state.keys():
+        return set()
+    first = next(state[name] for name, value in own.items() if value.dim() == 4)  # (features, channels, ...)
+    last = next(state[name] for name, value in reversed(own.items()) if value.dim() == 2)  # (classes, features)
+    classes, channels = max(1, last.shape[0]), max(1, first.shape[1]) if first.dim() == 4 else 1
+    return set(own) if fits(state, _tensors(MODELS[model], classes, channels)) else set()
+
+
+@cache
+def _tensors(make: Callable[..., nn.Module], *counts: int) -> dict[str, Tensor]:
+    """Return the tensors, without their values, of the network that a function of `MODELS` makes."""
     with torch.device("meta"):
-        own = create_model(model, 10).state_dict()
-        state = nearest_state(content, own)
-        if {name for name in own if not name.endswith("num_batches_tracked")} - state.keys():
-            return set()
-        first = next(state[name] for name, value in own.items() if value.dim() == 4)  # (features, channels, ...)
-        last = next(state[name] for name, value in reversed(own.items()) if value.dim() == 2)  # (classes, features)
-        classes, channels = max(1, last.shape[0]), max(1, first.shape[1]) if first.dim() == 4 else 1
-        same = fits(state, create_model(model, classes, channels=channels).state_dict())
-        return set(own) if same else set()
+        return make(*counts).state_dict()
 
 
 def require_finite(weights: Path, model: nn.Module) -> None:

@@ -23,6 +23,7 @@ from retemper.engine.checkpoints.content import CheckpointError, few, show
 DEEPEST = 4  # mappings within mappings that are looked into
 WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:(?:module|_orig_mod)\.)+")  # of DataParallel, DDP, AveragedModel; torch.compile
 AVERAGED = re.compile(r"(^|[._])(ema|swa|avg|average|averaged|shadow)([._]|$)", re.IGNORECASE)
+LAST = re.compile(r"(^|[._])unaveraged([._]|$)")  # beside averaged weights that have no such name
 COUNTER = "n_averaged"  # of torch's AveragedModel, beside the averaged weights
 DEAD = "sub_block1."  # TRADES' WideResNet stores a stage that no forward pass reads
 MEAN = re.compile(r"(^|.*\.)(new_|pixel_|image_|img_|input_|_)?(mean|means|mu)")
@@ -247,7 +248,8 @@ def _chosen(whose: str, fitting: list[Place]) -> Place:
     for place in fitting:
         if not any(place.equals(other) for other in different):
             different.append(place)
-    left = [place for place in different if place.averaged] or different
+    left = [place for place in different if place.averaged]
+    left = left or [place for place in different if not LAST.search(place.label)] or different
     if len(left) > 1:
         labels = [place.label for place in left]
         raise CheckpointError(f"{whose}: holds {few(labels)}: name the one you mean, as in {whose}:{labels[0]}")

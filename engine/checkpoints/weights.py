@@ -22,10 +22,12 @@ from retemper.engine.checkpoints.content import (
     WHOLE,
     WRITER,
     CheckpointError,
+    Misfit,
     few,
     read_content,
 )
 from retemper.engine.checkpoints.unwrap import Pixels, bare_name, holds_weights, take
+from retemper.engine.models import NormalisingNetwork
 from retemper.files import atomic_write
 
 DTYPES = {  # their names in a safetensors file, where those of the last come first
@@ -92,17 +94,20 @@ def _copy_into(
     if len(target) < len(own):
         raise CheckpointError(f"{whose}: cannot be told apart in a model with submodules called module or _orig_mod")
     taken = take(str(whose), content, target, entry)
-    problem = _misfit(taken.state, target)
-    if problem is None and taken.pixels is not None and not pixels_wanted:
-        problem = f"its network first takes {taken.pixels}, which the model does not; name a network that does not"
-    if problem:
+    if problem := _misfit(taken.state, target):
+        raise Misfit(f"{whose}: {problem}")
+    pixels = taken.pixels
+    if pixels is not None and not pixels_wanted and not isinstance(model, NormalisingNetwork):
+        problem = f"its network first takes {pixels}, which the model does not; name a network that does not"
         raise CheckpointError(f"{whose}: {problem}")
     with torch.no_grad():
         for name in target.keys() & taken.state.keys():
             target[name].copy_(taken.state[name])
+        if isinstance(model, NormalisingNetwork) and pixels is not None:
+            model.take_pixels(pixels.mean, pixels.std)
     if taken.note:
         say(taken.note)
-    return taken.pixels
+    return None if isinstance(model, NormalisingNetwork) else pixels
 
 
 def require_intact(path: str | os.PathLike[str]) -> None:

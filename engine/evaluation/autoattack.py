@@ -235,6 +235,14 @@ class _Runner:
         self.ledger.predicted_N[rows] = predicted(logits_BK).cpu().numpy()
 
 
+def is_foldable(model: nn.Module, device: torch.device) -> bool:
+    """Say whether the network has a folded twin, and in a line where it has none."""
+    found = folded_twin(model, device) is not model
+    if not found:
+        say("note: --fold: no batch norm of this network can be folded; AutoAttack looks at the network itself")
+    return found
+
+
 def require_foldable(model: nn.Module, device: torch.device) -> nn.Module:
     """Return the network's folded twin. Raises UsageError where it has none."""
     twin = folded_twin(model, device)

@@ -17,7 +17,6 @@ from retemper.engine.distributed.ranks import ALONE, Ranks
 from retemper.engine.evaluation.autoattack import (
     SuiteRequest,
     left_out,
-    require_foldable,
     suite_attacks,
     suite_entry,
 )
@@ -260,8 +259,6 @@ def _probe(
 
     A GPU is tried with a whole batch, so that one that does not fit is told at once.
     """
-    if request.fold and "autoattack" in request.attacks:
-        require_foldable(model, request.device)
     if not len(order) or not any(name == "autoattack" or request.attack(name).steps for name in request.attacks):
         return {}
     indices = order[: request.batch_size if request.device.type == "cuda" else min(PROBED, request.batch_size)]

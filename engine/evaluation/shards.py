@@ -11,7 +11,7 @@ from torch import nn
 
 from retemper.console import say
 from retemper.engine.distributed.ranks import ALONE, Ranks
-from retemper.engine.evaluation.autoattack import SuiteRequest, run_suite
+from retemper.engine.evaluation.autoattack import SuiteRequest, is_foldable, run_suite
 from retemper.engine.evaluation.ledger import Ledger, lock_on
 from retemper.engine.evaluation.library import FULL, library_version
 from retemper.errors import UsageError
@@ -47,7 +47,7 @@ def evaluate_suite(
     """
     number, shards = shard or (ranks.rank + 1, ranks.world_size)
     require_images(number, shards, len(order))
-    request = replace(request, classes=len(split.classes))
+    request = replace(request, classes=len(split.classes), fold=request.fold and is_foldable(model, request.device))
     part = np.array_split(order, shards)[number - 1]
     facts = {
         **known,

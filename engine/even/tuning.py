@@ -9,7 +9,7 @@ from retemper.engine.catalogue import method_module
 from retemper.engine.checkpoints.external import users_network
 from retemper.engine.evaluation.described import Described
 from retemper.engine.groups import Data
-from retemper.engine.models import MODELS, PIXELS
+from retemper.engine.models import MODELS, PIXELS, is_timm
 from retemper.engine.recipe import Recipe
 from retemper.errors import UsageError
 from retemper.loaders import usual_eps
@@ -46,7 +46,8 @@ def tuning(method: str, known: Described, holdout: int | None = None, eps: float
         UsageError: no run can have such a student; the run holds another number out.
     """
     config, facts = known.config, known.facts
-    if facts.model not in MODELS and users_network(str(facts.model)) is None:
+    model = str(facts.model)
+    if model not in MODELS and not is_timm(model) and users_network(model) is None:
         raise UsageError(
             f"{known.network.name}: only its package can build it, and what is evened is written as weights: name a "
             "function of your own that returns it, net.py:build"

@@ -21,10 +21,23 @@ from retemper.engine.checkpoints.header import Facts, find_weights, is_run, load
 from retemper.engine.evaluation.content import read_evaluation
 from retemper.engine.evaluation.places import fullest
 from retemper.engine.export.model_card import ExportedNetwork, model_card, model_info
-from retemper.engine.models import MODELS, Normalised, blocks, normalised
+from retemper.engine.models import MODELS, Normalised, NormalisingNetwork, blocks, is_timm, normalised
+from retemper.engine.models.from_timm import TimmNetwork, timm_keywords
 from retemper.engine.run.run_folder import RunFolder
 from retemper.errors import DataError, UsageError
 from retemper.files import file_digest, json_bytes, write_atomically
+
+TIMM_IMPORTS = '''"""A network of the package timm, which normalises its images itself: pip install timm."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+Values = Sequence[float] | Tensor
+'''
 
 
 def export(run: str | Path, out: str | Path, form: str, which: str = "best", name: str | None = None) -> Path:
@@ -44,12 +57,12 @@ def export(run: str | Path, out: str | Path, form: str, which: str = "best", nam
     if out.resolve() == run.resolve():
         raise UsageError(f"--out {out} is the run itself: name another folder")
     network = _read_network(run, which, name)
-    if form == "robustbench" and users_network(str(network.facts.model)):
+    if form == "robustbench" and not network.is_known:
         raise UsageError(
-            "RobustBench takes networks of the literature, this one is of your own code: export safetensors"
+            f"RobustBench takes networks of the literature, and not {network.facts.model}: export safetensors"
         )
     files = _safetensors(network) if form == "safetensors" else _robustbench(network)
-    files["model.py"] = architecture_source(str(network.facts.model), network.normalises).encode()
+    files["model.py"] = architecture_source(str(network.facts.model), network.is_wrapped).encode()
     sums = "".join(f"{sha256(data).hexdigest()}  {path}\n" for path, data in sorted(files.items()))
     for path, data in (files | {"SHA256SUMS": sums.encode()}).items():
         try:
@@ -80,22 +93,29 @@ def _read_network(run: Path, which: str, name: str | None) -> ExportedNetwork:
         evaluation=evaluation,
         image_shape=(facts.channels, side, side),
         build=_call(model, facts),
-        normalises=isinstance(model, Normalised),
+        normalises=isinstance(model, Normalised | NormalisingNetwork),
     )
 
 
 def _call(network: nn.Module, facts: Facts) -> str:
     """Return the call that makes the network of `facts`, with the exported model.py imported."""
-    if isinstance(network, Normalised):
+    pixels = ""
+    if isinstance(network, Normalised | NormalisingNetwork):
         mean, std = (", ".join(f"{value:.7g}" for value in values.flatten()) for values in (network.mean, network.std))
-        return f"Normalised({_call(network.network, facts)}, mean=[{mean}], std=[{std}])"
+        pixels = f", mean=[{mean}], std=[{std}]"
+    if isinstance(network, Normalised):
+        return f"Normalised({_call(network.network, facts)}{pixels})"
     model, num_classes, channels = str(facts.model), facts.num_classes, facts.channels
     assert num_classes is not None and channels is not None
     if own := users_network(model):
         return own.call(num_classes, channels)
+    if is_timm(model):
+        words = timm_keywords(model, num_classes, channels, facts.side) | {"pretrained": False}
+        given = ", ".join(f"{word}={value}" for word, value in words.items())
+        return f'TimmNetwork(timm.create_model("{model.removeprefix("timm:")}", {given}){pixels})'
     keywords = {"channels": channels} | getattr(MODELS[model], "keywords", {})
     words = [str(num_classes), *(f"{word}={value}" for word, value in keywords.items())]
-    return f"{_function(model).__name__}({', '.join(words)})"
+    return f"{_function(model).__name__}({', '.join(words)}{pixels})"
 
 
 def _function(model: str) -> Any:
@@ -131,7 +151,7 @@ def _read_evaluation(run: Path, which: str, digest: str) -> dict[str, Any]:
 
 
 def architecture_source(model: str, normalises: bool = False) -> str:
-    """Return the source of an architecture as one file that needs torch alone.
+    """Return the source of an architecture as one file that needs torch alone, or timm for one of timm's.
 
     What it shares with other architectures takes the place of the import.
 
@@ -144,6 +164,9 @@ def architecture_source(model: str, normalises: bool = False) -> str:
     if own := users_network(model):
         say(f"note: model.py is a copy of {own.file}; what it imports from beside it is not in the export")
         return own.file.read_text()
+    if is_timm(model):
+        parts = (inspect.getsource(one) for one in (NormalisingNetwork, Normalised, TimmNetwork))
+        return "\n\n".join([TIMM_IMPORTS, *parts])
     source, shared = inspect.getsourcefile(_function(model)), inspect.getsource(blocks)
     assert source is not None
     body = shared.partition('"""\n')[2].lstrip()  # without the module's docstring

@@ -1,5 +1,6 @@
 """What is told of an exported network: its README.md, and RobustBench's entry."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,14 @@ TITLES = {  # of the architectures, as RobustBench writes them
     "preact_resnet18_frl": "PreActResNet-18 without its last norm",
     "preact_resnet34": "PreActResNet-34",
     "resnet56": "ResNet-56",
+    "wrn28_10_silu": "WideResNet-28-10 with SiLU",
+    "wrn34_10_silu": "WideResNet-34-10 with SiLU",
+    "wrn34_20_silu": "WideResNet-34-20 with SiLU",
+    "wrn70_16_silu": "WideResNet-70-16 with SiLU",
+    "wrn82_8_silu": "WideResNet-82-8 with SiLU",
+    "wrn94_16_silu": "WideResNet-94-16 with SiLU",
+    "wrn106_16_silu": "WideResNet-106-16 with SiLU",
+    "preact_resnet18_silu": "PreActResNet-18 with SiLU",
 }
 
 
@@ -35,7 +44,7 @@ class ExportedNetwork:
         evaluation: the content of evaluation.json; empty if these weights were not evaluated.
         image_shape: (C, H, W).
         build: the expression that makes the network, once `imports` are imported from model.py.
-        normalises: whether the network begins with a layer that normalises the images.
+        normalises: whether the network normalises its images itself.
     """
 
     name: str
@@ -51,8 +60,12 @@ class ExportedNetwork:
     @property
     def imports(self) -> str:
         """Return the names in model.py that make the network, as one imports them."""
-        names = self.build.split("(")
-        return ", ".join(names[: 1 + self.normalises])
+        return ", ".join(re.findall(r"(?:^|\()([A-Za-z]\w*)(?=[(.])", self.build))
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Say whether it is a layer before the architecture that normalises the images."""
+        return self.build.startswith("Normalised(")
 
     @property
     def title(self) -> str:
@@ -61,7 +74,7 @@ class ExportedNetwork:
 
     @property
     def is_known(self) -> bool:
-        """Return whether retemper can build the network wherever it is: one of net.py:build it cannot."""
+        """Say whether retemper has the network itself: it has none of net.py:build, and none of timm's."""
         return self.facts.model in MODELS
 
     @property

@@ -11,14 +11,27 @@ import torch
 from torch import nn
 
 from retemper.engine.models.cifar_resnet import resnet56
+from retemper.engine.models.from_timm import is_timm, one_side, timm_network
 from retemper.engine.models.mobilenet_v2 import mobilenet_v2
 from retemper.engine.models.normalised import Normalised
-from retemper.engine.models.pixels import PIXELS, normalising
+from retemper.engine.models.pixels import PIXELS, normalising, own_pixels
 from retemper.engine.models.preact_resnet import preact_resnet18, preact_resnet18_frl, preact_resnet34
 from retemper.engine.models.resnet import resnet18, small_resnet, tiny_resnet
+from retemper.engine.models.silu_resnets import NormalisingNetwork, preact_resnet18_silu, silu_wide_resnet
 from retemper.engine.models.wide_resnet import wrn34_10, wrn34_20
 
-__all__ = ["MODELS", "PIXELS", "Normalised", "channels_last", "create_model", "normalising"]
+__all__ = [
+    "MODELS",
+    "NORMALISING",
+    "PIXELS",
+    "Normalised",
+    "NormalisingNetwork",
+    "channels_last",
+    "create_model",
+    "is_timm",
+    "normalising",
+    "one_side",
+]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": resnet18,
@@ -29,34 +42,56 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "preact_resnet18_frl": preact_resnet18_frl,
     "preact_resnet34": preact_resnet34,
     "resnet56": resnet56,
+    "wrn28_10_silu": partial(silu_wide_resnet, depth=28, widen=10),
+    "wrn34_10_silu": partial(silu_wide_resnet, depth=34, widen=10),
+    "wrn34_20_silu": partial(silu_wide_resnet, depth=34, widen=20),
+    "wrn70_16_silu": partial(silu_wide_resnet, depth=70, widen=16),
+    "wrn82_8_silu": partial(silu_wide_resnet, depth=82, widen=8),
+    "wrn94_16_silu": partial(silu_wide_resnet, depth=94, widen=16),
+    "wrn106_16_silu": partial(silu_wide_resnet, depth=106, widen=16),
+    "preact_resnet18_silu": preact_resnet18_silu,
     "tiny_resnet": tiny_resnet,
     "tiny_resnet_wide": partial(tiny_resnet, width=32),  # the teacher of the small settings
     "small_resnet": small_resnet,
     "small_resnet_wide": partial(small_resnet, width=32),  # the teacher of cifar10_small
 }
+NORMALISING = frozenset(name for name in MODELS if name.endswith("_silu"))  # their images themselves
 
 
 def create_model(
-    name: str, num_classes: int, *, channels: int | None = None, normalise: str | None = None
+    name: str,
+    num_classes: int,
+    *,
+    channels: int | None = None,
+    normalise: str | None = None,
+    image_size: int | None = None,
 ) -> nn.Module:
     """Build a network with fresh weights: float32, on the CPU, in training mode.
 
     Args:
-        name: a key of `MODELS`.
+        name: a key of `MODELS`, or timm:NAME for one of the package timm.
         num_classes: K.
         channels: of the input; None means 1 (grey) for the tiny networks and 3 (colour) for all others.
         normalise: the data set, a key of `PIXELS`, whose mean the network first subtracts from its pixels and by whose
-            deviation it divides them; None for one that takes its pixels as they are.
+            deviation it divides them; None for one that takes its pixels as they are. A network of `NORMALISING` does
+            so in any case, as it was published for that data set, and so does one of timm, as timm says.
+        image_size: pixels a side; needed by networks of timm that take one size, such as a ViT. None means timm's own.
     Returns:
         A network from (B, C, H, W) pixels in [0, 1] to (B, K) logits. H and W are free: 28, 32 and 64 pixels all work.
     Raises:
         ValueError: no network or data set has this name, or `num_classes` or `channels` is below 1.
+        UsageError: timm is not installed, has no such network, or does not build it for such images.
     """
-    if name not in MODELS:
+    if name not in MODELS and not is_timm(name):
         near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown model {name!r}; the nearest is {near!r}, all are {', '.join(MODELS)}")
     if num_classes < 1 or (channels is not None and channels < 1):
         raise ValueError(f"num_classes and channels must be at least 1, not {num_classes} and {channels}")
+    colours = 3 if channels is None else channels
+    if is_timm(name):
+        return timm_network(name, num_classes, colours, image_size)
+    if name in NORMALISING:
+        return MODELS[name](num_classes, colours, **own_pixels(normalise, num_classes, colours))
     network = MODELS[name](num_classes) if channels is None else MODELS[name](num_classes, channels)
     return network if normalise is None else normalising(network, normalise)
 

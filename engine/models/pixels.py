@@ -16,6 +16,24 @@ PIXELS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "digits": ((0.3053,), (0.3758,)),
 }
 
+# of the published networks that normalise their images themselves; on images of other sets they take CIFAR-10's
+OWN_PIXELS = PIXELS | {"cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))}
+GREY = (0.5,), (0.5,)
+
+
+def own_pixels(dataset: str | None, num_classes: int, channels: int) -> dict[str, tuple[float, ...]]:
+    """Return the "mean" and the "std" for a network that normalises its images itself.
+
+    Args:
+        dataset: of its images; None means CIFAR-100 where it has 100 classes, and CIFAR-10 otherwise.
+        num_classes, channels: of its images.
+    """
+    if dataset is None:
+        dataset = "cifar100" if num_classes == 100 else "cifar10"
+    found = OWN_PIXELS.get(dataset, OWN_PIXELS["cifar10"])
+    mean, std = found if len(found[0]) == channels else GREY
+    return {"mean": mean, "std": std}
+
 
 def normalising(network: nn.Module, dataset: str) -> Normalised:
     """Return the network with the layer before it that normalises the images of a data set.

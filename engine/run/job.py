@@ -24,6 +24,7 @@ from retemper.engine.device import (
     tuned_convolutions,
 )
 from retemper.engine.distributed.ranks import ALONE, Ranks
+from retemper.engine.models import one_side
 from retemper.engine.recipe import Recipe
 from retemper.engine.run.commands import absolute
 from retemper.engine.run.data import TrainingData
@@ -108,6 +109,7 @@ class Job:
             image_size=self.recipe.data.image_size,
             dataset=self.recipe.data.dataset,
             eps=self.recipe.attack.eps,
+            side=one_side(self.recipe.networks.student, split.shape[0]),
             source=source_digest(self.recipe.networks.student),
         )
         return facts.as_metadata() | {"method": self.method, "setting": self.setting}

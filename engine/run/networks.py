@@ -12,7 +12,7 @@ from torch import nn
 from retemper.console import say
 from retemper.engine.attack import module_mode
 from retemper.engine.checkpoints.content import CheckpointError
-from retemper.engine.checkpoints.external import build_student, require_usable, users_network
+from retemper.engine.checkpoints.external import build_student, require_usable
 from retemper.engine.checkpoints.find import Network, Source, find_network
 from retemper.engine.checkpoints.header import Facts, fitting_models, require_finite, require_same_images
 from retemper.engine.checkpoints.probe import IMAGES, require_sound
@@ -21,7 +21,7 @@ from retemper.engine.checkpoints.unwrap import Pixels, by_bare_name, take
 from retemper.engine.checkpoints.weights import load_state, load_with_pixels
 from retemper.engine.distributed.ranks import Ranks
 from retemper.engine.groups import Data
-from retemper.engine.models import MODELS, Normalised, normalising
+from retemper.engine.models import MODELS, Normalised, NormalisingNetwork, normalising
 from retemper.engine.recipe import Recipe
 from retemper.engine.run.told_apart import tell_apart
 from retemper.engine.state import State
@@ -44,14 +44,10 @@ def begin_state(
     """
     wanted, num_classes = recipe.networks, len(networks.split.classes)
     torch.manual_seed(seed)
-    student = build_student(wanted.student, num_classes, channels=networks.split.shape[2])
-    if wanted.normalise:
-        student = normalising(student, recipe.data.dataset)
-    peer = None
+    student, peer = networks.fresh(wanted.student, wanted.normalise), None
     if recipe.method.trains_peer:  # its weights are drawn after the student's, and are others
-        peer = build_student(wanted.peer_model or wanted.student, num_classes, channels=networks.split.shape[2])
-        peer = normalising(peer, recipe.data.dataset) if wanted.normalise else peer
-    if users_network(wanted.student):
+        peer = networks.fresh(wanted.peer_model or wanted.student, wanted.normalise)
+    if wanted.student not in MODELS:
         require_readable(wanted.student, student)
         layout = torch.channels_last if recipe.execution.channels_last else torch.contiguous_format
         require_usable(wanted.student, student, num_classes, networks.split.shape, layout)
@@ -122,6 +118,14 @@ class NetworkLoader:
     cache: Path
     teachers: list[tuple[nn.Module, Published | None]] = field(default_factory=list)
     unprobed: list[tuple[str, nn.Module, bool]] = field(default_factory=list)  # in words; and whether it is attacked
+
+    def fresh(self, model: str, normalise: bool) -> nn.Module:
+        """Return a network with fresh weights that normalises its images where it is asked to, and none does twice."""
+        classes, dataset = len(self.split.classes), self.data.dataset
+        side, _, channels = self.split.shape
+        network = build_student(model, classes, channels=channels, dataset=dataset, side=side)
+        wanted = normalise and not isinstance(network, NormalisingNetwork)
+        return normalising(network, dataset) if wanted else network
 
     def teacher(
         self, model: str | None, name: str | Path | None, *, whose: str = "the teacher", attacked: bool = False

@@ -13,6 +13,7 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from retemper.engine.device import is_out_of_memory
 from retemper.engine.speed.folded_layers import BATCH_NORM, FoldedConv, FoldedLayer, FoldedNorm, padding_of
@@ -65,11 +66,14 @@ class Folded(nn.Module):
         return image.to(self.dtype)
 
     def _copies(self, net: fx.GraphModule, model: nn.Module) -> None:
-        """Cast what is not folded, such as the last layer; a batch norm that stays keeps its float32 statistics."""
-        for module in net.modules():
+        """Cast what is not folded, such as the last layer; a batch norm that stays keeps its float32 tensors."""
+        calls = [node for node in net.graph.nodes if node.target is F.batch_norm]  # of a module that is none of torch's
+        kept = {str(one.target) for node in calls for one in node.all_input_nodes}
+        for place, module in net.named_modules():
             if not isinstance(module, FoldedConv | FoldedNorm | BATCH_NORM):
-                for parameter in module.parameters(recurse=False):
-                    parameter.data = parameter.data.to(self.dtype)
+                for name, parameter in module.named_parameters(recurse=False):
+                    if f"{place}.{name}" not in kept:
+                        parameter.data = parameter.data.to(self.dtype)
         source = dict(_values(model))
         self.copied = [(value, source[name]) for name, value in _values(net) if name in source]
 

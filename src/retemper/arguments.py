@@ -40,7 +40,7 @@ def named_recipe(argv: list[str]) -> str | None:
     """
     if argv[:1] != ["train"]:
         return None
-    words = [word for word in argv[1:] if re.fullmatch(r"(?!robustbench:)\w+:\w*", word)]
+    words = [word for word in argv[1:] if re.fullmatch(r"(?!robustbench:|timm:)\w+:\w*", word)]
     return next((word for word in words if word.partition(":")[0] in read_index().methods), next(iter(words), None))
 
 

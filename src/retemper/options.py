@@ -17,6 +17,7 @@ from retemper.errors import UsageError, nearest
 
 MOST_EPOCHS = 2**16 - 1  # an epoch's number has 16 bits in the seed of its noise
 FUNCTION = re.compile(r"(?P<file>.+\.py):(?P<factory>\w+)")  # of the user's own file
+TIMM = re.compile(r"timm:[\w.]+")  # a network of the package timm
 
 
 def option(
@@ -28,6 +29,7 @@ def option(
     positive: bool = False,
     at_most: float | None = None,
     or_file: bool = False,
+    or_timm: bool = False,
 ) -> Any:
     """Return a dataclass field that is an option.
 
@@ -40,9 +42,10 @@ def option(
         positive: whether a number must be above 0. Numbers must be finite and not negative in any case.
         at_most: the largest number that can be meant. It bounds each value of a tuple, as `positive` does.
         or_file: whether a function of the user's own, as net.py:build, may stand in place of a choice.
+        or_timm: whether a network of timm may, as timm:NAME.
     """
     about = {"help": help, "name": name, "choices": choices, "positive": positive, "at_most": at_most}
-    return field(default=default, metadata=about | {"or_file": or_file})
+    return field(default=default, metadata=about | {"or_file": or_file, "or_timm": or_timm})
 
 
 @dataclass(frozen=True)
@@ -63,17 +66,19 @@ class Option:
     positive: bool
     at_most: float | None
     or_file: bool = False
+    or_timm: bool = False
 
     def check(self, value: Any) -> None:
         """Raise ValueError where `value` is none that the option may have."""
-        if self.or_file and FUNCTION.fullmatch(str(value)):
+        if (self.or_file and FUNCTION.fullmatch(str(value))) or (self.or_timm and TIMM.fullmatch(str(value))):
             return
+        timm = ", timm:NAME" * self.or_timm
         if self.or_file and value not in (self.choices or ()):
             known = [choice for choice in self.choices or () if choice]
-            own = f"it must be one of {', '.join(known)}, or your own as net.py:build"
+            own = f"it must be one of {', '.join(known)}{timm}, or your own as net.py:build"
             raise ValueError(f"--{self.name.replace('_', '-')} {value}{nearest(str(value), known)}: {own}")
         if self.choices is not None and value not in self.choices:
-            raise ValueError(f"{self.name} = {value!r}: it must be one of {', '.join(map(str, self.choices))}")
+            raise ValueError(f"{self.name} = {value!r}: it must be one of {', '.join(map(str, self.choices))}{timm}")
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float) and not isinstance(number, bool):
                 self._check_number(number)

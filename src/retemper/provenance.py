@@ -9,14 +9,17 @@ OF_A_HOOK = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # git sets them for 
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of retemper, torch, Python, and triton where it is installed."""
+    """Return the versions of retemper, torch, Python, triton where it is installed, and timm where it is in use."""
     import platform
+    import sys
 
     import torch
 
     from retemper import __version__
 
     found = {"retemper": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    if timm := sys.modules.get("timm"):
+        found["timm"] = str(getattr(timm, "__version__", "unknown"))
     try:
         from triton import __version__ as triton
     except ImportError:

@@ -20,6 +20,7 @@ from retemper.engine.even.images import FITTED, even_images
 from retemper.engine.even.subject import EvenRequest, require_learned
 from retemper.engine.even.tuning import Tuning
 from retemper.engine.models import MODELS, Normalised
+from retemper.engine.models.silu_resnets import SiluWideResNet
 from retemper.engine.models.wide_resnet import WideResNet
 from retemper.engine.run.commands import train_again
 from retemper.engine.run.data import chosen_indices
@@ -101,8 +102,9 @@ def test_the_fit_is_a_plain_loop_and_leaves_the_bias_alone() -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_network_ends_in_a_layer_that_is_found(model: str) -> None:
-    narrow = WideResNet(10, 3, 10, 1) if model.startswith("wrn") else create_model(model, 10, channels=3)
-    assert find_head(narrow.eval(), torch.rand(2, 3, 32, 32), "it").out_features == 10
+    wide = SiluWideResNet if model.endswith("silu") else WideResNet
+    network = wide(10, 3, 10, 1) if model.startswith("wrn") else create_model(model, 10, channels=3)
+    assert find_head(network.eval(), torch.rand(2, 3, 32, 32), "it").out_features == 10
 
 
 class Twice(nn.Module):

@@ -3,6 +3,7 @@ norm nor its weight gradients."""
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from retemper.engine import KlObjective, create_model, pgd
 from retemper.engine.device import exact_fp32, is_out_of_memory
 from retemper.engine.models import MODELS, channels_last
+from retemper.engine.models.silu_resnets import SiluWideResNet
 from retemper.engine.models.wide_resnet import WideResNet
 from retemper.engine.speed.fold import Folded, FoldedConv
 
@@ -24,6 +26,11 @@ def full_precision() -> Iterator[None]:
         yield
 
 
+NARROW = {  # of the wide networks: a hundredth of the memory, and the same modules
+    "wrn34_10": partial(WideResNet, depth=34, widen=1),
+    "wrn28_10_silu": partial(SiluWideResNet, depth=16, widen=1),
+}
+KINDS = [name for name in MODELS if name in NARROW or not name.startswith("wrn")]
 SMALL = ["tiny_resnet", "mobilenet_v2", "preact_resnet18"]  # a stem, shortcuts of both kinds, norms before convolutions
 
 
@@ -46,8 +53,7 @@ def lived_in(model: nn.Module) -> nn.Module:
 def network(name: str, device: torch.device) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     channels, size = (1, 8) if name.startswith("tiny") else (3, 16)
-    narrow = WideResNet(10, 3, depth=34, widen=1)  # for WRN-34: a hundredth of its memory, and the same modules
-    model = channels_last(lived_in(narrow if name.startswith("wrn34") else create_model(name, 10)), device)
+    model = channels_last(lived_in(NARROW[name](10, 3) if name in NARROW else create_model(name, 10)), device)
     return model, torch.rand(4, channels, size, size).to(device, memory_format=torch.channels_last)
 
 
@@ -63,7 +69,7 @@ def off(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.own_process
 @pytest.mark.parametrize("epilogue", ["plain", "fused", "convolution"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", KINDS)
 def test_is_the_network_to_rounding(name: str, epilogue: str, device: torch.device) -> None:
     model, image = network(name, device)
     with torch.no_grad():
@@ -73,7 +79,7 @@ def test_is_the_network_to_rounding(name: str, epilogue: str, device: torch.devi
 
 
 @pytest.mark.own_process
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", KINDS)
 def test_no_batch_norm_addition_or_relu_is_left_where_it_can_be_taken_in(name: str, device: torch.device) -> None:
     twin = Folded(network(name, device)[0], epilogue="fused")
     kinds = {type(module) for module in twin.modules()}

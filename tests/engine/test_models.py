@@ -25,6 +25,14 @@ SIZES = {  # name: classes, parameters, entries of the state_dict, millions of m
     "preact_resnet18_frl": (10, 11_171_146, 102, 555.4),
     "preact_resnet34": (200, 21_377_800, 203, 1159.5),
     "resnet56": (10, 853_018, 332, 125.5),
+    "wrn28_10_silu": (10, 36_479_194, 155, 5243.3),
+    "wrn34_10_silu": (10, 46_160_474, 191, 6658.9),
+    "wrn34_20_silu": (10, 184_531_674, 191, 26581.9),
+    "wrn70_16_silu": (10, 266_796_506, 407, 38764.2),
+    "wrn82_8_silu": (10, 79_125_466, 479, 11513.8),
+    "wrn94_16_silu": (10, 365_915_610, 551, 53259.7),
+    "wrn106_16_silu": (10, 415_475_162, 623, 60507.5),
+    "preact_resnet18_silu": (10, 12_548_426, 107, 605.8),
     "tiny_resnet": (10, 77_754, 56, 12.207),
     "tiny_resnet_wide": (10, 308_074, 56, 48.531),
     "small_resnet": (10, 308_826, 74, 4.044),
@@ -39,6 +47,12 @@ KEYS = {
     "preact_resnet18": ["layer4.0.shortcut.0.weight", "layer4.1.bn2.weight", "bn.running_mean", "linear.weight"],
     "preact_resnet34": ["layer3.5.conv2.weight", "bn.weight"],
     "resnet56": ["layer3.8.conv2.weight", "layer2.0.bn1.weight", "linear.weight"],
+    "preact_resnet18_silu": [
+        "conv_2d.weight",
+        "layer_3.0.shortcut.weight",
+        "layer_3.1.conv_2d_2.weight",
+        "logits.bias",
+    ],
     "tiny_resnet": ["layer3.0.shortcut.1.weight", "linear.weight"],
     "tiny_resnet_wide": ["layer3.0.conv2.weight", "linear.bias"],
     "small_resnet": ["layer4.0.shortcut.1.weight", "linear.weight"],
@@ -53,10 +67,13 @@ RELEASED = {  # the first three logits of `filled` networks, by the released cod
     "preact_resnet34": [-6.29354922, 6.46159309, -6.09374875],
     "resnet56": [2.86852047, -0.276552179, -2.53967554],
 }
+WIDE_SILU = [name for name in MODELS if name.startswith("wrn") and name.endswith("_silu")]
+OF_WIDE_SILU = ["init_conv.weight", "layer.2.block.3.batchnorm_1.running_var", "layer.0.block.0.shortcut.weight"]
+KEYS |= {name: OF_WIDE_SILU for name in WIDE_SILU}
 each_model = pytest.mark.parametrize("name", MODELS)
-# WRN-34-20 has the modules of WRN-34-10, four times as large
-each_light_model = pytest.mark.parametrize("name", [name for name in MODELS if name != "wrn34_20"])
-each_small_model = pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("wrn34")])
+# WRN-34-20 has the modules of WRN-34-10, four times as large; the wide networks with SiLU those of the first of them
+each_light_model = pytest.mark.parametrize("name", [one for one in MODELS if one not in ("wrn34_20", *WIDE_SILU[1:])])
+each_small_model = pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("wrn")])
 
 
 def meta_model(name: str, num_classes: int, channels: int | None = None) -> nn.Module:
@@ -118,7 +135,7 @@ def test_computes_what_the_released_code_computes(name: str) -> None:
 
 @pytest.mark.parametrize("size", [28, 32, 64])
 @pytest.mark.parametrize("channels", [1, 3])
-@each_model
+@each_light_model
 def test_takes_any_image_size_and_colour(name: str, channels: int, size: int) -> None:
     logits = meta_model(name, 7, channels)(torch.empty(2, channels, size, size, device="meta"))
     assert logits.shape == (2, 7)
@@ -126,7 +143,7 @@ def test_takes_any_image_size_and_colour(name: str, channels: int, size: int) ->
 
 def test_tiny_networks_are_grey_and_the_others_in_colour() -> None:
     for name in MODELS:
-        inputs = meta_model(name, 10).state_dict()["conv1.weight"].shape[1]
+        inputs = next(weight.shape[1] for weight in meta_model(name, 10).state_dict().values() if weight.dim() == 4)
         assert inputs == (1 if name.startswith("tiny") else 3), name
 
 

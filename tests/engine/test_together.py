@@ -14,6 +14,7 @@ from retemper.engine import Recipe, State, create_model, train_step
 from retemper.engine.catalogue import find_setting, methods
 from retemper.engine.distributed.ranks import Part
 from retemper.engine.models import MODELS, channels_last
+from retemper.engine.models.silu_resnets import SiluWideResNet
 from retemper.engine.models.wide_resnet import WideResNet
 from retemper.engine.speed.together import NormTogether, OneForward, Together
 
@@ -23,6 +24,7 @@ TWINS = (
     "tiny_resnet_wide",
     "preact_resnet18_frl",
 )  # the modules of others, more of them
+KINDS = [name for name in MODELS if not (name.startswith("wrn") and name.endswith("_silu"))] + ["wrn28_10_silu"]
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}  # of float64
 
 
@@ -30,8 +32,9 @@ def network(name: str, device: torch.device, dtype: torch.dtype = torch.float64)
     """Return a network in training mode, and the images of two forwards."""
     torch.manual_seed(0)
     channels = 1 if name.startswith("tiny") else 3
-    narrow = WideResNet(10, 3, depth=34, widen=1)  # for WRN-34: a hundredth of its memory, and the same modules
-    model = channels_last(narrow if name.startswith("wrn34") else create_model(name, 10), device).to(dtype)
+    wide = SiluWideResNet if name.endswith("silu") else WideResNet  # a hundredth of the memory, and the same modules
+    narrow = wide(10, 3, depth=16 if name.endswith("silu") else 34, widen=1)
+    model = channels_last(narrow if name.startswith("wrn") else create_model(name, 10), device).to(dtype)
     image = torch.rand(6, channels, 8, 8).to(device, dtype).contiguous(memory_format=torch.channels_last)
     return model.train(), image
 
@@ -48,7 +51,7 @@ def gradients(model: nn.Module, logits: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.own_process
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in TWINS])
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in TWINS])
 def test_two_forwards_are_one_to_rounding(name: str, device: torch.device) -> None:
     model, image = network(name, device)
     other, order = copy.deepcopy(model), (1, 0, 1)
@@ -61,7 +64,7 @@ def test_two_forwards_are_one_to_rounding(name: str, device: torch.device) -> No
 
 
 @pytest.mark.own_process
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", KINDS)
 def test_every_norm_is_ours_and_takes_in_what_follows(name: str, device: torch.device) -> None:
     net = Together(network(name, device)[0]).net
     norms = [module for module in net.modules() if isinstance(module, NormTogether)]
