@@ -13,6 +13,7 @@ from retemper.loaders import DATASETS
 from retemper.options import MOST_EPOCHS, Options, option
 
 LR_PEAK, MOMENTUM, ADAM_BETAS = 0.3, 0.9, (0.9, 0.999)  # where nothing else is said
+CROP_AREA = 0.08  # as torchvision's RandomResizedCrop
 MANY = 10_000  # steps of an epoch, where it is not said how many it has
 
 
@@ -27,10 +28,24 @@ class Data(Options):
     images_per_class: int | None = option(
         None, "train on so many images of each class (none: on all)", positive=True, at_most=10**7
     )
-    augment: Literal["crop", "cropshift", "idbh-weak", "idbh-strong", "idbh-svhn"] = option(
+    max_side: int | None = option(
+        None,
+        "with augment resized-crop, of folders: keep images at so many pixels a side, the middle square, and cut views "
+        "of image_size from them (none: keep them at image_size)",
+        positive=True,
+        at_most=4096,
+    )
+    augment: Literal["crop", "cropshift", "idbh-weak", "idbh-strong", "idbh-svhn", "resized-crop"] = option(
         "crop",
-        "what is done to images: a random crop; CropShift, which cuts off up to 10 of 32 lines and moves the rest; or "
-        "IDBH, which also changes colour or shape, and erases a part of half of the images (weak) or of all (strong)",
+        "what is done to images: a random crop; CropShift, which cuts off up to 10 of 32 lines and moves the rest; "
+        "IDBH, which also changes colour or shape, and erases a part of half of the images (weak) or of all (strong); "
+        "or a random box, resized, as on ImageNet",
+    )
+    crop_area: float = option(
+        CROP_AREA,
+        "with augment resized-crop: the least share of an image's area that is seen",
+        positive=True,
+        at_most=1,
     )
     cutout: int = option(0, "put a black square of so many pixels a side into each image; 0: none", at_most=4096)
     padding: int = option(4, "pad by so many pixels and crop at random, with augment crop; 0: no cropping", at_most=128)
@@ -38,6 +53,22 @@ class Data(Options):
         "zeros", "what lies outside an image that is cropped at random: black, or its mirror image"
     )
     flip: bool = option(True, "mirror half of the images")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.augment == "resized-crop":
+            if self.cutout:
+                raise ValueError(f"cutout = {self.cutout}: augment = 'resized-crop' puts no squares: set cutout = 0")
+        elif self.max_side is not None:
+            raise ValueError(
+                f"max_side = {self.max_side}: augment = {self.augment!r} shows images whole: set max_side = none, or "
+                "augment = 'resized-crop'"
+            )
+        if self.max_side is not None and (self.image_size is None or self.image_size > self.max_side):
+            raise ValueError(
+                f"max_side = {self.max_side}, image_size = {self.image_size}: views of image_size are cut from images "
+                "of max_side: give both, image_size no larger"
+            )
 
     @property
     def strong(self) -> bool:

@@ -6,7 +6,7 @@ from retemper.loaders.choose import LoaderKind, make_loader
 from retemper.loaders.datasets import DATASETS, load_split, usual_eps
 from retemper.loaders.ffcv_library import ffcv_problem
 from retemper.loaders.loader import Batch, Loader
-from retemper.loaders.split import Split, split_of_arrays
+from retemper.loaders.split import Split, middle, split_of_arrays
 from retemper.loaders.views import ViewSpace, epoch_order, holdout_split
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "holdout_split",
     "load_split",
     "make_loader",
+    "middle",
     "split_of_arrays",
     "usual_eps",
     "verify",

@@ -23,6 +23,7 @@ class Facts:
     Attributes:
         model: the name of its architecture, a key of `MODELS` for a checkpoint file, or the user's net.py:build.
         channels, image_size: of the images that it was trained on; pixels a side.
+        max_side: that its views were cut from, and the middle is taken of; None where they are not.
         dataset: that it was trained on.
         eps: the radius that it was trained for, in pixel units.
         source: the SHA-256 of the user's file that builds it.
@@ -32,6 +33,7 @@ class Facts:
     num_classes: int | None = None
     channels: int | None = None
     image_size: int | None = None
+    max_side: int | None = None
     dataset: str | None = None
     eps: float | None = None
     source: str | None = None
@@ -54,6 +56,7 @@ KINDS = {
     "num_classes": int,
     "channels": int,
     "image_size": int,
+    "max_side": int,
     "dataset": str,
     "eps": float,
     "source": str,
