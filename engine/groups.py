@@ -13,7 +13,6 @@ from retemper.loaders import DATASETS
 from retemper.options import MOST_EPOCHS, Options, option
 
 LR_PEAK, MOMENTUM, ADAM_BETAS = 0.3, 0.9, (0.9, 0.999)  # where nothing else is said
-CROP_AREA = 0.08  # as torchvision's RandomResizedCrop
 MANY = 10_000  # steps of an epoch, where it is not said how many it has
 
 
@@ -30,8 +29,8 @@ class Data(Options):
     )
     max_side: int | None = option(
         None,
-        "with augment resized-crop, of folders: keep images at so many pixels a side, the middle square, and cut views "
-        "of image_size from them (none: keep them at image_size)",
+        "with augment resized-crop, of folders: store images at so many pixels a side, and cut views of image_size "
+        "from them (none: store them at image_size)",
         positive=True,
         at_most=4096,
     )
@@ -42,10 +41,7 @@ class Data(Options):
         "or a random box, resized, as on ImageNet",
     )
     crop_area: float = option(
-        CROP_AREA,
-        "with augment resized-crop: the least share of an image's area that is seen",
-        positive=True,
-        at_most=1,
+        0.08, "with augment resized-crop: the least share of an image that is seen", positive=True, at_most=1
     )
     cutout: int = option(0, "put a black square of so many pixels a side into each image; 0: none", at_most=4096)
     padding: int = option(4, "pad by so many pixels and crop at random, with augment crop; 0: no cropping", at_most=128)
@@ -56,18 +52,14 @@ class Data(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.augment == "resized-crop":
-            if self.cutout:
-                raise ValueError(f"cutout = {self.cutout}: augment = 'resized-crop' puts no squares: set cutout = 0")
-        elif self.max_side is not None:
+        size, side = self.image_size, self.max_side
+        if self.cutout and self.augment == "resized-crop":
+            raise ValueError(f"cutout = {self.cutout}: augment = 'resized-crop' puts no squares: set cutout = 0")
+        if side is not None and self.augment != "resized-crop":
+            raise ValueError(f"max_side = {side}: augment = {self.augment!r} shows whole images: set max_side = none")
+        if side is not None and (size is None or size > side):
             raise ValueError(
-                f"max_side = {self.max_side}: augment = {self.augment!r} shows images whole: set max_side = none, or "
-                "augment = 'resized-crop'"
-            )
-        if self.max_side is not None and (self.image_size is None or self.image_size > self.max_side):
-            raise ValueError(
-                f"max_side = {self.max_side}, image_size = {self.image_size}: views of image_size are cut from images "
-                "of max_side: give both, image_size no larger"
+                f"max_side = {side}: views of image_size = {size} are cut from it: set both, it is the larger"
             )
 
     @property

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from retemper.engine.models.cifar_resnet import resnet56
+from retemper.engine.models.imagenet_resnet import imagenet_resnet18, imagenet_resnet50
 from retemper.engine.models.mobilenet_v2 import mobilenet_v2
 from retemper.engine.models.normalised import Normalised
 from retemper.engine.models.pixels import PIXELS, normalising
@@ -29,6 +30,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "preact_resnet18_frl": preact_resnet18_frl,
     "preact_resnet34": preact_resnet34,
     "resnet56": resnet56,
+    "imagenet_resnet18": imagenet_resnet18,
+    "imagenet_resnet50": imagenet_resnet50,
     "tiny_resnet": tiny_resnet,
     "tiny_resnet_wide": partial(tiny_resnet, width=32),  # the teacher of the small settings
 }
