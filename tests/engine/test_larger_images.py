@@ -176,9 +176,9 @@ def test_a_folder_with_a_fault_is_refused_and_nothing_is_lost(
 
 
 def test_options_without_effect_are_told(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("train sat:imagenet100_resnet18 --padding 2 --show".split()) == 0
+    assert run(["train", "sat:imagenet100_resnet18", "--padding", "2", "--show"]) == 0
     assert "so --padding changes nothing" in capsys.readouterr().err
-    assert run("train sat:digits --crop-area 0.5 --show".split()) == 0
+    assert run(["train", "sat:digits", "--crop-area", "0.5", "--show"]) == 0
     assert "so it changes nothing" in capsys.readouterr().err
 
 

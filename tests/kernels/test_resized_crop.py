@@ -27,7 +27,8 @@ def random_views(number: int) -> Tensor:
 
 def by_torch(image: Tensor, view: Tensor, size: int, least_area: float) -> Tensor:
     """Return the views by PyTorch's own antialiased resizing in float64, (B, C, S, S)."""
-    drawn = box_draws(view, *image.shape[1:3], size, least_area=least_area, flip=True)
+    height, width = image.shape[1:3]
+    drawn = box_draws(view, height, width, size, least_area=least_area, flip=True)
     seen = []
     for one, (flip, top, left, tall, wide) in zip(image, torch.stack(drawn, 1).tolist(), strict=True):
         part = one[top : top + tall, left : left + wide].permute(2, 0, 1)[None].double()
