@@ -189,11 +189,13 @@ def _fake(image: Tensor, view: Tensor, index: Tensor | None, size: int, dtype: t
 def _resized_crop_op(
     image: Tensor, view: Tensor, index: Tensor | None, size: int, dtype: torch.dtype, least_area: float, flip: bool
 ) -> Tensor:
+    if not 0 < least_area <= 1:
+        raise ValueError(f"least_area: {least_area}; needs a share above 0, and at most 1")
     if runs_triton(image) and image.dim() == 4 and view.dim() == 1 and size > 0:
         out = _fake(image, view, index, size, dtype)
         launch_prepared(_prepared, image, view, index, out, float(least_area), 1 - least_area, flip, size)
         return out
-    _check(image, view, index, dtype, size, least_area)
+    _check(image, view, index, dtype, size)
     how: dict[str, Any] = {"size": size, "index": index, "least_area": least_area, "flip": flip, "dtype": dtype}
     return resized_crop_reference(image, view, **how)
 
@@ -209,7 +211,7 @@ def _prepared(
     size: int,
 ) -> Launch | None:
     """Check the arguments, and return the launch."""
-    _check(image, view, index, out.dtype, size, 1.0)
+    _check(image, view, index, out.dtype, size)
     if not out.numel():
         return None
     constants = crop_constants(image.shape, size)
@@ -228,14 +230,12 @@ def crop_constants(shape: tuple[int, ...], size: int) -> dict[str, Any]:
     return {**known, **seen, "PARTS": cdiv(tiles, together), "TILES": together, **tile, "num_warps": WARPS}
 
 
-def _check(image: Tensor, view: Tensor, index: Tensor | None, dtype: torch.dtype, size: int, least_area: float) -> None:
+def _check(image: Tensor, view: Tensor, index: Tensor | None, dtype: torch.dtype, size: int) -> None:
     check_images(image, view, index, dtype, 0, "zeros")
     if max(image.shape[1:3]) > LONGEST:
         raise ValueError(f"image: shape {tuple(image.shape)}; a side may have {LONGEST:,} pixels at most")
     if not 1 <= size <= min(image.shape[1:3]):
         raise ValueError(f"size: {size}; needs 1 ... {min(image.shape[1:3])}, the shorter side of the images")
-    if not 0 < least_area <= 1:
-        raise ValueError(f"least_area: {least_area}; needs a share above 0, and at most 1")
 
 
 def resized_crop(
