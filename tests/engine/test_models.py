@@ -25,6 +25,8 @@ SIZES = {  # name: classes, parameters, entries of the state_dict, millions of m
     "preact_resnet18_frl": (10, 11_171_146, 102, 555.4),
     "preact_resnet34": (200, 21_377_800, 203, 1159.5),
     "resnet56": (10, 853_018, 332, 125.5),
+    "imagenet_resnet18": (1000, 11_689_512, 122, 37.5),
+    "imagenet_resnet50": (1000, 25_557_032, 320, 85.4),
     "tiny_resnet": (10, 77_754, 56, 12.207),
     "tiny_resnet_wide": (10, 308_074, 56, 48.531),
 }
@@ -37,6 +39,8 @@ KEYS = {
     "preact_resnet18": ["layer4.0.shortcut.0.weight", "layer4.1.bn2.weight", "bn.running_mean", "linear.weight"],
     "preact_resnet34": ["layer3.5.conv2.weight", "bn.weight"],
     "resnet56": ["layer3.8.conv2.weight", "layer2.0.bn1.weight", "linear.weight"],
+    "imagenet_resnet18": ["layer2.0.downsample.0.weight", "layer4.1.bn2.weight", "fc.weight"],
+    "imagenet_resnet50": ["layer1.0.downsample.1.running_var", "layer4.2.conv3.weight", "fc.bias"],
     "tiny_resnet": ["layer3.0.shortcut.1.weight", "linear.weight"],
     "tiny_resnet_wide": ["layer3.0.conv2.weight", "linear.bias"],
 }
