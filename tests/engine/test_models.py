@@ -100,7 +100,7 @@ def test_has_the_released_parameters_and_names(name: str) -> None:
 
 @each_model
 def test_costs_the_published_multiply_adds(name: str) -> None:
-    model = meta_model(name, SIZES[name][0])
+    model = meta_model(name, SIZES[name][0]).eval()
     with FlopCounterMode(display=False) as counter:
         model(image(name, batch=1, size=32, device="meta"))
     assert counter.get_total_flops() / 2e6 == pytest.approx(SIZES[name][3], rel=1e-3)
