@@ -33,10 +33,21 @@ class Data(Options):
         positive=True,
         at_most=10**6,
     )
-    augment: Literal["crop", "cropshift", "idbh-weak", "idbh-strong", "idbh-svhn"] = option(
+    max_side: int | None = option(
+        None,
+        "with augment resized-crop, of folders: store images at so many pixels a side, and cut views of image_size "
+        "from them (none: store them at image_size)",
+        positive=True,
+        at_most=4096,
+    )
+    augment: Literal["crop", "cropshift", "idbh-weak", "idbh-strong", "idbh-svhn", "resized-crop"] = option(
         "crop",
-        "what is done to images: a random crop; CropShift, which cuts off up to 10 of 32 lines and moves the rest; or "
-        "IDBH, which also changes colour or shape, and erases a part of half of the images (weak) or of all (strong)",
+        "what is done to images: a random crop; CropShift, which cuts off up to 10 of 32 lines and moves the rest; "
+        "IDBH, which also changes colour or shape, and erases a part of half of the images (weak) or of all (strong); "
+        "or a random box, resized, as on ImageNet",
+    )
+    crop_area: float = option(
+        0.08, "with augment resized-crop: the least share of an image that is seen", positive=True, at_most=1
     )
     cutout: int = option(0, "put a black square of so many pixels a side into each image; 0: none", at_most=4096)
     padding: int = option(4, "pad by so many pixels and crop at random, with augment crop; 0: no cropping", at_most=128)
@@ -51,6 +62,15 @@ class Data(Options):
             raise ValueError(
                 f"imbalance = {self.imbalance:g}: it is the largest class over the smallest, so give its inverse, "
                 f"{1 / self.imbalance:g}"
+            )
+        size, side = self.image_size, self.max_side
+        if self.cutout and self.augment == "resized-crop":
+            raise ValueError(f"cutout = {self.cutout}: augment = 'resized-crop' puts no squares: set cutout = 0")
+        if side is not None and self.augment != "resized-crop":
+            raise ValueError(f"max_side = {side}: augment = {self.augment!r} shows whole images: set max_side = none")
+        if side is not None and (size is None or size > side):
+            raise ValueError(
+                f"max_side = {side}: views of image_size = {size} are cut from it: set both, it is the larger"
             )
 
     @property

@@ -277,6 +277,6 @@ def as_float(split: Split, batch: Tensor, device: torch.device) -> Tensor:
     Returns:
         (B, C, H, W) float32 pixels in [0, 1] on `device`, channels-last.
     """
-    image = torch.from_numpy(split.images[batch.numpy()]).to(device)
+    image = torch.from_numpy(np.ascontiguousarray(split.seen(batch.numpy()))).to(device)
     view = torch.full((len(batch),), identity_view(0), device=device)
     return augment(image, view, padding=0)

@@ -8,7 +8,7 @@
               where the loss has any, and images are cropped by CropShift, or are IDBH's (Li and Spratling, ICLR 2023)
 
 Epochs, batches, the peak of the learning rate, the attack, and what a method has of an average or a perturbation of its
-own stay as they are. Small images are augmented as before.
+own stay as they are. Small images are augmented as before, and large ones by a resized crop.
 """
 
 from typing import Any
@@ -41,7 +41,7 @@ def preset_options(preset: str, data: Data, optim: Optimisation, smooths_labels:
     if not optim.awp_gamma:
         first = 1 + max(1, round(optim.epochs / WARM_SHARE))
         options |= dict(awp_gamma=0.005, awp_from=min(first, optim.epochs))
-    if "augment" in options_of(Data) and not _is_small(data):
+    if "augment" in options_of(Data) and data.augment != "resized-crop" and not _is_small(data):
         options["augment"] = IDBH.get(data.dataset, "cropshift")
     return options
 

@@ -295,7 +295,10 @@ class Recipe:
 
     def as_variant(self, variant: str) -> "Recipe":
         """Return this recipe with the method's `variant` and the options that it sets."""
-        return self.replace(variant=variant, **self.method.variant_options.get(variant, {}))
+        brought = dict(self.method.variant_options.get(variant, {}))
+        if self.data.dataset not in PIXELS:  # of a folder no mean is known to normalise by
+            brought.pop("normalise", None)
+        return self.replace(variant=variant, **brought)
 
     def as_preset(self, preset: str, **changes: Any) -> "Recipe":
         """Return this recipe with what a preset (`retemper.engine.presets`) sets in a run with these `changes`."""

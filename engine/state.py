@@ -24,7 +24,7 @@ from retemper.engine.speed.beside import Branch
 from retemper.engine.speed.fold import Folded
 from retemper.engine.speed.together import OneForward, Together
 from retemper.engine.targets import Forwards, Targets
-from retemper.kernels import augment, strong_augment
+from retemper.kernels import augment, resized_crop, strong_augment
 
 
 class State:
@@ -238,8 +238,14 @@ def clean_images(recipe: Recipe, image: Tensor, view: Tensor, index: Tensor | No
     """Return the images that networks are shown, (B, C, H, W) fp32 in [0, 1], in the recipe's memory format.
 
     Args:
-        image, view, index: what a loader gives, as `augment` and `strong_augment` take it.
+        image, view, index: what a loader gives, as `augment`, `strong_augment` and `resized_crop` take it.
     """
+    if recipe.data.augment == "resized-crop":
+        size = recipe.data.image_size if recipe.data.max_side else image.shape[1]
+        clean = resized_crop(
+            image, view, size=size or 0, index=index, least_area=recipe.data.crop_area, flip=recipe.data.flip
+        )
+        return clean if recipe.execution.channels_last else clean.contiguous()
     data, how = recipe.data, {"padding": recipe.data.padding, "padding_mode": recipe.data.padding_mode}
     if data.strong:
         how |= {"policy": data.augment, "flip": data.flip, "cutout": data.cutout}

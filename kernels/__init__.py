@@ -2,11 +2,12 @@
 
 An operation has a module of its name: its formula, its operators and what users call. Where that is not all, its
 arithmetic is beside it: NAME_kernels.py has it in Triton; ascent.py and ascent_kernels.py are of pgd_step.py; noise.py
-and philox.py of random_start.py; view_draws.py of strong_augment.py; kl_arguments.py, kl_divergence.py and kl_kernel.py
-of class_temperature_kl.py; js_kernel.py of jensen_shannon.py. What they share is in runtime.py, launch.py, operators.py
-and language.py; in pixels.py for images; in rows.py, logit_rows.py and numerics.py for logits. What a training step
-alone needs, for all tensors of a network at once, is in fold_weights.py, moved_weights.py, guard.py and tables.py.
-modules.py has the operations as torch.nn.Module, and patches.py puts them into torchattacks.
+and philox.py of random_start.py; view_draws.py of strong_augment.py and resized_crop.py; kl_arguments.py,
+kl_divergence.py and kl_kernel.py of class_temperature_kl.py; js_kernel.py of jensen_shannon.py. What they share is in
+runtime.py, launch.py, operators.py and language.py; in pixels.py for images; in rows.py, logit_rows.py and numerics.py
+for logits. What a training step alone needs, for all tensors of a network at once, is in fold_weights.py,
+moved_weights.py, guard.py and tables.py. modules.py has the operations as torch.nn.Module, and patches.py puts them
+into torchattacks.
 """
 
 from retemper.kernels.ascent import pgd_step_reference
@@ -23,6 +24,7 @@ from retemper.kernels.patches import patch_torchattacks
 from retemper.kernels.pgd_step import pgd_step_
 from retemper.kernels.philox import philox_reference
 from retemper.kernels.random_start import random_start_, random_start_reference
+from retemper.kernels.resized_crop import resized_crop, resized_crop_reference
 from retemper.kernels.strong_augment import strong_augment, strong_augment_reference
 
 __all__ = [
@@ -55,6 +57,8 @@ __all__ = [
     "philox_reference",
     "random_start_",
     "random_start_reference",
+    "resized_crop",
+    "resized_crop_reference",
     "strong_augment",
     "strong_augment_reference",
 ]

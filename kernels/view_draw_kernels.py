@@ -9,14 +9,19 @@ from retemper.kernels.language import tl, triton
 from retemper.kernels.view_draws import (
     BRIGHTNESS,
     CONTRAST,
+    CROP_TRIES,
     DEGREE,
     ERASE,
     ERASE_LOW,
     ERASE_X,
     ERASE_Y,
     FIRST,
+    FLIP,
+    FROM_X,
+    FROM_Y,
     HALF_LOG_LOW,
     HALF_LOG_RANGE,
+    HALF_LOG_RATIO,
     NOTHING,
     OPERATION,
     ROTATE,
@@ -168,4 +173,44 @@ def erased(view, SHARE: tl.constexpr, RANGE: tl.constexpr, HEIGHT: tl.constexpr,
         below(word_of(view, ERASE_X), WIDTH - width + 1),
         height,
         width,
+    )
+
+
+@triton.jit
+def box(
+    view,
+    least,
+    span,
+    MIRROR: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SIZE: tl.constexpr,
+    MOST_TALL: tl.constexpr,
+    MOST_WIDE: tl.constexpr,
+):
+    """Return what a resized crop shows: whether it is mirrored, its first row and column, its height and width."""
+    tall = (view >> 63).to(tl.int32) * 0 + MOST_TALL
+    wide = tall * 0 + MOST_WIDE
+    wanted = view >= 0
+    for k in tl.static_range(CROP_TRIES):
+        word = word_of(view, TRY + k)
+        share = ((word >> 16).to(tl.float32) + 0.5) * 2.0**-16
+        angle = ((word & 0xFFFF).to(tl.float32) + 0.5) * 2.0**-16 * (-2 * HALF_LOG_RATIO) + HALF_LOG_RATIO
+        side = tl.sqrt_rn((share * span + least) * (HEIGHT * WIDTH))
+        across = tl.floor(side * _exponential(angle) + 0.5).to(tl.int32)
+        down = tl.floor(side * _exponential(-angle) + 0.5).to(tl.int32)
+        fits = (down > 0) & (down <= HEIGHT) & (across > 0) & (across <= WIDTH) & wanted
+        tall, wide = tl.where(fits, down, tall), tl.where(fits, across, wide)
+        wanted = wanted & (fits == 0)
+    top = tl.where(wanted, (HEIGHT - tall) // 2, below(word_of(view, FROM_Y), HEIGHT - tall + 1))
+    left = tl.where(wanted, (WIDTH - wide) // 2, below(word_of(view, FROM_X), WIDTH - wide + 1))
+    flip = below(word_of(view, FLIP), 2) if MIRROR else tall * 0
+    plain = view < 0
+    flip, tall, wide = tl.where(plain, 0, flip), tl.where(plain, SIZE, tall), tl.where(plain, SIZE, wide)
+    return (
+        flip,
+        tl.where(plain, (HEIGHT - SIZE) // 2, top),
+        tl.where(plain, (WIDTH - SIZE) // 2, left),
+        tall,
+        wide,
     )

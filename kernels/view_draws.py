@@ -12,6 +12,8 @@ word times n, divided by 2**32. A view below 0 is the image as it is.
     random erasing    a black rectangle of a share of the area and a ratio of its sides, of six tries the first that
                       fits
     cutout            a black square around any pixel, cut at the border (DeVries and Taylor, 2017)
+    resized crop      a box of a share of the area and a ratio of its sides, of ten tries the first that fits, else
+                      the middle (torchvision's RandomResizedCrop)
 
 CropShift and the rest are IDBH: Li and Spratling, ICLR 2023. The constants are those of the authors' src/data/idbh.py,
 in github.com/TreeLLi/DA-Alone-Improves-AT, and of torchvision's RandomErasing.
@@ -32,6 +34,7 @@ FLIP, OPERATION, STRENGTH, SIGN, CUT, CUT_X, FROM_X, FROM_Y, TO_X, TO_Y = map(tl
 ERASE, ERASE_Y, ERASE_X, CUTOUT_Y, CUTOUT_X, TRY = map(tl.constexpr, range(10, 16))
 TRIES = tl.constexpr(6)  # at rectangles; torchvision has ten, a difference in one image of 100,000
 WORDS = TRY.value + TRIES.value
+CROP_TRIES = tl.constexpr(10)  # at the box of a resized crop, from the word TRY on
 
 STEP = tl.constexpr(0x9E3779B97F4A7C15)  # of SplitMix64: the golden ratio in 64 bits
 FIRST, SECOND = tl.constexpr(0xBF58476D1CE4E5B9), tl.constexpr(0x94D049BB133111EB)
@@ -40,6 +43,9 @@ FIRST, SECOND = tl.constexpr(0xBF58476D1CE4E5B9), tl.constexpr(0x94D049BB133111E
 ERASE_LOW = tl.constexpr(0.02)
 HALF_LOG_LOW = tl.constexpr(math.log(0.3) / 2)
 HALF_LOG_RANGE = tl.constexpr(math.log(3.3 / 0.3) / 2)
+
+# torchvision's RandomResizedCrop: the half of the logarithm of the ratio of its sides, 3/4 to 4/3
+HALF_LOG_RATIO = tl.constexpr(math.log(3 / 4) / 2)
 
 # strengths of color and sharpness, of brightness and contrast, of shear; and their ranges
 WIDE_LOW, WIDE_RANGE = tl.constexpr(0.1), tl.constexpr(1.8)
@@ -162,9 +168,59 @@ def below(word: Tensor, number: int | Tensor) -> Tensor:
     return word * number >> 32
 
 
-def _words(view: Tensor) -> Tensor:
-    """Return the upper halves of the words that each view seeds, (B, WORDS) int64 in 0 ... 2**32 - 1."""
-    word = view[:, None] + torch.arange(1, WORDS + 1, device=view.device) * _signed(STEP.value)  # int64 wraps around
+class Box(NamedTuple):
+    """What B resized crops show. All are (B,) int64.
+
+    Attributes:
+        flip: 1 to mirror what is seen, or 0.
+        top, left: the first row and column.
+        tall, wide: how many there are.
+    """
+
+    flip: Tensor
+    top: Tensor
+    left: Tensor
+    tall: Tensor
+    wide: Tensor
+
+
+def box_draws(view: Tensor, height: int, width: int, size: int, *, least_area: float, flip: bool) -> Box:
+    """Return which box of an image of that size each view shows, computed on the device of `view`.
+
+    Args:
+        view: (B,) int64; one below 0 shows the middle, `size` pixels a side.
+        least_area, flip: as for `resized_crop`.
+    """
+    drawn = _words(view, TRY.value + CROP_TRIES.value)
+    word = drawn[:, TRY.value :]
+    share, ratio = (((half.float() + 0.5) * 2.0**-16) for half in (word >> 16, word & 2**16 - 1))
+    side = ((share * (1 - least_area) + least_area) * float(height * width)).sqrt()
+    angle = ratio * (-2 * HALF_LOG_RATIO.value) + HALF_LOG_RATIO.value
+    wide, tall = (torch.floor(side * _exponential(part) + 0.5).long() for part in (angle, -angle))
+    fits = (tall > 0) & (tall <= height) & (wide > 0) & (wide <= width)
+    first, found = fits.byte().argmax(1, keepdim=True), fits.any(1)
+    box = [
+        torch.where(found, tried.gather(1, first)[:, 0], most)
+        for tried, most in zip((tall, wide), middle_box(height, width), strict=True)
+    ]
+    top, left = (
+        torch.where(found, below(drawn[:, at.value], side - length + 1), (side - length) // 2)
+        for at, side, length in ((FROM_Y, height, box[0]), (FROM_X, width, box[1]))
+    )
+    mirrored = below(drawn[:, FLIP.value], 2) if flip else torch.zeros_like(view)
+    middle = 0, (height - size) // 2, (width - size) // 2, size, size
+    drawn = mirrored, top, left, *box
+    return Box(*(torch.where(view < 0, one, given) for one, given in zip(middle, drawn, strict=True)))
+
+
+def middle_box(height: int, width: int) -> tuple[int, int]:
+    """Return the height and the width of what is shown where no try fits: as much as the ratio allows."""
+    return min(height, math.floor(width * 4 / 3 + 0.5)), min(width, math.floor(height * 4 / 3 + 0.5))
+
+
+def _words(view: Tensor, number: int = WORDS) -> Tensor:
+    """Return the upper halves of the words that each view seeds, (B, number) int64 in 0 ... 2**32 - 1."""
+    word = view[:, None] + torch.arange(1, number + 1, device=view.device) * _signed(STEP.value)  # int64 wraps around
     word = (word ^ (word >> 30 & 2**34 - 1)) * _signed(FIRST.value)
     word = (word ^ (word >> 27 & 2**37 - 1)) * _signed(SECOND.value)
     return (word ^ (word >> 31 & 2**33 - 1)) >> 32 & 2**32 - 1

@@ -7,7 +7,7 @@ from retemper.loaders.datasets import DATASETS, load_split, usual_eps
 from retemper.loaders.ffcv_library import ffcv_problem
 from retemper.loaders.loader import Batch, Loader
 from retemper.loaders.long_tail import long_tail
-from retemper.loaders.split import Split, split_of_arrays
+from retemper.loaders.split import Split, middle, split_of_arrays
 from retemper.loaders.views import ViewSpace, epoch_order, holdout_split
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "load_split",
     "long_tail",
     "make_loader",
+    "middle",
     "split_of_arrays",
     "usual_eps",
     "verify",

@@ -8,6 +8,7 @@ refused and can be written again.
 
 import math
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -42,31 +43,37 @@ class Sidecar:
     fingerprint: str
     bytes: int
     sha256: str
+    jpeg_quality: int | None = None  # files of earlier versions do not say it
 
     def matches(self, split: Split) -> bool:
         """Say whether the file holds as many images of the same shape and classes as `split`, under its name."""
         mine = (self.dataset, self.split, self.images, self.shape, self.classes)
-        return mine == (split.name, split.split, len(split), split.shape, split.classes)
+        return mine == (split.name, split.split, len(split), split.stored, split.classes)
 
 
-def convert(split: Split, out: str | Path, *, progress: bool = True) -> None:
+def convert(split: Split, out: str | Path, *, progress: bool = True, jpeg_quality: int | None = None) -> None:
     """Write `split` as an FFCV file with its digest beside it. At any moment the pair is the old, the new, or refused.
+
+    Of large images, some at a time are read, encoded and written.
 
     Args:
         out: ends in .beton; an older file of that name is replaced, a missing folder made.
         progress: whether to show it on stderr.
+        jpeg_quality: 1 ... 100 to store JPEG copies, about a tenth as large; None to store the pixels.
 
     Raises:
-        UsageError: another name, or FFCV is not installed.
+        UsageError: another name, FFCV is not installed, or JPEG copies are asked for of images without colours.
         DataError: the split cannot be read, or the file not written (a full disk, say).
     """
     out = Path(out)
     if out.suffix != ".beton" or out.is_dir():
         raise UsageError(f"{out}: a converted data set must be a file named something.beton")
+    if jpeg_quality is not None and split.shape[2] != 3:
+        raise UsageError(f"--jpeg-quality {jpeg_quality}: FFCV has JPEG copies of colour images, {split.name} is grey")
     ffcv_module("writer")
     _sweep_dead(out.parent)
     with _one_at_a_time(out):
-        _write(split, out, progress)
+        _write(split, out, progress, jpeg_quality)
 
 
 def cached(split: Split, folder: str | Path) -> Path:
@@ -100,10 +107,10 @@ def verify(path: str | Path) -> Sidecar:
     if not sidecar_path(path).is_file():
         raise DataError(f"{path} has no digest beside it, so it may be half written: {again}")
     try:
-        fields = read_json(sidecar_path(path), Sidecar)
+        fields = read_json(sidecar_path(path), Sidecar, partial=True)
         fields |= {"shape": tuple(fields["shape"]), "classes": tuple(fields["classes"])}
         sidecar = Sidecar(**fields)
-    except (DataError, TypeError) as error:
+    except (DataError, KeyError, TypeError) as error:
         raise DataError(f"{sidecar_path(path)} is damaged, so {path} cannot be trusted: {again}") from error
     if sidecar.format != FORMAT:
         raise DataError(f"{path} has format {sidecar.format}, this retemper reads {FORMAT}: {again}")
@@ -125,16 +132,23 @@ def beton_split(path: str | Path) -> Split:
         UsageError: FFCV is not installed.
     """
     found = verify(path)
-    metadata, size = ffcv_module("reader").Reader(str(path)).metadata, math.prod(found.shape)
+    reader = ffcv_module("reader").Reader(str(path))
+    place = reader.metadata["f0"] if found.jpeg_quality is None else reader.metadata["f0"]["data_ptr"]
+    size_of = dict(zip(reader.alloc_table["ptr"].tolist(), reader.alloc_table["size"].tolist(), strict=True))
 
-    def read() -> np.ndarray:
-        raw, images = np.memmap(path, np.uint8, mode="r"), np.empty((found.images, size), np.uint8)
-        for image, start in zip(images, metadata["f0"].tolist(), strict=True):
-            image[:] = raw[start : start + size]
-        return images.reshape(found.images, *found.shape)
+    def read_some(index: np.ndarray) -> np.ndarray:
+        raw, images = np.memmap(path, np.uint8, mode="r"), np.empty((len(index), *found.shape), np.uint8)
+        for image, start in zip(images, place[index].tolist(), strict=True):
+            stored = raw[start : start + size_of[start]]
+            if found.jpeg_quality is None:
+                image[:] = stored[: image.size].reshape(found.shape)
+            else:
+                height, width, _ = found.shape
+                ffcv_module("libffcv").imdecode(stored, image, height, width, height, width, 0, 0, 1, 1, False, False)
+        return images
 
-    label_N = metadata["f1"].astype(np.int64)
-    return Split(found.dataset, found.split, label_N, found.classes, found.shape, found.fingerprint, read)
+    label_N, read = reader.metadata["f1"].astype(np.int64), lambda: read_some(np.arange(found.images))
+    return Split(found.dataset, found.split, label_N, found.classes, found.shape, found.fingerprint, read, read_some)
 
 
 def sidecar_path(path: Path) -> Path:
@@ -147,22 +161,24 @@ def _convert_command(path: Path, sidecar: Sidecar | None = None) -> str:
     half = None if sidecar is None or sidecar.split == "train" else sidecar.split
     root = None if sidecar is not None and sidecar.dataset == "digits" else "DIR"
     name = "DATASET" if sidecar is None else sidecar.dataset
-    return command("retemper", "convert", name, data_root=root, split=half, out=path)
+    quality = None if sidecar is None else sidecar.jpeg_quality
+    return command("retemper", "convert", name, data_root=root, split=half, out=path, jpeg_quality=quality)
 
 
-def _write(split: Split, out: Path, progress: bool) -> None:
+def _write(split: Split, out: Path, progress: bool, jpeg_quality: int | None = None) -> None:
     """Write both files; the lock is held."""
-    split.images  # noqa: B018  # a damaged data set is found before anything is written
+    split.take(np.arange(1))  # a damaged data set is found before anything is written, if it is read as a whole
     sidecar = sidecar_path(out)
+    _require_room(split, out, jpeg_quality)
     with _complaining(out):
         sweep(out)
         sweep(sidecar)
         with atomic_write(sidecar) as facts, atomic_write(out) as data:  # renamed in the opposite order
-            _write_samples(split, Path(data.name), progress)
+            _write_samples(split, Path(data.name), progress, jpeg_quality)
             sync(data)
             described = Sidecar(
-                FORMAT, split.name, split.split, len(split), split.shape, split.classes, split.fingerprint,
-                bytes=Path(data.name).stat().st_size, sha256=file_digest(data.name),
+                FORMAT, split.name, split.split, len(split), split.stored, split.classes, split.fingerprint,
+                bytes=Path(data.name).stat().st_size, sha256=file_digest(data.name), jpeg_quality=jpeg_quality,
             )  # fmt: skip
             facts.write(json_bytes(asdict(described)))
             sync(facts)
@@ -170,12 +186,24 @@ def _write(split: Split, out: Path, progress: bool) -> None:
             sync_folder(out.parent)
 
 
-def _write_samples(split: Split, path: Path, progress: bool) -> None:
+def _require_room(split: Split, out: Path, jpeg_quality: int | None) -> None:
+    """Raise DataError if the disk has no room for the pixels as they are."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if jpeg_quality is None and split.bytes > free:
+        raise DataError(
+            f"cannot write {out}: the pixels take {split.bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: make room, "
+            "or convert with --jpeg-quality 90"
+        )
+
+
+def _write_samples(split: Split, path: Path, progress: bool, jpeg_quality: int | None) -> None:
     """Write the samples as FFCV's writer does, in this process: its workers wait for ever when one of them fails."""
     fields, writer_module = ffcv_module("fields"), ffcv_module("writer")
-    page = max(MIN_PAGE, 1 << (math.prod(split.shape) * IMAGES_PER_PAGE - 1).bit_length())
+    page = max(MIN_PAGE, 1 << (math.prod(split.stored) * IMAGES_PER_PAGE - 1).bit_length())
+    pixels = fields.NDArrayField(np.dtype(np.uint8), split.stored)
     kinds = {
-        "image": fields.NDArrayField(np.dtype(np.uint8), split.shape),
+        "image": pixels if jpeg_quality is None else fields.RGBImageField("jpg", jpeg_quality=jpeg_quality),
         "label": fields.IntField(),
         "index": fields.IntField(),
     }
@@ -189,7 +217,7 @@ def _write_samples(split: Split, path: Path, progress: bool) -> None:
     allocator = ffcv_module("memory_allocator").MemoryAllocator(str(path), writer.data_region_start, page)
     with allocator:
         for i in shown(range(len(split)), len(split), f"converting {split.name} {split.split}", show=progress):
-            sample = (split.images[i], int(split.labels[i]), i)
+            sample = (split.take(np.array([i]))[0], int(split.labels[i]), i)
             writer_module.handle_sample(sample, i, rows.dtype.names, rows, allocator, kinds)
     writer.finalize(allocator.allocations)
 

@@ -24,7 +24,13 @@ def usual_eps(dataset: str) -> float:
     return USUAL_EPS.get(dataset, 8 / 255)
 
 
-def load_split(dataset: str, split: str, data_root: str | Path | None = None, image_size: int | None = None) -> Split:
+def load_split(
+    dataset: str,
+    split: str,
+    data_root: str | Path | None = None,
+    image_size: int | None = None,
+    max_side: int | None = None,
+) -> Split:
     """Read one half of a data set.
 
     Args:
@@ -34,6 +40,8 @@ def load_split(dataset: str, split: str, data_root: str | Path | None = None, im
             for Fashion-MNIST where Debian's package puts it; a folder that is named is never passed over.
         image_size: the side in pixels; None keeps the set's own. For `folder` the shorter side of each image is resized
             to it and the middle taken; for the other sets see `shrink`.
+        max_side: of `folder`: the shorter side is resized to this instead. All of the middle square is stored for
+            training, which views of `image_size` are cut from; of a test image the middle `image_size` is taken.
 
     Raises:
         UsageError: no such data set or half, or an image size where the set has its own.
@@ -45,15 +53,19 @@ def load_split(dataset: str, split: str, data_root: str | Path | None = None, im
         raise UsageError(f"no half {split!r} of a data set; there are {', '.join(SPLITS)}")
     if image_size is not None and image_size < 1:
         raise UsageError(f"--image-size {image_size}: it must be at least 1")
+    if max_side is not None and dataset != "folder":
+        raise UsageError(f"--max-side {max_side}: {dataset} has images of one size; it is for folders of images")
     data_root = None if data_root is None else Path(data_root)
     try:
-        found = _load(dataset, split, data_root, image_size)
-        return found if image_size is None or dataset == "folder" else shrink(found, image_size)
+        if dataset == "folder":
+            return load_folder(split, data_root, image_size, max_side)
+        found = _load(dataset, split, data_root)
+        return found if image_size is None else shrink(found, image_size)
     except OSError as error:
         raise DataError(f"cannot read {error.filename or data_root}: {error.strerror or error}") from error
 
 
-def _load(dataset: str, split: str, data_root: Path | None, image_size: int | None) -> Split:
+def _load(dataset: str, split: str, data_root: Path | None) -> Split:
     if dataset == "digits":
         if data_root is not None and not data_root.is_dir():
             raise DataError(f"--data-root {data_root} is not a folder: leave it out, digits come with scikit-learn")
@@ -66,8 +78,6 @@ def _load(dataset: str, split: str, data_root: Path | None, image_size: int | No
         return load_svhn(split, data_root)
     if dataset == "tiny-imagenet":
         return load_tiny_imagenet(split, data_root)
-    if dataset == "folder":
-        return load_folder(split, data_root, image_size)
     return load_cifar(dataset, split, data_root)
 
 

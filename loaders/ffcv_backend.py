@@ -5,6 +5,7 @@ buffers again, so a batch is a copy; training would wait for ever if its thread 
 torch's thread count, see `ffcv_library.py`.
 """
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -49,14 +50,16 @@ class FfcvLoader(Loader):
         self.path = Path(path)
         self._timeout_s = timeout_s
         loaders = ffcv_module("loader.loader")
-        if not verify(self.path).matches(split):
+        self._facts = verify(self.path)
+        if not self._facts.matches(split):
             raise DataError(f"{path} holds another data set than {split.name} {split.split}: convert that one")
-        # one worker: FFCV does not spread one copy an image over threads. The seed decides nothing, but without one
-        # FFCV draws from numpy's global generator.
+        # One worker for pixels: FFCV does not spread one copy an image over threads; JPEG copies are decoded by all
+        # cores. The seed decides nothing, but without one FFCV draws from numpy's global generator.
+        cores = max(1, len(os.sched_getaffinity(0)) // plan.world_size)
         self._ffcv = loaders.Loader(
             str(path),
             batch_size=plan.local_size,
-            num_workers=1,
+            num_workers=1 if self._facts.jpeg_quality is None else cores,
             os_cache=True,
             order=loaders.OrderOption.SEQUENTIAL,
             seed=0,
@@ -133,8 +136,8 @@ class FfcvLoader(Loader):
     def _empty(self, view: Tensor) -> Batch:
         """Return a batch of no images."""
         none = torch.empty(0, dtype=torch.int64, device=self.device)
-        shape = self._ffcv.reader.handlers["image"].shape
-        return Batch(torch.empty((0, *map(int, shape)), dtype=torch.uint8, device=self.device), none, none, view[:0])
+        image = torch.empty((0, *self._facts.shape), dtype=torch.uint8, device=self.device)
+        return Batch(image, none, none, view[:0])
 
     def close(self) -> None:
         if self._pump is not None:

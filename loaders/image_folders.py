@@ -6,7 +6,7 @@ has no image's name is not one, links are followed, and a file whose pixels cann
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ import numpy as np
 
 from retemper.commands import command
 from retemper.console import progress, say
-from retemper.errors import DataError
+from retemper.errors import DataError, UsageError
 from retemper.loaders.split import Split, fingerprint_of, require_folder
 
 if TYPE_CHECKING:
@@ -62,12 +62,14 @@ def load_tiny_imagenet(split: str, data_root: Path | None) -> Split:
     wnids = sorted((root / "wnids.txt").read_text("utf-8", errors="replace").split())
     files, labels = (_tiny_train if split == "train" else _tiny_val)(root, wnids)
     mark = fingerprint_of([*files, root / "wnids.txt"], root, name, split)
-    read = partial(_decode, files, TINY_SHAPE, None, f"decoding {name} {split}")
+    read = partial(_decode_all, files, TINY_SHAPE, None, f"decoding {name} {split}")
     return Split(name, split, labels, _tiny_class_names(root, wnids), TINY_SHAPE, mark, read)
 
 
-def load_folder(split: str, data_root: Path | None, image_size: int | None) -> Split:
+def load_folder(split: str, data_root: Path | None, image_size: int | None, max_side: int | None = None) -> Split:
     """Read one half of a folder of images; see `load_split`. Classes are the folders in train/, sorted by name."""
+    if max_side is not None and max_side < (image_size or 0):
+        raise UsageError(f"--max-side {max_side}: views of --image-size {image_size} are cut from it: at least that")
     name = "folder"
     root = require_folder(data_root, name, "train/CLASS/... and test/CLASS/... (or val/CLASS/...)")
     half = root / "train"
@@ -83,10 +85,15 @@ def load_folder(split: str, data_root: Path | None, image_size: int | None) -> S
             raise DataError(f"{half} and {root / 'train'} hold different classes: {', '.join(odd[:5])} in one only")
     files, labels, others = _files_of(folders)
     _say_left_out(half, others)
-    shape = (image_size, image_size, 3) if image_size else (*_size(files[0]), 3)
-    mark = fingerprint_of(files, root, name, split, image_size, PIXELS)
-    read = partial(_decode, files, shape, image_size, f"decoding {split}")
-    return Split(name, split, labels, classes, shape, mark, read)
+    side = image_size or max_side  # that is seen
+    stored = max_side if max_side and split == "train" else side  # of a test image the middle alone
+    shape = (side, side, 3) if side else (*_size(files[0]), 3)
+    kept = (stored, stored, 3) if stored else shape
+    fit = (max_side or side, stored) if side and stored else None
+    facts = [split, stored, PIXELS, *([max_side] if max_side not in (None, stored) else [])]
+    mark = fingerprint_of(files, root, name, *facts)
+    read, some = partial(_decode_all, files, kept, fit, f"decoding {split}"), partial(_decode, files, kept, fit)
+    return Split(name, split, labels, classes, shape, mark, read, some, stored if kept != shape else None)
 
 
 def _tiny_train(root: Path, wnids: Sequence[str]) -> tuple[list[Path], np.ndarray]:
@@ -224,23 +231,34 @@ def _opened(path: Path) -> "Image":
         raise DataError(f"{path} is not an image that can be read ({error}): replace or remove it") from error
 
 
-def _decode(files: Sequence[Path], shape: tuple[int, int, int], side_px: int | None, label: str) -> np.ndarray:
-    """Return (N, H, W, 3) uint8, resized and cropped to `side_px` if that is given."""
+Fit = tuple[int, int] | None  # what the shorter side is resized to, and the side of the middle that is taken
+
+
+def _decode_all(files: Sequence[Path], shape: tuple[int, int, int], fit: Fit, label: str) -> np.ndarray:
+    """Return (N, H, W, 3) uint8, and show the progress."""
     images = np.empty((len(files), *shape), dtype=np.uint8)
-    for i, path in enumerate(progress(files, len(files), label)):
+    for i in progress(range(len(files)), len(files), label):
+        images[i] = _decode(files, shape, fit, [i])[0]
+    return images
+
+
+def _decode(files: Sequence[Path], shape: tuple[int, int, int], fit: Fit, index: Iterable[int]) -> np.ndarray:
+    """Return the images at some positions, (B, H, W, 3) uint8, resized and cropped if `fit` is given."""
+    images = []
+    for path in (files[i] for i in index):
         with _opened(path) as image:
             try:
                 rgb = _as_rgb(image, path)
             except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise on damaged files
                 raise DataError(f"{path} is damaged ({error}): replace or remove it") from error
-        rgb = _fit(rgb, side_px) if side_px else rgb
+        rgb = _fit(rgb, *fit) if fit else rgb
         if (rgb.height, rgb.width) != shape[:2]:
             raise DataError(
                 f"{path} is {rgb.width} x {rgb.height}, others are {shape[1]} x {shape[0]}: pass --image-size to make "
                 "all of one size"
             )
-        images[i] = np.asarray(rgb)
-    return images
+        images.append(np.asarray(rgb))
+    return np.array(images, dtype=np.uint8).reshape(-1, *shape)
 
 
 def _as_rgb(image: "Image", path: Path) -> "Image":
@@ -269,12 +287,12 @@ def _as_rgb(image: "Image", path: Path) -> "Image":
     return image.convert("RGB")
 
 
-def _fit(image: "Image", side_px: int) -> "Image":
-    """Scale the shorter side to `side_px`, bilinear over the area that a pixel covers, and take the middle."""
+def _fit(image: "Image", scaled_px: int, side_px: int) -> "Image":
+    """Scale the shorter side to `scaled_px`, bilinear over the area that a pixel covers, and take the middle."""
     from PIL.Image import Resampling
 
-    scale = side_px / min(image.size)
-    width, height = (max(side_px, round(length * scale)) for length in image.size)
+    scale = scaled_px / min(image.size)
+    width, height = (max(scaled_px, round(length * scale)) for length in image.size)
     if (width, height) != image.size:
         image = image.resize((width, height), Resampling.BILINEAR)
     left, top = (width - side_px) // 2, (height - side_px) // 2

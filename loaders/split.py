@@ -1,6 +1,8 @@
 """One half of a data set: the value that every reader returns and every backend takes."""
 
 import hashlib
+import math
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,17 +12,23 @@ import numpy as np
 
 from retemper.errors import DataError
 
+HELD = 2**31  # bytes of pixels that are read at once and held, where they could also be read in parts
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
     """The training or the test half of a data set. Labels are read at once, pixels when `images` is first asked for.
 
+    Training images may be stored larger than networks see them, which a view is cut from.
+
     name, split: as in `load_split("cifar10", "train")`.
     labels: (N,) int64, each in [0, K).
     classes: K names.
-    shape: (H, W, C) of every image.
+    shape: (H, W, C) of every image as networks see it.
     fingerprint: hexadecimal digits that change when a file of the split does; they name the converted file.
-    read: returns the images, (N, H, W, C) uint8; called once.
+    read: returns the images as they are stored, (N, H, W, C) uint8; called once.
+    read_some: returns those at some positions alone; None where it takes as long as to read all.
+    max_side: the side that images are stored at, in pixels; None where they are stored as they are seen.
 
     Raises:
         DataError: there is no image, or a label has no class.
@@ -33,6 +41,8 @@ class Split:
     shape: tuple[int, int, int]
     fingerprint: str
     read: Callable[[], np.ndarray] = field(repr=False)
+    read_some: Callable[[np.ndarray], np.ndarray] | None = field(default=None, repr=False)
+    max_side: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.labels) == 0:
@@ -49,21 +59,65 @@ class Split:
 
     @cached_property
     def images(self) -> np.ndarray:
-        """Return the pixels, (N, H, W, C) uint8, C-contiguous; read from the disk once.
+        """Return the pixels as they are stored, (N, H, W, C) uint8, C-contiguous; read from the disk once.
 
         Raises:
-            DataError: a file is damaged, or not of this shape.
+            DataError: a file is damaged, or not of this shape; the pixels do not fit into memory.
         """
-        try:
-            images = np.require(self.read(), np.uint8, ["C", "W"])
-        except OSError as error:
-            raise DataError(f"cannot read {error.filename or self.name}: {error.strerror or error}") from error
-        if images.shape != (len(self), *self.shape):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if self.bytes > memory:
             raise DataError(
-                f"{self.name}: the {self.split} half has {len(self)} labels of {self.shape} images, "
+                f"{self.name}: the {self.split} half has {self.bytes / 1e9:.0f} GB of pixels, this machine has "
+                f"{memory / 1e9:.0f} GB of memory: convert it (retemper convert {self.name} --jpeg-quality 90 ...) and "
+                "name the file with --beton"
+            )
+        images = np.require(self._sound(self.read), np.uint8, ["C", "W"])
+        if images.shape != (len(self), *self.stored):
+            raise DataError(
+                f"{self.name}: the {self.split} half has {len(self)} labels of {self.stored} images, "
                 f"but its pixels are {images.shape}"
             )
         return images
+
+    @property
+    def stored(self) -> tuple[int, int, int]:
+        """Return (H, W, C) of every image as it is stored."""
+        return self.shape if self.max_side is None else (self.max_side, self.max_side, self.shape[2])
+
+    @property
+    def bytes(self) -> int:
+        """Return how many bytes all pixels are."""
+        return len(self) * math.prod(self.stored)
+
+    def take(self, index: np.ndarray) -> np.ndarray:
+        """Return stored images, (B, H, W, C) uint8; of many large ones no others are read, and none is held.
+
+        Args:
+            index: (B,) integers, positions in the split.
+        Raises:
+            DataError: as `images`.
+        """
+        some = self.read_some
+        if some is None or self.bytes <= HELD or "images" in vars(self):
+            return self.images[index]
+        return self._sound(lambda: some(index))
+
+    def seen(self, index: np.ndarray) -> np.ndarray:
+        """Return images as they are evaluated: `take`, and of larger ones the middle."""
+        return middle(self.take(index), *self.shape[:2])
+
+    def _sound(self, read: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return what is read; an error of the file system is one line."""
+        try:
+            return read()
+        except OSError as error:
+            raise DataError(f"cannot read {error.filename or self.name}: {error.strerror or error}") from error
+
+
+def middle(images: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return the middle of images, (B, H, W, C): the given height and width of it."""
+    top, left = (images.shape[1] - height) // 2, (images.shape[2] - width) // 2
+    return images[:, top : top + height, left : left + width]
 
 
 def split_of_arrays(

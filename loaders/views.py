@@ -6,7 +6,7 @@ backend, the batch size or the number of processes. A view, a crop and a flip, h
     id = (dy * (2 p + 1) + dx) * 2 + flip        0 <= dy, dx <= 2 p;  p = padding;  0 <= id < 2 (2 p + 1)^2
 
 (dy, dx) is where the crop begins in the image padded by p on every side. A strong view has too many choices for ids: it
-is a number of 63 bits, from which `strong_augment` draws them, and -1 leaves the image as it is.
+is a number of 63 bits, from which `strong_augment` or `resized_crop` draws them, and -1 leaves the image as it is.
 Only the raw 64-bit words of PCG64 are used: numpy promises not to change those, but not its permutations.
 """
 

@@ -71,6 +71,23 @@ TINY_IMAGENET: dict[str, Any] = dict(
     lr_drops=(75, 90),
     select_always_from=75,
 )
+# The schedule and attack of Salmon et al. (NeurIPS 2020) on all of ImageNet; here a folder of 100 of its classes.
+IMAGENET100: dict[str, Any] = dict(
+    dataset="folder",
+    image_size=224,
+    max_side=256,
+    augment="resized-crop",
+    eps=4 / 255,
+    attack_steps=3,
+    attack_step=8 / 765,
+    attack_start="uniform",
+    batch_size=512,
+    epochs=90,
+    lr_drops=(30, 60),
+    weight_decay=1e-4,
+    holdout_per_class=10,
+    select_always_from=60,
+)
 
 DISTILLATION: dict[str, tuple[str, dict[str, Any]]] = {
     "digits": (
@@ -124,6 +141,13 @@ DISTILLATION: dict[str, tuple[str, dict[str, Any]]] = {
         "Tiny-ImageNet, PreActResNet-18",
         TINY_IMAGENET | dict(student="preact_resnet18"),
     ),
+    "imagenet100_resnet18": (
+        "a folder of 100 classes of ImageNet, ResNet-18 at 224 px, for GPUs",
+        IMAGENET100
+        | dict(
+            student="imagenet_resnet18", teacher_model="imagenet_resnet50", teacher_recipe="sat:imagenet100_resnet50"
+        ),
+    ),
 }
 
 
@@ -137,6 +161,7 @@ CLEAN_TEACHERS: dict[str, tuple[str, str]] = {  # of the methods that have a sec
     "cifar100_resnet18": ("resnet18", "sat:cifar100_resnet18_clean"),
     "svhn_resnet18": ("resnet56", "sat:svhn_resnet56_clean"),
     "tiny_imagenet_preact_resnet18": ("preact_resnet34", "sat:tiny_imagenet_preact_resnet34_clean"),
+    "imagenet100_resnet18": ("imagenet_resnet50", "sat:imagenet100_resnet50_clean"),
 }
 
 
@@ -224,6 +249,14 @@ TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "fashion_mnist_preact_resnet18": (
         "Fashion-MNIST: the robust teacher of fashion_mnist_resnet18, for a GPU",
         FASHION_TEACHER,
+    ),
+    "imagenet100_resnet50": (
+        "a folder of 100 classes of ImageNet, ResNet-50 at 224 px: a robust teacher, for GPUs",
+        IMAGENET100 | dict(student="imagenet_resnet50"),
+    ),
+    "imagenet100_resnet50_clean": (
+        "a folder of 100 classes of ImageNet, ResNet-50 at 224 px, no attack: a clean teacher, for GPUs",
+        IMAGENET100 | CLEAN | dict(student="imagenet_resnet50"),
     ),
     "digits_clean": (
         "8x8 digits, no attack: the clean teacher of the digits settings, seconds on one core",
@@ -315,6 +348,10 @@ ADVERSARIAL_TRAINING: dict[str, tuple[str, dict[str, Any]]] = {
             lr_drops=(75, 90),
             select_always_from=75,
         ),
+    ),
+    "imagenet100_resnet18": (
+        "a folder of 100 classes of ImageNet, ResNet-18 at 224 px, for GPUs",
+        IMAGENET100 | dict(student="imagenet_resnet18"),
     ),
 }
 

@@ -69,4 +69,6 @@ def run_each(kernels: ModuleType) -> dict[str, Tensor]:
 
     found["strong_augment"] = kernels.strong_augment(pixels, torch.full((2,), -1), policy="idbh-strong")
     torch.testing.assert_close(found["strong_augment"], found["augment"])
+    found["resized_crop"] = kernels.resized_crop(pixels, torch.full((2,), -1), size=pixels.shape[1])
+    torch.testing.assert_close(found["resized_crop"], found["augment"])
     return found

@@ -25,6 +25,7 @@ class Facts:
     Attributes:
         model: the name of its architecture: of a checkpoint file, a key of `MODELS`, timm:NAME or net.py:build.
         channels, image_size: of the images that it was trained on; pixels a side.
+        max_side: that its views were cut from, and the middle is taken of; None where they are not.
         dataset: that it was trained on.
         eps: the radius that it was trained for, in pixel units.
         side: pixels a side that it is built for, if it takes no others.
@@ -35,6 +36,7 @@ class Facts:
     num_classes: int | None = None
     channels: int | None = None
     image_size: int | None = None
+    max_side: int | None = None
     dataset: str | None = None
     eps: float | None = None
     side: int | None = None
@@ -58,6 +60,7 @@ KINDS = {
     "num_classes": int,
     "channels": int,
     "image_size": int,
+    "max_side": int,
     "dataset": str,
     "eps": float,
     "side": int,

@@ -57,7 +57,9 @@ def described(network: Network, told: Facts, data_root: Path | None, verb: str =
         if told.model not in (None, recipe["student"]):
             raise UsageError(f"--model {told.model}: {network.name} is a run of {recipe['student']}: leave out --model")
         known = Facts(model=recipe["student"], dataset=recipe["dataset"], eps=recipe["eps"])
-        facts = facts.or_else(known).or_else(Facts(image_size=recipe.get("image_size")))
+        facts = facts.or_else(known).or_else(
+            Facts(image_size=recipe.get("image_size"), max_side=recipe.get("max_side"))
+        )
         if data_root is None and config.get("data_root") and facts.dataset != "digits":  # which has no root
             data_root = Path(config["data_root"])
             if not data_root.is_dir():

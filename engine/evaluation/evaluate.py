@@ -39,6 +39,7 @@ from retemper.loaders import Split, load_split
 from retemper.options import shown_value
 from retemper.provenance import versions
 
+TOGETHER = 256  # images that are read at once
 PROBED = 32  # images that are tried on a CPU before the first attack
 IDENTIFYING = ("dataset", "split", "image_size", "weights_sha256")  # of the protocol: what a ledger's rows are of
 
@@ -122,7 +123,7 @@ def evaluate_target(request: EvaluationRequest) -> tuple[Path, dict[str, Any]]:
         eps=eps,
         zero=_probe(request, network, model, split, order),
     )
-    protocol = _protocol(request, network, split, order, eps, source["sha256"])
+    protocol = _protocol(request, network, facts, split, order, eps, source["sha256"])
     first = request.ranks.is_first
     file = EvaluationFile.begin(path, protocol) if first else EvaluationFile(path, protocol)
     file.content["protocol"]["data_root"] = absolute(data_root)
@@ -278,7 +279,7 @@ def images_for(
     known = described(network, told, data_root, verb)
     facts = known.facts
     assert facts.dataset is not None
-    split = load_split(facts.dataset, which, known.data_root, facts.image_size)
+    split = load_split(facts.dataset, which, known.data_root, facts.image_size, facts.max_side)
     known.require_classes(split)
     return facts.or_else(Facts(num_classes=len(split.classes), channels=split.shape[2])), split, known.data_root
 
@@ -293,7 +294,7 @@ def _radius(request: EvaluationRequest, network: Network, dataset: str, trained:
 
 
 def _protocol(
-    request: EvaluationRequest, network: Network, split: Split, order: np.ndarray, eps: float, sha256: str
+    request: EvaluationRequest, network: Network, facts: Facts, split: Split, order: np.ndarray, eps: float, sha256: str
 ) -> dict[str, Any]:
     """Return all that the numbers depend on beside the attacks. Under another protocol a new file is begun."""
     cut = None if network.weights is None else read_header(network.weights).get("cut")
@@ -306,6 +307,7 @@ def _protocol(
         "subset": "all" if len(order) == len(split) else "the first images of every class in turn",
         "eps": eps,
         "image_size": split.shape[0],
+        **({} if facts.max_side is None else {"max_side": facts.max_side}),
         "norm": "linf",
         "precision": "fp32",
         "seed": request.seed,
@@ -319,5 +321,8 @@ def _protocol(
 
 
 def _digest(split: Split, order: np.ndarray) -> str:
-    """Return the SHA-256 of the pixels of some images, 64 hexadecimal digits."""
-    return hashlib.sha256(split.images[order].tobytes()).hexdigest()
+    """Return the SHA-256 of the pixels of some images, 64 hexadecimal digits; a damaged image is found here."""
+    digest = hashlib.sha256()
+    for first in range(0, len(order), TOGETHER):
+        digest.update(split.seen(order[first : first + TOGETHER]).tobytes())
+    return digest.hexdigest()

@@ -90,6 +90,7 @@ def _write(one: Subject, best: Candidate, tried: list[Candidate], folder: RunFol
         num_classes=len(one.split.classes),
         channels=one.split.shape[2],
         image_size=recipe.data.image_size,
+        max_side=recipe.data.max_side,
         dataset=recipe.data.dataset,
         eps=recipe.attack.eps,
         source=facts.source,

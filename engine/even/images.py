@@ -51,5 +51,5 @@ def even_images(split: Split, recipe: Recipe) -> EvenImages:
 
 def part_of(split: Split, index_N: np.ndarray) -> Split:
     """Return some images of a split, in this order, as a split of their own."""
-    images, labels = split.images[index_N], split.labels[index_N]
+    images, labels = split.seen(index_N), split.labels[index_N]
     return split_of_arrays(split.name, split.split, images, labels, split.classes, split.fingerprint)

@@ -12,6 +12,7 @@ from torch import nn
 
 from retemper.engine.models.cifar_resnet import resnet56
 from retemper.engine.models.from_timm import is_timm, one_side, timm_network
+from retemper.engine.models.imagenet_resnet import imagenet_resnet18, imagenet_resnet50
 from retemper.engine.models.mobilenet_v2 import mobilenet_v2
 from retemper.engine.models.normalised import Normalised
 from retemper.engine.models.pixels import PIXELS, normalising, own_pixels
@@ -50,6 +51,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "wrn94_16_silu": partial(silu_wide_resnet, depth=94, widen=16),
     "wrn106_16_silu": partial(silu_wide_resnet, depth=106, widen=16),
     "preact_resnet18_silu": preact_resnet18_silu,
+    "imagenet_resnet18": imagenet_resnet18,
+    "imagenet_resnet50": imagenet_resnet50,
     "tiny_resnet": tiny_resnet,
     "tiny_resnet_wide": partial(tiny_resnet, width=32),  # the teacher of the small settings
     "small_resnet": small_resnet,

@@ -28,7 +28,7 @@ from retemper.engine.run.data import TrainingData
 from retemper.engine.state import State
 from retemper.engine.step import observe
 from retemper.engine.targets import Targets
-from retemper.loaders import Split, split_of_arrays
+from retemper.loaders import Split, middle, split_of_arrays
 
 IMAGES = 500  # as many of each class as there can be
 CLEAR = 0.1  # how far two accuracies of so few images must lie apart to mean anything: over 3 standard errors
@@ -127,5 +127,6 @@ def _images(data: TrainingData) -> Split:
         return data.held
     split, positions = data.split, data.loader.plan.indices
     chosen = positions[balanced_order(split.labels[positions], IMAGES)]
-    images = np.concatenate([batch.image.cpu().numpy() for batch in data.loader.walk(chosen)])
+    walked = (batch.image.cpu().numpy() for batch in data.loader.walk(chosen))
+    images = np.concatenate([middle(one, *split.shape[:2]) for one in walked])
     return split_of_arrays(split.name, "train", images, split.labels[chosen], split.classes, split.fingerprint)

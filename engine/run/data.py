@@ -1,6 +1,6 @@
 """The images of a run: those it trains on, batch by batch, those held out, and those that choose its best epoch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from retemper.loaders import (
     load_split,
     long_tail,
     make_loader,
+    middle,
     split_of_arrays,
 )
 
@@ -55,6 +56,10 @@ def training_split(data: Data, data_root: Path | None, beton: Path | None) -> Sp
     """
     split = _split(data, data_root, beton)
     side = min(split.shape[:2])
+    if data.augment == "resized-crop" and side != max(split.shape[:2]):
+        raise UsageError(
+            f"images of {split.shape[0]} x {split.shape[1]} px: views are square, give --image-size {side}"
+        )
     if data.cutout >= side:
         raise UsageError(f"--cutout {data.cutout}: images of {side} px a side can lose {side - 1} px a side at most")
     if data.augment == "crop" and data.padding_mode == "reflect" and data.padding >= side:
@@ -64,15 +69,19 @@ def training_split(data: Data, data_root: Path | None, beton: Path | None) -> Sp
 
 def _split(data: Data, data_root: Path | None, beton: Path | None) -> Split:
     if beton is None or data_root is not None:
-        return load_split(data.dataset, "train", data_root, data.image_size)
+        return load_split(data.dataset, "train", data_root, data.image_size, data.max_side)
     split = beton_split(beton)
     if (split.name, split.split) != (data.dataset, "train"):
         raise DataError(f"{beton} holds {split.name} {split.split}, the run needs {data.dataset} train: convert that")
-    height, width, _ = split.shape
-    told = data.image_size or SIDES_PX.get(data.dataset)
+    height, width, channels = split.shape
+    told = data.max_side or data.image_size or SIDES_PX.get(data.dataset)
     if height == width and height != told:  # or the test images would be read in another size
-        raise UsageError(f"{beton} holds images of {height} px a side: give --image-size {height}")
-    return split
+        option = "--max-side" if data.max_side else "--image-size"
+        raise UsageError(f"{beton} holds images of {height} px a side: give {option} {height}")
+    if data.max_side is None or data.max_side == data.image_size:
+        return split
+    assert data.image_size is not None
+    return replace(split, shape=(data.image_size, data.image_size, channels), max_side=data.max_side)
 
 
 def load_data(
@@ -122,7 +131,8 @@ def load_data(
         )
     held = None
     if len(held_indices):  # read through the loader, as a split of their own
-        images = np.concatenate([batch.image.cpu().numpy() for batch in loader.walk(held_indices)])
+        walked = (batch.image.cpu().numpy() for batch in loader.walk(held_indices))
+        images = np.concatenate([middle(one, *split.shape[:2]) for one in walked])
         labels = split.labels[held_indices]
         held = split_of_arrays(split.name, "train", images, labels, split.classes, split.fingerprint)
     return TrainingData(split=split, loader=loader, held=held, judged=held if test is None else test)
@@ -154,7 +164,7 @@ def kept_of(recipe: Recipe, data: TrainingData, device: torch.device, folder: Pa
 def _test_split(data: Data, data_root: Path | None) -> Split:
     """Return the test images, for a choice of the epoch that the authors made on them."""
     try:
-        return load_split(data.dataset, "test", data_root, data.image_size)
+        return load_split(data.dataset, "test", data_root, data.image_size, data.max_side)
     except DataError as error:
         raise DataError(f"{error}; the test images choose the epoch: --select-on holdout does without them") from error
 

@@ -107,6 +107,7 @@ class Job:
             num_classes=len(split.classes),
             channels=split.shape[2],
             image_size=self.recipe.data.image_size,
+            max_side=self.recipe.data.max_side,
             dataset=self.recipe.data.dataset,
             eps=self.recipe.attack.eps,
             side=one_side(self.recipe.networks.student, split.shape[0]),

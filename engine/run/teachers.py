@@ -24,6 +24,7 @@ from retemper.options import shown_value
 CARRIED = {  # the options that a teacher or a start shares with the student, and how the folder's name shows them
     "dataset": "",
     "image_size": "px",
+    "max_side": "of",
     "images_per_class": "perclass",
     "imbalance": "tail",
     "padding": "padding",

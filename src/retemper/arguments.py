@@ -132,6 +132,7 @@ COUNT = _kind(int, lambda number: number >= 1, "it must be at least 1")
 BATCH = _kind(int, lambda size: 1 <= size <= 2**20, "a batch has 1 .. 2^20 images")
 PIXELS = _kind(int, lambda size: 1 <= size <= 4096, "an image has 1 .. 4096 pixels a side")
 ROUNDS = _kind(int, lambda number: 1 <= number <= 10_000, "so many rounds are 1 .. 10000")
+QUALITY = _kind(int, lambda quality: 1 <= quality <= 100, "a quality lies in 1 .. 100; 90 is usual")
 YEAR_S = 365 * 24 * 3600
 PATH = _kind(_path, lambda _: True, "name a file or a folder (. is the one that you are in)")
 PERIOD = _kind(float, lambda seconds: 0 <= seconds <= YEAR_S, "write it in seconds, from 0 to a year")
@@ -318,6 +319,8 @@ OPTIONS: dict[str, tuple[str | tuple[str, dict[str, Any]], ...]] = {  # of each 
         _option("--out", "the file to write", "FILE.beton", type=PATH, required=True),
         _option("--split", "which images (train)", choices=("train", "test"), default="train"),
         _option("--image-size", "resize to N pixels a side (as they are)", "N", type=PIXELS),
+        _option("--max-side", "of a folder: store N pixels a side, to cut views from", "N", type=PIXELS),
+        _option("--jpeg-quality", "store JPEG copies of this quality (pixels, as they are)", "1..100", type=QUALITY),
     ),
     "bench": (
         _option("what", "what is timed", choices=("step", "kernels", "loaders", "attack")),

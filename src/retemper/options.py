@@ -194,8 +194,8 @@ def shown_value(value: Any) -> str:
     if isinstance(value, tuple | list):
         return ",".join(map(shown_value, value)) or "none"
     if isinstance(value, float):
-        if float(f"{value:g}") != value:  # no short decimal: a pixel value, or a weight such as 5/6
-            for bottom in (255, 6):
+        if float(f"{value:g}") != value:  # no short decimal: a pixel value or a third of one, or a weight such as 5/6
+            for bottom in (255, 6, 765):
                 if value == round(value * bottom) / bottom:
                     return f"{round(value * bottom)}/{bottom}"
         return f"{value:g}"

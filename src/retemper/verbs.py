@@ -63,6 +63,11 @@ def _notes(method: str, recipe: Any, texts: Mapping[str, str]) -> Iterator[str]:
         for name in ("attack_step", "attack_steps", "attack_start", "clip_start"):
             if name in texts:
                 yield f"--attack {recipe.attack.kind} has its own steps and start, so --{_word(name)} changes nothing"
+    if recipe.data.augment == "resized-crop":
+        for name in sorted({"padding", "padding_mode"} & texts.keys()):
+            yield f"--augment resized-crop pads nothing, so --{_word(name)} changes nothing"
+    elif "crop_area" in texts:
+        yield "--crop-area is of --augment resized-crop, so it changes nothing"
     if recipe.optim.ema_warmup and "ema_warmup" in texts and recipe.optim.average != "ema":
         yield "--ema-warmup is of --average ema, so it changes nothing"
     if recipe.optim.optimizer == "adamw" and "lr" not in texts:
@@ -233,8 +238,10 @@ def convert(arguments: Namespace) -> None:
     from retemper.loaders import convert as convert_split
     from retemper.loaders import load_split
 
-    split = load_split(arguments.dataset, arguments.split, arguments.data_root, arguments.image_size)
-    convert_split(split, arguments.out)
+    where = arguments.data_root, arguments.image_size, arguments.max_side
+    convert_split(
+        load_split(arguments.dataset, arguments.split, *where), arguments.out, jpeg_quality=arguments.jpeg_quality
+    )
     print(arguments.out)
 
 

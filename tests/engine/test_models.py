@@ -33,6 +33,8 @@ SIZES = {  # name: classes, parameters, entries of the state_dict, millions of m
     "wrn94_16_silu": (10, 365_915_610, 551, 53259.7),
     "wrn106_16_silu": (10, 415_475_162, 623, 60507.5),
     "preact_resnet18_silu": (10, 12_548_426, 107, 605.8),
+    "imagenet_resnet18": (1000, 11_689_512, 122, 37.5),
+    "imagenet_resnet50": (1000, 25_557_032, 320, 85.4),
     "tiny_resnet": (10, 77_754, 56, 12.207),
     "tiny_resnet_wide": (10, 308_074, 56, 48.531),
     "small_resnet": (10, 308_826, 74, 4.044),
@@ -53,6 +55,8 @@ KEYS = {
         "layer_3.1.conv_2d_2.weight",
         "logits.bias",
     ],
+    "imagenet_resnet18": ["layer2.0.downsample.0.weight", "layer4.1.bn2.weight", "fc.weight"],
+    "imagenet_resnet50": ["layer1.0.downsample.1.running_var", "layer4.2.conv3.weight", "fc.bias"],
     "tiny_resnet": ["layer3.0.shortcut.1.weight", "linear.weight"],
     "tiny_resnet_wide": ["layer3.0.conv2.weight", "linear.bias"],
     "small_resnet": ["layer4.0.shortcut.1.weight", "linear.weight"],
@@ -117,7 +121,7 @@ def test_has_the_released_parameters_and_names(name: str) -> None:
 
 @each_model
 def test_costs_the_published_multiply_adds(name: str) -> None:
-    model = meta_model(name, SIZES[name][0])
+    model = meta_model(name, SIZES[name][0]).eval()
     with FlopCounterMode(display=False) as counter:
         model(image(name, batch=1, size=32, device="meta"))
     assert counter.get_total_flops() / 2e6 == pytest.approx(SIZES[name][3], rel=1e-3)

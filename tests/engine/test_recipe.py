@@ -168,6 +168,8 @@ def test_every_variant_of_every_setting_can_be_made(method: str) -> None:
         assert brings.keys() <= {*recipe.method.variants}
         for variant in recipe.method.variants:
             flat, expected = recipe.as_variant(variant).flat(), {"variant": variant, **brings.get(variant, {})}
+            if flat["dataset"] == "folder":  # no mean is known to normalise by
+                expected.pop("normalise", None)
             assert {name: flat[name] for name in expected} == expected
 
 

@@ -51,6 +51,7 @@ pgd = import_module("retemper.kernels.ascent_kernels")
 noise = import_module("retemper.kernels.noise_kernels")
 views = import_module("retemper.kernels.augment")
 strong = import_module("retemper.kernels.strong_augment")
+resized = import_module("retemper.kernels.resized_crop")
 after = import_module("retemper.kernels.epilogue_kernels")
 depth = import_module("retemper.kernels.depthwise")
 norms = import_module("retemper.kernels.batch_norm_kernels")
@@ -220,6 +221,17 @@ def strong_augmentation(dtype: str) -> Iterator[Case]:
         yield strong._strong_augment_kernel, types, absent | form | sizes
 
 
+def resized_crops(dtype: str) -> Iterator[Case]:
+    """Yield what recipes launch, and sums in 64 bits."""
+    types = {"image_ptr": "*u8", "view_ptr": "*i64", "index_ptr": "*i64", "out_ptr": f"*{dtype}", "N": "i32"}
+    types |= {"least": "fp32", "span": "fp32"}
+    absent = {} if OPTIONAL[dtype] else {"index_ptr": None}
+    side, size, channels = {"fp32": (256, 224, 3), "fp16": (2048, 224, 3), "bf16": (64, 64, 1)}[dtype]
+    sizes = resized.crop_constants((1, side, side, channels), size)
+    sizes.pop("N")
+    yield resized._resized_crop_kernel, types, absent | {"MIRROR": True, "SIZE": size} | sizes
+
+
 def convolution(dtype: str) -> Iterator[Case]:
     images = ["x_ptr", "residual_ptr", "y_ptr", "grad_ptr", "x_grad_ptr", "residual_grad_ptr"]
     images += (sums := ["sum_ptr", "second_ptr", "sum_grad_ptr"])
@@ -358,6 +370,7 @@ def report(folder: str, name: str) -> None:
                 *class_pairs(dtype),
                 *augmentation(dtype),
                 *strong_augmentation(dtype),
+                *resized_crops(dtype),
                 *convolution(dtype),
                 *depthwise(dtype),
                 *batch_norm(dtype),

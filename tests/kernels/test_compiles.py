@@ -47,7 +47,7 @@ WRITES_FEW = {
     "_batch_norm_sums_kernel",
 }  # a number a class, row or channel
 # The loads of the first are of a byte each, wherever the crop begins; those of the others are of single weights too.
-STORES_WIDE = LOADS_WIDE - WRITES_FEW | {"_augment_kernel", "_strong_augment_kernel"}
+STORES_WIDE = LOADS_WIDE - WRITES_FEW | {"_augment_kernel", "_strong_augment_kernel", "_resized_crop_kernel"}
 STORES_WIDE |= {"_depthwise_kernel", "_depthwise_grad_kernel"}
 STATISTICS = 5  # what batch norm stores of each channel beside its images, and the count of batches
 SCALARS = 7  # what a kernel loads beside its tensors: a row's label, temperature, weights, trust, own logit, gradient
