@@ -134,7 +134,10 @@ def read_curve(path: Path) -> CurveFile:
             }
             for name in content["attacks"]
         }
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        for name, of_image in broken.items():
+            if len(of_image) != sum(content["attacks"][name]["radii"][0]["count"]):
+                raise ValueError(f"it has {len(of_image)} images under {name}")
+    except (OSError, ValueError, KeyError, IndexError, TypeError, csv.Error) as error:
         raise DataError(f"{table} is damaged ({error}): {AGAIN}") from None
     return CurveFile(path, content, broken)
 
