@@ -133,13 +133,15 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = autoattack.library_attacks
 
     monkeypatch.setattr(minimal_norm, "STEPS", 20)
+    monkeypatch.setattr(cross_check, "TARGETS", 2)
     monkeypatch.setattr(cross_check, "schedule", lambda run: schedule(run, 6))
 
     def shortened(*words: Any) -> dict[str, Any]:
         attacks = whole(*words)
         for name in ("apgd-ce", "apgd-t"):
-            attacks[name].n_iter = 10
-        attacks["fab-t"].n_iter, attacks["square"].n_queries = 3, 20
+            attacks[name].n_iter = 5
+            attacks[name].n_target_classes = 2
+        attacks["fab-t"].n_iter, attacks["fab-t"].n_target_classes, attacks["square"].n_queries = 3, 2, 20
         return attacks
 
     monkeypatch.setattr(autoattack, "library_attacks", shortened)
@@ -191,6 +193,7 @@ def test_a_curve_falls_image_by_image_and_goes_on_where_it_was_killed(
     )
     assert len(beaten) == told
 
+    assert run([*words[:2], "--attacks", "clean", "--limit", "12", "--out", str(tmp_path / "whole")]) == 0
     page = write_report([tmp_path / "whole"], tmp_path / "page").read_text()
     assert "Over the radius" in page and (tmp_path / "page" / "radii_linf.png").exists()
 
