@@ -61,9 +61,9 @@ def consistency(folder: Path, protocol: dict[str, Any], pixels: int) -> dict[str
     return {"pairs": pairs, "images": images, "violations": violations}
 
 
-def consistency_lines(found: dict[str, Any]) -> list[str]:
+def consistency_lines(found: dict[str, Any] | None) -> list[str]:
     """Return what was found in words; nothing where there was nothing to compare."""
-    if not found["pairs"]:
+    if not found or not found["pairs"]:
         return []
     broken = sum(one["images"] for one in found["violations"])
     head = f"theory (broken in a ball is broken in a larger one): {found['pairs']} pairs of results, "

@@ -132,9 +132,10 @@ def _evaluation(ready: _Ready) -> tuple[Path, dict[str, Any]]:
         folder = None if ready.network.weights is None else ready.network.weights.parent
         file.content["checks"] = check_evaluated(checked, folder, file.content["attacks"])
         file.write()
-    if first:
+    if first and file.content["attacks"]:  # of a shard there are none
         file.content["consistency"] = ready.consistency()
         file.write()
+    if first:
         file.finish()
     return file.path, file.content
 

@@ -111,7 +111,7 @@ def evaluate(arguments: Namespace) -> None:
         path, content = evaluate_target(request)
     if ranks.is_first:
         print(curve_summary(content) if request.is_curve else summary(content))
-        print("\n".join([*beaten_lines(content), *consistency_lines(content["consistency"]), str(path)]))
+        print("\n".join([*beaten_lines(content), *consistency_lines(content.get("consistency")), str(path)]))
 
 
 def _attacks(arguments: Namespace) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ class Linear(nn.Module):
         return (image - 0.5).flatten(1) @ self.weight.T
 
 
-def linear(classes: int) -> tuple[nn.Module, Split, Tensor, Tensor]:
+def linear(classes: int) -> tuple[Linear, Split, Tensor, Tensor]:
     """The model, grey images far from black and white, labelled as it classifies them, and both as tensors."""
     model, names = Linear(classes).eval().requires_grad_(False), tuple("abcd"[:classes])
     images = np.random.default_rng(0).integers(110, 146, (24, 6, 6, 1), dtype=np.uint8)
@@ -50,7 +50,7 @@ def linear(classes: int) -> tuple[nn.Module, Split, Tensor, Tensor]:
     return model, split_of_arrays("digits", "test", images, label_N.numpy(), names, "made"), clean, label_N
 
 
-def true_distances(model: nn.Module, clean: Tensor, label_N: Tensor, norm: str) -> Tensor:
+def true_distances(model: Linear, clean: Tensor, label_N: Tensor, norm: str) -> Tensor:
     """(z_y - z_k) / ||w_y - w_k||_*, the dual norm, to each other class: the box is too far away to matter."""
     logits_NK, weight = model(clean), model.weight
     margin_NK = logits_NK.gather(1, label_N[:, None]) - logits_NK
