@@ -37,6 +37,11 @@ class _Curve:
     lines: dict[str, Line]
     content: dict[str, Any]
 
+    def from_clean(self, attack: str) -> Line:
+        """Return the line of an attack, which begins without an attack where that was measured."""
+        clean = list(self.lines.get("clean", {}).values())[:1]
+        return {0.0: clean[0]} | self.lines[attack] if clean else self.lines[attack]
+
 
 def radius_blocks(runs: RunSet) -> list[Any]:
     """Return the figure and the table of every norm that a run has a curve in, and what contradicts AutoAttack."""
@@ -80,13 +85,11 @@ def _norm_blocks(norm: str, curves: Mapping[str, _Curve], runs: RunSet) -> list[
     blocks: list[Any] = []
     if attacks:
         attack = (shared or attacks)[0]
-        lines = {label: curve.lines[attack] for label, curve in curves.items() if attack in curve.lines}
+        lines = {label: curve.from_clean(attack) for label, curve in curves.items() if attack in curve.lines}
         caption = (
-            f"{attack_title(attack)} in {TITLES[norm]} as the radius grows, with 95 % intervals. At each radius the "
+            f"{attack_title(attack)} in {TITLES[norm]} as the radius grows, with 95 % intervals; at 0, where it was "
         )
-        caption += (
-            "images that held at the smaller ones were attacked: no image returns, and accuracies are upper bounds."
-        )
+        caption += "measured, without an attack. Each radius attacks what held at the smaller ones: no accuracy rises."
         stem = f"radii_{norm}"
         blocks.append(as_plot(stem, caption, _said(lines), partial(radius_figure, lines, runs.look)))
         blocks += [_table(norm, name, curves, runs, name == attack) for name in attacks]
@@ -146,7 +149,9 @@ def _table(norm: str, attack: str, curves: Mapping[str, _Curve], runs: RunSet, o
             cells += _cells(line[eps], runs) if eps in line else [Cell("not done"), Cell("")]
         rows.append(cells)
     head = ["eps", *(f"{label}, {what}" for label in of_run for what in ("average", "weakest class"))]
-    caption = f"{attack_title(attack)} in {TITLES[norm]}: correct, %, with 95 % intervals."
+    images = dict.fromkeys(sum(next(iter(line.values())).report.count) for line in of_run.values())
+    caption = f"{attack_title(attack)} in {TITLES[norm]}: correct, %, with 95 % intervals, "
+    caption += f"of {' or '.join(f'{n:,}' for n in images)} images."
     return Table(caption, head, [("", rows)], f"{attack_title(attack)} in {TITLES[norm]}, in numbers", opened)
 
 
