@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from retemper.console import say
-from retemper.engine.evaluation.content import AttackResult
+from retemper.engine.evaluation.content import AttackResult, Consistency
 from retemper.engine.evaluation.places import beside, free_name
 from retemper.errors import DataError
 from retemper.files import read_json, write_atomically, write_json
@@ -41,11 +41,15 @@ class _Attack(TypedDict):
     radii: list[AttackResult]
 
 
-class Curve(TypedDict):
-    """The content of curve.json."""
-
+class _Numbers(TypedDict):
     protocol: _Protocol
     attacks: dict[str, _Attack]
+
+
+class Curve(_Numbers, total=False):
+    """The content of curve.json."""
+
+    consistency: Consistency
 
 
 @dataclass

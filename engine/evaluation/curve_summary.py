@@ -51,6 +51,6 @@ def beaten_lines(content: dict[str, Any]) -> list[str]:
 
 def beaten_text(attack: str, one: dict[str, Any], classes: list[str]) -> str:
     """Return in words how many images an attack broke where AutoAttack had not; "" for none."""
-    of_class = ", ".join(f"{name}: {n}" for name, n in zip(classes, one["by_class"], strict=True) if n)
+    of_class = ", ".join(f"{name}: {n}" for name, n in zip(classes, one["by_class"], strict=False) if n)
     images = f"{one['images']} image{'s' * (one['images'] != 1)}"
     return f"{attack} beats AutoAttack on {images} ({of_class})" if one["images"] else ""

@@ -103,7 +103,7 @@ def add_curve(folder: Path, *radii: float) -> None:
         for number, eps in enumerate(radii)
     ]
     file = CurveFile.empty(folder / "curve.json", content["protocol"] | {"eps": list(radii)})
-    images = dict.fromkeys(range(sum(whole["count"])), (0, radii[0]))
+    images = {image: (0, radii[0]) for image in range(sum(whole["count"]))}
     file.set("pgd20", {"steps": 20}, entries, images)
     file.content["consistency"] = {"pairs": 6, "images": 6 * len(images), "violations": []}
     file.write()
