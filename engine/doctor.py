@@ -11,7 +11,13 @@ from retemper.loaders import DATASETS, DataError, ffcv_problem, load_split
 from retemper.loaders.ffcv_library import INSTALL
 from retemper.provenance import versions
 
-EXTRAS = {"matplotlib": "plots", "pyautoattack": "eval", "tensorboard": "tensorboard", "torchattacks": "bench"}
+EXTRAS = {
+    "matplotlib": "plots",
+    "pyautoattack": "eval",
+    "foolbox": "cross",
+    "tensorboard": "tensorboard",
+    "torchattacks": "bench",
+}
 Line = tuple[str, str, str]  # a thing; "ok", "missing" or "broken"; its version, or the command that mends it
 
 

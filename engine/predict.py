@@ -65,20 +65,21 @@ class Attack:
         known = {name: value for name, value in asdict(self).items() if usual.get(name) != value}
         return known | {"step": self.step * eps}
 
-    def on(self, network: nn.Module, eps: float, record: Record | None = None) -> Perturb:
+    def on(self, network: nn.Module, eps: float, record: Record | None = None, norm: str = "linf") -> Perturb:
         """Return the function that attacks `network` within the radius `eps`, in pixel units.
 
         Args:
             record: what its calls are recorded by; None to run each. The network is not to change then.
+            norm: "linf", or "l2", where a step goes along the gradient itself.
         """
-        if not 0 <= eps <= 1:
+        if not 0 <= eps or (norm == "linf" and eps > 1):
             raise ValueError(f"eps = {eps}: it must lie in 0 .. 1, in [0, 1] pixels (8/255, not 8)")
         objective = cross_entropy_objective if self.loss == "cross-entropy" else cw_objective
         recordings = None if record is None else Recordings(record, name="the attack", tuned=True)
 
         def attack(clean: Tensor, label_B: Tensor, seed: int | Tensor) -> Tensor:
             start: dict[str, Any] = dict(start=self.start, clip_start=self.clip_start, seed=seed)
-            plan = Plan(steps=self.steps, step=self.step * eps, eps=eps, **start)
+            plan = Plan(steps=self.steps, step=self.step * eps, eps=eps, norm=norm, **start)
             return ascend(network, clean, plan, objective=objective(label_B))
 
         def perturb(clean: Tensor, clean_BK: Tensor, label_B: Tensor, seed: int) -> Tensor:
@@ -140,6 +141,7 @@ def predictions(
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
     capture: bool = False,
+    norm: str = "linf",
 ) -> Tensor:
     """Return the class that each image is given under attack, or clean where that is wrong already and counts.
 
@@ -153,6 +155,7 @@ def predictions(
         ranks: the processes that take turns at the batches. Each gets all answers, and they are those of one process.
         capture: whether, on a GPU, whole batches from the fourth on are replayed from CUDA graphs, with convolutions
             that are tuned: other rounding.
+        norm: of the ball, "linf" or "l2".
     Returns:
         (N,) int64 on the host; -1 where the logits are not finite.
     """
@@ -161,7 +164,7 @@ def predictions(
     model.eval()
     looked_at = model if source is None else source
     record = graphs_for(device, model, looked_at) if capture else None
-    perturb = attack.on(folded_twin(looked_at, device), eps, record) if attack.steps else None
+    perturb = attack.on(folded_twin(looked_at, device), eps, record, norm) if attack.steps else None
     options: dict[str, Any] = dict(indices=indices, batch_size=batch_size, seed=seed, ranks=ranks, record=record)
     for batch in attacked_batches(model, split, perturb, device=device, **options):
         size = len(batch.label_B)

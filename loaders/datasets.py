@@ -16,12 +16,22 @@ from retemper.loaders.views import permutation
 DATASETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "svhn", "tiny-imagenet", "folder")
 SPLITS = ("train", "test")
 USUAL_EPS = {"digits": 0.15, "fashion-mnist": 0.1}  # of the others 8/255
+USUAL_L2 = {"digits": 0.6, "fashion-mnist": 1.0}  # of the others 128/255
+USUAL_L1 = {"digits": 1.0, "fashion-mnist": 5.0}  # of the others 12
 DIGITS_SEED = 1797  # of our own split of digits: another seed would make another data set
 
 
-def usual_eps(dataset: str) -> float:
-    """Return the L-inf radius that networks on a data set are evaluated at, in pixel units, so that all are alike."""
-    return USUAL_EPS.get(dataset, 8 / 255)
+def usual_eps(dataset: str, norm: str = "linf") -> float:
+    """Return the radius that networks on a data set are evaluated at, in pixel units, so that all are alike.
+
+    Args:
+        norm: "linf", "l2" or "l1"; for another there is none, and ValueError is raised.
+    """
+    known = {"linf": (USUAL_EPS, 8 / 255), "l2": (USUAL_L2, 128 / 255), "l1": (USUAL_L1, 12.0)}
+    if norm not in known:
+        raise ValueError(f"norm = {norm!r}: it must be one of {', '.join(known)}")
+    of_dataset, otherwise = known[norm]
+    return of_dataset.get(dataset, otherwise)
 
 
 def load_split(

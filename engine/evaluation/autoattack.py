@@ -31,8 +31,10 @@ from torch import Tensor, nn
 
 from retemper.console import Progress, say
 from retemper.engine.device import exact_fp32
+from retemper.engine.evaluation.cross_check import cross_attacks, cross_checks
 from retemper.engine.evaluation.ledger import UNTRIED, Ledger
 from retemper.engine.evaluation.library import FULL, WEAKER, Strength, library_attacks
+from retemper.engine.evaluation.norms import SLACK, length
 from retemper.engine.predict import as_float, folded_twin, predicted
 from retemper.engine.sanity.flags import DLR_CLASSES, SQUARE_HELPS
 from retemper.engine.sanity.ladder import own_generators
@@ -48,8 +50,20 @@ FORWARDS = {
     "apgd-t": 919,
     "fab-t": 1829,
     "square": 5000,
+    "pma": 202,
+    "mt-apgd": 919,
+    "fmn": 200,
 }  # of an image that holds to the end
-BACKWARDS = {"apgd-ce": 101, "apgd-dlr": 101, "apgd-t": 909, "fab-t": 900, "square": 0}
+BACKWARDS = {
+    "apgd-ce": 101,
+    "apgd-dlr": 101,
+    "apgd-t": 909,
+    "fab-t": 900,
+    "square": 0,
+    "pma": 200,
+    "mt-apgd": 909,
+    "fmn": 200,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +77,8 @@ class SuiteRequest:
         fold: whether the attacks look at the network's folded twin.
         capture: whether, on a GPU, what the attacks ask of the network is replayed from CUDA graphs.
         budget_s: seconds after which no further batch is begun; None for no limit.
+        norm: "linf", "l2" or "l1".
+        cross: whether the cross-checks follow, on what the suite leaves (cross_check.py).
     """
 
     suite: str = "standard"
@@ -74,11 +90,13 @@ class SuiteRequest:
     fold: bool = False
     capture: bool = True
     budget_s: float | None = None
+    norm: str = "linf"
+    cross: bool = False
 
     @property
     def attacks(self) -> tuple[str, ...]:
-        """Return the names of the suite's attacks, in order."""
-        return suite_attacks(self.suite, self.classes)
+        """Return the names of the attacks, in order: the suite's, and the cross-checks."""
+        return suite_attacks(self.suite, self.classes) + (cross_checks(self.norm) if self.cross else ())
 
     @property
     def strength(self) -> Strength:
@@ -159,9 +177,13 @@ class _Runner:
         looked_at = require_foldable(model, request.device) if request.fold else model
         record = graphs_for(request.device, looked_at) if request.capture else None
         replayed = Replayed(looked_at, record, request.batch_size)
-        self.looked_at = ChannelsLast(replayed, progress)
-        asked = request.eps, request.seed, request.device, request.strength
+        self.looked_at = ChannelsLast(replayed, progress).eval()
+        asked = request.eps, request.seed, request.device, request.strength, request.norm
         self.attacks = library_attacks(self.looked_at, len(split.classes), *asked)
+        if request.cross:
+            targeted = library_attacks(self.looked_at, len(split.classes), *asked)["apgd-t"]
+            others: dict[str, Any] = dict(seed=request.seed, norm=request.norm)
+            self.attacks |= cross_attacks(self.looked_at, targeted, len(split.classes), request.eps, **others)
 
     def owed(self) -> Iterator[tuple[np.ndarray, str | None]]:
         """Yield (rows, attack) of every batch not done yet, None for the clean images, in the library's order."""
@@ -195,7 +217,9 @@ class _Runner:
         self._note(broken, logits_BK[broken_B], label_B[broken_B])
         ledger.broken_by[broken] = name
         ledger.tried_N[rows] = self.request.attacks.index(name) + 1
-        ledger.notes["perturbation"] = max(ledger.notes["perturbation"], float((adv - clean).abs().max()))
+        ledger.notes["perturbation"] = max(
+            ledger.notes["perturbation"], float(length(adv - clean, self.request.norm).max())
+        )
 
     def expect(self, attack: str | None) -> None:
         """Set the total of the progress to the work that is left if all images that hold now hold to the end."""
@@ -264,7 +288,8 @@ def suite_entry(ledger: Ledger, suite: str, classes: int = DLR_CLASSES) -> dict[
     flags = [*[without] * bool(without), *ledger.notes["flags"]]
     if broken.get("square", 0) > SQUARE_HELPS * len(ledger.image_N):
         flags.append(f"Square broke {broken['square']} images that the gradient attacks left: are gradients masked?")
-    if ledger.notes["perturbation"] > ledger.facts["eps"] + 1e-6:
+    slack = 1e-6 + (0.0 if "norm" not in ledger.facts else SLACK * ledger.facts["eps"])
+    if ledger.notes["perturbation"] > ledger.facts["eps"] + slack:
         flags.append(f"an attack left the ball: {ledger.notes['perturbation']:.6f} > {ledger.facts['eps']:.6f}")
     return {
         "complete": complete,

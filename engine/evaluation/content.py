@@ -50,8 +50,15 @@ class Counted(TypedDict):
     nsd: float | None
 
 
+class Beaten(TypedDict):
+    """How many images an attack broke where AutoAttack had not, in all and of each class."""
+
+    images: int
+    by_class: list[int]
+
+
 class AttackResult(Counted, total=False):
-    """The entry of one attack; the last fields are AutoAttack's."""
+    """The entry of one attack; `complete` to `ledger` are AutoAttack's, `eps` and `attacked` a curve's."""
 
     interval: Interval
     measures: Measures
@@ -62,6 +69,10 @@ class AttackResult(Counted, total=False):
     broken_by: dict[str, int]
     flags: list[str]
     ledger: str
+    beats_autoattack: dict[str, Beaten]
+    median_distance: list[float | None]
+    eps: float
+    attacked: int
 
 
 class Evaluated(TypedDict):
@@ -113,6 +124,25 @@ class Rungs(TypedDict, total=False):
     radius: list[Rung]
 
 
+class Violation(TypedDict):
+    """The images that an attack broke in a ball (a norm, a radius), and left standing in one that contains it."""
+
+    attack: str
+    inner: list[Any]
+    outer: list[Any]
+    images: int
+    of: int
+    first: list[int]
+
+
+class Consistency(TypedDict):
+    """What theory says of every two results, and what contradicts it."""
+
+    pairs: int
+    images: int
+    violations: list[Violation]
+
+
 class _Found(TypedDict):
     verdict: str
     images: int
@@ -149,6 +179,7 @@ class Evaluation(_Numbers, total=False):
 
     checks: Checks
     corruptions: Corrupted
+    consistency: Consistency
 
 
 def read_evaluation(path: Path, partial: bool = False) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def _right(
     model: nn.Module, split: Split, index_B: np.ndarray, name: str, severity: int, seed: int, device: torch.device
 ) -> torch.Tensor:
     """Return which images of a batch are classified correctly when they are corrupted: (B,) bool on `device`."""
-    image_BHWC = corrupt(split.images[index_B], name, severity, index_B, seed)
+    image_BHWC = corrupt(split.seen(index_B), name, severity, index_B, seed)
     view_B = torch.full((len(index_B),), identity_view(0), device=device)
     image = augment(torch.from_numpy(image_BHWC).to(device), view_B, padding=0)
     with exact_fp32(), torch.no_grad():

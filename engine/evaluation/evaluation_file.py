@@ -165,7 +165,7 @@ def _stays(there: dict[str, Any], new: dict[str, Any]) -> str:
     was, now = there["protocol"], new["protocol"]
     if was.get("weights_sha256") != now["weights_sha256"]:
         return ""
-    usual = usual_eps(now["dataset"])
+    usual = usual_eps(now["dataset"], now["norm"])
     if was.get("eps") == usual != now["eps"]:
         return f"at {now['dataset']}'s usual radius, {shown_value(usual)}"
     (images, attacks), (new_images, new_attacks) = fullness(there), fullness(new)

@@ -11,6 +11,9 @@ from torch import nn
 from retemper.engine.sanity.flags import DLR_CLASSES
 from retemper.errors import UsageError
 
+NAMES = {"linf": "Linf", "l2": "L2", "l1": "L1"}  # of the norms, as the library writes them
+L1_TARGETS = 5  # of APGD-T in L1, where the library's standard suite also restarts APGD-CE five times
+
 
 @dataclass(frozen=True, kw_only=True)
 class Strength:
@@ -40,21 +43,31 @@ def library_version() -> str:
 
 
 def library_attacks(
-    model: nn.Module, num_classes: int, eps: float, seed: int, device: torch.device, strength: Strength = FULL
+    model: nn.Module,
+    num_classes: int,
+    eps: float,
+    seed: int,
+    device: torch.device,
+    strength: Strength = FULL,
+    norm: str = "linf",
 ) -> dict[str, Any]:
     """Return the library's attack objects, set up as its standard suite has them: each has `perturb(clean, label)`.
 
-    Where an attack has targets, they are all classes but the label, at most nine; `strength` may say otherwise. Take
+    Where an attack has targets, they are all classes but the label, at most nine, in L1 five of APGD-T; `strength` may
+    say otherwise. In L1, APGD is the library's own of that norm: sparse steps, and a radius that shrinks to `eps`. Take
     those of `suite_attacks`: on fewer than four classes the loss of "apgd-t" is not defined, and "apgd-dlr" is there on
     three alone.
     """
     from pyautoattack import AutoAttack
 
-    suite = AutoAttack(model, eps=eps, norm="Linf", version="standard", seed=seed, device=str(device))
+    name: Any = NAMES[norm]
+    suite = AutoAttack(model, eps=eps, norm=name, version="standard", seed=seed, device=str(device))
     suite.apgd.loss, suite.apgd.seed = "ce", seed
     suite.fab.targeted = True
     for targeted in (suite.apgd_targeted, suite.fab):
         targeted.n_target_classes = min(strength.targets or num_classes, num_classes - 1)
+    if norm == "l1":
+        suite.apgd_targeted.n_target_classes = min(L1_TARGETS, num_classes - 1)
     suite.fab.n_iter = steps = strength.steps
     for apgd in (suite.apgd, suite.apgd_targeted):  # whose step is looked at, and perhaps halved, after shares of all
         apgd.n_iter = steps

@@ -66,7 +66,7 @@ def result_name(attack: str, protocol: str) -> str:
     of = PROTOCOLS[protocol]
     if attack == "autoattack":
         return attack if of.suite == STANDARD else f"{attack}-{of.suite}"
-    return attack if of.attacks[attack] == ATTACKS.get(attack) else f"{attack}-{protocol}"
+    return attack if attack == "fmn" or of.attacks[attack] == ATTACKS.get(attack) else f"{attack}-{protocol}"
 
 
 def protocol_of(result: str) -> tuple[str, str]:
@@ -84,6 +84,8 @@ def attack_options(result: str, protocol: Mapping[str, Any]) -> dict[str, Any]:
         result: as evaluation.json names it, or another evaluation's.
         protocol: of evaluation.json.
     """
+    if result == "cross-check":
+        return attack_options("autoattack", protocol) | {"cross_check": True}
     attack, paper = protocol_of(result)
     attack, _, suite = attack.partition("-") if attack.startswith("autoattack") else (attack, "", "")
     images = ((protocol.get("attacks") or {}).get(result) or {}).get("images")
@@ -95,13 +97,14 @@ def attack_options(result: str, protocol: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def radius(asked: float | str | None, dataset: str, trained: float | None, name: str) -> float:
+def radius(asked: float | str | None, dataset: str, trained: float | None, name: str, norm: str = "linf") -> float:
     """Return the radius that a network is evaluated at, in pixel units.
 
     Args:
         asked: the radius; None for the data set's usual one, "trained" for that of the network's training.
         trained: the radius that the network was trained for, where that is known.
         name: the network's.
+        norm: of the radius.
     Raises:
         UsageError: "trained" is asked for, and unknown.
     """
@@ -109,7 +112,7 @@ def radius(asked: float | str | None, dataset: str, trained: float | None, name:
         if trained is None:
             raise UsageError(f"--eps trained: {name} does not say its radius: give it in [0, 1] pixels (--eps 8/255)")
         return trained
-    return usual_eps(dataset) if asked is None else float(asked)
+    return usual_eps(dataset, norm) if asked is None else float(asked)
 
 
 def strongest_first() -> tuple[str, ...]:

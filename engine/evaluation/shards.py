@@ -46,7 +46,8 @@ def evaluate_suite(
         UsageError, DataError: as `run_suite` and `Ledger.begin`.
     """
     number, shards = shard or (ranks.rank + 1, ranks.world_size)
-    require_images(number, shards, len(order))
+    if shard:
+        require_images(number, shards, len(order))
     request = replace(request, classes=len(split.classes), fold=request.fold and is_foldable(model, request.device))
     part = np.array_split(order, shards)[number - 1]
     facts = {
@@ -57,6 +58,7 @@ def evaluate_suite(
         "batch_size": request.batch_size,
         "fold": request.fold,
         "library": library_version(),
+        **({"norm": request.norm} if request.norm != "linf" else {}),
         **({"strength": asdict(request.strength)} if request.strength != FULL else {}),
         **({"shard": [number, shards]} if shard or shards > 1 else {}),
     }
@@ -64,6 +66,8 @@ def evaluate_suite(
     with lock_on(own):
         ledger = Ledger.begin(own, facts, part, split.labels[part])
         complete = run_suite(model, split, request, ledger)
+        if not len(part):
+            ledger.write()  # which nothing else does for a process without images
     ranks.barrier(patiently=True)
     if shards == 1:
         return ledger

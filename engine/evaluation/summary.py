@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from retemper.engine.evaluation.norms import TITLES
 from retemper.engine.sanity.check import check_lines
 
 
@@ -36,7 +37,8 @@ def summary(content: dict[str, Any]) -> str:
         notes.append(f"{', '.join(weaker)}: a paper's own evaluation, weaker than the standard one: upper bounds")
     if any(result.get("measures", {}).get("honest_worst") is not None for result in content["attacks"].values()):
         notes.append("honest: the worst class of one half of the images, on the other; worst alone is biased downwards")
-    lines.append(f"{protocol['images']} {protocol['split']} images, L-inf eps {protocol['eps']:.4g}, fp32")
+    ball = f"{TITLES[protocol.get('norm', 'linf')]} eps {protocol['eps']:.4g}"
+    lines.append(f"{protocol['images']} {protocol['split']} images, {ball}, fp32")
     if "training_cut" in protocol:
         notes.append(f"the training was cut {protocol['training_cut']}: these are no numbers of a full run")
     return "\n".join(lines + notes + (check_lines(content["checks"]) if "checks" in content else []))

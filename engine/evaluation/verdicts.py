@@ -164,7 +164,7 @@ def require_same_radius(first: Evaluated, run: Evaluated) -> None:
     """Raise UsageError, with what helps, where two evaluations are at different radii."""
     if first.protocol["eps"] == run.protocol["eps"]:
         return
-    usual = usual_eps(str(run.protocol.get("dataset")))
+    usual = usual_eps(str(run.protocol.get("dataset")), run.protocol.get("norm") or "linf")
     other, good = (first, run) if run.protocol["eps"] == usual else (run, first)
     eps = good.protocol["eps"]
     folder = other.path.parent

@@ -17,6 +17,7 @@ from retemper.engine.report.headline import headline, subline, warnings
 from retemper.engine.report.page import Plot, Section, write_page
 from retemper.engine.report.paired import paired_blocks
 from retemper.engine.report.paper import paper_blocks, seed_blocks
+from retemper.engine.report.radii import radius_blocks
 from retemper.engine.report.read import read_run
 from retemper.engine.report.run_set import RunSet
 from retemper.engine.report.summary import summary_blocks
@@ -83,6 +84,7 @@ def _sections(runs: RunSet) -> list[Section]:
         Section("seeds", "Seeds together", seed_blocks(shown, runs.in_order)),
         Section("paired", "Differences on the same images", paired_blocks(runs)),
         Section("classes", "Class by class", classwise_blocks(runs)),
+        Section("radii", "Over the radius", radius_blocks(runs)),
         Section("confusion", "What is taken for what", confusion_blocks(runs)),
         Section("corruptions", "Corrupted images", corruption_blocks(runs)),
         Section("state", "Class state over the epochs", state_blocks(runs)),

@@ -14,6 +14,7 @@ import numpy as np
 from retemper.engine.checkpoints.header import read_header
 from retemper.engine.class_report import Result, read_result
 from retemper.engine.evaluation.content import read_evaluation
+from retemper.engine.evaluation.curve_summary import beaten_text
 from retemper.engine.evaluation.places import content_of, fullest, is_stale
 from retemper.engine.evaluation.protocols import STANDARD, attack_options, protocol_of
 from retemper.engine.report.page import Text
@@ -33,6 +34,8 @@ ATTACKS = {
     "pgd-trades": "PGD-TRADES",
     "autoattack-fast": "AutoAttack, fast suite",
     "autoattack": "AutoAttack",
+    "cross-check": "AutoAttack and cross-checks",
+    "fmn": "FMN",
 }
 
 
@@ -164,6 +167,8 @@ def _read_evaluation(run: RunRecord) -> None:
             continue
         flags = entry.get("flags")
         run.flags += [f"{title}: {flag}" for flag in flags] if isinstance(flags, list) else []
+        beats = as_dict(entry.get("beats_autoattack")).items() if len(run.protocol.get("classes") or ()) else ()
+        run.flags += [text for name, one in beats if (text := beaten_text(name, one, run.protocol["classes"]))]
         if entry.get("complete") is False:
             finish = run.evaluate_by(attack)
             run.notes.append(Text(f"{title} was interrupted: upper bounds (≤). To finish it:", finish))

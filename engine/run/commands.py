@@ -79,11 +79,13 @@ def evaluate_again(folder: Path, content: Mapping[str, Any], **attack: object) -
     except DataError:
         config = {}
     root, eps, limited = protocol.get("data_root"), protocol.get("eps"), protocol.get("subset", "all") != "all"
+    norm = protocol.get("norm") or "linf"
     options = {
+        "norm": None if norm == "linf" else norm,
         "model": asked.get("model"),
         "dataset": asked.get("dataset"),
         "data_root": None if root == config.get("data_root") else root,
-        "eps": None if eps in (None, usual_eps(str(protocol.get("dataset")))) else _typed(eps),
+        "eps": None if eps in (None, usual_eps(str(protocol.get("dataset")), norm)) else _typed(eps),
         "limit": protocol.get("images") if limited else None,
         "seed": protocol.get("seed") or None,
         "batch_size": None if protocol.get("batch_size") == BATCH_SIZE else protocol.get("batch_size"),

@@ -14,6 +14,7 @@ from retemper.options import Option, parse_value, shown_value
 
 NETWORK = "a run's folder, a checkpoint file, robustbench:NAME, or net.py:build (your own nn.Module)"
 FEW = 4  # choices; more stand behind the option's meaning, not before it
+NORMS = ("linf", "l2", "l1")
 GROUPS = {  # of the recipe's options, in the order of the help
     "method": "the method",
     "attack": "the inner maximisation",
@@ -127,6 +128,14 @@ def _pair(text: str) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
+def _radii(text: str) -> float | str | tuple[float, ...]:
+    """Read `trained`, one radius, or several behind commas."""
+    if text == "trained":
+        return text
+    radii = tuple(parse_value(float, word.strip()) for word in text.split(","))
+    return radii[0] if len(radii) == 1 else radii
+
+
 SEED = _kind(int, lambda seed: 0 <= seed < 2**23, "a seed lies in 0 .. 2^23 - 1")
 COUNT = _kind(int, lambda number: number >= 1, "it must be at least 1")
 BATCH = _kind(int, lambda size: 1 <= size <= 2**20, "a batch has 1 .. 2^20 images")
@@ -140,6 +149,11 @@ RADIUS = _kind(
     lambda text: text if text == "trained" else parse_value(float, text),
     lambda eps: eps == "trained" or 0 <= eps <= 1,
     "write it in [0, 1] pixels, 8/255 not 8",
+)
+RADII = _kind(
+    _radii,
+    lambda eps: eps == "trained" or all(0 <= one < 1e4 for one in (eps if isinstance(eps, tuple) else (eps,))),
+    "write it in [0, 1] pixels, 8/255 not 8; several as 2/255,4/255,8/255",
 )
 SHARD = _kind(_pair, lambda pair: 1 <= pair[0] <= pair[1], "write it as 1/4 to 4/4")
 MINUTES = _kind(float, lambda minutes: 0 < minutes <= YEAR_S / 60, "write it in minutes, above 0 and up to a year")
@@ -189,10 +203,10 @@ OPTIONS: dict[str, tuple[str | tuple[str, dict[str, Any]], ...]] = {  # of each 
         _option("target", NETWORK, "NETWORK"),
         _option(
             "--attacks",
-            "of clean, fgsm, pgd20, cw, autoattack; of rslad clean, fgsm, pgd-sat, pgd-trades, cw, autoattack (all but "
-            "autoattack)",
+            "of clean, fgsm, pgd20, cw, autoattack, fmn (an extra); of rslad clean, fgsm, pgd-sat, pgd-trades, cw, "
+            "autoattack (all but autoattack and fmn)",
             "NAMES",
-            completes=sorted({name for names in verbs.PROTOCOLS.values() for name in names}),
+            completes=sorted({name for names in (*verbs.PROTOCOLS.values(), *verbs.OTHERS.values()) for name in names}),
         ),
         _option(
             "--protocol",
@@ -202,10 +216,12 @@ OPTIONS: dict[str, tuple[str | tuple[str, dict[str, Any]], ...]] = {  # of each 
         ),
         _option(
             "--eps",
-            "the radius, in [0, 1] pixels, or `trained`: that of its training (8/255; digits 0.15, Fashion-MNIST 0.1)",
+            "the radius, in [0, 1] pixels, or `trained`: that of its training (8/255; digits 0.15, Fashion-MNIST 0.1); "
+            "several, 2/255,4/255,8/255, for a curve",
             "X",
-            type=RADIUS,
+            type=RADII,
         ),
+        _option("--norm", "of the perturbation; pgd20 and its like have no l1 (linf)", choices=NORMS, default="linf"),
         _option("--data-root", "where the data set lies (as in training)", "DIR", type=PATH),
         _option("--out", "where evaluation.json goes (beside the weights)", "DIR", type=PATH),
         _option("--limit", "only N images, balanced over the classes", "N", type=COUNT),
@@ -229,6 +245,7 @@ OPTIONS: dict[str, tuple[str | tuple[str, dict[str, Any]], ...]] = {  # of each 
             default="standard",
         ),
         _option("--autoattack-limit", "the suite on N of the images, balanced", "N", type=COUNT),
+        _option("--cross-check", "then try PMA, MT-APGD and FMN on what it leaves (an extra)", action="store_true"),
         _option("--fold", "let it look at the folded twin: faster, other rounding", action="store_true"),
         _option("--shard", "only the Ith of N pieces; the last one done puts them together", "I/N", type=SHARD),
         _option("--budget", "begin nothing after that; the same command goes on", "MINUTES", type=MINUTES),

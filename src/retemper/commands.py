@@ -9,7 +9,9 @@ def command(*words: str | Path, **options: object) -> str:
 
     Args:
         words: the program and its arguments, in their order.
-        options: data_root="my data" becomes --data-root 'my data'; one that is None is left out.
+        options: data_root="my data" becomes --data-root 'my data'; one that is None is left out, one that is True
+            is given without a value.
     """
-    given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items() if value is not None]
+    named = {f"--{name.replace('_', '-')}": value for name, value in options.items() if value is not None}
+    given = [(name,) if value is True else (name, str(value)) for name, value in named.items()]
     return shlex.join([*map(str, words), *(word for pair in given for word in pair)])

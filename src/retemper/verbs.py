@@ -16,6 +16,7 @@ PROTOCOLS = {  # of an evaluation, with their attacks: those of retemper.engine.
     "fair-ard": ("clean", "fgsm", "pgd20", "cw", "autoattack"),
     "rslad": ("clean", "fgsm", "pgd-sat", "pgd-trades", "cw", "autoattack"),
 }
+OTHERS = {"standard": ("fmn",)}  # attacks that come with a protocol and are not run unless they are named
 
 
 def train(arguments: Namespace) -> None:
@@ -94,10 +95,14 @@ def evaluate(arguments: Namespace) -> None:
     from retemper.engine.checkpoints.header import Facts
     from retemper.engine.distributed.join import joined
     from retemper.engine.evaluation.corrupted import corruption_table
+    from retemper.engine.evaluation.consistency import consistency_lines
+    from retemper.engine.evaluation.curve_summary import beaten_lines, curve_summary
     from retemper.engine.evaluation.evaluate import EvaluationRequest, evaluate_target
     from retemper.engine.evaluation.summary import summary
 
-    same = "target out data_root limit weights batch_size seed suite fold autoattack_limit check shard eps protocol"
+    same = (
+        "target out data_root limit weights batch_size seed suite fold autoattack_limit check shard eps protocol norm"
+    )
     with joined(arguments.device) as (ranks, device):
         if arguments.shard and ranks.joined:
             raise UsageError("--shard is for separate commands: torchrun shares the images out itself")
@@ -105,6 +110,7 @@ def evaluate(arguments: Namespace) -> None:
             **{name: getattr(arguments, name) for name in same.split()},
             capture=arguments.capture,
             corruptions=arguments.corruptions,
+            cross_check=arguments.cross_check,
             attacks=attacks,
             device=device,
             ranks=ranks,
@@ -113,10 +119,10 @@ def evaluate(arguments: Namespace) -> None:
         )
         path, content = evaluate_target(request)
     if ranks.is_first:
-        print(summary(content))
+        print(curve_summary(content) if request.is_curve else summary(content))
         if arguments.corruptions:
             print(corruption_table(content))
-        print(path)
+        print("\n".join([*beaten_lines(content), *consistency_lines(content.get("consistency")), str(path)]))
 
 
 def _attacks(arguments: Namespace) -> tuple[str, ...]:
@@ -124,6 +130,7 @@ def _attacks(arguments: Namespace) -> tuple[str, ...]:
     known = PROTOCOLS[arguments.protocol]
     if arguments.attacks is None:
         return known[:-1]
+    known += OTHERS.get(arguments.protocol, ())
     attacks = tuple(name.strip() for name in arguments.attacks.split(",") if name.strip())
     if not attacks:
         raise UsageError(f"--attacks names none: choose of {', '.join(known)}")

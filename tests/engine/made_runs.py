@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from retemper.engine.class_report import class_report, intervals
+from retemper.engine.evaluation.curve_file import CurveFile
 
 DIGITS = [str(k) for k in range(10)]
 RSLAD = [0.85, 0.62, 0.74, 0.60, 0.80, 0.71, 0.88, 0.75, 0.43, 0.66]  # weakest: 8
@@ -91,6 +92,21 @@ def make_run(folder: Path, accuracy: list[float], classes: list[str] = DIGITS, *
         evaluation = {"protocol": protocol, "attacks": results, "checks": change.get("checks", {})}
         (folder / "evaluation.json").write_text(json.dumps(evaluation))
     return folder
+
+
+def add_curve(folder: Path, *radii: float) -> None:
+    """Write curve.json and curve.csv beside a run's evaluation: the images fall evenly from radius to radius."""
+    content = json.loads((folder / "evaluation.json").read_text())
+    whole = content["attacks"]["pgd20"]
+    entries = [
+        whole | {"eps": eps, "attacked": 1, "accuracy": [a / (1 + number / 2) for a in whole["accuracy"]]}
+        for number, eps in enumerate(radii)
+    ]
+    file = CurveFile.empty(folder / "curve.json", content["protocol"] | {"eps": list(radii)})
+    images = {image: (0, radii[0]) for image in range(sum(whole["count"]))}
+    file.set("pgd20", {"steps": 20}, entries, images)
+    file.content["consistency"] = {"pairs": 6, "images": 6 * len(images), "violations": []}
+    file.write()
 
 
 def write_verdicts(folder: Path, results: dict[str, Any], count: int) -> None:

@@ -103,7 +103,7 @@ def test_a_failing_evaluation_leaves_the_finished_one_alone(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("retemper.engine.evaluation.evaluate.predictions", fails)
+        patch.setattr("retemper.engine.evaluation.attacked.predictions", fails)
         assert run([*words, "40"]) != 0
     assert before == {name: (tmp_path / name).read_bytes() for name in before}
     assert run([*words, "40"]) == 0

@@ -160,6 +160,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     more = same | {"state": True, "checks": made.checks(suspect=True)}
     runs.append(made.make_run(root / "a_run_with_quite_a_long_name-of-a-folder", made.ABSLD, **more))
+    for run in runs[1:]:
+        made.add_curve(run, 2 / 255, 4 / 255, 8 / 255, 12 / 255)
     return write_report(runs, root / "page")
 
 
@@ -171,7 +173,13 @@ def seen(request: pytest.FixtureRequest, browser: Browser, page: Path) -> dict[s
 def test_every_section_is_there(seen: dict[str, Any]) -> None:
     for title in ("Summary", "Seeds together", "Differences on the same images", "Class by class"):
         assert title in seen["sections"]
-    for title in ("What is taken for what", "Class state over the epochs", "Training", "Can the numbers be trusted?"):
+    for title in (
+        "Over the radius",
+        "What is taken for what",
+        "Class state over the epochs",
+        "Training",
+        "Can the numbers be trusted?",
+    ):
         assert title in seen["sections"]
     assert "For a paper's table" in seen["sections"] and seen["lost"] == 0
 
@@ -183,7 +191,7 @@ def test_nothing_is_cut_off_and_the_text_is_large_enough(seen: dict[str, Any]) -
 
 
 def test_every_figure_is_drawn_at_the_size_it_was_made_for(seen: dict[str, Any]) -> None:
-    assert len(seen["images"]) == 8
+    assert len(seen["images"]) == 9
     for image in seen["images"]:
         assert image["natural"] > 0 and image["width"] > 200 and image["height"] > 100
         assert image["colours"] > 20 and image["right"] <= seen["window"]

@@ -1,0 +1,255 @@
+"""Curves over the radius, L2 and L1, and the cross-checks: held to a linear model whose answer is known."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from retemper.cli import run
+from retemper.engine.evaluation import autoattack, cross_check, minimal_norm
+from retemper.engine.evaluation.autoattack import SuiteRequest, run_suite, suite_attacks
+from retemper.engine.evaluation.consistency import consistency
+from retemper.engine.evaluation.cross_check import ProbabilityMargin, cross_checks, schedule
+from retemper.engine.evaluation.curve_file import read_curve
+from retemper.engine.evaluation.ledger import Ledger
+from retemper.engine.evaluation.minimal_norm import MinimalNorm
+from retemper.engine.evaluation.norms import NORMS, ORDER, is_inside, length
+from retemper.engine.predict import Attack, as_float, predictions
+from retemper.engine.report import write_report
+from retemper.loaders import Split
+from retemper.loaders.split import split_of_arrays
+
+CPU = torch.device("cpu")
+DUAL = {"linf": 1.0, "l2": 2.0, "l1": float("inf")}
+CLASSES, PIXELS = 4, 36
+
+
+class Linear(nn.Module):
+    """z = W (x - 1/2)."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(classes, PIXELS, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return (image - 0.5).flatten(1) @ self.weight.T
+
+
+def linear(classes: int) -> tuple[Linear, Split, Tensor, Tensor]:
+    """The model, grey images far from black and white, labelled as it classifies them, and both as tensors."""
+    model, names = Linear(classes).eval().requires_grad_(False), tuple("abcd"[:classes])
+    images = np.random.default_rng(0).integers(110, 146, (24, 6, 6, 1), dtype=np.uint8)
+    split = split_of_arrays("digits", "test", images, np.zeros(24, dtype=np.int64), names, "made")
+    clean = as_float(split, torch.arange(24), CPU).contiguous()
+    label_N = model(clean).argmax(1)
+    return model, split_of_arrays("digits", "test", images, label_N.numpy(), names, "made"), clean, label_N
+
+
+def true_distances(model: Linear, clean: Tensor, label_N: Tensor, norm: str) -> Tensor:
+    """(z_y - z_k) / ||w_y - w_k||_*, the dual norm, to each other class: the box is too far away to matter."""
+    logits_NK, weight = model(clean), model.weight
+    margin_NK = logits_NK.gather(1, label_N[:, None]) - logits_NK
+    slope_NK = (weight[label_N][:, None] - weight[None]).norm(DUAL[norm], dim=2)
+    return (margin_NK / slope_NK).masked_fill(slope_NK == 0, torch.inf)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_attacks_find_the_distances_that_are_known_in_closed_form(
+    norm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, split, clean, label_N = linear(CLASSES)
+    true_NK = true_distances(model, clean, label_N, norm)
+    true_N = true_NK.amin(1)
+    assert true_N.max() < 0.4  # no pixel reaches black or white
+    whole = autoattack.library_attacks
+
+    def shortened(*words: Any) -> dict[str, Any]:
+        attacks = whole(*words)
+        attacks["square"].n_queries, attacks["fab-t"].n_iter = 20, 10
+        attacks["apgd-t"].n_iter = 50
+        return attacks
+
+    monkeypatch.setattr(autoattack, "library_attacks", shortened)
+    eps = float(true_N.median()) * 1.001
+    facts = {"eps": eps, "seed": 0, "norm": norm}
+    ledger = Ledger.begin(tmp_path / "autoattack.csv", facts, np.arange(24), split.labels)
+    assert run_suite(model, split, SuiteRequest(eps=eps, device=CPU, norm=norm), ledger)
+    holds = torch.from_numpy(ledger.holds(suite_attacks("standard", CLASSES)))
+    assert ledger.notes["perturbation"] <= eps * (1 + 1e-5)
+    # no attack breaks what no perturbation breaks; and it breaks all that is not at the very edge
+    assert holds[true_N > eps * (1 + 1e-5)].all() and not holds[true_N < 0.99 * eps].any()
+
+    pytest.importorskip("foolbox")
+    adv = MinimalNorm(model, norm).perturb(clean, label_N)
+    found_N = length(adv - clean, norm)
+    found_K = model(adv).argmax(1)
+    assert (found_K != label_N).all() and (found_N >= true_N * (1 - 1e-5)).all()
+    # it goes to the boundary of one class, the nearest for most images but not for all
+    assert (found_N <= true_NK.gather(1, found_K[:, None]).squeeze(1) * 1.03 + 1e-4).all()
+    assert (found_N <= true_N * 1.03 + 1e-4).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_our_own_attacks_reach_the_known_distance(norm: str) -> None:
+    model, split, clean, label_N = linear(2)  # on two classes their losses all point along one line
+    true_N = true_distances(model, clean, label_N, norm).amin(1)
+    eps = float(true_N.median()) * 1.001
+    options: dict[str, Any] = dict(eps=eps, device=CPU, norm=norm)
+    holds = predictions(model, split, Attack(steps=40), **options) == label_N
+    adv = ProbabilityMargin(model, eps=eps, seed=0, norm=norm).perturb(clean, label_N)
+    assert (length(adv - clean, norm) <= eps * (1 + 1e-5)).all() and adv.min() >= 0 and adv.max() <= 1
+    for holding in (holds, model(adv).argmax(1) == label_N):
+        assert holding[true_N > eps * (1 + 1e-5)].all() and not holding[true_N < 0.95 * eps].any()
+
+
+def test_pma_ascends_one_term_and_then_the_margin() -> None:
+    first, second = ([stage.loss for stage in schedule(run, 6)] for run in (0, 1))
+    assert first == ["own"] * 3 + ["margin"] * 3 and second == ["own", "other", "other"] + ["margin"] * 3
+    sizes = [stage.size for stage in schedule(0, 6)]
+    assert sizes[0] == sizes[3] == 2 and sizes[1] > sizes[2] > 0 and cross_checks("l1") == ("mt-apgd", "fmn")
+
+
+@pytest.mark.parametrize(("inner", "outer"), [("l2", "linf"), ("l1", "l2"), ("linf", "l2"), ("linf", "l1")])
+def test_a_ball_lies_inside_another_where_no_vector_leaves_it(inner: str, outer: str) -> None:
+    pixels = PIXELS
+    corner = torch.ones(1, pixels) if inner == "linf" else torch.eye(pixels)[:1]
+    corner = corner / corner.norm(ORDER[inner], dim=1)
+    radius = float(length(corner, outer))  # of the vector that goes farthest
+    assert is_inside((inner, 1.0), (outer, radius * 1.0001), pixels)
+    assert not is_inside((inner, 1.0), (outer, radius * 0.999), pixels)
+
+
+RADII = "0.02,0.06,0.12"
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AutoAttack and the cross-checks of a second."""
+    whole = autoattack.library_attacks
+
+    monkeypatch.setattr(minimal_norm, "STEPS", 20)
+    monkeypatch.setattr(cross_check, "TARGETS", 2)
+    monkeypatch.setattr(cross_check, "schedule", lambda run: schedule(run, 6))
+
+    def shortened(*words: Any) -> dict[str, Any]:
+        attacks = whole(*words)
+        for name in ("apgd-ce", "apgd-t"):
+            attacks[name].n_iter = 5
+            attacks[name].n_target_classes = 2
+        attacks["fab-t"].n_iter, attacks["fab-t"].n_target_classes, attacks["square"].n_queries = 3, 2, 20
+        return attacks
+
+    monkeypatch.setattr(autoattack, "library_attacks", shortened)
+
+
+def verdicts(path: Path) -> dict[str, dict[int, float]]:
+    return {name: {image: at for image, (_, at) in one.items()} for name, one in read_curve(path).broken.items()}
+
+
+def test_a_curve_falls_image_by_image_and_goes_on_where_it_was_killed(
+    teacher: Path, tmp_path: Path, short: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("foolbox")
+    words = ["evaluate", str(teacher), "--eps", RADII, "--limit", "12", "--attacks", "fmn,autoattack"]
+    words += ["--cross-check", "--out"]
+    assert run([*words, str(tmp_path / "whole")]) == 0
+    said = capsys.readouterr().out
+    assert "theory" in said and "0 violations" in said and "cross-checks at eps 0.02" in said
+
+    write, writes = Ledger.write, []
+
+    def killed(ledger: Ledger) -> None:
+        write(ledger)
+        writes.append(ledger)
+        if len(writes) == 9:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ledger, "write", killed)
+    assert run([*words, str(tmp_path / "killed")]) != 0 and len(writes) == 9
+    assert run([*words, str(tmp_path / "killed")]) == 0
+    whole, gone_on = (verdicts(tmp_path / name / "curve.json") for name in ("whole", "killed"))
+    assert whole == gone_on
+    content = json.loads((tmp_path / "whole" / "curve.json").read_text())
+    assert content["protocol"]["eps"] == [0.02, 0.06, 0.12]
+    for name, attack in content["attacks"].items():
+        accuracies = np.array([entry["accuracy"] for entry in attack["radii"]])
+        assert accuracies.shape == (3, 10) and (np.diff(accuracies, axis=0) <= 0).all()
+        assert {"interval", "confusion", "eps", "attacked"} <= attack["radii"][0].keys()
+        for number, eps in enumerate((0.02, 0.06, 0.12)):
+            right = sum(at > eps for at in whole[name].values()) / 12
+            assert attack["radii"][number]["average"] == pytest.approx(right)
+    attacked = [entry["attacked"] for entry in content["attacks"]["autoattack"]["radii"]]
+    assert attacked[0] == 12 and attacked[1] == sum(at > 0.02 for at in whole["autoattack"].values())
+    beaten = list(csv.DictReader((tmp_path / "whole" / "curve-cross-check.csv").read_text().splitlines()))
+    told = sum(
+        one["images"]
+        for entry in content["attacks"]["cross-check"]["radii"]
+        for one in entry["beats_autoattack"].values()
+    )
+    assert len(beaten) == told
+
+    assert run([*words[:2], "--attacks", "clean", "--limit", "12", "--out", str(tmp_path / "whole")]) == 0
+    page = write_report([tmp_path / "whole"], tmp_path / "page").read_text()
+    assert "Over the radius" in page and (tmp_path / "page" / "radii_linf.png").exists()
+
+
+def test_one_radius_of_a_curve_is_the_single_evaluation(teacher: Path, tmp_path: Path) -> None:
+    words = ["evaluate", str(teacher), "--limit", "40", "--attacks", "pgd20", "--out", str(tmp_path)]
+    assert run([*words, "--eps", "0.1,0.2"]) == 0 and run([*words, "--eps", "0.1"]) == 0
+    curve = json.loads((tmp_path / "curve.json").read_text())["attacks"]["pgd20"]["radii"][0]
+    single = json.loads((tmp_path / "evaluation.json").read_text())["attacks"]["pgd20"]
+    assert all(curve[name] == single[name] for name in ("accuracy", "count", "confusion", "interval"))
+
+
+def test_norms_have_files_of_their_own_and_are_compared(teacher: Path, tmp_path: Path) -> None:
+    words = ["evaluate", str(teacher), "--limit", "40", "--attacks", "pgd20", "--out", str(tmp_path)]
+    assert run([*words, "--norm", "l2", "--eps", "0.1,0.6"]) == 0 and run([*words, "--norm", "l2"]) == 0
+    assert run([*words, "--eps", "0.1"]) == 0
+    assert json.loads((tmp_path / "evaluation-l2.json").read_text())["protocol"]["norm"] == "l2"
+    content = json.loads((tmp_path / "evaluation.json").read_text())
+    assert content["consistency"]["pairs"] > 0
+    # an image said to be broken in the small ball and to hold in the large one is a violation
+    curve = tmp_path / "curve-l2.csv"
+    rows = list(csv.reader(curve.read_text().splitlines()))
+    right = next(row for row in rows[1:] if row[2] == "")
+    right[2] = "0.1"
+    curve.write_text("\n".join(",".join(row) for row in rows) + "\n")
+    found = consistency(tmp_path, content["protocol"], 64)
+    assert found["violations"] and int(right[0]) in found["violations"][0]["first"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--eps", "8"], "8/255 not 8"),
+        (["--eps", "0.2,0.1"], "the smallest first"),
+        (["--eps", "0.1,trained"], "--eps"),
+        (["--norm", "l1"], "no L1 version"),
+        (["--norm", "l2", "--eps", "trained"], "L-inf"),
+        (["--norm", "l2", "--protocol", "rslad"], "--protocol"),
+        (["--eps", "0.1,0.2", "--check"], "--check"),
+        (["--cross-check"], "AutoAttack"),
+        (["--attacks", "autoattack", "--cross-check", "--suite", "fast"], "--suite"),
+        (["--attacks", "autoattack", "--shard", "1/2", "--eps", "0.1,0.2"], "--shard"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(
+    teacher: Path, tmp_path: Path, words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["evaluate", str(teacher), "--out", str(tmp_path / "out"), *words]) == 2
+    assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_curve_whose_images_are_lost_is_begun_anew(teacher: Path, tmp_path: Path) -> None:
+    words = ["evaluate", str(teacher), "--limit", "20", "--attacks", "fgsm", "--eps", "0.1,0.2", "--out", str(tmp_path)]
+    assert run(words) == 0
+    whole, was = (tmp_path / "curve.csv").read_text(), (tmp_path / "curve.json").read_bytes()
+    (tmp_path / "curve.csv").write_text("image,label\n")
+    assert run(words) == 0
+    assert (tmp_path / "curve.csv").read_text() == whole
+    assert (tmp_path / "curve.1.json").read_bytes() == was
