@@ -27,6 +27,9 @@ class Data(Options):
     images_per_class: int | None = option(
         None, "train on so many images of each class (none: on all)", positive=True, at_most=10**7
     )
+    extra_fraction: float = option(
+        0.0, "with --extra: the share of each batch that is drawn from its images, as 0.7; the rest are real", at_most=1
+    )
     augment: Literal["crop", "cropshift", "idbh-weak", "idbh-strong", "idbh-svhn"] = option(
         "crop",
         "what is done to images: a random crop; CropShift, which cuts off up to 10 of 32 lines and moves the rest; or "
@@ -38,6 +41,11 @@ class Data(Options):
         "zeros", "what lies outside an image that is cropped at random: black, or its mirror image"
     )
     flip: bool = option(True, "mirror half of the images")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.extra_fraction == 1:
+            raise ValueError("extra_fraction = 1: it must be below 1, since an epoch is counted on the real images")
 
     @property
     def strong(self) -> bool:

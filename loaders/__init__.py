@@ -6,6 +6,8 @@ from retemper.loaders.choose import LoaderKind, make_loader
 from retemper.loaders.datasets import DATASETS, load_split, usual_eps
 from retemper.loaders.ffcv_library import ffcv_problem
 from retemper.loaders.loader import Batch, Loader
+from retemper.loaders.mixed import Extra
+from retemper.loaders.pool import Pool, open_pool
 from retemper.loaders.split import Split, split_of_arrays
 from retemper.loaders.views import ViewSpace, epoch_order, holdout_split
 
@@ -13,8 +15,10 @@ __all__ = [
     "DATASETS",
     "Batch",
     "DataError",
+    "Extra",
     "Loader",
     "LoaderKind",
+    "Pool",
     "Split",
     "UsageError",
     "ViewSpace",
@@ -25,6 +29,7 @@ __all__ = [
     "holdout_split",
     "load_split",
     "make_loader",
+    "open_pool",
     "split_of_arrays",
     "usual_eps",
     "verify",
