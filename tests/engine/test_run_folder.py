@@ -101,7 +101,6 @@ def test_a_folder_taken_away_at_any_system_call_of_a_save_is_an_error_that_names
                 pytest.fail("a folder that is gone was written to")
 
 
-
 def test_a_start_that_fails_leaves_no_folder_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", "absld:digits", "--device", "cpu", "--teacher", str(tmp_path / "none"), "--out"]
     assert run([*words, str(tmp_path / "runs/a")]) == 3
