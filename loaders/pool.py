@@ -8,7 +8,7 @@ import hashlib
 import math
 import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ from retemper.loaders.pool_files import LAYOUT, Member, members, pool_files
 from retemper.loaders.split import Split
 
 NO_LABEL = -1
-AROUND = 2**16  # bytes of a file that Linux maps around each page that is touched
-HELD = 2**26  # bytes of a map that may be held before all are let go
+ROWS = 32  # images before pages are let go: around each, Linux maps up to 2 MiB of what it has in its cache
 
 
 class Mapped:
@@ -53,7 +52,6 @@ class Pool:
     labels: np.ndarray
     shape: tuple[int, int, int]
     fingerprint: str
-    _touched: dict[str, int] = field(default_factory=lambda: {"bytes": 0}, repr=False)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -74,24 +72,21 @@ class Pool:
         return {"path": str(self.path.absolute()), **told}
 
     def take(self, index: np.ndarray, out: np.ndarray) -> None:
-        """Copy the images at `index`, (n,) int64, to the first n of `out`, (m, H, W, C) uint8. One thread at a time."""
+        """Copy the images at `index`, (n,) int64, to the first n of `out`, (m, H, W, C) uint8, and let go their pages."""
+        for start in range(0, len(index), ROWS):
+            self._take(index[start : start + ROWS], out[start : start + ROWS])
+
+    def _take(self, index: np.ndarray, out: np.ndarray) -> None:
         first = 0
         for part in self.parts:
-            own = (index >= first) & (index < first + len(part.images))
-            if own.all():  # the usual case: one part
+            own = np.flatnonzero((index >= first) & (index < first + len(part.images)))
+            if len(own) == len(index):  # in one piece, where `out` is the goal itself
                 np.take(part.images, index - first, axis=0, out=out[: len(index)], mode="clip")
-            elif own.any():
-                out[: len(index)][own] = part.images[index[own] - first]
+            elif len(own):
+                out[own] = part.images[index[own] - first]
+            if len(own):
+                part.let_go()
             first += len(part.images)
-        self._touched["bytes"] += len(index) * max(AROUND, math.prod(self.shape))
-        if self._touched["bytes"] > HELD:
-            self.let_go()
-
-    def let_go(self) -> None:
-        """Hold no page of the files."""
-        self._touched["bytes"] = 0
-        for part in self.parts:
-            part.let_go()
 
 
 def open_pool(path: Path, split: Split, cache: Path) -> Pool:

@@ -32,7 +32,6 @@ def test_images_come_out_as_they_were_written(split: Split, tmp_path: Path, part
     at = np.random.default_rng(2).integers(0, 90, 200)
     out = np.zeros((201, 6, 5, 3), np.uint8)
     pool.take(at, out)
-    pool.let_go()
     pool.take(at[:3], out[:3])
     np.testing.assert_array_equal(out[:200], IMAGE[at])
     assert not out[200].any()

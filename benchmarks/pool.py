@@ -1,0 +1,277 @@
+"""A pool of a million images beside CIFAR-10: memory, speed, kills and two processes, on this machine.
+
+    python benchmarks/pool.py --data-root data --scratch /tmp/pool --json benchmarks/results/pool/pool.json
+
+The pool is made of the real training images: cropped, mirrored, and each pixel moved by up to 8 levels; it takes 3.1 GB
+of the scratch folder. Then, each in processes of its own:
+
+    memory   an epoch of batches of 128, 70 % from the pool, mapped: the peak of what the process holds
+    speed    images/s of the plain loader, of the pool mapped and of the pool in memory, in turns
+    kills    a training run killed with -9 again and again, at random moments, against an undisturbed one
+    ranks    the rows that each of two processes is given, against those of one
+
+DIR of --data-root holds CIFAR-10 in its own format, or JPEG copies in it: the figures do not depend on which.
+"""
+
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from summary import markdown, words_of, write_summary
+
+from retemper.kernels import augment
+from retemper.loaders import Batch, Extra, Loader, Split, ViewSpace, load_split, make_loader, open_pool
+from retemper.loaders.mixed import Where
+from retemper.loaders.views import random_words
+
+CPU = torch.device("cpu")
+BATCH, FRACTION, VIEWS = 128, 0.7, ViewSpace(4)
+CHUNK, LEVELS = 5000, 8
+ROUNDS, ROUND_BATCHES = 9, 200
+MIB = 2**20
+RUN = (
+    "--student tiny_resnet --images-per-class 60 --epochs 2 --batch-size 64 --attack-steps 1 --holdout-per-class 5 "
+    "--select-steps 1 --device cpu --cpu-threads 1 --save-every 0"
+).split()
+
+
+def make_pool(path: Path, split: Split, images: int) -> None:
+    """Write a pool of augmented real images, a chunk at a time; nothing where it is there."""
+    if path.exists():
+        return
+    index = (random_words(images, 1) % np.uint64(len(split))).astype(np.int64)
+    view, rng, real = VIEWS.draw(images, 0, 0), np.random.default_rng(0), torch.from_numpy(split.images)
+    with zipfile.ZipFile(path.with_suffix(".part"), "w") as file:
+        with file.open("image.npy", "w", force_zip64=True) as out:
+            told = {"descr": "|u1", "fortran_order": False, "shape": (images, *split.shape)}
+            np.lib.format.write_array_header_1_0(out, told)
+            for start in range(0, images, CHUNK):
+                rows = slice(start, min(start + CHUNK, images))
+                seen = augment(real, torch.from_numpy(view[rows]), index=torch.from_numpy(index[rows]))
+                levels = (seen.permute(0, 2, 3, 1).numpy() * 255).astype(np.int16)
+                levels += rng.integers(-LEVELS, LEVELS + 1, levels.shape, dtype=np.int16)
+                out.write(levels.clip(0, 255).astype(np.uint8).tobytes())
+        with file.open("label.npy", "w") as out:
+            np.lib.format.write_array(out, split.labels[index])
+    path.with_suffix(".part").rename(path)
+
+
+def loader(split: Split, path: Path | None, where: Where = "disk", **part: Any) -> Loader:
+    """Return the plain loader, or that with the pool."""
+    extra = None if path is None else Extra(open_pool(path, split, path.parent), FRACTION, where)
+    return make_loader("resident", split, batch_size=BATCH, seed=0, views=VIEWS, device=CPU, extra=extra, **part)
+
+
+def held() -> dict[str, float]:
+    """Return what this process holds, in MiB: anonymous memory, mapped files, and the peak of both."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    sizes = {words[0][:-1]: words[1] for words in lines if len(words) > 1}
+    return {name: int(sizes[name]) / 1024 for name in ("RssAnon", "RssFile", "VmHWM")}
+
+
+def memory(split: Split, path: Path) -> dict[str, Any]:
+    """Walk through an epoch of the mapped pool; return the peaks in MiB, before and in it."""
+    split.images  # noqa: B018  # the real ones are in memory either way
+    reading = held()["VmHWM"]
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts anew: it was in reading the real images
+    before, peak = held(), dict.fromkeys(("RssAnon", "RssFile"), 0.0)
+    for batch in loader(split, path).epoch(1):
+        augment(batch.image, batch.view)
+        now = held()
+        peak = {name: max(value, now[name]) for name, value in peak.items()}
+    peak |= {"VmHWM": held()["VmHWM"]}
+    return {"reading": reading, "before": before, "peak": peak, "pool": os.path.getsize(path) / MIB}
+
+
+def speed(split: Split, path: Path) -> dict[str, Any]:
+    """Return the images/s of each loader in each round; they take turns, in another order each time."""
+    loaders = {
+        "plain": loader(split, None),
+        "mapped": loader(split, path),
+        "in memory": loader(split, path, "device"),
+    }
+
+    with path.open("rb") as file:  # into the system's cache, as far as it has room
+        while file.read(MIB):
+            pass
+
+    def once(one: Loader, epoch: int, use: Callable[[Batch], object]) -> float:
+        batches, images = one.epoch(epoch), 0
+        use(next(batches))  # the epoch's order is drawn, and its thread at work
+        begun = time.perf_counter()
+        for _ in range(ROUND_BATCHES):
+            batch = next(batches)
+            use(batch)
+            images += len(batch.label)
+        return images / (time.perf_counter() - begun)
+
+    found: dict[str, Any] = {}
+    uses: dict[str, Callable[[Batch], object]] = {
+        "loader alone": lambda _: None,
+        "with crop and flip": lambda batch: augment(batch.image, batch.view),
+    }
+    for what, use in uses.items():
+        rates: dict[str, list[float]] = {name: [] for name in loaders}
+        for number in range(ROUNDS + 1):
+            for name in random.Random(number).sample([*loaders], len(loaders)):
+                rate = once(loaders[name], number + 1, use)
+                if number:  # the first round warms up
+                    rates[name].append(rate)
+        found[what] = rates
+    return found
+
+
+def counted(split: Split, path: Path, rank: str, world_size: str) -> list[list[int]]:
+    """Return the positions in each batch of an epoch that this process is given."""
+    return [batch.index.tolist() for batch in loader(split, path, rank=int(rank), world_size=int(world_size)).epoch(1)]
+
+
+def ranks(call: Callable[..., Any]) -> dict[str, Any]:
+    """Return what two processes are given of each batch, and whether it is what one process sees."""
+    alone, parts = call("count", "0", "1"), [call("count", rank, "2") for rank in ("0", "1")]
+    same = all(parts[0][n] == batch[0::2] and parts[1][n] == batch[1::2] for n, batch in enumerate(alone))
+
+    def shares(batches: list[list[int]]) -> Iterator[float]:
+        return (sum(row < 0 for row in batch) / len(batch) for batch in batches)
+
+    told = {f"rank {rank}": sorted({round(s, 4) for s in shares(part)}) for rank, part in enumerate(parts)}
+    drawn = [row for batch in alone for row in batch if row < 0]
+    return {
+        "asked": FRACTION,
+        "batches": len(alone),
+        "share of each batch": told,
+        "rows of two are those of one": same,
+        "draws": len(drawn),
+        "different images drawn": len({*drawn}),
+    }
+
+
+def kills(data_root: Path, path: Path, scratch: Path, number: int) -> dict[str, Any]:
+    """Kill a run again and again, and compare its weights with those of an undisturbed one."""
+    words = ["--data-root", str(data_root), "--cache", str(scratch / "cache")]
+    train = [sys.executable, "-m", "retemper", "train"]
+    teacher = scratch / "teacher"
+    first = [*train, "sat:cifar10_resnet18", *words, *RUN, "--epochs", "1", "--out", str(teacher)]
+    subprocess.run(first, check=True, capture_output=True)
+    mixed = ["--extra", str(path), "--extra-fraction", str(FRACTION), "--teacher", str(teacher)]
+    mixed = [*train, "rslad:cifar10_resnet18", "--teacher-model", "tiny_resnet", *words, *RUN, *mixed]
+    whole, struck = scratch / "whole", scratch / "struck"
+    process = subprocess.Popen([*mixed, "--out", str(whole)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, "the undisturbed run failed"
+    rng, places = random.Random(0), []
+    while len(places) < number:
+        process = subprocess.Popen([*mixed, "--out", str(struck)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        saves, wanted, stamp = 0, rng.randint(2, 6), _stamp(struck)
+        while saves < wanted and process.poll() is None:
+            time.sleep(0.005)
+            saves, stamp = saves + (_stamp(struck) != stamp), _stamp(struck)
+        time.sleep(rng.random() * 0.2)
+        assert process.poll() is None, f"it ended after {len(places)} kills"
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        state = torch.load(struck / "last.state", weights_only=True)
+        places.append([state["epoch"], state["step"]])
+    subprocess.run([*mixed, "--out", str(struck)], check=True, capture_output=True)
+    files = ("last.safetensors", "best.safetensors")
+    pairs = [(load_file(whole / name), load_file(struck / name)) for name in files]
+    equal = all(torch.equal(one[name], two[name]) for one, two in pairs for name in one)
+    lines = [[_told(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (whole, struck)]
+    return {
+        "kills": len(places),
+        "killed after epoch and step": places,
+        "weights bit for bit": equal,
+        "metrics but for the clock": lines[0] == lines[1],
+        "peak of the undisturbed run (MiB)": usage.ru_maxrss / 1024,
+    }
+
+
+def _stamp(out: Path) -> int:
+    """Return when the state of a run was last saved; 0 for never."""
+    try:
+        return (out / "last.state").stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def _told(line: str) -> dict[str, Any]:
+    return {name: value for name, value in json.loads(line).items() if "second" not in name}
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return the figures as Markdown."""
+    peak, before = found["memory"]["peak"], found["memory"]["before"]
+    rows: list[tuple[str, str]] = [
+        (
+            "the pool's file (MiB); a quarter of it",
+            f"{found['memory']['pool']:,.0f}; {found['memory']['pool'] / 4:,.0f}",
+        ),
+        ("peak resident memory of an epoch, mapped (MiB)", f"{peak['VmHWM']:,.0f}"),
+        ("of it anonymous, and pages of files (peaks)", f"{peak['RssAnon']:,.0f}, {peak['RssFile']:,.0f}"),
+        ("before the pool is opened: anonymous, files", f"{before['RssAnon']:,.0f}, {before['RssFile']:,.0f}"),
+        ("earlier, while the real images were read (peak)", f"{found['memory']['reading']:,.0f}"),
+    ]
+    for what, rates in found["speed"].items():
+        for name, own in rates.items():
+            ratio = sorted(a / b for a, b in zip(own, rates["plain"], strict=True))
+            against = f"{statistics.median(ratio):.2f} x plain ({ratio[0]:.2f} to {ratio[-1]:.2f})"
+            rows.append((f"{what}, {name} (images/s)", f"{statistics.median(own):,.0f}; {against}"))
+    for part in ("kills", "ranks"):
+        rows += [(name, str(value)) for name, value in found[part].items() if name != "killed after epoch and step"]
+    return markdown(("", "measured"), rows)
+
+
+def main() -> None:
+    """Measure everything, or in a process of its own one part."""
+    parser = words_of(__doc__)
+    parser.add_argument("--data-root", type=Path, required=True)
+    parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--images", type=int, default=1_000_000)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--part", nargs="+", default=[], help="of this script alone: one part, its result on stdout")
+    words = parser.parse_args()
+    torch.set_num_threads(1)
+    words.scratch.mkdir(parents=True, exist_ok=True)
+    path, split = words.scratch / "pool.npz", load_split("cifar10", "train", words.data_root)
+    if words.part:
+        parts: dict[str, Callable[..., Any]] = {"memory": memory, "speed": speed, "count": counted}
+        print(json.dumps(parts[words.part[0]](split, path, *words.part[1:])))
+        return
+    make_pool(path, split, words.images)
+
+    def call(*part: str) -> Any:
+        command = [
+            sys.executable,
+            __file__,
+            "--data-root",
+            words.data_root,
+            "--scratch",
+            words.scratch,
+            "--part",
+            *part,
+        ]
+        return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+    found = {"images": words.images, "memory": call("memory"), "speed": call("speed"), "ranks": ranks(call)}
+    found["kills"] = kills(words.data_root, path, words.scratch, words.kills)
+    print(table(found))
+    write_summary(words.json, found, CPU)
+    if words.json is not None:
+        words.json.with_suffix(".md").write_text(table(found))
+
+
+if __name__ == "__main__":
+    main()
