@@ -5,8 +5,8 @@
 The pool is made of the real training images: cropped, mirrored, and each pixel moved by up to 8 levels; it takes 3.1 GB
 of the scratch folder. Then, each in processes of its own:
 
-    memory   an epoch of batches of 128, 70 % from the pool, mapped: the peak of what the process holds
-    speed    images/s of the plain loader, of the pool mapped and of the pool in memory, in turns
+    memory   an epoch of batches of 128, 70 % from the pool on the disk: the peak of what the process holds
+    speed    images/s of the plain loader, of the pool on the disk and in memory, in turns
     kills    a training run killed with -9 again and again, at random moments, against an undisturbed one
     ranks    the rows that each of two processes is given, against those of one
 
@@ -82,7 +82,7 @@ def held() -> dict[str, float]:
 
 
 def memory(split: Split, path: Path) -> dict[str, Any]:
-    """Walk through an epoch of the mapped pool; return the peaks in MiB, before and in it."""
+    """Walk through an epoch of the pool on the disk; return the peaks in MiB, before and in it."""
     split.images  # noqa: B018  # the real ones are in memory either way
     reading = held()["VmHWM"]
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts anew: it was in reading the real images
@@ -99,7 +99,7 @@ def speed(split: Split, path: Path) -> dict[str, Any]:
     """Return the images/s of each loader in each round; they take turns, in another order each time."""
     loaders = {
         "plain": loader(split, None),
-        "mapped": loader(split, path),
+        "on the disk": loader(split, path),
         "in memory": loader(split, path, "device"),
     }
 
@@ -218,7 +218,7 @@ def table(found: dict[str, Any]) -> str:
             "the pool's file (MiB); a quarter of it",
             f"{found['memory']['pool']:,.0f}; {found['memory']['pool'] / 4:,.0f}",
         ),
-        ("peak resident memory of an epoch, mapped (MiB)", f"{peak['VmHWM']:,.0f}"),
+        ("peak resident memory of an epoch, on the disk (MiB)", f"{peak['VmHWM']:,.0f}"),
         ("of it anonymous, and pages of files (peaks)", f"{peak['RssAnon']:,.0f}, {peak['RssFile']:,.0f}"),
         ("before the pool is opened: anonymous, files", f"{before['RssAnon']:,.0f}, {before['RssFile']:,.0f}"),
         ("earlier, while the real images were read (peak)", f"{found['memory']['reading']:,.0f}"),

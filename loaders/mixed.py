@@ -108,7 +108,7 @@ class MixedLoader(Loader):
     def __init__(self, real: Loader, plan: MixedPlan, extra: Extra, device: torch.device) -> None:
         pool, resident = extra.pool, _lies_on(device, extra)
         told = f"{plan.pool_rows} of {plan.batch_size} images a batch from {pool.path}, {len(pool):,} images"
-        told += f" on {device}" if resident else " mapped from the disk and read ahead"
+        told += f" on {device}" if resident else " on the disk, read ahead"
         super().__init__(plan, real.num_total, device, f"{real.description}; {told}")
         self._real, self._pool, self._rows = real, pool, _copied(pool, device) if resident else None
 
@@ -189,7 +189,8 @@ def read_ahead(pool: Pool, drawn: Sequence[np.ndarray], device: torch.device) ->
 def _lies_on(device: torch.device, extra: Extra) -> bool:
     """Say whether the pool is to lie on the device.
 
-    By itself it does where it takes at most half of a GPU's free memory. On a CPU the map of its files is as fast.
+    By itself it does where it takes at most half of a GPU's free memory. On a CPU it stays in its files, which the
+    system keeps in memory as far as there is room.
     """
     if extra.where == "auto" and device.type == "cuda":
         return 2 * extra.pool.bytes <= torch.cuda.mem_get_info(device)[0]
@@ -200,9 +201,9 @@ def _copied(pool: Pool, device: torch.device) -> Tensor:
     """Return all images of a pool on the device, (N, H, W, C) uint8."""
     images, first = torch.empty((len(pool), *pool.shape), dtype=torch.uint8, device=device), 0
     for part in pool.parts:
-        for start in range(0, len(part.images), CHUNK):
-            chunk = torch.from_numpy(part.images[start : start + CHUNK].copy())
-            images[first + start :][: len(chunk)].copy_(chunk)
-            part.let_go()
-        first += len(part.images)
+        for start in range(0, part.images, CHUNK):
+            chunk = np.empty((min(CHUNK, part.images - start), *pool.shape), np.uint8)
+            part.read(start, chunk.reshape(-1).data)
+            images[first + start :][: len(chunk)].copy_(torch.from_numpy(chunk))
+        first += part.images
     return images

@@ -1,12 +1,14 @@
 """A pool: images, generated or extra, that are mixed into the batches of a data set. They stay in their files.
 
-The pixels are mapped into memory; a draw copies its rows out of the map, and the pages that were touched are let go
-again, so that a process never holds more than a few of them. The labels are read whole: two bytes an image.
+A draw reads its rows by their place in the file: no page of it stays with the process, whatever the size. (A memory map
+was measured beside it, benchmarks/results/pool: it takes 2.5 times as long, since Linux maps up to 2 MiB around each
+image that is touched, to be let go again.) The labels are read whole: two bytes an image.
 """
 
 import hashlib
 import math
-import mmap
+import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,21 +21,27 @@ from retemper.loaders.pool_files import LAYOUT, Member, members, pool_files
 from retemper.loaders.split import Split
 
 NO_LABEL = -1
-ROWS = 32  # images before pages are let go: around each, Linux maps up to 2 MiB of what it has in its cache
 
 
-class Mapped:
-    """(N, H, W, C) uint8 in a file."""
+class Part:
+    """(N, H, W, C) uint8 in a file, from `start` on."""
 
     def __init__(self, path: Path, start: int, shape: tuple[int, ...]) -> None:
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._map.madvise(mmap.MADV_RANDOM)  # no reading ahead: the next draw is anywhere
-        self.images = np.frombuffer(self._map, np.uint8, math.prod(shape), start).reshape(shape)
+        self.path, self.start, self.images, self.size = path, start, shape[0], math.prod(shape[1:])
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        if hasattr(os, "posix_fadvise"):  # no reading ahead by the system: the next draw is anywhere
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
 
-    def let_go(self) -> None:
-        """Unmap the pages that were touched; the system may keep them in its cache."""
-        self._map.madvise(mmap.MADV_DONTNEED)
+    def read(self, first: int, into: memoryview) -> None:
+        """Fill a buffer of bytes with the images from `first` on. Raises DataError where the file has fewer."""
+        try:
+            if os.preadv(self._file, [into], self.start + first * self.size) == len(into):
+                return
+            why = "it has become shorter"
+        except OSError as error:
+            why = error.strerror or str(error)
+        raise DataError(f"cannot read {self.path} ({why}): fetch it again, and go on with the same command")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +56,7 @@ class Pool:
     """
 
     path: Path
-    parts: Sequence[Mapped]
+    parts: Sequence[Part]
     labels: np.ndarray
     shape: tuple[int, int, int]
     fingerprint: str
@@ -72,21 +80,16 @@ class Pool:
         return {"path": str(self.path.absolute()), **told}
 
     def take(self, index: np.ndarray, out: np.ndarray) -> None:
-        """Copy the images at `index`, (n,) int64, to the first n of `out`, (m, H, W, C) uint8, and let go their pages."""
-        for start in range(0, len(index), ROWS):
-            self._take(index[start : start + ROWS], out[start : start + ROWS])
+        """Copy the images at `index`, (n,) int64, to the first n of `out`, (m, H, W, C) uint8, contiguous.
 
-    def _take(self, index: np.ndarray, out: np.ndarray) -> None:
-        first = 0
-        for part in self.parts:
-            own = np.flatnonzero((index >= first) & (index < first + len(part.images)))
-            if len(own) == len(index):  # in one piece, where `out` is the goal itself
-                np.take(part.images, index - first, axis=0, out=out[: len(index)], mode="clip")
-            elif len(own):
-                out[own] = part.images[index[own] - first]
-            if len(own):
-                part.let_go()
-            first += len(part.images)
+        Raises:
+            DataError: as `Part.read`.
+        """
+        first = np.cumsum([0, *(part.images for part in self.parts)])
+        of = np.searchsorted(first, index, "right") - 1
+        data, size = out.reshape(-1).data, math.prod(self.shape)
+        for row, (part, at) in enumerate(zip(of.tolist(), (index - first[of]).tolist(), strict=True)):
+            self.parts[part].read(at, data[row * size : (row + 1) * size])
 
 
 def open_pool(path: Path, split: Split, cache: Path) -> Pool:
@@ -102,7 +105,7 @@ def open_pool(path: Path, split: Split, cache: Path) -> Pool:
     for file, found in zip(files, arrays, strict=True):
         _require_fitting(file, found, split)
     labels = np.concatenate([_labels(found, split) for found in arrays])
-    parts = [Mapped(*found["image"].place(cache), found["image"].shape) for found in arrays]
+    parts = [Part(*found["image"].place(cache), found["image"].shape) for found in arrays]
     return Pool(path, parts, labels, split.shape, _fingerprint(arrays))
 
 

@@ -1,8 +1,8 @@
-"""The files of a pool of extra images: which they are, and the arrays in them, mapped where they lie or unpacked once.
+"""The files of a pool of extra images: which they are, and the arrays in them, read in place or unpacked once.
 
-A .npz is a zip of .npy files. Where numpy.savez wrote it, an array lies in it byte for byte and is mapped in place;
-what numpy.savez_compressed wrote is unpacked into a .npy in the cache, a block at a time. The zip's directory has a
-checksum of each array: equal checksums and sizes are taken for equal arrays, wherever the file lies.
+A .npz is a zip of .npy files. Where numpy.savez wrote it, an array lies in it byte for byte and is read in place; what
+numpy.savez_compressed wrote is unpacked into a .npy in the cache, a block at a time. The zip's directory has a checksum
+of each array: equal checksums and sizes are taken for equal arrays, wherever the file lies.
 """
 
 import glob

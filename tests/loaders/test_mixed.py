@@ -1,4 +1,4 @@
-"""Batches with a share of a pool: what is drawn, by whom, and that a map and the device give the same bits."""
+"""Batches with a share of a pool: what is drawn, by whom, and that the disk and the device give the same bits."""
 
 from pathlib import Path
 from typing import Any
@@ -90,13 +90,13 @@ def test_processes_share_every_batch(split: Split, pool: Pool, batch_size: int, 
             assert all(abs(sum(row[0] < 0 for row in part[number]) - extra / 2) <= 1 / 2 for part in parts)
 
 
-def test_a_map_and_the_device_give_the_same_bits(split: Split, pool: Pool) -> None:
-    mapped, resident = (mixed(split, pool, where) for where in ("disk", "device"))
-    assert rows(list(mapped.epoch(2))) == rows(list(resident.epoch(2)))
-    assert "14 of 20 images a batch" in mapped.description and "mapped from the disk" in mapped.description
+def test_the_disk_and_the_device_give_the_same_bits(split: Split, pool: Pool) -> None:
+    on_disk, resident = (mixed(split, pool, where) for where in ("disk", "device"))
+    assert rows(list(on_disk.epoch(2))) == rows(list(resident.epoch(2)))
+    assert "14 of 20 images a batch" in on_disk.description and "on the disk, read ahead" in on_disk.description
     assert f"50 images on {DEVICE}" in resident.description
-    assert [row[0] for row in rows(list(mapped.walk(np.array([3, 1, 2]))))] == [3, 1, 2]
-    mapped.close()
+    assert [row[0] for row in rows(list(on_disk.walk(np.array([3, 1, 2]))))] == [3, 1, 2]
+    on_disk.close()
     resident.close()
 
 

@@ -1,5 +1,6 @@
 """A pool: what its files may be, what is refused, and the images that come out of them."""
 
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,17 @@ def test_a_damaged_file_is_refused(split: Split, tmp_path: Path, compressed: boo
             open_pool(path, split, tmp_path / "cache")
     middle = zipfile.ZipFile(write(path, compressed)).getinfo("image.npy").compress_size // 2
     path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
-    if compressed:  # an array that is mapped is not read through
+    if compressed:  # an array that is read in place is not read through
         with pytest.raises(DataError, match=r"pool\.npz is cut short"):
             open_pool(path, split, tmp_path / "cache")
         assert not list((tmp_path / "cache").rglob("*.npy"))
+
+
+def test_a_file_that_has_become_shorter_is_told(split: Split, tmp_path: Path) -> None:
+    pool = open_pool(write(tmp_path / "pool.npz"), split, tmp_path)
+    os.truncate(tmp_path / "pool.npz", 4000)
+    with pytest.raises(DataError, match=r"cannot read .*pool\.npz \(it has become shorter\): fetch it again"):
+        pool.take(np.arange(90), np.empty_like(IMAGE))
 
 
 def test_numbered_parts_are_a_pool_and_a_gap_is_not(tmp_path: Path) -> None:
