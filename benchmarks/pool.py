@@ -6,6 +6,7 @@ The pool is made of the real training images: cropped, mirrored, and each pixel 
 of the scratch folder. Then, each in processes of its own:
 
     memory   an epoch of batches of 128, 70 % from the pool on the disk: the peak of what the process holds
+    ways     CPU time to read 90 images at random: by their place in the file, and from a memory map of it
     speed    images/s of the plain loader, of the pool on the disk and in memory, in turns
     kills    a training run killed with -9 again and again, at random moments, against an undisturbed one
     ranks    the rows that each of two processes is given, against those of one
@@ -14,6 +15,7 @@ DIR of --data-root holds CIFAR-10 in its own format, or JPEG copies in it: the f
 """
 
 import json
+import mmap
 import os
 import random
 import signal
@@ -28,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from campaign import Fork
 from safetensors.torch import load_file
 from summary import markdown, words_of, write_summary
 
@@ -39,10 +42,11 @@ from retemper.loaders.views import random_words
 CPU = torch.device("cpu")
 BATCH, FRACTION, VIEWS = 128, 0.7, ViewSpace(4)
 CHUNK, LEVELS = 5000, 8
-ROUNDS, ROUND_BATCHES = 9, 200
+ROUNDS, ROUND_BATCHES = 7, 100
+LIMIT_S = 3600.0  # of a run, which hangs if it takes longer
 MIB = 2**20
 RUN = (
-    "--student tiny_resnet --images-per-class 60 --epochs 2 --batch-size 64 --attack-steps 1 --holdout-per-class 5 "
+    "--student tiny_resnet --images-per-class 40 --epochs 2 --batch-size 64 --attack-steps 1 --holdout-per-class 5 "
     "--select-steps 1 --device cpu --cpu-threads 1 --save-every 0"
 ).split()
 
@@ -95,6 +99,51 @@ def memory(split: Split, path: Path) -> dict[str, Any]:
     return {"reading": reading, "before": before, "peak": peak, "pool": os.path.getsize(path) / MIB}
 
 
+def ways(split: Split, path: Path) -> dict[str, list[float]]:
+    """Return the milliseconds of CPU that a read of 90 images takes in each round, by how it is done.
+
+    The pages of the map are let go after every 32 images, or never.
+    """
+    _read_once(path)
+    pool, out = open_pool(path, split, path.parent), np.empty((90, *split.shape), np.uint8)
+    part = pool.parts[0]
+    with path.open("rb") as file:
+        lent = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    lent.madvise(mmap.MADV_RANDOM)
+    image = np.frombuffer(lent, np.uint8, len(pool) * part.size, part.start).reshape(len(pool), *split.shape)
+
+    def from_map(index: np.ndarray, rows: int = 32) -> None:
+        for start in range(0, len(index), rows):
+            at = slice(start, start + rows)
+            np.take(image, index[at], axis=0, out=out[at], mode="clip")
+            if rows == 32:
+                lent.madvise(mmap.MADV_DONTNEED)
+
+    how: dict[str, Callable[[np.ndarray], object]] = {
+        "by place": lambda index: pool.take(index, out),
+        "a map, let go": from_map,
+        "a map, kept": lambda index: from_map(index, 90),
+    }
+    found: dict[str, list[float]] = {name: [] for name in how}
+    rng = np.random.default_rng(0)
+    for _ in range(ROUNDS):
+        for name, read in how.items():
+            drawn = [rng.integers(0, len(pool), 90) for _ in range(100)]
+            begun = time.process_time()
+            for index in drawn:
+                read(index)
+            found[name].append(10 * (time.process_time() - begun))
+        lent.madvise(mmap.MADV_DONTNEED)
+    return found
+
+
+def _read_once(path: Path) -> None:
+    """Have the system keep the file in memory, as far as there is room."""
+    with path.open("rb") as file:
+        while file.read(MIB):
+            pass
+
+
 def speed(split: Split, path: Path) -> dict[str, Any]:
     """Return the images/s of each loader in each round; they take turns, in another order each time."""
     loaders = {
@@ -103,9 +152,7 @@ def speed(split: Split, path: Path) -> dict[str, Any]:
         "in memory": loader(split, path, "device"),
     }
 
-    with path.open("rb") as file:  # into the system's cache, as far as it has room
-        while file.read(MIB):
-            pass
+    _read_once(path)
 
     def once(one: Loader, epoch: int, use: Callable[[Batch], object]) -> float:
         batches, images = one.epoch(epoch), 0
@@ -160,33 +207,31 @@ def ranks(call: Callable[..., Any]) -> dict[str, Any]:
 
 def kills(data_root: Path, path: Path, scratch: Path, number: int) -> dict[str, Any]:
     """Kill a run again and again, and compare its weights with those of an undisturbed one."""
-    words = ["--data-root", str(data_root), "--cache", str(scratch / "cache")]
-    train = [sys.executable, "-m", "retemper", "train"]
-    teacher = scratch / "teacher"
-    first = [*train, "sat:cifar10_resnet18", *words, *RUN, "--epochs", "1", "--out", str(teacher)]
-    subprocess.run(first, check=True, capture_output=True)
+    words = ["--data-root", str(data_root), "--cache", str(scratch / "cache"), *RUN]
+    teacher, whole, struck = (scratch / name for name in ("teacher", "whole", "struck"))
+    first = ["train", "sat:cifar10_resnet18", *words, "--epochs", "1", "--out", str(teacher)]
+    assert Fork(first, scratch / "teacher.log").wait(LIMIT_S) == 0, "the teacher was not trained"
     mixed = ["--extra", str(path), "--extra-fraction", str(FRACTION), "--teacher", str(teacher)]
-    mixed = [*train, "rslad:cifar10_resnet18", "--teacher-model", "tiny_resnet", *words, *RUN, *mixed]
-    whole, struck = scratch / "whole", scratch / "struck"
-    process = subprocess.Popen([*mixed, "--out", str(whole)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    mixed = ["train", "rslad:cifar10_resnet18", "--teacher-model", "tiny_resnet", *words, *mixed, "--out"]
+    undisturbed = Fork([*mixed, str(whole)], scratch / "whole.log")
+    _, status, usage = os.wait4(undisturbed.pid, 0)
     assert status == 0, "the undisturbed run failed"
     rng, places = random.Random(0), []
     while len(places) < number:
-        process = subprocess.Popen([*mixed, "--out", str(struck)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        saves, wanted, stamp = 0, rng.randint(2, 6), _stamp(struck)
-        while saves < wanted and process.poll() is None:
+        process = Fork([*mixed, str(struck)], scratch / "struck.log")
+        saves, wanted, stamp = 0, rng.randint(1, 3), _stamp(struck)
+        while saves < wanted:
+            assert process.ended() is None, f"it ended after {len(places)} kills"
             time.sleep(0.005)
-            saves, stamp = saves + (_stamp(struck) != stamp), _stamp(struck)
-        time.sleep(rng.random() * 0.2)
-        assert process.poll() is None, f"it ended after {len(places)} kills"
+            now = _stamp(struck)
+            saves, stamp = saves + (now != stamp), now
+        time.sleep(rng.random() * 0.1)
         os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL, f"it ended after {len(places)} kills"
         state = torch.load(struck / "last.state", weights_only=True)
         places.append([state["epoch"], state["step"]])
-    subprocess.run([*mixed, "--out", str(struck)], check=True, capture_output=True)
-    files = ("last.safetensors", "best.safetensors")
-    pairs = [(load_file(whole / name), load_file(struck / name)) for name in files]
+    assert Fork([*mixed, str(struck)], scratch / "struck.log").wait(LIMIT_S) == 0, "the killed run did not end"
+    pairs = [(load_file(whole / name), load_file(struck / name)) for name in ("last.safetensors", "best.safetensors")]
     equal = all(torch.equal(one[name], two[name]) for one, two in pairs for name in one)
     lines = [[_told(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (whole, struck)]
     return {
@@ -194,7 +239,7 @@ def kills(data_root: Path, path: Path, scratch: Path, number: int) -> dict[str, 
         "killed after epoch and step": places,
         "weights bit for bit": equal,
         "metrics but for the clock": lines[0] == lines[1],
-        "peak of the undisturbed run (MiB)": usage.ru_maxrss / 1024,
+        "peak of the undisturbed run, its teacher and its real images included (MiB)": usage.ru_maxrss / 1024,
     }
 
 
@@ -211,43 +256,50 @@ def _told(line: str) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Return the figures as Markdown."""
-    peak, before = found["memory"]["peak"], found["memory"]["before"]
-    rows: list[tuple[str, str]] = [
-        (
-            "the pool's file (MiB); a quarter of it",
-            f"{found['memory']['pool']:,.0f}; {found['memory']['pool'] / 4:,.0f}",
-        ),
-        ("peak resident memory of an epoch, on the disk (MiB)", f"{peak['VmHWM']:,.0f}"),
-        ("of it anonymous, and pages of files (peaks)", f"{peak['RssAnon']:,.0f}, {peak['RssFile']:,.0f}"),
-        ("before the pool is opened: anonymous, files", f"{before['RssAnon']:,.0f}, {before['RssFile']:,.0f}"),
-        ("earlier, while the real images were read (peak)", f"{found['memory']['reading']:,.0f}"),
-    ]
-    for what, rates in found["speed"].items():
+    """Return the figures of the parts that there are, as Markdown."""
+    rows: list[tuple[str, str]] = []
+    if "memory" in found:
+        memory, peak, before = found["memory"], found["memory"]["peak"], found["memory"]["before"]
+        rows = [
+            ("the pool's file (MiB); a quarter of it", f"{memory['pool']:,.0f}; {memory['pool'] / 4:,.0f}"),
+            ("peak resident memory of an epoch (MiB)", f"{peak['VmHWM']:,.0f}"),
+            ("of it anonymous, and pages of files (peaks)", f"{peak['RssAnon']:,.0f}, {peak['RssFile']:,.0f}"),
+            ("before the pool is opened: both", f"{before['RssAnon']:,.0f}, {before['RssFile']:,.0f}"),
+            ("earlier, while the real images were read (peak)", f"{memory['reading']:,.0f}"),
+        ]
+    for name, own in found.get("ways", {}).items():
+        told = f"{statistics.median(own):.2f} ({min(own):.2f} to {max(own):.2f})"
+        rows.append((f"CPU time of 90 images, {name} (ms)", told))
+    for what, rates in found.get("speed", {}).items():
         for name, own in rates.items():
             ratio = sorted(a / b for a, b in zip(own, rates["plain"], strict=True))
             against = f"{statistics.median(ratio):.2f} x plain ({ratio[0]:.2f} to {ratio[-1]:.2f})"
             rows.append((f"{what}, {name} (images/s)", f"{statistics.median(own):,.0f}; {against}"))
-    for part in ("kills", "ranks"):
-        rows += [(name, str(value)) for name, value in found[part].items() if name != "killed after epoch and step"]
+    for part in ("ranks", "kills"):
+        told = found.get(part, {})
+        rows += [(name, str(value)) for name, value in told.items() if name != "killed after epoch and step"]
     return markdown(("", "measured"), rows)
 
 
+PARTS = ("memory", "ways", "speed", "ranks", "kills")
+
+
 def main() -> None:
-    """Measure everything, or in a process of its own one part."""
+    """Measure the parts that are asked for, or in a process of its own one of them."""
     parser = words_of(__doc__)
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--images", type=int, default=1_000_000)
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--json", type=Path, help="what it holds of other parts stays")
     parser.add_argument("--part", nargs="+", default=[], help="of this script alone: one part, its result on stdout")
     words = parser.parse_args()
     torch.set_num_threads(1)
     words.scratch.mkdir(parents=True, exist_ok=True)
     path, split = words.scratch / "pool.npz", load_split("cifar10", "train", words.data_root)
     if words.part:
-        parts: dict[str, Callable[..., Any]] = {"memory": memory, "speed": speed, "count": counted}
+        parts: dict[str, Callable[..., Any]] = {"memory": memory, "ways": ways, "speed": speed, "count": counted}
         print(json.dumps(parts[words.part[0]](split, path, *words.part[1:])))
         return
     make_pool(path, split, words.images)
@@ -265,12 +317,16 @@ def main() -> None:
         ]
         return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
-    found = {"images": words.images, "memory": call("memory"), "speed": call("speed"), "ranks": ranks(call)}
-    found["kills"] = kills(words.data_root, path, words.scratch, words.kills)
-    print(table(found))
-    write_summary(words.json, found, CPU)
-    if words.json is not None:
-        words.json.with_suffix(".md").write_text(table(found))
+    of_its_own = {
+        "ranks": lambda: ranks(call),
+        "kills": lambda: kills(words.data_root, path, words.scratch, words.kills),
+    }
+    for part in words.only:
+        found = {part: of_its_own[part]() if part in of_its_own else call(part)}
+        earlier = json.loads(words.json.read_text()) if words.json is not None and words.json.exists() else {}
+        found = {"images": words.images} | {name: earlier[name] for name in PARTS if name in earlier} | found
+        write_summary(words.json, found, CPU)
+        print(table(found))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """A pool: images, generated or extra, that are mixed into the batches of a data set. They stay in their files.
 
-A draw reads its rows by their place in the file: no page of it stays with the process, whatever the size. (A memory map
-was measured beside it, benchmarks/results/pool: it takes 2.5 times as long, since Linux maps up to 2 MiB around each
-image that is touched, to be let go again.) The labels are read whole: two bytes an image.
+A draw reads its rows by their place in the file: no page of it stays with the process, whatever the size. A memory map
+takes two to four times the CPU (benchmarks/results/pool): around each image that is touched, Linux maps up to 2 MiB,
+which would have to be let go again. The labels are read whole: two bytes an image.
 """
 
 import hashlib

@@ -166,6 +166,7 @@ def _advice(recipe: Recipe, device: torch.device, words: str) -> str:
     if device.type == "cuda":
         tries += ["--precision bf16"] * (execution.dtype_on(device) is torch.float32)
         tries += ["--teacher-ahead 1"] * (execution.teacher_ahead > 1)
+    tries += ["--extra-on disk"] * (recipe.data.extra_fraction > 0 and execution.extra_on != "disk")
     tries += ["--loader ffcv (resident keeps all images in memory)"] * (execution.loader != "ffcv")
     asked = f" for {wanted.group(1)}" if wanted else ""
     return f"out of memory{asked} at {images}, {recipe.networks.student}; {_taken(device)}: try {', '.join(tries)}"

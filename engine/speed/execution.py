@@ -62,8 +62,8 @@ class Execution(Options):
     )
     extra_on: Literal["auto", "device", "disk"] = option(
         "auto",
-        "where the images of --extra lie: on the device, or in their files, read ahead by a thread; auto puts them on a "
-        "GPU where they take up to half of its free memory",
+        "where the images of --extra lie: on the device, or in their files, read ahead by a thread; auto puts them on "
+        "a GPU where they take up to half of its free memory",
     )
     loader: Literal["auto", "ffcv", "resident"] = option(
         "auto", "where the images lie: an FFCV file, or all in memory; both give the same batches"

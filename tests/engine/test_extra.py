@@ -59,6 +59,9 @@ def test_a_run_that_was_cut_ends_in_the_same_bits(
     assert config["recipe"]["data"]["extra_fraction"] == 0.7
     assert (config["extra"]["images"], config["extra"]["unlabelled"]) == (400, 400)
     again = train_again(RunFolder(tmp_path / "cut").read_config(), tmp_path / "cut")
+    assert run(["export", str(tmp_path / "cut"), "--out", str(tmp_path / "given")]) == 0
+    card = (tmp_path / "given" / "README.md").read_text()
+    assert "70 % of each training batch came from bare.npz, 400 extra images" in card and str(pools) not in card
     assert f"--extra {pools / 'bare.npz'}" in again and "--extra-fraction 0.7" in again
     capsys.readouterr()
     assert train("fair_rslad:digits", tmp_path / "cut", *words, "--extra", str(pools / "other.npz")) == 2
