@@ -36,6 +36,7 @@ class Protocol:
         variant: of the methods; None for each setting's own, as a teacher or a start that is trained first has it.
         preset: "paper" or "strong"; teachers and starts that are trained first are as in their papers.
         epochs: in place of each setting's own; None for those.
+        data_root: the folder of the data set; None for digits, and for Fashion-MNIST where Debian puts it.
     """
 
     out: Path
@@ -47,6 +48,7 @@ class Protocol:
     variant: str | None = None
     preset: str = "paper"
     epochs: int | None = None
+    data_root: Path | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
 
@@ -93,7 +95,8 @@ def trained_and_evaluated(name: str, seed: int, protocol: Protocol) -> dict[str,
         recipe, out = recipe.as_variant(protocol.variant), out.with_name(f"{out.name}-{protocol.variant}")
     recipe = recipe.named_in({"preset": protocol.preset})
     recipe, out = recipe.replace(**protocol.options), out.with_name(out.name + protocol.name)
-    job = Job(method=method, setting=setting, recipe=recipe, out=out, seed=seed, cache=cache, device=DEVICE)
+    where: dict[str, Any] = dict(cache=cache, device=DEVICE, data_root=protocol.data_root)
+    job = Job(method=method, setting=setting, recipe=recipe, out=out, seed=seed, **where)
     train(with_teacher(job))
     content = evaluated(out, protocol)
     lines = [json.loads(line) for line in RunFolder(out).metrics.read_text().splitlines()]
@@ -116,6 +119,7 @@ def evaluated(run: Path, protocol: Protocol) -> dict[str, Any]:
             attacks=missing,
             device=DEVICE,
             facts=Facts(),
+            data_root=protocol.data_root,
             autoattack_limit=protocol.autoattack_limit,
             fold=protocol.fold,
             suite=protocol.suite,

@@ -107,7 +107,7 @@ class Absld(Igdm):
 
 # one or two thousand steps are too few for the authors' tenth of the loss, ten or twenty epochs for their rate
 SHORT = dict(kl_scale=1.0, temperature_rate=0.3)
-SETTINGS = distillation(Absld, status=ON_BOTH, digits=SHORT, fashion_mnist_small=SHORT)
+SETTINGS = distillation(Absld, status=ON_BOTH, digits=SHORT, small=SHORT)
 
 if __name__ == "__main__":
     run_recipe(__file__)

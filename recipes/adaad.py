@@ -65,7 +65,7 @@ SETTINGS = distillation(
     ON_DIGITS,
     own_teachers=OWN_TEACHERS,
     digits=SUMMED,
-    fashion_mnist_small=SUMMED,
+    small=SUMMED,
     cifar100_resnet18=SUMMED,
     cifar100_resnet18_authors_teacher=SUMMED,
 )

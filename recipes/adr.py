@@ -105,7 +105,7 @@ AUTHORS: dict[str, Any] = RICE | dict(nesterov=True, average="ema", ema_decay=0.
 SHORT: dict[str, Any] = dict(ema_decay=0.99)  # a thousand steps are too few for a long average
 CHANGES: dict[str, Any] = dict(
     digits=SHORT,
-    fashion_mnist_small=SHORT,
+    small=SHORT,
     cifar100_resnet18=dict(temperature_start=1.5, temperature_end=1.0),
     tiny_imagenet_preact_resnet18=dict(
         epochs=80,

@@ -63,7 +63,7 @@ SETTINGS = distillation(
     AUTHORS,
     ON_DIGITS,
     digits=SHORT,
-    fashion_mnist_small=SHORT,
+    small=SHORT,
     cifar100_resnet18=dict(batch_size=256, kl_scale=0.01),
     tiny_imagenet_preact_resnet18=dict(kl_scale=0.005),
 )

@@ -79,7 +79,7 @@ class BMtard(Mtard):
 
 # one or two thousand steps are too few for a tenth of the loss, and for a thousandth a step
 SHORT = dict(kl_scale=1.0, temperature_rate=0.01)
-SETTINGS = distillation(BMtard, status=ON_DIGITS, digits=SHORT, fashion_mnist_small=SHORT)
+SETTINGS = distillation(BMtard, status=ON_DIGITS, digits=SHORT, small=SHORT)
 
 if __name__ == "__main__":
     run_recipe(__file__)

@@ -145,7 +145,7 @@ AUTHORS_AT: dict[str, Any] = AUTHORS | dict(attack_start="uniform", clip_start=T
 # a twentieth and a quarter of the epochs, as of the authors' 200; the second half may be kept
 CHANGES: dict[str, Any] = dict(
     digits=dict(calibrate_from=1, average_from=5),
-    fashion_mnist_small=dict(calibrate_from=1, average_from=3, select_from=6),
+    small=dict(calibrate_from=1, average_from=3, select_from=6),
     fashion_mnist_resnet18=dict(calibrate_from=3, average_from=15, select_from=31),
     cifar100_resnet18=dict(average_above=0.0),  # the worst of 100 classes never gets there
     tiny_imagenet_preact_resnet18=dict(calibrate_from=5, average_from=25, average_above=0.0, select_from=51),

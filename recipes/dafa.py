@@ -90,7 +90,7 @@ SETTINGS = adversarial_training(
     AUTHORS,
     ON_BOTH,
     digits=dict(warm_up=12),
-    fashion_mnist_small=dict(warm_up=6),
+    small=dict(warm_up=6),
     fashion_mnist_resnet18=dict(warm_up=38),
     cifar100_resnet18=dict(scale=1.5),
     tiny_imagenet_preact_resnet18=dict(scale=1.5, warm_up=64),

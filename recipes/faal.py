@@ -110,7 +110,7 @@ SETTINGS = adversarial_training(
     ON_DIGITS,
     from_robust="sat",
     digits=dict(lr_drops=(10,)),
-    fashion_mnist_small=dict(epochs=6, lr_drops=(3,), select_always_from=4),
+    small=dict(epochs=6, lr_drops=(3,), select_always_from=4),
     fashion_mnist_resnet18=FINE_TUNE,
     tiny_imagenet_preact_resnet18=FINE_TUNE,
 )

@@ -32,7 +32,7 @@ SETTINGS = distillation(
     AUTHORS,
     ON_DIGITS,
     digits=SHORT,
-    fashion_mnist_small=SHORT,
+    small=SHORT,
     cifar100_resnet18=dict(kl_scale=0.01),  # the authors' script is CIFAR-10's; it averages over the classes, as ARD's
     tiny_imagenet_preact_resnet18=dict(kl_scale=0.005),
 )

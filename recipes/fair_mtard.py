@@ -30,7 +30,7 @@ class FairMtard(Mtard, Fair):
         return {"class_weight": targets.state["class_weight"]}
 
 
-SETTINGS = distillation(FairMtard, status=ON_DIGITS, digits=SHORT, fashion_mnist_small=SHORT)
+SETTINGS = distillation(FairMtard, status=ON_DIGITS, digits=SHORT, small=SHORT)
 
 if __name__ == "__main__":
     run_recipe(__file__)

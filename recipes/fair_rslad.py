@@ -37,7 +37,7 @@ class FairRslad(Rslad, Fair):
         return self.kl_scale * (self.adv_weight * adv + (1 - self.adv_weight) * clean)
 
 
-SETTINGS = distillation(FairRslad, status=ON_BOTH, digits=SHORT, fashion_mnist_small=SHORT)
+SETTINGS = distillation(FairRslad, status=ON_BOTH, digits=SHORT, small=SHORT)
 
 if __name__ == "__main__":
     run_recipe(__file__)

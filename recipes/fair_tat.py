@@ -92,7 +92,7 @@ SETTINGS = adversarial_training(
     AUTHORS,
     ON_DIGITS,
     # the second half of the epochs may be kept, as of the authors' 200
-    fashion_mnist_small=dict(select_from=6),
+    small=dict(select_from=6),
     fashion_mnist_resnet18=dict(select_from=31),
     cifar100_resnet18=dict(average_above=0.0),  # the worst of 100 classes never gets there
     tiny_imagenet_preact_resnet18=dict(average_above=0.0, select_from=51),

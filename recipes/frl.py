@@ -138,7 +138,7 @@ SETTINGS = adversarial_training(
     ON_DIGITS,
     from_robust="sat",
     digits=DIGITS_SHORT,
-    fashion_mnist_small=FASHION_SHORT,
+    small=FASHION_SHORT,
     fashion_mnist_resnet18=FINE_TUNE,
     svhn_resnet18=dict(lr=0.001),  # the authors', to fine-tune
     cifar100_resnet18=dict(holdout_per_class=30),  # the authors' share, of classes of 500

@@ -137,7 +137,8 @@ CIFAR100: dict[str, Any] = dict(power=0.4, attack_beta=1.0)  # the attack of the
 # the last quarter of the epochs is averaged, over as large a part of it as of the authors' 50 epochs
 CHANGES: dict[str, Any] = dict(
     digits=dict(attack_step=0.15 / 2, awp_from=2, average_from=16, ema_decay=0.95),
-    fashion_mnist_small=dict(attack_step=0.1 / 2, awp_from=2, average_from=8, ema_decay=0.98),
+    small=dict(awp_from=2, average_from=8, ema_decay=0.98),
+    fashion_mnist_small=dict(attack_step=0.1 / 2),
     fashion_mnist_resnet18=dict(attack_step=0.1 / 2, awp_from=4, average_from=46, ema_decay=0.999),
     svhn_resnet18=dict(attack_step=4 / 255),
     cifar100_resnet18=CIFAR100,

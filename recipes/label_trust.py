@@ -112,7 +112,7 @@ class LabelTrust(Igdm):
 OURS: dict[str, Any] = dict(joint=True, average="ema")
 SHORT = dict(kl_scale=1.0, ema_decay=0.99)  # a thousand steps are too few for a tenth of the loss, a long average
 # chosen on held-out training images; benchmarks/label_trust_study.py shows what the parts do
-SETTINGS = distillation(LabelTrust, OURS, ON_BOTH, digits=SHORT, fashion_mnist_small=SHORT)
+SETTINGS = distillation(LabelTrust, OURS, ON_BOTH, digits=SHORT, small=SHORT)
 
 if __name__ == "__main__":
     run_recipe(__file__)

@@ -78,7 +78,7 @@ SETTINGS = adversarial_training(
     AUTHORS,
     ON_DIGITS,
     digits=SHORT,
-    fashion_mnist_small=SHORT,
+    small=SHORT,
     fashion_mnist_resnet18=SHORT,
     tiny_imagenet_preact_resnet18=SHORT,
 )

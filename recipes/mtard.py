@@ -123,7 +123,7 @@ class Mtard(LabelAttack):
 
 
 SHORT = dict(kl_scale=1.0)  # one or two thousand steps are too few for a tenth of the loss
-SETTINGS = distillation(Mtard, status=ON_DIGITS, digits=SHORT, fashion_mnist_small=SHORT)
+SETTINGS = distillation(Mtard, status=ON_DIGITS, digits=SHORT, small=SHORT)
 
 if __name__ == "__main__":
     run_recipe(__file__)

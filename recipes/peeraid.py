@@ -70,7 +70,7 @@ SETTINGS = adversarial_training(
     AUTHORS,
     ON_DIGITS,
     digits=SHORT | dict(average_from=15),  # from the first drop on, as the authors' average
-    fashion_mnist_small=SHORT | dict(average_from=8),
+    small=SHORT | dict(average_from=8),
     fashion_mnist_resnet18=dict(average_from=44),
     cifar100_resnet18=dict(peer_soft_weight=1.0, kl_scale=0.01),
     tiny_imagenet_preact_resnet18=dict(

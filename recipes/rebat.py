@@ -60,7 +60,7 @@ AUTHORS: dict[str, Any] = ATTACK | RICE | dict(lr_factor=1 / 1.5, average="ema",
 # the average begins as soon after the first drop; a thousand steps are too few for a long one
 CHANGES: dict[str, Any] = dict(
     digits=dict(average_from=15, ema_decay=0.99),
-    fashion_mnist_small=dict(average_from=8, ema_decay=0.99),
+    small=dict(average_from=8, ema_decay=0.99),
     fashion_mnist_resnet18=dict(average_from=45),
     tiny_imagenet_preact_resnet18=dict(average_from=78),
 )

@@ -38,7 +38,7 @@ class Rslad(Igdm):
 
 # one or two thousand steps are too few for the authors' tenth of the loss
 SHORT = dict(kl_scale=1.0)
-SETTINGS = distillation(Rslad, status=ON_BOTH, digits=SHORT, fashion_mnist_small=SHORT)
+SETTINGS = distillation(Rslad, status=ON_BOTH, digits=SHORT, small=SHORT)
 
 if __name__ == "__main__":
     run_recipe(__file__)

@@ -89,7 +89,7 @@ SETTINGS = distillation(
     AUTHORS,
     ON_DIGITS,
     digits=SHORT | averaged_from(13),
-    fashion_mnist_small=SHORT | averaged_from(7),
+    small=SHORT | averaged_from(7),
     fashion_mnist_resnet18=averaged_from(41),
     cifar100_resnet18=dict(igdm=10.0),
     tiny_imagenet_preact_resnet18=dict(igdm=10.0) | averaged_from(70),

@@ -48,7 +48,7 @@ STUDENTS = adversarial_training(
     ATTACK,
     ON_BOTH,
     digits=OURS,
-    fashion_mnist_small=OURS,
+    small=OURS,
     fashion_mnist_resnet18=OURS,
     cifar10_resnet18=RICE,
     cifar10_preact_resnet18=RICE,

@@ -41,6 +41,19 @@ FASHION_SMALL: dict[str, Any] = FASHION | dict(
     select_every=2,
     select_always_from=8,
 )
+CIFAR10_SMALL: dict[str, Any] = dict(  # eps 8/255, steps of 2/255, crops and flips: the authors', as by default
+    dataset="cifar10",
+    cpu_threads=1,
+    epochs=10,
+    lr_drops=(7, 9),
+    holdout_per_class=50,
+    select_every=2,
+    select_always_from=8,
+)
+SMALL: tuple[str, ...] = (
+    "fashion_mnist_small",
+    "cifar10_small",
+)  # of ten epochs on one core: methods have the same options in both
 CIFAR10: dict[str, Any] = dict(dataset="cifar10", teacher_model="wrn34_10", teacher_recipe="trades:cifar10_wrn34_10")
 CIFAR100: dict[str, Any] = dict(
     dataset="cifar100", teacher_model="wrn34_10", teacher_recipe="trades:cifar100_wrn34_10", holdout_per_class=10
@@ -77,6 +90,16 @@ DISTILLATION: dict[str, tuple[str, dict[str, Any]]] = {
             train_teacher=True,
         ),
     ),
+    "cifar10_small": (
+        "CIFAR-10, a small student: about twenty minutes on one core",
+        CIFAR10_SMALL
+        | dict(
+            student="small_resnet",
+            teacher_model="small_resnet_wide",
+            teacher_recipe="sat:cifar10_small",
+            train_teacher=True,
+        ),
+    ),
     "fashion_mnist_resnet18": (
         "Fashion-MNIST, ResNet-18, for a GPU",
         FASHION
@@ -107,6 +130,7 @@ DISTILLATION: dict[str, tuple[str, dict[str, Any]]] = {
 CLEAN_TEACHERS: dict[str, tuple[str, str]] = {  # of the methods that have a second, clean teacher: model and recipe
     "digits": ("tiny_resnet_wide", "sat:digits_clean"),
     "fashion_mnist_small": ("tiny_resnet_wide", "sat:fashion_mnist_small_clean"),
+    "cifar10_small": ("small_resnet_wide", "sat:cifar10_small_clean"),
     "fashion_mnist_resnet18": ("preact_resnet18", "sat:fashion_mnist_preact_resnet18_clean"),
     "cifar10_resnet18": ("resnet56", "sat:cifar10_resnet56_clean"),
     "cifar10_mobilenet_v2": ("resnet56", "sat:cifar10_resnet56_clean"),
@@ -135,10 +159,13 @@ def _settings(
     status: Mapping[str, str],
     changes: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Setting]:
-    assert (status.keys() | changes.keys()) <= table.keys(), (status, changes)
+    assert (status.keys() | changes.keys()) <= table.keys() | {"small"}, (status, changes)
+    small = dict.fromkeys(SMALL, changes.get("small", NO_OPTIONS))
     return {
         name: Setting(
-            recipe=Recipe.of(method, **{**authors, **options, **changes.get(name, NO_OPTIONS)}),
+            recipe=Recipe.of(
+                method, **{**authors, **options, **small.get(name, NO_OPTIONS), **changes.get(name, NO_OPTIONS)}
+            ),
             note=note,
             status=status.get(name, UNTRAINED),
         )
@@ -161,7 +188,7 @@ def distillation(
         status: what was measured, by setting.
         own_teachers: the teachers, model and recipe, that the authors themselves have in a setting; it is there with
             either, theirs under a name of its own.
-        changes: the options that the method has otherwise in a setting, by setting.
+        changes: the options that the method has otherwise, by setting; "small" stands for those of `SMALL`.
     """
     table = dict(DISTILLATION)
     if method.clean_teacher_sees:
@@ -190,6 +217,10 @@ TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
         "Fashion-MNIST: the robust teacher of fashion_mnist_small",
         FASHION_SMALL | dict(student="tiny_resnet_wide"),
     ),
+    "cifar10_small": (
+        "CIFAR-10: the robust teacher of cifar10_small, four times as large as the student",
+        CIFAR10_SMALL | dict(student="small_resnet_wide"),
+    ),
     "fashion_mnist_preact_resnet18": (
         "Fashion-MNIST: the robust teacher of fashion_mnist_resnet18, for a GPU",
         FASHION_TEACHER,
@@ -201,6 +232,10 @@ TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "fashion_mnist_small_clean": (
         "Fashion-MNIST, no attack: the clean teacher of fashion_mnist_small",
         FASHION_SMALL | CLEAN | dict(student="tiny_resnet_wide"),
+    ),
+    "cifar10_small_clean": (
+        "CIFAR-10, no attack: the clean teacher of cifar10_small",
+        CIFAR10_SMALL | CLEAN | dict(student="small_resnet_wide"),
     ),
     "fashion_mnist_preact_resnet18_clean": (
         "Fashion-MNIST, no attack: the clean teacher of fashion_mnist_resnet18, for a GPU",
@@ -252,6 +287,10 @@ ADVERSARIAL_TRAINING: dict[str, tuple[str, dict[str, Any]]] = {
         "Fashion-MNIST at 14 x 14, 2,000 images a class, a small student: minutes on one core",
         FASHION_SMALL | dict(student="tiny_resnet"),
     ),
+    "cifar10_small": (
+        "CIFAR-10, a small student: about twenty minutes on one core",
+        CIFAR10_SMALL | dict(student="small_resnet"),
+    ),
     "fashion_mnist_resnet18": (
         "Fashion-MNIST, ResNet-18, for a GPU",
         FASHION | dict(student="resnet18", epochs=60, lr_drops=(43, 52, 57), select_every=5, select_always_from=43),
@@ -288,7 +327,7 @@ TWO_EPOCHS: dict[str, dict[str, Any]] = {
 
 def as_student(name: str) -> str:
     """Return the setting of SAT and TRADES with the student of setting `name`: their small ones train the teachers."""
-    return f"{name}_student" if name in ("digits", "fashion_mnist_small") else name
+    return f"{name}_student" if name in ("digits", *SMALL) else name
 
 
 def adversarial_training(

@@ -100,7 +100,7 @@ SETTINGS = adversarial_training(
     AUTHORS,
     ON_DIGITS,
     digits=dict(eta=0.5),
-    fashion_mnist_small=dict(eta=1.0),
+    small=dict(eta=1.0),
     fashion_mnist_resnet18=dict(eta=0.1 * 100 / 60),
     cifar100_resnet18=dict(holdout_per_class=30),  # the authors' share, of classes of 500
     tiny_imagenet_preact_resnet18=dict(holdout_per_class=30),

@@ -140,7 +140,8 @@ def test_ls_shows_every_setting_of_the_contract(capsys: Capture) -> None:
     assert run(["ls", "--all"]) == 0
     lines = capsys.readouterr().out.splitlines()
     settings = (
-        "digits fashion_mnist_small fashion_mnist_resnet18 cifar10_resnet18 cifar10_mobilenet_v2 cifar100_resnet18"
+        "digits fashion_mnist_small cifar10_small fashion_mnist_resnet18 cifar10_resnet18 cifar10_mobilenet_v2 "
+        "cifar100_resnet18"
     )
     for method in ("absld", "rslad"):
         for setting in [*settings.split(), "tiny_imagenet_preact_resnet18"]:

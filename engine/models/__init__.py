@@ -15,7 +15,7 @@ from retemper.engine.models.mobilenet_v2 import mobilenet_v2
 from retemper.engine.models.normalised import Normalised
 from retemper.engine.models.pixels import PIXELS, normalising
 from retemper.engine.models.preact_resnet import preact_resnet18, preact_resnet18_frl, preact_resnet34
-from retemper.engine.models.resnet import resnet18, tiny_resnet
+from retemper.engine.models.resnet import resnet18, small_resnet, tiny_resnet
 from retemper.engine.models.wide_resnet import wrn34_10, wrn34_20
 
 __all__ = ["MODELS", "PIXELS", "Normalised", "channels_last", "create_model", "normalising"]
@@ -31,6 +31,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet56": resnet56,
     "tiny_resnet": tiny_resnet,
     "tiny_resnet_wide": partial(tiny_resnet, width=32),  # the teacher of the small settings
+    "small_resnet": small_resnet,
+    "small_resnet_wide": partial(small_resnet, width=32),  # the teacher of cifar10_small
 }
 
 

@@ -27,6 +27,8 @@ SIZES = {  # name: classes, parameters, entries of the state_dict, millions of m
     "resnet56": (10, 853_018, 332, 125.5),
     "tiny_resnet": (10, 77_754, 56, 12.207),
     "tiny_resnet_wide": (10, 308_074, 56, 48.531),
+    "small_resnet": (10, 308_826, 74, 4.044),
+    "small_resnet_wide": (10, 1_228_970, 74, 15.952),
 }
 KEYS = {
     "resnet18": ["conv1.weight", "bn1.running_var", "layer2.0.shortcut.0.weight", "layer2.0.shortcut.1.bias"],
@@ -39,6 +41,8 @@ KEYS = {
     "resnet56": ["layer3.8.conv2.weight", "layer2.0.bn1.weight", "linear.weight"],
     "tiny_resnet": ["layer3.0.shortcut.1.weight", "linear.weight"],
     "tiny_resnet_wide": ["layer3.0.conv2.weight", "linear.bias"],
+    "small_resnet": ["layer4.0.shortcut.1.weight", "linear.weight"],
+    "small_resnet_wide": ["layer4.0.conv2.weight", "linear.bias"],
 }
 RELEASED = {  # the first three logits of `filled` networks, by the released code in float64
     "resnet18": [0.898916041, -1.70215143, 2.78087786],

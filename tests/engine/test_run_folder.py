@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def test_a_folder_taken_away_at_any_system_call_of_a_save_is_an_error_that_names
             save(tmp_path / "counted", epoch)
     for number in range(made[0]):
         path, elsewhere = tmp_path / f"run{number}", tmp_path / f"elsewhere{number}"
-        with at_call(number, lambda: path.rename(elsewhere)):
+        with at_call(number, partial(path.rename, elsewhere)):
             with pytest.raises((DataError, UsageError), match=f"cannot write (to )?{path}"):
                 for epoch in (1, 2):
                     save(path, epoch)

@@ -1,12 +1,15 @@
 """Settings of full size start, take two steps and are evaluated, on files in their data set's own format.
 
-All those of four methods, and one of each other method: they share the options of recipes/settings.py.
+Every method in one setting, and all data and networks that are combined: methods share the options of
+recipes/settings.py.
 WRN-34-10 and -20 would take most of the time and of the memory, and are narrow here; tests/engine/test_models.py has
 the first whole.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 from types import ModuleType
 
@@ -20,22 +23,31 @@ from retemper.engine.checkpoints.published import published
 from retemper.engine.models import MODELS
 from retemper.engine.models.wide_resnet import WideResNet
 from retemper.loaders import load_split, usual_eps
+from retemper.recipes.settings import SMALL
 
 SHORT = "--epochs 1 --batch-size 2 --attack-steps 1 --holdout-per-class 0 --images-per-class none".split()
 NAMES = [f"{method}:{setting}" for method in methods() for setting in method_module(method).SETTINGS]
-WHOLE = ("absld", "rslad", "sat", "trades")  # all their settings are run
 
 
 def large() -> Iterator[str]:
-    """The names of the settings to run: the methods that have one run take turns over the settings."""
-    turn = 0
-    for method in methods():
-        images = {name: setting.recipe.data for name, setting in method_module(method).SETTINGS.items()}
-        names = [name for name, data in images.items() if data.dataset != "digits" and data.image_size is None]
-        if method not in WHOLE:
-            names = [names[turn % len(names)]]
-            turn += 1
-        yield from (f"{method}:{name}" for name in names)
+    """The names of the settings to run: each method takes one that the fewest have taken, and then the rest."""
+    taken: Counter[tuple[str | None, ...]] = Counter()
+    large = [name for name in NAMES if not name.partition(":")[2].startswith(("digits", *SMALL))]
+    for _, names in groupby(large, key=lambda name: name.partition(":")[0]):
+        name = min(names, key=lambda name: taken[combined(name)])
+        taken[combined(name)] += 1
+        yield name
+    for name in large:
+        if not taken[combined(name)]:
+            taken[combined(name)] += 1
+            yield name
+
+
+def combined(name: str) -> tuple[str | None, ...]:
+    """The data and the networks of a setting."""
+    recipe = find_setting(name)[2].recipe
+    networks = recipe.networks
+    return recipe.data.dataset, networks.student, networks.teacher_model, networks.clean_teacher_model
 
 
 @pytest.fixture(scope="module")
