@@ -33,6 +33,9 @@ class Data(Options):
         positive=True,
         at_most=10**6,
     )
+    extra_fraction: float = option(
+        0.0, "with --extra: the share of each batch that is drawn from its images, as 0.7; the rest are real", at_most=1
+    )
     max_side: int | None = option(
         None,
         "with augment resized-crop, of folders: store images at so many pixels a side, and cut views of image_size "
@@ -71,6 +74,12 @@ class Data(Options):
         if side is not None and (size is None or size > side):
             raise ValueError(
                 f"max_side = {side}: views of image_size = {size} are cut from it: set both, it is the larger"
+            )
+        if self.extra_fraction == 1:
+            raise ValueError("extra_fraction = 1: it must be below 1, since an epoch is counted on the real images")
+        if self.extra_fraction and self.augment == "resized-crop":
+            raise ValueError(
+                "extra_fraction: a pool holds images of one size, augment = 'resized-crop' takes larger ones"
             )
 
     @property

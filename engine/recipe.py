@@ -245,6 +245,11 @@ class Recipe:
                 f"attack = 'pgi', augment = {self.data.augment!r}, cutout = {self.data.cutout}: what is kept of an "
                 "image follows its crop and flip alone; take nfgsm, or augment = 'crop' and cutout = 0"
             )
+        if self.attack.kind == "pgi" and self.data.extra_fraction:
+            raise ValueError(
+                f"attack = 'pgi', extra_fraction = {self.data.extra_fraction:g}: what is kept of an image is of the "
+                "real ones alone, and extra ones seldom come again: take nfgsm, or leave out --extra"
+            )
         if self.attack.guard == "on" and taken(self.attack).steps >= STEPS["pgd10"]:
             raise ValueError(
                 f"guard = 'on': attack = {self.attack.kind!r} takes {taken(self.attack).steps} steps already, and the "

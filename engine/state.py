@@ -54,6 +54,7 @@ class State:
         averaged: the network of the average as it answers the method, folded anew in every step (`fold_average`); None
             where the method never asks it.
         average_sees: the images that it is asked about in the steps of the epoch.
+        lacks_labels: whether batches may hold images without a label, -1, for which the teacher's answer stands in.
         perturbation: of the student's weights, where the recipe asks for one.
         part: which rows of each batch are this process's.
         beside: where the teachers and the average answer before the attack.
@@ -117,6 +118,7 @@ class State:
         if self.average is not None and method.average_sees:
             self.averaged = _eyes(self.average.network, recipe, device)
         self.average_sees = method.shown_to_average(1, recipe)
+        self.lacks_labels = False
         self.perturbation = Perturbation(student, self.joined is not None) if optim.awp_gamma else None
         self.part, self.beside = Part.begin(ranks, device), Branch(device, execution.beside)
         self.bucket = GradientBucket(self.trained, ranks) if ranks.joined else None
@@ -192,7 +194,8 @@ class State:
 
         A process without rows counts nothing, and moves the class state along with the others.
         """
-        counts, label_B = not targets.part.idle, targets.label_B
+        counts = not targets.part.idle
+        label_B = targets.label_B if targets.counted_B is None else targets.counted_B
         logits = {name: logits_BK.detach() for name, logits_BK in logits.items()}
         if counts:
             peer = {} if targets.peer_adv_BK is None else {"peer": targets.peer_adv_BK.detach()}

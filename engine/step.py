@@ -16,6 +16,7 @@ from retemper.engine.first_order import slope_at
 from retemper.engine.from_kept import held_near
 from retemper.engine.losses import as_label
 from retemper.engine.maximise import attacked_images, begin_attack
+from retemper.engine.missing_labels import stand_in
 from retemper.engine.recipe import Recipe
 from retemper.engine.state import State
 from retemper.engine.targets import Targets
@@ -37,7 +38,7 @@ def train_step(
 
     Args:
         clean_BCHW: fp32, in the networks' memory format, pixels in [0, 1], on the student's device.
-        label_B: int64.
+        label_B: int64; -1 where there is none and `State.lacks_labels` says that there may be none.
         teacher_BK: the teacher's logits on `clean_BCHW` where they are known; it is asked otherwise.
         index_B, view_B: int64, which images these are, and how they are cropped and mirrored, as a loader gives them.
             The attack "pgi" alone asks for them.
@@ -55,8 +56,11 @@ def train_step(
         teacher_BK = None if teacher_BK is None else teacher_BK.new_zeros(1, teacher_BK.shape[1])
         seen = None
         recipe = recipe.replace(attack_bn="eval")  # an image that counts for nothing must move no statistics
-    attacked = state.attacked()
-    targets = observe(state, recipe, attacked, clean_BCHW, label_B, teacher_BK)
+    attacked, counted_B = state.attacked(), None
+    if state.lacks_labels:
+        counted_B = label_B
+        label_B, teacher_BK = stand_in(state, recipe, clean_BCHW, label_B, teacher_BK)
+    targets = replace(observe(state, recipe, attacked, clean_BCHW, label_B, teacher_BK), counted_B=counted_B)
     images = {"clean": clean_BCHW}
     for number in range(recipe.method.attacks()):
         targets = begin_attack(recipe, clean_BCHW, targets, number) if number else targets

@@ -20,6 +20,7 @@ class Targets:
 
     Attributes:
         label_B: (B,) int64.
+        counted_B: (B,) int64, the class that each row is counted under, -1 for none; None where it is the label.
         teacher_BK: the teacher's logits on the clean images.
         own_BK: the student's own logits on the clean images, taken before the attack in the attack's batch-norm mode,
             without gradient (`Method.needs_own_prediction`).
@@ -42,6 +43,7 @@ class Targets:
     """
 
     label_B: Tensor
+    counted_B: Tensor | None = None
     teacher_BK: Tensor | None = None
     own_BK: Tensor | None = None
     teacher_adv_BK: Tensor | None = None

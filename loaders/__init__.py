@@ -7,6 +7,8 @@ from retemper.loaders.datasets import DATASETS, load_split, usual_eps
 from retemper.loaders.ffcv_library import ffcv_problem
 from retemper.loaders.loader import Batch, Loader
 from retemper.loaders.long_tail import long_tail
+from retemper.loaders.mixed import Extra
+from retemper.loaders.pool import Pool, open_pool
 from retemper.loaders.split import Split, middle, split_of_arrays
 from retemper.loaders.views import ViewSpace, epoch_order, holdout_split
 
@@ -14,8 +16,10 @@ __all__ = [
     "DATASETS",
     "Batch",
     "DataError",
+    "Extra",
     "Loader",
     "LoaderKind",
+    "Pool",
     "Split",
     "UsageError",
     "ViewSpace",
@@ -28,6 +32,7 @@ __all__ = [
     "long_tail",
     "make_loader",
     "middle",
+    "open_pool",
     "split_of_arrays",
     "usual_eps",
     "verify",

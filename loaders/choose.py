@@ -1,7 +1,7 @@
 """The choice of the backend that serves a split."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from retemper.loaders.beton import cached
 from retemper.loaders.ffcv_backend import FfcvLoader
 from retemper.loaders.ffcv_library import INSTALL, ffcv_problem
 from retemper.loaders.loader import Loader, Plan
+from retemper.loaders.mixed import Extra, MixedLoader, MixedPlan
 from retemper.loaders.resident import ResidentLoader
 from retemper.loaders.split import Split
 from retemper.loaders.views import ViewSpace
@@ -31,6 +32,7 @@ def make_loader(
     beton: str | Path | None = None,
     rank: int = 0,
     world_size: int = 1,
+    extra: Extra | None = None,
 ) -> Loader:
     """Return a loader of `split`; its `description` is one line for the user.
 
@@ -44,12 +46,20 @@ def make_loader(
         cache_dir: the folder of converted files; None for none.
         beton: a converted file to read, whatever `cache_dir` holds.
         rank, world_size: decide which rows of each batch this process takes; see `Plan`.
+        extra: a pool that a share of each batch is drawn from, whatever backend serves the split; None for none.
 
     Raises:
         UsageError: FFCV was asked for and is not installed, or a number is impossible.
         DataError: the data or the converted file is damaged.
     """
     chosen = np.arange(len(split)) if indices is None else np.asarray(indices, dtype=np.int64)
+    if extra is not None:
+        mixed = MixedPlan(
+            chosen, batch_size, seed, views, rank, world_size, pool_images=len(extra.pool), fraction=extra.fraction
+        )
+        own: dict[str, Any] = dict(seed=seed, views=views, device=device, indices=chosen)
+        real = make_loader(kind, split, batch_size=mixed.local_real_rows, cache_dir=cache_dir, beton=beton, **own)
+        return MixedLoader(real, mixed, extra, device)
     plan = Plan(chosen, batch_size, seed, views, rank, world_size)
     if beton is not None and kind == "resident":
         raise UsageError(f"{beton} is read by FFCV: use --loader ffcv, or leave out --beton")

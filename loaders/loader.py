@@ -21,8 +21,8 @@ class Batch:
     """B images on the device. The crop and the flip that `view` names are still to be made."""
 
     image: Tensor  # (B, H, W, C) uint8
-    label: Tensor  # (B,) int64
-    index: Tensor  # (B,) int64, position in the whole split
+    label: Tensor  # (B,) int64; -1 of an image of a pool that has none
+    index: Tensor  # (B,) int64, position in the whole split; -1 - its position of an image of a pool
     view: Tensor  # (B,) int64, see views.py
 
 
@@ -64,6 +64,22 @@ class Plan:
         """Return the number of rows of a whole batch that this process takes."""
         return self.batch_size // self.world_size
 
+    @property
+    def num_rows(self) -> int:
+        """Return the number of rows of all batches of an epoch, over all processes."""
+        return len(self.indices)
+
+    def draw(self, num_total: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Draw what the rows of an epoch hold, over all processes and batch after batch.
+
+        Args:
+            num_total: images in the split, in and outside the plan.
+        Returns:
+            (rows,) int64 positions and (rows,) int64 views, as `Batch` has them.
+        """
+        index = self.indices[epoch_order(len(self.indices), self.seed, epoch)]
+        return index, self.views.draw(num_total, self.seed, epoch)[index]
+
     def batches(self, images: int) -> int:
         """Return the number of batches that hold so many images."""
         return -(-images // self.batch_size)
@@ -101,14 +117,15 @@ class Loader(ABC):
 
     @property
     def num_images(self) -> int:
-        """Return the number of images of an epoch, over all processes."""
-        return len(self.plan.indices)
+        """Return the number of images of an epoch, over all processes, those drawn from a pool included."""
+        return self.plan.num_rows
 
     def schedule(self, epoch: int, start_batch: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Draw what the batches of an epoch hold for this process.
 
         Returns:
-            (M,) int64 positions in the split and (M,) int64 views, in the order of the batches from `start_batch` on.
+            (M,) int64 positions and (M,) int64 views, as `Batch` has them, in the order of the batches from
+            `start_batch` on.
 
         Raises:
             UsageError: there is no such batch.
@@ -116,8 +133,7 @@ class Loader(ABC):
         if not 0 <= start_batch <= len(self):
             raise UsageError(f"an epoch has {len(self)} batches: cannot start at batch {start_batch}")
         plan = self.plan
-        index = plan.indices[epoch_order(self.num_images, plan.seed, epoch)]
-        view = plan.views.draw(self.num_total, plan.seed, epoch)[index]
+        index, view = plan.draw(self.num_total, epoch)
         return plan.part(index[start_batch * plan.batch_size :]), plan.part(view[start_batch * plan.batch_size :])
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:

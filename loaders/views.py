@@ -17,7 +17,7 @@ import numpy as np
 from retemper.errors import UsageError
 
 # the last word of each seed, so that no stream repeats another
-ORDER, VIEW, HOLDOUT = 1, 2, 3
+ORDER, VIEW, HOLDOUT, POOL, POOL_VIEW = 1, 2, 3, 4, 5
 
 
 def random_words(n: int, *entropy: int) -> np.ndarray:
@@ -73,13 +73,13 @@ class ViewSpace:
         """Return the id of the view that leaves an image as it is; of strong views it is the only one below 0."""
         return -1 if self.strong else (self.padding * (2 * self.padding + 1) + self.padding) * 2
 
-    def draw(self, n: int, seed: int, epoch: int) -> np.ndarray:
-        """Return the views of n images in an epoch, (n,) int64; the i-th depends on (seed, epoch, i) alone.
+    def draw(self, n: int, seed: int, epoch: int, stream: int = VIEW) -> np.ndarray:
+        """Return the views of n images in an epoch, (n,) int64; the i-th depends on (seed, epoch, stream, i) alone.
 
         Raises:
             UsageError: a negative seed or epoch.
         """
-        words = random_words(n, seed, epoch, VIEW)
+        words = random_words(n, seed, epoch, stream)
         if self.strong:
             return (words >> np.uint64(1)).astype(np.int64)
         # the remainder favours small ids by less than count / 2**64

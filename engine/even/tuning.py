@@ -16,7 +16,7 @@ from retemper.loaders import usual_eps
 from retemper.options import options_of
 
 CARRIED = (  # of a run, beside all options of its images
-    *options_of(Data),
+    *(name for name in options_of(Data) if name != "extra_fraction"),
     *("student", "normalise", "eps", "attack_step", "loader", "precision", "cpu_threads", "channels_last"),
 )
 HELD_OUT = ("holdout_per_class", "holdout_from")

@@ -128,7 +128,7 @@ def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
     recipe = config["recipe"]
     student = Path(recipe["student"]).name  # of net.py:build the file alone
     config = config | {"out": None, "data_root": None, "recipe": recipe | {"student": student}}
-    for whose in ("teacher", "clean_teacher", "start"):
+    for whose in ("teacher", "clean_teacher", "start", "extra"):
         if config.get(whose):
             config[whose] = config[whose] | {"path": Path(config[whose]["path"]).name}
     return config

@@ -53,7 +53,7 @@ def _run_facts(run: RunRecord) -> dict[str, str]:
         return {"folder": str(run.folder), "role": "from elsewhere", "network": plain(run.protocol.get("weights"))}
     config, recipe, teacher = run.config, run.recipe, as_dict(run.config.get("teacher"))
     role = f"teacher of {', '.join(run.taught)}" if run.taught else "trained without a teacher"
-    start, evened = as_dict(config.get("start")), as_dict(config.get("evened"))
+    start, evened, extra = (as_dict(config.get(what)) for what in ("start", "evened", "extra"))
     role = f"{start.get('path')}, evened by {evened.get('by')}" if evened else role
     seconds, speed = (
         [float(row[name]) for row in run.metrics if as_number(row.get(name)) >= 0]
@@ -68,6 +68,9 @@ def _run_facts(run: RunRecord) -> dict[str, str]:
         "preset": plain(recipe.get("preset", "paper")),
         "learning rate": f"{plain(recipe.get('lr'))}, by {plain(recipe.get('lr_schedule', 'steps'))}",
         "student": plain(recipe.get("student")),
+        "extra images": f"{recipe.get('extra_fraction'):.0%} of each batch, from {extra.get('path')}"
+        if extra
+        else "none",
         "epochs": f"{len(run.metrics)} of {recipe.get('epochs', 'unknown')}",
         "training eps": pixels(recipe.get("eps")),
         "training attack": plain(recipe.get("attack", "pgd")),

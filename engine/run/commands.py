@@ -36,9 +36,9 @@ def train_again(config: Mapping[str, Any], out: Path) -> str:
         where = {"out": out, "data_root": config.get("data_root"), "weights": weights}
         return command("retemper", "even", config["start"]["path"], by=evened["by"], **where)
     name = f"{config['method']}:{config['setting']}"
-    networks = {what: (config.get(what) or {}).get("path") for what in SOURCES}
+    named = {what: (config.get(what) or {}).get("path") for what in (*SOURCES, "extra")}
     where = {"out": out, "seed": config["seed"] or None, "data_root": config.get("data_root")}
-    return command("retemper", "train", name, **where, **networks, **_overridden(name, config["recipe"]))
+    return command("retemper", "train", name, **where, **named, **_overridden(name, config["recipe"]))
 
 
 def _overridden(name: str, recipe: Mapping[str, Any]) -> dict[str, str]:

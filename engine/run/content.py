@@ -15,6 +15,15 @@ class Named(TypedDict):
     sha256: str
 
 
+class NamedPool(TypedDict):
+    """How config.json names a pool of extra images (`retemper.loaders.Pool.describe`)."""
+
+    path: PathText
+    images: int
+    unlabelled: int
+    fingerprint: str
+
+
 class _Told(TypedDict):
     method: str
     setting: str
@@ -33,6 +42,7 @@ class Config(_Told, total=False):
     clean_teacher: Named | None
     start: Named | None
     evened: dict[str, Any]
+    extra: NamedPool
     loader: str
     versions: dict[str, str | None]
     device: str

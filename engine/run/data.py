@@ -13,7 +13,9 @@ from retemper.engine.kept import Kept
 from retemper.engine.recipe import Recipe
 from retemper.errors import DataError, UsageError
 from retemper.loaders import (
+    Extra,
     Loader,
+    Pool,
     Split,
     ViewSpace,
     beton_split,
@@ -22,6 +24,7 @@ from retemper.loaders import (
     long_tail,
     make_loader,
     middle,
+    open_pool,
     split_of_arrays,
 )
 
@@ -38,12 +41,14 @@ class TrainingData:
         held: the images held out of training, in memory; None where there are none.
         judged: the images that choose the best epoch: those held out, or the test images where the recipe says so.
             None where the last epoch is kept.
+        pool: the images that are mixed into the batches; None where there are none.
     """
 
     split: Split
     loader: Loader
     held: Split | None
     judged: Split | None
+    pool: Pool | None = None
 
 
 def training_split(data: Data, data_root: Path | None, beton: Path | None) -> Split:
@@ -94,6 +99,7 @@ def load_data(
     data_root: Path | None,
     cache: Path,
     beton: Path | None,
+    extra: Path | None = None,
 ) -> TrainingData:
     """Return the images of a run on `split`, the training images of its data set.
 
@@ -101,11 +107,13 @@ def load_data(
         seed: of the order of the images and of their views.
         cache: the folder of converted data sets.
         beton: a converted training set to read in place of one in the cache.
+        extra: the files of a pool, of which each batch holds a share; None for none.
     Raises:
-        UsageError: the backend is not there, or batches and processes do not fit.
+        UsageError: the backend is not there, or batches and processes do not fit; labels are missing that no teacher
+            gives.
         DataError: the images cannot be read.
     """
-    test = None
+    test, pool = None, None if extra is None else pool_of(extra, split, recipe, cache)
     if recipe.selection.select_on == "test":
         test = _test_split(recipe.data, data_root)
         say("note: the best epoch is chosen on the test images: the test accuracy of this run flatters it")
@@ -122,6 +130,7 @@ def load_data(
         beton=beton,
         rank=ranks.rank,
         world_size=ranks.world_size,
+        extra=None if pool is None else Extra(pool, recipe.data.extra_fraction, recipe.execution.extra_on),
     )
     last = loader.num_images % recipe.optim.batch_size or recipe.optim.batch_size
     if recipe.optim.batch_norm == "synced" and last < ranks.world_size:
@@ -135,7 +144,26 @@ def load_data(
         images = np.concatenate([middle(one, *split.shape[:2]) for one in walked])
         labels = split.labels[held_indices]
         held = split_of_arrays(split.name, "train", images, labels, split.classes, split.fingerprint)
-    return TrainingData(split=split, loader=loader, held=held, judged=held if test is None else test)
+    return TrainingData(split=split, loader=loader, held=held, judged=held if test is None else test, pool=pool)
+
+
+def pool_of(path: Path, split: Split, recipe: Recipe, cache: Path) -> Pool:
+    """Return the pool that `--extra` names, for the images of `split`.
+
+    Args:
+        cache: the folder where compressed files are unpacked, once.
+    Raises:
+        DataError: a file is missing or damaged, or holds other images or labels.
+        UsageError: labels are missing, and the method has no teacher that could stand in for them.
+    """
+    pool = open_pool(path, split, cache)
+    if pool.unlabelled and recipe.networks.teacher_model is None:
+        none = "none has a label" if pool.unlabelled == len(pool) else f"{pool.unlabelled:,} have no label"
+        raise UsageError(
+            f"--extra {path}: of its {len(pool):,} images {none}, and this method has no teacher to give one: name a "
+            "pool with labels, or train a method that distils"
+        )
+    return pool
 
 
 def kept_of(recipe: Recipe, data: TrainingData, device: torch.device, folder: Path) -> Kept | None:

@@ -74,6 +74,10 @@ class FiniteWatch:
     def _images(self, batch: Batch, rows: list[int]) -> str:
         """Name some rows of the batch, by position in the data set and class."""
         index, label = batch.index.tolist(), batch.label.tolist()
-        named = ", ".join(f"{index[row]} ({self.classes[label[row]]})" for row in rows[:SHOWN])
+        classes = [*self.classes, "no label"]
+        named = ", ".join(
+            f"{f'extra {-1 - index[row]}' if index[row] < 0 else index[row]} ({classes[label[row]]})"
+            for row in rows[:SHOWN]
+        )
         more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
         return f"image{'s' * (len(rows) > 1)} {named}{more}"

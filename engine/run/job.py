@@ -44,6 +44,7 @@ class Job:
     Attributes:
         out: the run's folder.
         data_root, beton: where the data set lies, and a converted training set to read in place of it.
+        extra: the files of a pool, of which each batch holds the recipe's `extra_fraction`; None for none.
         teacher, clean_teacher, start: what the user calls these networks, as `find_network` takes it.
         cache: the folder of converted data sets and of the teachers' answers.
         save_every: seconds of training after which the state is saved within an epoch.
@@ -63,12 +64,21 @@ class Job:
     start: str | Path | None = None
     cache: Path
     beton: Path | None = None
+    extra: Path | None = None
     device: torch.device
     tensorboard: bool = False
     save_every: float = 600.0
     max_steps: int | None = None
     deterministic: bool = False
     ranks: Ranks = ALONE
+
+    def __post_init__(self) -> None:
+        """Raise UsageError where one of --extra and --extra-fraction comes without the other."""
+        fraction = self.recipe.data.extra_fraction
+        if self.extra is None and fraction:
+            raise UsageError(f"--extra-fraction {fraction:g} of which images? Name their .npz with --extra")
+        if self.extra is not None and not fraction:
+            raise UsageError(f"--extra {self.extra}: say with --extra-fraction, as 0.7, how much of a batch is from it")
 
     @property
     def name(self) -> str:
@@ -129,6 +139,7 @@ class Job:
             **{what: source and source | {"path": str(absolute(source["path"]))} for what, source in sources.items()},
             "student_source": source_digest(self.recipe.networks.student),
             "loader": data.loader.description,
+            **({} if data.pool is None else {"extra": data.pool.describe()}),
             "versions": versions(),
             "device": device_name(self.device),
             "processes": self.ranks.world_size,
@@ -158,6 +169,7 @@ def _advice(recipe: Recipe, device: torch.device, words: str) -> str:
     if device.type == "cuda":
         tries += ["--precision bf16"] * (execution.dtype_on(device) is torch.float32)
         tries += ["--teacher-ahead 1"] * (execution.teacher_ahead > 1)
+    tries += ["--extra-on disk"] * (recipe.data.extra_fraction > 0 and execution.extra_on != "disk")
     tries += ["--loader ffcv (resident keeps all images in memory)"] * (execution.loader != "ffcv")
     asked = f" for {wanted.group(1)}" if wanted else ""
     return f"out of memory{asked} at {images}, {recipe.networks.student}; {_taken(device)}: try {', '.join(tries)}"

@@ -258,4 +258,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], method: type[Method])
         before, after = (config.get(what) or {} for config in (old, new))
         if not same_network(before, after):
             changed.append((what, before.get("sha256", "none"), after.get("sha256", "none")))
+    before, after = ((config.get("extra") or {}).get("fingerprint", "none") for config in (old, new))
+    if before != after:
+        changed.append(("extra", before, after))
     return [f"{name}: {before}, now {after}" for name, before, after in changed]

@@ -39,11 +39,14 @@ def survey(
                 continue
             clean = clean_images(recipe, batch.image, batch.view)
             own_seed = OWN_NOISE ^ ((seed << 40) + (epoch << 24) + number)
+            label_B = batch.label.clamp(
+                min=0
+            )  # an image without a label is attacked as one of class 0, and not counted
             plan = plan_of(chosen, chosen.eps, chosen.step, rows=ranks.rows, seed=own_seed)
             with state.autocast():
-                adv = ascend(network, clean, plan, objective=cross_entropy_objective(batch.label))
+                adv = ascend(network, clean, plan, objective=cross_entropy_objective(label_B))
             with torch.no_grad(), exact_fp32():
-                value_BD = recipe.method.surveyed(student(adv), batch.label)
+                value_BD = recipe.method.surveyed(student(adv), label_B)
             if seen is None:
                 seen = ClassMeans.zeros(state.num_classes, value_BD.shape[1], state.device, state.dtype)
             seen.add(value_BD, batch.label)

@@ -56,9 +56,10 @@ class TeacherLogits:
         logits_MK = torch.empty(len(index), self.num_classes, device=self.device)
         missing = np.arange(len(index))
         if self.table is not None:
-            known, found = self.table.look_up(index, view)
-            logits_MK.copy_(torch.from_numpy(found))
-            missing = missing[~known]
+            real = np.flatnonzero(index >= 0)  # of a pool the table holds nothing
+            known, found = self.table.look_up(index[real], view[real])
+            logits_MK.index_copy_(0, torch.from_numpy(real).to(self.device), torch.from_numpy(found).to(self.device))
+            missing = np.delete(missing, real[known])
         self.known_share = 1 - len(missing) / max(1, len(index))
         on_missing, row = torch.from_numpy(missing).to(self.device), 0
         while group := list(islice(batches, self.ahead)):
@@ -85,7 +86,8 @@ class TeacherLogits:
             index, view, logits, memory = self.fresh.pop(0)
             memory.wait()
             if self.table is not None:
-                self.table.keep(index, view, logits.numpy())
+                real = index >= 0
+                self.table.keep(index[real], view[real], logits.numpy()[real])
 
     def _fill(self, group: list[Batch], row: int, missing: Tensor, logits_MK: Tensor) -> None:
         """Ask for the rows `missing` of `logits_MK`; the first image of `group` is row `row`."""

@@ -15,6 +15,7 @@ from retemper.engine.checkpoints.header import read_header
 from retemper.engine.recipe import Recipe
 from retemper.engine.run.changed import changed_options
 from retemper.engine.run.commands import absolute
+from retemper.engine.run.data import pool_of, training_split
 from retemper.engine.run.job import Job, default_out
 from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.run.train import train
@@ -46,9 +47,12 @@ def with_teacher(job: Job) -> Job:
     looked for beside this run and in runs/, and trained first where the recipe says that this is a matter of minutes.
 
     Raises:
+        DataError: the extra images cannot be used.
         UsageError: one is missing and training it would take long: it says how; or one is given that is not wanted.
     """
     RunFolder(job.out).require_place()
+    if job.extra is not None:  # before a teacher is trained for nothing
+        pool_of(job.extra, training_split(job.recipe.data, job.data_root, job.beton), job.recipe, job.cache)
     wanted = job.recipe.networks
     job = _with(job, "teacher", wanted.teacher_model, wanted.teacher_recipe)
     job = _with(job, "clean_teacher", wanted.clean_teacher_model, wanted.clean_teacher_recipe)
@@ -74,7 +78,7 @@ def _with(job: Job, what: str, model: str | None, name: str | None) -> Job:
         carried |= {name: now[name] for name in SAME_NETWORK if now[name] != theirs[name]}
     folder = default_out(method, setting, 0).name + _suffix(carried, job)
     # always seed 0: runs that differ in their seed share one teacher, and are compared under it
-    first = replace(job, method=method, setting=setting, recipe=found.recipe.replace(**carried), seed=0)
+    first = replace(job, method=method, setting=setting, recipe=found.recipe.replace(**carried), seed=0, extra=None)
     places = list(dict.fromkeys([job.out.parent / folder, default_out(method, setting, 0).parent / folder]))
     done = job.ranks.any(*(job.ranks.is_first and _is_done(replace(first, out=place)) for place in places))
     if any(done):

@@ -54,8 +54,17 @@ def train(job: Job) -> Path:
         names = {"teacher": job.teacher, "clean_teacher": job.clean_teacher, "start": job.start}
         state, sources = begin_state(recipe, networks, seed=job.seed, ranks=ranks, names=names)
         data = load_data(
-            split, recipe, ranks, job.device, seed=job.seed, data_root=job.data_root, cache=job.cache, beton=job.beton
+            split,
+            recipe,
+            ranks,
+            job.device,
+            seed=job.seed,
+            data_root=job.data_root,
+            cache=job.cache,
+            beton=job.beton,
+            extra=job.extra,
         )
+        state.lacks_labels = data.pool is not None and data.pool.unlabelled > 0
         networks.probe(data.loader)
         for network in state.trained:
             require_no_lone_image(network, recipe, data.loader, split.shape)

@@ -23,6 +23,7 @@ EXACTNESS = {
     "fused_sgd": "rounding",
     "beside": "bitwise",
     "kept": "bitwise",
+    "extra_on": "bitwise",
 }
 
 
@@ -58,6 +59,11 @@ class Execution(Options):
     )
     kept: Literal["device", "disk"] = option(
         "device", "where the attack pgi keeps its perturbations: on the device, or in a file that is mapped into memory"
+    )
+    extra_on: Literal["auto", "device", "disk"] = option(
+        "auto",
+        "where the images of --extra lie: on the device, or in their files, read ahead by a thread; auto puts them on "
+        "a GPU where they take up to half of its free memory",
     )
     loader: Literal["auto", "ffcv", "resident"] = option(
         "auto", "where the images lie: an FFCV file, or all in memory; both give the same batches"

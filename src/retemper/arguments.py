@@ -179,6 +179,7 @@ OPTIONS: dict[str, tuple[str | tuple[str, dict[str, Any]], ...]] = {  # of each 
     "train": (
         _option("METHOD_SETTING", "the recipe; retemper ls lists them", "METHOD:SETTING", completes=NAMES),
         _option("--data-root", "where the data set lies", "DIR", type=PATH),
+        _option("--extra", "generated or extra images: a .npz, or its parts (a folder or '*.npz')", "PATH", type=PATH),
         _option("--teacher", NETWORK, "NETWORK"),
         _option("--clean-teacher", "the second teacher, trained without attacks", "NETWORK"),
         _option("--start", "the weights that the student begins with", "NETWORK"),

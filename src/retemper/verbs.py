@@ -38,7 +38,9 @@ def train(arguments: Namespace) -> None:
     if arguments.show:
         print("\n".join(f"{field:20} {value!r}" for field, value in recipe.flat().items()))
         return
-    given = "seed data_root teacher clean_teacher start beton tensorboard save_every max_steps deterministic".split()
+    given = (
+        "seed data_root extra teacher clean_teacher start beton tensorboard save_every max_steps deterministic".split()
+    )
     with joined(arguments.device) as (ranks, device):
         job = Job(
             method=method,
@@ -71,6 +73,8 @@ def _notes(method: str, recipe: Any, texts: Mapping[str, str]) -> Iterator[str]:
         yield "--crop-area is of --augment resized-crop, so it changes nothing"
     if recipe.optim.ema_warmup and "ema_warmup" in texts and recipe.optim.average != "ema":
         yield "--ema-warmup is of --average ema, so it changes nothing"
+    if "extra_on" in texts and not recipe.data.extra_fraction:
+        yield "--extra-on is of --extra, so it changes nothing"
     if recipe.optim.optimizer == "adamw" and "lr" not in texts:
         yield f"AdamW at SGD's learning rate ({shown_value(recipe.optim.lr)}) seldom learns: --lr 0.001 is usual"
     if recipe.optim.label_smoothing and "label_smoothing" in texts and not recipe.method.smooths_labels():
@@ -94,8 +98,8 @@ def evaluate(arguments: Namespace) -> None:
 
     from retemper.engine.checkpoints.header import Facts
     from retemper.engine.distributed.join import joined
-    from retemper.engine.evaluation.corrupted import corruption_table
     from retemper.engine.evaluation.consistency import consistency_lines
+    from retemper.engine.evaluation.corrupted import corruption_table
     from retemper.engine.evaluation.curve_summary import beaten_lines, curve_summary
     from retemper.engine.evaluation.evaluate import EvaluationRequest, evaluate_target
     from retemper.engine.evaluation.summary import summary
