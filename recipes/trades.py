@@ -19,7 +19,8 @@ from retemper.engine import (
     run_recipe,
 )
 from retemper.kernels import class_temperature_kl
-from retemper.recipes.settings import DIGITS, ON_BOTH, SVHN, adversarial_training, as_student
+from retemper.recipes.data_sets import DIGITS, SVHN
+from retemper.recipes.settings import ON_BOTH, adversarial_training, as_student
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from retemper.engine.checkpoints.published import published
 from retemper.engine.models import MODELS
 from retemper.engine.models.wide_resnet import WideResNet
 from retemper.loaders import load_split, usual_eps
-from retemper.recipes.settings import SMALL
+from retemper.recipes.data_sets import SMALL
 
 SHORT = "--epochs 1 --batch-size 2 --attack-steps 1 --holdout-per-class 0 --images-per-class none".split()
 NAMES = [f"{method}:{setting}" for method in methods() for setting in method_module(method).SETTINGS]
