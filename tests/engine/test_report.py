@@ -271,6 +271,20 @@ def test_runs_at_two_radii_have_lines_apart(tmp_path: Path) -> None:
     )
 
 
+def test_a_run_in_another_norm_at_the_same_radius_stands_apart(tmp_path: Path) -> None:
+    l2 = make_run(tmp_path / "l2", RSLAD, epochs=1, attacks=("pgd20",), protocol={"norm": "l2"})
+    linf = make_run(tmp_path / "linf", RSLAD, epochs=1, attacks=("pgd20",))
+    report = RunSet([read_run(run) for run in (l2, linf)])
+    assert ([run.label for run in report.comparable], [run.label for run in report.elsewhere]) == (["linf"], ["l2"])
+    note = warnings(report)[0]
+    assert note.text.startswith("l2 was evaluated at eps 0.15 in L2, the others at 0.15")
+    assert note.code == f"retemper evaluate {l2}"
+    assert [run.label for run in RunSet([read_run(l2)]).comparable] == ["l2"]
+    write_report([str(l2), str(linf)], str(tmp_path / "out"))
+    markdown = (tmp_path / "out/report.md").read_text()
+    assert "eps 0.15 in L2: PGD-20" in markdown and "--norm l2" not in markdown
+
+
 def test_without_the_usual_radius_a_report_is_at_the_first_ones(tmp_path: Path) -> None:
     radii = {"a": 4 / 255, "b": 8 / 255, "c": 4 / 255}
     runs = [make_run(tmp_path / name, RSLAD, epochs=1, protocol={"eps": eps}) for name, eps in radii.items()]
