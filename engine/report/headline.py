@@ -71,7 +71,9 @@ def warnings(runs: RunSet) -> list[Text]:
         text = (
             f"{run.label} was evaluated at eps {was}, the others at {here}: it has lines of its own in the summary, and"
         )
-        out.append(Text(f"{text} is left out of all else. To evaluate it at {here}:", run.evaluate_at(runs.eps, runs.norm)))
+        out.append(
+            Text(f"{text} is left out of all else. To evaluate it at {here}:", run.evaluate_at(runs.eps, runs.norm))
+        )
     for run in runs.evaluated:
         if run.classes != runs.classes:
             out.append(Text(f"{run.label} has other classes: it is left out of the tables and figures by class."))

@@ -1,6 +1,7 @@
 """The section of the curves over the radius: average and weakest class, a figure and a table for each norm."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -56,14 +57,17 @@ def radius_blocks(runs: RunSet) -> list[Any]:
 
 def _curves(run: RunRecord, classes: int) -> dict[str, _Curve]:
     """Return the curves beside a run's evaluation, by norm; those that are damaged or of other weights are left out."""
-    found = {}
-    for path in curves_in(run.folder):
+    found, weights = {}, run.protocol.get("weights_sha256")
+    stem = re.sub(r"(-l[12])?(\.\d+)?$", "", run.evaluation.stem).replace("evaluation", "curve", 1)
+    for path in curves_in(run.folder, stem):
         try:
             content = read_curve(path).content
         except DataError:
             continue
         protocol = content["protocol"]
-        if is_stale(path, protocol) or len(protocol["classes"]) != classes:
+        if is_stale(path, protocol) or protocol.get("weights_sha256") != (weights or protocol.get("weights_sha256")):
+            continue
+        if len(protocol["classes"]) != classes:
             continue
         lines = {name: _line(attack["radii"]) for name, attack in content["attacks"].items()}
         found[protocol["norm"]] = _Curve(

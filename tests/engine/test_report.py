@@ -25,6 +25,7 @@ from retemper.engine.report.facts import protocol_blocks
 from retemper.engine.report.figures import limits
 from retemper.engine.report.headline import headline, subline, warnings
 from retemper.engine.report.paired import paired_blocks
+from retemper.engine.report.radii import radius_blocks
 from retemper.engine.report.read import RunRecord, read_run
 from retemper.engine.report.run_set import RunSet
 from retemper.engine.report.training import training_blocks
@@ -620,3 +621,20 @@ def test_every_number_of_the_summary_is_the_evaluations(folder: Path, markdown: 
             entry = evaluation[attack]
             assert (average, worst) == (round(100 * entry["average"], 1), round(100 * entry["worst"], 1))
             assert nsd == round(entry["nsd"], 2) and f"class {entry['worst_class']}" in row
+
+
+def test_a_curve_of_other_weights_is_not_that_of_the_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", RSLAD, epochs=1, attacks=("pgd20",), protocol={"weights_sha256": "best"})
+    made.add_curve(run, 4 / 255, 8 / 255)
+    best = json.loads((run / "evaluation.json").read_text())
+    last = run / "evaluation-last.json"
+    last.write_text(json.dumps(best | {"protocol": best["protocol"] | {"weights_sha256": "last"}}))
+    assert radius_blocks(RunSet([read_run(run)]))
+    assert not radius_blocks(RunSet([read_run(last)]))
+    for kind in ("json", "csv"):
+        (run / f"curve.{kind}").rename(run / f"curve-last.{kind}")
+    assert not radius_blocks(RunSet([read_run(last)]))
+    mended = json.loads((run / "curve-last.json").read_text())
+    mended["protocol"]["weights_sha256"] = "last"
+    (run / "curve-last.json").write_text(json.dumps(mended))
+    assert radius_blocks(RunSet([read_run(last)]))
