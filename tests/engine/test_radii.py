@@ -15,7 +15,7 @@ from retemper.engine.evaluation import autoattack, cross_check, minimal_norm
 from retemper.engine.evaluation.autoattack import SuiteRequest, run_suite, suite_attacks
 from retemper.engine.evaluation.consistency import consistency
 from retemper.engine.evaluation.cross_check import ProbabilityMargin, cross_checks, schedule
-from retemper.engine.evaluation.curve_file import read_curve
+from retemper.engine.evaluation.curve_file import CurveFile, read_curve
 from retemper.engine.evaluation.ledger import Ledger
 from retemper.engine.evaluation.minimal_norm import MinimalNorm
 from retemper.engine.evaluation.norms import NORMS, ORDER, is_inside, length
@@ -243,6 +243,14 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
 ) -> None:
     assert run(["evaluate", str(teacher), "--out", str(tmp_path / "out"), *words]) == 2
     assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_curve_that_is_done_is_kept_while_it_is_looked_at_again(tmp_path: Path) -> None:
+    file = CurveFile.empty(tmp_path / "curve.json", {"eps": [0.1, 0.2]})
+    file.set("autoattack", {}, [{"eps": 0.1}], {0: (0, 0.1)})
+    file.set("autoattack", {}, [{"eps": 0.1}, {"eps": 0.2}], {0: (0, 0.2)})
+    file.set("autoattack", {}, [{"eps": 0.1}], {0: (0, 0.1)})
+    assert file.is_done("autoattack") and file.broken["autoattack"] == {0: (0, 0.2)}
 
 
 def test_a_curve_whose_images_are_lost_is_begun_anew(teacher: Path, tmp_path: Path) -> None:
