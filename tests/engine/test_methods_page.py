@@ -82,6 +82,14 @@ def test_the_interval_over_images_is_the_whole_side_s(runs: Path) -> None:
     assert both.seeds[1] - both.mean == pytest.approx(min(half, 1 - both.mean), rel=1e-3)
 
 
+def test_of_one_seed_the_interval_is_the_reports(tmp_path: Path) -> None:
+    """Where every image is right, resampling cannot vary, and would be sure of what twenty images say."""
+    run = read_run(made.make_run(tmp_path / "one", [1.0] * len(RSLAD), attacks=("clean",), verdicts=True))
+    found = measured([run], "clean")["average"]
+    assert found.images and found.images[0] < 1.0
+    assert found.images == pytest.approx(run.results["clean"].interval["average"])
+
+
 def test_what_else_an_evaluation_measured_is_read_where_it_is_there(runs: Path) -> None:
     one = read_run(runs / "rslad-0")
     before = one.results["pgd20"]
