@@ -21,7 +21,7 @@ from retemper.engine.report.figures import Look, as_plot, end_labels, new_figure
 from retemper.engine.report.page import Cell, Table, Text
 from retemper.engine.report.read import RunRecord, as_dict, as_number, attack_title
 from retemper.engine.report.run_set import RunSet
-from retemper.engine.report.words import PERCENT, at_most, percent, pixels
+from retemper.engine.report.words import PERCENT, at_most, called, percent, pixels
 from retemper.errors import DataError
 from retemper.text import shorten
 
@@ -162,7 +162,7 @@ def _table(norm: str, attack: str, curves: Mapping[str, _Curve], runs: RunSet, o
 def _cells(result: Result, runs: RunSet) -> list[Cell]:
     """Return the average and the weakest class at one radius."""
     cells = []
-    for summary, note in (("average", ""), ("worst", runs.weakest(result))):
+    for summary, note in (("average", ""), ("worst", called(runs.weakest(result)))):
         value = getattr(result.report, summary)
         ends = PERCENT.between(result.interval[summary])
         fill = value if math.isfinite(value) else 0.0

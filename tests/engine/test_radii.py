@@ -16,6 +16,7 @@ from retemper.engine.evaluation.autoattack import SuiteRequest, run_suite, suite
 from retemper.engine.evaluation.consistency import consistency
 from retemper.engine.evaluation.cross_check import ProbabilityMargin, cross_checks, schedule
 from retemper.engine.evaluation.curve_file import CurveFile, read_curve
+from retemper.engine.evaluation.curve_summary import curve_summary
 from retemper.engine.evaluation.ledger import Ledger
 from retemper.engine.evaluation.minimal_norm import MinimalNorm
 from retemper.engine.evaluation.norms import NORMS, ORDER, is_inside, length
@@ -243,6 +244,14 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
 ) -> None:
     assert run(["evaluate", str(teacher), "--out", str(tmp_path / "out"), *words]) == 2
     assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_the_widest_interval_of_a_curve_leaves_room_for_the_class() -> None:
+    ends = {"average": [0.874, 1.0], "worst": [0.874, 1.0]}
+    entry = {"eps": 0.1, "average": 1.0, "worst": 1.0, "worst_class": 0, "interval": ends, "upper_bound": True}
+    protocol = {"classes": ["plane"], "images": 9, "split": "test", "norm": "l2"}
+    head, line, *_ = curve_summary({"protocol": protocol, "attacks": {"pgd20": {"radii": [entry]}}}).splitlines()
+    assert head.index("class") == line.index("plane") and "100.0%]  plane" in line
 
 
 def test_a_curve_that_is_done_is_kept_while_it_is_looked_at_again(tmp_path: Path) -> None:

@@ -629,7 +629,8 @@ def test_a_curve_of_other_weights_is_not_that_of_the_run(tmp_path: Path) -> None
     best = json.loads((run / "evaluation.json").read_text())
     last = run / "evaluation-last.json"
     last.write_text(json.dumps(best | {"protocol": best["protocol"] | {"weights_sha256": "last"}}))
-    assert radius_blocks(RunSet([read_run(run)]))
+    table = radius_blocks(RunSet([read_run(run)]))[1]
+    assert table.groups[0][1][0][2].note.startswith("class ")
     assert not radius_blocks(RunSet([read_run(last)]))
     for kind in ("json", "csv"):
         (run / f"curve.{kind}").rename(run / f"curve-last.{kind}")
