@@ -193,7 +193,7 @@ def test_published_numbers_are_marked_and_stand_beside_their_own_data_alone(
     near, other = tmp_path / "near.csv", tmp_path / "other.csv"
     ours = 'Theirs,tiny_resnet,digits,98,,71.5,40,0.2,"A paper, Table 1",0.15'
     near.write_text(f"{HEAD},eps\n{ours}\nNearer,n,digits,99,,,,,A paper,0.1\n")
-    other.write_text(f"{HEAD}\nFar,resnet18,cifar10,80,50,48,20,,A paper\n")
+    other.write_text(f"\ufeff{HEAD}\nFar,resnet18,cifar10,80,50,48,20,,A paper\n")
     page = write_comparison([runs], tmp_path / "page", near)
     text, row = page.read_text(), rows_of(page.parent)["Theirs"]
     assert "Nearer" not in rows_of(page.parent)  # at another radius
