@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from retemper.cli import run
-from retemper.engine.evaluation import autoattack, cross_check, minimal_norm
+from retemper.engine.evaluation import autoattack, cross_check, curve, minimal_norm
 from retemper.engine.evaluation.autoattack import SuiteRequest, run_suite, suite_attacks
 from retemper.engine.evaluation.consistency import consistency
 from retemper.engine.evaluation.cross_check import ProbabilityMargin, cross_checks, schedule
 from retemper.engine.evaluation.curve_file import CurveFile, read_curve
 from retemper.engine.evaluation.curve_summary import curve_summary
+from retemper.engine.evaluation.evaluation_file import Outcome
 from retemper.engine.evaluation.ledger import Ledger
 from retemper.engine.evaluation.minimal_norm import MinimalNorm
 from retemper.engine.evaluation.norms import NORMS, ORDER, is_inside, length
@@ -252,6 +254,17 @@ def test_the_widest_interval_of_a_curve_leaves_room_for_the_class() -> None:
     protocol = {"classes": ["plane"], "images": 9, "split": "test", "norm": "l2"}
     head, line, *_ = curve_summary({"protocol": protocol, "attacks": {"pgd20": {"radii": [entry]}}}).splitlines()
     assert head.index("class") == line.index("plane") and "100.0%]  plane" in line
+
+
+def test_rows_hold_below_the_radius_that_stands_there() -> None:
+    """Under a protocol that judges attacked images alone, one that is wrong without an attack may hold at first."""
+    split: Any = SimpleNamespace(labels=np.array([0, 1]), classes=("a", "b"))
+    first = Outcome("fgsm", {}, np.array([0, 1]), np.array([0, 0]))
+    one = curve._Growing.begin(split, first, 0.1)
+    one.add(first, 0.1, frozenset({0, 1}), 0.0)
+    one.add(Outcome("fgsm", {}, np.array([0]), np.array([1])), 0.2, frozenset({0, 1}), 0.0)
+    assert one.broken == {0: (0, 0.2), 1: (1, 0.0)}
+    assert [entry["average"] for entry in one.entries] == [0.5, 0.0]
 
 
 def test_a_curve_that_is_done_is_kept_while_it_is_looked_at_again(tmp_path: Path) -> None:
