@@ -18,6 +18,7 @@ from retemper.engine.evaluation.consistency import consistency
 from retemper.engine.evaluation.cross_check import ProbabilityMargin, cross_checks, schedule
 from retemper.engine.evaluation.curve_file import CurveFile, read_curve
 from retemper.engine.evaluation.curve_summary import curve_summary
+from retemper.engine.evaluation.evaluate import _with_kept
 from retemper.engine.evaluation.evaluation_file import Outcome
 from retemper.engine.evaluation.ledger import Ledger
 from retemper.engine.evaluation.minimal_norm import MinimalNorm
@@ -254,6 +255,19 @@ def test_the_widest_interval_of_a_curve_leaves_room_for_the_class() -> None:
     protocol = {"classes": ["plane"], "images": 9, "split": "test", "norm": "l2"}
     head, line, *_ = curve_summary({"protocol": protocol, "attacks": {"pgd20": {"radii": [entry]}}}).splitlines()
     assert head.index("class") == line.index("plane") and "100.0%]  plane" in line
+
+
+def test_the_images_that_a_cross_check_broke_at_another_radius_are_still_told(tmp_path: Path) -> None:
+    ledgers = []
+    for place, (name, eps, weights) in enumerate((("", 0.05, "w"), (".1", 0.2, "w"), (".2", 0.1, "others"))):
+        facts = {"eps": eps, "seed": 0, "weights_sha256": weights}
+        one = Ledger(tmp_path / f"autoattack{name}.csv", facts, np.arange(3), np.zeros(3, dtype=np.int64))
+        one.broken_by[place] = "pma"
+        one.write()
+        ledgers.append(one)
+    cross_check.write_beaten(tmp_path / "cross-check.csv", _with_kept(ledgers[0].path, ledgers[0]))
+    rows = list(csv.DictReader((tmp_path / "cross-check.csv").read_text().splitlines()))
+    assert [(row["eps"], row["image"]) for row in rows] == [("0.05", "0"), ("0.2", "1")]
 
 
 def test_rows_hold_below_the_radius_that_stands_there() -> None:
