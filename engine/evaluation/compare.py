@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from retemper.engine.class_report import SUMMARIES, Pair, both_ways, class_report, percentiles, summaries
+from retemper.engine.evaluation.norms import TITLES as NORMS
 from retemper.engine.evaluation.verdicts import Evaluated, require_attack, require_same, require_same_radius, strongest
 from retemper.engine.measures import honest_worst
 from retemper.errors import DataError, UsageError
@@ -70,7 +71,7 @@ class Comparison:
     Attributes:
         a, b: the names of the runs.
         images: how many were compared.
-        eps: in pixel units.
+        eps: in pixel units; `norm` is its norm.
         upper_bound: the attack is a weaker stand-in: true accuracies are at most these.
         level: of the intervals.
     """
@@ -85,6 +86,7 @@ class Comparison:
     level: float
     summary: dict[str, Difference]
     by_class: list[Difference]
+    norm: str = "linf"
 
 
 def compare(
@@ -134,6 +136,7 @@ def compare(
         level=level,
         summary=summary,
         by_class=by_class,
+        norm=runs[0].protocol.get("norm") or "linf",
     )
 
 
@@ -271,8 +274,9 @@ def as_text(found: Comparison) -> str:
     names = shorten_all(found.classes, NAME)
     rows += [_row(names[k], found.by_class[k], several, True) for k in shown]
     widths = [max(map(text_width, column)) for column in zip(*rows, strict=True)]
+    norm = "" if found.norm == "linf" else f" in {NORMS.get(found.norm, found.norm)}"
     lines = [
-        f"{found.attack}{' (an upper bound)' * found.upper_bound}, eps {found.eps:.4g}, {found.images:,} images",
+        f"{found.attack}{' (an upper bound)' * found.upper_bound}, eps {found.eps:.4g}{norm}, {found.images:,} images",
         f"A: {', '.join(shorten(name, 200) for name in found.a)}",
         f"B: {', '.join(shorten(name, 200) for name in found.b)}",
     ]

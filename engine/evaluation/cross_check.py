@@ -167,8 +167,10 @@ def write_beaten(path: Path, ledgers: Iterable[Ledger]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("eps", "image", "label", "attack", "predicted", "margin"))
+    rows = []
     for ledger in ledgers:
         for row in np.flatnonzero(np.isin(ledger.broken_by, CROSS)):
             found = (ledger.image_N[row], ledger.label_N[row], ledger.broken_by[row], ledger.predicted_N[row])
-            writer.writerow((f"{ledger.facts['eps']:.9g}", *found, f"{ledger.margin_N[row]:.6g}"))
+            rows.append((f"{ledger.facts['eps']:.9g}", *found, f"{ledger.margin_N[row]:.6g}"))
+    writer.writerows(dict.fromkeys(rows))  # two ledgers may have the same image, of all images and of some
     write_atomically(path, text.getvalue().encode())

@@ -90,11 +90,16 @@ class _Growing:
         return cls(split, found.name, described, found.image_N, label_N, label_N.copy(), at_N, [])
 
     def add(self, found: Outcome, eps: float, wrong: frozenset[int], seconds: float) -> None:
-        """Add the outcome at a larger radius, on the images that held. One that is broken stays so."""
+        """Add the outcome at a larger radius, on the images that held. One that is broken stays so.
+
+        One that is wrong without an attack is so at radius 0, unless a protocol that judges attacked images alone has
+        seen it right at a smaller radius.
+        """
+        first = not self.entries
         held = dict(zip(found.image_N.tolist(), found.predicted_N.tolist(), strict=True))
         for row, image in enumerate(self.image_N.tolist()):
             if np.isinf(self.at_N[row]) and held.get(image, self.label_N[row]) != self.label_N[row]:
-                self.predicted_N[row], self.at_N[row] = held[image], 0.0 if image in wrong else eps
+                self.predicted_N[row], self.at_N[row] = held[image], 0.0 if first and image in wrong else eps
         self.sum_up({"eps": eps, "attacked": len(found.image_N), "seconds": seconds} | found.more)
 
     def sum_up(self, more: dict[str, Any]) -> None:

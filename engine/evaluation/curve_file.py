@@ -101,7 +101,9 @@ class CurveFile:
     def set(
         self, name: str, described: dict[str, Any], entries: list[dict[str, Any]], broken: dict[int, tuple[int, float]]
     ) -> None:
-        """Hold what is known of one attack so far."""
+        """Hold what is known of one attack so far; one that is done keeps what it has beside fewer radii."""
+        if self.is_done(name) and len(entries) < len(self.radii):
+            return
         self.content["protocol"]["attacks"][name] = described
         self.content["attacks"][name] = {"radii": entries}
         self.broken[name] = broken

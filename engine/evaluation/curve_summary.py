@@ -10,7 +10,7 @@ def curve_summary(content: dict[str, Any]) -> str:
     """Return a table of curve.json for the terminal, a line an attack and radius, with 95 % intervals."""
     protocol, notes = content["protocol"], []
     wide = max([16, *(len(name) + 2 for name in content["attacks"])])
-    lines = [f"{'':{wide}}{'eps':>10}{'average':>10}{'':16}{'worst':>10}{'':16}class"]
+    lines = [f"{'':{wide}}{'eps':>10}{'average':>10}{'':18}{'worst':>10}{'':18}class"]
     for name, attack in content["attacks"].items():
         for number, entry in enumerate(attack["radii"]):
             lines.append(_line("" if number else name, entry, protocol["classes"], wide))
@@ -31,7 +31,7 @@ def _line(name: str, entry: dict[str, Any], classes: list[str], wide: int) -> st
         value, ends = entry[summary], entry["interval"][summary]
         shown = "-" if value is None else f"{bound}{value:.1%}"
         between = "" if None in ends else f" [{ends[0]:.1%}, {ends[1]:.1%}]"
-        cells += f"{shown:>10}{between:16}"
+        cells += f"{shown:>10}{between:18}"
     return cells + (classes[entry["worst_class"]] if entry["worst_class"] >= 0 else "-")
 
 

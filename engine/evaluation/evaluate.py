@@ -11,7 +11,7 @@ from torch import nn
 from retemper.console import say
 from retemper.engine.checkpoints.find import Network, find_network
 from retemper.engine.checkpoints.header import Facts, read_header
-from retemper.engine.evaluation.attacked import Attacked, digest
+from retemper.engine.evaluation.attacked import IDENTIFYING, Attacked, digest
 from retemper.engine.evaluation.autoattack import left_out, suite_attacks
 from retemper.engine.evaluation.consistency import consistency
 from retemper.engine.evaluation.corrupted import add_corruptions
@@ -21,7 +21,7 @@ from retemper.engine.evaluation.described import described
 from retemper.engine.evaluation.evaluation_file import EvaluationFile
 from retemper.engine.evaluation.ledger import Ledger
 from retemper.engine.evaluation.library import library_version
-from retemper.engine.evaluation.places import destination, label, weights_name
+from retemper.engine.evaluation.places import beside, destination, label, weights_name
 from retemper.engine.evaluation.preflight import require_room, zero_gradients
 from retemper.engine.evaluation.protocols import PROTOCOLS, STANDARD, radius
 from retemper.engine.evaluation.request import EvaluationRequest as EvaluationRequest
@@ -32,6 +32,7 @@ from retemper.engine.run.commands import absolute
 from retemper.engine.run.job import default_cache
 from retemper.engine.sanity.check import IMAGES, check_evaluated
 from retemper.engine.sanity.ladder import CheckRequest
+from retemper.errors import DataError
 from retemper.loaders import Split, load_split
 from retemper.options import shown_value
 from retemper.provenance import versions
@@ -124,8 +125,8 @@ def _evaluation(ready: _Ready) -> tuple[Path, dict[str, Any]]:
             file.add(outcome, attacked.split, time.monotonic() - started)
         if first and found:
             file.write()
-    if request.cross_check and first:
-        write_beaten(_named(ready.path, "cross-check"), attacked.ledgers)
+    if request.cross_check and first and attacked.ledgers:  # of a shard that is not the last one there are none
+        write_beaten(_named(ready.path, "cross-check"), _with_kept(attacked.ledger, attacked.ledgers[0]))
     if request.check and first:
         checked = CheckRequest(
             model=attacked.model, split=attacked.split, indices=attacked.order[:IMAGES], **attacked.options
@@ -155,6 +156,19 @@ def _curve(ready: _Ready) -> tuple[Path, dict[str, Any]]:
         file.content["consistency"] = ready.consistency()
         file.write()
     return file.path, file.content
+
+
+def _with_kept(main: Path, ledger: Ledger) -> list[Ledger]:
+    """Return a ledger and those of the same network at `main` and beside it, the smallest radius first."""
+    found = [ledger]
+    for path in (main, *beside(main)):
+        try:
+            kept = None if path == ledger.path else Ledger.read(path)
+        except DataError:
+            continue
+        if kept and all(kept.facts.get(name) == ledger.facts.get(name) for name in IDENTIFYING):
+            found.append(kept)
+    return sorted(found, key=lambda one: one.facts["eps"])
 
 
 def _named(path: Path, name: str) -> Path:

@@ -76,9 +76,12 @@ class Ledger:
         return (self.clean_N == 1) & ~np.isin(self.broken_by, list(attacks))
 
     def predicted_under(self, attacks: Sequence[str]) -> np.ndarray:
-        """Return the class given under `attacks`: (N,) int64, -1 for none."""
+        """Return the class given under `attacks`: (N,) int64, -1 for none; the label where nothing was tried yet.
+
+        So the accuracies of a suite that was interrupted are upper bounds.
+        """
         fell = (self.clean_N == 0) | np.isin(self.broken_by, list(attacks))  # else a later attack broke it
-        return np.where(self.holds(attacks), self.label_N, np.where(fell, self.predicted_N, -1))
+        return np.where(fell, self.predicted_N, self.label_N)
 
     def is_complete(self, attacks: Sequence[str]) -> bool:
         """Say whether every attack of a suite has tried every image that held until then."""

@@ -11,6 +11,7 @@ from typing import Any
 from retemper.commands import command
 from retemper.engine.checkpoints.header import is_run
 from retemper.engine.evaluation.content import AGAIN, read_evaluation
+from retemper.engine.evaluation.norms import TITLES
 from retemper.engine.evaluation.places import beside, content_of, fullest, is_stale
 from retemper.engine.evaluation.protocols import attack_options, strongest_first
 from retemper.engine.run.commands import evaluate_again
@@ -161,10 +162,16 @@ def _same_pixels(first: Evaluated, run: Evaluated) -> list[tuple[str, Any, Any]]
 
 
 def require_same_radius(first: Evaluated, run: Evaluated) -> None:
-    """Raise UsageError, with what helps, where two evaluations are at different radii."""
+    """Raise UsageError, with what helps, where two evaluations are at different radii, or in different norms."""
+    was, now = (one.protocol.get("norm") or "linf" for one in (first, run))
+    if was != now:
+        raise UsageError(
+            f"{run.name} cannot be compared with {first.name}: they were evaluated in {TITLES.get(now, now)} and "
+            f"{TITLES.get(was, was)}: name two files of one norm (evaluation-l2.json)"
+        )
     if first.protocol["eps"] == run.protocol["eps"]:
         return
-    usual = usual_eps(str(run.protocol.get("dataset")), run.protocol.get("norm") or "linf")
+    usual = usual_eps(str(run.protocol.get("dataset")), now)
     other, good = (first, run) if run.protocol["eps"] == usual else (run, first)
     eps = good.protocol["eps"]
     folder = other.path.parent

@@ -8,7 +8,7 @@ from retemper.engine.report.page import Text
 from retemper.engine.report.read import as_number, attack_title
 from retemper.engine.report.run_set import RunSet
 from retemper.engine.report.trust import check_warnings
-from retemper.engine.report.words import at_most, called, percent, pixels
+from retemper.engine.report.words import at_most, ball, called, percent
 
 FEW_IMAGES = 100  # in a class: the 95 % interval at 50 % is then 19 points wide
 Subjects = Sequence[tuple[str, Result]]
@@ -67,11 +67,13 @@ def warnings(runs: RunSet) -> list[Text]:
             text = f"{run.label} was not evaluated under {attack_title(runs.reference)}, which the headline is about."
             out.append(Text(f"{text} To do it:", run.evaluate_by(runs.reference)))
     for run in runs.elsewhere:
-        was, here = pixels(run.protocol["eps"]), pixels(runs.eps)
+        was, here = ball(run.protocol.get("eps"), run.norm), ball(runs.eps, runs.norm)
         text = (
             f"{run.label} was evaluated at eps {was}, the others at {here}: it has lines of its own in the summary, and"
         )
-        out.append(Text(f"{text} is left out of all else. To evaluate it at {here}:", run.evaluate_at(runs.eps)))
+        out.append(
+            Text(f"{text} is left out of all else. To evaluate it at {here}:", run.evaluate_at(runs.eps, runs.norm))
+        )
     for run in runs.evaluated:
         if run.classes != runs.classes:
             out.append(Text(f"{run.label} has other classes: it is left out of the tables and figures by class."))

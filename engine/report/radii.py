@@ -1,6 +1,7 @@
 """The section of the curves over the radius: average and weakest class, a figure and a table for each norm."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from retemper.engine.report.figures import Look, as_plot, end_labels, new_figure
 from retemper.engine.report.page import Cell, Table, Text
 from retemper.engine.report.read import RunRecord, as_dict, as_number, attack_title
 from retemper.engine.report.run_set import RunSet
-from retemper.engine.report.words import PERCENT, at_most, percent, pixels
+from retemper.engine.report.words import PERCENT, at_most, called, percent, pixels
 from retemper.errors import DataError
 from retemper.text import shorten
 
@@ -56,14 +57,17 @@ def radius_blocks(runs: RunSet) -> list[Any]:
 
 def _curves(run: RunRecord, classes: int) -> dict[str, _Curve]:
     """Return the curves beside a run's evaluation, by norm; those that are damaged or of other weights are left out."""
-    found = {}
-    for path in curves_in(run.folder):
+    found, weights = {}, run.protocol.get("weights_sha256")
+    stem = re.sub(r"(-l[12])?(\.\d+)?$", "", run.evaluation.stem).replace("evaluation", "curve", 1)
+    for path in curves_in(run.folder, stem):
         try:
             content = read_curve(path).content
         except DataError:
             continue
         protocol = content["protocol"]
-        if is_stale(path, protocol) or len(protocol["classes"]) != classes:
+        if is_stale(path, protocol) or protocol.get("weights_sha256") != (weights or protocol.get("weights_sha256")):
+            continue
+        if len(protocol["classes"]) != classes:
             continue
         lines = {name: _line(attack["radii"]) for name, attack in content["attacks"].items()}
         found[protocol["norm"]] = _Curve(
@@ -158,7 +162,7 @@ def _table(norm: str, attack: str, curves: Mapping[str, _Curve], runs: RunSet, o
 def _cells(result: Result, runs: RunSet) -> list[Cell]:
     """Return the average and the weakest class at one radius."""
     cells = []
-    for summary, note in (("average", ""), ("worst", runs.weakest(result))):
+    for summary, note in (("average", ""), ("worst", called(runs.weakest(result)))):
         value = getattr(result.report, summary)
         ends = PERCENT.between(result.interval[summary])
         fill = value if math.isfinite(value) else 0.0

@@ -73,9 +73,15 @@ class RunRecord:
         content = {"protocol": self.protocol, "asked": self.asked}
         return evaluate_again(self.folder, content, **attack_options(attack, self.protocol))
 
-    def evaluate_at(self, eps: float | None) -> str:
-        """Return the shell command that evaluates the network at another radius."""
-        return evaluate_again(self.folder, {"protocol": self.protocol | {"eps": eps}, "asked": self.asked})
+    @property
+    def norm(self) -> str:
+        """Return the norm of the radius; evaluations of earlier versions are all in L-inf."""
+        return self.protocol.get("norm") or "linf"
+
+    def evaluate_at(self, eps: float | None, norm: str) -> str:
+        """Return the shell command that evaluates the network at another radius, in the norm of that."""
+        protocol = self.protocol | {"eps": eps, "norm": norm}
+        return evaluate_again(self.folder, {"protocol": protocol, "asked": self.asked})
 
     @property
     def recipe(self) -> dict[str, Any]:

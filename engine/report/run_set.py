@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retemper.engine.class_report import Result
+from retemper.engine.evaluation.norms import NORMS
 from retemper.engine.evaluation.verdicts import STRONGEST
 from retemper.engine.report.facts import protocol_facts
 from retemper.engine.report.figures import looks
@@ -26,9 +27,11 @@ class RunSet:
         drawn: what figures call the classes.
         fonts: of the figures, the first that has a letter first.
         evaluated: the runs that have results.
-        eps: the radius of the report: the data set's usual one where a run was evaluated at it, else the first run's.
+        eps, norm: the radius of the report: the data set's usual one where a run was evaluated at it, else the first
+            run's; and the norm of it.
         comparable: the evaluated runs at that radius with the classes of the first; tables and figures are of these.
-        elsewhere: those with the same classes at another radius; they have lines of their own in the summary.
+        elsewhere: those with the same classes at another radius, or in another norm; they have lines of their own in
+            the summary.
         attacks: all that a comparable run was evaluated under, the known ones first.
         reference: the strongest attack that all comparable runs share, or else that any has; the headline is about it.
         differing: the protocol's fields that differ between comparable runs, with their values.
@@ -46,8 +49,9 @@ class RunSet:
         self.drawn, called = _drawn("class", 0, self.names, lacking), _drawn("run", 1, labels, lacking)
         self.look = dict(zip(labels, looks(called, [run.is_teacher for run in self.runs]), strict=True))
         alike = [run for run in self.evaluated if run.classes == self.classes]
-        self.eps = _common_radius(alike)
-        self.comparable = [run for run in alike if run.protocol.get("eps") in (None, self.eps)]
+        self.eps, self.norm = _common_radius(alike)
+        at = ((None, self.norm), (self.eps, self.norm))
+        self.comparable = [run for run in alike if (run.protocol.get("eps"), run.norm) in at]
         self.elsewhere = [run for run in alike if run not in self.comparable]
         found = {attack for run in self.comparable for attack in run.results}
         self.attacks = [a for a in ATTACKS if a in found] + sorted(found - set(ATTACKS))
@@ -95,11 +99,14 @@ class RunSet:
         return {name: found for name, found in values.items() if len(found) > 1}
 
 
-def _common_radius(runs: Sequence[RunRecord]) -> float | None:
-    """Return the usual radius of the data set where a run was evaluated at it, else the first run's; None for none."""
-    known = [run for run in runs if isinstance(run.protocol.get("eps"), float | int)]
-    usual = [run for run in known if run.protocol["eps"] == usual_eps(str(run.protocol.get("dataset")))]
-    return next((run.protocol["eps"] for run in usual + known), None)
+def _common_radius(runs: Sequence[RunRecord]) -> tuple[float | None, str]:
+    """Return the usual radius of the data set where a run was evaluated at it, else the first run's, and its norm.
+
+    The radius is None where none is known.
+    """
+    known = [run for run in runs if isinstance(run.protocol.get("eps"), float | int) and run.norm in NORMS]
+    usual = [run for run in known if run.protocol["eps"] == usual_eps(str(run.protocol.get("dataset")), run.norm)]
+    return next(((run.protocol["eps"], run.norm) for run in usual + known), (None, "linf"))
 
 
 def _drawn(kind: str, first: int, names: Sequence[str], lacking: frozenset[str]) -> list[str]:

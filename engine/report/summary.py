@@ -14,7 +14,7 @@ from retemper.engine.report.figures import INK, Look, as_plot, limits, new_figur
 from retemper.engine.report.page import Cell, Table
 from retemper.engine.report.read import attack_title
 from retemper.engine.report.run_set import RunSet
-from retemper.engine.report.words import at_most, called, columns, pixels
+from retemper.engine.report.words import at_most, ball, called, columns
 from retemper.text import shorten
 
 
@@ -34,7 +34,7 @@ def summary_blocks(runs: RunSet) -> list[Any]:
 
 
 def _caption(runs: RunSet) -> str:
-    within = "" if runs.eps is None else f" under attacks within eps {pixels(runs.eps)}"
+    within = "" if runs.eps is None else f" under attacks within eps {ball(runs.eps, runs.norm)}"
     caption = (
         f"Correct, %,{within} with 95 % intervals. NSD: spread of the class accuracies over their mean, 0 is fair."
     )
@@ -50,11 +50,11 @@ def _caption(runs: RunSet) -> str:
 
 
 def _elsewhere(runs: RunSet) -> list[tuple[str, list[list[Cell]]]]:
-    """Return the lines of runs that were evaluated at other radii: a group for each radius and attack."""
+    """Return the lines of runs that were evaluated at other radii: a group for each radius, norm and attack."""
     found: dict[tuple[str, str], dict[str, Result]] = {}
     for run in runs.elsewhere:
         for attack, result in run.results.items():
-            found.setdefault((pixels(run.protocol["eps"]), attack), {})[run.label] = result
+            found.setdefault((ball(run.protocol.get("eps"), run.norm), attack), {})[run.label] = result
     return [
         (f"eps {eps}: {_heading(results, attack)}", _rows(runs, results)) for (eps, attack), results in found.items()
     ]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from retemper.engine.class_report import Result
+from retemper.engine.evaluation.norms import TITLES
 from retemper.text import number
 
 
@@ -48,6 +49,11 @@ def isolated(name: str) -> str:
 def called(name: str) -> str:
     """Return a class's name for a place where nothing else says that it is one: a number alone would be another."""
     return name if name.lower().startswith("class") else f"class {name}"
+
+
+def ball(eps: Any, norm: Any) -> str:
+    """Return a radius in words, with its norm where that is not L-inf."""
+    return pixels(eps) + ("" if norm in (None, "linf") else f" in {TITLES.get(norm, norm)}")
 
 
 def percent(value: float) -> str:

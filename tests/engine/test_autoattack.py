@@ -95,6 +95,8 @@ def test_verdicts_are_the_librarys_own(short: None, model: Linear, digits: Split
     _, given_N = suite.run_standard_evaluation(clean, label_N, batch_size=16)
     assert ledger.holds(SUITES["standard"]).tolist() == (given_N == label_N).tolist()
     assert ledger.predicted_under(SUITES["standard"]).tolist() == given_N.tolist()
+    fresh = Ledger(tmp_path / "fresh.csv", {}, ledger.image_N, ledger.label_N)
+    assert fresh.predicted_under(SUITES["standard"]).tolist() == ledger.label_N.tolist()  # an upper bound
     assert 5 < ledger.holds(SUITES["standard"]).sum() < (ledger.clean_N == 1).sum()
     assert np.isfinite(ledger.margin_N).all() and ((ledger.margin_N > 0) == ledger.holds(SUITES["standard"])).all()
 

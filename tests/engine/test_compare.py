@@ -249,6 +249,14 @@ def test_two_radii_are_refused_with_what_helps(tmp_path: Path) -> None:
         against(write_run(tmp_path / "one", verdicts(1, 1, 1), eps=0.05), other)
 
 
+def test_two_norms_are_refused_and_one_that_is_not_l_inf_is_named(tmp_path: Path) -> None:
+    linf = write_run(tmp_path / "linf", verdicts(1, 1, 1))
+    a, b = (write_run(tmp_path / name, verdicts(1, 1, 1), eps=0.6, norm="l2") for name in ("a", "b"))
+    with pytest.raises(UsageError, match="they were evaluated in L2 and L-inf: name two files of one norm"):
+        against(linf, a)
+    assert "eps 0.6 in L2, 120 images" in as_text(against(a, b))
+
+
 def test_other_images_are_refused(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", verdicts(1, 1, 1))
     b = write_run(tmp_path / "b", verdicts(1, 1, 1)[:-3])

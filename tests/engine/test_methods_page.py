@@ -82,6 +82,14 @@ def test_the_interval_over_images_is_the_whole_side_s(runs: Path) -> None:
     assert both.seeds[1] - both.mean == pytest.approx(min(half, 1 - both.mean), rel=1e-3)
 
 
+def test_of_one_seed_the_interval_is_the_reports(tmp_path: Path) -> None:
+    """Where every image is right, resampling cannot vary, and would be sure of what twenty images say."""
+    run = read_run(made.make_run(tmp_path / "one", [1.0] * len(RSLAD), attacks=("clean",), verdicts=True))
+    found = measured([run], "clean")["average"]
+    assert found.images and found.images[0] < 1.0
+    assert found.images == pytest.approx(run.results["clean"].interval["average"])
+
+
 def test_what_else_an_evaluation_measured_is_read_where_it_is_there(runs: Path) -> None:
     one = read_run(runs / "rslad-0")
     before = one.results["pgd20"]
@@ -134,6 +142,30 @@ def test_what_was_evaluated_otherwise_has_a_table_or_a_note_of_its_own(runs: Pat
     assert "Not all were evaluated alike" in text and "eps 0.1" in text and "500 images" in text
 
 
+def test_seeds_on_other_images_than_one_another_are_marked(runs: Path, tmp_path: Path) -> None:
+    seeds = [made.make_run(tmp_path / str(seed), RSLAD, method="rslad", seed=seed, **ALL) for seed in (0, 1)]
+    content = json.loads((seeds[1] / "evaluation.json").read_text())
+    content["attacks"]["autoattack"] = made.entry(RSLAD, 50)
+    (seeds[1] / "evaluation.json").write_text(json.dumps(content))
+    (row,) = groups_of([read_run(one) for one in seeds])[0].rows
+    one, other = row.get("autoattack", "worst"), row.get("pgd20", "worst")
+    assert one and other and (one.note, other.note) == ("500 or 1,000 images", "")
+
+
+def test_the_norm_stands_in_the_csv_file_and_in_the_teachers_command(tmp_path: Path) -> None:
+    told: dict[str, Any] = {"path": str(tmp_path / "teacher"), "model": "tiny_resnet", "sha256": "teacher"}
+    made.make_run(tmp_path / "teacher", RSLAD, method="sat", **ALL)
+    l2 = made.make_run(tmp_path / "l2", ABSLD, teacher=told, protocol={"norm": "l2", "eps": 0.6}, **ALL)
+    page = write_comparison([l2], tmp_path / "page")
+    assert {row["norm"] for row in rows_of(page.parent).values()} == {"l2"}
+    assert f"retemper evaluate {tmp_path / 'teacher'} --norm l2 --attacks" in page.read_text()
+    content = json.loads((tmp_path / "teacher" / "evaluation.json").read_text())
+    content["protocol"] |= {"norm": "l2", "eps": 0.6}
+    (tmp_path / "teacher" / "evaluation-l2.json").write_text(json.dumps(content))
+    (group,) = groups_of([read_run(l2)])
+    assert [row.name for row in group.of(TEACHER) if row.numbers] == ["teacher"]
+
+
 def test_a_missing_evaluation_is_told_with_its_command(runs: Path, tmp_path: Path) -> None:
     bare = made.make_run(tmp_path / "bare", RSLAD, attacks=())
     part = made.make_run(tmp_path / "part", ABSLD, attacks=("clean",), epochs=2, teacher={
@@ -161,7 +193,7 @@ def test_published_numbers_are_marked_and_stand_beside_their_own_data_alone(
     near, other = tmp_path / "near.csv", tmp_path / "other.csv"
     ours = 'Theirs,tiny_resnet,digits,98,,71.5,40,0.2,"A paper, Table 1",0.15'
     near.write_text(f"{HEAD},eps\n{ours}\nNearer,n,digits,99,,,,,A paper,0.1\n")
-    other.write_text(f"{HEAD}\nFar,resnet18,cifar10,80,50,48,20,,A paper\n")
+    other.write_text(f"\ufeff{HEAD}\nFar,resnet18,cifar10,80,50,48,20,,A paper\n")
     page = write_comparison([runs], tmp_path / "page", near)
     text, row = page.read_text(), rows_of(page.parent)["Theirs"]
     assert "Nearer" not in rows_of(page.parent)  # at another radius

@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from retemper.cli import run
-from retemper.engine.evaluation import autoattack, cross_check, minimal_norm
+from retemper.engine.evaluation import autoattack, cross_check, curve, minimal_norm
 from retemper.engine.evaluation.autoattack import SuiteRequest, run_suite, suite_attacks
 from retemper.engine.evaluation.consistency import consistency
 from retemper.engine.evaluation.cross_check import ProbabilityMargin, cross_checks, schedule
-from retemper.engine.evaluation.curve_file import read_curve
+from retemper.engine.evaluation.curve_file import CurveFile, read_curve
+from retemper.engine.evaluation.curve_summary import curve_summary
+from retemper.engine.evaluation.evaluate import _with_kept
+from retemper.engine.evaluation.evaluation_file import Outcome
 from retemper.engine.evaluation.ledger import Ledger
 from retemper.engine.evaluation.minimal_norm import MinimalNorm
 from retemper.engine.evaluation.norms import NORMS, ORDER, is_inside, length
@@ -243,6 +247,46 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
 ) -> None:
     assert run(["evaluate", str(teacher), "--out", str(tmp_path / "out"), *words]) == 2
     assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_the_widest_interval_of_a_curve_leaves_room_for_the_class() -> None:
+    ends = {"average": [0.874, 1.0], "worst": [0.874, 1.0]}
+    entry = {"eps": 0.1, "average": 1.0, "worst": 1.0, "worst_class": 0, "interval": ends, "upper_bound": True}
+    protocol = {"classes": ["plane"], "images": 9, "split": "test", "norm": "l2"}
+    head, line, *_ = curve_summary({"protocol": protocol, "attacks": {"pgd20": {"radii": [entry]}}}).splitlines()
+    assert head.index("class") == line.index("plane") and "100.0%]  plane" in line
+
+
+def test_the_images_that_a_cross_check_broke_at_another_radius_are_still_told(tmp_path: Path) -> None:
+    ledgers = []
+    for place, (name, eps, weights) in enumerate((("", 0.05, "w"), (".1", 0.2, "w"), (".2", 0.1, "others"))):
+        facts = {"eps": eps, "seed": 0, "weights_sha256": weights}
+        one = Ledger(tmp_path / f"autoattack{name}.csv", facts, np.arange(3), np.zeros(3, dtype=np.int64))
+        one.broken_by[place] = "pma"
+        one.write()
+        ledgers.append(one)
+    cross_check.write_beaten(tmp_path / "cross-check.csv", _with_kept(ledgers[0].path, ledgers[0]))
+    rows = list(csv.DictReader((tmp_path / "cross-check.csv").read_text().splitlines()))
+    assert [(row["eps"], row["image"]) for row in rows] == [("0.05", "0"), ("0.2", "1")]
+
+
+def test_rows_hold_below_the_radius_that_stands_there() -> None:
+    """Under a protocol that judges attacked images alone, one that is wrong without an attack may hold at first."""
+    split: Any = SimpleNamespace(labels=np.array([0, 1]), classes=("a", "b"))
+    first = Outcome("fgsm", {}, np.array([0, 1]), np.array([0, 0]))
+    one = curve._Growing.begin(split, first, 0.1)
+    one.add(first, 0.1, frozenset({0, 1}), 0.0)
+    one.add(Outcome("fgsm", {}, np.array([0]), np.array([1])), 0.2, frozenset({0, 1}), 0.0)
+    assert one.broken == {0: (0, 0.2), 1: (1, 0.0)}
+    assert [entry["average"] for entry in one.entries] == [0.5, 0.0]
+
+
+def test_a_curve_that_is_done_is_kept_while_it_is_looked_at_again(tmp_path: Path) -> None:
+    file = CurveFile.empty(tmp_path / "curve.json", {"eps": [0.1, 0.2]})
+    file.set("autoattack", {}, [{"eps": 0.1}], {0: (0, 0.1)})
+    file.set("autoattack", {}, [{"eps": 0.1}, {"eps": 0.2}], {0: (0, 0.2)})
+    file.set("autoattack", {}, [{"eps": 0.1}], {0: (0, 0.1)})
+    assert file.is_done("autoattack") and file.broken["autoattack"] == {0: (0, 0.2)}
 
 
 def test_a_curve_whose_images_are_lost_is_begun_anew(teacher: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from retemper.engine.report.facts import protocol_blocks
 from retemper.engine.report.figures import limits
 from retemper.engine.report.headline import headline, subline, warnings
 from retemper.engine.report.paired import paired_blocks
+from retemper.engine.report.radii import radius_blocks
 from retemper.engine.report.read import RunRecord, read_run
 from retemper.engine.report.run_set import RunSet
 from retemper.engine.report.training import training_blocks
@@ -269,6 +270,20 @@ def test_runs_at_two_radii_have_lines_apart(tmp_path: Path) -> None:
     assert (
         "narrow" not in paired and "narrow" not in markdown.partition("## For a paper's table")[2].partition("\n## ")[0]
     )
+
+
+def test_a_run_in_another_norm_at_the_same_radius_stands_apart(tmp_path: Path) -> None:
+    l2 = make_run(tmp_path / "l2", RSLAD, epochs=1, attacks=("pgd20",), protocol={"norm": "l2"})
+    linf = make_run(tmp_path / "linf", RSLAD, epochs=1, attacks=("pgd20",))
+    report = RunSet([read_run(run) for run in (l2, linf)])
+    assert ([run.label for run in report.comparable], [run.label for run in report.elsewhere]) == (["linf"], ["l2"])
+    note = warnings(report)[0]
+    assert note.text.startswith("l2 was evaluated at eps 0.15 in L2, the others at 0.15")
+    assert note.code == f"retemper evaluate {l2}"
+    assert [run.label for run in RunSet([read_run(l2)]).comparable] == ["l2"]
+    write_report([str(l2), str(linf)], str(tmp_path / "out"))
+    markdown = (tmp_path / "out/report.md").read_text()
+    assert "eps 0.15 in L2: PGD-20" in markdown and "--norm l2" not in markdown
 
 
 def test_without_the_usual_radius_a_report_is_at_the_first_ones(tmp_path: Path) -> None:
@@ -606,3 +621,21 @@ def test_every_number_of_the_summary_is_the_evaluations(folder: Path, markdown: 
             entry = evaluation[attack]
             assert (average, worst) == (round(100 * entry["average"], 1), round(100 * entry["worst"], 1))
             assert nsd == round(entry["nsd"], 2) and f"class {entry['worst_class']}" in row
+
+
+def test_a_curve_of_other_weights_is_not_that_of_the_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", RSLAD, epochs=1, attacks=("pgd20",), protocol={"weights_sha256": "best"})
+    made.add_curve(run, 4 / 255, 8 / 255)
+    best = json.loads((run / "evaluation.json").read_text())
+    last = run / "evaluation-last.json"
+    last.write_text(json.dumps(best | {"protocol": best["protocol"] | {"weights_sha256": "last"}}))
+    table = radius_blocks(RunSet([read_run(run)]))[1]
+    assert table.groups[0][1][0][2].note.startswith("class ")
+    assert not radius_blocks(RunSet([read_run(last)]))
+    for kind in ("json", "csv"):
+        (run / f"curve.{kind}").rename(run / f"curve-last.{kind}")
+    assert not radius_blocks(RunSet([read_run(last)]))
+    mended = json.loads((run / "curve-last.json").read_text())
+    mended["protocol"]["weights_sha256"] = "last"
+    (run / "curve-last.json").write_text(json.dumps(mended))
+    assert radius_blocks(RunSet([read_run(last)]))

@@ -165,10 +165,11 @@ def _teacher_note(row: Row, group: Group) -> Text:
     name, path = shorten(row.name, 60), Path(row.source)
     if not path.exists() and ":" not in row.source:
         return Text(f"{name}, the teacher, is not at {path} any more: no row of numbers for it.")
-    known = {name: group.protocol.get(name) for name in ("dataset", "eps")}
+    known = {name: group.protocol.get(name) for name in ("dataset", "eps", "norm")}
     if is_run(path):
         again = evaluate_again(path, {"protocol": known}, attacks=",".join(ATTACKS))
     else:
-        options = {"model": row.network, "dataset": known["dataset"], "eps": pixels(known["eps"])}
+        norm = None if known["norm"] in (None, "linf") else known["norm"]
+        options = {"model": row.network, "dataset": known["dataset"], "norm": norm, "eps": pixels(known["eps"])}
         again = command("retemper", "evaluate", row.source, **options, attacks=",".join(ATTACKS))
     return Text(f"{name}, the teacher: not evaluated as its students were. To evaluate:", again)

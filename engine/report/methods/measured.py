@@ -53,7 +53,7 @@ def measured(runs: Sequence[RunRecord], attack: str) -> dict[str, Measured]:
     results = [run.results[attack] for run in runs if attack in run.results]
     if not runs or len(results) < len(runs):
         return {}
-    images = over_images(runs, attack) or (results[0].interval if len(runs) == 1 else {})
+    images = over_images(runs, attack) if len(runs) > 1 else results[0].interval
     found = {}
     for name in (*MEASURES, *FURTHER):
         value_S = np.array([_value(result, name) for result in results])

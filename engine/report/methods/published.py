@@ -42,7 +42,7 @@ def read_published(path: str | Path) -> list[Published]:
             message names the line.
     """
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
             _require_columns(path, list(reader.fieldnames or ()))
             rows = [_row(path, reader.line_num, row) for row in reader]

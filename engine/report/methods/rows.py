@@ -21,6 +21,7 @@ ATTACKS = {"clean": ("clean",), "pgd20": ("pgd20",), "autoattack": ("autoattack"
 ALIKE = ("dataset", "split", "images", "image_size", "eps", "norm", "precision", "classes")
 PASSED_OVER = ("seed", "batch_size", "shards", "fold", "library")  # of an attack's settings: what makes no other attack
 Key = tuple[str, str, str, str]
+SEVERAL = " or "  # between what the seeds of one method have otherwise
 METHOD, TEACHER, PUBLISHED = "method", "teacher", "published"
 
 
@@ -240,10 +241,12 @@ def _teachers(students: Sequence[RunRecord], runs: Sequence[RunRecord], protocol
 def _evaluated_alike(path: Path, sha256: str, protocol: Mapping[str, Any]) -> RunRecord | None:
     """Return the run at `path`, if it has been evaluated under the protocol with the weights that taught."""
     folder = path if path.is_dir() else path.parent
-    if not path.exists() or not _is_one(folder):
+    norm = protocol.get("norm")
+    target = folder if norm in (None, "linf") else folder / f"evaluation-{norm}.json"
+    if not path.exists() or not (target.is_file() or (target == folder and _is_one(folder))):
         return None
     try:
-        run = read_run(folder)
+        run = read_run(target)
     except DataError:
         return None
     alike = _key([run.protocol.get(name) for name in ALIKE]) == _key([protocol.get(name) for name in ALIKE])
@@ -257,21 +260,23 @@ def _told_apart(rows: Sequence[Row]) -> list[Row]:
         kinds = {i: _attacked(row, column) for i, row in enumerate(told) if column in row.numbers}
         usual = Counter(kinds.values()).most_common(1)
         for i, kind in kinds.items():
-            if kind != usual[0][0]:
-                note = f"{kind[0]:,} images" if kind[0] != usual[0][0][0] else kind[1] or "other settings"
+            mixed = SEVERAL in kind[0] or SEVERAL in kind[2]  # the seeds differ among themselves
+            if kind != usual[0][0] or mixed:
+                other_images = kind[0] != usual[0][0][0] or SEVERAL in kind[0]
+                note = f"{kind[0]} images" if other_images else kind[1] or "other settings"
                 numbers = {name: replace(one, note=note) for name, one in told[i].numbers[column].items()}
                 told[i] = replace(told[i], numbers={**told[i].numbers, column: numbers})
     return told
 
 
-def _attacked(row: Row, column: str) -> tuple[int, str, str]:
+def _attacked(row: Row, column: str) -> tuple[str, str, str]:
     """Return what a row's numbers in a column were measured with: images, the name of a weaker suite, settings."""
     attack = next(name for name in ATTACKS[column] if all(name in run.results for run in row.runs))
-    run = row.runs[0]
-    settings = as_dict(as_dict(run.protocol.get("attacks")).get(attack))
-    known = {name: value for name, value in settings.items() if name not in PASSED_OVER}
+    images = sorted({sum(run.results[attack].report.count) for run in row.runs})
+    settings = [as_dict(as_dict(run.protocol.get("attacks")).get(attack)) for run in row.runs]
+    known = [{name: value for name, value in one.items() if name not in PASSED_OVER} for one in settings]
     weaker = "fast suite" if attack != column else ""
-    return sum(run.results[attack].report.count), weaker, _key(known)
+    return SEVERAL.join(f"{n:,}" for n in images), weaker, SEVERAL.join(sorted(set(map(_key, known))))
 
 
 def with_published(group: Group, published: Sequence[Published], *, other_data: bool = False) -> Group:

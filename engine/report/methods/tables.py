@@ -114,14 +114,14 @@ def csv_text(groups: Iterable[Group]) -> str:
         for suffix, pick in PICKED.items()
     }
     numbers |= {f"{attack}_{name}": (attack, name, PICKED[""]) for attack in ATTACKS for name in FURTHER}
-    about = ["method", "kind", "network", "dataset", "eps", "images", "seeds"]
+    about = ["method", "kind", "network", "dataset", "eps", "norm", "images", "seeds"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*about, *numbers, *COST, "epochs", "teacher", "device", "source"])
     for group in groups:
-        facts = [group.protocol.get(name) for name in ("dataset", "eps", "images")]
+        facts = [group.protocol.get(name) for name in ("dataset", "eps", "norm", "images")]
         for row in group.rows:
-            where = ["", "", ""] if row.kind == PUBLISHED else facts
+            where = [""] * len(facts) if row.kind == PUBLISHED else facts
             cells = [row.name, row.kind, row.network, *where, len(row.runs) or ""]
             found = ((row.get(attack, name), pick) for attack, name, pick in numbers.values())
             cells += ["" if one is None else _plain(pick(one)) for one, pick in found]
