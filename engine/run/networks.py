@@ -26,7 +26,7 @@ from retemper.engine.recipe import Recipe
 from retemper.engine.run.told_apart import tell_apart
 from retemper.engine.state import State
 from retemper.errors import DataError, UsageError
-from retemper.loaders import Loader, Split
+from retemper.loaders import Loader, Split, middle
 
 CLEAN = "the clean teacher"  # in messages
 
@@ -171,7 +171,11 @@ class NetworkLoader:
         if not self.unprobed:
             return
         index = np.linspace(0, len(self.split) - 1, min(IMAGES, len(self.split))).astype(np.int64)
-        image = torch.cat([batch.image for batch in loader.walk(index)]).movedim(-1, 1).float() / 255
+        walked = (batch.image.cpu().numpy() for batch in loader.walk(index))
+        seen = np.concatenate(
+            [middle(one, *self.split.shape[:2]) for one in walked]
+        )  # a network may take no other size
+        image = torch.from_numpy(seen).to(self.device).movedim(-1, 1).float() / 255
         while self.unprobed:
             whose, network, attacked = self.unprobed.pop()
             with module_mode(network, "eval"):

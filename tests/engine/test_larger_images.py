@@ -197,3 +197,13 @@ def test_networks_for_imagenet(name: str) -> None:
     image = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(Folded(network, torch.float32, "plain")(image), network(image), rtol=1e-3, atol=1e-4)
+
+
+def test_a_network_of_one_size_is_tried_on_images_of_that_size(photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "def build(num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(24 * 24 * 3, num_classes))\n"
+    )
+    words = ["--student", f"{tmp_path / 'net.py'}:build", "--max-steps", "1"]
+    assert train(photographs, tmp_path / "run", *words) == 0
