@@ -77,7 +77,8 @@ class MixedPlan(Plan):
 
     @property
     def num_rows(self) -> int:
-        return len(self._is_real())
+        whole, rest = divmod(len(self.indices), self.real_rows)
+        return whole * self.batch_size + rest + self._beside(rest)
 
     def draw(self, num_total: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         real, is_real = super().draw(num_total, epoch), self._is_real()
@@ -93,8 +94,12 @@ class MixedPlan(Plan):
         """Return which rows of an epoch are real, (rows,) bool."""
         whole, rest = divmod(len(self.indices), self.real_rows)
         batch = np.arange(self.batch_size) < self.real_rows
-        last = np.arange(rest + round(rest * self.pool_rows / self.real_rows)) < rest
+        last = np.arange(rest + self._beside(rest)) < rest
         return np.concatenate([np.tile(batch, whole), last])
+
+    def _beside(self, rest: int) -> int:
+        """Return how many rows of the pool a last batch of `rest` real rows has."""
+        return round(rest * self.pool_rows / self.real_rows)
 
 
 class MixedLoader(Loader):

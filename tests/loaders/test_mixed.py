@@ -56,6 +56,7 @@ def test_a_batch_holds_its_share_of_the_pool_and_an_epoch_every_real_image_once(
 def test_draws_are_uniform_over_the_whole_pool_with_views_of_their_own() -> None:
     plan = MixedPlan(np.arange(5000), 20, 7, VIEWS, pool_images=50, fraction=0.7)
     index, view = plan.draw(5000, 1)
+    assert plan.num_rows == len(index) == 833 * 20 + 2 + 5
     drawn = index < 0
     counts = np.bincount(-1 - index[drawn], minlength=50)
     expected = counts.sum() / 50
