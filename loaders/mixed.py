@@ -115,6 +115,7 @@ class MixedLoader(Loader):
         told = f"{plan.pool_rows} of {plan.batch_size} images a batch from {pool.path}, {len(pool):,} images"
         told += f" on {device}" if resident else " on the disk, read ahead"
         super().__init__(plan, real.num_total, device, f"{real.description}; {told}")
+        self.jpeg_quality = real.jpeg_quality
         self._real, self._pool, self._rows = real, pool, _copied(pool, device) if resident else None
 
     def _fetch(self, index: np.ndarray, view: np.ndarray, batches: int) -> Iterator[Batch]:
