@@ -25,7 +25,7 @@ from retemper.loaders.pool import Pool
 from retemper.loaders.views import POOL, POOL_VIEW, random_words
 
 AHEAD = 4  # buffers: one that is being used, and three batches ahead
-CHUNK = 4096  # images, of a pool that is copied to the device
+CHUNK = 2**24  # bytes at a time, of a pool that is copied to the device: the system reads 2**31 at most
 Where = Literal["auto", "device", "disk"]
 
 
@@ -207,8 +207,9 @@ def _copied(pool: Pool, device: torch.device) -> Tensor:
     """Return all images of a pool on the device, (N, H, W, C) uint8."""
     images, first = torch.empty((len(pool), *pool.shape), dtype=torch.uint8, device=device), 0
     for part in pool.parts:
-        for start in range(0, part.images, CHUNK):
-            chunk = np.empty((min(CHUNK, part.images - start), *pool.shape), np.uint8)
+        most = max(1, CHUNK // part.size)
+        for start in range(0, part.images, most):
+            chunk = np.empty((min(most, part.images - start), *pool.shape), np.uint8)
             part.read(start, chunk.reshape(-1).data)
             images[first + start :][: len(chunk)].copy_(torch.from_numpy(chunk))
         first += part.images
