@@ -28,11 +28,13 @@ from retemper.recipes.data_sets import SMALL
 SHORT = "--epochs 1 --batch-size 2 --attack-steps 1 --holdout-per-class 0 --images-per-class none".split()
 NAMES = [f"{method}:{setting}" for method in methods() for setting in method_module(method).SETTINGS]
 
+ELSEWHERE = ("digits", *SMALL, "imagenet100")  # other tests train these: on a CPU, or from folders of images
+
 
 def large() -> Iterator[str]:
     """The names of the settings to run: each method takes one that the fewest have taken, and then the rest."""
     taken: Counter[tuple[str | None, ...]] = Counter()
-    large = [name for name in NAMES if not name.partition(":")[2].startswith(("digits", *SMALL))]
+    large = [name for name in NAMES if not name.partition(":")[2].startswith(ELSEWHERE)]
     for _, names in groupby(large, key=lambda name: name.partition(":")[0]):
         name = min(names, key=lambda name: taken[combined(name)])
         taken[combined(name)] += 1
