@@ -51,6 +51,7 @@ class FfcvLoader(Loader):
         self._timeout_s = timeout_s
         loaders = ffcv_module("loader.loader")
         self._facts = verify(self.path)
+        self.jpeg_quality = self._facts.jpeg_quality
         if not self._facts.matches(split):
             raise DataError(f"{path} holds another data set than {split.name} {split.split}: convert that one")
         # One worker for pixels: FFCV does not spread one copy an image over threads; JPEG copies are decoded by all

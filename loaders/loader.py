@@ -102,7 +102,10 @@ class Loader(ABC):
     num_total: images in the split, in and outside the plan.
     device: where the batches are.
     description: one line for the user: which backend, and why.
+    jpeg_quality: of the copies that it gives in place of the images; None where it gives the images.
     """
+
+    jpeg_quality: int | None = None
 
     def __init__(self, plan: Plan, num_total: int, device: torch.device, description: str) -> None:
         self.plan = plan

@@ -25,7 +25,7 @@ from retemper.loaders.pool import Pool
 from retemper.loaders.views import POOL, POOL_VIEW, random_words
 
 AHEAD = 4  # buffers: one that is being used, and three batches ahead
-CHUNK = 4096  # images, of a pool that is copied to the device
+CHUNK = 2**24  # bytes at a time, of a pool that is copied to the device: the system reads 2**31 at most
 Where = Literal["auto", "device", "disk"]
 
 
@@ -77,7 +77,8 @@ class MixedPlan(Plan):
 
     @property
     def num_rows(self) -> int:
-        return len(self._is_real())
+        whole, rest = divmod(len(self.indices), self.real_rows)
+        return whole * self.batch_size + rest + self._beside(rest)
 
     def draw(self, num_total: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         real, is_real = super().draw(num_total, epoch), self._is_real()
@@ -93,8 +94,12 @@ class MixedPlan(Plan):
         """Return which rows of an epoch are real, (rows,) bool."""
         whole, rest = divmod(len(self.indices), self.real_rows)
         batch = np.arange(self.batch_size) < self.real_rows
-        last = np.arange(rest + round(rest * self.pool_rows / self.real_rows)) < rest
+        last = np.arange(rest + self._beside(rest)) < rest
         return np.concatenate([np.tile(batch, whole), last])
+
+    def _beside(self, rest: int) -> int:
+        """Return how many rows of the pool a last batch of `rest` real rows has."""
+        return round(rest * self.pool_rows / self.real_rows)
 
 
 class MixedLoader(Loader):
@@ -110,6 +115,7 @@ class MixedLoader(Loader):
         told = f"{plan.pool_rows} of {plan.batch_size} images a batch from {pool.path}, {len(pool):,} images"
         told += f" on {device}" if resident else " on the disk, read ahead"
         super().__init__(plan, real.num_total, device, f"{real.description}; {told}")
+        self.jpeg_quality = real.jpeg_quality
         self._real, self._pool, self._rows = real, pool, _copied(pool, device) if resident else None
 
     def _fetch(self, index: np.ndarray, view: np.ndarray, batches: int) -> Iterator[Batch]:
@@ -201,8 +207,9 @@ def _copied(pool: Pool, device: torch.device) -> Tensor:
     """Return all images of a pool on the device, (N, H, W, C) uint8."""
     images, first = torch.empty((len(pool), *pool.shape), dtype=torch.uint8, device=device), 0
     for part in pool.parts:
-        for start in range(0, part.images, CHUNK):
-            chunk = np.empty((min(CHUNK, part.images - start), *pool.shape), np.uint8)
+        most = max(1, CHUNK // part.size)
+        for start in range(0, part.images, most):
+            chunk = np.empty((min(most, part.images - start), *pool.shape), np.uint8)
             part.read(start, chunk.reshape(-1).data)
             images[first + start :][: len(chunk)].copy_(torch.from_numpy(chunk))
         first += part.images

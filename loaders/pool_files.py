@@ -144,7 +144,7 @@ def pool_files(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    found = path.glob("*.npz") if path.is_dir() else map(Path, glob.glob(str(path)))
+    found = path.glob("[!.]*.npz") if path.is_dir() else map(Path, glob.glob(str(path)))
     files = sorted(one for one in found if one.is_file())
     if not files:
         where = "holds no .npz" if path.is_dir() else "does not exist"

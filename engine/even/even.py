@@ -18,6 +18,7 @@ from retemper.engine.even.free import Candidate, candidates, put_into
 from retemper.engine.even.head import find_head
 from retemper.engine.even.subject import FINE_TUNES, EvenRequest, Subject, subject
 from retemper.engine.even.table import as_text
+from retemper.engine.models import NormalisingNetwork, one_side
 from retemper.engine.predict import as_float
 from retemper.engine.run.commands import absolute
 from retemper.engine.run.job import Job, default_cache
@@ -93,14 +94,16 @@ def _write(one: Subject, best: Candidate, tried: list[Candidate], folder: RunFol
         max_side=recipe.data.max_side,
         dataset=recipe.data.dataset,
         eps=recipe.attack.eps,
+        side=one_side(str(facts.model), one.split.shape[0]),
         source=facts.source,
     )
+    own = one.model.pixels() if isinstance(one.model, NormalisingNetwork) else {}  # that its file may have set
     header = told.as_metadata() | {"method": method, "setting": one.stem, "score": repr(best.score)}
     header |= {"epoch": str(best.chosen_round + 1)}
     with folder.locked(), undisturbed():
         folder.begin(_config(one, best, tried, method, folder.path))
-        folder.save_weights(folder.best, one.model.state_dict(), header)
-        folder.save_weights(folder.last, one.model.state_dict(), header)
+        folder.save_weights(folder.best, one.model.state_dict() | own, header)
+        folder.save_weights(folder.last, one.model.state_dict() | own, header)
         folder.save_metrics(_lines(best, seconds))
 
 

@@ -42,6 +42,10 @@ class NormalisingNetwork(nn.Module):
         """Return the normalised images, in the dtype of the images."""
         return ((image - self.mean) / self.std).to(image.dtype)
 
+    def pixels(self) -> dict[str, Tensor]:
+        """Return copies of "mean" and "std", each (1,) or (C,)."""
+        return {"mean": self.mean.flatten().clone(), "std": self.std.flatten().clone()}
+
     @torch.no_grad()
     def take_pixels(self, mean: Tensor, std: Tensor) -> None:
         """Normalise by other values from now on, each 1 or C."""

@@ -44,6 +44,7 @@ class Config(_Told, total=False):
     evened: dict[str, Any]
     extra: NamedPool
     loader: str
+    jpeg_quality: int
     versions: dict[str, str | None]
     device: str
     processes: int

@@ -27,6 +27,7 @@ from retemper.loaders import (
     open_pool,
     split_of_arrays,
 )
+from retemper.loaders.split import fingerprint_of
 
 SIDES_PX = {"digits": 8, "fashion-mnist": 28, "cifar10": 32, "cifar100": 32, "svhn": 32, "tiny-imagenet": 64}
 
@@ -132,6 +133,8 @@ def load_data(
         world_size=ranks.world_size,
         extra=None if pool is None else Extra(pool, recipe.data.extra_fraction, recipe.execution.extra_on),
     )
+    if loader.jpeg_quality is not None:  # a teacher's answers to the copies are not its answers to the images
+        split = replace(split, fingerprint=fingerprint_of([], Path(), split.fingerprint, "JPEG", loader.jpeg_quality))
     last = loader.num_images % recipe.optim.batch_size or recipe.optim.batch_size
     if recipe.optim.batch_norm == "synced" and last < ranks.world_size:
         raise UsageError(

@@ -139,6 +139,7 @@ class Job:
             **{what: source and source | {"path": str(absolute(source["path"]))} for what, source in sources.items()},
             "student_source": source_digest(self.recipe.networks.student),
             "loader": data.loader.description,
+            **({} if data.loader.jpeg_quality is None else {"jpeg_quality": data.loader.jpeg_quality}),
             **({} if data.pool is None else {"extra": data.pool.describe()}),
             "versions": versions(),
             "device": device_name(self.device),

@@ -1,7 +1,7 @@
 """The networks that a run builds on: its teachers, and the weights that the student begins with."""
 
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from retemper.engine.recipe import Recipe
 from retemper.engine.run.told_apart import tell_apart
 from retemper.engine.state import State
 from retemper.errors import DataError, UsageError
-from retemper.loaders import Loader, Split
+from retemper.loaders import Loader, Split, middle
 
 CLEAN = "the clean teacher"  # in messages
 
@@ -99,6 +99,26 @@ def require_same_pixels(whose: str, pixels: Pixels | None, student: nn.Module) -
         raise UsageError(f"{whose}: its network first takes {pixels}, the student {own}: name another start")
 
 
+@contextmanager
+def _keeping_pixels(whose: str, student: nn.Module) -> Iterator[None]:
+    """Let a student take weights inside the block, and nothing else: its own files do not say how it normalises.
+
+    Args:
+        whose: the network in words whose weights they are.
+    Raises:
+        UsageError: a student that normalises its images itself would do so by other values.
+    """
+    if not isinstance(student, NormalisingNetwork):
+        yield
+        return
+    own = student.pixels()
+    yield
+    theirs = student.pixels()
+    student.take_pixels(**own)
+    if not (kept := Pixels(**own)).agrees(given := Pixels(**theirs)):
+        raise UsageError(f"{whose}: its network first takes {given}, the student {kept}: name another start")
+
+
 @dataclass(kw_only=True)
 class NetworkLoader:
     """Loads networks for the images of `split`, and remembers the teachers among them.
@@ -151,13 +171,14 @@ class NetworkLoader:
         if name is None:
             return None
         network, facts = self._found(name, model, "the start")
-        if network.weights is None:
-            return self._copied(network, facts, student)
-        if facts.model != model:
-            raise UsageError(
-                f"--start {name}: it is a {facts.model}, the student is a {model}: give --student {facts.model}"
-            )
-        pixels = load_with_pixels(network.weights, _behind_normalisation(student), network.entry)
+        with _keeping_pixels(f"--start {name}", student):
+            if network.weights is None:
+                return self._copied(network, facts, student)
+            if facts.model != model:
+                raise UsageError(
+                    f"--start {name}: it is a {facts.model}, the student is a {model}: give --student {facts.model}"
+                )
+            pixels = load_with_pixels(network.weights, _behind_normalisation(student), network.entry)
         require_same_pixels(f"--start {name}", pixels, student)
         require_finite(network.weights, student)
         return network.source(facts, student)
@@ -171,7 +192,9 @@ class NetworkLoader:
         if not self.unprobed:
             return
         index = np.linspace(0, len(self.split) - 1, min(IMAGES, len(self.split))).astype(np.int64)
-        image = torch.cat([batch.image for batch in loader.walk(index)]).movedim(-1, 1).float() / 255
+        walked = (batch.image.cpu().numpy() for batch in loader.walk(index))
+        seen = np.concatenate([middle(one, *self.split.shape[:2]) for one in walked])  # some take no other size
+        image = torch.from_numpy(seen).to(self.device).movedim(-1, 1).float() / 255
         while self.unprobed:
             whose, network, attacked = self.unprobed.pop()
             with module_mode(network, "eval"):

@@ -251,7 +251,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], method: type[Method])
     changed = [(name, was.get(name), now[name]) for name in changed_options(was, now, method)]
     changed += [
         (name, old.get(name), new.get(name))
-        for name in ("method", "seed", "student_source")
+        for name in ("method", "seed", "student_source", "jpeg_quality")
         if old.get(name) != new.get(name)
     ]
     for what in ("teacher", "clean_teacher", "start"):

@@ -20,7 +20,8 @@ from retemper.options import Option, shown_value
 PACKAGE = Path(__file__).parent
 FILE = PACKAGE / "index.json"
 SOURCES = (  # what the index is made of, besides the recipe files
-    *("engine/catalogue.py", "engine/recipe.py", "engine/groups.py", "engine/speed/execution.py"),
+    *("engine/catalogue.py", "engine/recipe.py", "engine/groups.py", "engine/data_options.py"),
+    "engine/speed/execution.py",
     *("engine/models/__init__.py", "loaders/datasets.py", "options.py", "index.py"),
 )
 KINDS = {

@@ -10,9 +10,11 @@ from PIL import Image
 
 from retemper.cli import run
 from retemper.engine.checkpoints.header import read_facts
+from retemper.engine.distributed.ranks import ALONE
 from retemper.engine.models import create_model
 from retemper.engine.predict import as_float
 from retemper.engine.recipe import Recipe
+from retemper.engine.run.data import load_data
 from retemper.engine.speed.fold import Folded
 from retemper.engine.state import clean_images
 from retemper.errors import DataError
@@ -121,7 +123,7 @@ def test_trains_resumes_and_is_evaluated_in_the_middle(
 @NEEDS_FFCV
 @pytest.mark.own_process
 def test_jpeg_copies_are_converted_read_and_trained_on(
-    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(split_module, "HELD", 1000)
     file = tmp_path / "small.beton"
@@ -132,7 +134,13 @@ def test_jpeg_copies_are_converted_read_and_trained_on(
     error = split.images.astype(int) - whole.images
     assert 0 < np.abs(error).mean() < 4  # copies
     assert np.array_equal(split.take(np.array([7, 3])), split.images[[7, 3]])
-    assert train(photographs, tmp_path / "run", "--loader", "ffcv", "--beton", str(file)) == 0
+    words = ["--loader", "ffcv", "--cache", str(tmp_path)]
+    assert train(photographs, tmp_path / "run", *words, "--beton", str(file)) == 0
+    assert train(photographs, tmp_path / "run", *words) == 2  # the images themselves are other ones
+    assert "jpeg_quality: 90, now None" in capsys.readouterr().err
+    recipe = SETTINGS["imagenet100_resnet18"].recipe.replace(image_size=24, max_side=32, holdout_per_class=0)
+    found = load_data(whole, recipe, ALONE, torch.device("cpu"), seed=0, data_root=None, cache=tmp_path, beton=file)
+    assert found.split.fingerprint != whole.fingerprint  # a teacher's answers to copies are kept apart
 
 
 @pytest.mark.parametrize(
@@ -197,3 +205,13 @@ def test_networks_for_imagenet(name: str) -> None:
     image = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(Folded(network, torch.float32, "plain")(image), network(image), rtol=1e-3, atol=1e-4)
+
+
+def test_a_network_of_one_size_is_tried_on_images_of_that_size(photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "def build(num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(24 * 24 * 3, num_classes))\n"
+    )
+    words = ["--student", f"{tmp_path / 'net.py'}:build", "--max-steps", "1"]
+    assert train(photographs, tmp_path / "run", *words) == 0

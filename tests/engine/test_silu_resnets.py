@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from retemper.cli import run
 from retemper.engine.checkpoints.content import CheckpointError
-from retemper.engine.checkpoints.header import Facts, fitting_models, load_network
+from retemper.engine.checkpoints.header import Facts, fitting_models, load_network, read_facts
 from retemper.engine.checkpoints.weights import load_checkpoint, save_weights
-from retemper.engine.models import MODELS, Normalised, create_model
+from retemper.engine.models import MODELS, Normalised, NormalisingNetwork, create_model
 from retemper.engine.models.silu_resnets import SiluWideResNet, silu_wide_resnet
 from retemper.engine.run.networks import require_same_pixels
 from retemper.engine.speed.fold import Folded
@@ -201,3 +202,21 @@ def test_the_wrong_name_is_told_the_right_one(tmp_path: Path, monkeypatch: pytes
     torch.save(state, tmp_path / "w.pt")
     with pytest.raises(CheckpointError, match=r"the nearest network is wrn34_10_silu, 9\d% of whose tensors it has"):
         load_network(tmp_path / "w.pt", Facts(model="wrn34_10", num_classes=10), CPU)
+
+
+def test_other_pixels_in_a_file_are_not_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, file = "preact_resnet18_silu", tmp_path / "other.pt"
+    network = create_model(name, 10, channels=1)
+    torch.save(network.state_dict() | {"mean": torch.full((1,), 0.25), "std": torch.full((1,), 0.5)}, file)
+    words = ["--student", name, "--start", str(file), "--max-steps", "1", "--device", "cpu"]
+    assert run(["train", "sat:digits", *words, "--out", str(tmp_path / "run")]) == 2  # its own files have no mean
+    assert "first takes (image - [0.25]) / [0.5], the student (image - [0.3053])" in capsys.readouterr().err
+
+    monkeypatch.setattr("retemper.engine.even.subject.require_learned", lambda *_: None)
+    words = ["--model", name, "--dataset", "digits", "--by", "norm", "--holdout", "5", "--device", "cpu"]
+    assert run(["even", str(file), *words, "--out", str(tmp_path / "evened")]) == 0
+    weights = tmp_path / "evened/best.safetensors"
+    evened = load_network(weights, read_facts(weights), CPU)
+    assert isinstance(evened, NormalisingNetwork) and (evened.mean.item(), evened.std.item()) == (0.25, 0.5)

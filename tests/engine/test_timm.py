@@ -132,3 +132,17 @@ def test_timm_is_asked_for_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "has no trained weights" in capsys.readouterr().err
     assert run(["train", "sat:digits", "--student", "tim:resnet18"]) == 2
     assert "timm:NAME" in capsys.readouterr().err
+
+
+def test_an_evened_network_of_one_size_says_it(
+    timm: ModuleType, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = create_model("timm:test_vit", 3, image_size=64)
+    torch.save(network.state_dict(), tmp_path / "network.pt")
+    for what in ("subject.require_learned", "images.LEAST"):
+        stand_in = 1 if what.endswith("LEAST") else lambda *_: None
+        monkeypatch.setattr(f"retemper.engine.even.{what}", stand_in)
+    words = ["--model", "timm:test_vit", "--dataset", "tiny-imagenet", "--holdout", "2", "--data-root", str(images)]
+    words += ["--by", "norm", "--device", "cpu", "--out", str(tmp_path / "evened")]
+    assert run(["even", str(tmp_path / "network.pt"), *words]) == 0
+    assert read_facts(tmp_path / "evened/best.safetensors").side == 64

@@ -56,6 +56,7 @@ def test_a_batch_holds_its_share_of_the_pool_and_an_epoch_every_real_image_once(
 def test_draws_are_uniform_over_the_whole_pool_with_views_of_their_own() -> None:
     plan = MixedPlan(np.arange(5000), 20, 7, VIEWS, pool_images=50, fraction=0.7)
     index, view = plan.draw(5000, 1)
+    assert plan.num_rows == len(index) == 833 * 20 + 2 + 5
     drawn = index < 0
     counts = np.bincount(-1 - index[drawn], minlength=50)
     expected = counts.sum() / 50
@@ -90,7 +91,11 @@ def test_processes_share_every_batch(split: Split, pool: Pool, batch_size: int, 
             assert all(abs(sum(row[0] < 0 for row in part[number]) - extra / 2) <= 1 / 2 for part in parts)
 
 
-def test_the_disk_and_the_device_give_the_same_bits(split: Split, pool: Pool) -> None:
+@pytest.mark.parametrize("chunk", [1, 1000, 2**24])
+def test_the_disk_and_the_device_give_the_same_bits(
+    chunk: int, split: Split, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retemper.loaders.mixed.CHUNK", chunk)
     on_disk, resident = (mixed(split, pool, where) for where in ("disk", "device"))
     assert rows(list(on_disk.epoch(2))) == rows(list(resident.epoch(2)))
     assert "14 of 20 images a batch" in on_disk.description and "on the disk, read ahead" in on_disk.description

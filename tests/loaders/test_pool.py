@@ -132,3 +132,9 @@ def test_numbered_parts_are_a_pool_and_a_gap_is_not(tmp_path: Path) -> None:
     for path, said in ((tmp_path / "none", "does not exist"), (tmp_path, "holds no .npz")):
         with pytest.raises(DataError, match=said):
             pool_files(path)
+
+
+def test_hidden_files_are_no_parts(tmp_path: Path) -> None:
+    parts = [write(tmp_path / f"part{number}.npz") for number in (1, 2)]
+    (tmp_path / "._part1.npz").write_text("what a Mac leaves on foreign disks")
+    assert pool_files(tmp_path) == parts
