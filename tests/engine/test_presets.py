@@ -19,6 +19,13 @@ from retemper.engine.run.teachers import carried_options
 ALL = [f"{method}:{name}" for method in methods() for name in method_module(method).SETTINGS]
 SHORT = "--epochs 2 --attack-steps 1 --holdout-per-class 5 --select-steps 1 --batch-size 256 --device cpu".split()
 
+SETTINGS = {
+    "rslad:digits": 0.97,
+    "rslad:fashion_mnist_small": 0.98,
+    "rslad:cifar10_small": 0.99,
+    "rslad:cifar10_resnet18": 0.999,
+}
+
 
 def recipe_of(name: str, **texts: str) -> Recipe:
     return override(find_setting(name)[2].recipe, texts)
@@ -103,3 +110,8 @@ def test_another_preset_in_the_same_folder_is_another_run(tmp_path: Path, capsys
     assert "preset: paper, now strong" in capsys.readouterr().err
     assert run([*words, "--preset", "heavy"]) == 2
     assert "paper, strong" in capsys.readouterr().err
+
+
+def test_an_average_of_few_epochs_forgets_their_beginning() -> None:
+    decays = {name: find_setting(name)[2].recipe.named_in({"preset": "strong"}).optim.ema_decay for name in SETTINGS}
+    assert decays == SETTINGS
