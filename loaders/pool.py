@@ -92,7 +92,7 @@ class Pool:
             self.parts[part].read(at, data[row * size : (row + 1) * size])
 
 
-def open_pool(path: Path, split: Split, cache: Path) -> Pool:
+def open_pool(path: str | Path, split: Split, cache: str | Path) -> Pool:
     """Return the pool in the files that `path` names (`pool_files`), for the images and classes of `split`.
 
     Args:
@@ -100,6 +100,7 @@ def open_pool(path: Path, split: Split, cache: Path) -> Pool:
     Raises:
         DataError: a file is missing, damaged or no pool, or its images or labels do not fit the split's.
     """
+    path, cache = Path(path), Path(cache)
     files = pool_files(path)
     arrays = [members(file) for file in files]
     for file, found in zip(files, arrays, strict=True):

@@ -149,6 +149,7 @@ CHANGES: dict[str, Any] = dict(
     fashion_mnist_resnet18=dict(calibrate_from=3, average_from=15, select_from=31),
     cifar100_resnet18=dict(average_above=0.0),  # the worst of 100 classes never gets there
     tiny_imagenet_preact_resnet18=dict(calibrate_from=5, average_from=25, average_above=0.0, select_from=51),
+    imagenet100_resnet18=dict(calibrate_from=5, average_from=23, average_above=0.0, select_from=46),
 )
 SETTINGS = adversarial_training(Cfa, AUTHORS, ON_BOTH, **CHANGES) | {
     f"{name}_at": replace(setting, note=f"AT + CFA: {setting.note}")

@@ -94,6 +94,7 @@ SETTINGS = adversarial_training(
     fashion_mnist_resnet18=dict(warm_up=38),
     cifar100_resnet18=dict(scale=1.5),
     tiny_imagenet_preact_resnet18=dict(scale=1.5, warm_up=64),
+    imagenet100_resnet18=dict(scale=1.5, warm_up=57),
 )
 
 if __name__ == "__main__":

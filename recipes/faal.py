@@ -113,6 +113,7 @@ SETTINGS = adversarial_training(
     small=dict(epochs=6, lr_drops=(3,), select_always_from=4),
     fashion_mnist_resnet18=FINE_TUNE,
     tiny_imagenet_preact_resnet18=FINE_TUNE,
+    imagenet100_resnet18=FINE_TUNE,
 )
 
 if __name__ == "__main__":

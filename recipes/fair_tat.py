@@ -99,6 +99,7 @@ SETTINGS = adversarial_training(
     fashion_mnist_resnet18=dict(select_from=31),
     cifar100_resnet18=dict(average_above=0.0),  # the worst of 100 classes never gets there
     tiny_imagenet_preact_resnet18=dict(average_above=0.0, select_from=51),
+    imagenet100_resnet18=dict(average_above=0.0, select_from=46),
 )
 
 if __name__ == "__main__":

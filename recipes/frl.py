@@ -143,6 +143,7 @@ SETTINGS = adversarial_training(
     svhn_resnet18=dict(lr=0.001),  # the authors', to fine-tune
     cifar100_resnet18=dict(holdout_per_class=30),  # the authors' share, of classes of 500
     tiny_imagenet_preact_resnet18=FINE_TUNE | dict(holdout_per_class=30),
+    imagenet100_resnet18=FINE_TUNE | dict(holdout_per_class=30),
 )
 
 if __name__ == "__main__":

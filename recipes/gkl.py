@@ -143,6 +143,7 @@ CHANGES: dict[str, Any] = dict(
     svhn_resnet18=dict(attack_step=4 / 255),
     cifar100_resnet18=CIFAR100,
     tiny_imagenet_preact_resnet18=dict(awp_from=6, average_from=76),
+    imagenet100_resnet18=dict(awp_from=5, average_from=68),
 )
 SETTINGS = adversarial_training(Gkl, AUTHORS, ON_DIGITS, **CHANGES) | {
     "cifar10_wrn34_10": Setting(

@@ -81,6 +81,7 @@ SETTINGS = adversarial_training(
     small=SHORT,
     fashion_mnist_resnet18=SHORT,
     tiny_imagenet_preact_resnet18=SHORT,
+    imagenet100_resnet18=SHORT,
 )
 SETTINGS["cifar10_wrn34_10"] = Setting(
     note="CIFAR-10, WRN-34-10, as the authors train it",

@@ -72,6 +72,7 @@ SETTINGS = adversarial_training(
     digits=SHORT | dict(average_from=15),  # from the first drop on, as the authors' average
     small=SHORT | dict(average_from=8),
     fashion_mnist_resnet18=dict(average_from=44),
+    imagenet100_resnet18=dict(average_from=31),
     cifar100_resnet18=dict(peer_soft_weight=1.0, kl_scale=0.01),
     tiny_imagenet_preact_resnet18=dict(
         peer_soft_weight=100.0,

@@ -63,6 +63,7 @@ CHANGES: dict[str, Any] = dict(
     small=dict(average_from=8, ema_decay=0.99),
     fashion_mnist_resnet18=dict(average_from=45),
     tiny_imagenet_preact_resnet18=dict(average_from=78),
+    imagenet100_resnet18=dict(average_from=34),
 )
 PLUS_PLUS: dict[str, Any] = dict(lr_factor=1 / 1.7, strong_eps=1.25, strong_steps=2)
 SETTINGS = adversarial_training(Rebat, AUTHORS, ON_DIGITS, **CHANGES) | {

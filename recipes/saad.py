@@ -93,6 +93,7 @@ SETTINGS = distillation(
     fashion_mnist_resnet18=averaged_from(41),
     cifar100_resnet18=dict(igdm=10.0),
     tiny_imagenet_preact_resnet18=dict(igdm=10.0) | averaged_from(70),
+    imagenet100_resnet18=dict(igdm=10.0) | averaged_from(25),
 )
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ BARE: dict[str, Any] = dict(
     fused_sgd=False,
     beside=False,
     kept="device",
+    extra_on="disk",
 )
 
 

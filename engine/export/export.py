@@ -23,6 +23,7 @@ from retemper.engine.evaluation.places import fullest
 from retemper.engine.export.model_card import ExportedNetwork, model_card, model_info
 from retemper.engine.models import MODELS, Normalised, NormalisingNetwork, blocks, is_timm, normalised
 from retemper.engine.models.from_timm import TimmNetwork, timm_keywords
+from retemper.engine.run.data import SIDES_PX
 from retemper.engine.run.run_folder import RunFolder
 from retemper.errors import DataError, UsageError
 from retemper.files import file_digest, json_bytes, write_atomically
@@ -83,7 +84,8 @@ def _read_network(run: Path, which: str, name: str | None) -> ExportedNetwork:
     assert facts.model is not None and facts.num_classes is not None and facts.channels is not None
     digest = file_digest(weights)
     evaluation = _read_evaluation(run, which, digest)
-    side = facts.image_size or evaluation.get("protocol", {}).get("image_size", 32)
+    usual = SIDES_PX.get(facts.dataset or "", 32)
+    side = facts.image_size or evaluation.get("protocol", {}).get("image_size", usual)
     return ExportedNetwork(
         name=re.sub(r"[^\w.-]+", "-", name or run.resolve().name),
         weights=weights,

@@ -122,7 +122,7 @@ def test_forwards_are_in_the_authors_order_and_the_average_begins_before_the_dro
         assert recipe.method.forwards_in(1, recipe).before == ("adv", "minus", "clean")
         assert (recipe.optim.average, recipe.optim.average_every) == ("swa", "epoch")
         assert recipe.optim.average_from <= recipe.optim.lr_drops[0], name
-        large = recipe.data.dataset in ("cifar100", "tiny-imagenet")
+        large = recipe.data.dataset in ("cifar100", "tiny-imagenet", "folder")
         assert isinstance(recipe.method, Saad) and recipe.method.igdm == (10 if large else 1)
     recipe = SETTINGS["cifar10_resnet18"].recipe
     assert (recipe.optim.epochs, recipe.optim.lr_drops, recipe.optim.average_from) == (200, (100, 150), 95)

@@ -30,7 +30,7 @@ def test_students_are_attacked_in_training_mode_and_teachers_in_evaluation_mode(
 
 def test_the_clean_teachers_are_trained_and_chosen_without_an_attack() -> None:
     found = [setting.recipe for name, setting in SETTINGS.items() if name.endswith("_clean")]
-    assert len(found) == 7
+    assert len(found) == 9
     seen = {(recipe.attack.steps, recipe.attack.start, recipe.selection.select_steps) for recipe in found}
     assert seen == {(0, "none", 0)}
     with pytest.raises(ValueError, match="variant"):  # the script would choose the epoch by an attack

@@ -1,7 +1,7 @@
 """Settings of full size start, take two steps and are evaluated, on files in their data set's own format.
 
-Every method in one setting, and all data and networks that are combined: methods share the options of
-recipes/settings.py.
+All data and networks that settings combine, each with the method whose turn it is: methods share the options of
+recipes/settings.py, and tests/recipes/test_methods_run.py trains each of them on digits.
 WRN-34-10 and -20 would take most of the time and of the memory, and are narrow here; tests/engine/test_models.py has
 the first whole.
 """
@@ -32,24 +32,19 @@ ELSEWHERE = ("digits", *SMALL, "imagenet100")  # other tests train these: on a C
 
 
 def large() -> Iterator[str]:
-    """The names of the settings to run: each method takes one that the fewest have taken, and then the rest."""
-    taken: Counter[tuple[str | None, ...]] = Counter()
+    """The names of the settings to run: of each combination one, by the method that has run the fewest."""
+    ran: Counter[str] = Counter()
     large = [name for name in NAMES if not name.partition(":")[2].startswith(ELSEWHERE)]
-    for _, names in groupby(large, key=lambda name: name.partition(":")[0]):
-        name = min(names, key=lambda name: taken[combined(name)])
-        taken[combined(name)] += 1
+    for _, names in groupby(sorted(large, key=combined), key=combined):
+        name = min(names, key=lambda name: ran[name.partition(":")[0]])
+        ran[name.partition(":")[0]] += 1
         yield name
-    for name in large:
-        if not taken[combined(name)]:
-            taken[combined(name)] += 1
-            yield name
 
 
-def combined(name: str) -> tuple[str | None, ...]:
-    """The data and the networks of a setting."""
+def combined(name: str) -> tuple[str, ...]:
+    """The data, the student and the teacher of a setting."""
     recipe = find_setting(name)[2].recipe
-    networks = recipe.networks
-    return recipe.data.dataset, networks.student, networks.teacher_model, networks.clean_teacher_model
+    return recipe.data.dataset, recipe.networks.student, recipe.networks.teacher_model or ""
 
 
 @pytest.fixture(scope="module")
