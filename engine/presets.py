@@ -19,7 +19,7 @@ from retemper.options import options_of
 WARM_SHARE = 20  # AWP begins after one of so many parts of the run, as at the 10th of its authors' 200 epochs
 SMALL_PX = 16  # a side: below it a crop by ten in 32 lines leaves too little
 SHORT = 20  # epochs: a longer average of so few would hold their beginning
-# a run's last 2 to 5 percent of steps: of about 940, 1,530 and 3,900 in the settings for a CPU, and of 20,000 to 120,000
+# a run's last 2 to 5 percent of steps: of 940, 1,530 and 3,900 in the settings for a CPU, else of 20,000 to 120,000
 DECAY = {"digits": 0.97, "small": 0.98, "short": 0.99, "whole": 0.999}
 IDBH = {"svhn": "idbh-svhn", "cifar10": "idbh-weak", "cifar100": "idbh-weak", "tiny-imagenet": "idbh-weak"}
 

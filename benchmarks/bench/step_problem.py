@@ -41,7 +41,7 @@ BARE: dict[str, Any] = dict(
     fused_sgd=False,
     beside=False,
     kept="device",
-    extra_on="disk",
+    extra_on="auto",
 )
 
 
