@@ -8,6 +8,7 @@ import inspect
 import os
 import pkgutil
 import resource
+import signal
 import sys
 import tempfile
 import traceback
@@ -36,6 +37,8 @@ with pytest.MonkeyPatch.context() as during_import:
 runtime.TRITON_ON_CPU = False
 if torch.cuda.is_available():  # without it cuBLAS refuses deterministic algorithms, and looks at it once
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell: tests interrupt themselves
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the tests' tensors are too small to share, and a busy machine makes sharing slow
 # The same examples every time, on every machine, however slow it is.
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
