@@ -1,7 +1,7 @@
 """The choice of the backend that serves a split."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -57,10 +57,20 @@ def make_loader(
         mixed = MixedPlan(
             chosen, batch_size, seed, views, rank, world_size, pool_images=len(extra.pool), fraction=extra.fraction
         )
-        own: dict[str, Any] = dict(seed=seed, views=views, device=device, indices=chosen)
-        real = make_loader(kind, split, batch_size=mixed.local_real_rows, cache_dir=cache_dir, beton=beton, **own)
-        return MixedLoader(real, mixed, extra, device)
-    plan = Plan(chosen, batch_size, seed, views, rank, world_size)
+        real = Plan(chosen, mixed.local_real_rows, seed, views)
+        return MixedLoader(_backend(kind, split, real, device, cache_dir, beton), mixed, extra, device)
+    return _backend(kind, split, Plan(chosen, batch_size, seed, views, rank, world_size), device, cache_dir, beton)
+
+
+def _backend(
+    kind: LoaderKind,
+    split: Split,
+    plan: Plan,
+    device: torch.device,
+    cache_dir: str | Path | None,
+    beton: str | Path | None,
+) -> Loader:
+    """Return the loader of `split` by the backend that `kind` and the machine ask for."""
     if beton is not None and kind == "resident":
         raise UsageError(f"{beton} is read by FFCV: use --loader ffcv, or leave out --beton")
     if kind == "resident":

@@ -53,17 +53,8 @@ def train(job: Job) -> Path:
         networks = NetworkLoader(split=split, data=recipe.data, eps=eps, device=device, cache=job.cache)
         names = {"teacher": job.teacher, "clean_teacher": job.clean_teacher, "start": job.start}
         state, sources = begin_state(recipe, networks, seed=job.seed, ranks=ranks, names=names)
-        data = load_data(
-            split,
-            recipe,
-            ranks,
-            job.device,
-            seed=job.seed,
-            data_root=job.data_root,
-            cache=job.cache,
-            beton=job.beton,
-            extra=job.extra,
-        )
+        where: dict[str, Any] = dict(data_root=job.data_root, cache=job.cache, beton=job.beton, extra=job.extra)
+        data = load_data(split, recipe, ranks, job.device, seed=job.seed, **where)
         state.lacks_labels = data.pool is not None and data.pool.unlabelled > 0
         networks.probe(data.loader)
         for network in state.trained:
