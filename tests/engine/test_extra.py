@@ -157,3 +157,9 @@ def test_a_pool_is_looked_at_before_a_teacher_is_trained(
     assert run(["train", "rslad:digits", *words]) == 3
     assert "its images are 9 x 9 x 1, those of the run 8 x 8 x 1" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_pool_beside_images_that_are_stored_larger_than_they_are_seen_is_refused() -> None:
+    recipe = find_setting("absld:imagenet100_resnet18")[2].recipe
+    with pytest.raises(ValueError, match=r"extra_fraction.*resized-crop"):
+        recipe.replace(extra_fraction=0.7)
