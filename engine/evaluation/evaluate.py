@@ -23,7 +23,7 @@ from retemper.engine.evaluation.ledger import Ledger
 from retemper.engine.evaluation.library import library_version
 from retemper.engine.evaluation.places import beside, destination, label, weights_name
 from retemper.engine.evaluation.preflight import require_room, zero_gradients
-from retemper.engine.evaluation.protocols import PROTOCOLS, STANDARD, radius
+from retemper.engine.evaluation.protocols import CURVE, PROTOCOLS, STANDARD, curve_radii, radius, result_name
 from retemper.engine.evaluation.request import EvaluationRequest as EvaluationRequest
 from retemper.engine.evaluation.request import require_effect
 from retemper.engine.evaluation.shards import require_images
@@ -90,6 +90,8 @@ def _prepared(request: EvaluationRequest) -> _Ready:
     network = find_network(request.target, dataset=request.facts.dataset, which=request.weights)
     facts, split, data_root = images_for(network, request.facts, request.data_root)
     order = balanced_order(split.labels, request.limit)
+    if request.eps == CURVE:
+        request = replace(request, eps=curve_radii(split.name, request.norm))
     eps = request.eps[0] if isinstance(request.eps, tuple) else _radius(request, network, split.name, facts.eps)
     path = _place(request, destination(network, request.out))
     radii = request.eps if isinstance(request.eps, tuple) else (eps,)
@@ -119,6 +121,10 @@ def _evaluation(ready: _Ready) -> tuple[Path, dict[str, Any]]:
     file.content["protocol"]["data_root"] = absolute(ready.data_root)
     file.content["asked"] = ready.asked
     for name in request.attacks:
+        called = result_name(name, request.protocol)
+        if name != "autoattack" and request.goes_on and request.ranks.any(file.is_done(called))[0]:
+            say(f"{called}: done, left as it is")
+            continue
         started = time.monotonic()
         found = attacked.outcomes(name)
         for outcome in found:
@@ -127,7 +133,7 @@ def _evaluation(ready: _Ready) -> tuple[Path, dict[str, Any]]:
             file.write()
     if request.cross_check and first and attacked.ledgers:  # of a shard that is not the last one there are none
         write_beaten(_named(ready.path, "cross-check"), _with_kept(attacked.ledger, attacked.ledgers[0]))
-    if request.check and first:
+    if request.check and first and not (request.goes_on and "checks" in file.content):
         checked = CheckRequest(
             model=attacked.model, split=attacked.split, indices=attacked.order[:IMAGES], **attacked.options
         )

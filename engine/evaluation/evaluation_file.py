@@ -67,6 +67,10 @@ class EvaluationFile:
             file.content, file.verdicts = known, _known_verdicts(file.path, known)
         return file
 
+    def is_done(self, name: str) -> bool:
+        """Say whether an attack is done, and its verdicts are there."""
+        return name in self.verdicts and self.content["attacks"][name].get("complete") is not False
+
     def add(self, outcome: Outcome, split: Split, seconds: float) -> None:
         """Add the outcome of one attack on images of `split`, or replace it; it took `seconds`.
 

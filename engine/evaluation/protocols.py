@@ -18,6 +18,8 @@ from retemper.errors import UsageError
 from retemper.loaders import usual_eps
 
 STANDARD = "standard"
+CURVE = "curve"  # the name of `curve_radii`
+OF_USUAL = (0.25, 0.5, 1.0, 1.5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +115,11 @@ def radius(asked: float | str | None, dataset: str, trained: float | None, name:
             raise UsageError(f"--eps trained: {name} does not say its radius: give it in [0, 1] pixels (--eps 8/255)")
         return trained
     return usual_eps(dataset, norm) if asked is None else float(asked)
+
+
+def curve_radii(dataset: str, norm: str = "linf") -> tuple[float, ...]:
+    """Return a quarter, half, one and one and a half of the usual radius: 2/255, 4/255, 8/255 and 12/255 on CIFAR."""
+    return tuple(share * usual_eps(dataset, norm) for share in OF_USUAL)
 
 
 def strongest_first() -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from retemper.engine.checkpoints.header import Facts
 from retemper.engine.distributed.ranks import ALONE, Ranks
 from retemper.engine.evaluation.minimal_norm import foolbox_version
 from retemper.engine.evaluation.norms import require_radii
-from retemper.engine.evaluation.protocols import PROTOCOLS, STANDARD
+from retemper.engine.evaluation.protocols import CURVE, PROTOCOLS, STANDARD
 from retemper.engine.evaluation.shards import Shard
 from retemper.engine.predict import Attack
 from retemper.errors import UsageError
@@ -28,7 +28,7 @@ class EvaluationRequest:
         attacks: names of the protocol's attacks, "autoattack", and "fmn".
         norm: "linf", "l2" or "l1".
         eps: the radius in pixel units; "trained" for that of the network's training, None for the data set's usual one;
-            several, the smallest first, for a curve.
+            several, the smallest first, for a curve; "curve" for `curve_radii`.
         limit, autoattack_limit: how many images, balanced over the classes; None for all.
         weights: which of a run's, "best" or "last".
         seed: of the random starts.
@@ -38,6 +38,8 @@ class EvaluationRequest:
         cross_check: whether other attacks try what AutoAttack leaves.
         check: whether to look for masked gradients too.
         corruptions: whether to ask about corrupted images too.
+        goes_on: whether attacks that are done under the very same protocol are left as they are; of a curve, they are
+            in any case.
         capture: "auto" to replay on a GPU what comes again from CUDA graphs, with other rounding; or "off".
     """
 
@@ -63,6 +65,7 @@ class EvaluationRequest:
     cross_check: bool = False
     check: bool = False
     corruptions: bool = False
+    goes_on: bool = False
     capture: str = "auto"
 
     def attack(self, name: str) -> Attack:
@@ -72,7 +75,7 @@ class EvaluationRequest:
     @property
     def is_curve(self) -> bool:
         """Say whether there are several radii."""
-        return isinstance(self.eps, tuple)
+        return isinstance(self.eps, tuple) or self.eps == CURVE
 
 
 def require_effect(request: EvaluationRequest) -> None:

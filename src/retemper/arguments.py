@@ -161,7 +161,7 @@ OPTIONS: dict[str, tuple[str | tuple[str, dict[str, Any]], ...]] = {  # of each 
         _option(
             "--eps",
             "the radius, in [0, 1] pixels, or `trained`: that of its training (8/255; digits 0.15, Fashion-MNIST 0.1); "
-            "several, 2/255,4/255,8/255, for a curve",
+            "several, 2/255,4/255,8/255, for a curve, or `curve`: a quarter, half, one and one and a half of the usual",
             "X",
             type=RADII,
         ),
@@ -172,6 +172,11 @@ OPTIONS: dict[str, tuple[str | tuple[str, dict[str, Any]], ...]] = {  # of each 
         _option("--weights", "which of a run's weights (best)", choices=("best", "last"), default="best"),
         _option("--batch-size", "images at once (256)", "N", type=BATCH, default=256),
         _option("--seed", "of the random starts (0)", "N", type=SEED, default=0),
+        _option(
+            "--review",
+            "all that there is: every attack, a curve in each norm, --check, --corruptions, --cross-check (an extra)",
+            action="store_true",
+        ),
         _option("--check", "also look for masked gradients, on 300 of the images", action="store_true"),
         _option("--corruptions", "also CIFAR-10-C's fifteen corruptions at five severities", action="store_true"),
         _option(

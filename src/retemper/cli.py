@@ -60,7 +60,7 @@ def run(argv: list[str]) -> int:
             raise UsageError(f"{arguments.verb} has no option {unknown[0]!r}{nearest(unknown[0], known)}")
         arguments.act(arguments)
 
-    return reported(act, goes_on=argv[:1] in (["train"], ["demo"], ["even"]))
+    return reported(act, goes_on=argv[:1] in (["train"], ["demo"], ["even"]) or "--review" in argv)
 
 
 def reported(act: Callable[[], None], goes_on: bool) -> int:

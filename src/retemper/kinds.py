@@ -36,13 +36,14 @@ def _pair(text: str) -> tuple[int, int] | None:
 
 
 def _radii(text: str) -> float | str | tuple[float, ...]:
-    """Read `trained`, one radius, or several behind commas."""
-    if text == "trained":
+    """Read `trained`, `curve`, one radius, or several behind commas."""
+    if text in NAMED:
         return text
     radii = tuple(parse_value(float, word.strip()) for word in text.split(","))
     return radii[0] if len(radii) == 1 else radii
 
 
+NAMED = ("trained", "curve")  # radii by name
 SEED = kind_of(int, lambda seed: 0 <= seed < 2**23, "a seed lies in 0 .. 2^23 - 1")
 COUNT = kind_of(int, lambda number: number >= 1, "it must be at least 1")
 BATCH = kind_of(int, lambda size: 1 <= size <= 2**20, "a batch has 1 .. 2^20 images")
@@ -59,7 +60,7 @@ RADIUS = kind_of(
 )
 RADII = kind_of(
     _radii,
-    lambda eps: eps == "trained" or all(0 <= one < 1e4 for one in (eps if isinstance(eps, tuple) else (eps,))),
+    lambda eps: eps in NAMED or all(0 <= one < 1e4 for one in (eps if isinstance(eps, tuple) else (eps,))),
     "write it in [0, 1] pixels, 8/255 not 8; several as 2/255,4/255,8/255",
 )
 SHARD = kind_of(_pair, lambda pair: 1 <= pair[0] <= pair[1], "write it as 1/4 to 4/4")

@@ -102,6 +102,7 @@ def evaluate(arguments: Namespace) -> None:
     from retemper.engine.evaluation.corrupted import corruption_table
     from retemper.engine.evaluation.curve_summary import beaten_lines, curve_summary
     from retemper.engine.evaluation.evaluate import EvaluationRequest, evaluate_target
+    from retemper.engine.evaluation.review import review
     from retemper.engine.evaluation.summary import summary
 
     same = (
@@ -121,12 +122,15 @@ def evaluate(arguments: Namespace) -> None:
             facts=Facts(model=arguments.model, dataset=arguments.dataset),
             budget_s=arguments.budget and 60 * arguments.budget,
         )
-        path, content = evaluate_target(request)
-    if ranks.is_first:
-        print(curve_summary(content) if request.is_curve else summary(content))
-        if arguments.corruptions:
-            print(corruption_table(content))
-        print("\n".join([*beaten_lines(content), *consistency_lines(content.get("consistency")), str(path)]))
+        for asked in review(request) if arguments.review else (request,):
+            path, content = evaluate_target(asked)
+            if not ranks.is_first:
+                continue
+            print(curve_summary(content) if asked.is_curve else summary(content))
+            if asked.corruptions:
+                print(corruption_table(content))
+            said = [*beaten_lines(content), *consistency_lines(content.get("consistency")), str(path)]
+            print("\n".join(said), flush=True)
 
 
 def _attacks(arguments: Namespace) -> tuple[str, ...]:

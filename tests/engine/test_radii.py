@@ -202,6 +202,41 @@ def test_a_curve_falls_image_by_image_and_goes_on_where_it_was_killed(
     assert "Over the radius" in page and (tmp_path / "page" / "radii_linf.png").exists()
 
 
+def test_a_review_asks_all_that_there_is_and_goes_on_where_it_was_killed(
+    teacher: Path, tmp_path: Path, short: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("foolbox")
+    words = ["evaluate", str(teacher), "--review", "--limit", "4", "--out", str(tmp_path)]
+    write = CurveFile.write
+
+    def killed(file: CurveFile) -> None:
+        if file.path.name == "curve-l2.json":
+            raise KeyboardInterrupt
+        write(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CurveFile, "write", killed)
+        assert run(words) == 75 and "the same command goes on" in capsys.readouterr().err
+    first = json.loads((tmp_path / "evaluation.json").read_text())
+    assert set(first["attacks"]) == {"clean", "fgsm", "pgd20", "cw", "autoattack", "cross-check"}
+    assert first["checks"] and first["corruptions"]["complete"] and first["protocol"]["eps"] == 0.15
+    assert not (tmp_path / "curve-l2.json").exists()
+
+    assert run(words) == 0
+    told = capsys.readouterr()
+    assert all(f"{name}: done, left as it is" in told.err for name in ("clean", "fgsm", "pgd20", "cw"))
+    again = json.loads((tmp_path / "evaluation.json").read_text())
+    assert all(again["attacks"][name] == first["attacks"][name] for name in ("fgsm", "pgd20", "cw"))
+    usual = {"": 0.15, "-l2": 0.6, "-l1": 1.0}
+    for norm, eps in usual.items():
+        content = json.loads((tmp_path / f"curve{norm}.json").read_text())
+        assert content["protocol"]["eps"] == [0.25 * eps, 0.5 * eps, eps, 1.5 * eps]
+        assert set(content["attacks"]) == {"autoattack", "cross-check"} | ({"pgd20"} if norm != "-l1" else set())
+        assert str(tmp_path / f"curve{norm}.json") in told.out
+    page = write_report([tmp_path], tmp_path / "page").read_text()
+    assert all(text in page for text in ("Over the radius", "L2", "L1", "orruption"))
+
+
 def test_one_radius_of_a_curve_is_the_single_evaluation(teacher: Path, tmp_path: Path) -> None:
     words = ["evaluate", str(teacher), "--limit", "40", "--attacks", "pgd20", "--out", str(tmp_path)]
     assert run([*words, "--eps", "0.1,0.2"]) == 0 and run([*words, "--eps", "0.1"]) == 0
@@ -240,6 +275,10 @@ def test_norms_have_files_of_their_own_and_are_compared(teacher: Path, tmp_path:
         (["--cross-check"], "AutoAttack"),
         (["--attacks", "autoattack", "--cross-check", "--suite", "fast"], "--suite"),
         (["--attacks", "autoattack", "--shard", "1/2", "--eps", "0.1,0.2"], "--shard"),
+        (["--review", "--norm", "l2"], "leave out --norm"),
+        (["--review", "--budget", "3"], "leave out --budget"),
+        (["--review", "--attacks", "fgsm"], "leave out --attacks"),
+        (["--norm", "l1", "--eps", "curve"], "no L1 version"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(
