@@ -8,7 +8,7 @@ from retemper.engine.evaluation.request import WITHOUT_STEPS, EvaluationRequest,
 from retemper.errors import UsageError
 
 ATTACKS = ("clean", "fgsm", "pgd20", "cw", "autoattack")
-OF_CURVES = ("pgd20", "autoattack")
+OF_CURVES = ("clean", "pgd20", "autoattack")
 CHOSEN = ("attacks", "protocol", "norm", "eps", "suite", "shard", "budget_s", "cross_check", "check", "corruptions")
 
 

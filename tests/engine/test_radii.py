@@ -231,7 +231,9 @@ def test_a_review_asks_all_that_there_is_and_goes_on_where_it_was_killed(
     for norm, eps in usual.items():
         content = json.loads((tmp_path / f"curve{norm}.json").read_text())
         assert content["protocol"]["eps"] == [0.25 * eps, 0.5 * eps, eps, 1.5 * eps]
-        assert set(content["attacks"]) == {"autoattack", "cross-check"} | ({"pgd20"} if norm != "-l1" else set())
+        assert set(content["attacks"]) == {"clean", "autoattack", "cross-check"} | (
+            {"pgd20"} if norm != "-l1" else set()
+        )
         assert str(tmp_path / f"curve{norm}.json") in told.out
     page = write_report([tmp_path], tmp_path / "page").read_text()
     assert all(text in page for text in ("Over the radius", "L2", "L1", "orruption"))
