@@ -6,11 +6,11 @@
 
 Takes the students of each method and seed from --from, where benchmarks/fairness.py has left them, or trains them, and
 evens each by the ways of `retemper even`, all under --out. Each is evaluated as in fairness.py: clean, PGD-20, and
-AutoAttack on a class-balanced subset through the folded network. What is finished is not repeated. Writes to --results
-the table (ATTACK.md), all figures with their intervals as even.json, and the runs' records. `picked` is the way without
-training that has the best average + worst class on the images that choose, and `csr less plain` what CSR has beyond two
-more epochs. Intervals are of differences on the same images; Kendall's tau is of the order of the classes before and
-after.
+AutoAttack on a class-balanced subset through the folded network. What is finished is not repeated, and the same
+command in a second process takes the students that the first is not at. Writes to --results the table (ATTACK.md), all
+figures with their intervals as even.json, and the runs' records. `picked` is the way without training that has the
+best average + worst class on the images that choose, and `csr less plain` what CSR has beyond two more epochs.
+Intervals are of differences on the same images; Kendall's tau is of the order of the classes before and after.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,12 +27,12 @@ from typing import Any
 import torch
 from fairness import KEPT, NAMES, SUITES, TITLES, told
 from records import RECORDS, pack, unpack
-from runs import DEVICE, Protocol, commits, evaluated, folder_of, settings_on, trained_and_evaluated
+from runs import DEVICE, Protocol, commits, evaluated, folder_of, settings_on, share_out, trained_and_evaluated
 from scipy.stats import kendalltau
 from summary import common_radius, markdown, mean_and_range, words_of, write_summary
 
 from retemper.cli import reported
-from retemper.console import Progress, say
+from retemper.console import say
 from retemper.engine.catalogue import find_setting
 from retemper.engine.checkpoints.header import Facts, read_header
 from retemper.engine.evaluation.compare import Comparison, compare
@@ -104,22 +105,24 @@ def trained(words: argparse.Namespace, chosen: Mapping[str, str]) -> Runs:
         out=words.out, attacks=ATTACKS, autoattack_limit=words.autoattack_images, fold=True, suite=words.suite
     )
     ways = words.by.split(",")
-    words.out.mkdir(parents=True, exist_ok=True)
-    runs: Runs = {}
-    with Progress("even", len(chosen) * words.seeds * (1 + len(ways))) as progress:
-        for seed in range(words.seeds):
-            for name, setting in chosen.items():
-                say(f"{setting}, seed {seed}")
-                base = base_of(setting, seed, words.source, words.out, protocol)
-                runs.setdefault(name, {}).setdefault(BEFORE, []).append(base)
-                progress.advance(1)
-                for by in ways:
-                    folder = evened(base, by, protocol)
-                    runs[name].setdefault(by, []).extend([folder] if folder else [])
-                    progress.advance(1)
-    return {
-        name: {by: folders for by, folders in of.items() if len(folders) == words.seeds} for name, of in runs.items()
+    made: dict[tuple[str, str, int], Path | None] = {}
+
+    def make(name: str, seed: int) -> None:
+        made[name, BEFORE, seed] = base = base_of(chosen[name], seed, words.source, words.out, protocol)
+        made.update({(name, by, seed): evened(base, by, protocol) for by in ways})
+
+    students = {
+        f"{setting}, seed {seed}": partial(make, name, seed)
+        for seed in range(words.seeds)
+        for name, setting in chosen.items()
     }
+    share_out("even", students, words.out)
+    runs: Runs = {name: {} for name in chosen}
+    for name in chosen:
+        for by in (BEFORE, *ways):
+            folders = [folder for seed in range(words.seeds) if (folder := made[name, by, seed])]
+            runs[name] |= {by: folders} if len(folders) == words.seeds else {}
+    return runs
 
 
 def with_picked(of: Mapping[str, list[Path]]) -> dict[str, list[Path]]:

@@ -7,7 +7,8 @@
 
 Trains what is not trained yet under --out and evaluates it: clean and PGD-20 on all test images, AutoAttack on a
 class-balanced subset, through the folded network (--suite fast: its first two attacks), and for masked gradients where
-the method is ours. Writes to --results the tables (ATTACK.md, and ATTACK-ours.md with the paired differences of ours
+the method is ours. On two cores or GPUs, start the same command twice: each process takes the runs that no other is at.
+Writes to --results the tables (ATTACK.md, and ATTACK-ours.md with the paired differences of ours
 from each), the plot fairness.png, all figures with their intervals as fairness.json, and the runs' config.json,
 metrics.jsonl, evaluation.json and evaluation.csv as records.json.xz.
 """
@@ -17,17 +18,17 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from records import RECORDS, pack, unpack
-from runs import DEVICE, Protocol, commits, folder_of, settings_on, trained_and_evaluated
+from runs import DEVICE, Protocol, commits, folder_of, settings_on, share_out, trained_and_evaluated
 from summary import common_radius, markdown, mean_and_range, told, words_of, write_summary
 
 from retemper.cli import reported
-from retemper.console import Progress, say
 from retemper.engine.evaluation.compare import Comparison, compare
 from retemper.engine.evaluation.verdicts import read_evaluated
 from retemper.files import finite, read_json, write_atomically
@@ -145,17 +146,18 @@ def trained(words: argparse.Namespace, chosen: dict[str, str]) -> Runs:
         suite=words.suite,
         data_root=words.data_root,
     )
-    runs: Runs = {name: [] for name in chosen}
-    with Progress("fairness", len(chosen) * words.seeds) as progress:
-        for seed in range(words.seeds):
-            for name, setting in chosen.items():
-                say(f"{setting}, seed {seed}")
-                trained_and_evaluated(setting, seed, replace(protocol, check=name == OURS))
-                runs[name].append(folder_of(setting, seed, words.out))
-                progress.advance(1)
     teacher = f"sat:{words.data}"
-    trained_and_evaluated(teacher, 0, protocol)
-    return runs | {TEACHER: [folder_of(teacher, 0, words.out)]}
+    share_out("teacher", {f"{teacher}, seed 0": partial(trained_and_evaluated, teacher, 0, protocol)}, words.out)
+    students = {
+        f"{setting}, seed {seed}": partial(trained_and_evaluated, setting, seed, replace(protocol, check=name == OURS))
+        for seed in range(words.seeds)
+        for name, setting in chosen.items()
+    }
+    share_out("students", students, words.out)
+    folders = {
+        name: [folder_of(setting, seed, words.out) for seed in range(words.seeds)] for name, setting in chosen.items()
+    }
+    return folders | {TEACHER: [folder_of(teacher, 0, words.out)]}
 
 
 def recorded(data: str, to: Path) -> Runs:

@@ -5,7 +5,8 @@
     python benchmarks/one_step.py --data digits --seeds 1 --epochs 2 --attacks ten,nfgsm --results /tmp/x   a try
 
 Trains each method with each attack under --out, and evaluates it: clean and PGD-20 on all test images, AutoAttack on a
-class-balanced subset. What is finished is not repeated. Then it times the steps: in one process, at the setting's batch
+class-balanced subset. What is finished is not repeated, and the same command in a second process takes the runs that
+the first is not at. Then it times the steps: in one process, at the setting's batch
 and with the teacher's answers known, a few steps of each attack in turn, so that all see the same machine. On digits it
 also makes one-step training collapse on purpose, with the guard and with a guard that only looks on.
 
@@ -17,16 +18,16 @@ import argparse
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from records import RECORDS, pack
-from runs import DEVICE, Protocol, commits, folder_of, settings_on, trained_and_evaluated
+from runs import DEVICE, Protocol, commits, folder_of, settings_on, share_out, trained_and_evaluated
 from summary import common_radius, markdown, mean_and_range, words_of, write_summary
 
 from retemper.cli import reported
-from retemper.console import Progress, say
 from retemper.engine import State, create_model, train_step
 from retemper.engine.catalogue import find_setting
 from retemper.engine.kept import Kept
@@ -165,6 +166,22 @@ def seconds_table(found: dict[str, dict[str, dict[str, list[float]]]]) -> str:
     return markdown(["method, attack", "a step", "times as fast as its ten steps"], rows)
 
 
+def all_trained(words: argparse.Namespace) -> tuple[dict[tuple[str, str], list[dict[str, Any]]], list[Path]]:
+    """Return the evaluations of each method and attack, seed by seed, and the runs' folders."""
+    made: dict[tuple[str, str, int], tuple[Path, dict[str, Any]]] = {}
+
+    def make(method: str, attack: str, seed: int) -> None:
+        folder, evaluation = trained(words, method, attack, seed)
+        made[method, attack, seed] = folder, evaluation | {"fell_back": fallbacks(folder)}
+
+    pairs = [(method, attack) for method in words.methods for attack in words.attacks]
+    asked = [(method, attack, seed) for seed in range(words.seeds) for method, attack in pairs]
+    units = {f"{method}, {attack}, seed {seed}": partial(make, method, attack, seed) for method, attack, seed in asked}
+    share_out("one step", units, words.out)
+    found = {pair: [made[(*pair, seed)][1] for seed in range(words.seeds)] for pair in pairs}
+    return found, [made[one][0] for one in asked]
+
+
 def collapses(words: argparse.Namespace) -> list[dict[str, Any]]:
     """Return what a collapse made on purpose looks like in each seed, with the guard and with one that looks on."""
     found = []
@@ -231,18 +248,7 @@ def main() -> None:
         "accuracy": [],
         "autoattack": words.autoattack_images,
     }
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    folders: list[Path] = []
-    with Progress("one step", words.seeds * len(words.methods) * len(words.attacks)) as progress:
-        for seed in range(words.seeds):
-            for method in words.methods:
-                for attack in words.attacks:
-                    say(f"{method}, {attack}, seed {seed}")
-                    folder, evaluation = trained(words, method, attack, seed)
-                    evaluation["fell_back"] = fallbacks(folder)
-                    found.setdefault((method, attack), []).append(evaluation)
-                    folders.append(folder)
-                    progress.advance(1)
+    found, folders = all_trained(words)
     tables = {"accuracy.md": accuracy_table(found)}
     content["accuracy"] = [
         {"method": method, "attack": attack, "runs": [_figures(one) for one in seeds]}

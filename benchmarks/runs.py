@@ -1,13 +1,16 @@
 """Methods trained and evaluated under one protocol, run by run; what is finished is not repeated."""
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from retemper.console import Progress, say
 from retemper.engine.catalogue import find_setting, method_module, methods
 from retemper.engine.checkpoints.header import Facts
 from retemper.engine.evaluation.evaluate import EvaluationRequest, evaluate_target
@@ -15,8 +18,11 @@ from retemper.engine.run.job import Job, default_cache, default_out
 from retemper.engine.run.run_folder import RunFolder
 from retemper.engine.run.teachers import with_teacher
 from retemper.engine.run.train import train
+from retemper.errors import Busy
+from retemper.files import locked
 from retemper.loaders import usual_eps
 
+PAUSE_S = 15.0  # until a process looks again at what others do
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -80,6 +86,33 @@ def folder_of(name: str, seed: int, out: Path, preset: str = "paper") -> Path:
 def commits(runs: Iterable[Path]) -> list[str]:
     """Return the commits of the code that trained the runs, each once."""
     return sorted({str(RunFolder(run).read_config()["commit"]) for run in runs})
+
+
+def share_out(title: str, units: Mapping[str, Callable[[], object]], out: Path) -> None:
+    """Do all units of work; where the same command runs in several processes, each does what no other is at.
+
+    A process comes back to what another was at, and waits for it in the end: the other may have been stopped.
+
+    Args:
+        title: of the progress bar.
+        units: what to do, by name; it repeats nothing that is finished.
+        out: the folder of the runs, which holds a lock a unit.
+    """
+    waiting = dict(units)
+    with Progress(title, len(units)) as progress:
+        while waiting:
+            for name, work in list(waiting.items()):
+                try:
+                    with locked(out / f".{re.sub('[^a-z0-9_]+', '-', name)}.lock", f"{name}: another process is at it"):
+                        say(name)
+                        work()
+                except Busy as busy:
+                    say(str(busy))
+                    continue
+                del waiting[name]
+                progress.advance(1)
+            if waiting:
+                time.sleep(PAUSE_S)
 
 
 def trained_and_evaluated(name: str, seed: int, protocol: Protocol) -> dict[str, Any]:

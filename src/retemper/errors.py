@@ -12,6 +12,10 @@ class UsageError(Exception):
     """The user asks for what cannot be: a wrong option, or a backend that is not installed."""
 
 
+class Busy(UsageError):
+    """Another process holds the lock of what the command would write."""
+
+
 class Diverged(Exception):
     """Training left the finite numbers."""
 

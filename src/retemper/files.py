@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from retemper.console import progress
-from retemper.errors import DataError, UsageError
+from retemper.errors import Busy, DataError
 from retemper.shape import misfit, parse_json
 
 DAMAGED = (  # what the readers of zip and pickle raise when the bytes are not a file of theirs
@@ -106,7 +106,7 @@ def locked(path: str | Path, busy: str | None = None) -> Iterator[None]:
         busy: the error's message when another process holds the lock; None waits until that one releases it.
 
     Raises:
-        UsageError: another process holds the lock, and `busy` is given.
+        Busy: another process holds the lock, and `busy` is given.
         OSError: the folder cannot be made or written to.
     """
     from filelock import FileLock, Timeout  # here: a machine for benchmarks may lack it
@@ -118,7 +118,7 @@ def locked(path: str | Path, busy: str | None = None) -> Iterator[None]:
         lock.acquire(timeout=-1 if busy is None else 0)
     except Timeout:
         path.parent.stat()  # a folder that was taken away since looks the same
-        raise UsageError(busy) from None
+        raise Busy(busy) from None
     try:
         yield
     finally:

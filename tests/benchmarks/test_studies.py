@@ -4,6 +4,7 @@ import json
 import runpy
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -20,7 +21,8 @@ from retemper.engine.catalogue import find_setting
 from retemper.engine.evaluation.autoattack import SuiteRequest
 from retemper.engine.evaluation.evaluate import EvaluationRequest
 from retemper.engine.evaluation.ledger import Ledger
-from retemper.errors import DataError, UsageError
+from retemper.errors import Busy, DataError, UsageError
+from retemper.files import locked
 from retemper.loaders import Split, holdout_split, load_split
 
 made = SimpleNamespace(
@@ -133,6 +135,33 @@ def test_the_comparison_pairs_ours_with_each_and_each_with_the_baseline(fairness
     assert from_each["absld"].summary["worst"].difference == pytest.approx(min(better) - min(ABSLD))
     text = fairness.ours_table(from_each, "pgd20")
     assert "| RSLAD | +10.0 (" in text and text.count("\n") == 4
+
+
+def test_processes_share_the_runs_out_and_wait_for_what_another_has_begun(
+    runs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, done, slept = ExitStack(), [], []
+    other.enter_context(locked(tmp_path / ".rslad-digits-seed-0.lock"))
+
+    def absld() -> None:
+        with pytest.raises(Busy), locked(tmp_path / ".absld-digits-seed-0.lock", "held while it is worked at"):
+            pass
+        done.append("absld")
+
+    def finished(seconds: float) -> None:
+        slept.append(seconds)
+        other.close()
+
+    monkeypatch.setattr(runs.time, "sleep", finished)
+    units = {"rslad:digits, seed 0": lambda: done.append("rslad"), "absld:digits, seed 0": absld}
+    runs.share_out("students", units, tmp_path)
+    assert done == ["absld", "rslad"] and len(slept) == 1
+
+    def failing() -> None:
+        raise DataError("no images")
+
+    with pytest.raises(DataError, match="no images"):  # no other error is waited out
+        runs.share_out("students", {"a": failing}, tmp_path)
 
 
 def test_the_comparison_of_presets_says_what_strong_moves(tmp_path: Path) -> None:
