@@ -21,6 +21,7 @@ from retemper.engine.evaluation.curve_summary import curve_summary
 from retemper.engine.evaluation.evaluate import _with_kept
 from retemper.engine.evaluation.evaluation_file import Outcome
 from retemper.engine.evaluation.ledger import Ledger
+from retemper.engine.evaluation.library import library_attacks
 from retemper.engine.evaluation.minimal_norm import MinimalNorm
 from retemper.engine.evaluation.norms import NORMS, ORDER, is_inside, length
 from retemper.engine.predict import Attack, as_float, predictions
@@ -96,6 +97,28 @@ def test_attacks_find_the_distances_that_are_known_in_closed_form(
     # it goes to the boundary of one class, the nearest for most images but not for all
     assert (found_N <= true_NK.gather(1, found_K[:, None]).squeeze(1) * 1.03 + 1e-4).all()
     assert (found_N <= true_N * 1.03 + 1e-4).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+@pytest.mark.parametrize("shape", [(12, 12), (14, 14), (19, 24), (8, 8), (32, 32)])
+def test_square_begins_on_images_of_any_size(norm: str, shape: tuple[int, int]) -> None:
+    pytest.importorskip("pyautoattack")
+    classify = nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1], CLASSES))
+    image_B, label_B = torch.full((3, 1, *shape), 0.5), torch.zeros(3, dtype=torch.int64)
+    with torch.no_grad():  # the first class by far: no image is broken, the start is seen as it is
+        classify[1].bias[0] = 100.0
+    square = library_attacks(classify, CLASSES, 0.5, 0, CPU, norm=norm)["square"]
+    square.n_queries = 2
+    seen: list[Tensor] = []
+    judge = square.margin_and_loss
+    square.margin_and_loss = lambda x, y: seen.append(x.clone()) or judge(x, y)
+    adv_B = square.perturb(image_B, label_B)
+    moved = (seen[1] - image_B).abs() > 0
+    side, covered = shape[0] // 5, moved.any(0).any(0)
+    margin = (shape[0] - 5 * side) // 2
+    last = [margin + side * (n // side) for n in shape]
+    assert covered[margin : last[0], margin : last[1]].float().mean() > 0.8
+    assert (length(adv_B - image_B, norm) <= 0.5 + 1e-4).all()
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
