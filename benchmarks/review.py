@@ -73,12 +73,12 @@ def _lines(name: str, run: Path) -> list[list[str]]:
 
 
 def _beyond(entries: list[dict[str, Any]]) -> str:
-    """Return how many images the cross-checks broke that AutoAttack had left, by attack, at all radii together."""
-    found: dict[str, int] = {}
-    for entry in entries:
-        for attack, one in entry["beats_autoattack"].items():
-            found[attack] = found.get(attack, 0) + one["images"]
-    return ", ".join(f"{attack} {images}" for attack, images in found.items() if images) or "none"
+    """Return how many images the cross-checks broke that AutoAttack had left, by radius and attack."""
+    told = []
+    for share, entry in zip(OF_USUAL, entries, strict=True):
+        broken = [f"{attack} {one['images']}" for attack, one in entry["beats_autoattack"].items() if one["images"]]
+        told += [f"x {share:g}: {', '.join(broken)}"] if broken else []
+    return "; ".join(told) or "none"
 
 
 def corruption_table(runs: Mapping[str, Path]) -> str:

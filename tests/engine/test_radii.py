@@ -103,10 +103,11 @@ def test_attacks_find_the_distances_that_are_known_in_closed_form(
 @pytest.mark.parametrize("shape", [(12, 12), (14, 14), (19, 24), (8, 8), (32, 32)])
 def test_square_begins_on_images_of_any_size(norm: str, shape: tuple[int, int]) -> None:
     pytest.importorskip("pyautoattack")
-    classify = nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1], CLASSES))
+    last_layer = nn.Linear(shape[0] * shape[1], CLASSES)
+    classify = nn.Sequential(nn.Flatten(), last_layer)
     image_B, label_B = torch.full((3, 1, *shape), 0.5), torch.zeros(3, dtype=torch.int64)
     with torch.no_grad():  # the first class by far: no image is broken, the start is seen as it is
-        classify[1].bias[0] = 100.0
+        last_layer.bias[0] = 100.0
     square = library_attacks(classify, CLASSES, 0.5, 0, CPU, norm=norm)["square"]
     square.n_queries = 2
     seen: list[Tensor] = []
