@@ -26,7 +26,7 @@ from retemper.errors import DataError
 from retemper.text import shorten
 
 PANELS = {"average": "average", "worst": "weakest class at each radius"}
-MOST_TICKS = 7  # radii that an axis names
+CHARACTERS = 32  # that fit along the axis of a panel
 Line = dict[float, Result]  # by radius
 
 
@@ -136,10 +136,13 @@ def radius_figure(lines: Mapping[str, Line], look: Mapping[str, Look], narrow: b
 
 
 def _radius_axis(axes: Axes, radii: Sequence[float]) -> None:
-    """Name the radii along the horizontal axis."""
-    step = math.ceil(len(radii) / MOST_TICKS)
-    named = radii[::-1][::step][::-1]  # the largest is always named
-    axes.set_xticks(named, [pixels(eps) for eps in named])
+    """Mark the radii along the horizontal axis, and name those whose names fit, the largest first."""
+    character = (radii[-1] - radii[0]) / CHARACTERS
+    named: list[float] = []
+    for eps in reversed(radii):
+        if not named or named[-1] - eps > character * (1 + len(pixels(named[-1]) + pixels(eps)) / 2):
+            named.append(eps)
+    axes.set_xticks(radii, [pixels(eps) if eps in named else "" for eps in radii])
     axes.set_xlabel("eps, of pixels in [0, 1]")
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,9 @@ from retemper.engine.evaluation.minimal_norm import MinimalNorm
 from retemper.engine.evaluation.norms import NORMS, ORDER, is_inside, length
 from retemper.engine.predict import Attack, as_float, predictions
 from retemper.engine.report import write_report
+from retemper.engine.report.figures import LOOKS
+from retemper.engine.report.radii import radius_figure
+from retemper.engine.report.words import pixels
 from retemper.loaders import Split
 from retemper.loaders.split import split_of_arrays
 
@@ -320,6 +324,23 @@ def test_the_widest_interval_of_a_curve_leaves_room_for_the_class() -> None:
     protocol = {"classes": ["plane"], "images": 9, "split": "test", "norm": "l2"}
     head, line, *_ = curve_summary({"protocol": protocol, "attacks": {"pgd20": {"radii": [entry]}}}).splitlines()
     assert head.index("class") == line.index("plane") and "100.0%]  plane" in line
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+@pytest.mark.parametrize(
+    "radii", [(0.0, 0.0375, 0.075, 0.15, 0.225), (0.0, 2 / 255, 4 / 255, 8 / 255, 12 / 255), (0.5,)]
+)
+def test_the_radii_that_an_axis_names_do_not_overlap(radii: tuple[float, ...], narrow: bool) -> None:
+    report: Any = SimpleNamespace(average=0.5, worst=0.25)
+    result: Any = SimpleNamespace(report=report, interval={"average": [0.4, 0.6], "worst": [0.2, 0.3]})
+    line: Any = dict.fromkeys(radii, result)
+    figure = radius_figure({"run": line}, {"run": LOOKS[0]}, narrow)
+    figure.draw_without_rendering()
+    for axes in figure.axes[:2]:
+        labels = [label for label in axes.get_xticklabels() if label.get_text()]
+        assert len(axes.get_xticks()) == len(radii) and labels[-1].get_text() == pixels(radii[-1])
+        for before, after in pairwise([label.get_window_extent() for label in labels]):
+            assert before.x1 < after.x0
 
 
 def test_the_images_that_a_cross_check_broke_at_another_radius_are_still_told(tmp_path: Path) -> None:
