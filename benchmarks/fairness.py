@@ -7,10 +7,10 @@
 
 Trains what is not trained yet under --out and evaluates it: clean and PGD-20 on all test images, AutoAttack on a
 class-balanced subset, through the folded network (--suite fast: its first two attacks), and for masked gradients where
-the method is ours. On two cores or GPUs, start the same command twice: each process takes the runs that no other is at.
-Writes to --results the tables (ATTACK.md, and ATTACK-ours.md with the paired differences of ours
-from each), the plot fairness.png, all figures with their intervals as fairness.json, and the runs' config.json,
-metrics.jsonl, evaluation.json and evaluation.csv as records.json.xz.
+the method is ours. On two cores, or on two GPUs with another CUDA_VISIBLE_DEVICES each, start the same command twice:
+each process takes the runs that no other is at. Writes to --results the tables (ATTACK.md, and ATTACK-ours.md with the
+paired differences of ours from each), the plot fairness.png, all figures with their intervals as fairness.json, and
+the runs' config.json, metrics.jsonl, evaluation.json and evaluation.csv as records.json.xz.
 """
 
 import argparse

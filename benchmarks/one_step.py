@@ -18,6 +18,7 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from retemper.engine import State, create_model, train_step
 from retemper.engine.catalogue import find_setting
 from retemper.engine.kept import Kept
 from retemper.engine.models import channels_last
-from retemper.files import read_json_lines, write_atomically
+from retemper.files import locked, read_json_lines, write_atomically
 from retemper.kernels import identity_view
 
 TEN = "ten"
@@ -184,19 +185,27 @@ def all_trained(words: argparse.Namespace) -> tuple[dict[tuple[str, str], list[d
 
 def collapses(words: argparse.Namespace) -> list[dict[str, Any]]:
     """Return what a collapse made on purpose looks like in each seed, with the guard and with one that looks on."""
-    found = []
-    for name, options in (("a guard", {}), ("a guard that only looks on", LOOKS_ON)):
-        for seed in range(words.seeds):
-            options = FAR | options | ({} if words.epochs is None else dict(epochs=words.epochs))
-            ending = f"-far{'-looks-on' if 'guard_share' in options else ''}"
-            ending += "" if words.epochs is None else f"-{words.epochs}epochs"
-            protocol = Protocol(out=words.out, attacks=(), options=options, name=ending)
-            trained_and_evaluated("sat:digits_student", seed, protocol)
-            folder = folder_of("sat:digits_student", seed, words.out)
-            folder = folder.with_name(folder.name + ending)
-            rows = [row["guard"] for row in read_json_lines(folder / "metrics.jsonl", dict)[0] if row.get("guard")]
-            found.append({"with": name, "seed": seed, "epochs": rows, "fallbacks": fallbacks(folder)})
-    return found
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    kinds = {"a guard": {}, "a guard that only looks on": LOOKS_ON}
+
+    def collapse(name: str, seed: int) -> None:
+        found[name, seed] = {"with": name, "seed": seed} | collapsed(words, kinds[name], seed)
+
+    asked = [(name, seed) for name in kinds for seed in range(words.seeds)]
+    share_out("collapses", {f"{name}, seed {seed}": partial(collapse, name, seed) for name, seed in asked}, words.out)
+    return [found[one] for one in asked]
+
+
+def collapsed(words: argparse.Namespace, kind: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Return what the guard saw of one collapse, epoch by epoch, and what it did."""
+    options = FAR | dict(kind) | ({} if words.epochs is None else dict(epochs=words.epochs))
+    ending = f"-far{'-looks-on' if 'guard_share' in options else ''}"
+    ending += "" if words.epochs is None else f"-{words.epochs}epochs"
+    trained_and_evaluated("sat:digits_student", seed, Protocol(out=words.out, attacks=(), options=options, name=ending))
+    folder = folder_of("sat:digits_student", seed, words.out)
+    folder = folder.with_name(folder.name + ending)
+    rows = [row["guard"] for row in read_json_lines(folder / "metrics.jsonl", dict)[0] if row.get("guard")]
+    return {"epochs": rows, "fallbacks": fallbacks(folder)}
 
 
 def guard_table(found: list[dict[str, Any]]) -> str:
@@ -255,7 +264,8 @@ def main() -> None:
         for (method, attack), seeds in found.items()
     ]
     settings = settings_on(words.data)
-    content["seconds"] = {m: timed(settings[m], words.attacks, words.rounds, words.steps) for m in words.methods}
+    with locked(words.out / ".timing.lock"):  # one process at a time
+        content["seconds"] = {m: timed(settings[m], words.attacks, words.rounds, words.steps) for m in words.methods}
     tables["seconds.md"] = seconds_table(content["seconds"])
     if words.data == "digits":
         content["collapses"] = collapses(words)

@@ -24,6 +24,7 @@ from summary import markdown, words_of, write_summary
 
 from retemper.cli import reported
 from retemper.console import Progress, say
+from retemper.engine.catalogue import find_setting
 from retemper.engine.checkpoints.header import Facts, read_header
 from retemper.engine.evaluation.curve_file import curves_in
 from retemper.engine.evaluation.evaluate import EvaluationRequest, evaluate_target
@@ -31,7 +32,7 @@ from retemper.engine.evaluation.norms import TITLES
 from retemper.engine.evaluation.protocols import OF_USUAL
 from retemper.engine.evaluation.review import review
 from retemper.errors import DataError
-from retemper.files import read_json, write_atomically
+from retemper.files import file_digest, read_json, write_atomically
 from retemper.loaders import usual_eps
 
 CURVES = tuple(f"curve{norm}.{kind}" for norm in ("", "-l2", "-l1") for kind in ("json", "csv"))
@@ -41,14 +42,19 @@ RESULTS = Path("benchmarks/results/review")
 def reviewed(setting: str, words: argparse.Namespace) -> Path:
     """Return the folder of the reviewed student of METHOD:SETTING, seed 0. Raises DataError if it was not trained."""
     there, folder = (folder_of(setting, 0, place) for place in (words.source, words.out))
-    if read_header(there / "last.safetensors").get("epoch") is None:
-        raise DataError(f"{there} has no student: train it by benchmarks/fairness.py --data {words.data}")
+    if read_header(there / "last.safetensors").get("epoch") != str(find_setting(setting)[2].recipe.optim.epochs):
+        raise DataError(f"{there} has no finished student: train it by benchmarks/fairness.py --data {words.data}")
     if not folder.exists():
         copy = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(copy, ignore_errors=True)
         kept = shutil.ignore_patterns(".*", "*.state", "evaluation*", "autoattack*")
         shutil.copytree(there, copy, ignore=kept)
         copy.rename(folder)
+    elif file_digest(folder / "best.safetensors") != file_digest(there / "best.safetensors"):
+        raise DataError(f"{folder} was copied from another student than {there}: name another --out")
+    done = folder / "evaluation.json"
+    if done.exists() and (images := read_json(done)["protocol"]["images"]) != words.images:
+        raise DataError(f"{folder} was reviewed on {images} images: name another --out for {words.images}")
     asked = EvaluationRequest(target=folder, device=DEVICE, facts=Facts(), fold=True, limit=words.images)
     for one in review(asked):
         evaluate_target(one)
@@ -76,7 +82,9 @@ def _beyond(entries: list[dict[str, Any]]) -> str:
     """Return how many images the cross-checks broke that AutoAttack had left, by radius and attack."""
     told = []
     for share, entry in zip(OF_USUAL, entries, strict=True):
-        broken = [f"{attack} {one['images']}" for attack, one in entry["beats_autoattack"].items() if one["images"]]
+        broken = [
+            f"{attack} {one['images']}" for attack, one in entry.get("beats_autoattack", {}).items() if one["images"]
+        ]
         told += [f"x {share:g}: {', '.join(broken)}"] if broken else []
     return "; ".join(told) or "none"
 
@@ -109,6 +117,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/review"))
     parser.add_argument("--results", type=Path, help=f"default: {RESULTS}/DATA")
     words = parser.parse_args()
+    if words.images < 10:
+        parser.error(f"--images {words.images}: at least one of each of the ten classes")
     known = settings_on(words.data)
     if unknown := [name for name in words.methods.split(",") if name not in known]:
         parser.error(f"--methods {','.join(unknown)}: on {words.data} there are {', '.join(known)}")

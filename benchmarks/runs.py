@@ -98,7 +98,7 @@ def share_out(title: str, units: Mapping[str, Callable[[], object]], out: Path) 
         units: what to do, by name; it repeats nothing that is finished.
         out: the folder of the runs, which holds a lock a unit.
     """
-    waiting = dict(units)
+    waiting, told = dict(units), set[str]()
     with Progress(title, len(units)) as progress:
         while waiting:
             for name, work in list(waiting.items()):
@@ -107,7 +107,9 @@ def share_out(title: str, units: Mapping[str, Callable[[], object]], out: Path) 
                         say(name)
                         work()
                 except Busy as busy:
-                    say(str(busy))
+                    if name not in told:
+                        say(str(busy))
+                    told.add(name)
                     continue
                 del waiting[name]
                 progress.advance(1)

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from retemper.engine.evaluation.content import read_evaluation
-from retemper.engine.evaluation.curve_file import curves_in, read_curve
+from retemper.engine.evaluation.curve_file import read_curve
 from retemper.engine.evaluation.norms import TITLES, Ball, is_inside
-from retemper.engine.evaluation.places import beside
 from retemper.engine.evaluation.verdicts import Evaluated
 from retemper.errors import DataError
 from retemper.options import shown_value
@@ -24,8 +23,9 @@ SHOWN = 20  # images of a violation that are named
 
 @dataclass(frozen=True)
 class _Found:
-    """What one attack found in one ball: by image, whether it is wrong there."""
+    """What one attack found in one ball, by the file that says so: by image, whether it is wrong there."""
 
+    source: Path
     attack: str
     ball: Ball
     wrong: dict[int, bool]
@@ -45,9 +45,9 @@ def consistency(folder: Path, protocol: dict[str, Any], pixels: int) -> dict[str
     pairs, images, violations = 0, 0, []
     for inner in found:
         for outer in found:
-            if inner.attack != outer.attack or inner.ball == outer.ball or inner.attack == "clean":
-                continue
-            if not is_inside(inner.ball, outer.ball, pixels):
+            if inner.attack != outer.attack or inner.attack == "clean" or inner.source == outer.source:
+                continue  # the radii of one curve cannot contradict one another
+            if inner.ball == outer.ball or not is_inside(inner.ball, outer.ball, pixels):
                 continue
             both = inner.wrong.keys() & outer.wrong.keys()
             if not both:
@@ -83,7 +83,7 @@ def violation_text(one: dict[str, Any]) -> str:
 
 def _of_curves(folder: Path, protocol: dict[str, Any]) -> Iterator[_Found]:
     """Yield what the curves in a folder say."""
-    for path in (one for main in curves_in(folder) for one in (main, *beside(main))):
+    for path in sorted(folder.glob("curve*.json")):
         try:
             curve = read_curve(path)
         except DataError:
@@ -95,7 +95,7 @@ def _of_curves(folder: Path, protocol: dict[str, Any]) -> Iterator[_Found]:
             for entry in curve.content["attacks"][name]["radii"]:
                 if entry.get("complete") is not False:
                     wrong = {image: at <= entry["eps"] for image, (_, at) in of_image.items()}
-                    yield _Found(name, (was["norm"], entry["eps"]), wrong)
+                    yield _Found(path, name, (was["norm"], entry["eps"]), wrong)
 
 
 def _of_evaluations(folder: Path, protocol: dict[str, Any]) -> Iterator[_Found]:
@@ -112,7 +112,7 @@ def _of_evaluations(folder: Path, protocol: dict[str, Any]) -> Iterator[_Found]:
         for name, of_image in verdicts.items():
             if content["attacks"].get(name, {"complete": False}).get("complete") is not False:
                 wrong = {image: not right for image, (_, right) in of_image.items()}
-                yield _Found(name, (was["norm"], was["eps"]), wrong)
+                yield _Found(path, name, (was["norm"], was["eps"]), wrong)
 
 
 def _same(was: dict[str, Any], now: dict[str, Any]) -> bool:

@@ -22,7 +22,7 @@ from retemper.engine.evaluation.places import beside, free_name
 from retemper.errors import DataError
 from retemper.files import read_json, write_atomically, write_json
 
-NAMES = ("network", "data_root", "versions", "attacks")  # of a protocol: what the numbers do not depend on
+NAMES = ("network", "data_root", "attacks")  # of a protocol: what the numbers do not depend on
 AGAIN = "delete it and run `retemper evaluate` with the same radii again"
 UNTRIED = "-"
 
@@ -78,6 +78,7 @@ class CurveFile:
             if known is not None and _same(known.content["protocol"], protocol):
                 if there != path:
                     _set_aside(path)
+                    _rename(there, path)
                 known.path = path
                 return known
         _set_aside(path)
@@ -101,12 +102,17 @@ class CurveFile:
     def set(
         self, name: str, described: dict[str, Any], entries: list[dict[str, Any]], broken: dict[int, tuple[int, float]]
     ) -> None:
-        """Hold what is known of one attack so far; one that is done keeps what it has beside fewer radii."""
-        if self.is_done(name) and len(entries) < len(self.radii):
+        """Hold what is known of one attack so far; one that is done keeps what it has beside less."""
+        if self.is_done(name) and self._is_less(entries, self.content["attacks"][name]["radii"]):
             return
         self.content["protocol"]["attacks"][name] = described
         self.content["attacks"][name] = {"radii": entries}
         self.broken[name] = broken
+
+    def _is_less(self, entries: list[dict[str, Any]], done: list[dict[str, Any]]) -> bool:
+        """Say whether entries have fewer radii or images than those that are done, or are not finished."""
+        unfinished = len(entries) < len(done) or any(entry.get("complete") is False for entry in entries)
+        return unfinished or sum(entries[0].get("count", ())) < sum(done[0].get("count", ()))
 
     def write(self) -> None:
         """Write both files, each atomically."""
@@ -165,10 +171,15 @@ def _set_aside(path: Path) -> None:
     if not path.exists():
         return
     kept = free_name(path)
-    path.replace(kept)
-    if path.with_suffix(".csv").exists():
-        path.with_suffix(".csv").replace(kept.with_suffix(".csv"))
+    _rename(path, kept)
     say(f"{path.name} was made under another protocol and is now {kept.name}")
+
+
+def _rename(path: Path, new: Path) -> None:
+    """Rename a curve and its table. An interruption between the two leaves one without its other half."""
+    path.replace(new)
+    if path.with_suffix(".csv").exists():
+        path.with_suffix(".csv").replace(new.with_suffix(".csv"))
 
 
 def _same(was: dict[str, Any], now: dict[str, Any]) -> bool:

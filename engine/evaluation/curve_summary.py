@@ -16,6 +16,9 @@ def curve_summary(content: dict[str, Any]) -> str:
             lines.append(_line("" if number else name, entry, protocol["classes"], wide))
         flags = dict.fromkeys(flag for entry in attack["radii"] for flag in entry.get("flags", ()))
         notes += [f"{name}: {flag}" for flag in flags]
+        images = sum(attack["radii"][0]["count"]) if attack["radii"] else protocol["images"]
+        if images < protocol["images"]:
+            notes.append(f"{name}: on the first {images} of the images")
         if any(entry.get("complete") is False for entry in attack["radii"]):
             notes.append(f"{name} was interrupted: these are upper bounds, and the same command goes on")
     images = f"{protocol['images']} {protocol['split']} images, {TITLES[protocol['norm']]}, fp32"

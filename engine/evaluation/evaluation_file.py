@@ -47,12 +47,14 @@ class EvaluationFile:
         path: where this one is while it is made: `main`, or a numbered neighbour of an evaluation that is there.
         content: what the evaluation holds.
         verdicts: what the CSV file beside it holds.
+        added: the attacks that this process has run itself.
     """
 
     def __init__(self, main: Path, protocol: dict[str, Any]) -> None:
         self.main = self.path = main
         self.content: dict[str, Any] = {"protocol": protocol | {"attacks": {}}, "attacks": {}}
         self.verdicts: Verdicts = {}
+        self.added: set[str] = set()
 
     @classmethod
     def begin(cls, main: Path, protocol: dict[str, Any]) -> "EvaluationFile":
@@ -82,6 +84,7 @@ class EvaluationFile:
         if _says_less(entry, self.content["attacks"].get(name)):
             say(f"{name}: {self.path} keeps the finished result that it holds, on as many images or more")
             return
+        self.added.add(name)
         self.content["attacks"][name] = entry
         self.content["protocol"]["attacks"][name] = outcome.described
         answers = zip(label_N.tolist(), (outcome.predicted_N == label_N).tolist(), strict=True)
@@ -127,7 +130,7 @@ class EvaluationFile:
         there = content_of(self.path)
         if there is None:
             return
-        for name in there["attacks"].keys() - self.content["attacks"].keys():
+        for name in there["attacks"].keys() - self.added:
             self.content["attacks"][name] = there["attacks"][name]
             self.content["protocol"]["attacks"][name] = there["protocol"]["attacks"].get(name, {})
             self.verdicts |= _known_verdicts(self.path, there, [name])

@@ -129,20 +129,25 @@ class Ledger:
         A ledger of another protocol is kept under another name, and found again when it is asked for. Hold the lock on
         `path` meanwhile. Raises DataError if the one at `path` is damaged.
         """
-        fresh = cls(path, facts, image_N, label_N)
-        if not path.exists():
-            return fresh._kept() or fresh
+        known, fresh = cls.found(path, facts, image_N, label_N), cls(path, facts, image_N, label_N)
+        if known is not None or not path.exists():
+            return known or fresh
         found = cls.read(path)
-        if fresh._continues(found):
-            return found
-        known = fresh._kept()
-        if known is not None:
-            return known
         kept = free_name(path)
         path.replace(kept)
         changed = sorted(key for key in fresh.facts if found.facts.get(key) != fresh.facts[key]) or ["images"]
         say(f"{path.name} was made under another protocol ({', '.join(changed)}) and is now {kept.name}")
         return fresh
+
+    @classmethod
+    def found(cls, path: Path, facts: Mapping[str, Any], image_N: np.ndarray, label_N: np.ndarray) -> "Ledger | None":
+        """Return the ledger that was made under `facts`, at `path` or kept beside it; None where there is none.
+
+        Raises DataError if the one at `path` is damaged.
+        """
+        fresh = cls(path, facts, image_N, label_N)
+        main = cls.read(path) if path.exists() else None
+        return main if main is not None and fresh._continues(main) else fresh._kept()
 
     def _continues(self, found: "Ledger") -> bool:
         """Say whether `found` was made under the facts and on the images of this fresh ledger."""

@@ -19,7 +19,7 @@ from retemper.engine.checkpoints.header import is_run
 from retemper.engine.evaluation.content import read_evaluation
 from retemper.engine.evaluation.corruptions import CONSTANTS
 from retemper.errors import DataError
-from retemper.files import file_digest
+from retemper.files import file_digest, read_json
 
 UNSAFE = r"[^\w.-]+"  # in a file's name
 QUESTION = ("dataset", "split", "image_size", "eps", "norm", "precision", "classes")  # of a protocol: what was asked
@@ -90,6 +90,21 @@ def is_stale(path: Path, protocol: Mapping[str, Any]) -> bool:
     return file_digest(weights) != protocol["weights_sha256"]
 
 
+def all_of(path: Path) -> list[Path]:
+    """Return where the evaluations and curves of a network go in each norm, whose evaluation goes to `path`."""
+    stems = (path.stem, path.stem.replace("evaluation", "curve", 1))
+    return [path.with_name(f"{stem}{norm}.json") for stem in stems for norm in ("", "-l2", "-l1")]
+
+
+def protocol_in(path: Path) -> dict[str, Any]:
+    """Return the protocol of an evaluation or a curve; nothing where there is none, or it cannot be read."""
+    try:
+        protocol = read_json(path).get("protocol")
+    except DataError:
+        return {}
+    return protocol if isinstance(protocol, dict) else {}
+
+
 def place(folder: Path, weights: str, network: str, *, best: bool, chosen: bool) -> Path:
     """Return where a network's evaluation goes in `folder`, so that no two networks take turns at one file.
 
@@ -101,8 +116,11 @@ def place(folder: Path, weights: str, network: str, *, best: bool, chosen: bool)
     """
 
     def is_own(path: Path) -> bool:
-        was = {} if (content := content_of(path)) is None else content["protocol"]
-        return was.get("weights") in (None, weights) and (not chosen or was.get("network") in (None, network))
+        of = [protocol_in(one) for one in all_of(path)]
+        return all(
+            was.get("weights") in (None, weights) and (not chosen or was.get("network") in (None, network))
+            for was in of
+        )
 
     file, _, entry = weights.partition(":")  # of several networks in one file, each is another
     stem = "-".join(filter(None, [Path(file).stem, entry]))

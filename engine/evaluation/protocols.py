@@ -9,6 +9,7 @@ The last two judge the attacked image alone. They are weaker than the standard o
 numbers like with like: their results have names of their own ("cw-fair-ard") and are called upper bounds.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -119,7 +120,8 @@ def radius(asked: float | str | None, dataset: str, trained: float | None, name:
 
 def curve_radii(dataset: str, norm: str = "linf") -> tuple[float, ...]:
     """Return a quarter, half, one and one and a half of the usual radius: 2/255, 4/255, 8/255 and 12/255 on CIFAR."""
-    return tuple(share * usual_eps(dataset, norm) for share in OF_USUAL)
+    radii = [share * usual_eps(dataset, norm) for share in OF_USUAL]
+    return tuple(short if math.isclose(short := round(eps, 6), eps, rel_tol=1e-12) else eps for eps in radii)
 
 
 def strongest_first() -> tuple[str, ...]:

@@ -35,7 +35,7 @@ def evaluate_suite(
 
     A shard is a suite on its own images, batched among themselves: its random draws are those of a run on them alone.
     The shard that finishes last writes the whole ledger. Where several processes have a shard each, they wait for one
-    another, and the first of them writes it.
+    another, and the first of them writes it. A whole ledger that is finished is taken as it is.
 
     Args:
         order: (N,) indices into `split`, class-balanced in every prefix; a shard takes a piece of it.
@@ -62,6 +62,11 @@ def evaluate_suite(
         **({"strength": asdict(request.strength)} if request.strength != FULL else {}),
         **({"shard": [number, shards]} if shard or shards > 1 else {}),
     }
+    of_whole = {name: fact for name, fact in facts.items() if name != "shard"}
+    if shards > 1:
+        there = Ledger.found(path, of_whole, order, split.labels[order])
+        if not ranks.any(there is None or not there.is_complete(request.attacks))[0]:
+            return there
     own = _shard_path(path, number, shards)
     with lock_on(own):
         ledger = Ledger.begin(own, facts, part, split.labels[part])
@@ -79,7 +84,9 @@ def evaluate_suite(
         return None
     whole = Ledger.merged(path, parts)
     if ranks.is_first:
-        whole.write()
+        with lock_on(path):
+            whole.path = Ledger.begin(path, of_whole, order, split.labels[order]).path
+            whole.write()
     return whole
 
 

@@ -15,7 +15,7 @@ from retemper.engine.evaluation.consistency import violation_text
 from retemper.engine.evaluation.curve_file import curves_in, read_curve
 from retemper.engine.evaluation.curve_summary import beaten_text
 from retemper.engine.evaluation.norms import NORMS, TITLES
-from retemper.engine.evaluation.places import is_stale
+from retemper.engine.evaluation.places import beside, is_stale
 from retemper.engine.evaluation.verdicts import STRONGEST
 from retemper.engine.report.figures import Look, as_plot, end_labels, new_figure, panels
 from retemper.engine.report.page import Cell, Table, Text
@@ -38,10 +38,18 @@ class _Curve:
     lines: dict[str, Line]
     content: dict[str, Any]
 
+    @property
+    def fullness(self) -> tuple[int, int]:
+        """Return the number of images and of results: of several curves of one network, the larger pair is shown."""
+        return self.content["protocol"].get("images", 0), sum(len(line) for line in self.lines.values())
+
     def from_clean(self, attack: str) -> Line:
         """Return the line of an attack, which begins without an attack where that was measured."""
-        clean = list(self.lines.get("clean", {}).values())[:1]
-        return {0.0: clean[0]} | self.lines[attack] if clean else self.lines[attack]
+        line = self.lines[attack]
+        clean = next(iter(self.lines.get("clean", {}).values()), None)
+        if clean is None or clean.report.count != next(iter(line.values())).report.count:
+            return line
+        return {0.0: clean} | line
 
 
 def radius_blocks(runs: RunSet) -> list[Any]:
@@ -56,10 +64,11 @@ def radius_blocks(runs: RunSet) -> list[Any]:
 
 
 def _curves(run: RunRecord, classes: int) -> dict[str, _Curve]:
-    """Return the curves beside a run's evaluation, by norm; those that are damaged or of other weights are left out."""
-    found, weights = {}, run.protocol.get("weights_sha256")
+    """Return the fullest curve of each norm beside a run's evaluation, but none that is damaged or of other weights."""
+    found: dict[str, _Curve] = {}
+    weights = run.protocol.get("weights_sha256")
     stem = re.sub(r"(-l[12])?(\.\d+)?$", "", run.evaluation.stem).replace("evaluation", "curve", 1)
-    for path in curves_in(run.folder, stem):
+    for path in (one for main in curves_in(run.folder, stem) for one in (main, *beside(main))):
         try:
             content = read_curve(path).content
         except DataError:
@@ -70,9 +79,9 @@ def _curves(run: RunRecord, classes: int) -> dict[str, _Curve]:
         if len(protocol["classes"]) != classes:
             continue
         lines = {name: _line(attack["radii"]) for name, attack in content["attacks"].items()}
-        found[protocol["norm"]] = _Curve(
-            protocol["norm"], {name: line for name, line in lines.items() if line}, content
-        )
+        curve = _Curve(protocol["norm"], {name: line for name, line in lines.items() if line}, content)
+        if curve.norm not in found or curve.fullness > found[curve.norm].fullness:
+            found[curve.norm] = curve
     return found
 
 
