@@ -16,6 +16,7 @@ from retemper.commands import command
 from retemper.console import duration, say
 from retemper.engine.device import peak_memory_mib
 from retemper.engine.epoch_stats import EpochStats, HeldOut
+from retemper.engine.groups import taken
 from retemper.engine.run.collapse import CollapseGuard, collapse_words, guard_of
 from retemper.engine.run.data import TrainingData, kept_of, load_data, training_split
 from retemper.engine.run.diverged import FiniteWatch
@@ -33,6 +34,8 @@ from retemper.engine.run.teacher_logits import teacher_logits
 from retemper.engine.state import State
 from retemper.errors import Diverged
 from retemper.interrupts import undisturbed
+
+FEW = 3  # steps of an attack after which masked gradients are looked for
 
 
 def train(job: Job) -> Path:
@@ -95,9 +98,13 @@ def train(job: Job) -> Path:
 
 
 def _next(job: Job) -> str:
-    """Return the command that evaluates the run; one that knows a converted file alone cannot know the test images."""
+    """Return the command that evaluates the run; one that knows a converted file alone cannot know the test images.
+
+    Training by an attack of few steps may mask gradients, so it is to be looked for.
+    """
+    few = True if 0 < taken(job.recipe.attack).steps <= FEW else None
     needs_root = job.beton and not job.data_root and job.recipe.data.dataset not in ("digits", "fashion-mnist")
-    return command("retemper", "evaluate", job.out, data_root="DIR" if needs_root else None)
+    return command("retemper", "evaluate", job.out, data_root="DIR" if needs_root else None, check=few)
 
 
 def _cut(job: Job, state: State, data: TrainingData, saver: Saver, steps: Steps) -> None:

@@ -70,7 +70,7 @@ def test_a_relative_root_and_teacher_are_found_from_another_folder(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
     assert run(["train", "sat:fashion_mnist_small", "--data-root", "my data", "--out", "my teacher", *SHORT]) == 0
-    assert "next: retemper evaluate 'my teacher'\n" in capsys.readouterr().err
+    assert "next: retemper evaluate 'my teacher' --check\n" in capsys.readouterr().err
     taught = ["--teacher", "my teacher", "--data-root", "my data", "--out", "student", *SHORT]
     assert run(["train", "rslad:fashion_mnist_small", *taught]) == 0
     config = json.loads((tmp_path / "student/config.json").read_text())

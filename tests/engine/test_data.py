@@ -77,7 +77,7 @@ def test_a_run_on_a_converted_file_alone_says_what_its_evaluation_needs(
     convert(load_split("cifar10", "train", tmp_path / "data"), beton, progress=False)
     short = "--student tiny_resnet --epochs 1 --attack-steps 1 --holdout-per-class 0 --batch-size 16".split()
     assert run(["train", "sat:cifar10_resnet18", "--beton", str(beton), "--out", str(out), *short]) == 0
-    assert f"next: retemper evaluate {out} --data-root DIR\n" in capsys.readouterr().err
+    assert f"next: retemper evaluate {out} --data-root DIR --check\n" in capsys.readouterr().err
     assert run(["evaluate", str(out), "--attacks", "clean"]) == 3
     assert "cifar10 needs --data-root" in capsys.readouterr().err
     assert run(["evaluate", str(out), "--attacks", "clean", "--data-root", str(tmp_path / "data")]) == 0
