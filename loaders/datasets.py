@@ -16,8 +16,8 @@ from retemper.loaders.views import permutation
 DATASETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "svhn", "tiny-imagenet", "folder")
 SPLITS = ("train", "test")
 USUAL_EPS = {"digits": 0.15, "fashion-mnist": 0.1}  # of the others 8/255
-USUAL_L2 = {"digits": 0.6, "fashion-mnist": 1.0}  # of the others 128/255
-USUAL_L1 = {"digits": 1.0, "fashion-mnist": 5.0}  # of the others 12
+USUAL_L2 = {"digits": 0.6, "fashion-mnist": 0.5}  # of the others 128/255
+USUAL_L1 = {"digits": 1.0, "fashion-mnist": 1.5}  # of the others 12
 DIGITS_SEED = 1797  # of our own split of digits: another seed would make another data set
 
 

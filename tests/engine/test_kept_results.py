@@ -148,6 +148,6 @@ def test_a_curve_says_on_how_many_images_an_attack_was_run() -> None:
 
 def test_the_radii_of_a_curve_are_the_numbers_that_one_types() -> None:
     assert curve_radii("digits") == (0.0375, 0.075, 0.15, 0.225)
-    assert curve_radii("fashion-mnist", "l2") == (0.25, 0.5, 1.0, 1.5)
+    assert curve_radii("fashion-mnist", "l2") == (0.125, 0.25, 0.5, 0.75)
     assert curve_radii("cifar10") == (2 / 255, 4 / 255, 8 / 255, 12 / 255)
     assert curve_radii("digits", "l2") == (0.15, 0.3, 0.6, 0.9)
