@@ -60,7 +60,7 @@ def radius_blocks(runs: RunSet) -> list[Any]:
         curves = {label: of_run[norm] for label, of_run in found.items() if norm in of_run}
         if curves:
             blocks += _norm_blocks(norm, curves, runs)
-    return blocks
+    return blocks + [text for label, of_run in found.items() for text in _theory(label, list(of_run.values()))]
 
 
 def _curves(run: RunRecord, classes: int) -> dict[str, _Curve]:
@@ -183,7 +183,7 @@ def _cells(result: Result, runs: RunSet) -> list[Cell]:
 
 
 def _found(label: str, curve: _Curve) -> list[Text]:
-    """Return in words where a cross-check beat AutoAttack, and where an attack contradicts theory."""
+    """Return in words where a cross-check beat AutoAttack."""
     content, title = curve.content, TITLES[curve.norm]
     classes = content["protocol"]["classes"]
     texts, entries = [], as_dict(content["attacks"].get("cross-check")).get("radii", [])
@@ -193,7 +193,14 @@ def _found(label: str, curve: _Curve) -> list[Text]:
             texts.append(Text(f"{label}, {title} {pixels(entry['eps'])}: {told}."))
     if entries and not texts:
         texts.append(Text(f"{label}, {title}: no cross-check beats AutoAttack at any radius."))
-    theory = as_dict(content.get("consistency"))
+    return texts
+
+
+def _theory(label: str, curves: Sequence[_Curve]) -> list[Text]:
+    """Return in words where an attack on a run contradicts theory: the newest curve knows the most results."""
+    found = [as_dict(curve.content.get("consistency")) for curve in curves]
+    theory = max(found, key=lambda one: one.get("pairs", 0), default={})
+    texts: list[Text] = []
     if theory.get("pairs"):
         held = f"{label}: what is broken in a ball must be broken in one that contains it: "
         held += f"{theory['pairs']} pairs of results compared image by image, "
