@@ -53,8 +53,9 @@ def reviewed(setting: str, words: argparse.Namespace) -> Path:
     elif file_digest(folder / "best.safetensors") != file_digest(there / "best.safetensors"):
         raise DataError(f"{folder} was copied from another student than {there}: name another --out")
     done = folder / "evaluation.json"
-    if done.exists() and (images := read_json(done)["protocol"]["images"]) != words.images:
-        raise DataError(f"{folder} was reviewed on {images} images: name another --out for {words.images}")
+    if done.exists() and (was := read_json(done)["protocol"])["images"] != words.images:
+        if was["subset"] != "all" or was["images"] > words.images:
+            raise DataError(f"{folder} was reviewed on {was['images']} images: name another --out for {words.images}")
     asked = EvaluationRequest(target=folder, device=DEVICE, facts=Facts(), fold=True, limit=words.images)
     for one in review(asked):
         evaluate_target(one)

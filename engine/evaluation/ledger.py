@@ -188,6 +188,7 @@ class Ledger:
         return lock_on(self.path)
 
 
-def lock_on(path: Path) -> AbstractContextManager[None]:
-    """Hold the ledger at `path`, and those kept beside it. Raises UsageError if another process writes it."""
-    return locked(path.with_name(f".{path.name}.lock"), f"another process is writing {path}: wait for it")
+def lock_on(path: Path, wait: bool = False) -> AbstractContextManager[None]:
+    """Hold the ledger at `path`, and those kept beside it. If another process writes it, raises Busy, or waits."""
+    busy = f"another process is writing {path}: wait for it"
+    return locked(path.with_name(f".{path.name}.lock"), None if wait else busy)

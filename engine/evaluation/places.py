@@ -115,20 +115,19 @@ def place(folder: Path, weights: str, network: str, *, best: bool, chosen: bool)
         chosen: whether the user chose the folder; else the weights lie in it, and their name tells them apart.
     """
 
-    def is_own(path: Path) -> bool:
-        of = [protocol_in(one) for one in all_of(path)]
-        return all(
-            was.get("weights") in (None, weights) and (not chosen or was.get("network") in (None, network))
-            for was in of
-        )
+    def is_own(path: Path, free: tuple[None, ...] = (None,)) -> bool:
+        was = protocol_in(path)
+        return was.get("weights") in (*free, weights) and (not chosen or was.get("network") in (*free, network))
 
     file, _, entry = weights.partition(":")  # of several networks in one file, each is another
     stem = "-".join(filter(None, [Path(file).stem, entry]))
     first = "evaluation" if best else f"evaluation-{stem}"
     own = [f"evaluation-{network}", f"evaluation-{network}-{stem}"] if chosen else []
     names = (first, *own, f"evaluation-{stem}", f"evaluation-{weights}")
-    paths = [folder / f"{re.sub(UNSAFE, '-', name)}.json" for name in names]
-    return next((path for path in paths if is_own(path)), paths[-1])
+    told_apart = [f"{name}-weights" if re.search("-l[12]$", name) else name for name in names]  # else a norm's file
+    paths = [folder / f"{re.sub(UNSAFE, '-', name)}.json" for name in told_apart]
+    known = next((path for path in paths if is_own(path, free=())), None)
+    return known or next((path for path in paths if all(map(is_own, all_of(path)))), paths[-1])
 
 
 def destination(network: Network, out: Path | None) -> Path:

@@ -84,7 +84,7 @@ def evaluate_suite(
         return None
     whole = Ledger.merged(path, parts)
     if ranks.is_first:
-        with lock_on(path):
+        with lock_on(path, wait=True):
             whole.path = Ledger.begin(path, of_whole, order, split.labels[order]).path
             whole.write()
     return whole

@@ -127,6 +127,21 @@ def test_a_network_leaves_the_files_of_another_alone_in_every_norm(tmp_path: Pat
     assert place(tmp_path, "b.pt", "b.pt", best=True, chosen=False).name == "evaluation-b.json"
 
 
+def test_a_network_keeps_its_place_beside_one_that_is_called_like_a_norm(tmp_path: Path) -> None:
+    def go(weights: str) -> str:
+        path = place(tmp_path, weights, weights, best=True, chosen=False)
+        write_json(path, {"protocol": {"weights": weights, "network": weights}, "attacks": {}})
+        return path.name
+
+    assert [go(name) for name in ("linf.pt", "l2.pt", "linf.pt", "l2.pt")] == [
+        "evaluation.json",
+        "evaluation-l2-weights.json",
+    ] * 2
+    # a folder of an earlier version, where one network's curve lies beside another's evaluation
+    write_json(tmp_path / "curve.json", {"protocol": {"weights": "l2.pt", "network": "l2.pt"}, "attacks": {}})
+    assert go("linf.pt") == "evaluation.json"
+
+
 def test_theory_is_checked_between_curves_of_any_weights_and_not_within_one(tmp_path: Path) -> None:
     protocol = curve_protocol("linf", 2)
     for name, norm, broken in (("curve-last", "linf", 0.1), ("curve-last-l2", "l2", float("inf"))):
