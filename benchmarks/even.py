@@ -27,7 +27,17 @@ from typing import Any
 import torch
 from fairness import KEPT, NAMES, SUITES, TITLES, told
 from records import RECORDS, pack, unpack
-from runs import DEVICE, Protocol, commits, evaluated, folder_of, settings_on, share_out, trained_and_evaluated
+from runs import (
+    DEVICE,
+    Protocol,
+    commits,
+    evaluated,
+    folder_of,
+    require_methods,
+    settings_on,
+    share_out,
+    trained_and_evaluated,
+)
 from scipy.stats import kendalltau
 from summary import common_radius, markdown, mean_and_range, words_of, write_summary
 
@@ -246,9 +256,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/even"))
     parser.add_argument("--results", type=Path, help=f"default: {RESULTS}/DATA")
     words = parser.parse_args()
-    known = settings_on(words.data)
-    if unknown := [name for name in words.methods.split(",") if name not in known]:
-        parser.error(f"--methods {','.join(unknown)}: on {words.data} there are {', '.join(known)}")
+    require_methods(parser, words.data, words.methods)
     if unknown := [by for by in words.by.split(",") if by not in WAYS]:
         parser.error(f"--by {','.join(unknown)}: there are {', '.join(WAYS)}")
     if words.seeds < 1:

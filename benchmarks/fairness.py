@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from records import RECORDS, pack, unpack
-from runs import DEVICE, Protocol, commits, folder_of, settings_on, share_out, trained_and_evaluated
+from runs import DEVICE, Protocol, commits, folder_of, require_methods, settings_on, share_out, trained_and_evaluated
 from summary import common_radius, markdown, mean_and_range, told, words_of, write_summary
 
 from retemper.cli import reported
@@ -212,9 +212,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/fairness"))
     parser.add_argument("--results", type=Path, help=f"default: {RESULTS}/DATA")
     words = parser.parse_args()
-    known, names = settings_on(words.data), words.methods.split(",")
-    if unknown := [name for name in names if name not in known]:
-        parser.error(f"--methods {','.join(unknown)}: on {words.data} there are {', '.join(known) or 'none'}")
+    names = require_methods(parser, words.data, words.methods)
     if words.seeds < 1:
         parser.error(f"--seeds {words.seeds}: at least one")
     if words.results is None and words.methods != METHODS:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from fairness import KEPT, NAMES
 from records import RECORDS, pack
-from runs import DEVICE, commits, folder_of, settings_on
+from runs import DEVICE, commits, folder_of, require_methods
 from summary import markdown, words_of, write_summary
 
 from retemper.cli import reported
@@ -120,9 +120,7 @@ def arguments() -> argparse.Namespace:
     words = parser.parse_args()
     if words.images < 10:
         parser.error(f"--images {words.images}: at least one of each of the ten classes")
-    known = settings_on(words.data)
-    if unknown := [name for name in words.methods.split(",") if name not in known]:
-        parser.error(f"--methods {','.join(unknown)}: on {words.data} there are {', '.join(known)}")
+    words.settings = require_methods(parser, words.data, words.methods)
     words.results = words.results or RESULTS / words.data
     return words
 
@@ -131,10 +129,9 @@ def main() -> None:
     words = arguments()
     torch.set_num_threads(1)  # the same bits on every machine
     words.out.mkdir(parents=True, exist_ok=True)
-    names, runs = words.methods.split(","), {}
-    with Progress("review", len(names)) as progress:
-        for name in names:
-            setting = settings_on(words.data)[name]
+    runs = {}
+    with Progress("review", len(words.settings)) as progress:
+        for name, setting in words.settings.items():
             say(setting)
             runs[name] = reviewed(setting, words)
             progress.advance(1)

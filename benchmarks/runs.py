@@ -1,5 +1,6 @@
 """Methods trained and evaluated under one protocol, run by run; what is finished is not repeated."""
 
+import argparse
 import json
 import re
 import time
@@ -75,6 +76,14 @@ def settings_on(data: str) -> dict[str, str]:
             elif name.startswith(f"{data}_") and not name.endswith(("_student", "_clean", "_small", "_resnet18")):
                 found[f"{method}, {name.removeprefix(f'{data}_')}"] = f"{method}:{name}"
     return found
+
+
+def require_methods(parser: argparse.ArgumentParser, data: str, methods: str) -> dict[str, str]:
+    """Return METHOD:SETTING on `data` of the methods in --methods, or end with an error in one line."""
+    known = settings_on(data)
+    if unknown := [name for name in methods.split(",") if name not in known]:
+        parser.error(f"--methods {','.join(unknown)}: on {data} there are {', '.join(known) or 'none'}")
+    return {name: known[name] for name in methods.split(",")}
 
 
 def folder_of(name: str, seed: int, out: Path, preset: str = "paper") -> Path:

@@ -61,7 +61,7 @@ RADIUS = kind_of(
 RADII = kind_of(
     _radii,
     lambda eps: eps in NAMED or all(0 <= one < 1e4 for one in (eps if isinstance(eps, tuple) else (eps,))),
-    "write it in [0, 1] pixels, 8/255 not 8; several as 2/255,4/255,8/255",
+    "write it in [0, 1] pixels, 8/255 not 8; several as 2/255,4/255,8/255; or trained, or curve",
 )
 SHARD = kind_of(_pair, lambda pair: 1 <= pair[0] <= pair[1], "write it as 1/4 to 4/4")
 MINUTES = kind_of(float, lambda minutes: 0 < minutes <= YEAR_S / 60, "write it in minutes, above 0 and up to a year")

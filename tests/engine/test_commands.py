@@ -4,7 +4,8 @@ import json
 import shlex
 import shutil
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -17,6 +18,8 @@ from retemper.engine.recipe import Recipe
 from retemper.engine.report.read import read_run
 from retemper.engine.run.changed import flat_options
 from retemper.engine.run.commands import absolute, evaluate_again, train_again
+from retemper.engine.run.job import Job
+from retemper.engine.run.train import _next
 
 SHORT = "--epochs 1 --attack-steps 1 --holdout-per-class 0 --batch-size 16 --loader resident".split()
 
@@ -61,6 +64,16 @@ def test_the_command_for_a_run_makes_the_recipe_of_that_run(change: dict[str, ob
     assert {option: given.pop(f"--{option}") for option in where} == where
     again: Recipe = override(own, {option[2:].replace("-", "_"): text for option, text in given.items()})
     assert again == recipe
+
+
+def test_a_run_by_few_steps_is_to_be_checked_for_masked_gradients() -> None:
+    def told(**options: Any) -> str:
+        recipe = find_setting("rslad:digits")[2].recipe.replace(**options)
+        return _next(cast(Job, SimpleNamespace(recipe=recipe, out=Path("r"), beton=None, data_root=None)))
+
+    assert told() == told(attack_steps=4) == "retemper evaluate r"
+    few = (told(attack="pgi"), told(attack="pgd3"), told(attack_steps=3))
+    assert set(few) == {"retemper evaluate r --check"}
 
 
 def test_a_relative_root_and_teacher_are_found_from_another_folder(
